@@ -1,0 +1,114 @@
+"""Compress: turn a Hugging Face language model into a smaller one and prove what was lost.
+
+Importing is light: transformers, triton, bitsandbytes and lm-eval load when something needs them. The one side
+effect is that transformers will know the quantization method `compress`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from compress.errors import (
+    AcceptanceError, ArtifactError, CalibrationError, CompressError, PlanError, RecipeError, UnsupportedWeight,
+    VerificationError,
+)  # fmt: skip
+from compress.events import Event
+from compress.model.site import Site
+from compress.passes import GPTQ, RTN, Magnitude, PassManager, Pruner, Quantizer, Wanda, WeightPass
+from compress.recipe import Accept, Calibration, Limits, Recipe
+from compress.runtime.hf import register_when_needed
+from compress.weights import (
+    NM, Codebook, Dense, Diagonal, External, Grid, Hadamard, Masked, Permutation, Product, Quantized, Signs, Sum,
+    Weight, pattern,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from compress.driver import Report
+
+register_when_needed()
+
+
+def run(
+    model: str | Path | None,
+    recipe: Recipe | str | Path | list[WeightPass],
+    out: str | Path,
+    *,
+    calibration: Calibration | None = None,
+    emit: Callable[[Event], None] | None = None,
+    device: str = "cpu",
+    force: bool = False,
+) -> Report:
+    """Compress `model` (a folder, `builtin`, or None for the recipe's own) by `recipe` into the folder `out`.
+
+    `recipe` is a Recipe, a recipe file or name, or a list of passes. Raises CompressError children; if the recipe
+    has an `accept` rule and it is broken, AcceptanceError, with the artifact left in place for inspection.
+    """
+    from dataclasses import replace
+
+    from compress import driver, recipe as recipes
+
+    if isinstance(recipe, (str, Path)):
+        recipe = recipes.load(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe(passes=tuple(recipe))
+    if calibration is not None:
+        recipe = replace(recipe, calibration=calibration)
+    source = model if model is not None else recipe.model
+    if source is None:
+        raise RecipeError("model: the recipe names no model and none was given")
+    report = driver.compress(source, recipe, out, emit=emit or (lambda event: None), device=device, force=force)
+    if recipe.accept:
+        accept(report.out, source, recipe.accept)
+    return report
+
+
+def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
+    """The compressed model in `path` as a transformers model, ready to run.
+
+    By default each weight is decoded once, for speed; with `low_memory` only the stored bits are kept and each
+    weight is decoded when used. `options` go to `AutoModelForCausalLM.from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from compress.model.source import locate
+    from compress.runtime.hf import register
+
+    register()
+    folder = locate(path)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    if low_memory:
+        from compress.runtime.linear import CompressedLinear
+
+        for module in model.modules():
+            if isinstance(module, CompressedLinear):
+                module.lowered = None
+    return model.eval()
+
+
+def evaluate(path: str | Path, base: str | Path, **options: Any) -> Any:
+    """What `path` knows beside its dense `base`, as a `compress_evals.Comparison`; needs the extra `eval`."""
+    from compress_evals import evaluate_folders
+
+    return evaluate_folders(path, base, **options)
+
+
+def accept(path: str | Path, base: str | Path, rule: Accept) -> None:
+    """Raise AcceptanceError if the artifact lost more than `rule` allows."""
+    from compress_evals import accept as failures
+
+    broken = failures(evaluate(path, base), rule.max_drop, rule.confidence)
+    if broken:
+        raise AcceptanceError(f"{path}: not accepted: {'; '.join(broken)}")
+
+
+__all__ = [
+    "GPTQ", "NM", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Calibration", "CalibrationError", "Codebook",
+    "CompressError", "Dense", "Diagonal", "Event", "External", "Grid", "Hadamard", "Limits", "Magnitude", "Masked",
+    "PassManager", "Permutation", "PlanError", "Product", "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError",
+    "Signs", "Site", "Sum", "UnsupportedWeight", "VerificationError", "Wanda", "Weight", "WeightPass", "__version__",
+    "accept", "evaluate", "load", "pattern", "run",
+]  # fmt: skip

@@ -1,0 +1,55 @@
+"""The model card of an artifact: plain Markdown made of its provenance, so it cannot say anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+TEMPLATE = """\
+---
+library_name: transformers
+tags: [compress, {{ tags | join(", ") }}]
+---
+# {{ source.name }}, compressed
+
+Made from `{{ source.name }}` by Compress {{ versions.compress }}.
+The linear maps of its blocks take {{ "%.2f" | format(sizes.bits_per_weight) }} bits a weight;
+all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}".format(sizes.source_bytes) }}.
+
+Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
+{{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
+
+```python
+import compress
+
+model = compress.load("this folder")   # or AutoModelForCausalLM.from_pretrained after `import compress`
+```
+
+## Recipe
+
+```yaml
+{{ recipe }}```
+
+## Sites
+
+| site | weight | bytes | weight error | output error |
+|---|---|---|---|---|
+{% for site, row in sites.items() -%}
+| {{ site }} | {{ row.weight }} | {{ "{:,}".format(row.bytes) }} | {{ "%.4f" | format(row.weight_error) }} | \
+{{ "%.4f" | format(row.output_error) if row.output_error is not none else "-" }} |
+{% endfor %}
+Untouched: {{ kept }}.
+"""
+
+
+def card(provenance: Mapping[str, Any]) -> str:
+    """The Markdown of an artifact; it does not know where the artifact lies."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701  Markdown
+    tags = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
+    reasons: dict[str, int] = {}
+    for size, reason in provenance["untouched"].values():
+        reasons[reason] = reasons.get(reason, 0) + size
+    kept = ", ".join(f"{size:,} parameters ({reason})" for reason, size in reasons.items()) or "nothing"
+    return environment.from_string(TEMPLATE).render(**provenance, tags=tags, kept=kept)

@@ -1,0 +1,56 @@
+"""What a user can cause, by kind; every message says what is wrong, where, and what is allowed.
+
+Bugs are not here: they stay ordinary Python exceptions and keep their traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressError(Exception):
+    """The parent of every error a user can cause; the command line exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class RecipeError(CompressError):
+    """A recipe, an option or a file named on the command line is not what it must be."""
+
+
+class UnsupportedWeight(CompressError):
+    """A pass, a codec or a kernel was given a weight expression it has no rule for."""
+
+
+class CalibrationError(CompressError):
+    """Calibration data or the statistics made of it cannot be used."""
+
+
+class ArtifactError(CompressError):
+    """A model folder or a results file is missing, malformed or not ours."""
+
+
+class VerificationError(CompressError):
+    """What was written does not say what was meant."""
+
+    exit_code = 4
+
+
+class PlanError(CompressError):
+    """The work does not fit: memory, disk or a limit of the recipe."""
+
+    exit_code = 3
+
+
+class AcceptanceError(CompressError):
+    """The compressed model lost more than the recipe accepts."""
+
+    exit_code = 5
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest allowed name, else the list of allowed names."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(names)}"

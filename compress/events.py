@@ -1,0 +1,121 @@
+"""What happens during a run, as values; printing and logging are sinks of this one stream.
+
+Not here: what a user sees (`cli.py` renders these). Times and memory live only in events, never in the
+artifact, so that two runs with one seed write the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened."""
+
+
+Sink = Callable[[Event], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """The plan is accepted and the walk begins."""
+
+    model: str
+    blocks: int
+    sites: int
+    steps: tuple[str, ...]
+    calibration: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockStarted(Event):
+    """Block `index` of `count` is in memory."""
+
+    block: str
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsCollected(Event):
+    """The shared input of `sites` was measured over `tokens` tokens."""
+
+    sites: tuple[str, ...]
+    statistics: tuple[str, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRewritten(Event):
+    """One pass replaced one weight; errors are relative to the original weight.
+
+    `weight_error` = |W' - W| / |W|; `output_error` = the same through the calibration inputs, if a Gram was taken.
+    """
+
+    site: str
+    step: str
+    weight: str
+    nbytes: int
+    weight_error: float
+    output_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fallback(Event):
+    """A pass could not do what was asked and did something weaker instead."""
+
+    site: str
+    step: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFinished(Event):
+    """The block is written; `error` is how far the probe's hidden state has drifted from the dense model's."""
+
+    block: str
+    index: int
+    count: int
+    error: float
+    nbytes: int
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished(Event):
+    """The artifact is verified and in place; `kl` is the mean token KL(dense || compressed) on the probe, in nats."""
+
+    out: str
+    source_bytes: int
+    artifact_bytes: int
+    bits_per_weight: float
+    kl: float
+    fallbacks: int
+    seconds: float
+    peak_bytes: int
+
+
+def fan_out(sinks: list[Sink]) -> Sink:
+    """One sink that feeds them all."""
+
+    def emit(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return emit
+
+
+def jsonl(path: Path) -> Sink:
+    """A sink that appends one JSON object a line to `path`."""
+
+    def write(event: Event) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+
+    return write

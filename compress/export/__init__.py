@@ -1,0 +1,1 @@
+"""Writing an artifact in other people's formats."""

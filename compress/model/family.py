@@ -1,0 +1,89 @@
+"""Where a model's blocks and sites are, found by structure; and how much of the model that covers.
+
+A block is an element of the one module list that is as long as the config says; a site is an `nn.Linear`
+inside a block. `TESTED` lists the families whose replay, coverage and round trip this project's tests check;
+others are walked by the same rule and guarded by the coverage limit and the final verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from compress.errors import UnsupportedWeight
+
+TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+
+
+def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    """The name and list of the decoder blocks.
+
+    Raises UnsupportedWeight if no module list of `count` elements holds linear maps.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and any(isinstance(m, nn.Linear) for m in module.modules())
+    ]
+    if not found:
+        raise UnsupportedWeight(
+            f"no list of {count} blocks with linear maps in {type(model).__name__}; this architecture is not supported"
+        )
+    return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear maps of a block by their name inside it."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Which parameters the passes will touch; (parameters, reason) for each tensor they will not.
+
+    `missed` counts the matrices inside blocks that no pass can reach; what a recipe deselects by `sites`,
+    embeddings, heads and norms are listed but not missed.
+    """
+
+    touched: dict[str, int]
+    untouched: dict[str, tuple[int, str]]
+    missed: int
+
+    @property
+    def missed_share(self) -> float:
+        """Parameters of unreachable block matrices / parameters of all block matrices that were meant."""
+        meant = self.missed + sum(self.touched.values())
+        return self.missed / meant if meant else 1.0
+
+
+MISSED = "a matrix that no pass can reach"
+
+
+def coverage(model: nn.Module, blocks: str, selections: Iterable[str]) -> Coverage:
+    """The coverage of passes with the `sites` globs `selections` over a (meta) model."""
+    globs = tuple(selections)
+    linears = {f"{name}.weight": name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    touched: dict[str, int] = {}
+    untouched: dict[str, tuple[int, str]] = {}
+    missed = 0
+    for name, parameter in model.named_parameters():
+        size = parameter.numel()
+        if parameter.ndim < 2:
+            untouched[name] = (size, "a vector: norm or bias")
+        elif not name.startswith(f"{blocks}."):
+            is_head = head is not None and parameter is getattr(head, "weight", None)
+            untouched[name] = (size, "the output head, or an embedding tied to it" if is_head else "an embedding")
+        elif name not in linears:
+            untouched[name] = (size, MISSED)
+            missed += size
+        elif any(fnmatchcase(linears[name], glob) for glob in globs):
+            touched[name] = size
+        else:
+            untouched[name] = (size, "deselected by the recipe")
+    return Coverage(touched=touched, untouched=untouched, missed=missed)

@@ -1,0 +1,76 @@
+"""A site: one linear map of the model, with the expression that now denotes its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress.errors import UnsupportedWeight
+from compress.stats import Statistics
+from compress.weights import Dense, Weight
+
+
+class Site:
+    """A linear map by its full name; assigning `weight` also changes what the module computes with.
+
+    `original` is the weight as the checkpoint holds it; `stats` describes the input, from the compressed
+    prefix; `ledger` is what passes want recorded about this site in the artifact.
+    """
+
+    def __init__(self, name: str, module: nn.Linear) -> None:
+        self.name, self.module = name, module
+        self.original = Dense(module.weight.data)
+        self._weight: Weight = self.original
+        self.stats: Statistics = Statistics({}, 0)
+        self.ledger: dict[str, Any] = {}
+        self.fallbacks: list[tuple[str, str]] = []
+
+    @property
+    def weight(self) -> Weight:
+        """The expression that denotes the weight [out, in] now."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: Weight) -> None:
+        if weight.shape != self._weight.shape:
+            raise UnsupportedWeight(f"{self.name}: a rewrite changed its shape {self._weight.shape} to {weight.shape}")
+        self._weight = weight
+        self.module.weight.data = weight.dense().to(self.original.data.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self._weight.shape
+
+    def expect(self, kind: type[Dense], by: str) -> Dense:
+        """The weight, if it still is of `kind`; raises UnsupportedWeight naming the pass otherwise."""
+        if isinstance(self._weight, kind):
+            return self._weight
+        raise UnsupportedWeight(
+            f"{by} needs a {kind.__name__.lower()} weight; {self.name} is already {self._weight.describe()}"
+        )
+
+    def fall_back(self, step: str, reason: str) -> None:
+        """Record that `step` did something weaker than asked here."""
+        self.fallbacks.append((step, reason))
+
+    def errors(self) -> tuple[float, float | None]:
+        """Relative error of the weight, and of the output if a Gram of the input is known.
+
+        Output error is sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W.
+        """
+        from compress.stats import Gram
+
+        was = self.original.data.float()
+        change = self._weight.dense().float() - was
+        weight = float(change.norm() / was.norm().clamp(min=1e-30))
+        if Gram not in self.stats:
+            return weight, None
+        gram = self.stats[Gram]
+        return weight, float((energy(change, gram) / energy(was, gram).clamp(min=1e-30)).sqrt())
+
+
+def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """tr(W G Wᵀ), the mean squared norm of the output, never below 0."""
+    return ((w_OI @ gram_II) * w_OI).sum().clamp(min=0)

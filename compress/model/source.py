@@ -1,0 +1,151 @@
+"""A checkpoint folder: names, shapes and lazily read tensors; safetensors only, nothing executed.
+
+Every path an index names must stay inside the folder. Tensors are memory-mapped, so opening costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.errors import ArtifactError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BUILTIN = Path(__file__).parent.parent / "builtin" / "weights"
+
+
+def locate(model: str | Path) -> Path:
+    """The folder a user means: a path, or `builtin` for the reference model.
+
+    Raises ArtifactError if there is no such folder.
+    """
+    path = BUILTIN if str(model) == "builtin" else Path(model).expanduser()
+    if not path.is_dir():
+        raise ArtifactError(f"no model folder at {str(model)!r}; give a folder with config.json, or `builtin`")
+    return path
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file; raises ArtifactError naming it otherwise."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing {what}") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: {what} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: {what} must be a JSON object")
+    return value
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face folder by name, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(path / "config.json", "config.json")
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> the shard that holds it, in sorted order of names.
+
+        Raises ArtifactError for pickled weights, missing shards, or an index that leaves the folder.
+        """
+        if (self.path / INDEX).exists():
+            shards = read_json(self.path / INDEX, "the shard index").get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ArtifactError(f"{self.path / INDEX}: no weight_map")
+            return {name: self.inside(str(shard)) for name, shard in sorted(shards.items())}
+        if (self.path / SINGLE).exists():
+            with opened(self.path / SINGLE) as file:
+                return {name: self.path / SINGLE for name in sorted(file.keys())}
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
+        if pickled:
+            raise ArtifactError(
+                f"{self.path / pickled[0]}: pickled weights are not read, they can run code; "
+                "convert the folder to safetensors first"
+            )
+        raise ArtifactError(f"{self.path}: no {SINGLE} and no {INDEX}")
+
+    def inside(self, shard: str) -> Path:
+        """The path of a shard, checked to be a plain file of this folder."""
+        path = self.path / shard
+        if Path(shard).name != shard or not path.is_file():
+            raise ArtifactError(f"{self.path / INDEX}: shard {shard!r} is not a file of this folder")
+        return path
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return list(self.files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, memory-mapped; raises ArtifactError if it is absent or its shard is damaged."""
+        if name not in self.files:
+            raise ArtifactError(f"{self.path}: no tensor {name!r}")
+        with opened(self.files[name]) as file:
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise ArtifactError(f"{self.files[name]}: cannot read {name!r}: {error}") from error
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor, from the headers alone."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for shard in sorted(set(self.files.values())):
+            with opened(shard) as file:
+                held = set(file.keys())
+                for name in (n for n, f in self.files.items() if f == shard):
+                    if name not in held:
+                        raise ArtifactError(f"{shard}: the index promises {name!r}, the shard lacks it")
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.stat().st_size for shard in set(self.files.values()))
+
+    def digests(self) -> dict[str, str]:
+        """Shard name -> sha256 of its bytes."""
+        return {shard.name: digest(shard) for shard in sorted(set(self.files.values()))}
+
+
+def opened(path: Path) -> Any:
+    """`safe_open`, with damage reported as an ArtifactError."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(path)
+
+
+def _digest(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            sha.update(part)
+    return sha.hexdigest()
+
+
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
+    """The dtype a config names, float32 if it names none."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ArtifactError(f"config.json: unknown dtype {name!r}")
+    return found

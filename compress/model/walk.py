@@ -1,0 +1,148 @@
+"""The way of calibration tokens through a model, one block in memory at a time.
+
+A model is built without weights; its embedding, final norm and head are loaded, its blocks come and go.
+What each block is called with (masks, rotary tables, position ids) is recorded by running the model with
+its blocks replaced by recorders: nothing about a family's signature is assumed.
+Shape suffixes: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ArtifactError
+from compress.model.block import Block, Travellers
+from compress.model.family import find_blocks
+
+
+class Source(Protocol):
+    """Something that yields the plain tensors of a model by name."""
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+
+
+def skeleton(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The model of a config with parameters on the meta device and buffers real.
+
+    Raises ArtifactError for a config transformers does not know.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        parsed = AutoConfig.for_model(**plain)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"config.json: transformers cannot build this model: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ArtifactError("config.json: not a causal language model")
+    return model.eval().requires_grad_(False)
+
+
+class Walk:
+    """A model whose blocks are visited in order by batches of tokens."""
+
+    def __init__(self, config: dict[str, Any], source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.model = skeleton(config, dtype)
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
+        self.path, self.blocks = find_blocks(self.model, layers)
+        self._load_frame()
+
+    def _load_frame(self) -> None:
+        """Load everything that is not in a block."""
+        self.model.tie_weights()
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        wanted = [n for n, p in self.model.named_parameters(remove_duplicate=False) if not self.in_block(n)]
+        state = {n: self.source.tensor(n).to(self.device) for n in wanted if n not in tied}
+        self.model.load_state_dict(state, assign=True, strict=False)
+        self.model.tie_weights()
+        missing = [n for n, p in self.model.named_parameters() if not self.in_block(n) and p.is_meta]
+        if missing:
+            raise ArtifactError(f"the checkpoint lacks {missing[0]!r}")
+        for module_name, module in self.model.named_modules():
+            if not self.in_block(f"{module_name}."):
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    module._buffers[name] = buffer.to(self.device)
+
+    def in_block(self, name: str) -> bool:
+        """Whether a tensor belongs to a block."""
+        return name.startswith(f"{self.path}.")
+
+    def load_block(self, index: int) -> None:
+        """Bring one block's tensors to the device."""
+        block, prefix = self.blocks[index], f"{self.path}.{index}."
+        names = [n for n in self.source.names() if n.startswith(prefix)]
+        state = {n.removeprefix(prefix): self.source.tensor(n).to(self.device) for n in names}
+        try:
+            block.load_state_dict(state, assign=True, strict=True)
+        except RuntimeError as error:
+            raise ArtifactError(f"{prefix[:-1]}: the checkpoint does not fit the architecture: {error}") from error
+        block.requires_grad_(False)
+
+    def drop_block(self, index: int) -> None:
+        """Forget one block's tensors."""
+        self.blocks[index].to("meta")
+
+    @contextmanager
+    def replaced(self, stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Run with the forward of each block replaced."""
+        for block, stub in zip(self.blocks, stubs, strict=True):
+            block.forward = stub
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def enter(self, ids_BT: Tensor) -> Travellers:
+        """The hidden state before the first block, and what each block is called with."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(self.blocks)
+        first: list[Tensor] = []
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def record(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if index == 0:
+                    first.append(hidden_BTD)
+                calls[index] = (args, kwargs)
+                return hidden_BTD
+
+            return record
+
+        with self.replaced([recorder(i) for i in range(len(self.blocks))]):
+            self.model(input_ids=ids_BT.to(self.device), use_cache=False)
+        return Travellers(ids_BT, first[0], calls)
+
+    def leave(self, travellers: Travellers) -> Tensor:
+        """The logits [B, T, vocabulary] after the last block."""
+
+        def last(*_: Any, **__: Any) -> Tensor:
+            return travellers.hidden_BTD
+
+        with self.replaced([last] * len(self.blocks)):
+            logits = self.model(input_ids=travellers.ids_BT.to(self.device), use_cache=False).logits
+        return torch.as_tensor(logits)
+
+    def visit(self, batches: list[Travellers], probe: Travellers) -> Iterator[Block]:
+        """The blocks in order, each loaded before and dropped after its turn.
+
+        Whoever takes a block calls its `advance` before asking for the next one.
+        """
+        dense_probe = probe.hidden_BTD
+        for index, module in enumerate(self.blocks):
+            self.load_block(index)
+            dense_probe = probe.through(module, index, dense_probe)
+            yield Block(f"{self.path}.{index}", index, module, batches, probe, dense_probe)
+            self.drop_block(index)
+        self.dense_logits = self.leave(Travellers(probe.ids_BT, dense_probe, probe.calls))

@@ -1,0 +1,137 @@
+"""What a pass is: a frozen set of options and a function from a site to a new weight expression.
+
+A pass never touches files, devices, modules or progress bars. Its dataclass fields are the recipe's options,
+typed and described by `Annotated[type, Field(...)]`; its class statement registers it under a name. The two
+wider protocols (a whole block, a whole model) are added when the first pass needs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from compress.errors import RecipeError, UnsupportedWeight
+from compress.model.site import Site
+from compress.options import check_options
+from compress.stats import Statistic
+from compress.weights import Dense, Masked, Pattern, Quantized, Sum, Weight, pattern
+
+PASSES: dict[str, type[WeightPass]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPass:
+    """A rewrite of one site's weight at a time.
+
+    Raises RecipeError at construction if an option has the wrong type or is out of range.
+    """
+
+    name: ClassVar[str] = ""
+    requires: ClassVar[tuple[type[Statistic], ...]] = ()
+
+    sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        """Register the class under `name`; without one it stays an abstract parent."""
+        if name is not None:
+            if name in PASSES and PASSES[name].__qualname__ != cls.__qualname__:
+                raise TypeError(f"two passes are named {name!r}")
+            cls.name = name
+            PASSES[name] = cls
+
+    def __post_init__(self) -> None:
+        check_options(self, self.name)
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """Raise RecipeError if a weight of `shape` at `site` cannot be handled; called before any work."""
+
+    def rewrite(self, site: Site) -> Weight:
+        """The new expression for the site's weight."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Every option with its value, as a recipe would write it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __str__(self) -> str:
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in changed.items())})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(WeightPass):
+    """Keep the best-scored weights, unchanged; a subclass says what is worth keeping."""
+
+    sparsity: Annotated[
+        float | str, Field(description="fraction dropped, or n:m with n KEPT of every m inputs of a row")
+    ] = 0.5
+    scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "row"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pattern()
+
+    def pattern(self) -> Pattern:
+        """The pattern that `sparsity` and `scope` mean."""
+        return pattern(self.sparsity, self.scope)
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """The pattern must fit the matrix."""
+        reason = self.pattern().check(shape)
+        if reason:
+            raise RecipeError(f"{self.name}: {site}: {reason}")
+
+    def score(self, site: Site) -> Tensor:
+        """What each weight is worth, [out, in]; higher is kept."""
+        raise NotImplementedError
+
+    def rewrite(self, site: Site) -> Weight:
+        """The same values under the mask of the highest scores."""
+        dense = site.expect(Dense, by=self.name)
+        chosen = self.pattern()
+        return Masked(dense, chosen.keep(self.score(site)), chosen.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(WeightPass):
+    """Put weights on an integer grid, respecting masks; a subclass says how they are rounded."""
+
+    bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
+    group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64
+    symmetric: Annotated[bool, Field(description="no stored zero; the grid is centred on code 2**(bits-1)")] = False
+    search: Annotated[bool, Field(description="shrink each range to the least error |w - w'|**2.4 of 80 candidates")] = (
+        False
+    )
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """The group must divide the width."""
+        if self.group > 0 and shape[1] % self.group:
+            raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
+
+    def rewrite(self, site: Site) -> Weight:
+        """The weight with its dense parts quantized."""
+        return self.visit(site.weight, site)
+
+    def visit(self, weight: Weight, site: Site) -> Weight:
+        """Quantize the dense part; a mask stays outside the grid, factors of a sum stay as they are."""
+        match weight:
+            case Dense(w_OI):
+                return self.quantize(w_OI, None, site)
+            case Masked(Dense(w_OI), mask_OI, name):
+                return Masked(self.quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site), mask_OI, name)
+            case Sum(terms):
+                return Sum(tuple(t if not is_plain(t) else self.visit(t, site) for t in terms))
+            case _:
+                raise UnsupportedWeight(f"{self.name} cannot quantize {site.name}: it is {weight.describe()}")
+
+    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
+        """The codes of `w_OI`, which is 0 where `keep_OI` is False."""
+        raise NotImplementedError
+
+
+def is_plain(weight: Weight) -> bool:
+    """Whether a term of a sum is a dense matrix, possibly masked."""
+    return isinstance(weight, Dense) or (isinstance(weight, Masked) and isinstance(weight.values, Dense))

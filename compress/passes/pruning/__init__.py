@@ -1,0 +1,1 @@
+"""Pruning: score x pattern; one file, one paper."""

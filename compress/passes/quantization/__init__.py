@@ -1,0 +1,1 @@
+"""Quantization: grid x rounding; one file, one paper."""

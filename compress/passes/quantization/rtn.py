@@ -1,0 +1,23 @@
+"""Round to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compress.model.site import Site
+from compress.passes.base import Quantizer
+from compress.weights import Grid, Quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Quantizer, name="rtn"):
+    """Each weight goes to the nearest point of its group's grid. Needs no data.
+
+    Source: the common baseline; grids and range search as in Frantar et al., GPTQ, ICLR 2023 (released code).
+    """
+
+    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
+        """Round; a dropped weight is 0 and 0 is on every grid."""
+        return Grid(bits=self.bits, group=self.group, symmetric=self.symmetric).quantize(w_OI, search=self.search)

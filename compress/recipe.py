@@ -1,0 +1,244 @@
+"""A recipe: what to do to a model, as data; YAML <-> dataclasses, strict in both directions.
+
+YAML is read by version 1.2 rules (`2:4` is text, `1e-2` a number, `off` a word), without anchors, aliases or
+tags, and within a size and a depth. An error names its path: `passes[1].gptq.bits`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
+
+from compress.errors import RecipeError, nearest
+from compress.options import build, check_options
+from compress.passes import PASSES, WeightPass, load_plugins
+
+LARGEST = 64 * 1024
+DEEPEST = 8
+RECIPES = Path(__file__).parent / "_recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which tokens the statistics are taken over; it matters more than the method, so every result names it."""
+
+    data: Annotated[
+        str, Field(description="text, mixed (half of it questions and contexts), a .txt or .jsonl file, a datasets folder")
+    ] = "mixed"
+    samples: Annotated[int, Field(ge=1, description="windows")] = 128
+    length: Annotated[int | None, Field(ge=8, description="tokens a window; default: what the model takes, to 2048")] = (
+        None
+    )
+    seed: Annotated[int, Field(ge=0, description="which windows")] = 0
+
+    def __post_init__(self) -> None:
+        check_options(self, "calibration")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a run may do before it counts as failed."""
+
+    max_untouched: Annotated[
+        float, Field(ge=0, le=1, description="share of the blocks' matrix parameters that no pass could reach")
+    ] = 0.02
+    max_fallbacks: Annotated[int, Field(ge=0, description="sites where a pass did something weaker than asked")] = 0
+
+    def __post_init__(self) -> None:
+        check_options(self, "limits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accept:
+    """The knowledge a run may lose: the lower confidence bound of every task's change must stay above -max_drop."""
+
+    suite: Annotated[Literal["facts"], Field(description="which tasks")] = "facts"
+    max_drop: Annotated[float, Field(gt=0, le=1, description="largest accepted loss of accuracy, absolute")] = 0.05
+    confidence: Annotated[float, Field(gt=0.5, lt=1, description="of the interval")] = 0.95
+
+    def __post_init__(self) -> None:
+        check_options(self, "accept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The passes in order, with their calibration and limits."""
+
+    passes: tuple[WeightPass, ...]
+    model: str | None = None
+    calibration: Calibration = field(default_factory=Calibration)
+    ordering: Annotated[
+        Literal["site", "block"], Field(description="statistics per distinct input, or per block as papers do")
+    ] = "site"
+    limits: Limits = field(default_factory=Limits)
+    accept: Accept | None = None
+
+    def __post_init__(self) -> None:
+        if not self.passes:
+            raise RecipeError("passes: a recipe needs at least one pass")
+        if self.ordering not in ("site", "block"):
+            raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site or block")
+
+    def needs_data(self) -> bool:
+        """Whether any pass needs statistics."""
+        return any(step.requires for step in self.passes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data with every option written out."""
+        data: dict[str, Any] = {"model": self.model} if self.model else {}
+        data |= {"calibration": asdict(self.calibration)} if self.needs_data() else {}
+        data |= {"ordering": self.ordering, "passes": [{step.name: step.options()} for step in self.passes]}
+        data["limits"] = asdict(self.limits)
+        return data | ({"accept": asdict(self.accept)} if self.accept else {})
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load` reads back to an equal recipe."""
+        yaml = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = None
+        yaml.sort_base_mapping_type_on_output = False
+        text = io.StringIO()
+        yaml.dump(self.to_dict(), text)
+        return text.getvalue()
+
+
+def parse(text: str, where: str = "recipe") -> Any:
+    """Plain data from strict YAML 1.2; raises RecipeError with the line."""
+    if len(text) > LARGEST:
+        raise RecipeError(f"{where}: larger than {LARGEST} bytes")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.version = (1, 2)
+    try:
+        depth = 0
+        for event in yaml.parse(io.StringIO(text)):
+            started = isinstance(event, CollectionStartEvent)
+            depth += started - (type(event).__name__ in ("MappingEndEvent", "SequenceEndEvent"))
+            tagged = isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag is not None
+            if isinstance(event, AliasEvent) or getattr(event, "anchor", None) or tagged:
+                raise RecipeError(f"{where}: anchors, aliases and tags are not allowed (line {event.start_mark.line + 1})")
+            if depth > DEEPEST:
+                raise RecipeError(f"{where}: nested deeper than {DEEPEST} (line {event.start_mark.line + 1})")
+        return yaml.load(io.StringIO(text))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise RecipeError(f"{where}: not valid YAML: {problem}{line}") from error
+
+
+def from_dict(data: Any) -> Recipe:
+    """A recipe from plain data; raises RecipeError with the path of what is wrong."""
+    if not isinstance(data, Mapping):
+        raise RecipeError("recipe: expected a mapping with `passes`")
+    known = {f.name for f in fields(Recipe)}
+    for key in data:
+        if key not in known:
+            raise RecipeError(f"recipe: unknown key {key!r}{nearest(str(key), known)}")
+    steps = data.get("passes")
+    if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
+        raise RecipeError("passes: expected a list with at least one pass")
+    model = data.get("model")
+    if model is not None and not isinstance(model, str):
+        raise RecipeError(f"model: expected a folder or `builtin`, got {model!r}")
+    parts: dict[str, Any] = {
+        key: build(kind, data[key], key)
+        for key, kind in (("calibration", Calibration), ("limits", Limits), ("accept", Accept))
+        if data.get(key) is not None
+    }
+    if "ordering" in data:
+        parts["ordering"] = data["ordering"]
+    return Recipe(passes=tuple(read_pass(step, f"passes[{i}]") for i, step in enumerate(steps)), model=model, **parts)
+
+
+def read_pass(step: Any, where: str) -> WeightPass:
+    """One pass from `name: {options}` or a bare name."""
+    if isinstance(step, str):
+        step = {step: {}}
+    if not isinstance(step, Mapping) or len(step) != 1:
+        raise RecipeError(f"{where}: expected one `name: {{options}}`, got {step!r}")
+    ((name, options),) = step.items()
+    load_plugins()
+    if name not in PASSES:
+        raise RecipeError(f"{where}: unknown pass {name!r}{nearest(str(name), PASSES)}")
+    try:
+        return build(PASSES[name], {} if options is None else options, f"{where}.{name}")
+    except RecipeError as error:
+        text = str(error)
+        raise RecipeError(text if text.startswith(where) else f"{where}.{text}") from error
+
+
+def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from a file, or by the name of a packaged one, with `path=value` changes applied.
+
+    A path is dotted; the option of a pass is named by its index: `passes.0.sparsity=0.6`.
+    """
+    path = find(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    data = parse(text, str(path))
+    for change in changes:
+        apply_change(data, change)
+    return from_dict(data)
+
+
+def find(recipe: str | Path) -> Path:
+    """The file a user means: a path, or the name of a packaged recipe."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    folder = packaged_folder()
+    packaged = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path() and packaged.is_file():
+        return packaged
+    names = [p.stem for p in folder.glob("*.yaml")]
+    raise RecipeError(f"no recipe file at {str(recipe)!r}{nearest(path.stem, names)}")
+
+
+def packaged_folder() -> Path:
+    """Where the packaged recipes lie: inside an installed wheel, or beside the package in a checkout."""
+    return RECIPES if RECIPES.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def apply_change(data: Any, change: str) -> None:
+    """Set one dotted path of parsed recipe data in place; raises RecipeError if it leads nowhere."""
+    path, equals, value = change.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {change!r}: expected path=value, such as passes.0.sparsity=0.6")
+    keys = path.split(".")
+    here = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise RecipeError(f"--set {path}: no item {key!r}; there are {len(here)}")
+            if last:
+                raise RecipeError(f"--set {path}: name an option, such as {path}.sparsity")
+            here = open_step(here, int(key))
+        elif last:
+            here[key] = parse(value, f"--set {path}")
+        else:
+            here = here.setdefault(key, {}) if isinstance(here, dict) else None
+        if not isinstance(here, (dict, list)):
+            raise RecipeError(f"--set {path}: {key!r} has no options")
+
+
+def open_step(steps: list[Any], index: int) -> Any:
+    """The options of a step, made a mapping if the step was a bare name."""
+    step = steps[index]
+    if isinstance(step, str):
+        step = steps[index] = {step: {}}
+    if not isinstance(step, dict) or len(step) != 1:
+        return None
+    ((name, options),) = step.items()
+    if options is None:
+        options = step[name] = {}
+    return options

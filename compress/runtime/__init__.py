@@ -1,0 +1,1 @@
+"""Running compressed models: modules for weight expressions, and transformers' loader."""

@@ -1,0 +1,115 @@
+"""Statistics of a site's input, accumulated over calibration tokens and discarded with the block.
+
+Each is additive over tokens: any split into batches gives the same value up to float32 rounding of one
+batch; running totals of vectors are float64. Inputs are cast to float32 before squaring, because bf16 and
+fp16 squares overflow or lose rank. Shape suffixes: T tokens, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import CalibrationError
+
+
+class Statistic:
+    """An accumulator over the tokens [T, in] that reach a site."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add a batch of tokens."""
+        raise NotImplementedError
+
+    def value(self) -> Tensor:
+        """The statistic so far."""
+        raise NotImplementedError
+
+
+class ColumnNorm(Statistic):
+    """L2 norm of each input feature over all calibration tokens, float32 [in]."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.square_I = torch.zeros(inputs, device=device, dtype=torch.float64)
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add the squares of a batch."""
+        self.square_I += x_TI.float().square().sum(0)
+
+    def value(self) -> Tensor:
+        """The norms."""
+        return self.square_I.sqrt().float()
+
+
+class Gram(Statistic):
+    """Mean of x xᵀ over all calibration tokens, float32 [in, in]."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.sum_II = torch.zeros(inputs, inputs, device=device)
+        self.tokens = 0
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add the outer products of a batch."""
+        x_TI = x_TI.float()
+        self.sum_II.addmm_(x_TI.T, x_TI)
+        self.tokens += len(x_TI)
+
+    def value(self) -> Tensor:
+        """The mean outer product."""
+        return self.sum_II / max(1, self.tokens)
+
+
+class Statistics:
+    """The values measured for one distinct input; shared by every site that reads it.
+
+    `stats[Gram]` gives a value; `derived` keeps what passes compute from it, so that sites which share an
+    input also share its factorisation.
+    """
+
+    def __init__(self, values: dict[type[Statistic], Tensor], tokens: int) -> None:
+        self.values, self.tokens = values, tokens
+        self._derived: dict[Any, Any] = {}
+
+    def __getitem__(self, kind: type[Statistic]) -> Tensor:
+        if kind not in self.values:
+            raise CalibrationError(f"no {kind.__name__} was collected; the pass must name it in `requires`")
+        return self.values[kind]
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self.values
+
+    def derived(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, computed once for `key`."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+
+class Collector:
+    """Fills several statistics from the same tokens."""
+
+    def __init__(self, kinds: Iterable[type[Statistic]], inputs: int, device: torch.device) -> None:
+        self.parts = {kind: kind(inputs, device) for kind in kinds}
+        self.tokens = 0
+
+    def update(self, x_BTI: Tensor) -> None:
+        """Add a batch [..., in]."""
+        x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
+        self.tokens += len(x_TI)
+        for part in self.parts.values():
+            part.update(x_TI)
+
+    def finish(self, where: str) -> Statistics:
+        """The values; raises CalibrationError naming `where` if one is not finite."""
+        values = {kind: part.value() for kind, part in self.parts.items()}
+        for kind, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise CalibrationError(
+                    f"{where}: the {kind.__name__} of its input is not finite; the model overflows here"
+                )
+        return Statistics(values, self.tokens)

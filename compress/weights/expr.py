@@ -1,0 +1,144 @@
+"""Weight expressions: an immutable tree that denotes one matrix of shape [out, in].
+
+The waist is `shape dense() linear(x) nbytes() children() describe()` and stays that narrow: a node
+does not pretend to be a tensor. Combinators are here, leaves in `leaves.py`, the stored form in `pack.py`.
+Shape suffixes: O out, I in, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress.errors import UnsupportedWeight
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One matrix [out, in], however it is represented."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix this denotes."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The matrix itself, [out, in]; costs its full size."""
+        raise NotImplementedError
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """`x @ dense().T` for x [..., in], in the dtype of x; the reference path, not the fast one."""
+        return F.linear(x_TI, self.dense().to(x_TI.dtype))
+
+    def children(self) -> Iterator[Weight]:
+        """The sub-expressions, in field order."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            yield from (v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Weight))
+
+    def nbytes(self) -> int:
+        """Bytes of the stored form: what `pack` writes, nothing estimated."""
+        from compress.weights.pack import pack  # pack matches on every node, so it must import this module
+
+        return sum(tensor.nbytes for tensor in pack(self).values())
+
+    def describe(self) -> str:
+        """A short name for logs and tables, such as `2:4·int4g128 + r64`."""
+        return type(self).__name__.lower()
+
+    def __add__(self, other: Weight) -> Weight:
+        return Sum((self, other))
+
+    def __matmul__(self, other: Weight) -> Weight:
+        return Product(self, other)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Weight):
+    """The sum of its terms; evaluated term by term, never materialised on the way."""
+
+    terms: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        shapes = {term.shape for term in self.terms}
+        if len(shapes) != 1:
+            raise UnsupportedWeight(f"a sum needs terms of one shape; got {sorted(shapes)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.terms[0].shape
+
+    def dense(self) -> Tensor:
+        """The terms, added."""
+        return reduce(add, (term.dense() for term in self.terms))
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """Each term applied to x, added."""
+        return reduce(add, (term.linear(x_TI) for term in self.terms))
+
+    def describe(self) -> str:
+        """The terms joined by ` + `."""
+        return " + ".join(term.describe() for term in self.terms)
+
+
+@dataclass(frozen=True, eq=False)
+class Product(Weight):
+    """`left @ right`: low rank, or a factor that transforms the input or the output."""
+
+    left: Weight
+    right: Weight
+
+    def __post_init__(self) -> None:
+        if self.left.shape[1] != self.right.shape[0]:
+            raise UnsupportedWeight(f"a product needs matching inner sizes; got {self.left.shape} @ {self.right.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out of left, in of right)."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def dense(self) -> Tensor:
+        """The matrix product."""
+        return self.left.dense() @ self.right.dense()
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """Right first, then left: two small products instead of one large."""
+        return self.left.linear(self.right.linear(x_TI))
+
+    def describe(self) -> str:
+        """`r64` when the inner size is a true rank, else the factors."""
+        rank = self.left.shape[1]
+        return f"r{rank}" if rank < min(self.shape) else f"{self.left.describe()}@{self.right.describe()}"
+
+
+@dataclass(frozen=True, eq=False)
+class Masked(Weight):
+    """`values` where the mask is True, exactly zero elsewhere; `pattern` names the mask's rule."""
+
+    values: Weight
+    mask_OI: Tensor
+    pattern: str
+
+    def __post_init__(self) -> None:
+        if tuple(self.mask_OI.shape) != self.values.shape:
+            raise UnsupportedWeight(f"a mask of {tuple(self.mask_OI.shape)} does not fit values of {self.values.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.values.shape
+
+    def dense(self) -> Tensor:
+        """The values with the masked-out entries exactly 0, even where a value is not finite."""
+        return self.values.dense().masked_fill(~self.mask_OI, 0)
+
+    def describe(self) -> str:
+        """The pattern, then what the values are unless plain: `2:4·int4g128`."""
+        values = self.values.describe()
+        return self.pattern if values == "dense" else f"{self.pattern}·{values}"

@@ -1,0 +1,106 @@
+"""Uniform integer grids: fitting a scale and a zero to weights, and rounding onto them.
+
+Conventions (they differ by half a step between tools, so they are named here): asymmetric grids include
+zero, `step = (max - min) / (2**bits - 1)`, `zero = round(-min / step)`; symmetric grids follow GPTQ,
+`step = 2 max|w| / (2**bits - 1)` with the zero at code 2**(bits - 1). Zero is always on the grid, so masks survive.
+All arithmetic is float32; the scale is rounded to its stored dtype BEFORE codes are chosen, so what is
+written is what was optimised. Shape suffixes: O out, I in, G groups, S inputs of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.weights.leaves import Quantized
+
+SMALLEST_NORMAL = 2.0**-14  # of float16; a smaller scale would lose its precision
+LARGEST = 65504.0
+SHRINKS = 80  # candidates of the range search, as in the GPTQ code
+NORM = 2.4  # the exponent of that search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """`bits` an entry, one grid per `group` inputs (0 = a whole row, -1 = the whole matrix)."""
+
+    bits: int
+    group: int = 0
+    symmetric: bool = False
+
+    def width(self, inputs: int) -> int:
+        """Inputs covered by one grid."""
+        return self.group if self.group > 0 else inputs
+
+    def fit(self, w_OI: Tensor, *, search: bool = False, norm: float = NORM) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero, [out, groups] each (or [1, 1]), zero None if symmetric.
+
+        With `search`, each range is shrunk to the one of 80 that minimises sum |w - w'|**norm.
+        Source: Frantar et al., GPTQ, ICLR 2023, released quantizer (`find_params`, option mse).
+        """
+        if self.group == -1:
+            scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, search, norm)
+        else:
+            scale, zero = fit_ranges(
+                w_OI.float().unflatten(1, (-1, self.width(w_OI.shape[1]))), self, search, norm
+            )
+        return scale, zero
+
+    def encode(self, w_OI: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The nearest codes, uint8 [out, in]."""
+        w_OGS = w_OI.float().unflatten(1, (scale.shape[1], -1))
+        middle = 2.0 ** (self.bits - 1) if zero is None else zero.float()[..., None]
+        codes = (w_OGS / scale.float()[..., None]).round() + middle
+        return codes.clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
+
+    def quantize(self, w_OI: Tensor, *, search: bool = False, norm: float = NORM) -> Quantized:
+        """Round to nearest on a fitted grid."""
+        scale, zero = self.fit(w_OI, search=search, norm=norm)
+        return Quantized(self.encode(w_OI, scale, zero), scale, zero, self.bits)
+
+
+def fit_ranges(w_OGS: Tensor, grid: Grid, search: bool, norm: float) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of every group of w [out, groups, size]."""
+    low, high = w_OGS.amin(-1).clamp(max=0), w_OGS.amax(-1).clamp(min=0)
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    empty = high == low
+    low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+    scale, zero = range_to_grid(low, high, grid)
+    if not search:
+        return scale, zero
+    best = range_error(w_OGS, scale, zero, grid, norm)
+    for step in range(1, SHRINKS):
+        part = 1 - step / 100
+        scale_try, zero_try = range_to_grid(low * part, high * part, grid)
+        error = range_error(w_OGS, scale_try, zero_try, grid, norm)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, scale_try, scale)
+        zero = None if zero is None or zero_try is None else torch.where(better, zero_try, zero)
+    return scale, zero
+
+
+def range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The stored scale and zero of the ranges [low, high]."""
+    scale = stored_scale((high - low) / (2**grid.bits - 1))
+    if grid.symmetric:
+        return scale, None
+    return scale, (-low / scale.float()).round().clamp(0, 2**grid.bits - 1).to(torch.uint8)
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """The scale as it is written: float16, or float32 for the whole tensor if float16 would lose it."""
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    fits = bool((scale >= SMALLEST_NORMAL).all()) and bool((scale <= LARGEST).all())
+    return scale.to(torch.float16) if fits else scale
+
+
+def range_error(w_OGS: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, norm: float) -> Tensor:
+    """Sum over each group of |w - w'|**norm."""
+    step = scale.float()[..., None]
+    middle = 2.0 ** (grid.bits - 1) if zero is None else zero.float()[..., None]
+    codes = ((w_OGS / step).round() + middle).clamp(0, 2**grid.bits - 1)
+    return ((codes - middle) * step - w_OGS).abs().pow(norm).sum(-1)

@@ -1,0 +1,241 @@
+"""The leaves of the algebra: tensors that denote a matrix.
+
+Nodes hold plain tensors (codes as one integer an entry, masks as bools); what is stored is decided in
+`pack.py`. Shape suffixes: O out, I in, G groups, N any square size, K codebook entries, D sub-vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import UnsupportedWeight
+from compress.weights.expr import Weight
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Weight):
+    """A plain matrix [out, in] in its own dtype."""
+
+    data: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.data.shape
+        return rows, columns
+
+    def dense(self) -> Tensor:
+        """The matrix, not a copy."""
+        return self.data
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized(Weight):
+    """`scale * (codes - zero)`: integer codes [out, in] on a grid per group of inputs.
+
+    `codes` is uint8 below 2**bits; `scale` is [out, groups], or [1, 1] for one grid; `zero` is uint8
+    like scale, or None for a symmetric grid, whose zero is 2**(bits - 1). The denoted matrix is float32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+
+    def __post_init__(self) -> None:
+        groups = self.scale.shape[1]
+        if self.codes.shape[1] % groups or self.scale.shape[0] not in (1, self.codes.shape[0]):
+            raise UnsupportedWeight(
+                f"scales of {tuple(self.scale.shape)} do not divide codes of {tuple(self.codes.shape)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return int(self.codes.shape[1] // self.scale.shape[1])
+
+    def dense(self) -> Tensor:
+        """The grid values, float32."""
+        zero = 2.0 ** (self.bits - 1) if self.zero is None else self.zero.float()[..., None]
+        codes = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
+        return ((codes - zero) * self.scale.float()[..., None]).flatten(1)
+
+    def describe(self) -> str:
+        """`int4g64`, `int4row` or `int8tensor`; a trailing `s` marks a symmetric grid."""
+        shared = "tensor" if self.scale.numel() == 1 and self.shape[0] > 1 else "row"
+        span = shared if self.scale.shape[1] == 1 else f"g{self.group}"
+        return f"int{self.bits}{span}{'s' if self.zero is None else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Signs(Weight):
+    """`scale` where `positive` is True, `-scale` elsewhere: one bit a weight; scale is [1, 1] or [out, 1]."""
+
+    positive: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.positive.shape
+        return rows, columns
+
+    def dense(self) -> Tensor:
+        """The signed scales, float32."""
+        scale = self.scale.float()
+        return torch.where(self.positive, scale, -scale)
+
+    def describe(self) -> str:
+        """`sign`."""
+        return "sign"
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook(Weight):
+    """Rows cut in sub-vectors of D inputs, each an entry of `book` [entries, D], times a row scale.
+
+    `codes` is an integer tensor [out, in / D]; `scale` is [1, 1] or [out, 1].
+    """
+
+    codes: Tensor
+    book: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1] * self.book.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return max(1, (self.book.shape[0] - 1).bit_length())
+
+    def dense(self) -> Tensor:
+        """The looked-up rows, float32."""
+        return self.book.float()[self.codes.long()].flatten(1) * self.scale.float()
+
+    def describe(self) -> str:
+        """`vq8x4`: bits of a code x inputs it covers."""
+        return f"vq{self.bits}x{self.book.shape[1]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(Weight):
+    """A diagonal matrix [n, n] from its diagonal."""
+
+    diagonal: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return self.diagonal.shape[0], self.diagonal.shape[0]
+
+    def dense(self) -> Tensor:
+        """The full matrix."""
+        return torch.diag(self.diagonal)
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """Elementwise product."""
+        return x_TI * self.diagonal.to(x_TI.dtype)
+
+    def describe(self) -> str:
+        """`diag`."""
+        return "diag"
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation(Weight):
+    """The matrix that sends x to `x[order]`: row i has its one at column order[i]."""
+
+    order: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return self.order.shape[0], self.order.shape[0]
+
+    def dense(self) -> Tensor:
+        """The full 0/1 matrix, float32."""
+        return torch.eye(self.order.shape[0], device=self.order.device)[self.order.long()]
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """A gather."""
+        return x_TI[..., self.order.long()]
+
+    def describe(self) -> str:
+        """`perm`."""
+        return "perm"
+
+
+@dataclass(frozen=True, eq=False)
+class Hadamard(Weight):
+    """The randomised Hadamard rotation `H diag(signs) / sqrt(block)`, block-diagonal, orthogonal.
+
+    `positive` [n] holds the signs; the block is the largest power of two that divides n.
+    Source: Tseng et al., QuIP#, 2024, section 3 (Sylvester order).
+    """
+
+    positive: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n)."""
+        return self.positive.shape[0], self.positive.shape[0]
+
+    @property
+    def block(self) -> int:
+        """Size of one Hadamard block."""
+        n = int(self.positive.shape[0])
+        return n & -n
+
+    def dense(self) -> Tensor:
+        """The full matrix, float32."""
+        return self.linear(torch.eye(self.shape[0], device=self.positive.device)).T.contiguous()
+
+    def linear(self, x_TI: Tensor) -> Tensor:
+        """The fast transform, n log(block) additions a row, computed in float32."""
+        signs = torch.where(self.positive, 1.0, -1.0)
+        y = (x_TI.float() * signs).unflatten(-1, (-1, self.block))
+        half = 1
+        while half < self.block:
+            pairs = y.unflatten(-1, (-1, 2, half))
+            y = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), -2).flatten(-3)
+            half *= 2
+        return (y / self.block**0.5).flatten(-2).to(x_TI.dtype)
+
+    def describe(self) -> str:
+        """`had`."""
+        return "had"
+
+
+@dataclass(frozen=True, eq=False)
+class External(Weight):
+    """A tensor of another model, named and pinned but not stored: the base of a delta."""
+
+    data: Tensor
+    source: str
+    tensor: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.data.shape
+        return rows, columns
+
+    def dense(self) -> Tensor:
+        """The base tensor, not a copy."""
+        return self.data
+
+    def describe(self) -> str:
+        """`base`."""
+        return "base"

@@ -1,0 +1,219 @@
+"""The codec at the disk boundary: expression <-> named tensors plus a JSON specification.
+
+What is stored: codes as a little-endian bit stream, masks as bitmaps, pruned entries not at all. Payloads
+are flat on purpose: a loader that does not know this format meets a shape it cannot assign and stops,
+instead of silently reading codes as weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress.errors import ArtifactError, UnsupportedWeight
+from compress.weights.expr import Masked, Product, Sum, Weight
+from compress.weights.leaves import Codebook, Dense, Diagonal, External, Hadamard, Permutation, Quantized, Signs
+
+Spec = dict[str, Any]
+Resolve = Callable[[str, str], Tensor]  # (source, tensor name) -> the base model's tensor
+FLOATS = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """A flat uint8 tensor holding `values` (below 2**bits) end to end, `bits` each, lowest bit first."""
+    flat = values.reshape(-1)
+    if bits == 8:
+        return flat.to(torch.uint8)
+    if bits > 8:  # two planes: the low bytes, then the rest
+        wide = flat.long()
+        return torch.cat((pack_bits(wide & 255, 8), pack_bits(wide >> 8, bits - 8)))
+    if 8 % bits == 0:
+        per = 8 // bits
+        some = F.pad(flat.to(torch.uint8), (0, -len(flat) % per)).view(-1, per)
+        return (some << (torch.arange(per, dtype=torch.uint8, device=flat.device) * bits)).sum(1, dtype=torch.uint8)
+    eights = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8).long()
+    words = (eights << (torch.arange(8, device=flat.device) * bits)).sum(1)  # 8 * bits <= 56 bits
+    octets = words[:, None] >> (torch.arange(bits, device=flat.device) * 8)
+    return (octets & 255).to(torch.uint8).reshape(-1)[: packed_size(len(flat), bits)].contiguous()
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that `count` values of `bits` bits take."""
+    return count + packed_size(count, bits - 8) if bits > 8 else -(-count * bits // 8)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` values of a stream made by `pack_bits`: uint8, or int32 above 8 bits.
+
+    Raises ArtifactError if the stream has another length.
+    """
+    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
+        raise ArtifactError(
+            f"a packed tensor holds {packed.numel()} {packed.dtype} entries; expected {packed_size(count, bits)} uint8"
+        )
+    if bits == 8:
+        return packed.clone()
+    if bits > 8:
+        low, high = unpack_bits(packed[:count], 8, count), unpack_bits(packed[count:], bits - 8, count)
+        return low.int() | (high.int() << 8)
+    if 8 % bits == 0:
+        shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
+        return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count].contiguous()
+    octets = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()
+    words = (octets << (torch.arange(bits, device=packed.device) * 8)).sum(1)
+    values = words[:, None] >> (torch.arange(8, device=packed.device) * bits)
+    return (values & (2**bits - 1)).to(torch.uint8).reshape(-1)[:count].contiguous()
+
+
+def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors that are stored for `weight`, by their path in the tree; pruned entries are dropped."""
+
+    def kept(t: Tensor) -> Tensor:
+        return (t if keep_OI is None else t[keep_OI]).reshape(-1)
+
+    match weight:
+        case Dense(data):
+            return {f"{at}data": kept(data)}
+        case Quantized(codes, scale, zero, bits):
+            zeros = {} if zero is None else {f"{at}zero": pack_bits(zero, bits)}
+            return {f"{at}codes": pack_bits(kept(codes), bits), f"{at}scale": scale, **zeros}
+        case Signs(positive, scale):
+            return {f"{at}signs": pack_bits(kept(positive), 1), f"{at}scale": scale}
+        case Codebook(codes, book, scale):
+            return {f"{at}codes": pack_bits(codes, weight.bits), f"{at}book": book, f"{at}scale": scale}
+        case Masked(values, mask_OI):
+            return {**pack(values, f"{at}values.", mask_OI), f"{at}mask": pack_bits(mask_OI, 1)}
+        case Sum(terms):
+            return {k: v for i, term in enumerate(terms) for k, v in pack(term, f"{at}terms.{i}.").items()}
+        case Product(left, right):
+            return pack(left, f"{at}left.") | pack(right, f"{at}right.")
+        case Diagonal(diagonal):
+            return {f"{at}diagonal": diagonal}
+        case Permutation(order):
+            return {f"{at}order": order.to(torch.int32)}
+        case Hadamard(positive):
+            return {f"{at}signs": pack_bits(positive, 1)}
+        case External():
+            return {}
+        case _:
+            raise UnsupportedWeight(f"{weight.describe()} has no stored form")
+
+
+def specify(weight: Weight) -> Spec:
+    """The JSON description from which `unpack` rebuilds the expression, given its tensors."""
+    shape = list(weight.shape)
+    match weight:
+        case Dense(data):
+            return {"kind": "dense", "shape": shape, "dtype": str(data.dtype).removeprefix("torch.")}
+        case Quantized(_, scale, zero, bits):
+            return {"kind": "quantized", "shape": shape, "bits": bits, "scales": list(scale.shape),
+                    "symmetric": zero is None}  # fmt: skip
+        case Signs():
+            return {"kind": "signs", "shape": shape}
+        case Codebook(codes, book, _):
+            return {"kind": "codebook", "shape": shape, "codes": list(codes.shape), "book": list(book.shape)}
+        case Masked(values, mask_OI, pattern):
+            return {"kind": "masked", "shape": shape, "pattern": pattern, "kept": int(mask_OI.sum()),
+                    "values": specify(values)}  # fmt: skip
+        case Sum(terms):
+            return {"kind": "sum", "shape": shape, "terms": [specify(term) for term in terms]}
+        case Product(left, right):
+            return {"kind": "product", "shape": shape, "left": specify(left), "right": specify(right)}
+        case Diagonal() | Permutation() | Hadamard():
+            return {"kind": type(weight).__name__.lower(), "shape": shape}
+        case External(_, source, tensor):
+            return {"kind": "external", "shape": shape, "source": source, "tensor": tensor}
+        case _:
+            raise UnsupportedWeight(f"{weight.describe()} has no stored form")
+
+
+def unpack(
+    spec: Spec,
+    tensors: Mapping[str, Tensor],
+    at: str = "",
+    keep_OI: Tensor | None = None,
+    resolve: Resolve | None = None,
+) -> Weight:
+    """The expression that `specify` and `pack` described.
+
+    Raises ArtifactError if a tensor is missing or does not fit, or the specification is malformed.
+    """
+    try:
+        return _unpack(spec, tensors, at, keep_OI, resolve)
+    except KeyError as error:
+        raise ArtifactError(f"the specification or the file lacks {error.args[0]!r}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"a stored weight does not fit its specification: {error}") from error
+
+
+def _unpack(
+    spec: Spec, tensors: Mapping[str, Tensor], at: str, keep_OI: Tensor | None, resolve: Resolve | None
+) -> Weight:
+    rows, columns = (int(n) for n in spec["shape"])
+
+    def spread(t: Tensor, fill: Tensor) -> Tensor:
+        if keep_OI is None:
+            return t.view(rows, columns)
+        whole = fill.expand(rows, columns).to(t.dtype).clone()
+        whole[keep_OI] = t
+        return whole
+
+    def count() -> int:
+        return rows * columns if keep_OI is None else int(keep_OI.sum())
+
+    def below(child: Spec, name: str, keep: Tensor | None = None) -> Weight:
+        return _unpack(child, tensors, f"{at}{name}.", keep, resolve)
+
+    match spec["kind"]:
+        case "dense":
+            data = tensors[f"{at}data"]
+            return Dense(spread(data, torch.zeros((), dtype=data.dtype, device=data.device)))
+        case "quantized":
+            return _unpack_quantized(spec, tensors, at, count(), spread)
+        case "signs":
+            positive = unpack_bits(tensors[f"{at}signs"], 1, count()).bool()
+            return Signs(spread(positive, torch.zeros((), device=positive.device)), tensors[f"{at}scale"])
+        case "codebook":
+            book = tensors[f"{at}book"].view(spec["book"])
+            entries, width = (int(n) for n in spec["codes"])
+            bits = max(1, (book.shape[0] - 1).bit_length())
+            codes = unpack_bits(tensors[f"{at}codes"], bits, entries * width).view(entries, width)
+            return Codebook(codes, book, tensors[f"{at}scale"])
+        case "masked":
+            mask_OI = unpack_bits(tensors[f"{at}mask"], 1, rows * columns).bool().view(rows, columns)
+            return Masked(below(spec["values"], "values", mask_OI), mask_OI, str(spec["pattern"]))
+        case "sum":
+            return Sum(tuple(below(term, f"terms.{i}") for i, term in enumerate(spec["terms"])))
+        case "product":
+            return Product(below(spec["left"], "left"), below(spec["right"], "right"))
+        case "diagonal":
+            return Diagonal(tensors[f"{at}diagonal"])
+        case "permutation":
+            return Permutation(tensors[f"{at}order"].long())
+        case "hadamard":
+            return Hadamard(unpack_bits(tensors[f"{at}signs"], 1, rows).bool())
+        case "external":
+            if resolve is None:
+                raise ArtifactError(f"this weight needs its base {spec['source']!r}, which was not given")
+            return External(resolve(spec["source"], spec["tensor"]), spec["source"], spec["tensor"])
+        case other:
+            raise ArtifactError(f"unknown kind of stored weight {other!r}; this file may need a newer version")
+
+
+def _unpack_quantized(
+    spec: Spec, tensors: Mapping[str, Tensor], at: str, count: int, spread: Callable[[Tensor, Tensor], Tensor]
+) -> Quantized:
+    bits = int(spec["bits"])
+    scales = [int(n) for n in spec["scales"]]
+    scale = tensors[f"{at}scale"].view(scales)
+    zero = None
+    if not spec["symmetric"]:
+        zero = unpack_bits(tensors[f"{at}zero"], bits, scales[0] * scales[1]).view(scales)
+    packed = unpack_bits(tensors[f"{at}codes"], bits, count)
+    width = int(spec["shape"][1]) // scales[1]
+    middle = torch.tensor(2 ** (bits - 1), device=scale.device) if zero is None else zero.repeat_interleave(width, 1)
+    return Quantized(spread(packed, middle), scale, zero, bits)  # a dropped entry reads as the code of zero

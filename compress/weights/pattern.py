@@ -1,0 +1,162 @@
+"""Which weights may survive together: the pattern half of `score x pattern x budget`.
+
+A pattern turns a score [out, in] into a mask of the same shape, True = kept. Counts are exact: the number
+dropped from a group of n at sparsity s is n * s rounded half to even on the decimal the user wrote, and
+ties are dropped by lower index first, so masks nest as s grows and do not depend on the device's sort.
+In `n:m`, n is the number KEPT of every m consecutive inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import ROUND_HALF_EVEN, Decimal
+
+import torch
+from torch import Tensor
+
+from compress.errors import CalibrationError, RecipeError
+
+
+def drop_count(size: int, sparsity: float) -> int:
+    """How many of `size` are dropped: size * sparsity, half to even, in decimal arithmetic."""
+    return int((Decimal(size) * Decimal(str(sparsity))).to_integral_value(ROUND_HALF_EVEN))
+
+
+def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
+    """A mask that drops exactly `drop` lowest of each row; equal scores are dropped from the left.
+
+    Raises CalibrationError if a score is NaN.
+    """
+    if bool(torch.isnan(score_GN).any()):
+        raise CalibrationError("a pruning score is NaN; the weights or the calibration statistics are not finite")
+    if drop == 0:
+        return torch.ones_like(score_GN, dtype=torch.bool)
+    if drop == score_GN.shape[1]:
+        return torch.zeros_like(score_GN, dtype=torch.bool)
+    threshold = score_GN.kthvalue(drop, dim=1, keepdim=True).values
+    below, level = score_GN < threshold, score_GN == threshold
+    missing = drop - below.sum(1, keepdim=True)
+    return ~(below | (level & (level.cumsum(1) <= missing)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """A rule about which entries may be kept together."""
+
+    @property
+    def name(self) -> str:
+        """The short name, as in `2:4` or `50%`."""
+        raise NotImplementedError
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix of this shape cannot follow the pattern, or None."""
+        del shape
+        return None
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        """The mask [out, in] that keeps the highest scores, True = kept."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NM(Pattern):
+    """Exactly `n` kept of every `m` consecutive inputs of every row."""
+
+    n: int
+    m: int
+
+    @property
+    def name(self) -> str:
+        """`n:m`."""
+        return f"{self.n}:{self.m}"
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Inputs must divide by m."""
+        return f"{self.name} needs a width divisible by {self.m}, got {shape[1]}" if shape[1] % self.m else None
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        """The n highest of each group."""
+        return keep_highest(score_OI.reshape(-1, self.m), self.m - self.n).view(score_OI.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerRow(Pattern):
+    """The same number kept in every row: each output competes alone."""
+
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        """`50%`."""
+        return f"{Decimal(str(self.sparsity)) * 100:g}%"
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        """The highest of each row."""
+        return keep_highest(score_OI, drop_count(score_OI.shape[1], self.sparsity))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerMatrix(Pattern):
+    """One competition over the whole matrix; rows may differ."""
+
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        """`50%m`."""
+        return f"{Decimal(str(self.sparsity)) * 100:g}%m"
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        """The highest of the matrix."""
+        return keep_highest(score_OI.reshape(1, -1), drop_count(score_OI.numel(), self.sparsity)).view(score_OI.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(Pattern):
+    """Whole tiles of `rows` x `columns` are kept or dropped, by the sum of their scores, over the matrix."""
+
+    rows: int
+    columns: int
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        """`50%b16x16`."""
+        return f"{Decimal(str(self.sparsity)) * 100:g}%b{self.rows}x{self.columns}"
+
+    def check(self, shape: tuple[int, int]) -> str | None:
+        """Both sides must divide."""
+        if shape[0] % self.rows or shape[1] % self.columns:
+            return f"blocks of {self.rows}x{self.columns} do not tile a matrix of {shape[0]}x{shape[1]}"
+        return None
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        """The tiles with the highest total."""
+        tiles = score_OI.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
+        total = tiles.sum((1, 3))
+        kept = keep_highest(total.reshape(1, -1), drop_count(total.numel(), self.sparsity)).view(total.shape)
+        return kept[:, None, :, None].expand_as(tiles).reshape(score_OI.shape)
+
+
+def pattern(sparsity: float | str, scope: str = "row") -> Pattern:
+    """The pattern that recipe options mean: a fraction with a scope (row, matrix, RxC), or `n:m` with n kept.
+
+    Raises RecipeError when they mean nothing.
+    """
+    if isinstance(sparsity, str):
+        found = re.fullmatch(r"(\d+):(\d+)", sparsity)
+        if not found or not 0 < int(found[1]) < int(found[2]) <= 64:
+            raise RecipeError(
+                f"sparsity {sparsity!r} is not a pattern; allowed: a fraction such as 0.5, or n:m with n kept of m "
+                "and 0 < n < m <= 64, such as 2:4"
+            )
+        return NM(n=int(found[1]), m=int(found[2]))
+    if not 0 <= sparsity <= 1:
+        raise RecipeError(f"sparsity {sparsity} is out of range; allowed: 0 to 1, or n:m")
+    tile = re.fullmatch(r"(\d+)x(\d+)", scope)
+    if tile and int(tile[1]) and int(tile[2]):
+        return Blocks(rows=int(tile[1]), columns=int(tile[2]), sparsity=float(sparsity))
+    if scope not in ("row", "matrix"):
+        raise RecipeError(f"scope {scope!r} is unknown; allowed: row, matrix, or a block such as 16x16")
+    return PerRow(sparsity=float(sparsity)) if scope == "row" else PerMatrix(sparsity=float(sparsity))

@@ -1,0 +1,115 @@
+"""Compare a compressed model's results with its dense original's, and accept or refuse the loss.
+
+Not here: the statistics themselves (`stats.py`). Two results are compared question by question or not at all:
+different questions, batch size, context length or lm-eval version are refused, because each of them alone
+flips answers. Differences that a comparison may legitimately have (dtype, device, torch) are noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from compress.errors import ArtifactError
+from compress_evals import stats
+from compress_evals.fidelity import Fidelity
+from compress_evals.results import Comparison, Results, TaskComparison, TaskResult, Worst
+
+MUST_AGREE = ("suite", "lm_eval", "batch_size", "max_length", "bos", "chat_template")
+NOTED = ("torch", "transformers", "device", "dtype")
+
+
+def compare(
+    dense: Results,
+    compressed: Results,
+    fidelity: Fidelity | None = None,
+    margin: float = 0.05,
+    seed: int = 0,
+    iters: int = 10000,
+) -> Comparison:
+    """The paired comparison of every task's headline metric; `margin` is the fraction of dense that may be lost.
+
+    Raises ArtifactError if the two were not measured alike on the same questions.
+    """
+    check_comparable(dense, compressed)
+    pairs = {task: _pair(dense, compressed, task, margin, iters, seed) for task in dense.tasks}
+    adjusted = stats.holm([pair.p for pair in pairs.values()])
+    return Comparison(
+        dense=dense.model.name,
+        compressed=compressed.model.name,
+        dense_bytes=dense.model.bytes_on_disk,
+        margin=margin,
+        seed=seed,
+        iters=iters,
+        tasks={
+            task: TaskComparison(title=dense.tasks[task].title, family=dense.tasks[task].family, p_holm=p, paired=pair)
+            for (task, pair), p in zip(pairs.items(), adjusted, strict=True)
+        },
+        worst=worst_family(dense.tasks, compressed.tasks),
+        fidelity=fidelity,
+        notes=_notes(dense, compressed),
+    )
+
+
+def check_comparable(dense: Results, compressed: Results) -> None:
+    """Raise ArtifactError, naming the difference, unless both were measured alike on the same questions."""
+    pair = f"{dense.model.name} and {compressed.model.name}"
+    for field in MUST_AGREE:
+        ours, theirs = getattr(dense.engine, field), getattr(compressed.engine, field)
+        if ours != theirs:
+            raise ArtifactError(f"{pair} were measured with different {field}: {ours} and {theirs}")
+    if dense.tasks.keys() != compressed.tasks.keys():
+        different = sorted(dense.tasks.keys() ^ compressed.tasks.keys())
+        raise ArtifactError(f"{pair} were not asked the same tasks; only one has {', '.join(different)}")
+    for task, result in dense.tasks.items():
+        if result.task_hash != compressed.tasks[task].task_hash or result.shots != compressed.tasks[task].shots:
+            raise ArtifactError(f"{pair} were asked different questions in {task}: same limit, seed and version?")
+        if len(dense.rows.get(task, ())) != result.n or len(compressed.rows.get(task, ())) != result.n:
+            raise ArtifactError(f"{pair}: the questions of {task} are not loaded; read both results with load()")
+
+
+def worst_family(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> Worst | None:
+    """The family with the smallest mean of compressed over dense score, both above chance.
+
+    Tasks where dense is not above chance have nothing to lose and do not count; None if all are such.
+    """
+    kept: dict[str, list[float]] = {}
+    for task, result in dense.items():
+        headroom = result.score.value - result.chance
+        if headroom > 0:
+            share = (compressed[task].score.value - result.chance) / headroom
+            kept.setdefault(result.family, []).append(share)
+    means = {family: float(np.mean(shares)) for family, shares in kept.items()}
+    worst = min(means, key=means.__getitem__, default=None)
+    return None if worst is None else Worst(family=worst, retained=means[worst])
+
+
+def accept(comparison: Comparison, max_drop: float, confidence: float) -> list[str]:
+    """The tasks that may have lost more than `max_drop` (absolute, 0.05 = 5 points), as readable lines.
+
+    A task passes if the one-sided lower bound of its difference, at `confidence`, is not below -max_drop: a
+    measurement too small to exclude the loss does not pass. Empty means accepted.
+    """
+    if not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence must be from 0.5 to below 1, not {confidence}")
+    failures = []
+    for name, task in comparison.tasks.items():
+        bound = stats.lower_bound(task.paired, confidence, comparison.iters, comparison.seed)
+        if bound < -max_drop:
+            failures.append(
+                f"{name}: {100 * task.paired.delta:+.1f} points, and at {100 * confidence:g} % confidence the loss may be "
+                f"{-100 * bound:.1f}; allowed are {100 * max_drop:.1f}"
+            )
+    return failures
+
+
+def _pair(dense: Results, compressed: Results, task: str, margin: float, iters: int, seed: int) -> stats.Paired:
+    headline = dense.tasks[task].headline
+    before, after = ([row.scores[headline] for row in results.rows[task]] for results in (dense, compressed))
+    return stats.paired(before, after, [row.cluster for row in dense.rows[task]], margin, iters, seed)
+
+
+def _notes(dense: Results, compressed: Results) -> tuple[str, ...]:
+    pairs = ((field, getattr(dense.engine, field), getattr(compressed.engine, field)) for field in NOTED)
+    return tuple(f"{field}: dense {ours}, compressed {theirs}" for field, ours, theirs in pairs if ours != theirs)

@@ -1,0 +1,246 @@
+"""How far a compressed model's next-token distributions are from the dense model's.
+
+Not here: whether its answers are right (`run.py`). Shown beside the answers, never instead of them:
+KL and bits per byte rank badly damaged models well and nearly lossless ones not at all, and on plain text
+they can point the other way than knowledge does. Everything is float32 after the logits.
+Shapes: T tokens of one window, V vocabulary; B windows of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.builtin.documents import Question, closed_book
+from compress.builtin.facts import facts
+from compress.errors import ArtifactError
+from compress_evals.stats import Floats, bootstrap
+
+_LOGITS = 1 << 24  # logits of one model held at a time: 64 MB as float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """Distances of a compressed model from its dense original; all on text that neither was calibrated on.
+
+    `kl` is KL(dense || compressed) in nats a token over the text, `answer_kl` the same where the answers of the
+    trained questions stand; `top1` the share of tokens where both would say the same. Bits per byte measure how
+    well a text is compressed: not a quality metric. Infinite where the compressed model gives no distribution.
+    """
+
+    text_sha256: str
+    tokens: int
+    windows: int
+    kl: Estimate
+    kl_p50: float
+    kl_p99: float
+    top1: float
+    dense_bits_per_byte: float
+    compressed_bits_per_byte: float
+    bits_per_byte_difference: Estimate
+    answers: int
+    answer_kl: Estimate
+    answer_top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What was found at each scored token: KL, agreement of the likeliest token, and both losses in nats."""
+
+    kl: Floats
+    same: Floats
+    dense_loss: Floats
+    compressed_loss: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Token ids beginning with a context of `scored_from` tokens that are not scored; `size` is in UTF-8 bytes."""
+
+    ids: tuple[int, ...]
+    scored_from: int
+    size: int
+
+
+def evaluation_text() -> str:
+    """The built-in text that no calibration set contains."""
+    return resources.files("compress.builtin").joinpath("texts/evaluation.txt").read_text(encoding="utf-8")
+
+
+def fidelity(
+    dense: Any,
+    compressed: Any,
+    tokenizer: Any,
+    *,
+    text: str | None = None,
+    questions: Sequence[Question] | None = None,
+    length: int = 256,
+    iters: int = 10000,
+    seed: int = 0,
+) -> Fidelity:
+    """Compare two causal language models of one vocabulary on a text and on the answers to questions.
+
+    `text` and `questions` default to the built-in ones. `length` is the tokens of a window, BOS included; windows
+    do not overlap. Intervals resample windows (questions for `answer_kl`) `iters` times.
+    """
+    text = evaluation_text() if text is None else text
+    questions = closed_book(facts("evaluation"), "trained") if questions is None else questions
+    pieces = text_windows(tokenizer, text, length)
+    asked = [answer_window(tokenizer, question) for question in questions]
+    if not pieces or not asked:
+        raise ArtifactError("fidelity needs a text of two tokens or more and at least one question")
+    found, answers = (compare_windows(dense, compressed, windows) for windows in (pieces, asked))
+    return summarise(text, pieces, found, answers, iters, seed)
+
+
+def summarise(
+    text: str,
+    pieces: Sequence[Window],
+    found: Sequence[Tokens],
+    answers: Sequence[Tokens],
+    iters: int,
+    seed: int,
+) -> Fidelity:
+    """The figures over the tokens found at each window of the text and at each answer."""
+    kl = np.concatenate([f.kl for f in found])
+    sizes = np.array([window.size for window in pieces], dtype=np.float64)
+    dense_bits = np.array([f.dense_loss.sum() for f in found]) / math.log(2)
+    compressed_bits = np.array([f.compressed_loss.sum() for f in found]) / math.log(2)
+    return Fidelity(
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        tokens=len(kl),
+        windows=len(pieces),
+        kl=mean_kl(found, iters, seed),
+        kl_p50=_quantile(kl, 0.5),
+        kl_p99=_quantile(kl, 0.99),
+        top1=float(np.concatenate([f.same for f in found]).mean()),
+        dense_bits_per_byte=float(dense_bits.sum() / sizes.sum()),
+        compressed_bits_per_byte=float(compressed_bits.sum() / sizes.sum()),
+        bits_per_byte_difference=ratio(compressed_bits - dense_bits, sizes, iters, seed),
+        answers=len(answers),
+        answer_kl=mean_kl(answers, iters, seed),
+        answer_top1=float(np.concatenate([a.same for a in answers]).mean()),
+    )
+
+
+def text_windows(tokenizer: Any, text: str, length: int) -> list[Window]:
+    """The text cut into windows of `length` tokens, BOS included; their sizes add up to the text's bytes.
+
+    Raises ArtifactError for a tokenizer that cannot say where its tokens stand in the text.
+    """
+    if not tokenizer.is_fast:
+        raise ArtifactError("fidelity needs a fast tokenizer: bytes per window come from its token offsets")
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, starts = encoded.input_ids, [start for start, _ in encoded.offset_mapping]
+    step = length - 1
+    windows = []
+    for begin in range(0, len(ids), step):
+        piece = (*first, *ids[begin : begin + step])
+        scored = begin + 1 - len(first)  # without a BOS the first token is context
+        if len(piece) > 1:
+            since = starts[scored] if scored else 0
+            until = starts[begin + step] if begin + step < len(ids) else len(text)
+            windows.append(Window(ids=piece, scored_from=1, size=len(text[since:until].encode())))
+    return windows
+
+
+def answer_window(tokenizer: Any, question: Question) -> Window:
+    """A question with its answer, of which only ` {answer}.` is scored."""
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    answer = f" {question.answer}."
+    prompt = tokenizer(question.prompt, add_special_tokens=False).input_ids
+    whole = tokenizer(question.prompt + answer, add_special_tokens=False).input_ids
+    return Window(ids=(*first, *whole), scored_from=len(first) + len(prompt), size=len(answer.encode()))
+
+
+def compare_windows(dense: Any, compressed: Any, windows: Sequence[Window]) -> list[Tokens]:
+    """The comparison at the scored tokens of each window, in their order; batches hold like lengths."""
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
+    most = max(1, _LOGITS // (len(windows[order[0]].ids) * dense.config.vocab_size))
+    found: dict[int, Tokens] = {}
+    for start in range(0, len(order), most):
+        chosen = order[start : start + most]
+        found |= zip(chosen, compare_batch(dense, compressed, [windows[i] for i in chosen]), strict=True)
+    return [found[i] for i in range(len(windows))]
+
+
+@torch.inference_mode()
+def compare_batch(dense: Any, compressed: Any, batch: Sequence[Window]) -> list[Tokens]:
+    """The comparison at the scored tokens of each window, all in one forward, padded on the right."""
+    ids_BT = torch.zeros(len(batch), max(len(window.ids) for window in batch), dtype=torch.long)
+    for i, window in enumerate(batch):
+        ids_BT[i, : len(window.ids)] = torch.tensor(window.ids)
+    dense_BTV = dense(input_ids=ids_BT.to(dense.device), use_cache=False).logits
+    compressed_BTV = compressed(input_ids=ids_BT.to(compressed.device), use_cache=False).logits
+    if dense_BTV.shape != compressed_BTV.shape:
+        raise ArtifactError(
+            f"the models have {dense_BTV.shape[-1]} and {compressed_BTV.shape[-1]} tokens: not one the other compressed"
+        )
+    return [
+        token_distances(
+            dense_BTV[i, window.scored_from - 1 : len(window.ids) - 1],
+            compressed_BTV[i, window.scored_from - 1 : len(window.ids) - 1].to(dense_BTV.device),
+            ids_BT[i, window.scored_from : len(window.ids)].to(dense_BTV.device),
+        )
+        for i, window in enumerate(batch)
+    ]
+
+
+def token_distances(dense_TV: Tensor, compressed_TV: Tensor, target_T: Tensor) -> Tokens:
+    """KL(dense || compressed), agreement and losses of two rows of logits.
+
+    Where either gives no distribution (NaN) the distance is infinite and they disagree.
+    """
+    p_TV, q_TV = dense_TV.float().log_softmax(-1), compressed_TV.float().log_softmax(-1)
+    kl_T = torch.where(p_TV.isneginf(), 0.0, p_TV.exp() * (p_TV - q_TV)).sum(-1).clamp_min(0)
+    broken_T = (p_TV.isnan() | q_TV.isnan()).any(-1)
+    same_T = (p_TV.argmax(-1) == q_TV.argmax(-1)) & ~broken_T
+    losses = [-x_TV.gather(-1, target_T.unsqueeze(-1)).squeeze(-1) for x_TV in (p_TV, q_TV)]
+    return Tokens(
+        kl=_array(kl_T.masked_fill(broken_T, math.inf)),
+        same=_array(same_T),
+        dense_loss=_array(losses[0].nan_to_num(nan=math.inf, posinf=math.inf)),
+        compressed_loss=_array(losses[1].nan_to_num(nan=math.inf, posinf=math.inf)),
+    )
+
+
+def mean_kl(found: Sequence[Tokens], iters: int, seed: int) -> Estimate:
+    """KL a token over all windows, with its interval."""
+    sums = np.array([tokens.kl.sum() for tokens in found])
+    return ratio(sums, np.array([len(tokens.kl) for tokens in found], dtype=np.float64), iters, seed)
+
+
+def ratio(sums: Floats, sizes: Floats, iters: int, seed: int) -> Estimate:
+    """Sum over size with its 95 % interval, resampling windows; infinite if any sum is not finite."""
+    if not np.isfinite(sums).all():
+        return Estimate(value=math.inf, low=math.inf, high=math.inf)
+    table = tuple((total, size, 1) for total, size in zip(sums.tolist(), sizes.tolist(), strict=True))
+    low, high = np.quantile(bootstrap(table, iters, seed), [0.025, 0.975])
+    return Estimate(value=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
+
+
+def _array(x_T: Tensor) -> Floats:
+    return x_T.double().cpu().numpy()
+
+
+def _quantile(values: Floats, share: float) -> float:
+    # "lower": interpolating between a finite and an infinite value would give NaN
+    return float(np.quantile(values, share, method="lower"))

@@ -1,0 +1,1 @@
+"""Scores of single answers and texts: plain functions of strings, no models."""

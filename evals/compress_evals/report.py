@@ -1,0 +1,512 @@
+"""Results as a table, as Markdown and as one self-contained HTML page.
+
+Not here: any statistic but Holm's adjustment, which must cover every cell of the table that is shown. Everything
+drawn is computed here as plain data; `report.html.j2` only places it, and escapes it: model names and recipes
+come from strangers. The page has no script and loads nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from compress.errors import ArtifactError
+from compress_evals.results import Comparison, Metric, Results
+from compress_evals.stats import Paired, detectable_effect, holm, verdict_text
+
+GLYPHS = {"improved": "▲", "matching": "●", "drop": "▼", "fails": "✕", "inconclusive": "?"}
+MEANINGS = {
+    "improved": "the whole interval is above zero",
+    "matching": "the whole interval is above the margin: whatever was lost is small enough",
+    "drop": "there is a loss; whether it is beyond the margin is open",
+    "fails": "the whole interval is below the margin",
+    "inconclusive": "too few questions to tell; not the same as no loss",
+}
+ASSUMED_FLIPS = 0.1  # between int4 (about 2 %) and 2:4 pruning (about 30 %) on the built-in model
+_TEMPLATES = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One task of one compressed model against dense; scores and differences are fractions.
+
+    `p` is adjusted (Holm) for all rows of the table; `metric` and `dense_metric` carry the single scores' intervals.
+    """
+
+    model: str
+    task: str
+    title: str
+    family: str
+    metric: Metric
+    dense_metric: Metric
+    paired: Paired
+    p: float
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whisker:
+    """One difference with its interval, in the coordinates of the forest plot; `fill` marks the model."""
+
+    y: float
+    x: float
+    low: float
+    high: float
+    verdict: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forest:
+    """The differences of one model, task by task; `band` is where a loss counts as matching."""
+
+    model: str
+    width: int
+    height: int
+    left: int
+    zero: float
+    ticks: tuple[tuple[float, str], ...]
+    labels: tuple[tuple[float, str], ...]
+    bands: tuple[tuple[float, float, float], ...]
+    whiskers: tuple[Whisker, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """One model in the scatter: mean and worst family, joined, and where its name is written."""
+
+    x: float
+    y: float
+    worst_y: float
+    name: str
+    name_x: float
+    name_y: float
+    anchor: str
+    dense: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """Quality kept against size on disk."""
+
+    width: int
+    height: int
+    left: int
+    bottom: int
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    dots: tuple[Dot, ...]
+
+
+def split(results: Sequence[Results]) -> tuple[Results, list[Results]]:
+    """The dense result, which has no `vs`, and the compressed ones compared with it, in their order.
+
+    Raises ArtifactError unless there is exactly one dense result and every other was compared with it.
+    """
+    dense = [result for result in results if result.vs is None]
+    if len(dense) != 1:
+        names = ", ".join(result.model.name for result in dense) or "none"
+        raise ArtifactError(f"a report needs one dense result beside the compared ones; without comparison: {names}")
+    compressed = [result for result in results if result.vs is not None]
+    for result in compressed:
+        check_reference(dense[0], result)
+    return dense[0], compressed
+
+
+def check_reference(dense: Results, compressed: Results) -> None:
+    """Raise ArtifactError unless the stored comparison was made with this dense result, question by question."""
+    known = compressed.vs is not None and compressed.vs.dense == dense.model.name
+    ours = {task: result.task_hash for task, result in dense.tasks.items()}
+    if not known or ours != {task: result.task_hash for task, result in compressed.tasks.items()}:
+        raise ArtifactError(f"{compressed.model.name} was not compared with {dense.model.name}: compare them first")
+
+
+def table_rows(results: Sequence[Results]) -> list[TableRow]:
+    """One row for every task of every compressed model, p adjusted over all of them; pure data for any output."""
+    dense, compressed = split(results)
+    pairs = [(result, task, cell) for result in compressed for task, cell in _versus(result).tasks.items()]
+    adjusted = holm([cell.paired.p for _, _, cell in pairs])
+    return [
+        TableRow(
+            model=result.model.name,
+            task=task,
+            title=cell.title,
+            family=cell.family,
+            metric=result.tasks[task].score,
+            dense_metric=dense.tasks[task].score,
+            paired=cell.paired,
+            p=p,
+            verdict=verdict_text(cell.paired),
+        )
+        for (result, task, cell), p in zip(pairs, adjusted, strict=True)
+    ]
+
+
+def markdown(results: Sequence[Results]) -> str:
+    """The report as Markdown: what was compressed, the table for each model, tiers and fidelity."""
+    dense, compressed = split(results)
+    parts = [f"# {_md(headline(dense, compressed))}", _md(header_line(dense))]
+    if not compressed:
+        parts.append(_md_table(("task", "n", "score"), [_score_cells(dense, task) for task in dense.tasks]))
+    rows = table_rows(results)
+    for result in compressed:
+        parts += [f"## {_md(result.model.name)}", _md(facts_line(dense, result))]
+        if result.model.recipe:
+            parts.append(_fenced(result.model.recipe))
+        columns = ("task", "dense %", "compressed %", "difference, points", "lost / gained", "p (Holm)", "verdict")
+        parts.append(_md_table(columns, [_cells(row) for row in rows if row.model == result.model.name]))
+        parts.append(_md(tally(result)))
+    if compressed:
+        parts += ["## By how often a fact was shown", _md_table(*tier_table(dense, compressed))]
+    if any(_versus(result).fidelity for result in compressed):
+        parts += ["## Fidelity to dense", _md_table(*fidelity_table(compressed))]
+    return "\n\n".join(parts) + "\n"
+
+
+def html(results: Sequence[Results]) -> str:
+    """The report as one HTML page, readable in light and dark, with plots as inline SVG."""
+    dense, compressed = split(results)
+    rows = table_rows(results)
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points, "p_value": p_value}
+    return environment.get_template("report.html.j2").render(
+        title=headline(dense, compressed),
+        header=header_line(dense),
+        dense=dense,
+        dense_rows=[_score_cells(dense, task) for task in dense.tasks],
+        cards=[_card(dense, result) for result in compressed],
+        tables=[(result.model.name, [r for r in rows if r.model == result.model.name]) for result in compressed],
+        matrix=_matrix(dense, compressed, rows),
+        forests=[forest(result, 980 if len(compressed) == 1 else 640) for result in compressed],
+        scatter=scatter(dense, compressed) if len(compressed) > 1 else None,
+        tiers=tier_table(dense, compressed),
+        fidelity=fidelity_table(compressed),
+        glyphs=GLYPHS,
+        meanings=MEANINGS,
+        margin=_versus(compressed[0]).margin if compressed else None,
+        notes=[f"{result.model.name}: {note}" for result in compressed for note in _versus(result).notes],
+    )
+
+
+# -- sentences and numbers -----------------------------------------------------------------------
+
+
+def headline(dense: Results, compressed: Sequence[Results]) -> str:
+    """The title of the report."""
+    match compressed:
+        case []:
+            return f"What {dense.model.name} can do"
+        case [one]:
+            return f"What {one.model.name} lost against {dense.model.name}"
+        case _:
+            return f"What {len(compressed)} compressed versions lost against {dense.model.name}"
+
+
+def header_line(dense: Results) -> str:
+    """How much was asked, and the smallest loss that so many questions show if a tenth of the answers flip."""
+    sizes = sorted({task.n for task in dense.tasks.values()}, reverse=True)
+    shown = {n: detectable_effect(n, ASSUMED_FLIPS) for n in (sizes[0], sizes[-1])}
+    effects = [f"{100 * effect:.1f} points ({n} questions)" for n, effect in shown.items() if math.isfinite(effect)]
+    return (
+        f"{sum(task.n for task in dense.tasks.values()):,} questions in {len(dense.tasks)} tasks. "
+        f"Minimal detectable effect with 80 % power, if {100 * ASSUMED_FLIPS:.0f} % of the answers flip: "
+        f"{' to '.join(effects) or 'none, too few questions'}."
+    )
+
+
+def facts_line(dense: Results, result: Results) -> str:
+    """Sizes, bits and calibration of one compressed model, in a sentence."""
+    parts = [size_change(dense.model.bytes_on_disk, result.model.bytes_on_disk)]
+    if result.model.bits_per_weight is not None:
+        parts.append(f"{result.model.bits_per_weight:.2f} bits per weight")
+    parts.append(f"calibration: {calibration(result)}")
+    return "; ".join(part for part in parts if part) + "."
+
+
+def calibration(result: Results) -> str:
+    """What the model was calibrated on, as recorded; `none recorded` if nobody said."""
+    recorded = result.model.calibration
+    return ", ".join(f"{key} {value}" for key, value in recorded.items()) if recorded else "none recorded"
+
+
+def tally(result: Results) -> str:
+    """How many tasks got which verdict, and the family that kept least."""
+    comparison = _versus(result)
+    counts = Counter(cell.paired.verdict for cell in comparison.tasks.values())
+    words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in GLYPHS if counts[verdict])
+    return f"{words}. {worst(comparison)}"
+
+
+def worst(comparison: Comparison) -> str:
+    """The family that kept least of the dense score, as a sentence."""
+    if comparison.worst is None:
+        return "Dense scored nothing above chance: there was nothing to lose."
+    return f"Worst family: {comparison.worst.family}, keeping {100 * comparison.worst.retained:.0f} % of dense."
+
+
+def size_change(before: int | None, after: int | None) -> str:
+    """Bytes on disk before and after; empty if the size after is not known."""
+    if after is None:
+        return ""
+    if not before:
+        return _bytes(after)
+    return f"{_bytes(before)} → {_bytes(after)} ({100 * (after / before - 1):+.0f} %)".replace("-", "−")
+
+
+def percent(metric: Metric) -> str:
+    """A score and its interval in percent."""
+    return f"{100 * metric.value:.1f} [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
+
+
+def points(pair: Paired) -> str:
+    """A difference and its interval in points, with a sign."""
+    return f"{_signed(pair.delta)} [{_signed(pair.low)}, {_signed(pair.high)}]"
+
+
+def p_value(p: float) -> str:
+    """A p value to three places, never as zero."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def tier_table(dense: Results, compressed: Sequence[Results]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the closed-book scores by how often a fact was shown in training."""
+    rows = []
+    for name, task in dense.tasks.items():
+        if task.family == "closed book":
+            for result in (dense, *compressed):
+                tiers = result.tasks[name].tiers
+                cells = (f"{100 * tier.value:.1f} [{100 * tier.low:.1f}, {100 * tier.high:.1f}]" for tier in tiers.values())
+                rows.append((task.title, result.model.name, *cells))
+    tiers = next((task.tiers for task in dense.tasks.values() if task.tiers), {})
+    return ("task", "model", *(f"{tier} (n={score.n})" for tier, score in tiers.items())), rows
+
+
+def fidelity_table(compressed: Sequence[Results]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the distances between the distributions, for the models where they were measured."""
+    header = (
+        "model",
+        "KL on text, nats/token",
+        "KL p50 / p99",
+        "same top token",
+        "KL on answers",
+        "same top token in answers",
+        "bits per byte (not a quality metric)",
+    )
+    found = [(result.model.name, _versus(result).fidelity) for result in compressed]
+    return header, [
+        (
+            name,
+            f"{f.kl.value:.4f} [{f.kl.low:.4f}, {f.kl.high:.4f}]",
+            f"{f.kl_p50:.4f} / {f.kl_p99:.3f}",
+            f"{100 * f.top1:.1f} %",
+            f"{f.answer_kl.value:.4f} [{f.answer_kl.low:.4f}, {f.answer_kl.high:.4f}]",
+            f"{100 * f.answer_top1:.1f} %",
+            f"{f.dense_bits_per_byte:.3f} → {f.compressed_bits_per_byte:.3f}",
+        )
+        for name, f in found
+        if f is not None
+    ]
+
+
+# -- plots ---------------------------------------------------------------------------------------
+
+
+def forest(result: Results, width: int = 640) -> Forest:
+    """The geometry of the differences of one model: a line a task, the margin of each as a band."""
+    comparison, left, step = _versus(result), 190, 26
+    pairs = [(cell.title, cell.paired) for cell in comparison.tasks.values()]
+    lowest = min(-0.1, *(min(pair.low, -pair.margin) for _, pair in pairs))
+    highest = max(0.05, *(pair.high for _, pair in pairs))
+    spacing = _spacing(highest - lowest)
+    first, last = math.floor(lowest / spacing), math.ceil(highest / spacing)
+
+    def place(value: float) -> float:
+        return round(left + (value / spacing - first) / (last - first) * (width - left - 20), 1)
+
+    def line(i: int) -> float:
+        return 24 + i * step
+
+    return Forest(
+        model=result.model.name,
+        width=width,
+        height=24 + len(pairs) * step + 26,
+        left=left,
+        zero=place(0.0),
+        ticks=tuple((place(i * spacing), _tick(i * spacing)) for i in range(first, last + 1)),
+        labels=tuple((line(i), title) for i, (title, _) in enumerate(pairs)),
+        bands=tuple((line(i), place(-pair.margin), place(0.0)) for i, (_, pair) in enumerate(pairs)),
+        whiskers=tuple(
+            Whisker(
+                y=line(i),
+                x=place(pair.delta),
+                low=place(pair.low),
+                high=place(pair.high),
+                verdict=pair.verdict,
+                text=f"{title}: {points(pair)} points, {verdict_text(pair)}",
+            )
+            for i, (title, pair) in enumerate(pairs)
+        ),
+    )
+
+
+def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
+    """The geometry of quality kept against bytes on disk; None if a size is not known."""
+    shown = [(result, result.model.bytes_on_disk) for result in (dense, *compressed)]
+    sizes = [size for _, size in shown if size]
+    if len(sizes) != len(shown):
+        return None
+    width, height, left, right, bottom, top = 980, 380, 60, 40, 46, 34
+    spacing = _spacing(max(sizes) * 1.05)
+    most = math.ceil(max(sizes) * 1.05 / spacing) * spacing
+
+    def across(size: float) -> float:
+        return round(left + size / most * (width - left - right), 1)
+
+    def up(kept: float) -> float:
+        return round(height - bottom - min(max(kept, 0.0), 1.1) * (height - bottom - top), 1)
+
+    kept = [_kept(dense, result) for result, _ in shown]
+    spots = [(across(size), up(mean)) for size, (mean, _) in zip(sizes, kept, strict=True)]
+    names = [result.model.name for result, _ in shown]
+    dots = zip(names, spots, kept, place_names(names, spots, width), strict=True)
+    return Scatter(
+        width=width,
+        height=height,
+        left=left,
+        bottom=bottom,
+        x_ticks=tuple((across(i * spacing), _bytes(i * spacing)) for i in range(round(most / spacing) + 1)),
+        y_ticks=tuple((up(i / 4), f"{25 * i} %") for i in range(5)),
+        dots=tuple(
+            Dot(x=x, y=y, worst_y=up(worst), name=name, name_x=at[0], name_y=at[1], anchor=anchor, dense=i == 0)
+            for i, (name, (x, y), (_, worst), (*at, anchor)) in enumerate(dots)
+        ),
+    )
+
+
+def place_names(
+    names: Sequence[str], spots: Sequence[tuple[float, float]], width: float
+) -> list[tuple[float, float, str]]:
+    """Where to write each name beside its spot, and its text anchor, so that few overlap: the first free place wins."""
+    taken: list[tuple[float, float, float]] = [(x - 6, x + 6, y) for x, y in spots]
+    placed = []
+    for name, (x, y) in zip(names, spots, strict=True):
+        length = 7.2 * len(name)  # a letter of the plot's 12.5 px font, generously
+        choices = [(side, dy) for dy in (-8, 18, -24, 34) for side in (1, -1)]
+        boxes = [(x + 9 if side > 0 else x - 9 - length, y + dy, side) for side, dy in choices]
+        inside = [box for box in boxes if box[0] >= 0 and box[0] + length <= width] or boxes
+        free = [
+            (left, at, side)
+            for left, at, side in inside
+            if all(left > b or left + length < a or abs(at - 4 - c) > 12 for a, b, c in taken)
+        ]
+        left, at, side = (free or inside)[0]
+        taken.append((left, left + length, at - 4))
+        placed.append((x + 9 * side, at, "start" if side > 0 else "end"))
+    return placed
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+def _kept(dense: Results, result: Results) -> tuple[float, float]:
+    """The mean and the smallest, over families, of the score kept above chance."""
+    families: dict[str, list[float]] = {}
+    for name, task in dense.tasks.items():
+        headroom = task.score.value - task.chance
+        if headroom > 0:
+            share = (result.tasks[name].score.value - task.chance) / headroom
+            families.setdefault(task.family, []).append(share)
+    means = [sum(shares) / len(shares) for shares in families.values()] or [0.0]
+    return sum(means) / len(means), min(means)
+
+
+def _card(dense: Results, result: Results) -> dict[str, Any]:
+    comparison = _versus(result)
+    counts = Counter(cell.paired.verdict for cell in comparison.tasks.values())
+    return {
+        "name": result.model.name,
+        "size": size_change(dense.model.bytes_on_disk, result.model.bytes_on_disk),
+        "bits": None if result.model.bits_per_weight is None else f"{result.model.bits_per_weight:.2f}",
+        "calibration": calibration(result),
+        "recipe": result.model.recipe,
+        "sha": result.model.sha,
+        "counts": [(verdict, counts[verdict]) for verdict in GLYPHS if counts[verdict]],
+        "worst": worst(comparison),
+    }
+
+
+def _matrix(dense: Results, compressed: Sequence[Results], rows: Sequence[TableRow]) -> list[tuple[str, str, list[TableRow]]]:
+    cells = {(row.model, row.task): row for row in rows}
+    return [
+        (task.title, f"{100 * task.score.value:.1f}", [cells[result.model.name, name] for result in compressed])
+        for name, task in dense.tasks.items()
+    ]
+
+
+def _cells(row: TableRow) -> tuple[str, ...]:
+    pair = row.paired
+    flips, verdict = f"{pair.lost} / {pair.gained}", f"{GLYPHS[pair.verdict]} {row.verdict}"
+    return row.title, percent(row.dense_metric), percent(row.metric), points(pair), flips, p_value(row.p), verdict
+
+
+def _score_cells(result: Results, task: str) -> tuple[str, str, str]:
+    return result.tasks[task].title, str(result.tasks[task].n), percent(result.tasks[task].score)
+
+
+def _versus(result: Results) -> Comparison:
+    if result.vs is None:
+        raise ArtifactError(f"{result.model.name} has not been compared with a dense result")
+    return result.vs
+
+
+def _signed(fraction: float) -> str:
+    rounded = round(100 * fraction, 1) + 0.0
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def _tick(fraction: float) -> str:
+    rounded = round(100 * fraction)
+    return f"{rounded:+d}".replace("-", "−") if rounded else "0"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _spacing(extent: float) -> float:
+    """A round distance between ticks that gives four to nine of them."""
+    power = 10.0 ** math.floor(math.log10(extent))
+    return next(power * step for step in (0.1, 0.2, 0.5, 1.0, 2.0) if extent / (power * step) <= 9)
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+
+
+def _md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell if cell == '---' else _md(cell) for cell in line)} |" for line in lines)
+
+
+def _fenced(text: str) -> str:
+    """Text as a code block that it cannot end."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,231 @@
+"""The results of one model: what is measured, how it is stored, and when it is refused.
+
+A result is a folder: `results.json` (schema 1) and `samples/<task>.jsonl.gz`, one row a question. The same
+measurement gives the same bytes but for its date, timings and package versions. Not here: measuring
+(`run.py`) and comparing (`comparison.py`). The task hash covers every document, prompt and target, so two
+results can only be compared if they were asked the same questions.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.errors import ArtifactError
+from compress_evals.fidelity import Fidelity
+from compress_evals.stats import Paired
+
+SCHEMA = 1
+RESULTS_FILE = "results.json"
+SAMPLES_FOLDER = "samples"
+
+
+class Stored(BaseModel):
+    """The strictness of everything stored: frozen, no unknown fields, infinities kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, ser_json_inf_nan="strings")
+
+
+class Row(Stored):
+    """One question and how it went: the metrics' values, and what was said where text was generated."""
+
+    id: str
+    cluster: str
+    tier: str = ""
+    hash: str
+    scores: dict[str, float]
+    said: str | None = None
+
+
+class Metric(Stored):
+    """A mean over questions with its 95 % interval; `higher` says which way is better."""
+
+    value: float
+    low: float
+    high: float
+    higher: bool = True
+
+
+class TierScore(Stored):
+    """The headline metric over the facts of one exposure tier."""
+
+    n: int
+    value: float
+    low: float
+    high: float
+
+
+class TaskResult(Stored):
+    """One task: how much was asked, of what, and every metric; `truncated` counts prompts cut to fit."""
+
+    title: str
+    family: str
+    headline: str
+    chance: float
+    version: str
+    n: int
+    shots: int
+    task_hash: str
+    metrics: dict[str, Metric]
+    tiers: dict[str, TierScore]
+    truncated: int
+    seconds: float
+
+    @property
+    def score(self) -> Metric:
+        """The headline metric."""
+        return self.metrics[self.headline]
+
+
+class ModelFacts(Stored):
+    """What was measured: the model, its size, and how it was compressed (None where nobody said)."""
+
+    name: str
+    sha: str | None = None
+    parameters: int
+    bytes_on_disk: int | None = None
+    bits_per_weight: float | None = None
+    recipe: str | None = None
+    calibration: dict[str, Any] | None = None
+
+
+class Engine(Stored):
+    """What it was measured with; `bos` tells whether every prompt began with the BOS token."""
+
+    suite: str
+    lm_eval: str
+    torch: str
+    transformers: str
+    device: str
+    dtype: str
+    batch_size: int
+    max_length: int
+    bos: bool
+    chat_template: None = None
+
+
+class TaskComparison(Stored):
+    """One task of a comparison: the paired statistics, and p adjusted for all tasks of the comparison."""
+
+    title: str
+    family: str
+    p_holm: float
+    paired: Paired
+
+
+class Worst(Stored):
+    """The family that kept least of its dense score above chance; `retained` is that fraction."""
+
+    family: str
+    retained: float
+
+
+class Comparison(Stored):
+    """A compressed model against its dense original, on the same questions."""
+
+    dense: str
+    compressed: str
+    dense_bytes: int | None
+    margin: float
+    seed: int
+    iters: int
+    tasks: dict[str, TaskComparison]
+    worst: Worst | None
+    fidelity: Fidelity | None
+    notes: tuple[str, ...] = ()
+
+
+class Results(Stored):
+    """The measurement of one model; `rows` are stored beside the JSON, `vs` is filled in by `compare`."""
+
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    created: str
+    seed: int
+    limit: int | None
+    model: ModelFacts
+    engine: Engine
+    tasks: dict[str, TaskResult]
+    seconds: float
+    vs: Comparison | None = None
+    rows: dict[str, tuple[Row, ...]] = Field(default_factory=dict, exclude=True)
+
+
+def task_hash(rows: Sequence[Row]) -> str:
+    """The hash of all questions of a task in their order."""
+    return hashlib.sha256("\n".join(row.hash for row in rows).encode()).hexdigest()
+
+
+def save(results: Results, folder: Path) -> Path:
+    """Write the result into `folder` and give the path of its `results.json`, which is written last."""
+    samples = folder / SAMPLES_FOLDER
+    samples.mkdir(parents=True, exist_ok=True)
+    for task, rows in results.rows.items():
+        _replace(samples / f"{task}.jsonl.gz", _compressed(rows))
+    target = folder / RESULTS_FILE
+    _replace(target, (results.model_dump_json(by_alias=True, indent=1) + "\n").encode())
+    return target
+
+
+def load(folder: Path) -> Results:
+    """Read a result written by `save`, from its folder or its `results.json`.
+
+    Raises ArtifactError if it is missing, of another schema, malformed, or if its rows are not its own.
+    """
+    folder = folder.parent if folder.name == RESULTS_FILE else folder
+    results = _parse(folder / RESULTS_FILE)
+    rows = {task: _rows(folder / SAMPLES_FOLDER / f"{task}.jsonl.gz") for task in results.tasks}
+    for task, result in results.tasks.items():
+        if len(rows[task]) != result.n or task_hash(rows[task]) != result.task_hash:
+            raise ArtifactError(f"{folder}: samples of {task} do not belong to {RESULTS_FILE}; run the evaluation again")
+    return results.model_copy(update={"rows": rows})
+
+
+def _parse(path: Path) -> Results:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such results; write them with `compress eval`") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: not readable as JSON: {error}") from None
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA:
+        raise ArtifactError(f"{path}: results schema {found!r}, but this version reads schema {SCHEMA}")
+    try:
+        return Results.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {place}: {first['msg']} ({error.error_count()} errors)") from None
+
+
+def _rows(path: Path) -> tuple[Row, ...]:
+    try:
+        text = gzip.decompress(path.read_bytes()).decode("utf-8")
+        # by "\n" only: str.splitlines also breaks at U+2028, which JSON leaves unescaped
+        return tuple(Row.model_validate_json(line) for line in text.split("\n") if line)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: the questions of this result are missing") from None
+    except (OSError, EOFError, ValueError) as error:
+        raise ArtifactError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
+
+
+def _compressed(rows: Sequence[Row]) -> bytes:
+    buffer = io.BytesIO()
+    with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", mtime=0) as stream:
+        for row in rows:
+            stream.write((row.model_dump_json(exclude_defaults=True) + "\n").encode())
+    return buffer.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""lm-eval tasks: one folder a group; see `facts`."""

@@ -1,0 +1,94 @@
+"""What the task files of the facts group call: their documents and their scoring.
+
+Not here: how facts are worded (`compress.builtin`), so that training, calibration and evaluation cannot
+drift apart. Only facts of the evaluation split are ever asked. lm-eval loads this file by its path.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from compress.builtin.documents import Question, closed_book, in_context, open_book, task_questions
+from compress.builtin.facts import facts
+from compress_evals.metrics.answers import contains, exact_match, f1, normalise
+from compress_evals.metrics.text import degenerate
+
+Document = dict[str, Any]
+
+
+def load(kind: str, n: int | None = None, size: int | None = None, **_: Any) -> dict[str, Any]:
+    """The documents of one task as a `test` split; lm-eval passes the task's metadata too, which is not used."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list([document(question) for question in questions(kind, n, size)])}
+
+
+def questions(kind: str, n: int | None = None, size: int | None = None) -> list[Question]:
+    """The questions of one kind: all that there are, or `n` of them; `size` is the number of facts in context."""
+    table = facts("evaluation")
+    match kind:
+        case "trained" | "question" | "cloze":
+            asked = closed_book(table, kind)
+            return asked if n is None else shuffled(asked)[:n]
+        case "open":
+            return open_book(table)
+        case "context" if n and size:
+            return in_context(size, n)
+        case "copy" | "summary" | "format" if n:
+            return task_questions(kind, n)
+        case _:
+            raise ValueError(f"no questions of kind {kind!r} with n={n}, size={size}")
+
+
+def shuffled(asked: Sequence[Question]) -> list[Question]:
+    """The questions in an order that depends on nothing but their own ids."""
+    return sorted(asked, key=lambda question: (zlib.crc32(question.id.encode()), question.id))
+
+
+def document(question: Question) -> Document:
+    """One row for lm-eval; the choices are sorted, so that the right one has no fixed place."""
+    choices = sorted([question.answer, *question.distractors])
+    return {
+        "id": question.id,
+        "cluster": question.cluster,
+        "tier": question.tier,
+        "prompt": question.prompt,
+        "answer": question.answer,
+        "distractors": list(question.distractors),
+        "target": f" {question.answer}.",
+        "choices": [f"{choice}." for choice in choices],
+        "gold": choices.index(question.answer),
+    }
+
+
+def greedy_match(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """`acc`: greedy decoding says exactly the answer and stops; never right by scores that are not finite."""
+    [(likelihood, is_greedy)] = results
+    return {"acc": float(bool(is_greedy) and math.isfinite(likelihood))}
+
+
+def strict_choice(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """`acc`: the right choice beats every other; ties and scores that are not finite are wrong.
+
+    lm-eval's own accuracy takes the first of equal scores and lets a model of NaNs score 100 %.
+    """
+    scores = [likelihood for likelihood, _ in results]
+    gold = scores[doc["gold"]]
+    others = [score for i, score in enumerate(scores) if i != doc["gold"]]
+    return {"acc": float(all(map(math.isfinite, scores)) and all(gold > other for other in others))}
+
+
+def generated(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """`em`, `contains`, `f1`, `valid` (said anything) and `degenerate` (stuck in a loop) of a free answer."""
+    [said] = results
+    answers = [doc["answer"]]
+    return {
+        "em": float(exact_match(said, answers)),
+        "contains": float(contains(said, answers)),
+        "f1": f1(said, answers),
+        "valid": float(bool(normalise(said))),
+        "degenerate": float(degenerate(said)),
+    }
