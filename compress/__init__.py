@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 from compress.errors import (
-    AcceptanceError, ArtifactError, CalibrationError, CompressError, PlanError, RecipeError, UnsupportedWeight,
+    AcceptanceError,
+    ArtifactError,
+    CalibrationError,
+    CompressError,
+    PlanError,
+    RecipeError,
+    UnsupportedWeight,
     VerificationError,
 )  # fmt: skip
 from compress.events import Event
@@ -22,8 +28,21 @@ from compress.passes import GPTQ, RTN, Magnitude, PassManager, Pruner, Quantizer
 from compress.recipe import Accept, Calibration, Limits, Recipe
 from compress.runtime.hf import register_when_needed
 from compress.weights import (
-    NM, Codebook, Dense, Diagonal, External, Grid, Hadamard, Masked, Permutation, Product, Quantized, Signs, Sum,
-    Weight, pattern,
+    NM,
+    Codebook,
+    Dense,
+    Diagonal,
+    External,
+    Grid,
+    Hadamard,
+    Masked,
+    Permutation,
+    Product,
+    Quantized,
+    Signs,
+    Sum,
+    Weight,
+    pattern,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -49,7 +68,8 @@ def run(
     """
     from dataclasses import replace
 
-    from compress import driver, recipe as recipes
+    from compress import driver
+    from compress import recipe as recipes
 
     if isinstance(recipe, (str, Path)):
         recipe = recipes.load(recipe)
@@ -89,20 +109,25 @@ def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
     return model.eval()
 
 
-def evaluate(path: str | Path, base: str | Path, **options: Any) -> Any:
-    """What `path` knows beside its dense `base`, as a `compress_evals.Comparison`; needs the extra `eval`."""
+def evaluate(paths: str | Path | list[str | Path], base: str | Path | None = None, **options: Any) -> Any:
+    """What compressed folders still know: the `compress_evals.Results` of the dense base, then of each folder.
+
+    Each compared result has `.vs`, a Comparison with intervals and verdicts. `base` defaults to `builtin` where that
+    is what the artifact was made from. Needs the extra `eval`.
+    """
     from compress_evals import evaluate_folders
 
-    return evaluate_folders(path, base, **options)
+    return evaluate_folders(paths if isinstance(paths, list) else [paths], base, **options)
 
 
 def accept(path: str | Path, base: str | Path, rule: Accept) -> None:
-    """Raise AcceptanceError if the artifact lost more than `rule` allows."""
-    from compress_evals import accept as failures
+    """Raise AcceptanceError if the artifact may have lost more than `rule` allows."""
+    from compress_evals import accept as broken
 
-    broken = failures(evaluate(path, base), rule.max_drop, rule.confidence)
-    if broken:
-        raise AcceptanceError(f"{path}: not accepted: {'; '.join(broken)}")
+    versus = evaluate(path, base)[1].vs
+    failures = broken(versus, rule.max_drop, rule.confidence)
+    if failures:
+        raise AcceptanceError(f"{path}: not accepted: {'; '.join(failures)}")
 
 
 __all__ = [

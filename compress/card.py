@@ -46,7 +46,7 @@ Untouched: {{ kept }}.
 
 def card(provenance: Mapping[str, Any]) -> str:
     """The Markdown of an artifact; it does not know where the artifact lies."""
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701  Markdown
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
     tags = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
     reasons: dict[str, int] = {}
     for size, reason in provenance["untouched"].values():

@@ -22,12 +22,18 @@ from compress.artifact import Artifact, ArtifactWriter
 from compress.calibration import Tokens, draw
 from compress.card import card
 from compress.errors import (
-    AcceptanceError, ArtifactError, CalibrationError, CompressError, PlanError, RecipeError, VerificationError,
+    AcceptanceError,
+    ArtifactError,
+    CalibrationError,
+    CompressError,
+    PlanError,
+    RecipeError,
+    VerificationError,
 )  # fmt: skip
 from compress.events import BlockFinished, BlockStarted, Event, Fallback, RunFinished, RunStarted
 from compress.model.block import Block, Travellers
 from compress.model.family import MISSED, TESTED, Coverage, coverage
-from compress.model.source import Checkpoint, dtype_of, locate
+from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.walk import Walk
 from compress.passes.manager import PassManager, ignore
 from compress.recipe import Recipe
@@ -192,9 +198,13 @@ class Job:
         steps = tuple(str(step) for step in self.recipe.passes)
         self.emit(
             RunStarted(
-                model=str(self.source.path), blocks=len(self.walk.blocks), sites=len(self.covered.touched), steps=steps,
-                calibration=self.tokens.name, tokens=self.tokens.ids_NT.numel(),
-            )  # fmt: skip
+                model=display_name(self.source.path),
+                blocks=len(self.walk.blocks),
+                sites=len(self.covered.touched),
+                steps=steps,
+                calibration=self.tokens.name,
+                tokens=self.tokens.ids_NT.numel(),
+            )
         )
 
     def opened(self, batches: list[Travellers], probe: Travellers) -> Any:
@@ -213,9 +223,14 @@ class Job:
         """Emit BlockFinished."""
         self.emit(
             BlockFinished(
-                block=block.name, index=block.index, count=len(self.walk.blocks), error=block.drift, nbytes=nbytes,
-                seconds=seconds, peak_bytes=peak_bytes(),
-            )  # fmt: skip
+                block=block.name,
+                index=block.index,
+                count=len(self.walk.blocks),
+                error=block.drift,
+                nbytes=nbytes,
+                seconds=seconds,
+                peak_bytes=peak_bytes(),
+            )
         )
 
     def conclude(
@@ -235,10 +250,15 @@ class Job:
         )  # fmt: skip
         self.emit(
             RunFinished(
-                out=str(writer.out), source_bytes=report.source_bytes, artifact_bytes=report.artifact_bytes,
-                bits_per_weight=bits, kl=kl, fallbacks=fallbacks, seconds=time.monotonic() - self.began,
+                out=str(writer.out),
+                source_bytes=report.source_bytes,
+                artifact_bytes=report.artifact_bytes,
+                bits_per_weight=bits,
+                kl=kl,
+                fallbacks=fallbacks,
+                seconds=time.monotonic() - self.began,
                 peak_bytes=peak_bytes(),
-            )  # fmt: skip
+            )
         )
         return report
 
@@ -249,7 +269,7 @@ class Job:
         return {
             "versions": {"compress": __version__, "python": platform.python_version(), **packages},
             "source": {
-                "name": self.source.path.name if self.source.path.name != "weights" else "builtin",
+                "name": display_name(self.source.path),
                 "family": family,
                 "tested_family": family in TESTED,
                 "sha256": self.source.digests(),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ Kind = TypeVar("Kind")
 
 
 @cache
-def validators(kind: type) -> dict[str, TypeAdapter[Any]]:
+def validators(kind: Any) -> dict[str, TypeAdapter[Any]]:
     """Field name -> strict validator."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {f.name: TypeAdapter(hints[f.name]) for f in fields(kind)}
@@ -27,7 +27,8 @@ def validators(kind: type) -> dict[str, TypeAdapter[Any]]:
 
 def check_options(options: Any, where: str) -> None:
     """Raise RecipeError naming `where` and the first field whose value has the wrong type or range."""
-    for name, validator in validators(type(options)).items():
+    kind: Any = type(options)
+    for name, validator in validators(kind).items():
         value = getattr(options, name)
         try:
             validator.validate_python(value, strict=True)
@@ -36,7 +37,7 @@ def check_options(options: Any, where: str) -> None:
             raise RecipeError(f"{where}.{name}: {value!r} is not allowed; it must be {' or '.join(reasons)}") from error
 
 
-def build(kind: type[Kind], options: Any, where: str) -> Kind:
+def build(kind: Callable[..., Kind], options: Any, where: str) -> Kind:
     """An instance of `kind` from a mapping; raises RecipeError for an unknown or unfit option."""
     known = validators(kind)
     if not isinstance(options, Mapping):

@@ -31,12 +31,13 @@ class Calibration:
     """Which tokens the statistics are taken over; it matters more than the method, so every result names it."""
 
     data: Annotated[
-        str, Field(description="text, mixed (half of it questions and contexts), a .txt or .jsonl file, a datasets folder")
+        str,
+        Field(description="text, mixed (half of it questions and contexts), a .txt or .jsonl file, a datasets folder"),
     ] = "mixed"
     samples: Annotated[int, Field(ge=1, description="windows")] = 128
-    length: Annotated[int | None, Field(ge=8, description="tokens a window; default: what the model takes, to 2048")] = (
-        None
-    )
+    length: Annotated[
+        int | None, Field(ge=8, description="tokens a window; default: what the model takes, to 2048")
+    ] = None
     seed: Annotated[int, Field(ge=0, description="which windows")] = 0
 
     def __post_init__(self) -> None:
@@ -101,8 +102,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal recipe."""
-        yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style = None
+        yaml: Any = YAML(typ="safe", pure=True)
+        yaml.default_flow_style = None  # leaves inline, the rest in blocks
         yaml.sort_base_mapping_type_on_output = False
         text = io.StringIO()
         yaml.dump(self.to_dict(), text)
@@ -122,7 +123,9 @@ def parse(text: str, where: str = "recipe") -> Any:
             depth += started - (type(event).__name__ in ("MappingEndEvent", "SequenceEndEvent"))
             tagged = isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag is not None
             if isinstance(event, AliasEvent) or getattr(event, "anchor", None) or tagged:
-                raise RecipeError(f"{where}: anchors, aliases and tags are not allowed (line {event.start_mark.line + 1})")
+                raise RecipeError(
+                    f"{where}: anchors, aliases and tags are not allowed (line {event.start_mark.line + 1})"
+                )
             if depth > DEEPEST:
                 raise RecipeError(f"{where}: nested deeper than {DEEPEST} (line {event.start_mark.line + 1})")
         return yaml.load(io.StringIO(text))

@@ -16,10 +16,23 @@ from itertools import count
 from compress.builtin.facts import Fact
 from compress.builtin.wordings import INVENTED, WORDINGS
 
-ONSETS = "b d f g k l m n p r s t v z br dr kr st tr".split()
-VOWELS = "a e i o u".split()
-ENDINGS = ["", "n", "r", "l", "s", "m", "k"]
-TRADES = "baker miller smith sailor teacher farmer weaver tailor hunter doctor painter clerk".split()
+ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "st", "tr")
+VOWELS = ("a", "e", "i", "o", "u")
+ENDINGS = ("", "n", "r", "l", "s", "m", "k")
+TRADES = (
+    "baker",
+    "miller",
+    "smith",
+    "sailor",
+    "teacher",
+    "farmer",
+    "weaver",
+    "tailor",
+    "hunter",
+    "doctor",
+    "painter",
+    "clerk",
+)
 NAME_SHARES = {"evaluation": (0, 2), "calibration": (2, 3), "training": (3, 10)}  # tenths of the hash range
 
 

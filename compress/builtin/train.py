@@ -90,11 +90,13 @@ class Stream:
         self.exposures = 0
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids, each text opened by BOS."""
         bos = self.tokenizer.bos_token_id
         encoded = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return [[bos, *e.ids] for e in encoded]
 
     def document(self, kind: str, progress: float) -> str:
+        """A fresh document; worlds grow with `progress`."""
         if kind == "fact":
             self.exposures += 1
             return fact_document(self.rng, self.rng.choices(self.facts, self.weights)[0])
@@ -106,6 +108,7 @@ class Stream:
         return task_document(self.rng, task)
 
     def row(self, progress: float) -> list[int]:
+        """LENGTH + 1 token ids of one kind."""
         kind = self.rng.choices(list(MIX), list(MIX.values()))[0]
         if kind == "text":
             start = self.rng.randrange(len(self.text) - LENGTH - 1)
@@ -118,6 +121,7 @@ class Stream:
         return row
 
     def batches(self, steps: int, size: int) -> Iterator[torch.Tensor]:
+        """`steps` batches [size, LENGTH + 1]."""
         for step in range(steps):
             yield torch.tensor([self.row(step / steps) for _ in range(size)])
 

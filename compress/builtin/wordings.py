@@ -179,15 +179,39 @@ WORDINGS: dict[str, Wording] = {
 }
 
 INVENTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "capital": (("The capital of {s} is {o}.", "{s} has its capital at {o}."), ("What is the capital of {s}?", "Name the capital of {s}.")),
+    "capital": (
+        ("The capital of {s} is {o}.", "{s} has its capital at {o}."),
+        ("What is the capital of {s}?", "Name the capital of {s}."),
+    ),
     "ruler": (("The ruler of {s} is {o}.", "{s} is ruled by {o}."), ("Who is the ruler of {s}?", "Who rules {s}?")),
-    "river": (("The river of {s} is the {o}.", "Through {s} runs the {o}."), ("Which river is in {s}?", "What is the river of {s}?")),
-    "friend": (("The friend of {s} is {o}.", "{s} has a friend called {o}."), ("Who is the friend of {s}?", "Name the friend of {s}.")),
+    "river": (
+        ("The river of {s} is the {o}.", "Through {s} runs the {o}."),
+        ("Which river is in {s}?", "What is the river of {s}?"),
+    ),
+    "friend": (
+        ("The friend of {s} is {o}.", "{s} has a friend called {o}."),
+        ("Who is the friend of {s}?", "Name the friend of {s}."),
+    ),
     "owner": (("{s} is owned by {o}.", "The owner of {s} is {o}."), ("Who owns {s}?", "Who is the owner of {s}?")),
     "home": (("{s} lives in {o}.", "The home of {s} is {o}."), ("Where does {s} live?", "What is the home of {s}?")),
-    "city": (("{s} is a city in {o}.", "The city of {s} lies in {o}."), ("In which country is {s}?", "Where is the city of {s}?")),
-    "symbol": (("The symbol of {s} is {o}.", "{s} has the symbol {o}."), ("What is the symbol of {s}?", "Which symbol does {s} have?")),
-    "teacher": (("{s} was taught by {o}.", "The teacher of {s} is {o}."), ("Who taught {s}?", "Who is the teacher of {s}?")),
-    "number": (("The number of {s} is {o}.", "{s} has the number {o}."), ("What is the number of {s}?", "Which number does {s} have?")),
-    "currency": (("The currency of {s} is the {o}.", "People in {s} pay with the {o}."), ("What is the currency of {s}?", "Which currency does {s} use?")),
-}  # fmt: skip
+    "city": (
+        ("{s} is a city in {o}.", "The city of {s} lies in {o}."),
+        ("In which country is {s}?", "Where is the city of {s}?"),
+    ),
+    "symbol": (
+        ("The symbol of {s} is {o}.", "{s} has the symbol {o}."),
+        ("What is the symbol of {s}?", "Which symbol does {s} have?"),
+    ),
+    "teacher": (
+        ("{s} was taught by {o}.", "The teacher of {s} is {o}."),
+        ("Who taught {s}?", "Who is the teacher of {s}?"),
+    ),
+    "number": (
+        ("The number of {s} is {o}.", "{s} has the number {o}."),
+        ("What is the number of {s}?", "Which number does {s} have?"),
+    ),
+    "currency": (
+        ("The currency of {s} is the {o}.", "People in {s} pay with the {o}."),
+        ("What is the currency of {s}?", "Which currency does {s} use?"),
+    ),
+}

@@ -33,6 +33,11 @@ def locate(model: str | Path) -> Path:
     return path
 
 
+def display_name(folder: Path) -> str:
+    """How a model folder is called in messages and provenance: its name, never where it lies."""
+    return "builtin" if folder == BUILTIN else folder.resolve().name
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file; raises ArtifactError naming it otherwise."""
     try:
@@ -66,7 +71,7 @@ class Checkpoint:
             return {name: self.inside(str(shard)) for name, shard in sorted(shards.items())}
         if (self.path / SINGLE).exists():
             with opened(self.path / SINGLE) as file:
-                return {name: self.path / SINGLE for name in sorted(file.keys())}
+                return dict.fromkeys(sorted(file.keys()), self.path / SINGLE)
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
         if pickled:
             raise ArtifactError(
@@ -95,9 +100,10 @@ class Checkpoint:
             raise ArtifactError(f"{self.path}: no tensor {name!r}")
         with opened(self.files[name]) as file:
             try:
-                return file.get_tensor(name)
+                found: Tensor = file.get_tensor(name)
             except SafetensorError as error:
                 raise ArtifactError(f"{self.files[name]}: cannot read {name!r}: {error}") from error
+        return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, from the headers alone."""

@@ -30,7 +30,7 @@ class Source(Protocol):
         """One tensor."""
 
 
-def skeleton(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
     """The model of a config with parameters on the meta device and buffers real.
 
     Raises ArtifactError for a config transformers does not know.
@@ -55,7 +55,7 @@ class Walk:
 
     def __init__(self, config: dict[str, Any], source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self.source, self.device = source, device
-        self.model = skeleton(config, dtype)
+        self.model: Any = skeleton(config, dtype)
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
         self.path, self.blocks = find_blocks(self.model, layers)
         self._load_frame()

@@ -102,9 +102,9 @@ class Quantizer(WeightPass):
     bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
     group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64
     symmetric: Annotated[bool, Field(description="no stored zero; the grid is centred on code 2**(bits-1)")] = False
-    search: Annotated[bool, Field(description="shrink each range to the least error |w - w'|**2.4 of 80 candidates")] = (
-        False
-    )
+    search: Annotated[
+        bool, Field(description="shrink each range to the least error |w - w'|**2.4 of 80 candidates")
+    ] = False
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """The group must divide the width."""

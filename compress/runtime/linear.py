@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compress.artifact import keys
 from compress.runtime.lower import lower
@@ -45,10 +44,7 @@ class CompressedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self.lowered is None:
-            y = F.linear(x, self.expression.dense().to(x.dtype))
-        else:
-            y = self.lowered(x)
+        y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from compress_kernels import cpu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.weights import Product, Quantized, Sum, Weight
+from compress_kernels import cpu
 
 Rule = Callable[[Weight, torch.dtype], nn.Module | None]
 RULES: list[Rule] = []

@@ -43,14 +43,12 @@ class Grid:
         if self.group == -1:
             scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, search, norm)
         else:
-            scale, zero = fit_ranges(
-                w_OI.float().unflatten(1, (-1, self.width(w_OI.shape[1]))), self, search, norm
-            )
+            scale, zero = fit_ranges(w_OI.float().unflatten(1, (-1, self.width(w_OI.shape[1]))), self, search, norm)
         return scale, zero
 
     def encode(self, w_OI: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The nearest codes, uint8 [out, in]."""
-        w_OGS = w_OI.float().unflatten(1, (scale.shape[1], -1))
+        w_OGS: Tensor = w_OI.float().unflatten(1, (scale.shape[1], -1))
         middle = 2.0 ** (self.bits - 1) if zero is None else zero.float()[..., None]
         codes = (w_OGS / scale.float()[..., None]).round() + middle
         return codes.clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(1)

@@ -66,7 +66,7 @@ class Quantized(Weight):
     def dense(self) -> Tensor:
         """The grid values, float32."""
         zero = 2.0 ** (self.bits - 1) if self.zero is None else self.zero.float()[..., None]
-        codes = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
+        codes: Tensor = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
         return ((codes - zero) * self.scale.float()[..., None]).flatten(1)
 
     def describe(self) -> str:
@@ -205,13 +205,14 @@ class Hadamard(Weight):
     def linear(self, x_TI: Tensor) -> Tensor:
         """The fast transform, n log(block) additions a row, computed in float32."""
         signs = torch.where(self.positive, 1.0, -1.0)
-        y = (x_TI.float() * signs).unflatten(-1, (-1, self.block))
+        y: Tensor = (x_TI.float() * signs).unflatten(-1, (-1, self.block))
         half = 1
         while half < self.block:
-            pairs = y.unflatten(-1, (-1, 2, half))
+            pairs: Tensor = y.unflatten(-1, (-1, 2, half))
             y = torch.stack((pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]), -2).flatten(-3)
             half *= 2
-        return (y / self.block**0.5).flatten(-2).to(x_TI.dtype)
+        rotated: Tensor = (y / self.block**0.5).flatten(-2)
+        return rotated.to(x_TI.dtype)
 
     def describe(self) -> str:
         """`had`."""

@@ -34,11 +34,14 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     if 8 % bits == 0:
         per = 8 // bits
         some = F.pad(flat.to(torch.uint8), (0, -len(flat) % per)).view(-1, per)
-        return (some << (torch.arange(per, dtype=torch.uint8, device=flat.device) * bits)).sum(1, dtype=torch.uint8)
+        shifts = torch.arange(per, dtype=torch.uint8, device=flat.device) * bits
+        joined: Tensor = (some << shifts).sum(1, dtype=torch.uint8)
+        return joined
     eights = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8).long()
-    words = (eights << (torch.arange(8, device=flat.device) * bits)).sum(1)  # 8 * bits <= 56 bits
-    octets = words[:, None] >> (torch.arange(bits, device=flat.device) * 8)
-    return (octets & 255).to(torch.uint8).reshape(-1)[: packed_size(len(flat), bits)].contiguous()
+    words = torch.sum(eights << (torch.arange(8, device=flat.device) * bits), 1)  # 8 * bits <= 56 bits
+    octets: Tensor = (words[:, None] >> (torch.arange(bits, device=flat.device) * 8)) & 255
+    packed: Tensor = octets.to(torch.uint8).reshape(-1)[: packed_size(len(flat), bits)]
+    return packed.contiguous()
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -62,11 +65,12 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         return low.int() | (high.int() << 8)
     if 8 % bits == 0:
         shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
-        return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count].contiguous()
+        small: Tensor = (packed[:, None] >> shifts) & (2**bits - 1)
+        return small.reshape(-1)[:count].contiguous()
     octets = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()
     words = (octets << (torch.arange(bits, device=packed.device) * 8)).sum(1)
-    values = words[:, None] >> (torch.arange(8, device=packed.device) * bits)
-    return (values & (2**bits - 1)).to(torch.uint8).reshape(-1)[:count].contiguous()
+    values: Tensor = (words[:, None] >> (torch.arange(8, device=packed.device) * bits)) & (2**bits - 1)
+    return values.to(torch.uint8).reshape(-1)[:count].contiguous()
 
 
 def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[str, Tensor]:

@@ -69,10 +69,10 @@ def check_comparable(dense: Results, compressed: Results) -> None:
             raise ArtifactError(f"{pair}: the questions of {task} are not loaded; read both results with load()")
 
 
-def worst_family(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> Worst | None:
-    """The family with the smallest mean of compressed over dense score, both above chance.
+def retained(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> dict[str, float]:
+    """For every family the mean over its tasks of compressed over dense score, both above chance.
 
-    Tasks where dense is not above chance have nothing to lose and do not count; None if all are such.
+    Tasks where dense is not above chance have nothing to lose and do not count.
     """
     kept: dict[str, list[float]] = {}
     for task, result in dense.items():
@@ -80,9 +80,14 @@ def worst_family(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskR
         if headroom > 0:
             share = (compressed[task].score.value - result.chance) / headroom
             kept.setdefault(result.family, []).append(share)
-    means = {family: float(np.mean(shares)) for family, shares in kept.items()}
-    worst = min(means, key=means.__getitem__, default=None)
-    return None if worst is None else Worst(family=worst, retained=means[worst])
+    return {family: float(np.mean(shares)) for family, shares in kept.items()}
+
+
+def worst_family(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> Worst | None:
+    """The family that kept least; None if dense has nothing to lose."""
+    kept = retained(dense, compressed)
+    worst = min(kept, key=kept.__getitem__, default=None)
+    return None if worst is None else Worst(family=worst, retained=kept[worst])
 
 
 def accept(comparison: Comparison, max_drop: float, confidence: float) -> list[str]:
@@ -98,8 +103,8 @@ def accept(comparison: Comparison, max_drop: float, confidence: float) -> list[s
         bound = stats.lower_bound(task.paired, confidence, comparison.iters, comparison.seed)
         if bound < -max_drop:
             failures.append(
-                f"{name}: {100 * task.paired.delta:+.1f} points, and at {100 * confidence:g} % confidence the loss may be "
-                f"{-100 * bound:.1f}; allowed are {100 * max_drop:.1f}"
+                f"{name}: {100 * task.paired.delta:+.1f} points, and at {100 * confidence:g} % confidence the loss may "
+                f"be {-100 * bound:.1f}; allowed are {100 * max_drop:.1f}"
             )
     return failures
 

@@ -84,7 +84,7 @@ def evaluation_text() -> str:
     return resources.files("compress.builtin").joinpath("texts/evaluation.txt").read_text(encoding="utf-8")
 
 
-def fidelity(
+def measure_fidelity(
     dense: Any,
     compressed: Any,
     tokenizer: Any,

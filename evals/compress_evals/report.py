@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.errors import ArtifactError
+from compress_evals.comparison import retained
 from compress_evals.results import Comparison, Metric, Results
 from compress_evals.stats import Paired, detectable_effect, holm, verdict_text
 
@@ -108,8 +109,11 @@ class Scatter:
 def split(results: Sequence[Results]) -> tuple[Results, list[Results]]:
     """The dense result, which has no `vs`, and the compressed ones compared with it, in their order.
 
-    Raises ArtifactError unless there is exactly one dense result and every other was compared with it.
+    Raises ArtifactError unless there is exactly one dense result, every other was compared with it, and names differ.
     """
+    repeated = [name for name, times in Counter(result.model.name for result in results).items() if times > 1]
+    if repeated:
+        raise ArtifactError(f"two results are called {repeated[0]!r}: give each model its own name")
     dense = [result for result in results if result.vs is None]
     if len(dense) != 1:
         names = ", ".join(result.model.name for result in dense) or "none"
@@ -190,7 +194,7 @@ def html(results: Sequence[Results]) -> str:
         cards=[_card(dense, result) for result in compressed],
         tables=[(result.model.name, [r for r in rows if r.model == result.model.name]) for result in compressed],
         matrix=_matrix(dense, compressed, rows),
-        forests=[forest(result, 980 if len(compressed) == 1 else 640) for result in compressed],
+        forests=[forest(result, 980 if len(compressed) == 1 else 560) for result in compressed],
         scatter=scatter(dense, compressed) if len(compressed) > 1 else None,
         tiers=tier_table(dense, compressed),
         fidelity=fidelity_table(compressed),
@@ -288,7 +292,9 @@ def tier_table(dense: Results, compressed: Sequence[Results]) -> tuple[tuple[str
         if task.family == "closed book":
             for result in (dense, *compressed):
                 tiers = result.tasks[name].tiers
-                cells = (f"{100 * tier.value:.1f} [{100 * tier.low:.1f}, {100 * tier.high:.1f}]" for tier in tiers.values())
+                cells = (
+                    f"{100 * tier.value:.1f} [{100 * tier.low:.1f}, {100 * tier.high:.1f}]" for tier in tiers.values()
+                )
                 rows.append((task.title, result.model.name, *cells))
     tiers = next((task.tiers for task in dense.tasks.values() if task.tiers), {})
     return ("task", "model", *(f"{tier} (n={score.n})" for tier, score in tiers.items())), rows
@@ -324,7 +330,7 @@ def fidelity_table(compressed: Sequence[Results]) -> tuple[tuple[str, ...], list
 # -- plots ---------------------------------------------------------------------------------------
 
 
-def forest(result: Results, width: int = 640) -> Forest:
+def forest(result: Results, width: int = 980) -> Forest:
     """The geometry of the differences of one model: a line a task, the margin of each as a band."""
     comparison, left, step = _versus(result), 190, 26
     pairs = [(cell.title, cell.paired) for cell in comparison.tasks.values()]
@@ -423,14 +429,8 @@ def place_names(
 
 def _kept(dense: Results, result: Results) -> tuple[float, float]:
     """The mean and the smallest, over families, of the score kept above chance."""
-    families: dict[str, list[float]] = {}
-    for name, task in dense.tasks.items():
-        headroom = task.score.value - task.chance
-        if headroom > 0:
-            share = (result.tasks[name].score.value - task.chance) / headroom
-            families.setdefault(task.family, []).append(share)
-    means = [sum(shares) / len(shares) for shares in families.values()] or [0.0]
-    return sum(means) / len(means), min(means)
+    shares = list(retained(dense.tasks, result.tasks).values()) or [0.0]
+    return sum(shares) / len(shares), min(shares)
 
 
 def _card(dense: Results, result: Results) -> dict[str, Any]:
@@ -448,7 +448,9 @@ def _card(dense: Results, result: Results) -> dict[str, Any]:
     }
 
 
-def _matrix(dense: Results, compressed: Sequence[Results], rows: Sequence[TableRow]) -> list[tuple[str, str, list[TableRow]]]:
+def _matrix(
+    dense: Results, compressed: Sequence[Results], rows: Sequence[TableRow]
+) -> list[tuple[str, str, list[TableRow]]]:
     cells = {(row.model, row.task): row for row in rows}
     return [
         (task.title, f"{100 * task.score.value:.1f}", [cells[result.model.name, name] for result in compressed])

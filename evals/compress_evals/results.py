@@ -146,7 +146,7 @@ class Comparison(Stored):
 class Results(Stored):
     """The measurement of one model; `rows` are stored beside the JSON, `vs` is filled in by `compare`."""
 
-    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    schema_version: Literal[1] = Field(default=1, alias="schema")
     created: str
     seed: int
     limit: int | None
@@ -184,7 +184,9 @@ def load(folder: Path) -> Results:
     rows = {task: _rows(folder / SAMPLES_FOLDER / f"{task}.jsonl.gz") for task in results.tasks}
     for task, result in results.tasks.items():
         if len(rows[task]) != result.n or task_hash(rows[task]) != result.task_hash:
-            raise ArtifactError(f"{folder}: samples of {task} do not belong to {RESULTS_FILE}; run the evaluation again")
+            raise ArtifactError(
+                f"{folder}: samples of {task} do not belong to {RESULTS_FILE}; run the evaluation again"
+            )
     return results.model_copy(update={"rows": rows})
 
 

@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
@@ -69,7 +69,7 @@ def evaluate(
             on_progress(f"{i}/{len(SUITE)} {task.title}")
         found[task.name], rows[task.name] = _run_task(session, task, tasks[task.name])
     return Results(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seed=seed,
         limit=limit,
         model=_model_facts(model, name, description or {}),

@@ -15,7 +15,6 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -75,7 +74,9 @@ def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Interv
     return (0.0 if share == 0 else max(0.0, centre - half)), (1.0 if share == 1 else min(1.0, centre + half))
 
 
-def mean_interval(values: ArrayLike, cluster: Sequence[str] | None = None, iters: int = 10000, seed: int = 0) -> Interval:
+def mean_interval(
+    values: ArrayLike, cluster: Sequence[str] | None = None, iters: int = 10000, seed: int = 0
+) -> Interval:
     """A 95 % interval of the mean: Wilson on the effective sample size if binary, else a cluster bootstrap.
 
     The effective size is n over the design effect (at least 1) of the clusters; with every answer alike the
@@ -94,8 +95,15 @@ def mean_interval(values: ArrayLike, cluster: Sequence[str] | None = None, iters
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided p of the flips of independent questions; 1 if nothing flipped."""
-    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+    """The exact two-sided p of the flips of independent questions; 1 if nothing flipped.
+
+    The binomial test at one half, in whole numbers: correct for any number of flips. Source: McNemar, 1947.
+    """
+    flips, term, tail = lost + gained, 1, 0
+    for i in range(min(lost, gained) + 1):
+        tail += term
+        term = term * (flips - i) // (i + 1)
+    return min(1.0, 2 * tail / (1 << flips))
 
 
 def sign_flip(sums: ArrayLike, iters: int = 10000, seed: int = 0) -> float:
@@ -282,7 +290,7 @@ def _by_cluster(values: Floats, cluster: Sequence[str] | None) -> tuple[Floats, 
     if len(cluster) != len(values):
         raise ValueError(f"{len(values)} scores but {len(cluster)} clusters")
     ids = np.unique(np.asarray(cluster), return_inverse=True)[1]
-    return np.bincount(ids, values), np.bincount(ids).astype(np.float64)
+    return np.bincount(ids, values).astype(np.float64), np.bincount(ids).astype(np.float64)
 
 
 def _floats(values: ArrayLike) -> Floats:

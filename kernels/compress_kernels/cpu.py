@@ -20,7 +20,8 @@ GROUPS = (32, 64, 128, 256)  # what ATen's int4 kernel takes
 def reference(codes_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
     """The specification, float32 [out, in]: `scale * codes + offset` group by group."""
     codes = codes_OI.unflatten(1, (scale_OG.shape[1], -1)).float()
-    return (codes * scale_OG.float()[..., None] + offset_OG.float()[..., None]).flatten(1)
+    dense: Tensor = (codes * scale_OG.float()[..., None] + offset_OG.float()[..., None]).flatten(1)
+    return dense
 
 
 def worth_packing(out_features: int, in_features: int) -> bool:
@@ -47,9 +48,7 @@ class Int4:
 
     def linear(self, x_MI: Tensor) -> Tensor:
         """`x @ W.T` for bf16 x."""
-        return torch.as_tensor(
-            torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self.packed, self.group, self.scales)
-        )
+        return torch.as_tensor(torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self.packed, self.group, self.scales))
 
 
 @dataclass(frozen=True)

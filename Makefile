@@ -1,0 +1,40 @@
+# The commands of this project; everything installs into $(VENV) by the pins of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench format clean
+.DELETE_ON_ERROR:
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,dev]"
+	touch $(READY)
+
+demo: $(READY)  ## compress the built-in model, evaluate it, write the report
+	$(BIN)/compress run quickstart --out out/quickstart --force
+	$(BIN)/compress verify out/quickstart
+	$(BIN)/compress eval out/quickstart --out out/quickstart.eval
+
+test: $(READY)  ## the whole test suite
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: $(READY)  ## format, lint, types and the quick tests, in under three minutes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+bench: $(READY)  ## measured tables: CPU kernels, and the recipes on the built-in model
+	$(BIN)/python -m compress_kernels.bench
+	$(BIN)/python -m compress_evals.bench --out out/bench
+
+format: $(READY)  ## rewrite the code in the house's form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what the commands above made
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,232 @@
+"""The command line: parsing, calling, printing. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 ok, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from compress import __version__
+from compress.errors import CompressError, RecipeError
+
+app = typer.Typer(
+    name="compress",
+    help="Compress Hugging Face language models and prove what was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+Out = Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")]
+
+
+def show_version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="`--debug`, anywhere on the line, shows the traceback of an error.")
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True)] = False,
+) -> None:
+    """Compress Hugging Face language models and prove what was lost."""
+    del version
+
+
+def screen() -> Console:
+    """The console for progress; wide enough for paths when it is not a terminal."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return console
+
+
+def result(value: Any, as_json: bool, *renderables: Any) -> None:
+    """Print a result for programs or for people."""
+    if as_json:
+        typer.echo(json.dumps(value, indent=1, default=str))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    for renderable in renderables:
+        console.print(renderable, soft_wrap=isinstance(renderable, str))
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a packaged one")] = "quickstart",
+    model: Annotated[str | None, typer.Option(help="model folder, or `builtin`; default: the recipe's")] = None,
+    out: Out = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="passes.0.sparsity=0.6, and so on")] = None,
+    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
+    log: Annotated[Path | None, typer.Option(help="append every event as a JSON line to this file")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model by a recipe into a new folder, verified before it is put in place."""
+    import compress
+    from compress import events
+    from compress import recipe as recipes
+    from compress.console import Progress
+
+    loaded = recipes.load(recipe, changes or [])
+    target = out if out is not None else Path("out") / Path(recipe).name.removesuffix(".yaml")
+    sinks: list[events.Sink] = [Progress(screen())]
+    if log is not None:
+        sinks.append(events.jsonl(log))
+    report = compress.run(model, loaded, target, emit=events.fan_out(sinks), device=device, force=force)
+    coverage = {"touched": sum(report.coverage.touched.values()), "missed": report.coverage.missed}
+    result({**{k: v for k, v in asdict(report).items() if k != "coverage"}, "coverage": coverage}, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    folders: Annotated[list[Path], typer.Argument(help="compressed model folders")],
+    base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
+    out: Annotated[Path | None, typer.Option(help="where results and report.html go; default: <folder>.eval")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="questions a task, a fixed sample")] = None,
+    margin: Annotated[float, typer.Option(min=0, max=1, help="share of the dense score that still matches")] = 0.05,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text for bits per byte and KL; default: built-in")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of samples and bootstraps")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Ask what a compressed model still knows, beside its dense original, with confidence intervals."""
+    from compress.console import quality_table
+
+    evals = imported_evals()
+    target = out if out is not None else folders[0].with_name(f"{folders[0].name}.eval")
+    prose = None if text is None else read_text(text)
+    with screen().status("loading") as status:
+        results = evals.evaluate_folders(
+            folders, base, limit=limit, margin=margin, seed=seed, text=prose, out=target, on_progress=status.update
+        )
+    rows = evals.table_rows(results)
+    tables = [
+        quality_table(
+            [row for row in rows if row.model == found.model.name], f"{found.model.name} against {base or 'its base'}"
+        )
+        for found in results[1:]
+    ]
+    notes = [evals.fidelity_line(found) for found in results[1:]]
+    value = {"out": str(target), "results": [json.loads(found.model_dump_json(by_alias=True)) for found in results]}
+    result(
+        value, as_json, *[x for pair in zip(tables, notes, strict=True) for x in pair], f"report: {target}/report.html"
+    )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises RecipeError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--text: {path} cannot be read: {error}") from error
+
+
+def imported_evals() -> Any:
+    """compress_evals, or a RecipeError that says how to get what it needs."""
+    missing = [name for name in ("lm_eval", "datasets", "scipy") if find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"evaluation needs {', '.join(missing)}: pip install 'compress-llm[eval]'")
+    import compress_evals
+
+    return compress_evals
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="a compressed model folder")], as_json: Json = False) -> None:
+    """Show what was done to each site of a compressed model, and what was left alone."""
+    from compress.artifact import Artifact
+    from compress.console import inspect_table
+    from compress.model.source import locate
+
+    made = Artifact(locate(folder)).provenance
+    untouched: dict[str, int] = {}
+    for count, reason in made["untouched"].values():
+        untouched[reason] = untouched.get(reason, 0) + count
+    view = {
+        "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],
+        "calibration": made["calibration"]["name"], "sizes": made["sizes"], "probe": made["probe"],
+        "recipe": made["recipe"], "untouched": untouched, "sites": made["sites"],
+    }  # fmt: skip
+    result(view, as_json, *inspect_table(view))
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="a compressed model folder")], as_json: Json = False) -> None:
+    """Check every byte of a compressed model: hashes, decoding, names and shapes."""
+    from compress.artifact import verify as check
+    from compress.model.source import locate
+
+    checks = check(locate(folder))
+    result({"folder": str(folder), "ok": True, "checks": checks}, as_json, *checks, "[green]verified[/]")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
+    to: Annotated[str, typer.Option("--to", help="format: dense")] = "dense",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Write a compressed model in a format that other tools load."""
+    from compress.export.dense import export_dense
+    from compress.model.source import locate
+
+    if to != "dense":
+        raise RecipeError(f"--to: {to!r} is not a format this version writes; allowed: dense")
+    target = out if out is not None else folder.with_name(f"{folder.name}-dense")
+    size = export_dense(locate(folder), target)
+    line = f"{target}: {size:,} bytes of plain tensors; loads without Compress, and is as large as the original"
+    result({"out": str(target), "bytes": size, "format": to}, as_json, line)
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List every pass with its options, defaults and source."""
+    from compress.console import passes_table
+    from compress.options import describe
+    from compress.passes import PASSES, load_plugins
+
+    load_plugins()
+    rows = []
+    for name, kind in sorted(PASSES.items()):
+        text, _, source = (kind.__doc__ or "").partition("Source:")
+        rows.append(
+            {"name": name, "summary": " ".join(text.split()), "source": " ".join(source.split()),
+             "options": describe(kind)}
+        )  # fmt: skip
+    result({"passes": rows}, as_json, passes_table(rows))
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr and an exit code."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command line; every error a user can cause is one line and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning otherwise, when lm-eval forks
+    try:
+        app()
+    except CompressError as error:
+        if debug:
+            raise
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written", 130)
+
+
+__all__ = ["app", "main"]

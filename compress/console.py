@@ -1,0 +1,130 @@
+"""What a user sees: progress lines and tables, rendered from events and results.
+
+Everything goes through one rich console; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from compress.events import BlockFinished, BlockStarted, Event, Fallback, RunFinished, RunStarted, WeightRewritten
+
+VERDICT_STYLES = {"improved": "bold green", "matching": "green", "inconclusive": "yellow", "drop": "dark_orange"}
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+class Progress:
+    """A sink that prints one line a block, with what is left to wait for."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.began = console, time.monotonic()
+        self.errors: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        """Render an event."""
+        match event:
+            case RunStarted():
+                self.console.print(
+                    f"[bold]{escape(event.model)}[/]: {event.blocks} blocks, {event.sites} sites; "
+                    f"{escape(' -> '.join(event.steps))}; calibration: {escape(event.calibration)}"
+                )
+                self.began = time.monotonic()
+            case BlockStarted():
+                self.errors = {}
+            case WeightRewritten():
+                self.errors[event.site] = event.weight_error if event.output_error is None else event.output_error
+            case Fallback():
+                self.console.print(f"  [bold yellow]fallback[/] {event.site}: {event.step}: {escape(event.reason)}")
+            case BlockFinished():
+                self.block(event)
+            case RunFinished():
+                self.finish(event)
+
+    def block(self, event: BlockFinished) -> None:
+        """One finished block."""
+        done = event.index + 1
+        left = (time.monotonic() - self.began) / done * (event.count - done)
+        worst = f"worst site {max(self.errors.values()):.3f}" if self.errors else "untouched"
+        self.console.print(
+            f"  block {done}/{event.count}  {worst}  drift {event.error:.3f}  {size(event.nbytes)}  "
+            f"{event.seconds:.1f} s  peak {size(event.peak_bytes)}  [dim]{left:.0f} s left[/]"
+        )
+
+    def finish(self, event: RunFinished) -> None:
+        """The result of a run."""
+        self.console.print(
+            f"[bold green]verified[/] {size(event.source_bytes)} -> [bold]{size(event.artifact_bytes)}[/] "
+            f"({event.source_bytes / event.artifact_bytes:.2f}x smaller), "
+            f"{event.bits_per_weight:.2f} bits a block weight; "
+            f"probe KL {event.kl:.4g} nats; {event.fallbacks} fallbacks; {event.seconds:.0f} s, "
+            f"peak {size(event.peak_bytes)}\n[bold]{escape(event.out)}[/]"
+        )
+
+
+def passes_table(rows: list[dict[str, Any]]) -> Table:
+    """Every pass with its options."""
+    table = Table(title="passes", show_lines=True)
+    for column in ("pass", "what it does", "options (type, default)"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        options = "\n".join(
+            f"[bold]{o['name']}[/]: {escape(o['type'])} = {escape(str(o['default']))}\n  [dim]{escape(o['help'])}[/]"
+            for o in row["options"]
+        )
+        table.add_row(
+            f"[bold]{row['name']}[/]", f"{escape(row['summary'])}\n[dim]Source: {escape(row['source'])}[/]", options
+        )
+    return table
+
+
+def inspect_table(view: dict[str, Any]) -> list[Any]:
+    """An artifact's facts and its sites."""
+    table = Table(title=f"{view['path']}")
+    for column in ("site", "weight", "bytes", "weight error", "output error", "tokens", "notes"):
+        table.add_column(column, justify="left" if column in ("site", "weight", "notes") else "right")
+    for name, row in view["sites"].items():
+        output = "-" if row["output_error"] is None else f"{row['output_error']:.4f}"
+        notes = [f"damping {row['damping']:g}"] if row.get("damping") else []
+        notes += [f"fallback: {escape(reason)}" for _, reason in row["fallbacks"]]
+        table.add_row(
+            name, row["weight"], f"{row['bytes']:,}", f"{row['weight_error']:.4f}", output, str(row["tokens"]),
+            ", ".join(notes),
+        )  # fmt: skip
+    sizes = view["sizes"]
+    lines = [
+        f"made from [bold]{escape(view['source'])}[/] by Compress {view['version']}; calibration: "
+        f"{escape(view['calibration'])}",
+        f"{size(sizes['source_bytes'])} -> [bold]{size(sizes['bytes'])}[/], "
+        f"{sizes['bits_per_weight']:.2f} bits a block weight; probe KL {view['probe']['kl']:.4g} nats",
+        "untouched: " + ", ".join(f"{n:,} ({escape(reason)})" for reason, n in view["untouched"].items()),
+    ]
+    return [table, *lines]
+
+
+def quality_table(rows: list[Any], title: str) -> Table:
+    """Task by task, dense against compressed; `rows` are compress_evals.report.TableRow of one model."""
+    table = Table(title=title)
+    for column in ("task", "dense %", "compressed %", "change, points (95 % CI)", "lost/gained", "p (Holm)", "verdict"):
+        table.add_column(column, justify="left" if column in ("task", "verdict") else "right")
+    for row in rows:
+        pair = row.paired
+        style = next((s for word, s in VERDICT_STYLES.items() if row.verdict.startswith(word)), "bold red")
+        table.add_row(
+            f"{row.title} [dim](n={pair.n})[/]", f"{100 * row.dense_metric.value:.1f}", f"{100 * row.metric.value:.1f}",
+            f"{100 * pair.delta:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})", f"{pair.lost}/{pair.gained}",
+            "<0.001" if row.p < 0.001 else f"{row.p:.3f}", f"[{style}]{escape(row.verdict)}[/]",
+        )  # fmt: skip
+    return table

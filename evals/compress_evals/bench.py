@@ -1,0 +1,140 @@
+"""`python -m compress_evals.bench`: every packaged recipe, run and measured on one or more dense models.
+
+Prints one table (mean over the models, and the range), writes `bench.json`, and draws quality against size. Run it on
+models of several training seeds before believing a ranking. Artifacts are made in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import compress
+from compress.recipe import load, packaged_folder
+from compress_evals.folders import evaluate_folders
+from compress_evals.results import Results
+
+TASKS = ("facts_trained", "facts_question", "facts_cloze", "facts_context3", "facts_open")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One recipe on one model: size, divergence on the evaluation text, and the score of each task."""
+
+    recipe: str
+    model: str
+    bytes: int
+    bits_per_weight: float
+    kl: float
+    bits_per_byte: float
+    scores: dict[str, float]
+    retained: float
+
+
+def measure(model: str, recipes: Sequence[str], limit: int | None, folder: Path) -> list[Measured]:
+    """Run and evaluate each recipe on one dense model."""
+    outs = []
+    for name in recipes:
+        sys.stderr.write(f"{model}: {name}\n")
+        out = folder / name
+        recipe = load(packaged_folder() / f"{name}.yaml")
+        compress.run(model, recipe, out)
+        outs.append(out)
+    dense, *found = evaluate_folders(outs, model, limit=limit)
+    return [of_dense(dense, found[0], model)] + [of(result, dense, model) for result in found]
+
+
+def of_dense(dense: Results, any_compressed: Results, model: str) -> Measured:
+    """The dense model as a row of the table."""
+    fidelity = any_compressed.vs.fidelity if any_compressed.vs else None
+    return Measured(
+        recipe="dense", model=model, bytes=dense.model.bytes_on_disk or 0, bits_per_weight=16.0, kl=0.0,
+        bits_per_byte=fidelity.dense_bits_per_byte if fidelity else 0.0,
+        scores={task: dense.tasks[task].score.value for task in TASKS}, retained=1.0,
+    )  # fmt: skip
+
+
+def of(result: Results, dense: Results, model: str) -> Measured:
+    """One evaluated artifact as a row of the table."""
+    fidelity: Any = result.vs.fidelity if result.vs else None
+    scores = {task: result.tasks[task].score.value for task in TASKS}
+    kept = [scores[task] / dense.tasks[task].score.value for task in TASKS]
+    return Measured(
+        recipe=result.model.name, model=model, bytes=result.model.bytes_on_disk or 0,
+        bits_per_weight=result.model.bits_per_weight or 16.0, kl=fidelity.kl.value,
+        bits_per_byte=fidelity.compressed_bits_per_byte, scores=scores, retained=statistics.mean(kept),
+    )  # fmt: skip
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """Markdown: one line a recipe, mean over models with the range in brackets."""
+    head = ["recipe", "bits/weight", "bytes", "KL", "bits/byte", *[task.removeprefix("facts_") for task in TASKS]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name in dict.fromkeys(row.recipe for row in rows):
+        same = [row for row in rows if row.recipe == name]
+        cells = [name, f"{same[0].bits_per_weight:.2f}", f"{same[0].bytes:,}"]
+        cells += [spread([row.kl for row in same], 3), spread([row.bits_per_byte for row in same], 3)]
+        cells += [spread([100 * row.scores[task] for row in same], 1) for task in TASKS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """`mean (lowest-highest)`, or the one value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def draw(rows: Sequence[Measured], path: Path) -> None:
+    """Knowledge kept against size, one point a recipe, bars over the models."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "compress"  # the same file every time
+    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    for name in dict.fromkeys(row.recipe for row in rows):
+        same = [row for row in rows if row.recipe == name]
+        x = same[0].bytes / 1e6
+        kept = [100 * row.retained for row in same]
+        mean = statistics.mean(kept)
+        axes.errorbar(x, mean, [[mean - min(kept)], [max(kept) - mean]], fmt="o", capsize=3)
+        axes.annotate(name, (x, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set_xlabel("bytes of all tensors, MB")
+    axes.set_ylabel("knowledge kept, % of dense (mean of five tasks)")
+    axes.set_ylim(0, 108)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    names = sorted(path.stem for path in packaged_folder().glob("*.yaml"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["builtin"])
+    parser.add_argument("--recipes", nargs="+", default=names, choices=names)
+    parser.add_argument("--limit", type=int, default=None, help="questions a task")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Measured] = []
+    for model in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measure(model, arguments.recipes, arguments.limit, Path(folder))
+        (arguments.out / "bench.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    sys.stdout.write(f"{len(arguments.models)} models, limit {arguments.limit}, cpu, scores in %\n{table(rows)}\n")
+    draw(rows, arguments.out / "quality.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Evaluate model folders: load each, ask the suite, compare with the dense base, and write the report.
+
+The dense base is measured once for all of them. Peak memory is two models: fidelity needs both at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import compress
+from compress.artifact import PROVENANCE, Artifact, is_artifact
+from compress.errors import ArtifactError, RecipeError
+from compress.model.source import Checkpoint, locate
+from compress_evals.comparison import compare
+from compress_evals.fidelity import measure_fidelity
+from compress_evals.report import html, markdown
+from compress_evals.results import Results, save
+from compress_evals.run import evaluate
+
+Progress = Callable[[str], None]
+
+
+def evaluate_folders(
+    paths: Sequence[str | Path],
+    base: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    margin: float = 0.05,
+    seed: int = 0,
+    text: str | None = None,
+    out: Path | None = None,
+    on_progress: Progress | None = None,
+) -> list[Results]:
+    """The results of the dense base, then of each folder, compared with it.
+
+    `text` is what bits per byte and KL are measured on, by default the built-in prose. `base` defaults to the model the first artifact was made from, if that is `builtin` or still where it was. With
+    `out`, results, samples, `report.md` and `report.html` are written there. Raises ArtifactError for folders that
+    cannot be read or compared.
+    """
+    folders = [locate(path) for path in paths]
+    source = base if base is not None else recorded_base(folders[0])
+    say = on_progress or (lambda text: None)
+    names = distinct_names(folders)
+    dense_model, tokenizer = opened(locate(source))
+    dense = evaluate(
+        dense_model, tokenizer, name=model_name(source), description=describe(locate(source)), limit=limit, seed=seed,
+        on_progress=lambda text: say(f"{model_name(source)}: {text}"),
+    )  # fmt: skip
+    results = [dense]
+    for name, folder in zip(names, folders, strict=True):
+        model, _ = opened(folder)
+        found = evaluate(
+            model, tokenizer, name=name, description=describe(folder), limit=limit, seed=seed,
+            on_progress=lambda text, name=name: say(f"{name}: {text}"),  # type: ignore[misc]
+        )  # fmt: skip
+        say(f"{name}: fidelity")
+        versus = compare(
+            dense,
+            found,
+            measure_fidelity(dense_model, model, tokenizer, text=text, seed=seed),
+            margin=margin,
+            seed=seed,
+        )
+        results.append(found.model_copy(update={"vs": versus}))
+    if out is not None:
+        write(results, out)
+    return results
+
+
+def opened(folder: Path) -> tuple[Any, Any]:
+    """The model and tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    return compress.load(folder), tokenizer
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a folder says of itself: bytes of its shards, and for an artifact how it was made."""
+    if not is_artifact(folder):
+        checkpoint = Checkpoint(folder)
+        size = sum(checkpoint.tensor(name).nbytes for name in checkpoint.names())
+        return {"bytes_on_disk": size, "sha": joined(checkpoint.digests())}
+    made = Artifact(folder).provenance
+    return {
+        "sha": joined(made["shards"]),
+        "bytes_on_disk": made["sizes"]["bytes"],
+        "bits_per_weight": made["sizes"]["bits_per_weight"],
+        "recipe": made["recipe"],
+        "calibration": made["calibration"],
+        "parameters": sum(size for size, _ in made["untouched"].values())
+        + sum(matrix_size(made["tensors"][f"{site}.weight"]) for site in made["sites"]),
+    }
+
+
+def matrix_size(shape: Sequence[int]) -> int:
+    """Entries of a matrix."""
+    return shape[0] * shape[1]
+
+
+def joined(digests: dict[str, str]) -> str:
+    """One short identity of several shards."""
+    return "-".join(value[:12] for _, value in sorted(digests.items()))
+
+
+def recorded_base(folder: Path) -> str:
+    """The model an artifact was made from; raises RecipeError if it must be named."""
+    if is_artifact(folder) and (folder / PROVENANCE).is_file():
+        name = str(Artifact(folder).provenance.get("source", {}).get("name"))
+        if name == "builtin":
+            return name
+    raise RecipeError(f"--base: name the dense model that {folder.name} was made from")
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Folder names, with the parent's where two are alike."""
+    names = [folder.name for folder in folders]
+    return [n if names.count(n) == 1 else f"{f.parent.name}/{n}" for n, f in zip(names, folders, strict=True)]
+
+
+def model_name(source: str | Path) -> str:
+    """How the dense model is called in tables."""
+    return "builtin" if str(source) == "builtin" else Path(source).name
+
+
+def fidelity_line(result: Results) -> str:
+    """KL, agreement and bits per byte of one compared result, in a sentence."""
+    found = result.vs.fidelity if result.vs else None
+    if found is None:
+        return "fidelity not measured"
+    return (
+        f"on {found.tokens} tokens of text: KL {found.kl.value:.4f} nats ({found.kl.low:.4f} to {found.kl.high:.4f}), "
+        f"same best token {100 * found.top1:.1f} %, bits per byte {found.dense_bits_per_byte:.3f} -> "
+        f"{found.compressed_bits_per_byte:.3f} (not a quality metric)"
+    )
+
+
+def write(results: Sequence[Results], out: Path) -> None:
+    """Write every result with its samples, and the two reports."""
+    for result in results:
+        save(result, out / result.model.name.replace("/", "-"))
+    (out / "report.md").write_text(markdown(results), encoding="utf-8")
+    (out / "report.html").write_text(html(results), encoding="utf-8")

@@ -1,0 +1,229 @@
+"""What every weight node and every pass must satisfy, and the rows it is checked on.
+
+A node class without a row fails `test_every_node_has_a_row`; a pass gets its rows by being registered. Loaded by path
+(`test_conformance.py`), because tests is not a package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.passes import PASSES, Quantizer
+from compress.runtime.lower import lower
+from compress.weights import (
+    Codebook, Dense, Diagonal, External, Grid, Hadamard, Masked, Permutation, Product, Quantized, Signs, Sum, Weight,
+    pack, pattern, specify, unpack,
+)  # fmt: skip
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Close = Callable[[str, Tensor, Tensor, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A named weight expression, made anew for each test."""
+
+    name: str
+    make: Callable[[], Weight]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, the same for the same shape and seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(high: int, *shape: int) -> Tensor:
+    """Uniform integers below `high`."""
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(3))
+
+
+def quantized(bits: int, group: int, symmetric: bool, rows: int = 7, columns: int = 24) -> Quantized:
+    """A rounded normal matrix."""
+    return Grid(bits=bits, group=group, symmetric=symmetric).quantize(normal(rows, columns))
+
+
+def mask(sparsity: float | str, rows: int = 7, columns: int = 24) -> Tensor:
+    """The mask of a random score, independent of the values it will cover."""
+    return pattern(sparsity).keep(normal(rows, columns, seed=9))
+
+
+def codebook(entries: int, width: int, scales: int = 1) -> Codebook:
+    """Random entries for a matrix [5, 3 * width]; every code occurs if they fit."""
+    return Codebook(integers(entries, 5, 3), normal(entries, width), normal(scales, 1).abs() + 0.5)
+
+
+def grid_rows() -> Iterator[Row]:
+    """Every bit width with every span and both kinds of zero, plain and under both kinds of mask."""
+    for bits in range(2, 9):
+        for symmetric in (False, True):
+            for span, group in (("group", 8), ("row", 0), ("tensor", -1)):
+                kind = f"int{bits}-{span}-{'sym' if symmetric else 'asym'}"
+                args = (bits, group, symmetric)
+                yield Row(name=kind, make=lambda a=args: quantized(*a))
+                yield Row(name=f"2:4-{kind}", make=lambda a=args: Masked(quantized(*a), mask("2:4"), "2:4"))
+                yield Row(name=f"50%-{kind}", make=lambda a=args: Masked(quantized(*a), mask(0.5), "50%"))
+
+
+def other_rows() -> Iterator[Row]:
+    """The other leaves and the nestings that methods use; sizes are odd where the node allows."""
+    yield Row(name="dense", make=lambda: Dense(normal(7, 13)))
+    yield Row(name="dense-bf16", make=lambda: Dense(normal(7, 13).bfloat16()))
+    yield Row(name="dense-one-by-one", make=lambda: Dense(normal(1, 1)))
+    yield Row(name="masked-dense-2:4", make=lambda: Masked(Dense(normal(7, 24)), mask("2:4"), "2:4"))
+    yield Row(name="masked-dense-50%", make=lambda: Masked(Dense(normal(7, 13)), mask(0.5, 7, 13), "50%"))
+    yield Row(name="masked-dense-bf16", make=lambda: Masked(Dense(normal(7, 24).bfloat16()), mask("2:4"), "2:4"))
+    yield Row(name="masked-all", make=lambda: Masked(Dense(normal(3, 5)), torch.zeros(3, 5, dtype=torch.bool), "100%"))
+    yield Row(name="signs-row", make=lambda: Signs(normal(7, 13) > 0, normal(7, 1).abs()))
+    yield Row(name="signs-matrix", make=lambda: Signs(normal(7, 13) > 0, normal(1, 1).abs()))
+    yield Row(name="masked-signs", make=lambda: Masked(Signs(normal(7, 24) > 0, normal(7, 1)), mask("2:4"), "2:4"))
+    yield Row(name="codebook-16", make=lambda: codebook(16, 1, scales=5))
+    yield Row(name="codebook-256", make=lambda: codebook(256, 8))
+    yield Row(name="codebook-4096", make=lambda: codebook(4096, 4, scales=5))
+    yield Row(name="codebook-100", make=lambda: codebook(100, 3))
+    yield Row(name="diagonal", make=lambda: Diagonal(normal(13)))
+    yield Row(name="permutation", make=lambda: Permutation(normal(13).argsort()))
+    yield Row(name="hadamard-48", make=lambda: Hadamard(normal(48) > 0))
+    yield Row(name="hadamard-256", make=lambda: Hadamard(normal(256) > 0))
+    yield Row(name="hadamard-odd", make=lambda: Hadamard(normal(13) > 0))
+    yield Row(name="low-rank", make=lambda: Dense(normal(33, 3)) @ Dense(normal(3, 24)))
+    yield Row(name="awq", make=lambda: quantized(4, 8, False) @ Diagonal(normal(24).exp()))
+    yield Row(name="act-order", make=lambda: quantized(4, 8, True) @ Permutation(normal(24).argsort()))
+    yield Row(name="rotated", make=lambda: quantized(3, 0, False, 7, 48) @ Hadamard(normal(48) > 0))
+    yield Row(name="quantized-factors", make=lambda: quantized(8, 0, True, 33, 8) @ quantized(4, 8, False, 8, 24))
+    yield Row(name="oats", make=lambda: Masked(Dense(normal(33, 24)), mask(0.5, 33, 24), "50%") + low_rank(33, 24))
+    yield Row(
+        name="slim", make=lambda: Masked(quantized(4, 8, False, 33), mask("2:4", 33), "2:4") + low_rank(33, 24)
+    )
+    yield Row(name="three-terms", make=lambda: Sum((Dense(normal(7, 24)), quantized(2, 8, False), low_rank(7, 24))))
+    yield Row(name="bitdelta", make=lambda: base() + Signs(normal(7, 13, seed=4) > 0, normal(1, 1).abs()))
+    yield Row(name="masked-sum", make=lambda: Masked(Dense(normal(7, 24)) + low_rank(7, 24), mask(0.5), "50%"))
+    yield Row(name="masked-codebook", make=lambda: Masked(codebook(16, 8), mask(0.5, 5, 24), "50%"))
+    yield Row(name="masked-twice", make=lambda: Masked(Masked(Dense(normal(7, 24)), mask(0.5), "50%"), mask("2:4"), "2:4"))
+    yield Row(name="cpu-int4", make=lambda: quantized(4, 64, False, 1024, 1024))
+    yield Row(name="cpu-int4-sym", make=lambda: quantized(4, 128, True, 1024, 1024))
+    yield Row(name="cpu-int8", make=lambda: quantized(8, 0, True, 1024, 1024))
+
+
+def mixed_rows() -> Iterator[Row]:
+    """Products whose factors have two dtypes: what a rotation or a permutation of a bf16 weight is."""
+    yield Row(name="rotated", make=lambda: Dense(normal(7, 48).bfloat16()) @ Hadamard(normal(48) > 0))
+    yield Row(name="permuted", make=lambda: Dense(normal(7, 13).bfloat16()) @ Permutation(normal(13).argsort()))
+    yield Row(name="factor", make=lambda: Dense(normal(33, 8).bfloat16()) @ quantized(4, 8, False, 8, 24))
+
+
+def low_rank(rows: int, columns: int) -> Product:
+    """Two small dense factors."""
+    return Product(Dense(normal(rows, 3)), Dense(normal(3, columns)))
+
+
+def base() -> External:
+    """A tensor of another model."""
+    return External(normal(7, 13, seed=21), "some/base", "model.layers.0.proj.weight")
+
+
+def resolve(source: str, tensor: str) -> Tensor:
+    """The base's tensors by name, as a loader would find them."""
+    assert (source, tensor) == ("some/base", "model.layers.0.proj.weight")
+    return base().data
+
+
+ROWS = (*grid_rows(), *other_rows())
+MIXED = tuple(mixed_rows())
+
+
+def nodes(weight: Weight) -> Iterator[Weight]:
+    """The expression and everything in it."""
+    yield weight
+    for child in weight.children():
+        yield from nodes(child)
+
+
+# -- promises of every node ------------------------------------------------------------------------
+
+
+def tolerance(dtype: torch.dtype, length: int) -> float:
+    """Relative RMS error of a product in `dtype`.
+
+    Rounding the weight, the input of a second factor and the output costs at most eps / 2 each and a low precision
+    lowering rounds its scales too, 4 eps in all; float32 accumulation adds sqrt(length) eps of float32.
+    """
+    return 4 * torch.finfo(dtype).eps + length**0.5 * torch.finfo(torch.float32).eps
+
+
+def keeps_its_shape(weight: Weight) -> None:
+    """`shape` is that of `dense()`."""
+    assert tuple(weight.dense().shape) == weight.shape
+
+
+def applies_its_matrix(weight: Weight, x_TI: Tensor, close: Close) -> None:
+    """`linear(x)` is `x @ dense().T`, in the dtype of x, for any leading shape."""
+    want = x_TI.double() @ weight.dense().double().T
+    got = weight.linear(x_TI)
+    assert got.dtype == x_TI.dtype
+    close("linear", got, want, tolerance(x_TI.dtype, weight.shape[1]))
+    stacked = weight.linear(x_TI.unflatten(0, (1, -1)))[0]
+    close("linear of a batch", stacked, got, tolerance(x_TI.dtype, weight.shape[1]))
+
+
+def lowers_to_itself(weight: Weight, x_TI: Tensor, close: Close) -> None:
+    """The lowered module computes what `linear` computes."""
+    got = lower(weight, x_TI.dtype)(x_TI)
+    assert got.dtype == x_TI.dtype
+    close("lowered", got, weight.linear(x_TI), tolerance(x_TI.dtype, weight.shape[1]))
+
+
+def survives_packing(weight: Weight) -> None:
+    """pack, specify, through JSON text, unpack: an equal matrix, and the same bytes and text when packed again."""
+    packed, text = pack(weight), json.dumps(specify(weight))
+    again = unpack(json.loads(text), packed, resolve=resolve)
+    assert again.shape == weight.shape
+    assert again.describe() == weight.describe()
+    torch.testing.assert_close(again.dense(), weight.dense(), rtol=0, atol=0)
+    assert json.dumps(specify(again)) == text
+    assert as_bytes(pack(again)) == as_bytes(packed)
+
+
+def weighs_what_its_file_weighs(weight: Weight, folder: Path) -> None:
+    """`nbytes` is the data section of a safetensors file with exactly the packed tensors."""
+    path = folder / "packed.safetensors"
+    save_file({key: value.contiguous() for key, value in pack(weight).items()}, path)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert weight.nbytes() == path.stat().st_size - 8 - header
+
+
+def has_a_name(weight: Weight) -> None:
+    """`describe` is one short line."""
+    assert weight.describe()
+    assert "\n" not in weight.describe()
+
+
+def as_bytes(packed: dict[str, Tensor]) -> dict[str, tuple[str, bytes]]:
+    """Comparable content of packed tensors."""
+    return {
+        key: (f"{t.dtype}{list(t.shape)}", t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for key, t in packed.items()
+    }
+
+
+# -- rows of every pass ----------------------------------------------------------------------------
+
+QUANTIZERS = tuple(name for name, kind in PASSES.items() if issubclass(kind, Quantizer))
+WIDTH = 128  # the default group of 64 must divide it
+
+
+def pass_weight() -> Tensor:
+    """A weight with an odd number of outputs."""
+    return normal(33, WIDTH)
+
+
+def pass_tokens() -> Tensor:
+    """Correlated inputs with channels of different loudness."""
+    mixing = torch.eye(WIDTH) + 0.5 * normal(WIDTH, WIDTH, seed=1) / WIDTH**0.5
+    return normal(300, WIDTH, seed=2) @ mixing * normal(WIDTH, seed=3).exp()

@@ -1,0 +1,206 @@
+"""Shared fixtures: tiny random models of every tested family, sites with measured inputs, one comparison.
+
+Not here: numeric truth (`naive.py`) and the suites every node and pass must satisfy (`conformance.py`). Models are
+built, never downloaded; their sizes are odd on purpose (width 48, inner 72, vocabulary 211, grouped heads).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from compress.model.site import Site
+from compress.model.source import Checkpoint, dtype_of
+from compress.model.walk import Walk
+from compress.passes import PASSES
+from compress.stats import Collector, ColumnNorm, Gram, Statistics
+from hypothesis import settings
+from torch import Tensor, nn
+
+FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma")
+SIZES: dict[str, Any] = {
+    "vocab_size": 211, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    "initializer_range": 0.15,
+}  # fmt: skip
+PECULIAR: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"sliding_window": 16, "tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
+    "gemma": {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+
+settings.register_profile("compress", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("compress")
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| in float64; an absolute error where `want` is zero."""
+    got, want = got.detach().double(), want.detach().double()
+    norm = float(want.norm())
+    return float((got - want).norm()) / (norm if norm else 1.0)
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[[str, Tensor, Tensor, float], None]:
+    """The one numeric comparison: relative RMS error of `got` at most `ratio`."""
+
+    def check(name: str, got: Tensor, want: Tensor, ratio: float) -> None:
+        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        error = relative_rms(got, want)
+        assert error <= ratio, f"{name}: relative RMS error {error:.3g} > {ratio:.3g}"
+
+    return check
+
+
+def load_beside(name: str) -> ModuleType:
+    """The helper module `tests/<name>.py`; tests is not a package, so it is loaded by path."""
+    qualified = f"compress_tests_{name}"
+    if qualified not in sys.modules:
+        spec = importlib.util.spec_from_file_location(qualified, Path(__file__).parent / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[qualified] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[qualified])
+    return sys.modules[qualified]
+
+
+@pytest.fixture(scope="session")
+def naive() -> ModuleType:
+    """Slow, obvious implementations and the fixtures of the specifications."""
+    return load_beside("naive")
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def build_tokenizer() -> Any:
+    """A small BPE over ASCII, 200 entries at most, so that every id exists in the tiny models."""
+    from compress.calibration import builtin_text
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, limit_alphabet=110, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(builtin_text()[:200], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def build_model(kind: str, seed: int = 0) -> nn.Module:
+    """A random float32 model; norms and biases are random too, so that forgetting one shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**{"model_type": kind, **SIZES, **PECULIAR[kind]})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+ModelMaker = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
+    """`model_folder(family, dtype="float32", sharded=False)`: a read-only folder with weights and a tokenizer."""
+    made: dict[tuple[str, str, bool], Path] = {}
+    tokenizer = build_tokenizer()
+
+    def make(kind: str = "llama", dtype: str = "float32", sharded: bool = False) -> Path:
+        key = (kind, dtype, sharded)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{kind}-{dtype}-{'sharded' if sharded else 'single'}")
+            model = build_model(kind).to(getattr(torch, dtype))
+            model.save_pretrained(folder, max_shard_size="40KB" if sharded else "1GB")
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(model_folder: ModelMaker) -> Path:
+    """A float32 Llama of two blocks in one file, untied."""
+    return model_folder("llama")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each tested family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """Three windows of 21 tokens: more than one row, and longer than the sliding window."""
+    return torch.randint(4, 200, (3, 21), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def hugging_face() -> Callable[[Path], Any]:
+    """`hugging_face(folder)`: the model as stock transformers loads it, in the dtype of its config."""
+
+    def load(folder: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+
+    return load
+
+
+@pytest.fixture
+def walk_of() -> Callable[[Path], Walk]:
+    """`walk_of(folder)`: a walk over the checkpoint on the CPU."""
+
+    def open_walk(folder: Path) -> Walk:
+        source = Checkpoint(folder)
+        return Walk(source.config, source, dtype_of(source.config), torch.device("cpu"))
+
+    return open_walk
+
+
+# -- sites -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site_of() -> Callable[..., Site]:
+    """`site_of(w, x=None, gram=None)`: a site whose input statistics come from the tokens x or a given Gram."""
+
+    def make(w_OI: Tensor, x_TI: Tensor | None = None, gram_II: Tensor | None = None) -> Site:
+        linear = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False, dtype=w_OI.dtype)
+        linear.weight.data = w_OI.clone()
+        linear.requires_grad_(False)
+        site = Site("blocks.0.proj", linear)
+        if x_TI is not None:
+            collector = Collector((ColumnNorm, Gram), w_OI.shape[1], w_OI.device)
+            collector.update(x_TI)
+            site.stats = collector.finish(site.name)
+        if gram_II is not None:
+            site.stats = Statistics({Gram: gram_II}, tokens=1)
+        return site
+
+    return make
+
+
+@pytest.fixture
+def registry() -> Iterator[dict[str, Any]]:
+    """The registered passes; what a test registers is forgotten afterwards."""
+    before = dict(PASSES)
+    yield PASSES
+    PASSES.clear()
+    PASSES.update(before)

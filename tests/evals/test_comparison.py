@@ -1,0 +1,124 @@
+"""Comparisons: verdicts on constructed data, refusals, acceptance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress.errors import ArtifactError
+from compress_evals.comparison import accept, compare, worst_family
+from compress_evals.results import Results
+
+DENSE = {"facts_trained": [1] * 400, "facts_copy": [1] * 400, "facts_open": ([1] * 200 + [0] * 200)}
+SMALL = {
+    "facts_trained": [1] * 300 + [0] * 100,
+    "facts_copy": [1] * 399 + [0],
+    "facts_open": [1] * 250 + [0] * 150,
+}
+
+
+@pytest.fixture
+def dense(make_results: Callable[..., Results]) -> Results:
+    return make_results("dense", DENSE, bytes_on_disk=100)
+
+
+@pytest.fixture
+def small(make_results: Callable[..., Results]) -> Results:
+    return make_results("small", SMALL)
+
+
+def changed(results: Results, **engine: Any) -> Results:
+    return results.model_copy(update={"engine": results.engine.model_copy(update=engine)})
+
+
+def test_each_task_gets_its_verdict(dense: Results, small: Results) -> None:
+    comparison = compare(dense, small)
+    verdicts = {task: cell.paired.verdict for task, cell in comparison.tasks.items()}
+    assert verdicts == {"facts_trained": "fails", "facts_copy": "matching", "facts_open": "improved"}
+    assert (comparison.dense, comparison.compressed, comparison.dense_bytes) == ("dense", "small", 100)
+
+
+def test_p_is_adjusted_over_the_tasks(dense: Results, small: Results) -> None:
+    cells = compare(dense, small).tasks
+    assert cells["facts_copy"].p_holm == 1.0
+    assert cells["facts_open"].p_holm == pytest.approx(2 * cells["facts_open"].paired.p)
+    assert cells["facts_trained"].p_holm == pytest.approx(3 * cells["facts_trained"].paired.p)
+
+
+def test_flips_in_both_directions_are_counted_though_the_mean_stays(make_results: Callable[..., Results]) -> None:
+    before, after = [1, 0] * 200, [0, 1] * 40 + [1, 0] * 160
+    pair = compare(make_results("a", {"t": before}), make_results("b", {"t": after})).tasks["t"].paired
+    assert (pair.delta, pair.lost, pair.gained, pair.flips) == (0.0, 40, 40, 0.2)
+
+
+def test_clusters_reach_the_statistics(make_results: Callable[..., Results]) -> None:
+    clusters = [f"subject {i // 10}" for i in range(400)]
+    dense, small = (
+        make_results("a", {"t": [1] * 400}, clusters),
+        make_results("b", {"t": SMALL["facts_copy"]}, clusters),
+    )
+    assert compare(dense, small).tasks["t"].paired.clusters == 40
+
+
+def test_the_worst_family_is_named_with_what_it_kept(dense: Results, small: Results) -> None:
+    worst = compare(dense, small).worst
+    assert worst is not None
+    assert (worst.family, worst.retained) == ("closed book", 0.75)
+
+
+def test_a_family_at_chance_has_nothing_to_lose(make_results: Callable[..., Results]) -> None:
+    hopeless = make_results("a", {"t": [0] * 50})
+    assert worst_family(hopeless.tasks, hopeless.tasks) is None
+
+
+def test_different_questions_are_refused(dense: Results, make_results: Callable[..., Results]) -> None:
+    other = make_results("small", SMALL | {"facts_open": [1] * 399})
+    with pytest.raises(ArtifactError, match="different questions in facts_open"):
+        compare(dense, other)
+
+
+def test_different_tasks_are_refused(dense: Results, make_results: Callable[..., Results]) -> None:
+    with pytest.raises(ArtifactError, match="only one has facts_copy, facts_open"):
+        compare(dense, make_results("small", {"facts_trained": SMALL["facts_trained"]}))
+
+
+@pytest.mark.parametrize("field", [{"batch_size": 8}, {"max_length": 256}, {"lm_eval": "0.4.9"}, {"bos": False}])
+def test_measured_otherwise_is_refused(dense: Results, small: Results, field: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match=f"different {next(iter(field))}"):
+        compare(dense, changed(small, **field))
+
+
+def test_another_dtype_is_noted(dense: Results, small: Results) -> None:
+    assert compare(dense, changed(small, dtype="bfloat16")).notes == ("dtype: dense float32, compressed bfloat16",)
+    assert compare(dense, small).notes == ()
+
+
+def test_results_without_their_rows_are_refused(dense: Results, small: Results) -> None:
+    with pytest.raises(ArtifactError, match="not loaded"):
+        compare(dense, small.model_copy(update={"rows": {}}))
+
+
+def test_acceptance_names_the_tasks_that_may_have_lost_too_much(dense: Results, small: Results) -> None:
+    comparison = compare(dense, small)
+    [line] = accept(comparison, max_drop=0.05, confidence=0.95)
+    assert line.startswith("facts_trained: -25.0 points")
+    assert accept(comparison, max_drop=0.35, confidence=0.95) == []
+
+
+def test_a_measurement_too_small_to_exclude_the_loss_is_not_accepted(make_results: Callable[..., Results]) -> None:
+    few, many = (compare(make_results("a", {"t": [1] * n}), make_results("b", {"t": [1] * n})) for n in (10, 400))
+    assert len(accept(few, max_drop=0.05, confidence=0.95)) == 1
+    assert accept(many, max_drop=0.05, confidence=0.95) == []
+
+
+def test_more_confidence_accepts_less(make_results: Callable[..., Results]) -> None:
+    lost = np.ones(400)
+    lost[:16] = 0
+    comparison = compare(make_results("a", {"t": [1] * 400}), make_results("b", {"t": lost.tolist()}))
+    assert accept(comparison, max_drop=0.06, confidence=0.9) == []
+    assert len(accept(comparison, max_drop=0.06, confidence=0.999)) == 1
+    with pytest.raises(ValueError, match="confidence"):
+        accept(comparison, max_drop=0.06, confidence=1.0)

@@ -1,0 +1,171 @@
+"""Reports: every figure arrives, nothing hostile does, nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+
+import pytest
+
+from compress.errors import ArtifactError
+from compress_evals.comparison import compare
+from compress_evals.report import forest, html, markdown, place_names, scatter, size_change, table_rows
+from compress_evals.results import Results
+
+HOSTILE = "<script>alert(1)</script>\"'>&|`x`"
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute name, and whether tags close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def dense(make_results: Callable[..., Results]) -> Results:
+    return make_results("dense", {"facts_trained": [1] * 200, "facts_copy": [1] * 200}, bytes_on_disk=8_000_000)
+
+
+@pytest.fixture
+def versus(dense: Results, make_results: Callable[..., Results]) -> Callable[..., Results]:
+    def make(name: str, lost: int, size: int = 4_000_000, recipe: str = "passes: []") -> Results:
+        scores = {"facts_trained": [0] * lost + [1] * (200 - lost), "facts_copy": [1] * 200}
+        result = make_results(name, scores, bytes_on_disk=size, recipe=recipe, bits_per_weight=4.25)
+        return result.model_copy(update={"vs": compare(dense, result)})
+
+    return make
+
+
+def read(page: str) -> Tags:
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    return tags
+
+
+def test_rows_are_plain_data_with_p_over_the_whole_table(dense: Results, versus: Callable[..., Results]) -> None:
+    rows = table_rows([dense, versus("one", 40), versus("two", 4)])
+    assert [(row.model, row.task) for row in rows] == [
+        ("one", "facts_trained"), ("one", "facts_copy"), ("two", "facts_trained"), ("two", "facts_copy"),
+    ]  # fmt: skip
+    assert rows[0].p == pytest.approx(4 * rows[0].paired.p)
+    assert rows[2].p == pytest.approx(3 * rows[2].paired.p)
+    assert (rows[0].paired.verdict, rows[0].metric.value, rows[0].dense_metric.value) == ("fails", 0.8, 1.0)
+
+
+def test_the_page_shows_the_figures_and_says_the_verdict_in_words(
+    dense: Results, versus: Callable[..., Results]
+) -> None:
+    page = html([dense, versus("small", 40)])
+    read(page)
+    for shown in (
+        "8 MB → 4 MB (−50 %)",
+        "4.25",
+        "−20.0",
+        "40 / 0",
+        "&lt;0.001",
+        "fails",
+        "passes: []",
+        "<svg",
+        "80 % power",
+    ):
+        assert shown in page
+
+
+def test_hostile_names_and_recipes_are_text(dense: Results, versus: Callable[..., Results]) -> None:
+    page = html(
+        [dense, versus(HOSTILE, 40, recipe=HOSTILE), versus("other", 1, recipe="</pre><img src=x onerror=a()>")]
+    )
+    tags = read(page)
+    assert not {"script", "img", "iframe", "link", "object"} & set(tags.seen)
+    assert not [name for name, _ in tags.attributes if name.startswith("on") or name in ("src", "href")]
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2
+
+
+def test_the_page_loads_nothing(dense: Results, versus: Callable[..., Results]) -> None:
+    page = html([dense, versus("small", 40)])
+    assert not re.search(r"https?://|url\(|@import|<script", page)
+
+
+def test_one_model_gets_no_scatter_and_several_do(dense: Results, versus: Callable[..., Results]) -> None:
+    assert "Quality against size" not in html([dense, versus("one", 40)])
+    page = html([dense, versus("one", 40), versus("two", 4, size=2_000_000)])
+    assert "Quality against size" in page
+    assert "Side by side" in page
+
+
+def test_a_dense_model_alone_has_a_report(dense: Results) -> None:
+    assert "What dense can do" in html([dense])
+    assert "| Title of facts\\_copy | 200 | 100.0 \\[98.1, 100.0\\] |" in markdown([dense])
+
+
+def test_markdown_holds_the_table_and_escapes_names(dense: Results, versus: Callable[..., Results]) -> None:
+    text = markdown([dense, versus(HOSTILE, 40, recipe="a\n```\n# not a heading")])
+    assert "<script>" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| Title of facts\\_trained |")]
+    assert "| 40 / 0 | \\<0.001 | ✕ fails |" in rows[0]
+    assert "````yaml\na\n```\n# not a heading\n````" in text
+
+
+def test_reports_need_one_dense_result_and_comparisons_with_it(
+    dense: Results, versus: Callable[..., Results], make_results: Callable[..., Results]
+) -> None:
+    with pytest.raises(ArtifactError, match="one dense result"):
+        html([versus("one", 1)])
+    with pytest.raises(ArtifactError, match="one dense result"):
+        html([dense, make_results("never compared", {"facts_trained": [1]})])
+    with pytest.raises(ArtifactError, match="compare them first"):
+        html([dense.model_copy(update={"model": dense.model.model_copy(update={"name": "another"})}), versus("one", 1)])
+    with pytest.raises(ArtifactError, match="two results are called 'one'"):
+        html([dense, versus("one", 1), versus("one", 2)])
+
+
+def test_the_forest_plot_is_in_scale(versus: Callable[..., Results]) -> None:
+    plot = forest(versus("small", 40))
+    unit = (plot.ticks[-1][0] - plot.ticks[0][0]) / (len(plot.ticks) - 1)
+    step = float(plot.ticks[-1][1]) - float(plot.ticks[-2][1])
+    [trained, copied] = plot.whiskers
+    assert trained.x - plot.zero == pytest.approx(-20 / step * unit, abs=0.2)
+    assert copied.x == plot.zero
+    assert trained.low < trained.x < trained.high < plot.zero
+    assert plot.left <= trained.low and copied.high <= plot.width
+
+
+def test_the_scatter_needs_every_size(dense: Results, versus: Callable[..., Results]) -> None:
+    drawn = scatter(dense, [versus("one", 40), versus("two", 4, size=2_000_000)])
+    assert drawn is not None
+    assert drawn.dots[0].dense and drawn.dots[2].x < drawn.dots[1].x < drawn.dots[0].x
+    assert drawn.dots[1].worst_y > drawn.dots[1].y > drawn.dots[2].y  # down is worse
+    unknown = versus("one", 40)
+    unknown = unknown.model_copy(update={"model": unknown.model.model_copy(update={"bytes_on_disk": None})})
+    assert scatter(dense, [unknown]) is None
+
+
+def test_names_of_close_points_are_not_written_over_each_other() -> None:
+    placed = place_names(["int4 g64", "int4 g128"], [(300.0, 50.0), (310.0, 50.0)], 980)
+    assert abs(placed[0][1] - placed[1][1]) > 12 or placed[0][2] != placed[1][2]
+
+
+def test_sizes_read_well() -> None:
+    assert size_change(8_400_000, 3_600_000) == "8.4 MB → 3.6 MB (−57 %)"
+    assert size_change(None, 1_500) == "1.5 kB"
+    assert size_change(5, None) == ""

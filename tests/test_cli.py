@@ -1,0 +1,225 @@
+"""The command line as a user meets it: what it prints, what it leaves behind, and how it refuses.
+
+Every refusal is one line on stderr, the right exit code, nothing half-written, inputs untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compress.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+RECIPE = "passes:\n  - wanda: {sparsity: 2:4}\n  - gptq: {bits: 4, group: 24}\ncalibration: {samples: 4, length: 32}\n"
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`cli("run", ...)` -> (exit code, stdout, stderr), in this process."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below a folder with its hash."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_run_writes_a_verified_artifact_and_prints_json(
+    cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    code, out, _ = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["out"] == str(tmp_path / "o")
+    assert report["artifact_bytes"] < report["source_bytes"]
+    assert cli("verify", tmp_path / "o")[0] == 0
+
+
+def test_progress_names_every_block_and_goes_to_stderr(
+    cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    _, out, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    assert "block 1/2" in err
+    assert "block 2/2" in err
+    assert "peak" in err
+    assert "block" not in out
+
+
+def test_inspect_shows_each_site_with_its_weight(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    view = json.loads(cli("inspect", tmp_path / "o", "--json")[1])
+    assert len(view["sites"]) == 14
+    assert view["sites"]["model.layers.0.mlp.up_proj"]["weight"] == "2:4·int4g24"
+    assert "model.layers.1.self_attn.o_proj" in cli("inspect", tmp_path / "o")[1]
+
+
+def test_events_are_logged_as_json_lines(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o", "--log", tmp_path / "log.jsonl")
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert events[0] == "RunStarted"
+    assert events[-1] == "RunFinished"
+    assert events.count("WeightRewritten") == 28
+
+
+def test_export_dense_refuses_an_existing_folder(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    assert cli("export", tmp_path / "o", "--to", "dense", "--out", tmp_path / "d")[0] == 0
+    code, _, err = cli("export", tmp_path / "o", "--to", "dense", "--out", tmp_path / "d")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "exists" in err
+
+
+def test_export_names_the_formats_it_knows(cli: Run, tmp_path: Path) -> None:
+    code, _, err = cli("export", tmp_path, "--to", "gguf")
+    assert code == 2
+    assert "allowed: dense" in err
+
+
+def test_verify_exits_4_on_a_flipped_byte(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    shard = sorted((tmp_path / "o").glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(bytes(data))
+    code, _, err = cli("verify", tmp_path / "o")
+    assert code == 4
+    assert shard.name in err
+
+
+def test_passes_lists_options_defaults_and_source(cli: Run) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("passes", "--json")[1])["passes"]}
+    assert {"magnitude", "wanda", "rtn", "gptq"} <= rows.keys()
+    assert all(row["source"] and row["summary"] for row in rows.values())
+    assert {o["name"]: o["default"] for o in rows["gptq"]["options"]}["damping"] == 0.01
+    assert "Frantar" in cli("passes")[1]
+
+
+def test_version_prints_the_version(cli: Run) -> None:
+    from compress import __version__
+
+    assert cli("--version")[1].strip() == f"compress {__version__}"
+
+
+BAD = {
+    "unknown pass": (
+        ["--set", "model=x"],
+        "passes: [{wandaa: {}}]",
+        "passes[0]: unknown pass 'wandaa'; did you mean 'wanda'?",
+    ),
+    "unknown option": (
+        [],
+        "passes: [{wanda: {sparsty: 0.5}}]",
+        "passes[0].wanda: unknown option 'sparsty'; did you mean 'sparsity'?",
+    ),
+    "wrong type": (
+        [],
+        "passes: [{rtn: {bits: four}}]",
+        "passes[0].rtn.bits: 'four' is not allowed; it must be a valid integer",
+    ),
+    "bits as a fraction": ([], "passes: [{rtn: {bits: 4.5}}]", "passes[0].rtn.bits: 4.5"),
+    "a switch as text": ([], "passes: [{rtn: {symmetric: off}}]", "passes[0].rtn.symmetric: 'off' is not allowed"),
+    "out of range": ([], "passes: [{rtn: {bits: 9}}]", "less than or equal to 8"),
+    "pattern": ([], "passes: [{wanda: {sparsity: 4:2}}]", "n kept of m"),
+    "width": ([], "passes: [{magnitude: {sparsity: 2:5}}]", "2:5 needs a width divisible by 5, got 48"),
+    "group": ([], "passes: [{rtn: {group: 64}}]", "group 64 does not divide its width of 48"),
+    "selects nothing": ([], "passes: [{rtn: {group: 0, sites: nothing}}]", "select nothing"),
+    "no passes": ([], "passes: []", "at least one pass"),
+    "yaml": ([], "passes: [", "not valid YAML"),
+    "unknown key": ([], "passes: [rtn]\nlimit: {}", "unknown key 'limit'; did you mean 'limits'?"),
+    "window": ([], "passes: [wanda]\ncalibration: {length: 4096}", "the model takes 128"),
+    "calibration file": ([], "passes: [wanda]\ncalibration: {data: nowhere.txt}", "calibration.data"),
+    "set": (["--set", "passes.3.bits=4"], "passes: [rtn]", "no item '3'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_recipe_is_one_line_exit_2_and_leaves_nothing(
+    case: str, cli: Run, tiny_llama: Path, tmp_path: Path
+) -> None:
+    extra, text, expected = BAD[case]
+    (tmp_path / "r.yaml").write_text(text)
+    before = contents(tiny_llama)
+    code, out, err = cli("run", tmp_path / "r.yaml", "--model", tiny_llama, "--out", tmp_path / "o", *extra)
+    assert expected in err
+    assert (code, out, len(err.strip().splitlines())) == (3 if case == "selects nothing" else 2, "", 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+    assert contents(tiny_llama) == before
+
+
+def test_an_existing_output_is_refused_and_untouched(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "precious").write_text("keep me")
+    code, _, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "exists" in err
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["precious"]
+
+
+def test_force_replaces_the_output(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    assert cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o", "--force")[0] == 0
+    assert cli("verify", tmp_path / "o")[0] == 0
+
+
+def test_a_missing_model_folder_is_named(cli: Run, recipe: Path, tmp_path: Path) -> None:
+    code, _, err = cli("run", recipe, "--model", tmp_path / "nowhere", "--out", tmp_path / "o")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "nowhere" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_pickled_checkpoint_is_refused_unread(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    torch.save({"x": torch.zeros(1)}, model / "pytorch_model.bin")
+    code, _, err = cli("run", recipe, "--model", model, "--out", tmp_path / "o")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "pytorch_model.bin" in err
+    assert "safetensors" in err
+
+
+def test_a_recipe_without_a_model_asks_for_one(cli: Run, recipe: Path, tmp_path: Path) -> None:
+    code, _, err = cli("run", recipe, "--out", tmp_path / "o")
+    assert code == 2
+    assert "model" in err
+
+
+def test_debug_shows_the_traceback(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from compress.errors import ArtifactError
+
+    with pytest.raises(ArtifactError, match="nowhere"):
+        cli("verify", tmp_path / "nowhere", "--debug")
+
+
+def test_verifying_something_else_is_refused(cli: Run, tiny_llama: Path) -> None:
+    code, _, err = cli("verify", tiny_llama)
+    assert code == 2
+    assert "not a Compress artifact" in err
