@@ -106,14 +106,15 @@ class ArtifactWriter:
         (self.partial / "README.md").write_text(card, encoding="utf-8")
 
     def commit(self) -> None:
-        """Flush every file and rename the folder into place; raises ArtifactError if OUT appeared meanwhile."""
+        """Flush every file and rename the folder into place; what was there before goes last."""
         for file in self.partial.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        try:
-            self.partial.rename(self.out)
-        except OSError as error:
-            raise ArtifactError(f"{self.out}: cannot be put in place: {error.strerror}") from error
+        before = self.partial.with_name(f"{self.partial.name}-replaced")
+        if self.out.exists():
+            self.out.rename(before)
+        self.partial.rename(self.out)
+        shutil.rmtree(before, ignore_errors=True)
 
     def abandon(self) -> None:
         """Leave nothing behind."""

@@ -25,11 +25,12 @@ from compress.recipe import Calibration
 TEXTS = Path(__file__).parent / "builtin" / "texts"
 LONGEST = 2048  # of a default window; longer contexts cost quadratic memory and are asked for explicitly
 PROBE = 4  # windows
+PROBE_LENGTH = 256  # tokens of each at most: its logits are kept, and vocabularies are large
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The drawn windows [samples, length] and the probe [PROBE, length], with what they are called."""
+    """The drawn windows [samples, length] and the probe [PROBE, at most PROBE_LENGTH], with what they are called."""
 
     ids_NT: Tensor
     probe_NT: Tensor
@@ -48,17 +49,31 @@ def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int
     count = calibration.samples if samples is None else samples
     rng = random.Random(calibration.seed)
     if calibration.data == "mixed":
-        asked = (count + PROBE) // 2
-        rows = windows(stream(builtin_documents(rng, asked * length), tokenizer), asked, length, rng, "mixed")
-        rows += windows(stream(builtin_text(), tokenizer), count + PROBE - asked, length, rng, "text")
-        rng.shuffle(rows)
+        asked = count // 2
+        documents = builtin_documents(rng, (asked + PROBE) * length)
+        parts = [(documents, asked, PROBE // 2), (builtin_text(), count - asked, PROBE - PROBE // 2)]
     else:
-        lines = builtin_text() if calibration.data == "text" else read_documents(Path(calibration.data))
-        rows = windows(stream(lines, tokenizer), count + PROBE, length, rng, calibration.data)
-    ids_NT = torch.tensor(rows)
+        text = builtin_text() if calibration.data == "text" else read_documents(Path(calibration.data))
+        parts = [(text, count, PROBE)]
+    rows: list[list[int]] = []
+    probes: list[list[int]] = []
+    notes = ""
+    for documents, wanted, probed in parts:
+        tokens = stream(documents, tokenizer)
+        reserved = probed * min(length, PROBE_LENGTH)  # from the end, so that no window can overlap the probe
+        if len(tokens) < reserved + length:
+            raise CalibrationError(
+                f"calibration.data: {calibration.data} holds {len(tokens)} tokens, at least {reserved + length} are needed"
+            )
+        rows += windows(tokens[:-reserved], wanted, length, rng)
+        probes += [tokens[-reserved:][i * (reserved // probed) :][: reserved // probed] for i in range(probed)]
+        if len(tokens) - reserved < wanted * length:
+            notes += f", windows overlap: {len(tokens) - reserved} tokens for {wanted} of them"
+    rng.shuffle(rows)
+    ids_NT, probe_NT = torch.tensor(rows, dtype=torch.long).view(-1, length), torch.tensor(probes)
     sha = hashlib.sha256(ids_NT.to(torch.int32).numpy().tobytes()).hexdigest()
-    name = f"{Path(calibration.data).name} {count}x{length} seed {calibration.seed}"
-    return Tokens(ids_NT=ids_NT[:count], probe_NT=ids_NT[count:], name=name, sha256=sha)
+    name = f"{Path(calibration.data).name} {count}x{length} seed {calibration.seed}{notes}"
+    return Tokens(ids_NT=ids_NT, probe_NT=probe_NT, name=name, sha256=sha)
 
 
 def builtin_text() -> list[str]:
@@ -141,10 +156,8 @@ def stream(documents: list[str], tokenizer: Any) -> list[int]:
     return [token for ids in encoded for token in (*start, *ids)]
 
 
-def windows(tokens: list[int], count: int, length: int, rng: random.Random, name: str) -> list[list[int]]:
+def windows(tokens: list[int], count: int, length: int, rng: random.Random) -> list[list[int]]:
     """`count` windows at random places of the stream, not overlapping while there is room."""
-    if len(tokens) < length:
-        raise CalibrationError(f"calibration.data: {name} holds {len(tokens)} tokens, one window needs {length}")
     slots = len(tokens) // length
     shift = rng.randrange(len(tokens) - slots * length + 1)
     if slots >= count:

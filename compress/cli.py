@@ -22,10 +22,12 @@ from compress.errors import CompressError, RecipeError
 app = typer.Typer(
     name="compress",
     help="Compress Hugging Face language models and prove what was lost.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+INTERRUPTED = 130
+UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of click that typer carries since 0.2x
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Out = Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")]
@@ -104,6 +106,7 @@ def evaluate(
     from compress.console import quality_table
 
     evals = imported_evals()
+    quiet_loading()
     target = out if out is not None else folders[0].with_name(f"{folders[0].name}.eval")
     prose = None if text is None else read_text(text)
     with screen().status("loading") as status:
@@ -113,7 +116,8 @@ def evaluate(
     rows = evals.table_rows(results)
     tables = [
         quality_table(
-            [row for row in rows if row.model == found.model.name], f"{found.model.name} against {base or 'its base'}"
+            [row for row in rows if row.model == found.model.name],
+            f"{found.model.name} against {results[0].model.name}",
         )
         for found in results[1:]
     ]
@@ -122,6 +126,13 @@ def evaluate(
     result(
         value, as_json, *[x for pair in zip(tables, notes, strict=True) for x in pair], f"report: {target}/report.html"
     )
+
+
+def quiet_loading() -> None:
+    """No loading bars of transformers: they break the lines of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def read_text(path: Path) -> str:
@@ -219,14 +230,22 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning otherwise, when lm-eval forks
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    code = 0
     try:
-        app()
+        code = app(standalone_mode=False) or 0
     except CompressError as error:
         if debug:
             raise
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written", 130)
+    except UsageError as error:  # an unknown option, a missing argument
+        fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+        fail("interrupted; the output folder is as it was before", code)
+    raise SystemExit(code)
 
 
 __all__ = ["app", "main"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,14 +31,12 @@ from compress.errors import (
     VerificationError,
 )  # fmt: skip
 from compress.events import BlockFinished, BlockStarted, Event, Fallback, RunFinished, RunStarted
-from compress.model.block import Block, Travellers
+from compress.model.block import Block, Travellers, batched
 from compress.model.family import MISSED, TESTED, Coverage, coverage
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.walk import Walk
 from compress.passes.manager import PassManager, ignore
 from compress.recipe import Recipe
-
-BATCH_TOKENS = 4096  # a forward: large enough for GEMM speed, small enough for memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +70,29 @@ def compress(
     source = Checkpoint(locate(model))
     target = free_place(Path(out), force)
     refuse_quantized(source)
-    walk = Walk(source.config, source, dtype_of(source.config), torch.device(device))
+    walk = Walk(source.config, source, dtype_of(source.config), usable(device))
     covered = plan(walk, source, recipe)
     tokens = tokens_for(walk, source.path, recipe)
     job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, began=began)
     writer = ArtifactWriter(target, shards=len(walk.blocks) + 1)
     try:
         report = job.run(writer)
-        if force and target.exists():
-            shutil.rmtree(target)
         writer.commit()
+    except (OSError, SafetensorError) as error:
+        writer.abandon()
+        raise ArtifactError(f"{target}: cannot be written: {error}") from error
     except BaseException:
         writer.abandon()
         raise
     return report
+
+
+def usable(device: str) -> torch.device:
+    """The torch device of a name; raises RecipeError if this machine has none such."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def free_place(out: Path, force: bool) -> Path:
@@ -190,8 +197,8 @@ class Job:
             raise AcceptanceError(
                 f"{fallbacks} fallbacks, limits.max_fallbacks allows {recipe.limits.max_fallbacks}; nothing was kept"
             )
-        kl = mean_kl(walk.dense_logits, walk.leave(probe))
-        return self.conclude(writer, ledger, kl, fallbacks, walk.leave(probe))
+        logits = walk.leave(probe)
+        return self.conclude(writer, ledger, mean_kl(walk.dense_logits, logits), fallbacks, logits)
 
     def announce(self) -> None:
         """Emit RunStarted."""
@@ -288,27 +295,24 @@ class Job:
 
 def record(site: Any) -> dict[str, Any]:
     """What is kept about a site in compress.json."""
-    weight_error, output_error = site.errors()
     return {
         "weight": site.weight.describe(),
         "bytes": site.weight.nbytes(),
-        "weight_error": weight_error,
-        "output_error": output_error,
+        "weight_error": site.weight_error,
+        "output_error": site.output_error,
         "tokens": site.stats.tokens,
         "fallbacks": [list(fallback) for fallback in site.fallbacks],
         **site.ledger,
     }
 
 
-def batched(ids_NT: Tensor) -> list[Tensor]:
-    """The windows in batches of about BATCH_TOKENS tokens."""
-    return list(ids_NT.split(max(1, BATCH_TOKENS // ids_NT.shape[1]))) if len(ids_NT) else []
-
-
 def mean_kl(dense: Tensor, compressed: Tensor) -> float:
     """Mean over tokens of KL(dense || compressed) in nats, float32."""
-    left, right = F.log_softmax(dense.float(), -1), F.log_softmax(compressed.float(), -1)
-    return float((left.exp() * (left - right)).sum(-1).mean())
+    total = 0.0
+    for dense_TV, compressed_TV in zip(dense, compressed, strict=True):  # a window at a time: vocabularies are large
+        left, right = F.log_softmax(dense_TV.float(), -1), F.log_softmax(compressed_TV.float(), -1)
+        total += float((left.exp() * (left - right)).sum(-1).mean())
+    return total / len(dense)
 
 
 def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, logits: Tensor) -> None:

@@ -18,8 +18,23 @@ from torch import Tensor
 from compress.passes import PASSES, Quantizer
 from compress.runtime.lower import lower
 from compress.weights import (
-    Codebook, Dense, Diagonal, External, Grid, Hadamard, Masked, Permutation, Product, Quantized, Signs, Sum, Weight,
-    pack, pattern, specify, unpack,
+    Codebook,
+    Dense,
+    Diagonal,
+    External,
+    Grid,
+    Hadamard,
+    Masked,
+    Permutation,
+    Product,
+    Quantized,
+    Signs,
+    Sum,
+    Weight,
+    pack,
+    pattern,
+    specify,
+    unpack,
 )  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -98,14 +113,14 @@ def other_rows() -> Iterator[Row]:
     yield Row(name="rotated", make=lambda: quantized(3, 0, False, 7, 48) @ Hadamard(normal(48) > 0))
     yield Row(name="quantized-factors", make=lambda: quantized(8, 0, True, 33, 8) @ quantized(4, 8, False, 8, 24))
     yield Row(name="oats", make=lambda: Masked(Dense(normal(33, 24)), mask(0.5, 33, 24), "50%") + low_rank(33, 24))
-    yield Row(
-        name="slim", make=lambda: Masked(quantized(4, 8, False, 33), mask("2:4", 33), "2:4") + low_rank(33, 24)
-    )
+    yield Row(name="slim", make=lambda: Masked(quantized(4, 8, False, 33), mask("2:4", 33), "2:4") + low_rank(33, 24))
     yield Row(name="three-terms", make=lambda: Sum((Dense(normal(7, 24)), quantized(2, 8, False), low_rank(7, 24))))
     yield Row(name="bitdelta", make=lambda: base() + Signs(normal(7, 13, seed=4) > 0, normal(1, 1).abs()))
     yield Row(name="masked-sum", make=lambda: Masked(Dense(normal(7, 24)) + low_rank(7, 24), mask(0.5), "50%"))
     yield Row(name="masked-codebook", make=lambda: Masked(codebook(16, 8), mask(0.5, 5, 24), "50%"))
-    yield Row(name="masked-twice", make=lambda: Masked(Masked(Dense(normal(7, 24)), mask(0.5), "50%"), mask("2:4"), "2:4"))
+    yield Row(
+        name="masked-twice", make=lambda: Masked(Masked(Dense(normal(7, 24)), mask(0.5), "50%"), mask("2:4"), "2:4")
+    )
     yield Row(name="cpu-int4", make=lambda: quantized(4, 64, False, 1024, 1024))
     yield Row(name="cpu-int4-sym", make=lambda: quantized(4, 128, True, 1024, 1024))
     yield Row(name="cpu-int8", make=lambda: quantized(8, 0, True, 1024, 1024))

@@ -7,6 +7,7 @@ built, never downloaded; their sizes are odd on purpose (width 48, inner 72, voc
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from compress import GPTQ, Calibration, Recipe, Wanda, run
 from compress.model.site import Site
 from compress.model.source import Checkpoint, dtype_of
 from compress.model.walk import Walk
 from compress.passes import PASSES
 from compress.stats import Collector, ColumnNorm, Gram, Statistics
-from hypothesis import settings
-from torch import Tensor, nn
 
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma")
 SIZES: dict[str, Any] = {
@@ -36,6 +39,13 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": False},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
     "gemma": {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "hybrid": {  # full attention in the first block, a sliding window in the second: two masks in one model
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "tie_word_embeddings": False,
+    },
 }
 
 settings.register_profile("compress", deadline=None, derandomize=True, max_examples=60)
@@ -83,9 +93,10 @@ def naive() -> ModuleType:
 
 def build_tokenizer() -> Any:
     """A small BPE over ASCII, 200 entries at most, so that every id exists in the tiny models."""
-    from compress.calibration import builtin_text
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    from compress.calibration import builtin_text
 
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -172,6 +183,27 @@ def walk_of() -> Callable[[Path], Walk]:
         return Walk(source.config, source, dtype_of(source.config), torch.device("cpu"))
 
     return open_walk
+
+
+@pytest.fixture(scope="session")
+def recipe_24_int4() -> Recipe:
+    """Prune 2:4, then quantize what is kept with what was cut compensated; calibrated on six short windows."""
+    return Recipe(
+        passes=(Wanda(sparsity="2:4"), GPTQ(group=8, target="original")),
+        calibration=Calibration(samples=6, length=32),
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_artifact(tiny_llama: Path, recipe_24_int4: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama compressed by that recipe; read-only."""
+    return run(tiny_llama, recipe_24_int4, tmp_path_factory.mktemp("llama") / "out").out
+
+
+@pytest.fixture
+def own_artifact(llama_artifact: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(llama_artifact, tmp_path / "artifact"))
 
 
 # -- sites -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from compress.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -210,6 +211,32 @@ def test_a_recipe_without_a_model_asks_for_one(cli: Run, recipe: Path, tmp_path:
     code, _, err = cli("run", recipe, "--out", tmp_path / "o")
     assert code == 2
     assert "model" in err
+
+
+def test_a_device_this_machine_lacks_is_named(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    code, _, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o", "--device", "warp:9")
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "warp:9" in err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("line", [["run", "--speed", "9"], ["inspect"], ["squeeze"], ["eval", "x", "--limit", "0"]])
+def test_a_bad_command_line_is_one_line_and_exit_2(line: list[str], cli: Run) -> None:
+    code, out, err = cli(*line)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+
+
+def test_an_interrupt_leaves_nothing_and_exits_130(
+    cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compress.driver.Job.finish_block", interrupted)
+    code, _, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    assert code == 130
+    assert "interrupted" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_debug_shows_the_traceback(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

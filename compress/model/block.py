@@ -18,6 +18,13 @@ from compress.model.family import find_linears
 from compress.model.site import Site
 from compress.stats import Collector, Statistic
 
+BATCH_TOKENS = 4096  # a forward: large enough for GEMM speed, small enough for memory
+
+
+def batched(ids_NT: Tensor) -> list[Tensor]:
+    """Token windows [N, T] in batches of about BATCH_TOKENS tokens."""
+    return list(ids_NT.split(max(1, BATCH_TOKENS // ids_NT.shape[1]))) if len(ids_NT) else []
+
 
 class Stop(Exception):
     """Ends a forward once what was wanted has been seen."""

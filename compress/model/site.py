@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import UnsupportedWeight
-from compress.stats import Statistics
+from compress.stats import Gram, Statistics
 from compress.weights import Dense, Weight
 
 
@@ -25,6 +25,8 @@ class Site:
         self.stats: Statistics = Statistics({}, 0)
         self.ledger: dict[str, Any] = {}
         self.fallbacks: list[tuple[str, str]] = []
+        self.weight_error: float = 0.0
+        self.output_error: float | None = None
 
     @property
     def weight(self) -> Weight:
@@ -55,20 +57,18 @@ class Site:
         """Record that `step` did something weaker than asked here."""
         self.fallbacks.append((step, reason))
 
-    def errors(self) -> tuple[float, float | None]:
-        """Relative error of the weight, and of the output if a Gram of the input is known.
+    def measure(self) -> None:
+        """Set `weight_error`, and `output_error` if a Gram of the input is known; both relative to the original.
 
-        Output error is sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W.
+        The output error is sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W. Costs one product [out, in] @ [in, in].
         """
-        from compress.stats import Gram
-
         was = self.original.data.float()
         change = self._weight.dense().float() - was
-        weight = float(change.norm() / was.norm().clamp(min=1e-30))
-        if Gram not in self.stats:
-            return weight, None
-        gram = self.stats[Gram]
-        return weight, float((energy(change, gram) / energy(was, gram).clamp(min=1e-30)).sqrt())
+        self.weight_error = float(change.norm() / was.norm().clamp(min=1e-30))
+        if Gram in self.stats:
+            gram = self.stats[Gram]
+            full = self.stats.derived(("energy", self.name), lambda: energy(was, gram).clamp(min=1e-30))
+            self.output_error = float((energy(change, gram) / full).sqrt())
 
 
 def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:

@@ -50,15 +50,25 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def first_mismatch(error: RuntimeError) -> str:
+    """The first complaint of `load_state_dict`, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[min(1, len(lines) - 1)]
+
+
 class Walk:
     """A model whose blocks are visited in order by batches of tokens."""
 
     def __init__(self, config: dict[str, Any], source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self.source, self.device = source, device
-        self.model: Any = skeleton(config, dtype)
-        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 0)
-        self.path, self.blocks = find_blocks(self.model, layers)
+        self._look_at(skeleton(config, dtype))
         self._load_frame()
+
+    def _look_at(self, model: Any) -> None:
+        """Find the blocks of a model."""
+        self.model: Any = model
+        layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+        self.path, self.blocks = find_blocks(model, layers)
 
     def _load_frame(self) -> None:
         """Load everything that is not in a block."""
@@ -66,7 +76,10 @@ class Walk:
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         wanted = [n for n, p in self.model.named_parameters(remove_duplicate=False) if not self.in_block(n)]
         state = {n: self.source.tensor(n).to(self.device) for n in wanted if n not in tied}
-        self.model.load_state_dict(state, assign=True, strict=False)
+        try:
+            self.model.load_state_dict(state, assign=True, strict=False)
+        except RuntimeError as error:
+            raise ArtifactError(f"the checkpoint does not fit the architecture: {first_mismatch(error)}") from error
         self.model.tie_weights()
         missing = [n for n, p in self.model.named_parameters() if not self.in_block(n) and p.is_meta]
         if missing:
@@ -81,14 +94,20 @@ class Walk:
         return name.startswith(f"{self.path}.")
 
     def load_block(self, index: int) -> None:
-        """Bring one block's tensors to the device."""
+        """Bring one block's tensors to the device; tensors the architecture does not know are left in the file.
+
+        Raises ArtifactError if a tensor is missing or has another shape.
+        """
         block, prefix = self.blocks[index], f"{self.path}.{index}."
         names = [n for n in self.source.names() if n.startswith(prefix)]
         state = {n.removeprefix(prefix): self.source.tensor(n).to(self.device) for n in names}
         try:
-            block.load_state_dict(state, assign=True, strict=True)
+            missing = block.load_state_dict(state, assign=True, strict=False).missing_keys
         except RuntimeError as error:
-            raise ArtifactError(f"{prefix[:-1]}: the checkpoint does not fit the architecture: {error}") from error
+            reason = first_mismatch(error)
+            raise ArtifactError(f"{prefix[:-1]}: the checkpoint does not fit the architecture: {reason}") from error
+        if missing:
+            raise ArtifactError(f"the checkpoint lacks {prefix}{missing[0]}")
         block.requires_grad_(False)
 
     def drop_block(self, index: int) -> None:
@@ -146,3 +165,17 @@ class Walk:
             yield Block(f"{self.path}.{index}", index, module, batches, probe, dense_probe)
             self.drop_block(index)
         self.dense_logits = self.leave(Travellers(probe.ids_BT, dense_probe, probe.calls))
+
+
+class LiveWalk(Walk):
+    """A walk over a model already in memory, whose blocks neither come nor go."""
+
+    def __init__(self, model: Any) -> None:
+        self.device = next(model.parameters()).device
+        self._look_at(model)
+
+    def load_block(self, index: int) -> None:
+        """Nothing: the block is there."""
+
+    def drop_block(self, index: int) -> None:
+        """Nothing: the block stays."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress.errors import CompressError, RecipeError
 from compress.events import Event, Fallback, StatisticsCollected, WeightRewritten
-from compress.model.block import Block
+from compress.model.block import Block, batched
 from compress.model.site import Site
+from compress.model.walk import LiveWalk
 from compress.passes.base import WeightPass
 from compress.stats import Statistic
+from compress.weights import Weight
 
 
 def ignore(event: Event) -> None:
@@ -44,6 +48,20 @@ class PassManager:
                 self.stage(block, stage)
             block.advance()
             yield block
+
+    @torch.inference_mode()
+    def apply(self, model: Any, ids_NT: Tensor) -> dict[str, Weight]:
+        """Rewrite a transformers model in memory, in place, calibrated on token windows; the expression of each site.
+
+        The first window also serves to find which sites share an input. Raises CompressError children, with the
+        model then partly rewritten: use `compress.run` for a file that is whole or absent.
+        """
+        walk = LiveWalk(model.eval())
+        batches = [walk.enter(ids_BT) for ids_BT in batched(ids_NT)]
+        found: dict[str, Weight] = {}
+        for block in self.run(walk.visit(batches, walk.enter(ids_NT[:1]))):
+            found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
+        return found
 
     def stage(self, block: Block, groups: list[list[Site]]) -> None:
         """Measure the inputs of `groups` at once, then rewrite their sites one after the other."""
@@ -80,7 +98,7 @@ class PassManager:
         site.weight = weight
         if not bool(torch.isfinite(site.module.weight).all()):
             raise CompressError(f"{step.name}: {site.name}: the rewritten weight is not finite")
-        weight_error, output_error = site.errors()
+        site.measure()
         for name, reason in site.fallbacks[known:]:
             self.emit(Fallback(site=site.name, step=name, reason=reason))
         self.emit(
@@ -89,7 +107,7 @@ class PassManager:
                 step=step.name,
                 weight=weight.describe(),
                 nbytes=weight.nbytes(),
-                weight_error=weight_error,
-                output_error=output_error,
+                weight_error=site.weight_error,
+                output_error=site.output_error,
             )
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.artifact import keys
+from compress.errors import ArtifactError
 from compress.runtime.lower import lower
 from compress.weights import Weight, unpack
 
@@ -28,7 +29,10 @@ class CompressedLinear(nn.Module):
         self.out_features, self.in_features = (int(n) for n in spec["tree"]["shape"])
         self.names = {path: key.removeprefix("site.") for path, key in keys("site", spec).items()}
         for path, dtype, shape in spec["tensors"]:
-            empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+            kind = getattr(torch, str(dtype), None)
+            if not isinstance(kind, torch.dtype):
+                raise ArtifactError(f"quantization_config: {path} has the unknown dtype {dtype!r}")
+            empty = torch.empty(shape, dtype=kind, device="meta")
             self.register_buffer(self.names[path], empty)
         self.bias = bias
         self.lowered: nn.Module | None = None

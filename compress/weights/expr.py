@@ -43,9 +43,9 @@ class Weight:
 
     def nbytes(self) -> int:
         """Bytes of the stored form: what `pack` writes, nothing estimated."""
-        from compress.weights.pack import pack  # pack matches on every node, so it must import this module
+        from compress.weights.pack import packed_bytes  # it matches on every node, so it must import this module
 
-        return sum(tensor.nbytes for tensor in pack(self).values())
+        return packed_bytes(self)
 
     def describe(self) -> str:
         """A short name for logs and tables, such as `2:4·int4g128 + r64`."""

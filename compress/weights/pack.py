@@ -107,6 +107,36 @@ def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[st
             raise UnsupportedWeight(f"{weight.describe()} has no stored form")
 
 
+def packed_bytes(weight: Weight, kept: int | None = None) -> int:
+    """Bytes of `pack(weight)` without packing; `kept` entries are stored of an elementwise leaf, by default all."""
+    count = weight.shape[0] * weight.shape[1] if kept is None else kept
+    match weight:
+        case Dense(data):
+            return count * data.element_size()
+        case Quantized(_, scale, zero, bits):
+            return packed_size(count, bits) + scale.nbytes + (0 if zero is None else packed_size(zero.numel(), bits))
+        case Signs(_, scale):
+            return packed_size(count, 1) + scale.nbytes
+        case Codebook(codes, book, scale):
+            return packed_size(codes.numel(), weight.bits) + book.nbytes + scale.nbytes
+        case Masked(values, mask_OI):
+            return packed_bytes(values, int(mask_OI.sum())) + packed_size(mask_OI.numel(), 1)
+        case Sum(terms):
+            return sum(packed_bytes(term) for term in terms)
+        case Product(left, right):
+            return packed_bytes(left) + packed_bytes(right)
+        case Diagonal(diagonal):
+            return diagonal.nbytes
+        case Permutation(order):
+            return 4 * order.numel()
+        case Hadamard(positive):
+            return packed_size(positive.numel(), 1)
+        case External():
+            return 0
+        case _:
+            raise UnsupportedWeight(f"{weight.describe()} has no stored form")
+
+
 def specify(weight: Weight) -> Spec:
     """The JSON description from which `unpack` rebuilds the expression, given its tensors."""
     shape = list(weight.shape)

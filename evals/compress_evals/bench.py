@@ -18,10 +18,10 @@ from typing import Any
 
 import compress
 from compress.recipe import load, packaged_folder
-from compress_evals.folders import evaluate_folders
+from compress_evals.folders import evaluate_folders, model_name
 from compress_evals.results import Results
 
-TASKS = ("facts_trained", "facts_question", "facts_cloze", "facts_context3", "facts_open")
+TASKS = ("facts_trained", "facts_question", "facts_cloze", "facts_mc", "facts_context3", "facts_open", "facts_copy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ def measure(model: str, recipes: Sequence[str], limit: int | None, folder: Path)
         compress.run(model, recipe, out)
         outs.append(out)
     dense, *found = evaluate_folders(outs, model, limit=limit)
-    return [of_dense(dense, found[0], model)] + [of(result, dense, model) for result in found]
+    name = model_name(model)
+    return [of_dense(dense, found[0], name)] + [of(result, dense, name) for result in found]
 
 
 def of_dense(dense: Results, any_compressed: Results, model: str) -> Measured:
@@ -110,7 +111,7 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
         axes.errorbar(x, mean, [[mean - min(kept)], [max(kept) - mean]], fmt="o", capsize=3)
         axes.annotate(name, (x, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set_xlabel("bytes of all tensors, MB")
-    axes.set_ylabel("knowledge kept, % of dense (mean of five tasks)")
+    axes.set_ylabel("knowledge kept, % of dense (mean of seven tasks)")
     axes.set_ylim(0, 108)
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)

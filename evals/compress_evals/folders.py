@@ -35,9 +35,9 @@ def evaluate_folders(
 ) -> list[Results]:
     """The results of the dense base, then of each folder, compared with it.
 
-    `text` is what bits per byte and KL are measured on, by default the built-in prose. `base` defaults to the model the first artifact was made from, if that is `builtin` or still where it was. With
-    `out`, results, samples, `report.md` and `report.html` are written there. Raises ArtifactError for folders that
-    cannot be read or compared.
+    `base` defaults to `builtin` where the first artifact was made from it. `text` is what bits per byte and KL are
+    measured on, by default the built-in prose. With `out`, results, samples, `report.md` and `report.html` are
+    written there. Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base.
     """
     folders = [locate(path) for path in paths]
     source = base if base is not None else recorded_base(folders[0])

@@ -10,7 +10,7 @@ import pytest
 
 from compress.errors import ArtifactError
 from compress_evals.comparison import compare
-from compress_evals.report import forest, html, markdown, place_names, scatter, size_change, table_rows
+from compress_evals.report import calibration, forest, html, markdown, place_names, scatter, size_change, table_rows
 from compress_evals.results import Results
 
 HOSTILE = "<script>alert(1)</script>\"'>&|`x`"
@@ -169,3 +169,11 @@ def test_sizes_read_well() -> None:
     assert size_change(8_400_000, 3_600_000) == "8.4 MB → 3.6 MB (−57 %)"
     assert size_change(None, 1_500) == "1.5 kB"
     assert size_change(5, None) == ""
+
+
+def test_the_calibration_is_named_with_a_short_hash(make_results: Callable[..., Results]) -> None:
+    made = make_results(
+        "a", {"t": [1]}, calibration={"name": "mixed", "sha256": "0123456789abcdef" * 4, "tokens": 32768}
+    )
+    assert calibration(made) == "name mixed, sha256 0123456789ab, tokens 32768"
+    assert calibration(make_results("b", {"t": [1]})) == "none recorded"

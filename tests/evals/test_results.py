@@ -57,6 +57,7 @@ def test_saving_twice_gives_the_same_bytes(results: Results, tmp_path: Path) -> 
     save(results, tmp_path / "b")
     files = ["results.json", "samples/facts_trained.jsonl.gz"]
     assert [(tmp_path / "a" / f).read_bytes() for f in files] == [(tmp_path / "b" / f).read_bytes() for f in files]
+    assert (tmp_path / "a" / files[1]).read_bytes()[4:8] == bytes(4)  # no time of writing in the gzip header
     assert sorted(p.name for p in (tmp_path / "a").rglob("*") if p.is_file()) == [
         "facts_trained.jsonl.gz",
         "results.json",

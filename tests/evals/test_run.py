@@ -144,7 +144,7 @@ def test_a_limit_asks_about_the_same_facts_in_every_wording(results: Results) ->
 
 
 def test_rows_are_the_questions_that_were_scored(results: Results) -> None:
-    worlds = {question.id: question for question in in_context(3, 200)}
+    worlds = {question.id: question for question in in_context(3, 400)}
     assert all(row.id in worlds and row.cluster == worlds[row.id].cluster for row in results.rows["facts_context3"])
     assert all(row.said is not None for row in results.rows["facts_generate"])
     assert len({row.hash for row in results.rows["facts_trained"]}) == LIMIT

@@ -139,7 +139,9 @@ def test_range_search_helps_where_an_outlier_spoils_the_range() -> None:
 def test_zero_rows_stay_zero(bits: int, group: int, symmetric: bool) -> None:
     w = weight(7, 24)
     w[2] = 0
-    assert int(Grid(bits=bits, group=group, symmetric=symmetric).quantize(w, search=True).dense()[2].count_nonzero()) == 0
+    assert (
+        int(Grid(bits=bits, group=group, symmetric=symmetric).quantize(w, search=True).dense()[2].count_nonzero()) == 0
+    )
 
 
 @both_kinds

@@ -13,8 +13,21 @@ from torch import Tensor
 
 from compress.errors import ArtifactError, CompressError, UnsupportedWeight
 from compress.weights import (
-    Codebook, Dense, Diagonal, External, Grid, Hadamard, Masked, Permutation, Product, Signs, Sum, Weight, pack,
-    specify, unpack,
+    Codebook,
+    Dense,
+    Diagonal,
+    External,
+    Grid,
+    Hadamard,
+    Masked,
+    Permutation,
+    Product,
+    Signs,
+    Sum,
+    Weight,
+    pack,
+    specify,
+    unpack,
 )  # fmt: skip
 from compress.weights.pack import pack_bits, packed_size, unpack_bits
 
@@ -160,16 +173,31 @@ def test_a_specification_with_another_shape_is_refused_or_not_believed(name: str
 
 
 MALFORMED = [
-    ("quantized", {"bits": 0}), ("quantized", {"bits": "four"}), ("quantized", {"bits": 3}), ("quantized", {"bits": -4}),
-    ("quantized", {"bits": None}), ("quantized", {"scales": [6, 3]}), ("quantized", {"scales": []}),
-    ("quantized", {"scales": [6, 0]}), ("quantized", {"scales": None}),
-    ("codebook", {"book": [10, 5]}), ("codebook", {"codes": [6]}), ("codebook", {"codes": [6, 5]}),
-    ("codebook", {"book": []}), ("masked", {"values": None}), ("masked", {"values": {"kind": "dense"}}),
-    ("product", {"left": None}), ("product", {"right": {"kind": "dense", "shape": [3, 16]}}), ("sum", {"terms": None}),
-    ("dense", {"kind": "zip"}), ("dense", {"kind": None}), ("dense", {"kind": ["dense"]}),
-]  # fmt: skip
+    ("quantized", {"bits": 0}),
+    ("quantized", {"bits": "four"}),
+    ("quantized", {"bits": 3}),
+    ("quantized", {"bits": -4}),
+    ("quantized", {"bits": None}),
+    ("quantized", {"scales": [6, 3]}),
+    ("quantized", {"scales": []}),
+    ("quantized", {"scales": [6, 0]}),
+    ("quantized", {"scales": None}),
+    ("codebook", {"book": [10, 5]}),
+    ("codebook", {"codes": [6]}),
+    ("codebook", {"codes": [6, 5]}),
+    ("codebook", {"book": []}),
+    ("masked", {"values": None}),
+    ("masked", {"values": {"kind": "dense"}}),
+    ("product", {"left": None}),
+    ("product", {"right": {"kind": "dense", "shape": [3, 16]}}),
+    ("sum", {"terms": None}),
+    ("dense", {"kind": "zip"}),
+    ("dense", {"kind": None}),
+    ("dense", {"kind": ["dense"]}),
+]
 WRONG_KIND = [
-    ("sum", {"terms": []}), ("quantized", {"scales": [4, 3]}), ("product", {"left": {"kind": "dense", "shape": [4, 3]}}),
+    ("sum", {"terms": []}), ("quantized", {"scales": [4, 3]}), 
+    ("product", {"left": {"kind": "dense", "shape": [4, 3]}}),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import ModuleType
 
 import pytest
@@ -107,7 +108,7 @@ def test_ties_across_rows_go_in_row_order() -> None:
 def test_masks_nest_as_sparsity_grows(scope: str, levels: int) -> None:
     scores = (score(6, 16) * levels).floor()
     masks = [pattern(step / 20, scope).keep(scores) for step in range(21)]
-    assert all(bool((denser | ~sparser).all()) for denser, sparser in zip(masks, masks[1:], strict=False))
+    assert all(bool((denser | ~sparser).all()) for denser, sparser in pairwise(masks))
 
 
 @pytest.mark.parametrize("scope", ["row", "matrix", "2x4"])
@@ -136,6 +137,7 @@ def test_scores_of_any_float_dtype_are_ranked(dtype: torch.dtype) -> None:
 
 
 # -- names and refusals ----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(("text", "name"), [("2:4", "2:4"), ("5:8", "5:8")])
 def test_a_pattern_of_groups_is_named_as_it_is_said(text: str, name: str) -> None:

@@ -1,0 +1,224 @@
+"""A checkpoint that cannot be used is refused with one clear sentence, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compress
+from compress import ArtifactError, CalibrationError, Magnitude, Wanda
+from compress.model.source import Checkpoint, dtype_of, locate
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture
+def single(tiny_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder("llama", sharded=True), tmp_path / "model"))
+
+
+def refused(folder: Path, message: str) -> None:
+    """The run stops with this message and leaves nothing beside the model."""
+    with pytest.raises(ArtifactError, match=message) as error:
+        compress.run(folder, [Magnitude()], folder.parent / "out")
+    assert "\n" not in str(error.value).strip()
+    assert [p.name for p in folder.parent.iterdir() if p != folder] == []
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict], object]) -> None:
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no model folder at '.*nowhere'; give a folder with config\.json"):
+        compress.run(tmp_path / "nowhere", [Magnitude()], tmp_path / "out")
+
+
+def test_builtin_is_a_model(tmp_path: Path) -> None:
+    assert (locate("builtin") / "config.json").is_file()
+
+
+def test_a_folder_without_a_config_is_refused(single: Path) -> None:
+    (single / "config.json").unlink()
+    refused(single, r"config\.json: missing config\.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00", '{"a": 1,}'])
+def test_a_malformed_config_is_refused(single: Path, text: str) -> None:
+    (single / "config.json").write_text(text)
+    refused(single, r"config\.json: config\.json cannot be read")
+
+
+def test_a_config_that_is_a_list_is_refused(single: Path) -> None:
+    (single / "config.json").write_text("[]")
+    refused(single, r"config\.json: config\.json must be a JSON object")
+
+
+def test_a_config_of_an_unknown_family_is_refused(single: Path) -> None:
+    edit_json(single / "config.json", lambda c: c.update(model_type="no_such_family"))
+    refused(single, r"config\.json: transformers cannot build this model")
+
+
+def test_a_config_with_an_unknown_dtype_is_refused(single: Path) -> None:
+    edit_json(single / "config.json", lambda c: c.update(dtype="float17"))
+    refused(single, r"config\.json: unknown dtype 'float17'")
+
+
+def test_a_folder_without_weights_is_refused(single: Path) -> None:
+    (single / SINGLE).unlink()
+    refused(single, r"no model\.safetensors and no model\.safetensors\.index\.json")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_weights_are_not_read(single: Path, name: str) -> None:
+    (single / SINGLE).rename(single / name)
+    refused(single, rf"{name}: pickled weights are not read, they can run code; convert the folder to safetensors")
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"quant_method": "gptq", "bits": 4}, {"bits": 4}, "int4"], ids=["gptq", "unnamed", "text"]
+)
+def test_a_quantized_source_is_refused(single: Path, quantization: object) -> None:
+    edit_json(single / "config.json", lambda c: c.update(quantization_config=quantization))
+    refused(single, "already quantized by .*; start from the dense model")
+
+
+def test_a_compressed_source_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    compress.run(tiny_llama, [Magnitude()], tmp_path / "model")
+    refused(tmp_path / "model", "already quantized by compress; start from the dense model")
+
+
+# -- the index -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\x00b"]
+)
+def test_an_index_that_leaves_the_folder_is_refused(sharded: Path, shard: str) -> None:
+    (sharded / "sub").mkdir()
+    shutil.copy(sharded / "model-00001-of-00007.safetensors", sharded / "sub" / "x.safetensors")
+    edit_json(sharded / INDEX, lambda c: c["weight_map"].update({"lm_head.weight": shard}))
+    refused(sharded, "is not a file of this folder")
+
+
+def test_a_missing_shard_is_refused(sharded: Path) -> None:
+    (sharded / "model-00003-of-00007.safetensors").unlink()
+    refused(sharded, r"shard 'model-00003-of-00007\.safetensors' is not a file of this folder")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_an_index_that_promises_too_much_is_refused(sharded: Path, name: str) -> None:
+    other = "model-00003-of-00007.safetensors"
+    edit_json(sharded / INDEX, lambda c: c["weight_map"].update({name: other}))
+    refused(sharded, rf"model-00003-of-00007\.safetensors: .*'{name}'")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
+def test_an_index_without_a_map_is_refused(sharded: Path, content: str) -> None:
+    (sharded / INDEX).write_text(content)
+    refused(sharded, r"model\.safetensors\.index\.json: no weight_map")
+
+
+@pytest.mark.parametrize("shard", [None, 3, ["x"]])
+def test_an_index_that_names_no_text_is_refused(sharded: Path, shard: object) -> None:
+    edit_json(sharded / INDEX, lambda c: c["weight_map"].update({"lm_head.weight": shard}))
+    refused(sharded, "is not a file of this folder")
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+NORM, PROJECTION, EMBEDDING = "model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("name", [NORM, PROJECTION, EMBEDDING])
+def test_a_missing_tensor_is_refused(single: Path, name: str) -> None:
+    edit_tensors(single, lambda t: t.pop(name))
+    refused(single, f"{name} is missing|the checkpoint lacks '{name}'|no tensor '{name}'")
+
+
+def test_a_block_tensor_of_another_shape_is_refused(single: Path) -> None:
+    edit_tensors(single, lambda t: t.update({PROJECTION: t[PROJECTION][:-1].contiguous()}))
+    refused(single, rf"{PROJECTION} has shape \(71, 48\); the config means \(72, 48\)")
+
+
+@pytest.mark.parametrize("name", [NORM, EMBEDDING])
+def test_a_frame_tensor_of_another_shape_is_refused(single: Path, name: str) -> None:
+    edit_tensors(single, lambda t: t.update({name: t[name][:-1].contiguous()}))
+    refused(single, rf"{name} has shape|size mismatch for {name}")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(single: Path, keep: int) -> None:
+    content = (single / SINGLE).read_bytes()
+    (single / SINGLE).write_bytes(content[:keep])
+    refused(single, r"model\.safetensors: not a readable safetensors file")
+
+
+def test_a_shard_that_is_no_safetensors_is_refused(sharded: Path) -> None:
+    (sharded / "model-00002-of-00007.safetensors").write_bytes(b"\x80\x04not a tensor")
+    refused(sharded, r"model-00002-of-00007\.safetensors: not a readable safetensors file")
+
+
+# -- tokenizers ------------------------------------------------------------------------------------
+
+
+def test_without_a_tokenizer_calibration_is_refused(single: Path) -> None:
+    (single / "tokenizer.json").unlink()
+    (single / "tokenizer_config.json").unlink()
+    with pytest.raises(CalibrationError, match="no tokenizer can be loaded, calibration needs one"):
+        compress.run(single, [Wanda()], single.parent / "out")
+    assert not (single.parent / "out").exists()
+
+
+def test_without_a_tokenizer_data_free_passes_run(single: Path) -> None:
+    (single / "tokenizer.json").unlink()
+    (single / "tokenizer_config.json").unlink()
+    report = compress.run(single, [Magnitude()], single.parent / "out")
+    assert report.out.is_dir()
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def test_names_and_shapes_come_from_headers(sharded: Path) -> None:
+    source = Checkpoint(sharded)
+    shapes = source.shapes()
+    assert source.names() == sorted(shapes)
+    assert shapes["model.layers.0.mlp.up_proj.weight"] == (72, 48)
+    assert "lm_head.weight" in source
+
+
+def test_an_absent_tensor_is_named(single: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no tensor 'nothing\.weight'"):
+        Checkpoint(single).tensor("nothing.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [({"dtype": "bfloat16"}, torch.bfloat16), ({"torch_dtype": "float16"}, torch.float16), ({}, torch.float32)],
+)
+def test_the_dtype_is_that_of_the_config(config: dict[str, str], dtype: torch.dtype) -> None:
+    assert dtype_of(config) == dtype

@@ -1,0 +1,224 @@
+"""The output folder: what was computed is what loads, here and without us; whole or absent; the same bytes again."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import compress
+from compress import (
+    ArtifactError,
+    Calibration,
+    RecipeError,
+)  # fmt: skip
+from compress.artifact import Artifact
+from compress.driver import tokens_for
+from compress.export.dense import export_dense
+from compress.model.block import batched
+from compress.model.source import Checkpoint
+from compress.passes import PassManager
+from compress.recipe import Recipe
+
+INDEX = "model.safetensors.index.json"
+RATIO = 1e-5  # float32: a decoded matrix gives the sums of its original up to their order
+SITES = 14
+
+
+@pytest.fixture(scope="session")
+def artifact(family: str, model_folder: Any, recipe_24_int4: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every family, pruned and quantized."""
+    out = tmp_path_factory.mktemp(family) / "out"
+    return compress.run(model_folder(family, sharded=True), recipe_24_int4, out).out
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.as_tensor(model(input_ids=ids, use_cache=False).logits)
+
+
+# -- what loads is what was computed ---------------------------------------------------------------
+
+
+def test_the_loaded_model_is_the_compressed_one(
+    family: str, artifact: Path, model_folder: Any, walk_of: Any, assert_close: Any, recipe_24_int4: Recipe
+) -> None:
+    walk = walk_of(model_folder(family))
+    tokens = tokens_for(walk, model_folder(family), recipe_24_int4)
+    with torch.inference_mode():
+        probe = walk.enter(tokens.probe_NT)
+        batches = [walk.enter(ids) for ids in batched(tokens.ids_NT)]
+        list(PassManager(recipe_24_int4.passes).run(walk.visit(batches, probe)))
+        want = walk.leave(probe)
+    assert_close("logits", logits(compress.load(artifact), tokens.probe_NT), want, RATIO)
+
+
+def test_transformers_loads_the_folder_by_itself(artifact: Path, hugging_face: Any, ids: Tensor) -> None:
+    assert torch.equal(logits(hugging_face(artifact), ids), logits(compress.load(artifact), ids))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_models_load_too(
+    dtype: str, model_folder: Any, tmp_path: Path, ids: Tensor, assert_close: Any, recipe_24_int4: Recipe
+) -> None:
+    folder = model_folder("qwen2", dtype)
+    out = compress.run(folder, recipe_24_int4, tmp_path / "out").out
+    dense = export_then_load(out, tmp_path / "dense")
+    loaded = compress.load(out)
+    assert loaded.dtype == getattr(torch, dtype)
+    assert_close("logits", logits(loaded, ids), logits(dense, ids), 4 * torch.finfo(loaded.dtype).eps)
+
+
+def export_then_load(artifact: Path, out: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    export_dense(artifact, out)
+    return AutoModelForCausalLM.from_pretrained(out, local_files_only=True, dtype="auto").eval()
+
+
+def test_low_memory_computes_the_same(artifact: Path, ids: Tensor, assert_close: Any) -> None:
+    model = compress.load(artifact, low_memory=True)
+    assert {m.lowered for m in model.modules() if type(m).__name__ == "CompressedLinear"} == {None}
+    assert_close("logits", logits(model, ids), logits(compress.load(artifact), ids), RATIO)
+
+
+def test_loading_leaves_nothing_uninitialised(artifact: Path) -> None:
+    model = compress.load(artifact)
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_the_model_generates(llama_artifact: Path, ids: Tensor) -> None:
+    out = compress.load(llama_artifact).generate(ids[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert out.shape == (1, ids.shape[1] + 3)
+
+
+def test_saving_a_loaded_model_writes_what_was_read(artifact: Path, tmp_path: Path, ids: Tensor) -> None:
+    model = compress.load(artifact)
+    model.save_pretrained(tmp_path / "again")
+    read = {k: v for f in artifact.glob("*.safetensors") for k, v in load_file(f).items()}
+    written = {k: v for f in (tmp_path / "again").glob("*.safetensors") for k, v in load_file(f).items()}
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[key], read[key]) for key in read)
+    assert torch.equal(logits(compress.load(tmp_path / "again"), ids), logits(model, ids))
+
+
+def test_kept_weights_obey_the_pattern(artifact: Path) -> None:
+    source = Artifact(artifact)
+    kept = [source.expression(site).mask_OI.unflatten(1, (-1, 4)).sum(2).unique().tolist() for site in source.specs]
+    assert kept == [[2]] * SITES
+
+
+def test_biases_are_kept(model_folder: Any, tmp_path: Path, recipe_24_int4: Recipe) -> None:
+    folder = model_folder("qwen2")
+    out = compress.run(folder, recipe_24_int4, tmp_path / "out").out
+    source, written = Checkpoint(folder), Artifact(out)
+    biases = [name for name in source.names() if name.endswith(".bias")]
+    loaded = compress.load(out).state_dict()
+    assert len(biases) == 6
+    assert all(torch.equal(written.tensor(name), source.tensor(name)) for name in biases)
+    assert all(torch.equal(loaded[name], source.tensor(name)) for name in biases)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma"], indirect=True)
+def test_tied_embeddings_are_stored_once(artifact: Path) -> None:
+    assert "lm_head.weight" not in Checkpoint(artifact).names()
+    model = compress.load(artifact)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+# -- exports ---------------------------------------------------------------------------------------
+
+
+def test_the_dense_export_denotes_the_same_model(
+    artifact: Path, tmp_path: Path, ids: Tensor, assert_close: Any
+) -> None:
+    dense = export_then_load(artifact, tmp_path / "dense")
+    assert type(dense.get_submodule("model.layers.0.mlp.up_proj")) is torch.nn.Linear
+    assert_close("logits", logits(dense, ids), logits(compress.load(artifact), ids), RATIO)
+
+
+def test_the_dense_export_refuses_to_overwrite(llama_artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    with pytest.raises(RecipeError, match="exists; choose another folder"):
+        export_dense(llama_artifact, tmp_path / "dense")
+
+
+def test_only_artifacts_are_exported(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a Compress artifact"):
+        export_dense(tiny_llama, tmp_path / "dense")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_two_runs_write_the_same_bytes(
+    artifact: Path, family: str, model_folder: Any, tmp_path: Path, recipe_24_int4: Recipe
+) -> None:
+    again = compress.run(model_folder(family, sharded=True), recipe_24_int4, tmp_path / "another name").out
+    assert files(again) == files(artifact)
+
+
+def test_another_seed_writes_other_bytes(
+    llama_artifact: Path, tiny_llama: Path, tmp_path: Path, recipe_24_int4: Recipe
+) -> None:
+    calibration = Calibration(samples=6, length=32, seed=1)
+    other = compress.run(tiny_llama, recipe_24_int4, tmp_path / "out", calibration=calibration).out
+    shards = [name for name in files(other) if name.endswith(".safetensors")]
+    assert any(files(other)[name] != files(llama_artifact)[name] for name in shards)
+
+
+def test_everybody_may_read_the_files(llama_artifact: Path) -> None:
+    assert {stat.S_IMODE(path.stat().st_mode) for path in llama_artifact.iterdir()} == {0o644}
+
+
+def test_the_folder_has_the_parts_of_a_hugging_face_model(llama_artifact: Path) -> None:
+    names = set(files(llama_artifact))
+    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert names == shards | {INDEX, "config.json", "compress.json", "README.md", "generation_config.json",
+                              "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+
+
+def test_the_report_is_what_the_folder_holds(tiny_llama: Path, tmp_path: Path, recipe_24_int4: Recipe) -> None:
+    report = compress.run(tiny_llama, recipe_24_int4, tmp_path / "out")
+    tensors = [t for path in report.out.glob("*.safetensors") for t in load_file(path).values()]
+    sites = Artifact(report.out).provenance["sites"]
+    assert report.artifact_bytes == sum(t.nbytes for t in tensors)
+    assert report.source_bytes == sum(t.nbytes for t in load_file(tiny_llama / "model.safetensors").values())
+    assert report.bits_per_weight == 8 * sum(row["bytes"] for row in sites.values()) / sum(
+        report.coverage.touched.values()
+    )
+    assert report.kl > 0
+
+
+def test_what_no_pass_touched_is_the_source_bit_for_bit(llama_artifact: Path, tiny_llama: Path) -> None:
+    source, written = Checkpoint(tiny_llama), Artifact(llama_artifact)
+    untouched = [name for name in source.names() if "proj" not in name]
+    assert len(untouched) == 7
+    assert all(torch.equal(written.tensor(name), source.tensor(name)) for name in untouched)
+
+
+def test_provenance_records_how_it_was_made(llama_artifact: Path, recipe_24_int4: Recipe) -> None:
+    provenance = Artifact(llama_artifact).provenance
+    row = provenance["sites"]["model.layers.1.mlp.down_proj"]
+    assert provenance["recipe"] == recipe_24_int4.to_yaml()
+    assert provenance["calibration"]["tokens"] == row["tokens"] == 6 * 32
+    assert row["weight"] == "2:4·int4g8"
+    assert 0 < row["output_error"] < row["weight_error"] < 1
+    assert row["damping"] == 0.01
+    assert provenance["source"]["family"] == "llama"
+
+
+def test_nothing_in_the_folder_tells_where_it_was_made(llama_artifact: Path) -> None:
+    texts = [content.decode() for name, content in files(llama_artifact).items() if name.endswith((".json", ".md"))]
+    assert not any("/tmp" in text or str(llama_artifact.parent) in text for text in texts)

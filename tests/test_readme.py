@@ -1,0 +1,62 @@
+"""What the README promises: its recipe parses, its pass of a dozen lines runs, its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import compress
+from compress.cli import app
+from compress.recipe import from_dict, parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def block(language: str, containing: str) -> str:
+    """The fenced block of a language that contains a text."""
+    return next(b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in b)
+
+
+def test_the_recipe_in_the_readme_is_valid() -> None:
+    recipe = from_dict(parse(block("yaml", "passes:")))
+    assert [step.name for step in recipe.passes] == ["wanda", "gptq"]
+
+
+def test_the_pass_in_the_readme_runs_and_loads(tiny_llama: Path, tmp_path: Path) -> None:
+    code = block("python", "class SquaredWanda")
+    namespace: dict[str, object] = {"__name__": "readme_pass"}
+    exec(compile(code, "README.md", "exec"), namespace)
+    kind = namespace["SquaredWanda"]
+    report = compress.run(
+        tiny_llama,
+        [kind(sparsity=0.5)],
+        tmp_path / "o",
+        calibration=compress.Calibration(samples=4, length=32),  # type: ignore[operator]
+    )
+    model = compress.load(report.out)
+    assert len(code.splitlines()) <= 20
+    assert float((model.model.layers[0].mlp.up_proj.expression.dense() == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^(compress \w+.*?)\s*(?:#.*)?$", block("", "compress run quickstart"), re.M)
+)
+def test_each_command_in_the_readme_exists(line: str) -> None:
+    command = line.split()[1]
+    names = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+    assert command in names
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_states_its_measured_result_and_command(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").partition("model:")[0]
+    assert re.search(r"# Source: .+", header)
+    assert re.search(r"# Measured \d{4}-\d\d-\d\d on .+ by `.+`", header)
+
+
+def test_seven_recipes_at_least() -> None:
+    assert len(RECIPES) >= 7

@@ -1,0 +1,119 @@
+"""What holds in a fresh interpreter: light import, no effect on others, and loading with and without us."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import compress
+from compress.export.dense import export_dense
+
+HEAVY = ("transformers", "triton", "bitsandbytes", "optimum", "lm_eval", "datasets", "accelerate", "typer")
+
+
+def python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program in a new interpreter with warnings as errors outside of other people's modules."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+# -- import ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """CPU seconds, heavy modules and root handlers after `import compress`."""
+    done = python(
+        "import json, logging, sys, time; import compress; from compress import *;"
+        "print(json.dumps({'seconds': time.process_time(), 'modules': sorted(sys.modules),"
+        "'handlers': len(logging.getLogger().handlers)}))"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_importing_is_fast(imported: dict[str, Any]) -> None:
+    assert imported["seconds"] < 2  # of which torch takes most
+
+
+@pytest.mark.parametrize("module", HEAVY)
+def test_importing_does_not_import(imported: dict[str, Any], module: str) -> None:
+    assert module not in imported["modules"]
+
+
+def test_importing_configures_no_logging(imported: dict[str, Any]) -> None:
+    assert imported["handlers"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["compress, transformers", "transformers, compress"])
+def test_transformers_knows_the_method_whichever_came_first(order: str) -> None:
+    done = python(
+        f"import {order}; from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known;"
+        "assert 'compress' in known"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# -- loading in another process --------------------------------------------------------------------
+
+LOAD = """
+import sys, torch
+{first}
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], local_files_only=True, dtype="auto").eval()
+with torch.inference_mode():
+    logits = model(input_ids=load_file(sys.argv[2])["ids"], use_cache=False).logits
+save_file({{"logits": logits.contiguous()}}, sys.argv[3])
+assert ("compress" in sys.modules) == bool({first!r})
+"""
+
+
+@pytest.fixture
+def expected(llama_artifact: Path, ids: Tensor, tmp_path: Path) -> Tensor:
+    """The logits in this process; the windows are left in `ids.safetensors`."""
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    with torch.inference_mode():
+        return torch.as_tensor(compress.load(llama_artifact)(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.slow
+def test_importing_compress_is_enough_to_load(
+    llama_artifact: Path, expected: Tensor, tmp_path: Path, assert_close: Any
+) -> None:
+    code = LOAD.format(first="import compress")
+    done = python(code, llama_artifact, tmp_path / "ids.safetensors", tmp_path / "logits.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert_close("logits", load_file(tmp_path / "logits.safetensors")["logits"], expected, 1e-6)
+
+
+@pytest.mark.slow
+def test_the_dense_export_loads_without_us(
+    llama_artifact: Path, expected: Tensor, tmp_path: Path, assert_close: Any
+) -> None:
+    export_dense(llama_artifact, tmp_path / "dense")
+    done = python(
+        LOAD.format(first=""), tmp_path / "dense", tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close("logits", load_file(tmp_path / "logits.safetensors")["logits"], expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("expected")
+def test_the_artifact_does_not_load_silently_without_us(llama_artifact: Path, tmp_path: Path) -> None:
+    done = python(LOAD.format(first=""), llama_artifact, tmp_path / "ids.safetensors", tmp_path / "logits.safetensors")
+    assert done.returncode != 0
+    assert "size mismatch" in done.stderr or "mismatched" in done.stderr
+    assert not (tmp_path / "logits.safetensors").exists()

@@ -1,0 +1,102 @@
+"""A pass of one's own, in a file of one's own of at most twenty lines, is a pass like ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+from compress import RecipeError
+from compress.artifact import Artifact, verify
+from compress.recipe import load
+
+SOURCE = '''\
+"""One bit a weight."""
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from compress import Dense, Signs, Site, Weight, WeightPass
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneBit(WeightPass, name="one-bit"):
+    """The sign of each weight times the mean size of its row."""
+
+    shrink: Annotated[float, Field(gt=0, le=1, description="factor on every scale")] = 1.0
+
+    def rewrite(self, site: Site) -> Weight:
+        w_OI = site.expect(Dense, by=self.name).dense().float()
+        return Signs(w_OI > 0, w_OI.abs().mean(1, keepdim=True) * self.shrink)
+'''
+RECIPE = "passes:\n- one-bit: {shrink: 0.9, sites: '*.mlp.*'}\n"
+
+
+@pytest.fixture
+def one_bit(tmp_path: Path, registry: dict[str, Any]) -> Iterator[Any]:
+    """The class, from its own file."""
+    path = tmp_path / "one_bit_of_mine.py"
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("one_bit_of_mine", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["one_bit_of_mine"] = module
+    spec.loader.exec_module(module)
+    yield registry["one-bit"]
+    del sys.modules["one_bit_of_mine"]
+
+
+def logits(folder: Path, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.as_tensor(compress.load(folder)(ids).logits)
+
+
+def test_the_example_is_short() -> None:
+    assert len(SOURCE.splitlines()) <= 20
+
+
+def test_it_runs_from_python(one_bit: Any, tiny_llama: Path, tmp_path: Path, ids: Tensor) -> None:
+    report = compress.run(tiny_llama, [one_bit()], tmp_path / "out")
+    assert report.bits_per_weight < 2
+    assert verify(report.out)
+    assert bool(torch.isfinite(logits(report.out, ids)).all())
+
+
+def test_it_runs_from_a_recipe(one_bit: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    report = compress.run(tiny_llama, tmp_path / "mine.yaml", tmp_path / "out")
+    sites = Artifact(report.out).provenance["sites"]
+    assert load(tmp_path / "mine.yaml").passes == (one_bit(shrink=0.9, sites="*.mlp.*"),)
+    assert {row["weight"] for row in sites.values()} == {"sign"}
+    assert len(sites) == 6
+
+
+@pytest.mark.usefixtures("one_bit")
+def test_its_artifact_loads_without_it(tiny_llama: Path, tmp_path: Path, ids: Tensor, registry: dict[str, Any]) -> None:
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    out = compress.run(tiny_llama, tmp_path / "mine.yaml", tmp_path / "out").out
+    del registry["one-bit"]
+    weight = Artifact(out).tensor("model.layers.0.mlp.up_proj.weight")
+    assert weight.abs().unique(dim=1).shape == (72, 1)
+    assert bool(torch.isfinite(logits(out, ids)).all())
+
+
+@pytest.mark.usefixtures("one_bit")
+def test_its_options_are_strict(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("passes: [one-bit: {shrink: 2}]\n")
+    with pytest.raises(RecipeError, match=r"^passes\[0\]\.one-bit\.shrink: 2 is not allowed; it must be less than or"):
+        load(tmp_path / "mine.yaml")
+
+
+def test_it_follows_ours(one_bit: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    steps = [compress.Magnitude(sites="*.self_attn.*"), one_bit(sites="*.mlp.*")]
+    sites = Artifact(compress.run(tiny_llama, steps, tmp_path / "out").out).provenance["sites"]
+    assert len(sites) == 14
