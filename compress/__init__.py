@@ -7,6 +7,7 @@ effect is that transformers will know the quantization method `compress`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,33 +81,49 @@ def run(
     source = model if model is not None else recipe.model
     if source is None:
         raise RecipeError("model: the recipe names no model and none was given")
+    if recipe.accept:
+        require_evals()
     report = driver.compress(source, recipe, out, emit=emit or (lambda event: None), device=device, force=force)
     if recipe.accept:
-        accept(report.out, source, recipe.accept)
+        accept(report.out, source, recipe.accept, device)
     return report
 
 
 def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
     """The compressed model in `path` as a transformers model, ready to run.
 
-    By default each weight is decoded once, for speed; with `low_memory` only the stored bits are kept and each
-    weight is decoded when used. `options` go to `AutoModelForCausalLM.from_pretrained`.
+    By default each weight is decoded once, for speed: memory is that of the dense model plus the stored bits. With
+    `low_memory` only the stored bits are kept and each weight is decoded when used. `options` go to
+    `AutoModelForCausalLM.from_pretrained`. Raises ArtifactError if the folder cannot be loaded, or is pickled.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from compress.artifact import Artifact, is_artifact
     from compress.model.source import locate
     from compress.runtime.hf import register
 
     register()
     folder = locate(path)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
-    if low_memory:
-        from compress.runtime.linear import CompressedLinear
-
-        for module in model.modules():
-            if isinstance(module, CompressedLinear):
-                module.lowered = None
+    options = {"trust_remote_code": False, "use_safetensors": True, **options}
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if is_artifact(folder):
+            Artifact(folder)  # says what is wrong with a damaged one before transformers meets it
+            config.quantization_config["low_memory"] = low_memory
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options)
+    except CompressError:
+        raise
+    except Exception as error:  # a damaged folder breaks transformers and safetensors in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"{folder}: cannot be loaded: {reason}") from error
     return model.eval()
+
+
+def require_evals() -> None:
+    """Raise RecipeError if the extra `eval` is not installed."""
+    missing = [name for name in ("lm_eval", "datasets") if find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"evaluation needs {', '.join(missing)}: pip install 'compress-llm[eval]'")
 
 
 def evaluate(paths: str | Path | list[str | Path], base: str | Path | None = None, **options: Any) -> Any:
@@ -115,16 +132,17 @@ def evaluate(paths: str | Path | list[str | Path], base: str | Path | None = Non
     Each compared result has `.vs`, a Comparison with intervals and verdicts. `base` defaults to `builtin` where that
     is what the artifact was made from. Needs the extra `eval`.
     """
+    require_evals()
     from compress_evals import evaluate_folders
 
     return evaluate_folders(paths if isinstance(paths, list) else [paths], base, **options)
 
 
-def accept(path: str | Path, base: str | Path, rule: Accept) -> None:
+def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu") -> None:
     """Raise AcceptanceError if the artifact may have lost more than `rule` allows."""
     from compress_evals import accept as broken
 
-    versus = evaluate(path, base)[1].vs
+    versus = evaluate(path, base, device=device)[1].vs
     failures = broken(versus, rule.max_drop, rule.confidence)
     if failures:
         raise AcceptanceError(f"{path}: not accepted: {'; '.join(failures)}")

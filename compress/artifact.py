@@ -18,8 +18,11 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from compress.errors import ArtifactError, VerificationError
 from compress.model.source import INDEX, Checkpoint, digest, dtype_of, read_json
@@ -30,6 +33,58 @@ VERSION = 1
 PROVENANCE = "compress.json"
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
 NOT_COPIED = ("config.json", INDEX, PROVENANCE)
+
+
+class SiteSpec(TypedDict):
+    """What config.json holds of one site: the tree, its tensors in order, and its name for people."""
+
+    tree: dict[str, Any]
+    tensors: list[tuple[str, str, list[int]]]
+    name: str
+
+
+class SiteRecord(TypedDict):
+    """What compress.json holds of one site; passes may add more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    weight: str
+    bytes: int
+    weight_error: float
+    output_error: float | None
+    tokens: int
+    fallbacks: list[tuple[str, str]]
+
+
+class Provenance(TypedDict):
+    """compress.json: how the artifact was made, and the sha256 of every other file."""
+
+    versions: dict[str, str]
+    source: dict[str, Any]
+    machine: dict[str, Any]
+    recipe: str
+    calibration: dict[str, Any]
+    sizes: dict[str, float]
+    probe: dict[str, float]
+    sites: dict[str, SiteRecord]
+    untouched: dict[str, tuple[int, str]]
+    tensors: dict[str, list[int]]
+    files: dict[str, str]
+
+
+SPECS = TypeAdapter(dict[str, SiteSpec])
+PROVENANCES = TypeAdapter(Provenance)
+
+
+def checked(kind: TypeAdapter[Any], value: Any, where: str) -> dict[str, Any]:
+    """The value, if it has the declared form; raises ArtifactError naming the first field that has not."""
+    try:
+        found: dict[str, Any] = kind.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{where}: {place}: {first['msg']}") from error
+    return found
 
 
 def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
@@ -46,7 +101,7 @@ def site_spec(weight: Weight, packed: Mapping[str, Tensor]) -> dict[str, Any]:
     A list, because transformers sorts the keys of a config it saves and the order names the payload.
     """
     tensors = [[p, str(t.dtype).removeprefix("torch."), list(t.shape)] for p, t in packed.items()]
-    return {"tree": specify(weight), "tensors": tensors}
+    return {"tree": specify(weight), "tensors": tensors, "name": weight.describe()}
 
 
 @dataclass
@@ -63,10 +118,25 @@ class ArtifactWriter:
 
     def __post_init__(self) -> None:
         self.partial = self.out.parent / f"{self.out.name}.partial-{uuid4().hex[:8]}"
+        self.made = [parent for parent in self.out.parents if not parent.exists()]  # innermost first
+
+    def __enter__(self) -> ArtifactWriter:
         try:
             self.partial.mkdir(parents=True)
         except OSError as error:
             raise ArtifactError(f"{self.out.parent}: cannot write there: {error.strerror}") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Leave nothing behind unless committed; a failure to write becomes an ArtifactError."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if kind is None:
+            return
+        for parent in self.made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, WriteError):
+            raise ArtifactError(f"{self.out}: cannot be written: {error.__cause__}") from error
 
     def add(self, sites: Mapping[str, Weight], plain: Mapping[str, Tensor]) -> int:
         """Write one shard of rewritten sites and untouched tensors, read it back, and compare; its bytes.
@@ -85,8 +155,7 @@ class ArtifactWriter:
             tensors |= {key: packed[path].cpu().contiguous() for path, key in keys(site, self.specs[site]).items()}
             expected[site] = weight
         path = self.partial / name
-        save_file({k: unaliased(t) for k, t in tensors.items()}, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors 0.8 creates files as 0600
+        write_shard(path, tensors)
         check_shard(path, tensors, expected, self.specs)
         self.weight_map |= dict.fromkeys(tensors, name)
         self.digests[name] = digest(path)
@@ -95,30 +164,64 @@ class ArtifactWriter:
 
     def describe(self, source: Path, config: Mapping[str, Any], provenance: Mapping[str, Any], card: str) -> None:
         """Write everything that is not weights."""
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED:
-                shutil.copyfile(file, self.partial / file.name)
+        copy_companions(source, self.partial)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_json(self.partial / INDEX, index)
         quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
         write_json(self.partial / "config.json", {**config, "quantization_config": quantization})
-        write_json(self.partial / PROVENANCE, {**provenance, "shards": self.digests})
         (self.partial / "README.md").write_text(card, encoding="utf-8")
+        others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
+        write_json(self.partial / PROVENANCE, {**provenance, "files": {**self.digests, **others}})
 
     def commit(self) -> None:
-        """Flush every file and rename the folder into place; what was there before goes last."""
-        for file in self.partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        """Flush every file and rename the folder into place; what was there before goes last, and stays on failure."""
+        for path in (*self.partial.iterdir(), self.partial):
+            flush(path)
         before = self.partial.with_name(f"{self.partial.name}-replaced")
-        if self.out.exists():
+        replaced = self.out.exists()
+        if replaced:
             self.out.rename(before)
-        self.partial.rename(self.out)
+        try:
+            self.partial.rename(self.out)
+        except BaseException as error:
+            if replaced:
+                before.rename(self.out)
+            if isinstance(error, OSError):
+                raise ArtifactError(f"{self.out}: cannot be put in place: {error}") from error
+            raise
+        flush(self.out.parent)
         shutil.rmtree(before, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+
+class WriteError(Exception):
+    """A file could not be written; its cause says why."""
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, readable by everyone; raises WriteError if the disk refuses."""
+    try:
+        save_file({k: unaliased(t) for k, t in tensors.items()}, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors 0.8 creates files as 0600
+    except (OSError, SafetensorError) as error:
+        raise WriteError(str(path)) from error
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself."""
+    for file in sorted(source.iterdir()):
+        licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        wanted = file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.endswith("index.json")
+        if file.is_file() and (wanted or licence):
+            shutil.copyfile(file, target / file.name)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def unaliased(tensor: Tensor) -> Tensor:
@@ -128,8 +231,11 @@ def unaliased(tensor: Tensor) -> Tensor:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write indented JSON; raises WriteError if the disk refuses."""
+    try:
+        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise WriteError(str(path)) from error
 
 
 def check_shard(
@@ -147,7 +253,8 @@ def check_shard(
         for site, weight in expected.items():
             stored = keys(site, specs[site])
             read = unpack(specs[site]["tree"], {p: file.get_tensor(k) for p, k in stored.items()})
-            if not torch.equal(read.dense(), weight.dense().cpu()):
+            again, meant = pack(read), pack(weight)
+            if any(not torch.equal(as_bytes(again[p]), as_bytes(t.cpu())) for p, t in meant.items()):
                 raise VerificationError(f"{path.name}: {site} decodes differently")
 
 
@@ -166,16 +273,14 @@ class Artifact(Checkpoint):
             raise ArtifactError(f"{path}: not a Compress artifact (config.json names no quant_method {METHOD!r})")
         if quantization.get("version") != VERSION:
             raise ArtifactError(f"{path}: format version {quantization.get('version')}, this program reads {VERSION}")
-        weights = quantization.get("weights")
-        if not isinstance(weights, dict):
-            raise ArtifactError(f"{path}: quantization_config.weights is missing")
-        self.specs: dict[str, Any] = weights
+        self.specs: dict[str, Any] = checked(SPECS, quantization.get("weights"), f"{path}: quantization_config.weights")
         self.dtype = dtype_of(self.config)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """compress.json."""
-        return read_json(self.path / PROVENANCE, "the provenance file")
+        """compress.json; raises ArtifactError if it is missing or malformed."""
+        found = read_json(self.path / PROVENANCE, "the provenance file")
+        return checked(PROVENANCES, found, f"{self.path / PROVENANCE}")
 
     @cached_property
     def payloads(self) -> dict[str, str]:
@@ -194,11 +299,14 @@ class Artifact(Checkpoint):
             return self.expression(site).dense().to(self.dtype)
         return super().tensor(name)
 
+    def stored(self, site: str) -> dict[str, Tensor]:
+        """The stored tensors of a site by their key in the file."""
+        return {key: super(Artifact, self).tensor(key) for key in keys(site, self.specs[site]).values()}
+
     def expression(self, site: str) -> Weight:
         """The stored expression of a site."""
-        spec = self.specs[site]
-        stored = {path: super(Artifact, self).tensor(key) for path, key in keys(site, spec).items()}
-        return unpack(spec["tree"], stored)
+        stored, paths = self.stored(site), keys(site, self.specs[site])
+        return unpack(self.specs[site]["tree"], {path: stored[key] for path, key in paths.items()})
 
     def plain_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the plain model's tensors."""
@@ -217,18 +325,18 @@ def is_artifact(path: Path) -> bool:
 def verify(path: Path) -> list[str]:
     """What was checked, one line each.
 
-    Every shard against its recorded sha256, every site decoded and finite, every name and shape against the
-    architecture. Raises VerificationError at the first difference, ArtifactError if the folder is not ours.
+    Every file against its recorded sha256, every site decoded and finite, every name and shape against the
+    source's. Raises VerificationError at the first difference, ArtifactError if the folder is not ours.
     """
     artifact = Artifact(path)
-    recorded = artifact.provenance.get("shards", {})
-    try:
-        present = artifact.digests()
-    except ArtifactError as error:
-        raise VerificationError(str(error)) from error
-    for shard in sorted(set(recorded) | set(present)):
-        if recorded.get(shard) != present.get(shard):
-            raise VerificationError(f"{path / shard}: its sha256 is not the recorded one; the file was changed")
+    recorded = artifact.provenance["files"]
+    for name, known in sorted(recorded.items()):
+        file = path / name
+        if Path(name).name != name or not file.is_file() or digest(file) != known:
+            raise VerificationError(f"{file}: its sha256 is not the recorded one; the file was changed or is missing")
+    extra = {file.name for file in artifact.files.values()} - recorded.keys()
+    if extra:
+        raise VerificationError(f"{path}: {sorted(extra)[0]} is not a recorded file")
     for site in artifact.specs:
         try:
             finite = bool(torch.isfinite(artifact.expression(site).dense()).all())
@@ -236,13 +344,13 @@ def verify(path: Path) -> list[str]:
             raise VerificationError(f"{path}: {site}: {error}") from error
         if not finite:
             raise VerificationError(f"{path}: {site} decodes to values that are not finite")
-    shapes = artifact.plain_shapes()
-    wanted = artifact.provenance.get("tensors", {})
+    shapes = {name: list(shape) for name, shape in artifact.plain_shapes().items()}
+    wanted = artifact.provenance["tensors"]
     for name in sorted(set(shapes) | set(wanted)):
-        if list(shapes.get(name, ())) != wanted.get(name):
+        if shapes.get(name) != wanted.get(name):
             raise VerificationError(f"{path}: {name} is {shapes.get(name)}, the source had {wanted.get(name)}")
     return [
-        f"{len(present)} shards match their sha256",
+        f"{len(recorded)} files match their sha256",
         f"{len(artifact.specs)} compressed sites decode to finite values",
         f"{len(shapes)} tensors have the names and shapes of the source",
     ]

@@ -24,6 +24,7 @@ from compress.recipe import Calibration
 
 TEXTS = Path(__file__).parent / "builtin" / "texts"
 LONGEST = 2048  # of a default window; longer contexts cost quadratic memory and are asked for explicitly
+LARGE = 4_000_000  # characters; only a source beyond this is thinned before it is tokenized
 PROBE = 4  # windows
 PROBE_LENGTH = 256  # tokens of each at most: its logits are kept, and vocabularies are large
 
@@ -59,11 +60,11 @@ def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int
     probes: list[list[int]] = []
     notes = ""
     for documents, wanted, probed in parts:
-        tokens = stream(documents, tokenizer)
+        tokens = stream(thinned(documents, max(LARGE, 64 * (wanted + probed) * length), rng), tokenizer)
         reserved = probed * min(length, PROBE_LENGTH)  # from the end, so that no window can overlap the probe
         if len(tokens) < reserved + length:
             raise CalibrationError(
-                f"calibration.data: {calibration.data} holds {len(tokens)} tokens, at least {reserved + length} are needed"
+                f"calibration.data: {calibration.data} holds {len(tokens)} tokens, {reserved + length} are needed"
             )
         rows += windows(tokens[:-reserved], wanted, length, rng)
         probes += [tokens[-reserved:][i * (reserved // probed) :][: reserved // probed] for i in range(probed)]
@@ -135,8 +136,10 @@ def text_of(line: str, where: str) -> str:
 
 def read_dataset(path: Path) -> list[str]:
     """The column `text` of a datasets folder written by `save_to_disk`."""
-    from datasets import Dataset, load_from_disk
-
+    try:
+        from datasets import Dataset, load_from_disk
+    except ImportError as error:
+        raise CalibrationError("calibration.data: a datasets folder needs `pip install datasets`") from error
     try:
         data = load_from_disk(str(path))
     except (FileNotFoundError, ValueError) as error:
@@ -144,6 +147,19 @@ def read_dataset(path: Path) -> list[str]:
     if not isinstance(data, Dataset) or "text" not in data.column_names:
         raise CalibrationError(f"calibration.data: {path} needs one split with a `text` column")
     return [str(text) for text in data["text"]]
+
+
+def thinned(documents: list[str], characters: int, rng: random.Random) -> list[str]:
+    """The documents, or if they are far more than `characters` a random choice of that many, in random order."""
+    if sum(map(len, documents)) <= characters:
+        return documents
+    chosen: list[str] = []
+    for i in rng.sample(range(len(documents)), len(documents)):
+        chosen.append(documents[i])
+        characters -= len(documents[i])
+        if characters <= 0:
+            break
+    return chosen
 
 
 def stream(documents: list[str], tokenizer: Any) -> list[int]:

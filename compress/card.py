@@ -7,15 +7,18 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from compress.model.family import by_reason
+
 TEMPLATE = """\
 ---
 library_name: transformers
-tags: [compress, {{ tags | join(", ") }}]
+base_model: "{{ source.name }}"
+tags: ["compress", "{{ tags | join('", "') }}"]
 ---
 # {{ source.name }}, compressed
 
 Made from `{{ source.name }}` by Compress {{ versions.compress }}.
-The linear maps of its blocks take {{ "%.2f" | format(sizes.bits_per_weight) }} bits a weight;
+All linear maps of its blocks together take {{ "%.2f" | format(sizes.bits_per_weight) }} bits a weight;
 all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}".format(sizes.source_bytes) }}.
 
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
@@ -48,8 +51,6 @@ def card(provenance: Mapping[str, Any]) -> str:
     """The Markdown of an artifact; it does not know where the artifact lies."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
     tags = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
-    reasons: dict[str, int] = {}
-    for size, reason in provenance["untouched"].values():
-        reasons[reason] = reasons.get(reason, 0) + size
+    reasons = by_reason(provenance["untouched"].values())
     kept = ", ".join(f"{size:,} parameters ({reason})" for reason, size in reasons.items()) or "nothing"
     return environment.from_string(TEMPLATE).render(**provenance, tags=tags, kept=kept)

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -85,9 +84,10 @@ def run(
     target = out if out is not None else Path("out") / Path(recipe).name.removesuffix(".yaml")
     sinks: list[events.Sink] = [Progress(screen())]
     if log is not None:
-        sinks.append(events.jsonl(log))
+        sinks.append(events.jsonl(log))  # created now: a place that cannot be written is refused before the work
     report = compress.run(model, loaded, target, emit=events.fan_out(sinks), device=device, force=force)
-    coverage = {"touched": sum(report.coverage.touched.values()), "missed": report.coverage.missed}
+    touched = sum(report.coverage.touched.values())
+    coverage = {"touched": touched, "missed": report.coverage.missed, "untouched": report.coverage.reasons()}
     result({**{k: v for k, v in asdict(report).items() if k != "coverage"}, "coverage": coverage}, as_json)
 
 
@@ -96,22 +96,35 @@ def evaluate(
     folders: Annotated[list[Path], typer.Argument(help="compressed model folders")],
     base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
     out: Annotated[Path | None, typer.Option(help="where results and report.html go; default: <folder>.eval")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="questions a task, a fixed sample")] = None,
+    limit: Annotated[int | None, typer.Option(min=4, help="questions a task, a fixed sample")] = None,
     margin: Annotated[float, typer.Option(min=0, max=1, help="share of the dense score that still matches")] = 0.05,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text for bits per byte and KL; default: built-in")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of samples and bootstraps")] = 0,
+    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Ask what a compressed model still knows, beside its dense original, with confidence intervals."""
+    import compress
     from compress.console import quality_table
 
-    evals = imported_evals()
+    compress.require_evals()
     quiet_loading()
-    target = out if out is not None else folders[0].with_name(f"{folders[0].name}.eval")
+    import compress_evals as evals
+
+    first = folders[0].resolve()
+    target = out if out is not None else first.with_name(f"{first.name}.eval")
     prose = None if text is None else read_text(text)
     with screen().status("loading") as status:
         results = evals.evaluate_folders(
-            folders, base, limit=limit, margin=margin, seed=seed, text=prose, out=target, on_progress=status.update
+            folders,
+            base,
+            limit=limit,
+            margin=margin,
+            seed=seed,
+            text=prose,
+            out=target,
+            device=device,
+            on_progress=status.update,
         )
     rows = evals.table_rows(results)
     tables = [
@@ -143,31 +156,19 @@ def read_text(path: Path) -> str:
         raise RecipeError(f"--text: {path} cannot be read: {error}") from error
 
 
-def imported_evals() -> Any:
-    """compress_evals, or a RecipeError that says how to get what it needs."""
-    missing = [name for name in ("lm_eval", "datasets", "scipy") if find_spec(name) is None]
-    if missing:
-        raise RecipeError(f"evaluation needs {', '.join(missing)}: pip install 'compress-llm[eval]'")
-    import compress_evals
-
-    return compress_evals
-
-
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="a compressed model folder")], as_json: Json = False) -> None:
     """Show what was done to each site of a compressed model, and what was left alone."""
     from compress.artifact import Artifact
     from compress.console import inspect_table
+    from compress.model.family import by_reason
     from compress.model.source import locate
 
     made = Artifact(locate(folder)).provenance
-    untouched: dict[str, int] = {}
-    for count, reason in made["untouched"].values():
-        untouched[reason] = untouched.get(reason, 0) + count
     view = {
         "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],
         "calibration": made["calibration"]["name"], "sizes": made["sizes"], "probe": made["probe"],
-        "recipe": made["recipe"], "untouched": untouched, "sites": made["sites"],
+        "recipe": made["recipe"], "untouched": by_reason(made["untouched"].values()), "sites": made["sites"],
     }  # fmt: skip
     result(view, as_json, *inspect_table(view))
 
@@ -195,7 +196,8 @@ def export(
 
     if to != "dense":
         raise RecipeError(f"--to: {to!r} is not a format this version writes; allowed: dense")
-    target = out if out is not None else folder.with_name(f"{folder.name}-dense")
+    place = folder.resolve()
+    target = out if out is not None else place.with_name(f"{place.name}-dense")
     size = export_dense(locate(folder), target)
     line = f"{target}: {size:,} bytes of plain tensors; loads without Compress, and is as large as the original"
     result({"out": str(target), "bytes": size, "format": to}, as_json, line)

@@ -41,6 +41,8 @@ class Progress:
                     f"[bold]{escape(event.model)}[/]: {event.blocks} blocks, {event.sites} sites; "
                     f"{escape(' -> '.join(event.steps))}; calibration: {escape(event.calibration)}"
                 )
+                left = ", ".join(f"{count:,} ({escape(reason)})" for reason, count in event.untouched.items())
+                self.console.print(f"  [dim]parameters left alone: {left or 'none'}[/]")
                 self.began = time.monotonic()
             case BlockStarted():
                 self.errors = {}

@@ -7,36 +7,31 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from compress import __version__
 from compress.artifact import Artifact, ArtifactWriter
-from compress.calibration import Tokens, draw
+from compress.calibration import Tokens
 from compress.card import card
-from compress.errors import (
-    AcceptanceError,
-    ArtifactError,
-    CalibrationError,
-    CompressError,
-    PlanError,
-    RecipeError,
-    VerificationError,
-)  # fmt: skip
-from compress.events import BlockFinished, BlockStarted, Event, Fallback, RunFinished, RunStarted
+from compress.errors import AcceptanceError, VerificationError
+from compress.events import BlockFinished, BlockStarted, Event, RunFinished, RunStarted
 from compress.model.block import Block, Travellers, batched
-from compress.model.family import MISSED, TESTED, Coverage, coverage
+from compress.model.family import TESTED, Coverage
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.walk import Walk
 from compress.passes.manager import PassManager, ignore
-from compress.recipe import Recipe
+from compress.plan import check_disk, check_tensors, free_place, plan, refuse_quantized, tokens_for, usable
+from compress.recipe import Calibration, Recipe
+from compress.runtime.linear import CompressedLinear
+
+RUNTIME_ERROR = 0.02  # relative; bf16 products and bf16 scales of packed forms stay below 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +47,7 @@ class Report:
     coverage: Coverage
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compress(
     model: str | Path,
     recipe: Recipe,
@@ -68,95 +63,30 @@ def compress(
     """
     began = time.monotonic()
     source = Checkpoint(locate(model))
-    target = free_place(Path(out), force)
+    target = free_place(Path(out), source.path, force)
     refuse_quantized(source)
+    check_disk(target, source)
     walk = Walk(source.config, source, dtype_of(source.config), usable(device))
-    covered = plan(walk, source, recipe)
+    covered = plan(walk, recipe)
+    check_tensors(walk, source)
     tokens = tokens_for(walk, source.path, recipe)
-    job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, began=began)
-    writer = ArtifactWriter(target, shards=len(walk.blocks) + 1)
-    try:
+    job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit)
+    with ArtifactWriter(target, shards=len(walk.blocks) + 1) as writer:
         report = job.run(writer)
         writer.commit()
-    except (OSError, SafetensorError) as error:
-        writer.abandon()
-        raise ArtifactError(f"{target}: cannot be written: {error}") from error
-    except BaseException:
-        writer.abandon()
-        raise
+    emit(
+        RunFinished(
+            out=str(report.out),
+            source_bytes=report.source_bytes,
+            artifact_bytes=report.artifact_bytes,
+            bits_per_weight=report.bits_per_weight,
+            kl=report.kl,
+            fallbacks=report.fallbacks,
+            seconds=time.monotonic() - began,
+            peak_bytes=peak_bytes(),
+        )
+    )
     return report
-
-
-def usable(device: str) -> torch.device:
-    """The torch device of a name; raises RecipeError if this machine has none such."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def free_place(out: Path, force: bool) -> Path:
-    """The output path, absolute; raises RecipeError if something is there and `force` is not given."""
-    out = out.expanduser().resolve()
-    if out.exists() and not force:
-        raise RecipeError(f"--out: {out} exists; choose another folder, or --force to replace it")
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out: {out} is a file")
-    return out
-
-
-def refuse_quantized(source: Checkpoint) -> None:
-    """Raise ArtifactError for a checkpoint that is already compressed."""
-    quantization = source.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
-        raise ArtifactError(f"{source.path}: already quantized by {method}; start from the dense model")
-
-
-def plan(walk: Walk, source: Checkpoint, recipe: Recipe) -> Coverage:
-    """The coverage, after every check that needs no weights.
-
-    Raises ArtifactError if tensors are missing or misshapen, RecipeError if a pass cannot handle a site's shape,
-    PlanError if more is unreachable than the recipe's limit.
-    """
-    shapes = source.shapes()
-    for name, parameter in walk.model.named_parameters():
-        if shapes.get(name) != tuple(parameter.shape):
-            have = f"has shape {shapes[name]}" if name in shapes else "is missing"
-            raise ArtifactError(f"{source.path}: {name} {have}; the config means {tuple(parameter.shape)}")
-    covered = coverage(walk.model, walk.path, [step.sites for step in recipe.passes])
-    if covered.missed_share > recipe.limits.max_untouched:
-        examples = [name for name, (_, reason) in covered.untouched.items() if reason == MISSED][:2]
-        why = f"no pass can reach {covered.missed_share:.0%} of the block parameters, such as {', '.join(examples)}"
-        if not examples:
-            why = "the `sites` globs of this recipe select nothing"
-        raise PlanError(f"{why}; limits.max_untouched allows {recipe.limits.max_untouched:.0%}")
-    selected = PassManager(recipe.passes)
-    for name, module in walk.model.named_modules():
-        if f"{name}.weight" in covered.touched:
-            for step in selected.steps_for(name):
-                step.check(name, (module.weight.shape[0], module.weight.shape[1]))
-    return covered
-
-
-def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
-    """The calibration windows and the probe; without data-hungry passes, only the probe."""
-    limit = int(getattr(walk.model.config.get_text_config(), "max_position_embeddings", 2048))
-    samples = recipe.calibration.samples if recipe.needs_data() else 0
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if recipe.needs_data():
-            raise CalibrationError(f"{folder}: no tokenizer can be loaded, calibration needs one: {error}") from error
-        probe = torch.randint(0, int(walk.model.config.vocab_size), (4, 64), generator=torch.manual_seed(0))
-        return Tokens(ids_NT=probe[:0], probe_NT=probe, name="none (no tokenizer)", sha256="")
-    if not recipe.needs_data():
-        short = type(recipe.calibration)(data="text", length=min(256, limit))
-        drawn = draw(short, tokenizer, limit, samples=0)
-        return Tokens(ids_NT=drawn.ids_NT, probe_NT=drawn.probe_NT, name="none (data-free)", sha256="")
-    return draw(recipe.calibration, tokenizer, limit, samples=samples)
 
 
 @dataclass
@@ -169,36 +99,30 @@ class Job:
     tokens: Tokens
     covered: Coverage
     emit: Callable[[Event], None]
-    began: float
 
     def run(self, writer: ArtifactWriter) -> Report:
         """Walk, rewrite, write and verify; the artifact is complete but not yet in place."""
         walk, recipe = self.walk, self.recipe
-        fallbacks = 0
-
-        def emit(event: Event) -> None:
-            nonlocal fallbacks
-            fallbacks += isinstance(event, Fallback)
-            self.emit(event)
-
         self.announce()
         writer.add({}, {n: self.source.tensor(n) for n in self.source.names() if not walk.in_block(n)})
         batches = [walk.enter(ids) for ids in batched(self.tokens.ids_NT)]
         probe = walk.enter(self.tokens.probe_NT)
         ledger: dict[str, Any] = {}
-        manager = PassManager(recipe.passes, emit, recipe.ordering)
+        stored = weights = 0
         since = time.monotonic()
-        for block in manager.run(self.opened(batches, probe)):
+        for block in PassManager(recipe.passes, self.emit, recipe.ordering).run(self.opened(batches, probe)):
             nbytes = writer.add(*self.divide(block))
             ledger |= {site.name: record(site) for site in block.sites.values() if site.weight is not site.original}
+            stored += sum(site.weight.nbytes() for site in block.sites.values())
+            weights += sum(site.shape[0] * site.shape[1] for site in block.sites.values())
             self.finish_block(block, nbytes, time.monotonic() - since)
             since = time.monotonic()
+        fallbacks = sum(len(row["fallbacks"]) for row in ledger.values())
         if fallbacks > recipe.limits.max_fallbacks:
             raise AcceptanceError(
                 f"{fallbacks} fallbacks, limits.max_fallbacks allows {recipe.limits.max_fallbacks}; nothing was kept"
             )
-        logits = walk.leave(probe)
-        return self.conclude(writer, ledger, mean_kl(walk.dense_logits, logits), fallbacks, logits)
+        return self.conclude(writer, ledger, 8 * stored / weights, probe)
 
     def announce(self) -> None:
         """Emit RunStarted."""
@@ -211,6 +135,7 @@ class Job:
                 steps=steps,
                 calibration=self.tokens.name,
                 tokens=self.tokens.ids_NT.numel(),
+                untouched=self.covered.reasons(),
             )
         )
 
@@ -240,34 +165,32 @@ class Job:
             )
         )
 
-    def conclude(
-        self, writer: ArtifactWriter, ledger: dict[str, Any], kl: float, fallbacks: int, logits: Tensor
-    ) -> Report:
+    def conclude(self, writer: ArtifactWriter, ledger: dict[str, Any], bits: float, probe: Travellers) -> Report:
         """Write the descriptions, verify the whole folder, and report."""
-        touched = sum(self.covered.touched.values())
-        bits = 8 * sum(row["bytes"] for row in ledger.values()) / touched
-        sizes = {"bytes": writer.size, "source_bytes": tensor_bytes(self.source), "bits_per_weight": bits}
+        logits = self.walk.leave(probe)
+        kl = mean_kl(self.walk.dense_logits, logits)
+        sizes: dict[str, Any] = {
+            "bytes": writer.size,
+            "source_bytes": tensor_bytes(self.source),
+            "bits_per_weight": bits,
+        }
         provenance = self.provenance(ledger, sizes, kl)
         config = {k: v for k, v in self.source.config.items() if k != "auto_map"}
         writer.describe(self.source.path, config, provenance, card(provenance))
-        check_whole(writer.partial, self.source, self.walk, self.tokens.probe_NT, logits)
-        report = Report(
-            out=writer.out, source_bytes=sizes["source_bytes"], artifact_bytes=writer.size, bits_per_weight=bits, kl=kl,
-            fallbacks=fallbacks, coverage=self.covered,
-        )  # fmt: skip
-        self.emit(
-            RunFinished(
-                out=str(writer.out),
-                source_bytes=report.source_bytes,
-                artifact_bytes=report.artifact_bytes,
-                bits_per_weight=bits,
-                kl=kl,
-                fallbacks=fallbacks,
-                seconds=time.monotonic() - self.began,
-                peak_bytes=peak_bytes(),
-            )
+        check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits)
+        return Report(
+            out=writer.out,
+            source_bytes=sizes["source_bytes"],
+            artifact_bytes=writer.size,
+            bits_per_weight=bits,
+            kl=kl,
+            fallbacks=sum(len(row["fallbacks"]) for row in ledger.values()),
+            coverage=self.covered,
         )
-        return report
+
+    def named(self) -> Calibration:
+        """The calibration without the place where a file of the user's lies."""
+        return replace(self.recipe.calibration, data=Path(self.recipe.calibration.data).name)
 
     def provenance(self, ledger: dict[str, Any], sizes: dict[str, Any], kl: float) -> dict[str, Any]:
         """compress.json without the shard hashes."""
@@ -281,7 +204,9 @@ class Job:
                 "tested_family": family in TESTED,
                 "sha256": self.source.digests(),
             },
-            "recipe": self.recipe.to_yaml(),
+            "machine": {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
+                        "device": self.walk.device.type},
+            "recipe": replace(self.recipe, model=display_name(self.source.path), calibration=self.named()).to_yaml(),
             "calibration": {
                 "name": self.tokens.name, "sha256": self.tokens.sha256, "tokens": self.tokens.ids_NT.numel(),
             },
@@ -323,6 +248,7 @@ def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, 
     artifact = Artifact(folder)
     if set(artifact.names()) != set(source.names()):
         raise VerificationError(f"tensors differ from the source: {set(artifact.names()) ^ set(source.names())}")
+    check_runtime(artifact)
     replay = Walk(artifact.config, artifact, artifact.dtype, walk.device)
     probe = replay.enter(probe_NT)
     for block in replay.visit([], probe):
@@ -331,6 +257,25 @@ def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, 
     if not torch.allclose(again, logits, rtol=1e-3, atol=1e-3):
         worst = float((again - logits).abs().max())
         raise VerificationError(f"the reloaded model's logits differ from the compressed ones by {worst:.3g}")
+
+
+def check_runtime(artifact: Artifact) -> None:
+    """Compute with the modules users get, for the sites of the first compressed block, and compare with the weights.
+
+    Raises VerificationError if a stored site computes something else than `x @ W.T`.
+    """
+    first = next(iter(artifact.specs), "").rpartition(".layers.")[2].partition(".")[0]
+    for site in (s for s in artifact.specs if f".{first}." in s):
+        module = CompressedLinear(artifact.specs[site], None)
+        module.load_state_dict({k.removeprefix(f"{site}."): t for k, t in artifact.stored(site).items()}, assign=True)
+        x_TI = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0)).to(artifact.dtype)
+        wanted = F.linear(x_TI.double(), artifact.expression(site).dense().double())
+        for prepared in (False, True):
+            if prepared:
+                module.prepare(artifact.dtype)
+            error = float((module(x_TI).double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+            if not error <= RUNTIME_ERROR:
+                raise VerificationError(f"{site}: the module that runs it is off by {error:.3g}")
 
 
 def tensor_bytes(source: Checkpoint) -> int:
@@ -342,6 +287,3 @@ def peak_bytes() -> int:
     """The largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-__all__ = ["CompressError", "Report", "compress"]

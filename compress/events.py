@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from compress.errors import RecipeError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
@@ -22,7 +24,7 @@ Sink = Callable[[Event], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """The plan is accepted and the walk begins."""
+    """The plan is accepted and the walk begins; `untouched` counts the parameters left alone, by reason."""
 
     model: str
     blocks: int
@@ -30,6 +32,7 @@ class RunStarted(Event):
     steps: tuple[str, ...]
     calibration: str
     tokens: int
+    untouched: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,11 @@ def fan_out(sinks: list[Sink]) -> Sink:
 
 
 def jsonl(path: Path) -> Sink:
-    """A sink that appends one JSON object a line to `path`."""
+    """A sink that appends one JSON object a line to `path`; raises RecipeError if it cannot be written."""
+    try:
+        path.touch()
+    except OSError as error:
+        raise RecipeError(f"--log: {path} cannot be written: {error.strerror}") from error
 
     def write(event: Event) -> None:
         with path.open("a", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
+from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
 from compress.errors import RecipeError, nearest
 from compress.options import build, check_options
@@ -122,6 +122,8 @@ def parse(text: str, where: str = "recipe") -> Any:
             started = isinstance(event, CollectionStartEvent)
             depth += started - (type(event).__name__ in ("MappingEndEvent", "SequenceEndEvent"))
             tagged = isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag is not None
+            if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
+                raise RecipeError(f"{where}: YAML 1.2 is read, the file asks for {event.version}")
             if isinstance(event, AliasEvent) or getattr(event, "anchor", None) or tagged:
                 raise RecipeError(
                     f"{where}: anchors, aliases and tags are not allowed (line {event.start_mark.line + 1})"
@@ -216,18 +218,20 @@ def apply_change(data: Any, change: str) -> None:
     path, equals, value = change.partition("=")
     if not equals:
         raise RecipeError(f"--set {change!r}: expected path=value, such as passes.0.sparsity=0.6")
+    if not isinstance(data, dict):
+        raise RecipeError("recipe: expected a mapping with `passes`")
     keys = path.split(".")
-    here = data
+    here: Any = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(here, list):
-            if not key.isdigit() or int(key) >= len(here):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(here):
                 raise RecipeError(f"--set {path}: no item {key!r}; there are {len(here)}")
             if last:
                 raise RecipeError(f"--set {path}: name an option, such as {path}.sparsity")
             here = open_step(here, int(key))
         elif last:
-            here[key] = parse(value, f"--set {path}")
+            here[key] = value if value.startswith(("*", "&", "!")) else parse(value, f"--set {path}")  # a glob is text
         else:
             here = here.setdefault(key, {}) if isinstance(here, dict) else None
         if not isinstance(here, (dict, list)):

@@ -83,6 +83,10 @@ class Statistics:
     def __contains__(self, kind: object) -> bool:
         return kind in self.values
 
+    def forget(self) -> None:
+        """Free every value; the token count stays."""
+        self.values, self._derived = {}, {}
+
     def derived(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, computed once for `key`."""
         if key not in self._derived:

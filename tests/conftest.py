@@ -48,7 +48,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     },
 }
 
-settings.register_profile("compress", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("compress", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("compress")
 
 

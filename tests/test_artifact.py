@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import stat
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import compress
-from compress import (
-    ArtifactError,
-    Calibration,
-    RecipeError,
-)  # fmt: skip
+from compress import RTN, ArtifactError, Calibration, RecipeError
 from compress.artifact import Artifact
 from compress.driver import tokens_for
 from compress.export.dense import export_dense
@@ -108,6 +107,44 @@ def test_saving_a_loaded_model_writes_what_was_read(artifact: Path, tmp_path: Pa
     assert torch.equal(logits(compress.load(tmp_path / "again"), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stored_tensors_keep_their_dtype_in_a_low_precision_model(
+    dtype: str, model_folder: Any, tmp_path: Path, recipe_24_int4: Recipe
+) -> None:
+    out = compress.run(model_folder("llama", dtype), recipe_24_int4, tmp_path / "out").out
+    stored = {k: v for f in out.glob("*.safetensors") for k, v in load_file(f).items()}
+    loaded = compress.load(out).state_dict()
+    assert {k: v.dtype for k, v in loaded.items()} == {k: v.dtype for k, v in stored.items()}
+    assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_loaded_model_may_be_cast(dtype: torch.dtype, llama_artifact: Path, ids: Tensor, assert_close: Any) -> None:
+    model = compress.load(llama_artifact)
+    want = logits(model, ids)
+    got = logits(model.to(dtype), ids)
+    assert got.dtype == dtype
+    assert_close("logits", got, want, max(RATIO, 8 * torch.finfo(dtype).eps))  # a dozen roundings deep
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_dtype_asked_for_at_load_is_the_one_computed_in(
+    dtype: str, llama_artifact: Path, ids: Tensor, assert_close: Any
+) -> None:
+    model = compress.load(llama_artifact, dtype=getattr(torch, dtype))
+    got = logits(model, ids)
+    assert got.dtype == getattr(torch, dtype)
+    assert_close("logits", got, logits(compress.load(llama_artifact), ids), max(RATIO, 8 * torch.finfo(got.dtype).eps))
+
+
+def test_casting_leaves_the_stored_tensors_alone(llama_artifact: Path) -> None:
+    stored = {k: v for f in llama_artifact.glob("*.safetensors") for k, v in load_file(f).items()}
+    cast = compress.load(llama_artifact).to(torch.bfloat16).state_dict()
+    scales = [key for key in stored if key.endswith("_scale")]
+    assert len(scales) == SITES
+    assert all(torch.equal(cast[key], stored[key]) for key in scales)
+
+
 def test_kept_weights_obey_the_pattern(artifact: Path) -> None:
     source = Artifact(artifact)
     kept = [source.expression(site).mask_OI.unflatten(1, (-1, 4)).sum(2).unique().tolist() for site in source.specs]
@@ -178,8 +215,18 @@ def test_another_seed_writes_other_bytes(
     assert any(files(other)[name] != files(llama_artifact)[name] for name in shards)
 
 
-def test_everybody_may_read_the_files(llama_artifact: Path) -> None:
-    assert {stat.S_IMODE(path.stat().st_mode) for path in llama_artifact.iterdir()} == {0o644}
+@pytest.fixture
+def usual_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_everybody_may_read_the_files(tiny_llama: Path, tmp_path: Path) -> None:
+    out = compress.run(tiny_llama, [RTN(group=8)], tmp_path / "out").out
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
+    assert stat.S_IMODE(out.stat().st_mode) == 0o755
 
 
 def test_the_folder_has_the_parts_of_a_hugging_face_model(llama_artifact: Path) -> None:
@@ -211,7 +258,7 @@ def test_what_no_pass_touched_is_the_source_bit_for_bit(llama_artifact: Path, ti
 def test_provenance_records_how_it_was_made(llama_artifact: Path, recipe_24_int4: Recipe) -> None:
     provenance = Artifact(llama_artifact).provenance
     row = provenance["sites"]["model.layers.1.mlp.down_proj"]
-    assert provenance["recipe"] == recipe_24_int4.to_yaml()
+    assert provenance["recipe"] == replace(recipe_24_int4, model=provenance["source"]["name"]).to_yaml()
     assert provenance["calibration"]["tokens"] == row["tokens"] == 6 * 32
     assert row["weight"] == "2:4·int4g8"
     assert 0 < row["output_error"] < row["weight_error"] < 1

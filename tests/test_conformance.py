@@ -46,11 +46,6 @@ def test_packing_is_lossless(row: Any) -> None:
     suite.survives_packing(row.make())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="Product.dense() of a bf16 and a float32 factor; once fixed, move these rows into ROWS",
-)
 @pytest.mark.parametrize("row", suite.MIXED, ids=lambda r: r.name)
 def test_the_factors_of_a_product_may_have_two_dtypes(row: Any, assert_close: Callable[..., None]) -> None:
     weight = row.make()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 import compress
 from compress import RecipeError
 from compress.artifact import Artifact, verify
-from compress.recipe import load
+from compress.recipe import from_dict, load
 
 SOURCE = '''\
 """One bit a weight."""
@@ -40,18 +41,29 @@ class OneBit(WeightPass, name="one-bit"):
 RECIPE = "passes:\n- one-bit: {shrink: 0.9, sites: '*.mlp.*'}\n"
 
 
+def import_file(path: Path) -> None:
+    """Run a file as a module of its own name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[path.stem])
+
+
 @pytest.fixture
-def one_bit(tmp_path: Path, registry: dict[str, Any]) -> Iterator[Any]:
-    """The class, from its own file."""
+def example(tmp_path: Path, registry: dict[str, Any]) -> Iterator[Path]:
+    """The file, not yet imported; afterwards nobody knows its pass any more."""
+    del registry  # restores the registered passes
     path = tmp_path / "one_bit_of_mine.py"
     path.write_text(SOURCE)
-    spec = importlib.util.spec_from_file_location("one_bit_of_mine", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["one_bit_of_mine"] = module
-    spec.loader.exec_module(module)
-    yield registry["one-bit"]
-    del sys.modules["one_bit_of_mine"]
+    yield path
+    sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def one_bit(example: Path, registry: dict[str, Any]) -> Any:
+    """The class, from its own file."""
+    import_file(example)
+    return registry["one-bit"]
 
 
 def logits(folder: Path, ids: Tensor) -> Tensor:
@@ -100,3 +112,21 @@ def test_it_follows_ours(one_bit: Any, tiny_llama: Path, tmp_path: Path) -> None
     steps = [compress.Magnitude(sites="*.self_attn.*"), one_bit(sites="*.mlp.*")]
     sites = Artifact(compress.run(tiny_llama, steps, tmp_path / "out").out).provenance["sites"]
     assert len(sites) == 14
+
+
+@dataclass
+class Entry:
+    """What `importlib.metadata` gives for a declared entry point."""
+
+    path: Path
+
+    def load(self) -> None:
+        import_file(self.path)
+
+
+def test_an_installed_package_brings_its_passes(
+    example: Path, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"compress.passes": [Entry(example)]}
+    monkeypatch.setattr("compress.passes.entry_points", lambda group: found[group])
+    assert from_dict({"passes": ["one-bit"]}).passes == (registry["one-bit"](),)

@@ -9,9 +9,7 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from safetensors.torch import save_file
-
-from compress.artifact import COPIED, NOT_COPIED, Artifact, write_json
+from compress.artifact import Artifact, WriteError, copy_companions, write_json, write_shard
 from compress.errors import ArtifactError, RecipeError
 from compress.model.source import INDEX
 
@@ -29,14 +27,12 @@ def export_dense(path: Path, out: Path) -> int:
     try:
         partial.mkdir(parents=True)
         size = write_shards(artifact, partial)
-        for file in sorted(path.iterdir()):
-            if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED:
-                shutil.copyfile(file, partial / file.name)
+        copy_companions(path, partial)
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         write_json(partial / "config.json", config)
         partial.rename(out)
-    except OSError as error:
-        raise ArtifactError(f"{out}: cannot be written: {error.strerror}") from error
+    except (OSError, WriteError) as error:
+        raise ArtifactError(f"{out}: cannot be written: {error.__cause__ or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return size
@@ -50,8 +46,7 @@ def write_shards(artifact: Artifact, folder: Path) -> int:
     for shard in shards:
         held = [n for n in artifact.names() if artifact.files[n].name == shard]
         tensors = {name: artifact.tensor(name).contiguous() for name in held}
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-        (folder / shard).chmod(0o644)
+        write_shard(folder / shard, tensors)
         weight_map |= dict.fromkeys(held, shard)
         size += sum(t.nbytes for t in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

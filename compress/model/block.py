@@ -26,6 +26,11 @@ def batched(ids_NT: Tensor) -> list[Tensor]:
     return list(ids_NT.split(max(1, BATCH_TOKENS // ids_NT.shape[1]))) if len(ids_NT) else []
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one input of a linear map, however it was passed."""
+    return torch.as_tensor(args[0] if args else next(iter(kwargs.values())))
+
+
 class Stop(Exception):
     """Ends a forward once what was wanted has been seen."""
 
@@ -54,7 +59,9 @@ class Block:
         batches: Sequence[Travellers],
         probe: Travellers,
         dense_probe: Tensor,
+        last: bool = False,
     ) -> None:
+        self.last = last
         self.name, self.index, self.module = name, index, module
         self.batches, self.probe, self.dense_probe = batches, probe, dense_probe
         self.drift = 0.0
@@ -66,15 +73,16 @@ class Block:
         seen: list[tuple[Tensor, list[Site]]] = []
 
         def watch(site: Site) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                read = input_of(args, kwargs)
                 for x, group in seen:
-                    if x is args[0]:
+                    if x is read:
                         if site not in group:
                             group.append(site)
                         return
-                seen.append((args[0], [site]))
+                seen.append((read, [site]))
 
-            return site.module.register_forward_pre_hook(hook)
+            return site.module.register_forward_pre_hook(hook, with_kwargs=True)
 
         hooks = [watch(site) for site in self.sites.values()]
         try:
@@ -114,19 +122,19 @@ class Block:
                 site.stats = stats
 
     def _listen(self, site: Site, collector: Collector, last: bool) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            collector.update(args[0])
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            collector.update(input_of(args, kwargs))
             if last:
                 raise Stop
 
-        return site.module.register_forward_pre_hook(hook)
+        return site.module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def advance(self) -> None:
         """Move every batch and the probe through the block as it now is.
 
         Raises CalibrationError if the output is not finite.
         """
-        for travellers in (*self.batches, self.probe):
+        for travellers in (self.probe,) if self.last else (*self.batches, self.probe):  # nothing reads the others then
             travellers.hidden_BTD = travellers.through(self.module, self.index)
         if not bool(torch.isfinite(self.probe.hidden_BTD).all()):
             raise CalibrationError(f"{self.name}: its output is not finite")

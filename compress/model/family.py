@@ -7,7 +7,7 @@ others are walked by the same rule and guarded by the coverage limit and the fin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,19 +22,11 @@ TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     """The name and list of the decoder blocks.
 
-    Raises UnsupportedWeight if no module list of `count` elements holds linear maps.
+    Raises UnsupportedWeight if there is no module list of `count` elements.
     """
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and any(isinstance(m, nn.Linear) for m in module.modules())
-    ]
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
-        raise UnsupportedWeight(
-            f"no list of {count} blocks with linear maps in {type(model).__name__}; this architecture is not supported"
-        )
+        raise UnsupportedWeight(f"no list of {count} blocks in {type(model).__name__}; it is not supported")
     return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
@@ -59,7 +51,19 @@ class Coverage:
     def missed_share(self) -> float:
         """Parameters of unreachable block matrices / parameters of all block matrices that were meant."""
         meant = self.missed + sum(self.touched.values())
-        return self.missed / meant if meant else 1.0
+        return self.missed / meant if meant else 0.0
+
+    def reasons(self) -> dict[str, int]:
+        """Untouched parameters by reason."""
+        return by_reason(self.untouched.values())
+
+
+def by_reason(untouched: Iterable[Sequence[Any]]) -> dict[str, int]:
+    """Parameters by reason, from (parameters, reason) pairs."""
+    total: dict[str, int] = {}
+    for size, reason in untouched:
+        total[reason] = total.get(reason, 0) + size
+    return total
 
 
 MISSED = "a matrix that no pass can reach"

@@ -37,8 +37,11 @@ class Site:
     def weight(self, weight: Weight) -> None:
         if weight.shape != self._weight.shape:
             raise UnsupportedWeight(f"{self.name}: a rewrite changed its shape {self._weight.shape} to {weight.shape}")
+        dtype = self.original.data.dtype
+        if isinstance(weight, Dense) and weight.data.dtype != dtype:
+            weight = Dense(weight.data.to(dtype))  # a plain matrix is stored as the model stores its own
         self._weight = weight
-        self.module.weight.data = weight.dense().to(self.original.data.dtype)
+        self.module.weight.data = weight.dense().to(dtype)
 
     @property
     def shape(self) -> tuple[int, int]:

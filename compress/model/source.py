@@ -44,7 +44,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing {what}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: {what} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: {what} must be a JSON object")
@@ -116,10 +116,6 @@ class Checkpoint:
                         raise ArtifactError(f"{shard}: the index promises {name!r}, the shard lacks it")
                     shapes[name] = tuple(file.get_slice(name).get_shape())
         return shapes
-
-    def nbytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.stat().st_size for shard in set(self.files.values()))
 
     def digests(self) -> dict[str, str]:
         """Shard name -> sha256 of its bytes."""

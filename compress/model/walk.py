@@ -39,12 +39,13 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    try:
+    try:  # transformers raises whatever a wrong value happens to break; none of it is a bug of ours
         parsed = AutoConfig.for_model(**plain)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"config.json: transformers cannot build this model: {error}") from error
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ArtifactError(f"config.json: transformers cannot build this model: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ArtifactError("config.json: not a causal language model")
     return model.eval().requires_grad_(False)
@@ -60,7 +61,7 @@ class Walk:
     """A model whose blocks are visited in order by batches of tokens."""
 
     def __init__(self, config: dict[str, Any], source: Source, dtype: torch.dtype, device: torch.device) -> None:
-        self.source, self.device = source, device
+        self.source, self.device, self.dtype = source, device, dtype
         self._look_at(skeleton(config, dtype))
         self._load_frame()
 
@@ -75,7 +76,7 @@ class Walk:
         self.model.tie_weights()
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         wanted = [n for n, p in self.model.named_parameters(remove_duplicate=False) if not self.in_block(n)]
-        state = {n: self.source.tensor(n).to(self.device) for n in wanted if n not in tied}
+        state = {n: self.tensor(n) for n in wanted if n not in tied}
         try:
             self.model.load_state_dict(state, assign=True, strict=False)
         except RuntimeError as error:
@@ -89,6 +90,11 @@ class Walk:
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     module._buffers[name] = buffer.to(self.device)
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor on the device, floats in the dtype of the config as transformers loads them."""
+        found = self.source.tensor(name)
+        return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
+
     def in_block(self, name: str) -> bool:
         """Whether a tensor belongs to a block."""
         return name.startswith(f"{self.path}.")
@@ -100,7 +106,7 @@ class Walk:
         """
         block, prefix = self.blocks[index], f"{self.path}.{index}."
         names = [n for n in self.source.names() if n.startswith(prefix)]
-        state = {n.removeprefix(prefix): self.source.tensor(n).to(self.device) for n in names}
+        state = {n.removeprefix(prefix): self.tensor(n) for n in names}
         try:
             missing = block.load_state_dict(state, assign=True, strict=False).missing_keys
         except RuntimeError as error:
@@ -140,7 +146,7 @@ class Walk:
             return record
 
         with self.replaced([recorder(i) for i in range(len(self.blocks))]):
-            self.model(input_ids=ids_BT.to(self.device), use_cache=False)
+            self.model.base_model(input_ids=ids_BT.to(self.device), use_cache=False)  # without the head
         return Travellers(ids_BT, first[0], calls)
 
     def leave(self, travellers: Travellers) -> Tensor:
@@ -162,7 +168,9 @@ class Walk:
         for index, module in enumerate(self.blocks):
             self.load_block(index)
             dense_probe = probe.through(module, index, dense_probe)
-            yield Block(f"{self.path}.{index}", index, module, batches, probe, dense_probe)
+            yield Block(
+                f"{self.path}.{index}", index, module, batches, probe, dense_probe, index == len(self.blocks) - 1
+            )
             self.drop_block(index)
         self.dense_logits = self.leave(Travellers(probe.ids_BT, dense_probe, probe.calls))
 

@@ -72,7 +72,10 @@ class Pruner(WeightPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.pattern()
+        try:
+            self.pattern()
+        except RecipeError as error:
+            raise RecipeError(f"{self.name}.{error}") from error
 
     def pattern(self) -> Pattern:
         """The pattern that `sparsity` and `scope` mean."""

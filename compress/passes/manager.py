@@ -38,7 +38,7 @@ class PassManager:
             raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block")
         self.passes, self.emit, self.ordering = tuple(passes), emit, ordering
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what is made here may end in a user's model, which may be trained
     def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The blocks, rewritten; the caller stores each before asking for the next."""
         for block in blocks:
@@ -49,18 +49,20 @@ class PassManager:
             block.advance()
             yield block
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def apply(self, model: Any, ids_NT: Tensor) -> dict[str, Weight]:
         """Rewrite a transformers model in memory, in place, calibrated on token windows; the expression of each site.
 
         The first window also serves to find which sites share an input. Raises CompressError children, with the
         model then partly rewritten: use `compress.run` for a file that is whole or absent.
         """
+        training = model.training
         walk = LiveWalk(model.eval())
         batches = [walk.enter(ids_BT) for ids_BT in batched(ids_NT)]
         found: dict[str, Weight] = {}
         for block in self.run(walk.visit(batches, walk.enter(ids_NT[:1]))):
             found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
+        model.train(training)
         return found
 
     def stage(self, block: Block, groups: list[list[Site]]) -> None:
@@ -78,6 +80,7 @@ class PassManager:
             for site in group:
                 for step in self.steps(site):
                     self.rewrite(step, site)
+            group[0].stats.forget()  # a Gram and its factor are the largest things in memory
 
     def steps(self, site: Site) -> list[WeightPass]:
         """The passes that select this site."""
@@ -93,6 +96,7 @@ class PassManager:
 
     def rewrite(self, step: WeightPass, site: Site) -> None:
         """Apply one pass to one site and report it; raises CompressError if the result is not finite."""
+        step.check(site.name, site.shape)
         known = len(site.fallbacks)
         weight = step.rewrite(site)
         site.weight = weight

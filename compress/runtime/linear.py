@@ -6,6 +6,7 @@ keeps the source's key; code that only wants its dtype or device finds those.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,16 @@ class CompressedLinear(nn.Module):
         y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)
         return y if self.bias is None else y + self.bias
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        """Move stored tensors with the module, but never cast them: they are the file's, not the computation's."""
+        stored = {name: self._buffers.pop(name) for name in self.names.values()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in stored.items():
+            if tensor is not None:
+                device = fn(torch.empty(0, device=tensor.device)).device
+                self._buffers[name] = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        return self
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        described = self.expression.describe() if not self.get_buffer("weight").is_meta else "not loaded"
-        return f"in={self.in_features}, out={self.out_features}, {described}, bias={self.bias is not None}"
+        return f"in={self.in_features}, out={self.out_features}, {self.spec['name']}, bias={self.bias is not None}"

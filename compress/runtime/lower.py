@@ -51,8 +51,8 @@ class FewRows(nn.Module):
         self.packed, self.many = packed, Matrix(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T`."""
-        if x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= cpu.FEW_ROWS:
+        """`x @ W.T`; the packed form stays on the CPU and serves only there."""
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= cpu.FEW_ROWS:
             return self.packed.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         return torch.as_tensor(self.many(x))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,7 +66,7 @@ class Sum(Weight):
     terms: tuple[Weight, ...]
 
     def __post_init__(self) -> None:
-        shapes = {term.shape for term in self.terms}
+        shapes = {term.shape for term in self.terms}  # none of them is an error too
         if len(shapes) != 1:
             raise UnsupportedWeight(f"a sum needs terms of one shape; got {sorted(shapes)}")
 
@@ -105,7 +106,9 @@ class Product(Weight):
 
     def dense(self) -> Tensor:
         """The matrix product."""
-        return self.left.dense() @ self.right.dense()
+        left, right = self.left.dense(), self.right.dense()
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        return left.to(dtype) @ right.to(dtype)
 
     def linear(self, x_TI: Tensor) -> Tensor:
         """Right first, then left: two small products instead of one large."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.errors import RecipeError
 from compress.weights.leaves import Quantized
 
 SMALLEST_NORMAL = 2.0**-14  # of float16; a smaller scale would lose its precision
@@ -40,11 +41,11 @@ class Grid:
         With `search`, each range is shrunk to the one of 80 that minimises sum |w - w'|**norm.
         Source: Frantar et al., GPTQ, ICLR 2023, released quantizer (`find_params`, option mse).
         """
-        if self.group == -1:
-            scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, search, norm)
-        else:
-            scale, zero = fit_ranges(w_OI.float().unflatten(1, (-1, self.width(w_OI.shape[1]))), self, search, norm)
-        return scale, zero
+        if self.group > 0 and w_OI.shape[1] % self.group:
+            raise RecipeError(f"group {self.group} does not divide a width of {w_OI.shape[1]}")
+        shape = (1, 1, -1) if self.group == -1 else (w_OI.shape[0], -1, self.width(w_OI.shape[1]))
+        scale, zero = fit_ranges(w_OI.float().reshape(shape), self, search, norm)
+        return narrowed(scale), zero
 
     def encode(self, w_OI: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The nearest codes, uint8 [out, in]."""
@@ -90,10 +91,19 @@ def range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """The scale as it is written: float16, or float32 for the whole tensor if float16 would lose it."""
+    """The scale as it will be written, float32: rounded to float16 where that keeps its precision."""
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    fits = bool((scale >= SMALLEST_NORMAL).all()) and bool((scale <= LARGEST).all())
-    return scale.to(torch.float16) if fits else scale
+    return torch.where(fits_half(scale), scale.to(torch.float16).float(), scale)
+
+
+def fits_half(scale: Tensor) -> Tensor:
+    """Where float16 has its full precision."""
+    return (scale >= SMALLEST_NORMAL) & (scale <= LARGEST)
+
+
+def narrowed(scale: Tensor) -> Tensor:
+    """Rounded scales in the dtype that is stored: float16, or float32 if any of them needs it."""
+    return scale.to(torch.float16) if bool(fits_half(scale).all()) else scale
 
 
 def range_error(w_OGS: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, norm: float) -> Tensor:

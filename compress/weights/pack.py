@@ -180,8 +180,17 @@ def unpack(
         return _unpack(spec, tensors, at, keep_OI, resolve)
     except KeyError as error:
         raise ArtifactError(f"the specification or the file lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, UnsupportedWeight) as error:
         raise ArtifactError(f"a stored weight does not fit its specification: {error}") from error
+
+
+def sized(tensor: Tensor, *shapes: tuple[int, ...]) -> Tensor:
+    """The tensor, if it has one of the shapes; raises ArtifactError otherwise."""
+    if tuple(tensor.shape) not in shapes:
+        raise ArtifactError(
+            f"a stored tensor has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}"
+        )
+    return tensor
 
 
 def _unpack(
@@ -193,7 +202,7 @@ def _unpack(
         if keep_OI is None:
             return t.view(rows, columns)
         whole = fill.expand(rows, columns).to(t.dtype).clone()
-        whole[keep_OI] = t
+        whole[keep_OI] = sized(t, (count(),))
         return whole
 
     def count() -> int:
@@ -210,24 +219,32 @@ def _unpack(
             return _unpack_quantized(spec, tensors, at, count(), spread)
         case "signs":
             positive = unpack_bits(tensors[f"{at}signs"], 1, count()).bool()
-            return Signs(spread(positive, torch.zeros((), device=positive.device)), tensors[f"{at}scale"])
+            scale = sized(tensors[f"{at}scale"], (1, 1), (rows, 1))
+            return Signs(spread(positive, torch.zeros((), device=positive.device)), scale)
         case "codebook":
             book = tensors[f"{at}book"].view(spec["book"])
             entries, width = (int(n) for n in spec["codes"])
             bits = max(1, (book.shape[0] - 1).bit_length())
             codes = unpack_bits(tensors[f"{at}codes"], bits, entries * width).view(entries, width)
-            return Codebook(codes, book, tensors[f"{at}scale"])
+            if int(codes.max()) >= book.shape[0]:
+                raise ArtifactError(f"a code names entry {int(codes.max())} of a book of {book.shape[0]}")
+            return Codebook(codes, book, sized(tensors[f"{at}scale"], (1, 1), (rows, 1)))
         case "masked":
             mask_OI = unpack_bits(tensors[f"{at}mask"], 1, rows * columns).bool().view(rows, columns)
+            if [int(n) for n in spec["values"]["shape"]] != [rows, columns]:
+                raise ArtifactError(f"values of {spec['values']['shape']} do not fit a mask of {rows}x{columns}")
             return Masked(below(spec["values"], "values", mask_OI), mask_OI, str(spec["pattern"]))
         case "sum":
             return Sum(tuple(below(term, f"terms.{i}") for i, term in enumerate(spec["terms"])))
         case "product":
             return Product(below(spec["left"], "left"), below(spec["right"], "right"))
         case "diagonal":
-            return Diagonal(tensors[f"{at}diagonal"])
+            return Diagonal(sized(tensors[f"{at}diagonal"], (rows,)))
         case "permutation":
-            return Permutation(tensors[f"{at}order"].long())
+            order = sized(tensors[f"{at}order"], (rows,)).long()
+            if not torch.equal(order.sort().values, torch.arange(rows, device=order.device)):
+                raise ArtifactError("a stored order is not a permutation")
+            return Permutation(order)
         case "hadamard":
             return Hadamard(unpack_bits(tensors[f"{at}signs"], 1, rows).bool())
         case "external":
@@ -249,5 +266,7 @@ def _unpack_quantized(
         zero = unpack_bits(tensors[f"{at}zero"], bits, scales[0] * scales[1]).view(scales)
     packed = unpack_bits(tensors[f"{at}codes"], bits, count)
     width = int(spec["shape"][1]) // scales[1]
-    middle = torch.tensor(2 ** (bits - 1), device=scale.device) if zero is None else zero.repeat_interleave(width, 1)
+    middle = torch.tensor(2 ** (bits - 1), device=scale.device)
+    if zero is not None and packed.numel() < int(spec["shape"][0]) * int(spec["shape"][1]):
+        middle = zero.repeat_interleave(width, 1)
     return Quantized(spread(packed, middle), scale, zero, bits)  # a dropped entry reads as the code of zero

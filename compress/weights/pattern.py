@@ -23,6 +23,11 @@ def drop_count(size: int, sparsity: float) -> int:
     return int((Decimal(size) * Decimal(str(sparsity))).to_integral_value(ROUND_HALF_EVEN))
 
 
+def percent(sparsity: float) -> str:
+    """`50%`, `12.5%`."""
+    return f"{float(Decimal(str(sparsity)) * 100):g}%"
+
+
 def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
     """A mask that drops exactly `drop` lowest of each row; equal scores are dropped from the left.
 
@@ -76,7 +81,10 @@ class NM(Pattern):
         return f"{self.name} needs a width divisible by {self.m}, got {shape[1]}" if shape[1] % self.m else None
 
     def keep(self, score_OI: Tensor) -> Tensor:
-        """The n highest of each group."""
+        """The n highest of each group; raises RecipeError if groups do not divide the width."""
+        reason = self.check((score_OI.shape[0], score_OI.shape[1]))
+        if reason:
+            raise RecipeError(reason)
         return keep_highest(score_OI.reshape(-1, self.m), self.m - self.n).view(score_OI.shape)
 
 
@@ -89,7 +97,7 @@ class PerRow(Pattern):
     @property
     def name(self) -> str:
         """`50%`."""
-        return f"{Decimal(str(self.sparsity)) * 100:g}%"
+        return percent(self.sparsity)
 
     def keep(self, score_OI: Tensor) -> Tensor:
         """The highest of each row."""
@@ -105,7 +113,7 @@ class PerMatrix(Pattern):
     @property
     def name(self) -> str:
         """`50%m`."""
-        return f"{Decimal(str(self.sparsity)) * 100:g}%m"
+        return f"{percent(self.sparsity)}m"
 
     def keep(self, score_OI: Tensor) -> Tensor:
         """The highest of the matrix."""
@@ -123,7 +131,7 @@ class Blocks(Pattern):
     @property
     def name(self) -> str:
         """`50%b16x16`."""
-        return f"{Decimal(str(self.sparsity)) * 100:g}%b{self.rows}x{self.columns}"
+        return f"{percent(self.sparsity)}b{self.rows}x{self.columns}"
 
     def check(self, shape: tuple[int, int]) -> str | None:
         """Both sides must divide."""
@@ -148,15 +156,19 @@ def pattern(sparsity: float | str, scope: str = "row") -> Pattern:
         found = re.fullmatch(r"(\d+):(\d+)", sparsity)
         if not found or not 0 < int(found[1]) < int(found[2]) <= 64:
             raise RecipeError(
-                f"sparsity {sparsity!r} is not a pattern; allowed: a fraction such as 0.5, or n:m with n kept of m "
+                f"sparsity: {sparsity!r} is not a pattern; allowed: a fraction such as 0.5, or n:m with n kept of m "
                 "and 0 < n < m <= 64, such as 2:4"
+            )
+        if scope not in ("row", "matrix"):
+            raise RecipeError(
+                f"scope: {scope!r} does not go with {sparsity}; n:m competes within groups of a row"
             )
         return NM(n=int(found[1]), m=int(found[2]))
     if not 0 <= sparsity <= 1:
-        raise RecipeError(f"sparsity {sparsity} is out of range; allowed: 0 to 1, or n:m")
+        raise RecipeError(f"sparsity: {sparsity} is out of range; allowed: 0 to 1, or n:m")
     tile = re.fullmatch(r"(\d+)x(\d+)", scope)
     if tile and int(tile[1]) and int(tile[2]):
         return Blocks(rows=int(tile[1]), columns=int(tile[2]), sparsity=float(sparsity))
     if scope not in ("row", "matrix"):
-        raise RecipeError(f"scope {scope!r} is unknown; allowed: row, matrix, or a block such as 16x16")
+        raise RecipeError(f"scope: {scope!r} is unknown; allowed: row, matrix, or a block such as 16x16")
     return PerRow(sparsity=float(sparsity)) if scope == "row" else PerMatrix(sparsity=float(sparsity))

@@ -13,6 +13,7 @@ import compress
 from compress.artifact import PROVENANCE, Artifact, is_artifact
 from compress.errors import ArtifactError, RecipeError
 from compress.model.source import Checkpoint, locate
+from compress.plan import usable
 from compress_evals.comparison import compare
 from compress_evals.fidelity import measure_fidelity
 from compress_evals.report import html, markdown
@@ -31,6 +32,7 @@ def evaluate_folders(
     seed: int = 0,
     text: str | None = None,
     out: Path | None = None,
+    device: str = "cpu",
     on_progress: Progress | None = None,
 ) -> list[Results]:
     """The results of the dense base, then of each folder, compared with it.
@@ -42,15 +44,18 @@ def evaluate_folders(
     folders = [locate(path) for path in paths]
     source = base if base is not None else recorded_base(folders[0])
     say = on_progress or (lambda text: None)
-    names = distinct_names(folders)
-    dense_model, tokenizer = opened(locate(source))
+    names = distinct_names(folders, model_name(source))
+    check_base(folders, locate(source))
+    if out is not None:
+        make(out)
+    dense_model, tokenizer = opened(locate(source), device)
     dense = evaluate(
         dense_model, tokenizer, name=model_name(source), description=describe(locate(source)), limit=limit, seed=seed,
         on_progress=lambda text: say(f"{model_name(source)}: {text}"),
     )  # fmt: skip
     results = [dense]
     for name, folder in zip(names, folders, strict=True):
-        model, _ = opened(folder)
+        model, _ = opened(folder, device)
         found = evaluate(
             model, tokenizer, name=name, description=describe(folder), limit=limit, seed=seed,
             on_progress=lambda text, name=name: say(f"{name}: {text}"),  # type: ignore[misc]
@@ -64,12 +69,13 @@ def evaluate_folders(
             seed=seed,
         )
         results.append(found.model_copy(update={"vs": versus}))
+        del model  # before the next one is loaded
     if out is not None:
         write(results, out)
     return results
 
 
-def opened(folder: Path) -> tuple[Any, Any]:
+def opened(folder: Path, device: str) -> tuple[Any, Any]:
     """The model and tokenizer of a folder."""
     from transformers import AutoTokenizer
 
@@ -77,7 +83,7 @@ def opened(folder: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
-    return compress.load(folder), tokenizer
+    return compress.load(folder).to(usable(device)), tokenizer
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def describe(folder: Path) -> dict[str, Any]:
         return {"bytes_on_disk": size, "sha": joined(checkpoint.digests())}
     made = Artifact(folder).provenance
     return {
-        "sha": joined(made["shards"]),
+        "sha": joined({n: sha for n, sha in made["files"].items() if n.endswith(".safetensors")}),
         "bytes_on_disk": made["sizes"]["bytes"],
         "bits_per_weight": made["sizes"]["bits_per_weight"],
         "recipe": made["recipe"],
@@ -117,10 +123,31 @@ def recorded_base(folder: Path) -> str:
     raise RecipeError(f"--base: name the dense model that {folder.name} was made from")
 
 
-def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, with the parent's where two are alike."""
-    names = [folder.name for folder in folders]
-    return [n if names.count(n) == 1 else f"{f.parent.name}/{n}" for n, f in zip(names, folders, strict=True)]
+def distinct_names(folders: Sequence[Path], base: str) -> list[str]:
+    """Folder names, with the parent's where two are alike; raises RecipeError if that is not enough."""
+    short = [folder.resolve().name for folder in folders]
+    long = [f"{folder.resolve().parent.name}-{folder.resolve().name}" for folder in folders]
+    names = [n if [*short, base].count(n) == 1 else whole for n, whole in zip(short, long, strict=True)]
+    if len({*names, base}) <= len(names):
+        raise RecipeError(f"folders to evaluate need distinct names, got {', '.join([base, *names])}")
+    return names
+
+
+def check_base(folders: Sequence[Path], base: Path) -> None:
+    """Raise ArtifactError if an artifact was made from other weights than those of `base`."""
+    known = set(Checkpoint(base).digests().values())
+    for folder in filter(is_artifact, folders):
+        made = set(Artifact(folder).provenance["source"]["sha256"].values())
+        if made != known:
+            raise ArtifactError(f"{folder}: was made from other weights than those of {base}; name its own --base")
+
+
+def make(out: Path) -> None:
+    """Create the output folder; raises RecipeError if that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--out: {out} cannot be created: {error.strerror}") from error
 
 
 def model_name(source: str | Path) -> str:

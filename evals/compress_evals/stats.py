@@ -155,7 +155,7 @@ def detectable_effect(n: int, discordant: float, confidence: float = CONFIDENCE,
     a, b, d = quantile(confidence), NormalDist().inv_cdf(power), discordant
     # (D√n - a√d)² = b²(d - D²), its larger root in D
     quadratic, linear, constant = n + b * b, -2 * a * math.sqrt(n * d), (a * a - b * b) * d
-    root = (-linear + math.sqrt(linear**2 - 4 * quadratic * constant)) / (2 * quadratic)
+    root = (-linear + math.sqrt(max(0.0, linear**2 - 4 * quadratic * constant))) / (2 * quadratic)
     return root if root <= d else math.inf
 
 

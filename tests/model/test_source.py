@@ -188,7 +188,7 @@ def test_a_shard_that_is_no_safetensors_is_refused(sharded: Path) -> None:
 def test_without_a_tokenizer_calibration_is_refused(single: Path) -> None:
     (single / "tokenizer.json").unlink()
     (single / "tokenizer_config.json").unlink()
-    with pytest.raises(CalibrationError, match="no tokenizer can be loaded, calibration needs one"):
+    with pytest.raises(CalibrationError, match="no tokenizer can be loaded, and calibration needs one"):
         compress.run(single, [Wanda()], single.parent / "out")
     assert not (single.parent / "out").exists()
 

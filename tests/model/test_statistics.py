@@ -38,11 +38,16 @@ def measured(
 ) -> dict[str, Statistics]:
     """The statistics every site had when its passes ran."""
     found: dict[str, Statistics] = {}
+
+    class Recording(PassManager):
+        def rewrite(self, step: WeightPass, site: Site) -> None:
+            found[site.name] = Statistics(dict(site.stats.values), site.stats.tokens)
+            super().rewrite(step, site)
+
     with torch.inference_mode():
         travellers = [walk.enter(ids) for ids in batches]
         probe = walk.enter(batches[0])
-        for block in PassManager(steps, ordering=ordering).run(walk.visit(travellers, probe)):
-            found |= {site.name: site.stats for site in block.sites.values()}
+        list(Recording(steps, ordering=ordering).run(walk.visit(travellers, probe)))
     return found
 
 

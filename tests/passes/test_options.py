@@ -29,9 +29,6 @@ def test_a_wrong_option_is_refused_by_pass_and_name(kind: type[WeightPass], name
         kind(**{name: value})
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="Pruner.pattern() names neither pass nor option path"
-)
 @pytest.mark.parametrize(("kind", "name", "value"), MEANINGLESS)
 def test_a_meaningless_pattern_is_refused_by_pass_and_name(kind: type[WeightPass], name: str, value: Any) -> None:
     with pytest.raises(RecipeError) as refused:

@@ -144,7 +144,6 @@ def test_a_pattern_of_groups_is_named_as_it_is_said(text: str, name: str) -> Non
     assert pattern(text).name == name
 
 
-@pytest.mark.xfail(strict=True, reason="Decimal's :g keeps trailing zeros: the name is '50.0%', not '50%'")
 @pytest.mark.parametrize(
     ("sparsity", "scope", "name"),
     [
@@ -174,7 +173,6 @@ def test_an_unknown_scope_is_refused(scope: str) -> None:
         pattern(0.5, scope)
 
 
-@pytest.mark.xfail(strict=True, reason="with n:m any scope is accepted and ignored, even a misspelt one")
 def test_an_unknown_scope_is_refused_with_n_of_m() -> None:
     with pytest.raises(RecipeError):
         pattern("2:4", "colunm")

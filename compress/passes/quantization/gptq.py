@@ -17,6 +17,7 @@ from compress.model.site import Site
 from compress.passes.base import Quantizer
 from compress.stats import Gram
 from compress.weights import Grid, Masked, Quantized
+from compress.weights.grid import narrowed
 
 TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
 
@@ -24,21 +25,20 @@ TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
 def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> tuple[Tensor, float] | None:
     """(U, damping used) with U upper triangular, (G + d mean(diag G) 1)^-1 = Uᵀ U, or None if every rung fails.
 
-    An input that never fires has a zero row in G: its diagonal becomes 1 first, so it is rounded without feedback.
+    An input that never fires has a zero row in G: its diagonal becomes the mean first, so that it is rounded without
+    feedback.
     Each failed Cholesky multiplies the damping by ten, at most three times. Raises CalibrationError if G is not finite.
     """
     if not bool(torch.isfinite(gram_II).all()):
         raise CalibrationError("the Gram matrix is not finite; the activations before this site overflow")
-    gram = gram_II.clone()
+    gram = gram_II.clone() if order_I is None else gram_II[order_I][:, order_I]
     diagonal = gram.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
     diagonal[diagonal == 0] = mean
-    if order_I is not None:
-        gram = gram[order_I][:, order_I]
+    plain = diagonal.clone()
     for rung in range(TRIES):
-        damped = gram.clone()
-        damped.diagonal().add_(mean * damping * 10**rung)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(plain + mean * damping * 10**rung)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if failed.item():
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
@@ -85,8 +85,7 @@ class FittedGrids:
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """All scales and zeros; float32 scales if any group needed them (float16 values stay exact)."""
-        wide = any(scale.dtype == torch.float32 for scale in self.scales)
-        scale = torch.cat([s.float() if wide else s for s in self.scales], 1)
+        scale = narrowed(torch.cat([s.float() for s in self.scales], 1))
         return scale, torch.cat(self.zeros, 1) if self.zeros else None
 
 
@@ -180,5 +179,8 @@ class GPTQ(Quantizer, name="gptq"):
             site.fall_back(self.name, f"the Gram stayed indefinite at {10 ** (TRIES - 1)}x damping; rounded to nearest")
             return grid.quantize(w_OI if keep_OI is None else w_OI * keep_OI, search=self.search)
         upper_II, used = found
-        site.ledger["damping"] = used
-        return gptq(w_OI, upper_II, grid, keep_OI, order_I, static=self.static, search=self.search)[0]
+        if used > 10 * self.damping * 1.01:
+            site.fall_back(self.name, f"the Gram needed a damping of {used:g}, which is close to rounding to nearest")
+        quantized, loss = gptq(w_OI, upper_II, grid, keep_OI, order_I, static=self.static, search=self.search)
+        site.ledger |= {"damping": used, "loss": loss}
+        return quantized

@@ -1,0 +1,140 @@
+"""Everything that can be refused before any time is spent: places, devices, shapes, coverage, disk.
+
+From headers and the architecture alone; no weight is read. Raises CompressError children and changes nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.artifact import is_artifact
+from compress.calibration import Tokens, draw
+from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError
+from compress.model.family import MISSED, Coverage, coverage
+from compress.model.source import Checkpoint
+from compress.model.walk import Walk
+from compress.passes.base import WeightPass
+from compress.recipe import Calibration, Recipe
+
+
+def usable(device: str) -> torch.device:
+    """The torch device of a name; raises RecipeError if this machine has none such."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def free_place(out: Path, source: Path, force: bool) -> Path:
+    """The output path, absolute.
+
+    Raises RecipeError if something is there and may not be replaced: without `force` anything, with it everything
+    but an empty folder or an artifact of ours; and if it would swallow the source or lie inside it.
+    """
+    out, source = out.expanduser().resolve(), source.resolve()
+    if out == source or out in source.parents or source in out.parents:
+        raise RecipeError(f"--out: {out} must not be, hold or lie in the model folder {source}")
+    if not out.exists():
+        return out
+    if not force:
+        raise RecipeError(f"--out: {out} exists; choose another folder, or --force to replace an earlier result")
+    if not out.is_dir() or (any(out.iterdir()) and not is_artifact(out)):
+        raise RecipeError(f"--out: {out} is not an earlier result of Compress; --force replaces nothing else")
+    return out
+
+
+def check_disk(out: Path, source: Checkpoint) -> None:
+    """Raise PlanError if the disk cannot hold an output as large as the source."""
+    there = next(parent for parent in out.parents if parent.exists())
+    needed = sum(shard.stat().st_size for shard in set(source.files.values()))
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise PlanError(f"{there}: {free:,} bytes are free, the output may take {needed:,}")
+
+
+def refuse_quantized(source: Checkpoint) -> None:
+    """Raise ArtifactError for a checkpoint that is already compressed."""
+    quantization = source.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
+        raise ArtifactError(f"{source.path}: already quantized by {method}; start from the dense model")
+
+
+def check_tensors(walk: Walk, source: Checkpoint) -> None:
+    """Raise ArtifactError if a parameter of the architecture is missing from the files or has another shape."""
+    shapes = source.shapes()
+    for name, parameter in walk.model.named_parameters():
+        if shapes.get(name) != tuple(parameter.shape):
+            have = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            raise ArtifactError(f"{source.path}: {name} {have}; the config means {tuple(parameter.shape)}")
+
+
+def plan(walk: Walk, recipe: Recipe) -> Coverage:
+    """The coverage of a recipe over a model.
+
+    Raises RecipeError if a pass selects nothing or cannot handle the shape of a site, PlanError if more is
+    unreachable than the recipe's limit.
+    """
+    covered = coverage(walk.model, walk.path, [step.sites for step in recipe.passes])
+    if covered.missed_share > recipe.limits.max_untouched:
+        examples = ", ".join([name for name, (_, reason) in covered.untouched.items() if reason == MISSED][:2])
+        raise PlanError(
+            f"no pass can reach {covered.missed_share:.0%} of the block parameters, such as {examples}; "
+            f"limits.max_untouched allows {recipe.limits.max_untouched:.0%}"
+        )
+    check_shapes(walk, recipe.passes, covered)
+    return covered
+
+
+def check_shapes(walk: Walk, passes: Sequence[WeightPass], covered: Coverage) -> None:
+    """Raise RecipeError for the first pass that selects no site, or refuses the shape of one."""
+    reachable = [n for n, m in walk.model.named_modules() if isinstance(m, torch.nn.Linear) and walk.in_block(n)]
+    for i, step in enumerate(passes):
+        chosen = [name for name in reachable if fnmatchcase(name, step.sites)]
+        if not chosen:
+            raise RecipeError(
+                f"passes[{i}].{step.name}.sites: {step.sites!r} selects no site; they are called like {reachable[0]}"
+            )
+        for name in chosen:
+            rows, columns = walk.model.get_submodule(name).weight.shape
+            step.check(name, (rows, columns))
+
+
+def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
+    """The calibration windows and the probe; without data-hungry passes, only the probe.
+
+    Raises CalibrationError if data is needed and cannot be had, or a token is unknown to the model.
+    """
+    limit = int(getattr(walk.model.config.get_text_config(), "max_position_embeddings", 2048))
+    vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is None:
+        if recipe.needs_data():
+            raise CalibrationError(f"{folder}: no tokenizer can be loaded, and calibration needs one")
+        probe = torch.randint(0, vocabulary, (4, min(64, limit)), generator=torch.Generator().manual_seed(0))
+        return Tokens(ids_NT=probe[:0], probe_NT=probe, name="none (no tokenizer)", sha256="")
+    if recipe.needs_data():
+        drawn = draw(recipe.calibration, tokenizer, limit)
+    else:
+        found = draw(Calibration(data="text", length=min(256, limit)), tokenizer, limit, samples=0)
+        drawn = Tokens(ids_NT=found.ids_NT, probe_NT=found.probe_NT, name="none (data-free)", sha256="")
+    largest = int(max(ids.max() for ids in (drawn.ids_NT, drawn.probe_NT) if ids.numel()))
+    if largest >= vocabulary:
+        raise CalibrationError(f"{folder}: the tokenizer yields token {largest}, the model knows {vocabulary}")
+    return drawn
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a folder, or None if there is none that can be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception:  # transformers and tokenizers raise anything from OSError to KeyError for a damaged file
+        return None

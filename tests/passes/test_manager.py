@@ -1,0 +1,116 @@
+"""The pass manager: passes in order on the sites they select, reported as events, refused when not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress import RTN, Dense, Magnitude, PassManager, Site, Wanda, Weight, WeightPass
+from compress.errors import CompressError, RecipeError
+from compress.events import Event, Fallback, StatisticsCollected, WeightRewritten
+
+FIRST = "model.layers.0.self_attn.q_proj"
+
+
+def events_of(walk: Any, steps: Sequence[WeightPass], ids: Tensor) -> list[Event]:
+    events: list[Event] = []
+    with torch.inference_mode():
+        list(PassManager(steps, events.append).run(walk.visit([walk.enter(ids)], walk.enter(ids))))
+    return events
+
+
+def test_passes_run_in_order_on_each_site(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    events = events_of(walk_of(tiny_llama), [Wanda(sparsity="2:4"), RTN(group=8)], ids)
+    rewritten = [event for event in events if isinstance(event, WeightRewritten)]
+    assert [(e.site, e.step, e.weight) for e in rewritten[:2]] == [
+        (FIRST, "wanda", "2:4"),
+        (FIRST, "rtn", "2:4·int4g8"),
+    ]
+    assert len(rewritten) == 2 * 14
+    assert [e.site for e in rewritten[::2]] == [e.site for e in rewritten[1::2]]
+
+
+def test_an_input_is_measured_before_its_sites_are_rewritten(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    events = events_of(walk_of(tiny_llama), [Wanda()], ids)
+    kinds = [type(event) for event in events]
+    assert kinds[:5] == [StatisticsCollected, WeightRewritten, WeightRewritten, WeightRewritten, StatisticsCollected]
+
+
+def test_data_free_passes_measure_nothing(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    events = events_of(walk_of(tiny_llama), [Magnitude()], ids)
+    assert not any(isinstance(event, StatisticsCollected) for event in events)
+
+
+def test_a_glob_selects_sites_by_their_full_name(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    steps = [Magnitude(sites="model.layers.0.*"), RTN(group=8, sites="*.down_proj")]
+    events = events_of(walk_of(tiny_llama), steps, ids)
+    found = {(e.site.removeprefix("model.layers."), e.step) for e in events if isinstance(e, WeightRewritten)}
+    assert ("0.mlp.down_proj", "rtn") in found
+    assert ("1.mlp.down_proj", "rtn") in found
+    assert {step for site, step in found if site.startswith("1.")} == {"rtn"}
+    assert len(found) == 7 + 2
+
+
+def test_the_event_reports_the_size_that_is_stored(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    event = next(e for e in events_of(walk_of(tiny_llama), [RTN(group=8)], ids) if isinstance(e, WeightRewritten))
+    assert event.nbytes == 48 * 48 // 2 + 48 * 6 * 2 + 48 * 6 // 2  # codes, float16 scales, zeros
+    assert 0 < event.weight_error < 0.2
+    assert event.output_error is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weaker(WeightPass):
+    """Falls back on one site."""
+
+    name = "weaker"
+
+    def rewrite(self, site: Site) -> Weight:
+        if site.name == FIRST:
+            site.fall_back(self.name, "on purpose")
+        return Dense(site.original.data * 0.5)
+
+
+def test_a_fallback_is_an_event(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    events = events_of(walk_of(tiny_llama), [Weaker(), Weaker(sites="*.mlp.*")], ids)
+    fallbacks = [event for event in events if isinstance(event, Fallback)]
+    assert fallbacks == [Fallback(site=FIRST, step="weaker", reason="on purpose")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(WeightPass):
+    """Gives what is not a number."""
+
+    name = "broken"
+
+    def rewrite(self, site: Site) -> Weight:
+        return Dense(site.original.data * float("nan"))
+
+
+def test_a_result_that_is_not_finite_is_refused(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    with pytest.raises(CompressError, match=rf"broken: {FIRST}: the rewritten weight is not finite"):
+        events_of(walk_of(tiny_llama), [Broken()], ids)
+
+
+def test_an_overflow_of_the_model_dtype_is_refused(model_folder: Any, walk_of: Any, ids: Tensor) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Loud(WeightPass):
+        """Finite in float32, not in float16."""
+
+        name = "loud"
+
+        def rewrite(self, site: Site) -> Weight:
+            return Dense(site.original.data.float() + 1e6)
+
+    with pytest.raises(CompressError, match=r"loud: .* is not finite"):
+        events_of(walk_of(model_folder("llama", "float16")), [Loud()], ids)
+
+
+def test_an_unknown_ordering_is_refused() -> None:
+    with pytest.raises(RecipeError, match="ordering 'sites' is unknown; allowed: site, block"):
+        PassManager([Magnitude()], ordering="sites")
