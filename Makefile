@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned set-up needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[eval,dev]"
@@ -16,8 +16,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## compress the built-in model, evaluate it, write the report
 	$(BIN)/compress run quickstart --out out/quickstart --force
+	$(BIN)/compress run wanda-2of4-gptq-int4 --out out/wanda-2of4-gptq-int4 --force
 	$(BIN)/compress verify out/quickstart
-	$(BIN)/compress eval out/quickstart --out out/quickstart.eval
+	$(BIN)/compress eval out/quickstart out/wanda-2of4-gptq-int4 --out out/demo.eval
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -95,27 +95,57 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def draw(rows: Sequence[Measured], path: Path) -> None:
-    """Knowledge kept against size, one point a recipe, bars over the models."""
+    """Knowledge kept against size, one point a recipe, bars over the models; colour tells the kind of recipe."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "compress"  # the same file every time
-    figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.6, 4.8), layout="constrained")
+    points = []
     for name in dict.fromkeys(row.recipe for row in rows):
-        same = [row for row in rows if row.recipe == name]
-        x = same[0].bytes / 1e6
-        kept = [100 * row.retained for row in same]
-        mean = statistics.mean(kept)
-        axes.errorbar(x, mean, [[mean - min(kept)], [max(kept) - mean]], fmt="o", capsize=3)
-        axes.annotate(name, (x, mean), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        kept = [100 * row.retained for row in rows if row.recipe == name]
+        size = next(row.bytes for row in rows if row.recipe == name) / 1e6
+        points.append((name, size, statistics.mean(kept), min(kept), max(kept)))
+    for (name, x, y, low, high), label_y in zip(points, spread_labels(points), strict=True):
+        axes.errorbar(x, y, [[y - low], [high - y]], fmt="o", capsize=3, color=colour(name))
+        axes.annotate(
+            name, (x, y), (x + 0.12, label_y), fontsize=8, va="center", color=colour(name),
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#999999"},
+        )  # fmt: skip
     axes.set_xlabel("bytes of all tensors, MB")
     axes.set_ylabel("knowledge kept, % of dense (mean of seven tasks)")
-    axes.set_ylim(0, 108)
+    axes.set_ylim(0, 112)
+    axes.set_xlim(right=max(point[1] for point in points) + 0.7)
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
     pyplot.close(figure)
+
+
+def colour(name: str) -> str:
+    """Blue for quantized, orange for pruned, purple for both, grey for dense."""
+    pruned = name.startswith(("wanda", "magnitude"))
+    if name == "dense":
+        return "#555555"
+    if not pruned:
+        return "#1f6fb4"
+    return "#7b3fa0" if "int" in name else "#d5641c"
+
+
+def spread_labels(points: Sequence[tuple[str, float, float, float, float]]) -> list[float]:
+    """A height for each label, as near its point as other points and earlier labels allow."""
+    taken: list[tuple[float, float, float]] = []
+    heights = []
+    for name, x, y, _, _ in points:
+        left, right = x + 0.1, x + 0.12 + 0.075 * len(name)
+        others = taken + [(a - 0.05, a + 0.05, b) for _, a, b, _, _ in points if (a, b) != (x, y)]
+        near = [height for a, b, height in others if a < right and left < b]
+        tries = (y + sign * step * 4.5 for step in range(12) for sign in (1, -1))
+        free = next((h for h in tries if h < 109 and all(abs(h - t) >= 4.4 for t in near)), y)
+        taken.append((left, right, free))
+        heights.append(free)
+    return heights
 
 
 def main() -> None:
