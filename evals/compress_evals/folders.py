@@ -5,6 +5,7 @@ The dense base is measured once for all of them. Peak memory is two models: fide
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ def matrix_size(shape: Sequence[int]) -> int:
 
 
 def joined(digests: dict[str, str]) -> str:
-    """One short identity of several shards."""
-    return "-".join(value[:12] for _, value in sorted(digests.items()))
+    """One identity of several shards: the sha256 of their names and sha256s."""
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
 def recorded_base(folder: Path) -> str:
