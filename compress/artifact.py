@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,11 +36,12 @@ NOT_COPIED = ("config.json", INDEX, PROVENANCE)
 
 
 class SiteSpec(TypedDict):
-    """What config.json holds of one site: the tree, its tensors in order, and its name for people."""
+    """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out]."""
 
     tree: dict[str, Any]
     tensors: list[tuple[str, str, list[int]]]
     name: str
+    transposed: bool
 
 
 class SiteRecord(TypedDict):
@@ -138,8 +139,10 @@ class ArtifactWriter:
         if isinstance(error, WriteError):
             raise ArtifactError(f"{self.out}: cannot be written: {error.__cause__}") from error
 
-    def add(self, sites: Mapping[str, Weight], plain: Mapping[str, Tensor]) -> int:
+    def add(self, sites: Mapping[str, Weight], plain: Mapping[str, Tensor], transposed: Collection[str] = ()) -> int:
         """Write one shard of rewritten sites and untouched tensors, read it back, and compare; its bytes.
+
+        The source keeps the weights of the sites in `transposed` as [in, out].
 
         Raises VerificationError if the file does not hold what was meant.
         """
@@ -148,10 +151,11 @@ class ArtifactWriter:
         expected: dict[str, Weight] = {}
         for site, weight in sites.items():
             if isinstance(weight, Dense):
-                tensors[f"{site}.weight"] = weight.data.cpu().contiguous()
+                kept = weight.data.T if site in transposed else weight.data
+                tensors[f"{site}.weight"] = kept.cpu().contiguous()
                 continue
             packed = pack(weight)
-            self.specs[site] = site_spec(weight, packed)
+            self.specs[site] = site_spec(weight, packed) | {"transposed": site in transposed}
             tensors |= {key: packed[path].cpu().contiguous() for path, key in keys(site, self.specs[site]).items()}
             expected[site] = weight
         path = self.partial / name
@@ -296,7 +300,8 @@ class Artifact(Checkpoint):
         """One plain tensor, decoded and in the model's dtype if it is a site's weight."""
         site = name.removesuffix(".weight")
         if name.endswith(".weight") and site in self.specs:
-            return self.expression(site).dense().to(self.dtype)
+            plain = self.expression(site).dense().to(self.dtype)
+            return plain.T.contiguous() if self.specs[site]["transposed"] else plain
         return super().tensor(name)
 
     def stored(self, site: str) -> dict[str, Tensor]:
@@ -311,7 +316,10 @@ class Artifact(Checkpoint):
     def plain_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the plain model's tensors."""
         shapes = {name: shape for name, shape in self.shapes().items() if name not in self.payloads}
-        return shapes | {f"{site}.weight": tuple(spec["tree"]["shape"]) for site, spec in self.specs.items()}
+        for site, spec in self.specs.items():
+            shape = spec["tree"]["shape"]
+            shapes[f"{site}.weight"] = tuple(reversed(shape)) if spec["transposed"] else tuple(shape)
+        return shapes
 
 
 def is_artifact(path: Path) -> bool:

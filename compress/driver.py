@@ -111,7 +111,8 @@ class Job:
         stored = weights = 0
         since = time.monotonic()
         for block in PassManager(recipe.passes, self.emit, recipe.ordering).run(self.opened(batches, probe)):
-            nbytes = writer.add(*self.divide(block))
+            transposed = {site.name for site in block.sites.values() if site.transposed}
+            nbytes = writer.add(*self.divide(block), transposed)
             ledger |= {site.name: record(site) for site in block.sites.values() if site.weight is not site.original}
             stored += sum(site.weight.nbytes() for site in block.sites.values())
             weights += sum(site.shape[0] * site.shape[1] for site in block.sites.values())
@@ -248,7 +249,7 @@ def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, 
     artifact = Artifact(folder)
     if set(artifact.names()) != set(source.names()):
         raise VerificationError(f"tensors differ from the source: {set(artifact.names()) ^ set(source.names())}")
-    check_runtime(artifact)
+    check_runtime(artifact, walk.path)
     replay = Walk(artifact.config, artifact, artifact.dtype, walk.device)
     probe = replay.enter(probe_NT)
     for block in replay.visit([], probe):
@@ -259,13 +260,13 @@ def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, 
         raise VerificationError(f"the reloaded model's logits differ from the compressed ones by {worst:.3g}")
 
 
-def check_runtime(artifact: Artifact) -> None:
+def check_runtime(artifact: Artifact, blocks: str) -> None:
     """Compute with the modules users get, for the sites of the first compressed block, and compare with the weights.
 
     Raises VerificationError if a stored site computes something else than `x @ W.T`.
     """
-    first = next(iter(artifact.specs), "").rpartition(".layers.")[2].partition(".")[0]
-    for site in (s for s in artifact.specs if f".{first}." in s):
+    first = next(iter(artifact.specs), "").removeprefix(f"{blocks}.").partition(".")[0]
+    for site in (s for s in artifact.specs if s.startswith(f"{blocks}.{first}.")):
         module = CompressedLinear(artifact.specs[site], None)
         module.load_state_dict({k.removeprefix(f"{site}."): t for k, t in artifact.stored(site).items()}, assign=True)
         x_TI = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0)).to(artifact.dtype)

@@ -57,7 +57,8 @@ class StatisticsCollected(Event):
 class WeightRewritten(Event):
     """One pass replaced one weight; errors are relative to the original weight.
 
-    `weight_error` = |W' - W| / |W|; `output_error` = the same through the calibration inputs, if a Gram was taken.
+    `weight_error` = |W' - W| / |W|; `output_error` = the same through the calibration inputs, for a site's last pass
+    and if a Gram was taken.
     """
 
     site: str

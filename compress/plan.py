@@ -16,11 +16,16 @@ import torch
 from compress.artifact import is_artifact
 from compress.calibration import Tokens, draw
 from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError
-from compress.model.family import MISSED, Coverage, coverage
+from compress.model.family import MISSED, Coverage, coverage, is_linear, is_transposed
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.passes.base import WeightPass
 from compress.recipe import Calibration, Recipe
+
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+)  # fmt: skip
 
 
 def usable(device: str) -> torch.device:
@@ -94,7 +99,7 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
 
 def check_shapes(walk: Walk, passes: Sequence[WeightPass], covered: Coverage) -> None:
     """Raise RecipeError for the first pass that selects no site, or refuses the shape of one."""
-    reachable = [n for n, m in walk.model.named_modules() if isinstance(m, torch.nn.Linear) and walk.in_block(n)]
+    reachable = [name for name, module in walk.model.named_modules() if is_linear(module) and walk.in_block(name)]
     for i, step in enumerate(passes):
         chosen = [name for name in reachable if fnmatchcase(name, step.sites)]
         if not chosen:
@@ -102,8 +107,9 @@ def check_shapes(walk: Walk, passes: Sequence[WeightPass], covered: Coverage) ->
                 f"passes[{i}].{step.name}.sites: {step.sites!r} selects no site; they are called like {reachable[0]}"
             )
         for name in chosen:
-            rows, columns = walk.model.get_submodule(name).weight.shape
-            step.check(name, (rows, columns))
+            module = walk.model.get_submodule(name)
+            rows, columns = module.weight.shape
+            step.check(name, (columns, rows) if is_transposed(module) else (rows, columns))
 
 
 def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
@@ -131,9 +137,15 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a folder, or None if there is none that can be loaded."""
+    """The tokenizer of a folder, or None if there is none that can be loaded.
+
+    A folder without a vocabulary counts as none: transformers would build an empty tokenizer of the model's type, and
+    calibration would run on nothing but unknown tokens.
+    """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception:  # transformers and tokenizers raise anything from OSError to KeyError for a damaged file

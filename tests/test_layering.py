@@ -57,7 +57,7 @@ OWN: dict[str, tuple[str, ...]] = {
                         "compress.events", "compress.options"),
     "compress.artifact": ("compress.weights", "compress.model.source", "compress.errors"),
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
-                         "compress_kernels"),
+                         "compress.model.family", "compress_kernels"),
     "compress.builtin": ("compress.builtin", "compress.errors"),
     "compress.calibration": ("compress.builtin", "compress.recipe", "compress.errors"),
     "compress_kernels": ("compress_kernels",),

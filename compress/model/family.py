@@ -1,8 +1,9 @@
 """Where a model's blocks and sites are, found by structure; and how much of the model that covers.
 
-A block is an element of the one module list that is as long as the config says; a site is an `nn.Linear`
-inside a block. `TESTED` lists the families whose replay, coverage and round trip this project's tests check;
-others are walked by the same rule and guarded by the coverage limit and the final verification.
+A block is an element of the one module list that is as long as the config says; a site is an `nn.Linear` inside a
+block, or GPT-2's `Conv1D`, which computes the same from a transposed weight. `TESTED` lists the families whose replay,
+coverage and round trip this project's tests check; others are walked by the same rule and guarded by the coverage
+limit and the final verification.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from torch import nn
 
 from compress.errors import UnsupportedWeight
 
-TESTED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+TESTED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt2", "gptj",
+    "falcon", "bloom", "olmo", "olmo2", "olmo3", "stablelm", "starcoder2", "cohere", "granite", "smollm3",
+)  # fmt: skip
 
 
 def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
@@ -30,9 +34,19 @@ def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def find_linears(block: nn.Module) -> dict[str, nn.Linear]:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map we can stand for."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear map keeps its weight as [in, out]: transformers' `Conv1D`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     """The linear maps of a block by their name inside it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in block.named_modules() if is_linear(module)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +86,7 @@ MISSED = "a matrix that no pass can reach"
 def coverage(model: Any, blocks: str, selections: Iterable[str]) -> Coverage:
     """The coverage of passes with the `sites` globs `selections` over a (meta) model."""
     globs = tuple(selections)
-    linears = {f"{name}.weight": name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {f"{name}.weight": name for name, m in model.named_modules() if is_linear(m)}
     head = model.get_output_embeddings()
     touched: dict[str, int] = {}
     untouched: dict[str, tuple[int, str]] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.errors import UnsupportedWeight
+from compress.model.family import is_transposed
 from compress.stats import Gram, Statistics
 from compress.weights import Dense, Weight
 
@@ -18,9 +19,10 @@ class Site:
     prefix; `ledger` is what passes want recorded about this site in the artifact.
     """
 
-    def __init__(self, name: str, module: nn.Linear) -> None:
+    def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
-        self.original = Dense(module.weight.data)
+        self.transposed = is_transposed(module)
+        self.original = Dense(module.weight.data.T.contiguous() if self.transposed else module.weight.data)
         self._weight: Weight = self.original
         self.stats: Statistics = Statistics({}, 0)
         self.ledger: dict[str, Any] = {}
@@ -41,7 +43,8 @@ class Site:
         if isinstance(weight, Dense) and weight.data.dtype != dtype:
             weight = Dense(weight.data.to(dtype))  # a plain matrix is stored as the model stores its own
         self._weight = weight
-        self.module.weight.data = weight.dense().to(dtype)
+        plain = weight.dense().to(dtype)
+        self.module.weight.data = plain.T.contiguous() if self.transposed else plain
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,15 +63,17 @@ class Site:
         """Record that `step` did something weaker than asked here."""
         self.fallbacks.append((step, reason))
 
-    def measure(self) -> None:
-        """Set `weight_error`, and `output_error` if a Gram of the input is known; both relative to the original.
+    def measure(self, output: bool = True) -> None:
+        """Set `weight_error`, and with `output` also `output_error` if a Gram of the input is known.
 
-        The output error is sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W. Costs one product [out, in] @ [in, in].
+        Both are relative to the original. The output error is sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W; it costs
+        one product [out, in] @ [in, in].
         """
         was = self.original.data.float()
         change = self._weight.dense().float() - was
         self.weight_error = float(change.norm() / was.norm().clamp(min=1e-30))
-        if Gram in self.stats:
+        self.output_error = None
+        if output and Gram in self.stats:
             gram = self.stats[Gram]
             full = self.stats.derived(("energy", self.name), lambda: energy(was, gram).clamp(min=1e-30))
             self.output_error = float((energy(change, gram) / full).sqrt())

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UnsupportedWeight
 from compress.model.block import Block, Travellers
 from compress.model.family import find_blocks
 
@@ -42,7 +42,7 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
     try:  # transformers raises whatever a wrong value happens to break; none of it is a bug of ours
         parsed = AutoConfig.for_model(**plain)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"config.json: transformers cannot build this model: {reason}") from error
@@ -70,6 +70,7 @@ class Walk:
         self.model: Any = model
         layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
         self.path, self.blocks = find_blocks(model, layers)
+        self.rest: int | None = None  # values a block returns after the hidden state; -1 if it returns no tuple
 
     def _load_frame(self) -> None:
         """Load everything that is not in a block."""
@@ -88,11 +89,15 @@ class Walk:
         for module_name, module in self.model.named_modules():
             if not self.in_block(f"{module_name}."):
                 for name, buffer in list(module.named_buffers(recurse=False)):
+                    if buffer.is_meta:
+                        raise UnsupportedWeight(f"{module_name}.{name} is a buffer this program cannot fill")
                     module._buffers[name] = buffer.to(self.device)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor on the device, floats in the dtype of the config as transformers loads them."""
         found = self.source.tensor(name)
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise ArtifactError(f"{name}: the checkpoint holds NaN or infinite values")
         return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
 
     def in_block(self, name: str) -> bool:
@@ -117,8 +122,11 @@ class Walk:
         block.requires_grad_(False)
 
     def drop_block(self, index: int) -> None:
-        """Forget one block's tensors."""
-        self.blocks[index].to("meta")
+        """Forget one block's parameters; buffers stay, some are in no file."""
+        for module in self.blocks[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
     @contextmanager
     def replaced(self, stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
@@ -137,11 +145,11 @@ class Walk:
         first: list[Tensor] = []
 
         def recorder(index: int) -> Callable[..., Any]:
-            def record(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            def record(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index == 0:
                     first.append(hidden_BTD)
                 calls[index] = (args, kwargs)
-                return hidden_BTD
+                return self.wrapped(hidden_BTD, args, kwargs)
 
             return record
 
@@ -152,12 +160,25 @@ class Walk:
     def leave(self, travellers: Travellers) -> Tensor:
         """The logits [B, T, vocabulary] after the last block."""
 
-        def last(*_: Any, **__: Any) -> Tensor:
-            return travellers.hidden_BTD
+        def last(*_: Any, **__: Any) -> Any:
+            return self.wrapped(travellers.hidden_BTD, (), {})
 
         with self.replaced([last] * len(self.blocks)):
             logits = self.model(input_ids=travellers.ids_BT.to(self.device), use_cache=False).logits
         return torch.as_tensor(logits)
+
+    def wrapped(self, hidden_BTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hidden state in the form in which this model's blocks return it: alone, or first of a tuple.
+
+        Learnt once from the first block itself: a caller that indexes a bare tensor would lose its batch dimension.
+        """
+        if self.rest is None:
+            self.load_block(0)
+            forward = type(self.blocks[0]).forward
+            out = forward(self.blocks[0], hidden_BTD, *args, **kwargs)
+            self.rest = len(out) - 1 if isinstance(out, tuple) else -1
+            self.drop_block(0)
+        return hidden_BTD if self.rest < 0 else (hidden_BTD, *[None] * self.rest)
 
     def visit(self, batches: list[Travellers], probe: Travellers) -> Iterator[Block]:
         """The blocks in order, each loaded before and dropped after its turn.

@@ -102,7 +102,7 @@ class PassManager:
         site.weight = weight
         if not bool(torch.isfinite(site.module.weight).all()):
             raise CompressError(f"{step.name}: {site.name}: the rewritten weight is not finite")
-        site.measure()
+        site.measure(output=step is self.steps(site)[-1])  # of the last pass only: it costs as much as a solver
         for name, reason in site.fallbacks[known:]:
             self.emit(Fallback(site=site.name, step=name, reason=reason))
         self.emit(

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.artifact import METHOD, VERSION
 from compress.errors import ArtifactError
+from compress.model.family import is_linear
 from compress.runtime.linear import CompressedLinear
 
 
@@ -52,10 +53,10 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 old = model.get_submodule(name)
             except AttributeError as error:
                 raise ArtifactError(f"quantization_config: the model has no site {name!r}") from error
-            if not isinstance(old, nn.Linear):
+            if not is_linear(old):
                 raise ArtifactError(f"quantization_config: {name!r} is a {type(old).__name__}, not a linear map")
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, CompressedLinear(spec, old.bias))
+            setattr(model.get_submodule(parent), leaf, CompressedLinear(spec, getattr(old, "bias", None)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -222,3 +222,21 @@ def test_an_absent_tensor_is_named(single: Path) -> None:
 )
 def test_the_dtype_is_that_of_the_config(config: dict[str, str], dtype: torch.dtype) -> None:
     assert dtype_of(config) == dtype
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_not_finite_is_named(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"{name}: the checkpoint holds NaN"):
+        compress.run(folder, [Magnitude()], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_vocabulary_counts_as_without_a_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CalibrationError, match="no tokenizer can be loaded"):
+        compress.run(folder, [compress.Wanda()], tmp_path / "out")
