@@ -75,6 +75,8 @@ def run(
     if isinstance(recipe, (str, Path)):
         recipe = recipes.load(recipe)
     elif not isinstance(recipe, Recipe):
+        if not isinstance(recipe, (list, tuple)):
+            raise RecipeError(f"recipe: {recipe!r} is not a Recipe, a recipe file or a list of passes")
         recipe = Recipe(passes=tuple(recipe))
     if calibration is not None:
         recipe = replace(recipe, calibration=calibration)
@@ -145,7 +147,7 @@ def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu"
     versus = evaluate(path, base, device=device)[1].vs
     failures = broken(versus, rule.max_drop, rule.confidence)
     if failures:
-        raise AcceptanceError(f"{path}: not accepted: {'; '.join(failures)}")
+        raise AcceptanceError(f"{path} is kept but not accepted: {'; '.join(failures)}")
 
 
 __all__ = [

@@ -57,16 +57,58 @@ class SiteRecord(TypedDict):
     fallbacks: list[tuple[str, str]]
 
 
+class Versions(TypedDict):
+    """The versions that made an artifact."""
+
+    compress: str
+    python: str
+    torch: str
+    transformers: str
+    safetensors: str
+
+
+class Source(TypedDict):
+    """The dense model an artifact was made from; sha256 by shard."""
+
+    name: str
+    family: str
+    tested_family: bool
+    sha256: dict[str, str]
+
+
+class Calibrated(TypedDict):
+    """What the statistics were taken over."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+class Sizes(TypedDict):
+    """Bytes of all tensors, after and before; bits a weight of the blocks' linear maps."""
+
+    bytes: int
+    source_bytes: int
+    bits_per_weight: float
+
+
+class Probe(TypedDict):
+    """Mean KL to the dense model in nats, on tokens no statistic saw."""
+
+    tokens: int
+    kl: float
+
+
 class Provenance(TypedDict):
     """compress.json: how the artifact was made, and the sha256 of every other file."""
 
-    versions: dict[str, str]
-    source: dict[str, Any]
+    versions: Versions
+    source: Source
     machine: dict[str, Any]
     recipe: str
-    calibration: dict[str, Any]
-    sizes: dict[str, float]
-    probe: dict[str, float]
+    calibration: Calibrated
+    sizes: Sizes
+    probe: Probe
     sites: dict[str, SiteRecord]
     untouched: dict[str, tuple[int, str]]
     tensors: dict[str, list[int]]
@@ -84,7 +126,7 @@ def checked(kind: TypeAdapter[Any], value: Any, where: str) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"{where}: {place}: {first['msg']}") from error
+        raise ArtifactError(f"{where}: {place + ': ' if place else ''}{first['msg']}") from error
     return found
 
 
@@ -342,6 +384,9 @@ def verify(path: Path) -> list[str]:
         file = path / name
         if Path(name).name != name or not file.is_file() or digest(file) != known:
             raise VerificationError(f"{file}: its sha256 is not the recorded one; the file was changed or is missing")
+    unknown = artifact.specs.keys() - artifact.provenance["sites"].keys()
+    if unknown:
+        raise VerificationError(f"{path / PROVENANCE}: it says nothing of {sorted(unknown)[0]}")
     extra = {file.name for file in artifact.files.values()} - recorded.keys()
     if extra:
         raise VerificationError(f"{path}: {sorted(extra)[0]} is not a recorded file")

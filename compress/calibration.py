@@ -114,6 +114,8 @@ def read_documents(path: Path) -> list[str]:
             f"calibration.data: {str(path)!r} cannot be read ({type(error).__name__}); "
             "allowed: text, mixed, a .txt or .jsonl file, a datasets folder"
         ) from error
+    if "\0" in raw:
+        raise CalibrationError(f"calibration.data: {path} holds NUL bytes; it is not text")
     if path.suffix != ".jsonl":
         return [part for part in raw.split("\n\n") if part.strip()]
     documents = []
@@ -131,6 +133,8 @@ def text_of(line: str, where: str) -> str:
         raise CalibrationError(f"{where}: expected a JSON object with a `text` field") from error
     if not isinstance(text, str):
         raise CalibrationError(f"{where}: `text` is not a string")
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise CalibrationError(f"{where}: `text` holds half of a surrogate pair, which is no character")
     return text
 
 

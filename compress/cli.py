@@ -114,7 +114,9 @@ def evaluate(
     first = folders[0].resolve()
     target = out if out is not None else first.with_name(f"{first.name}.eval")
     prose = None if text is None else read_text(text)
-    with screen().status("loading") as status:
+    console = screen()
+    with console.status("loading") as status:
+        say = status.update if console.is_terminal else console.print
         results = evals.evaluate_folders(
             folders,
             base,
@@ -124,7 +126,7 @@ def evaluate(
             text=prose,
             out=target,
             device=device,
-            on_progress=status.update,
+            on_progress=say,
         )
     rows = evals.table_rows(results)
     tables = [

@@ -26,6 +26,11 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def change(before: float, after: float) -> str:
+    """`2.40x smaller`, or `1.30x LARGER` for what has failed its purpose."""
+    return f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x LARGER"
+
+
 class Progress:
     """A sink that prints one line a block, with what is left to wait for."""
 
@@ -69,7 +74,7 @@ class Progress:
         """The result of a run."""
         self.console.print(
             f"[bold green]verified[/] {size(event.source_bytes)} -> [bold]{size(event.artifact_bytes)}[/] "
-            f"({event.source_bytes / event.artifact_bytes:.2f}x smaller), "
+            f"({change(event.source_bytes, event.artifact_bytes)}), "
             f"{event.bits_per_weight:.2f} bits a block weight; "
             f"probe KL {event.kl:.4g} nats; {event.fallbacks} fallbacks; {event.seconds:.0f} s, "
             f"peak {size(event.peak_bytes)}\n[bold]{escape(event.out)}[/]"

@@ -118,7 +118,7 @@ def fan_out(sinks: list[Sink]) -> Sink:
 def jsonl(path: Path) -> Sink:
     """A sink that appends one JSON object a line to `path`; raises RecipeError if it cannot be written."""
     try:
-        path.touch()
+        path.open("a", encoding="utf-8").close()
     except OSError as error:
         raise RecipeError(f"--log: {path} cannot be written: {error.strerror}") from error
 

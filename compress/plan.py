@@ -5,6 +5,7 @@ From headers and the architecture alone; no weight is read. Raises CompressError
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -29,11 +30,13 @@ VOCABULARIES = (
 
 
 def usable(device: str) -> torch.device:
-    """The torch device of a name; raises RecipeError if this machine has none such."""
+    """The torch device of a name; raises RecipeError if it is not cpu, cuda or cuda:n, or not on this machine."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise RecipeError(f"--device: {device!r} is not known; allowed: cpu, cuda, cuda:1 and so on")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"--device: {device!r} is not on this machine: {str(error).splitlines()[0]}") from error
 
 
 def free_place(out: Path, source: Path, force: bool) -> Path:
@@ -42,7 +45,11 @@ def free_place(out: Path, source: Path, force: bool) -> Path:
     Raises RecipeError if something is there and may not be replaced: without `force` anything, with it everything
     but an empty folder or an artifact of ours; and if it would swallow the source or lie inside it.
     """
-    out, source = out.expanduser().resolve(), source.resolve()
+    try:
+        out, source = out.expanduser().resolve(), source.resolve()
+        out.exists()
+    except OSError as error:
+        raise RecipeError(f"--out: {error.strerror}: {str(out)[:60]}") from error
     if out == source or out in source.parents or source in out.parents:
         raise RecipeError(f"--out: {out} must not be, hold or lie in the model folder {source}")
     if not out.exists():
@@ -72,8 +79,16 @@ def refuse_quantized(source: Checkpoint) -> None:
 
 
 def check_tensors(walk: Walk, source: Checkpoint) -> None:
-    """Raise ArtifactError if a parameter of the architecture is missing from the files or has another shape."""
+    """Raise ArtifactError if a parameter of the architecture is missing from the files or has another shape.
+
+    Tensors that the architecture does not know pass through, but not whole blocks.
+    """
     shapes = source.shapes()
+    prefix = f"{walk.path}."
+    for name in shapes:
+        index = name.removeprefix(prefix).partition(".")[0]
+        if name.startswith(prefix) and index.isdigit() and int(index) >= len(walk.blocks):
+            raise ArtifactError(f"{source.path}: {name} is of block {index}; config.json has {len(walk.blocks)} blocks")
     for name, parameter in walk.model.named_parameters():
         if shapes.get(name) != tuple(parameter.shape):
             have = f"has shape {shapes[name]}" if name in shapes else "is missing"

@@ -34,9 +34,9 @@ class Calibration:
         str,
         Field(description="text, mixed (half of it questions and contexts), a .txt or .jsonl file, a datasets folder"),
     ] = "mixed"
-    samples: Annotated[int, Field(ge=1, description="windows")] = 128
+    samples: Annotated[int, Field(ge=1, le=65536, description="windows")] = 128
     length: Annotated[
-        int | None, Field(ge=8, description="tokens a window; default: what the model takes, to 2048")
+        int | None, Field(ge=8, le=1 << 20, description="tokens a window; default: what the model takes, to 2048")
     ] = None
     seed: Annotated[int, Field(ge=0, description="which windows")] = 0
 
@@ -85,6 +85,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.passes:
             raise RecipeError("passes: a recipe needs at least one pass")
+        for step in self.passes:
+            if not isinstance(step, WeightPass):
+                raise RecipeError(f"passes: {step!r} is not a pass; give instances such as RTN(bits=4)")
         if self.ordering not in ("site", "block"):
             raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site or block")
 

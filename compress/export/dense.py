@@ -9,19 +9,20 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from compress.artifact import Artifact, WriteError, copy_companions, write_json, write_shard
-from compress.errors import ArtifactError, RecipeError
+from compress.artifact import Artifact, WriteError, copy_companions, verify, write_json, write_shard
+from compress.errors import ArtifactError
 from compress.model.source import INDEX
+from compress.plan import free_place
 
 
 def export_dense(path: Path, out: Path) -> int:
     """Write the plain model that the artifact at `path` denotes to `out`; its tensor bytes.
 
-    Raises RecipeError if `out` exists, ArtifactError if `path` is not an artifact.
+    The artifact is verified first. Raises RecipeError if `out` exists or lies in the artifact, ArtifactError if `path`
+    is not an artifact, VerificationError if it was changed.
     """
-    out = out.expanduser().resolve()
-    if out.exists():
-        raise RecipeError(f"--out: {out} exists; choose another folder")
+    out = free_place(out, path, force=False)
+    verify(path)
     artifact = Artifact(path)
     partial = out.parent / f"{out.name}.partial-{uuid4().hex[:8]}"
     try:

@@ -27,8 +27,8 @@ def locate(model: str | Path) -> Path:
 
     Raises ArtifactError if there is no such folder.
     """
-    path = BUILTIN if str(model) == "builtin" else Path(model).expanduser()
-    if not path.is_dir():
+    path = BUILTIN if str(model) == "builtin" else Path(str(model)).expanduser()
+    if not str(model) or not (path / "config.json").is_file():
         raise ArtifactError(f"no model folder at {str(model)!r}; give a folder with config.json, or `builtin`")
     return path
 

@@ -44,7 +44,7 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise ArtifactError(f"config.json: transformers cannot build this model: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ArtifactError("config.json: not a causal language model")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.errors import CompressError, RecipeError
+from compress.errors import CalibrationError, CompressError, RecipeError
 from compress.events import Event, Fallback, StatisticsCollected, WeightRewritten
 from compress.model.block import Block, batched
 from compress.model.site import Site
@@ -56,6 +56,10 @@ class PassManager:
         The first window also serves to find which sites share an input. Raises CompressError children, with the
         model then partly rewritten: use `compress.run` for a file that is whole or absent.
         """
+        if not isinstance(ids_NT, Tensor) or ids_NT.ndim != 2 or ids_NT.is_floating_point() or not len(ids_NT):
+            raise CalibrationError("apply needs token ids as an integer tensor [windows, length], not empty")
+        if int(ids_NT.max()) >= model.get_input_embeddings().num_embeddings:
+            raise CalibrationError(f"token {int(ids_NT.max())} is unknown to this model")
         training = model.training
         walk = LiveWalk(model.eval())
         batches = [walk.enter(ids_BT) for ids_BT in batched(ids_NT)]

@@ -22,6 +22,7 @@ from compress_evals.results import Results, save
 from compress_evals.run import evaluate
 
 Progress = Callable[[str], None]
+SHORTEST = 4000  # characters of a text to measure on: some windows to resample
 
 
 def evaluate_folders(
@@ -47,9 +48,12 @@ def evaluate_folders(
     say = on_progress or (lambda text: None)
     names = distinct_names(folders, model_name(source))
     check_base(folders, locate(source))
+    if text is not None and len(text) < SHORTEST:
+        raise RecipeError(f"--text: {len(text)} characters are too few to measure on; give at least {SHORTEST}")
+    usable(device)
+    dense_model, tokenizer = opened(locate(source), device)
     if out is not None:
         make(out)
-    dense_model, tokenizer = opened(locate(source), device)
     dense = evaluate(
         dense_model, tokenizer, name=model_name(source), description=describe(locate(source)), limit=limit, seed=seed,
         on_progress=lambda text: say(f"{model_name(source)}: {text}"),
@@ -83,7 +87,7 @@ def opened(folder: Path, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+        raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
     return compress.load(folder).to(usable(device)), tokenizer
 
 
