@@ -55,7 +55,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "compress.model": ("compress.model", "compress.stats", "compress.weights", "compress.errors"),
     "compress.passes": ("compress.passes", "compress.model", "compress.stats", "compress.weights", "compress.errors",
                         "compress.events", "compress.options"),
-    "compress.artifact": ("compress.weights", "compress.model.source", "compress.errors"),
+    "compress.artifact": ("compress.weights", "compress.model.source", "compress.schema", "compress.errors"),
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
                          "compress.model.family", "compress_kernels"),
     "compress.builtin": ("compress.builtin", "compress.errors"),
@@ -71,7 +71,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.options": ("pydantic",),
     "compress.model": ("torch", "transformers", "accelerate", "safetensors"),
     "compress.passes": ("torch", "pydantic"),
-    "compress.artifact": ("torch", "safetensors", "pydantic", "typing_extensions"),
+    "compress.artifact": ("torch", "safetensors"),
     "compress.runtime": ("torch", "transformers"),
     "compress_kernels": ("torch", "triton"),
 }

@@ -1,0 +1,108 @@
+"""The forms of what an artifact says of itself in config.json and compress.json, checked before they are believed.
+
+Not here: what is done with them (`artifact.py`) and the tree of a weight, which `weights/pack.py` checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from compress.errors import ArtifactError
+
+
+class SiteSpec(TypedDict):
+    """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out]."""
+
+    tree: dict[str, Any]
+    tensors: list[tuple[str, str, list[int]]]
+    name: str
+    transposed: bool
+
+
+class SiteRecord(TypedDict):
+    """What compress.json holds of one site; passes may add more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    weight: str
+    bytes: int
+    weight_error: float
+    output_error: float | None
+    tokens: int
+    fallbacks: list[tuple[str, str]]
+
+
+class Versions(TypedDict):
+    """The versions that made an artifact."""
+
+    compress: str
+    python: str
+    torch: str
+    transformers: str
+    safetensors: str
+
+
+class Source(TypedDict):
+    """The dense model an artifact was made from; sha256 by shard."""
+
+    name: str
+    family: str
+    tested_family: bool
+    sha256: dict[str, str]
+
+
+class Calibrated(TypedDict):
+    """What the statistics were taken over."""
+
+    name: str
+    sha256: str
+    tokens: int
+
+
+class Sizes(TypedDict):
+    """Bytes of all tensors, after and before; bits a weight of the blocks' linear maps."""
+
+    bytes: int
+    source_bytes: int
+    bits_per_weight: float
+
+
+class Probe(TypedDict):
+    """Mean KL to the dense model in nats, on tokens no statistic saw."""
+
+    tokens: int
+    kl: float
+
+
+class Provenance(TypedDict):
+    """compress.json: how the artifact was made, and the sha256 of every other file."""
+
+    versions: Versions
+    source: Source
+    machine: dict[str, Any]
+    recipe: str
+    calibration: Calibrated
+    sizes: Sizes
+    probe: Probe
+    sites: dict[str, SiteRecord]
+    untouched: dict[str, tuple[int, str]]
+    tensors: dict[str, list[int]]
+    files: dict[str, str]
+
+
+SPECS = TypeAdapter(dict[str, SiteSpec])
+PROVENANCES = TypeAdapter(Provenance)
+
+
+def checked(kind: TypeAdapter[Any], value: Any, where: str) -> dict[str, Any]:
+    """The value, if it has the declared form; raises ArtifactError naming the first field that has not."""
+    try:
+        found: dict[str, Any] = kind.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{where}: {place + ': ' if place else ''}{first['msg']}") from error
+    return found
