@@ -61,6 +61,7 @@ def run(
     emit: Callable[[Event], None] | None = None,
     device: str = "cpu",
     force: bool = False,
+    **options: Any,
 ) -> Report:
     """Compress `model` (a folder, `builtin`, or None for the recipe's own) by `recipe` into the folder `out`.
 
@@ -85,7 +86,9 @@ def run(
         raise RecipeError("model: the recipe names no model and none was given")
     if recipe.accept:
         require_evals()
-    report = driver.compress(source, recipe, out, emit=emit or (lambda event: None), device=device, force=force)
+    report = driver.compress(
+        source, recipe, out, emit=emit or (lambda event: None), device=device, force=force, **options
+    )
     if recipe.accept:
         accept(report.out, source, recipe.accept, device)
     return report
@@ -96,11 +99,13 @@ def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
 
     By default each weight is decoded once, for speed: memory is that of the dense model plus the stored bits. With
     `low_memory` only the stored bits are kept and each weight is decoded when used. `options` go to
-    `AutoModelForCausalLM.from_pretrained`. Raises ArtifactError if the folder cannot be loaded, or is pickled.
+    `from_pretrained` of the Auto class that builds the architecture. Raises ArtifactError if the folder cannot be
+    loaded, or is pickled.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from compress.artifact import Artifact, is_artifact
+    from compress.model.architecture import auto_class
     from compress.model.source import locate
     from compress.runtime.hf import register
 
@@ -112,7 +117,7 @@ def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
         if is_artifact(folder):
             Artifact(folder)  # says what is wrong with a damaged one before transformers meets it
             config.quantization_config["low_memory"] = low_memory
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options)
+        model = auto_class(config).from_pretrained(folder, config=config, local_files_only=True, **options)
     except CompressError:
         raise
     except Exception as error:  # a damaged folder breaks transformers and safetensors in many ways

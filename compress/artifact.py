@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import ArtifactError, VerificationError
 from compress.model.source import INDEX, Checkpoint, digest, dtype_of, read_json
 from compress.schema import PROVENANCES, SPECS, checked
+from compress.shards import NAMES, SHARD_SIZE, Entry, WriteError, split, write_shard
 from compress.weights import Dense, Weight, pack, specify, unpack
 
 METHOD = "compress"
@@ -34,29 +34,72 @@ COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files
 NOT_COPIED = ("config.json", INDEX, PROVENANCE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A rewritten site and the tensor of the source it comes from, of which it may be one `expert`."""
+
+    weight: Weight
+    tensor: str
+    transposed: bool = False
+    expert: int | None = None
+    part: bool = False  # of a stack in the model, whether or not in the file
+
+
 def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
-    """Tree path -> key in the file; the first payload keeps the key of the source."""
+    """Tree path -> key in the file; the first payload keeps the key of the source.
+
+    Of a tensor that held a stack of experts, only expert 0 can keep it; the others add their number.
+    """
+    base = tensor_of(site, spec)
+    if spec.get("expert"):
+        base = f"{base}.{spec['expert']}"
     paths = [path for path, _, _ in spec["tensors"]]
-    return {
-        path: f"{site}.weight" if i == 0 else f"{site}.weight_{path.replace('.', '_')}" for i, path in enumerate(paths)
-    }
+    return {path: base if i == 0 else f"{base}_{path.replace('.', '_')}" for i, path in enumerate(paths)}
 
 
-def site_spec(weight: Weight, packed: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The specification stored in config.json: the tree, and (path, dtype, shape) of each tensor.
+def tensor_of(site: str, spec: Mapping[str, Any]) -> str:
+    """The tensor of the source that a site is, or is an expert of."""
+    return str(spec.get("tensor") or f"{site}.weight")
+
+
+def plain_shapes(specs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the plain tensors that the sites of these specifications make up."""
+    held: dict[str, list[Mapping[str, Any]]] = {}
+    for site, spec in specs.items():
+        held.setdefault(tensor_of(site, spec), []).append(spec)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parts in held.items():
+        shape = tuple(int(n) for n in parts[0]["tree"]["shape"])
+        shape = tuple(reversed(shape)) if parts[0]["transposed"] else shape
+        shapes[name] = (len(parts), *shape) if "expert" in parts[0] else shape
+    return shapes
+
+
+def site_spec(site: str, stored: Stored, packed: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The specification stored in config.json: the tree, (path, dtype, shape) of each tensor, and its place.
 
     A list, because transformers sorts the keys of a config it saves and the order names the payload.
     """
     tensors = [[p, str(t.dtype).removeprefix("torch."), list(t.shape)] for p, t in packed.items()]
-    return {"tree": specify(weight), "tensors": tensors, "name": weight.describe()}
+    weight = stored.weight
+    spec: dict[str, Any] = {"tree": specify(weight), "tensors": tensors, "name": weight.describe()}
+    spec["transposed"] = stored.transposed
+    if stored.tensor != f"{site}.weight":
+        spec["tensor"] = stored.tensor
+    if stored.expert is not None:
+        spec["expert"] = stored.expert
+    return spec
 
 
 @dataclass
 class ArtifactWriter:
-    """Writes OUT block by block into a partial folder; `commit` puts it in place, `abandon` removes it."""
+    """Writes OUT block by block into a partial folder; `commit` puts it in place, `abandon` removes it.
+
+    A shard holds at most one block and, unless one tensor is larger, at most `shard_size` bytes.
+    """
 
     out: Path
-    shards: int
+    shard_size: int = SHARD_SIZE
     partial: Path = field(init=False)
     weight_map: dict[str, str] = field(default_factory=dict)
     specs: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +117,12 @@ class ArtifactWriter:
             raise ArtifactError(f"{self.out.parent}: cannot write there: {error.strerror}") from error
         return self
 
+    def scratch(self) -> Path:
+        """A folder for what the run needs on disk; gone before the artifact is described."""
+        folder = self.partial / "scratch"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Leave nothing behind unless committed; a failure to write becomes an ArtifactError."""
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -85,35 +134,59 @@ class ArtifactWriter:
         if isinstance(error, WriteError):
             raise ArtifactError(f"{self.out}: cannot be written: {error.__cause__}") from error
 
-    def add(self, sites: Mapping[str, Weight], plain: Mapping[str, Tensor], transposed: Collection[str] = ()) -> int:
-        """Write one shard of rewritten sites and untouched tensors, read it back, and compare; its bytes.
+    def add(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> int:
+        """Write rewritten sites and untouched tensors, read them back, and compare; their bytes.
 
-        The source keeps the weights of the sites in `transposed` as [in, out].
-
-        Raises VerificationError if the file does not hold what was meant.
+        Raises VerificationError if a file does not hold what was meant.
         """
-        name = f"model-{len(self.digests) + 1:05d}-of-{self.shards:05d}.safetensors"
-        tensors = {key: t.cpu().contiguous() for key, t in plain.items()}
-        expected: dict[str, Weight] = {}
-        for site, weight in sites.items():
-            if isinstance(weight, Dense):
-                kept = weight.data.T if site in transposed else weight.data
-                tensors[f"{site}.weight"] = kept.cpu().contiguous()
+        entries, packed = list(plain), {}
+        for site, stored in sites.items():
+            if isinstance(stored.weight, Dense) and not stored.part:
+                kept = stored.weight.data.T if stored.transposed else stored.weight.data
+                entries.append(Entry.of(stored.tensor, kept))
                 continue
-            packed = pack(weight)
-            self.specs[site] = site_spec(weight, packed) | {"transposed": site in transposed}
-            tensors |= {key: packed[path].cpu().contiguous() for path, key in keys(site, self.specs[site]).items()}
-            expected[site] = weight
-        path = self.partial / name
-        write_shard(path, tensors)
-        check_shard(path, tensors, expected, self.specs)
-        self.weight_map |= dict.fromkeys(tensors, name)
-        self.digests[name] = digest(path)
-        self.size += sum(t.nbytes for t in tensors.values())
-        return sum(t.nbytes for t in tensors.values())
+            packed[site] = pack(stored.weight)
+            self.specs[site] = site_spec(site, stored, packed[site])
+            entries += [Entry.of(key, packed[site][path]) for path, key in keys(site, self.specs[site]).items()]
+        for part in split(entries, self.shard_size):
+            path = self.partial / f"part-{len(self.digests) + 1:05d}.safetensors"
+            self.digests[path.name] = write_shard(path, part)
+            self.weight_map |= {entry.name: path.name for entry in part}
+        self._check(packed)
+        size = sum(entry.nbytes for entry in entries)
+        self.size += size
+        return size
+
+    def _check(self, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
+        for site, meant in packed.items():
+            stored = {p: self._read(key) for p, key in keys(site, self.specs[site]).items()}
+            again = pack(unpack(self.specs[site]["tree"], stored))
+            if any(not torch.equal(as_bytes(again[p]), as_bytes(t.cpu())) for p, t in meant.items()):
+                raise VerificationError(
+                    f"{self.weight_map[tensor_of(site, self.specs[site])]}: {site} decodes differently"
+                )
+
+    def _read(self, key: str) -> Tensor:
+        """One tensor of what was written."""
+        from safetensors import safe_open
+
+        with safe_open(self.partial / self.weight_map[key], framework="pt") as file:
+            found: Tensor = file.get_tensor(key)
+        return found
+
+    def _number(self) -> None:
+        """Give the shards their final names, now that their number is known."""
+        names = {old: f"model-{i:05d}-of-{len(self.digests):05d}.safetensors" for i, old in enumerate(self.digests, 1)}
+        for old, new in names.items():
+            (self.partial / old).rename(self.partial / new)
+        self.digests = {names[old]: sha for old, sha in self.digests.items()}
+        self.weight_map = {key: names[old] for key, old in self.weight_map.items()}
 
     def describe(self, source: Path, config: Mapping[str, Any], provenance: Mapping[str, Any], card: str) -> None:
         """Write everything that is not weights."""
+        shutil.rmtree(self.partial / "scratch", ignore_errors=True)
+        self._number()
         copy_companions(source, self.partial)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_json(self.partial / INDEX, index)
@@ -143,26 +216,16 @@ class ArtifactWriter:
         shutil.rmtree(before, ignore_errors=True)
 
 
-class WriteError(Exception):
-    """A file could not be written; its cause says why."""
-
-
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file, readable by everyone; raises WriteError if the disk refuses."""
-    try:
-        save_file({k: unaliased(t) for k, t in tensors.items()}, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors 0.8 creates files as 0600
-    except (OSError, SafetensorError) as error:
-        raise WriteError(str(path)) from error
-
-
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself."""
     for file in sorted(source.iterdir()):
         licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         wanted = file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.endswith("index.json")
         if file.is_file() and (wanted or licence):
-            shutil.copyfile(file, target / file.name)
+            try:
+                shutil.copyfile(file, target / file.name)
+            except OSError as error:
+                raise WriteError(str(target / file.name)) from error
 
 
 def flush(path: Path) -> None:
@@ -174,38 +237,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def unaliased(tensor: Tensor) -> Tensor:
-    """A tensor that owns its storage, as safetensors demands."""
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone()
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; raises WriteError if the disk refuses."""
     try:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise WriteError(str(path)) from error
-
-
-def check_shard(
-    path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Weight], specs: Mapping[str, Any]
-) -> None:
-    """Reopen a shard; every tensor must be what was written, every site decode to what was meant."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(tensors):
-            raise VerificationError(f"{path.name}: its tensors are not the ones written")
-        for key, tensor in tensors.items():
-            if not torch.equal(as_bytes(file.get_tensor(key)), as_bytes(tensor)):
-                raise VerificationError(f"{path.name}: {key} reads back differently")
-        for site, weight in expected.items():
-            stored = keys(site, specs[site])
-            read = unpack(specs[site]["tree"], {p: file.get_tensor(k) for p, k in stored.items()})
-            again, meant = pack(read), pack(weight)
-            if any(not torch.equal(as_bytes(again[p]), as_bytes(t.cpu())) for p, t in meant.items()):
-                raise VerificationError(f"{path.name}: {site} decodes differently")
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -237,35 +274,71 @@ class Artifact(Checkpoint):
         """Key in the file -> the site it belongs to."""
         return {key: site for site, spec in self.specs.items() for key in keys(site, spec).values()}
 
+    @cached_property
+    def holders(self) -> dict[str, list[str]]:
+        """Tensor of the plain model -> the sites that hold it, in the order of their experts."""
+        held: dict[str, list[str]] = {}
+        for site, spec in self.specs.items():
+            held.setdefault(tensor_of(site, spec), []).append(site)
+        return {name: sorted(sites, key=lambda s: self.specs[s].get("expert") or 0) for name, sites in held.items()}
+
     def names(self) -> list[str]:
         """The names of the plain model's tensors, sorted."""
-        plain = [name for name in self.files if name not in self.payloads]
-        return sorted(plain + [f"{site}.weight" for site in self.specs])
+        return sorted({name for name in self.files if name not in self.payloads} | self.holders.keys())
 
     def tensor(self, name: str) -> Tensor:
         """One plain tensor, decoded and in the model's dtype if it is a site's weight."""
-        site = name.removesuffix(".weight")
-        if name.endswith(".weight") and site in self.specs:
-            plain = self.expression(site).dense().to(self.dtype)
-            return plain.T.contiguous() if self.specs[site]["transposed"] else plain
-        return super().tensor(name)
+        sites = self.holders.get(name)
+        if sites is None:
+            return super().tensor(name)
+        if "expert" not in self.specs[sites[0]]:
+            return self.matrix(sites[0])
+        stack = torch.empty(self.plain[name], dtype=self.dtype)
+        for expert, site in enumerate(sites):
+            stack[expert] = self.matrix(site)
+        return stack
+
+    def entry(self, name: str) -> Entry:
+        """One plain tensor, to be written when its turn comes."""
+        if name not in self.holders:
+            held = self.headers[name]
+            return Entry(
+                name=name, dtype=held.dtype, shape=held.shape, nbytes=held.nbytes, make=partial(self.tensor, name)
+            )
+        shape = self.plain[name]
+        return Entry(
+            name=name, dtype=NAMES[self.dtype], shape=shape, nbytes=prod(shape) * self.dtype.itemsize,
+            make=partial(self.tensor, name),
+        )  # fmt: skip
+
+    def shard_of(self, name: str) -> str:
+        """The file that holds a plain tensor, or its first expert."""
+        sites = self.holders.get(name)
+        return self.files[next(iter(keys(sites[0], self.specs[sites[0]]).values())) if sites else name].name
+
+    def matrix(self, site: str) -> Tensor:
+        """The plain matrix of a site, as the source lays it out."""
+        plain = self.expression(site).dense().to(self.dtype)
+        return plain.T.contiguous() if self.specs[site]["transposed"] else plain
 
     def stored(self, site: str) -> dict[str, Tensor]:
         """The stored tensors of a site by their key in the file."""
-        return {key: super(Artifact, self).tensor(key) for key in keys(site, self.specs[site]).values()}
+        return {key: self.stored_tensor(key) for key in keys(site, self.specs[site]).values()}
 
     def expression(self, site: str) -> Weight:
         """The stored expression of a site."""
         stored, paths = self.stored(site), keys(site, self.specs[site])
         return unpack(self.specs[site]["tree"], {path: stored[key] for path, key in paths.items()})
 
-    def plain_shapes(self) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def plain(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape, of those that sites make up."""
+        return plain_shapes(self.specs)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the plain model's tensors."""
-        shapes = {name: shape for name, shape in self.shapes().items() if name not in self.payloads}
-        for site, spec in self.specs.items():
-            shape = spec["tree"]["shape"]
-            shapes[f"{site}.weight"] = tuple(reversed(shape)) if spec["transposed"] else tuple(shape)
-        return shapes
+        plain = {name: held.shape for name, held in self.headers.items() if name not in self.payloads}
+        return plain | self.plain
 
 
 def is_artifact(path: Path) -> bool:
@@ -301,7 +374,7 @@ def verify(path: Path) -> list[str]:
             raise VerificationError(f"{path}: {site}: {error}") from error
         if not finite:
             raise VerificationError(f"{path}: {site} decodes to values that are not finite")
-    shapes = {name: list(shape) for name, shape in artifact.plain_shapes().items()}
+    shapes = {name: list(shape) for name, shape in artifact.shapes().items()}
     wanted = artifact.provenance["tensors"]
     for name in sorted(set(shapes) | set(wanted)):
         if shapes.get(name) != wanted.get(name):

@@ -31,12 +31,17 @@ PROBE_LENGTH = 256  # tokens of each at most: its logits are kept, and vocabular
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The drawn windows [samples, length] and the probe [PROBE, at most PROBE_LENGTH], with what they are called."""
+    """The drawn windows, one tensor [N, T] for each length, and the probe, with what they are called."""
 
-    ids_NT: Tensor
+    windows: tuple[Tensor, ...]
     probe_NT: Tensor
     name: str
     sha256: str
+
+    @property
+    def count(self) -> int:
+        """Tokens in all windows."""
+        return sum(ids_NT.numel() for ids_NT in self.windows)
 
 
 def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int | None = None) -> Tokens:
@@ -74,7 +79,7 @@ def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int
     ids_NT, probe_NT = torch.tensor(rows, dtype=torch.long).view(-1, length), torch.tensor(probes)
     sha = hashlib.sha256(ids_NT.to(torch.int32).numpy().tobytes()).hexdigest()
     name = f"{Path(calibration.data).name} {count}x{length} seed {calibration.seed}{notes}"
-    return Tokens(ids_NT=ids_NT, probe_NT=probe_NT, name=name, sha256=sha)
+    return Tokens(windows=(ids_NT,), probe_NT=probe_NT, name=name, sha256=sha)
 
 
 def builtin_text() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from compress.model.family import by_reason
+from compress.model.anatomy import by_reason
 
 TEMPLATE = """\
 ---

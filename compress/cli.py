@@ -163,7 +163,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a compressed model fold
     """Show what was done to each site of a compressed model, and what was left alone."""
     from compress.artifact import Artifact
     from compress.console import inspect_table
-    from compress.model.family import by_reason
+    from compress.model.anatomy import by_reason
     from compress.model.source import locate
 
     made = Artifact(locate(folder)).provenance

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress import __version__
-from compress.artifact import Artifact, ArtifactWriter
+from compress.artifact import Artifact, ArtifactWriter, Stored, keys
 from compress.calibration import Tokens
 from compress.card import card
 from compress.errors import AcceptanceError, VerificationError
 from compress.events import BlockFinished, BlockStarted, Event, RunFinished, RunStarted
-from compress.model.block import Block, Travellers, batched
-from compress.model.family import TESTED, Coverage
+from compress.model.anatomy import Coverage
+from compress.model.block import Block
+from compress.model.family import TESTED
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
+from compress.model.travellers import Travellers, batched
 from compress.model.walk import Walk
 from compress.passes.manager import PassManager, ignore
 from compress.plan import check_disk, check_tensors, free_place, plan, refuse_quantized, tokens_for, usable
 from compress.recipe import Calibration, Recipe
 from compress.runtime.linear import CompressedLinear
+from compress.shards import SHARD_SIZE, Entry
 
+PROVED = 16  # tokens on which the replay of a family no test covers is compared with the model itself
 RUNTIME_ERROR = 0.02  # relative; bf16 products and bf16 scales of packed forms stay below 0.01
 
 
@@ -56,8 +61,13 @@ def compress(
     emit: Callable[[Event], None] = ignore,
     device: str = "cpu",
     force: bool = False,
+    shard_size: int = SHARD_SIZE,
+    offload: bool = False,
 ) -> Report:
     """Compress a model folder by a recipe into a new folder `out`.
+
+    Shards hold at most `shard_size` bytes. With `offload`, the hidden states of calibration windows lie beside `out`
+    on disk instead of in memory.
 
     Raises CompressError children for everything a user can cause; `out` is then as it was before.
     """
@@ -67,11 +77,15 @@ def compress(
     refuse_quantized(source)
     check_disk(target, source)
     walk = Walk(source.config, source, dtype_of(source.config), usable(device))
-    covered = plan(walk, recipe)
     check_tensors(walk, source)
+    covered = plan(walk, recipe)
     tokens = tokens_for(walk, source.path, recipe)
     job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit)
-    with ArtifactWriter(target, shards=len(walk.blocks) + 1) as writer:
+    with ArtifactWriter(target, shard_size) as writer:
+        if offload:
+            walk.store = writer.scratch()
+        if str(source.config.get("model_type")) not in TESTED:
+            walk.prove(tokens.probe_NT[:1, :PROVED])
         report = job.run(writer)
         writer.commit()
     emit(
@@ -104,15 +118,14 @@ class Job:
         """Walk, rewrite, write and verify; the artifact is complete but not yet in place."""
         walk, recipe = self.walk, self.recipe
         self.announce()
-        writer.add({}, {n: self.source.tensor(n) for n in self.source.names() if not walk.in_block(n)})
-        batches = [walk.enter(ids) for ids in batched(self.tokens.ids_NT)]
+        writer.add({}, self.entries(walk.anatomy.frame()))
+        batches = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows)]
         probe = walk.enter(self.tokens.probe_NT)
         ledger: dict[str, Any] = {}
         stored = weights = 0
         since = time.monotonic()
         for block in PassManager(recipe.passes, self.emit, recipe.ordering).run(self.opened(batches, probe)):
-            transposed = {site.name for site in block.sites.values() if site.transposed}
-            nbytes = writer.add(*self.divide(block), transposed)
+            nbytes = writer.add(*self.divide(block))
             ledger |= {site.name: record(site) for site in block.sites.values() if site.weight is not site.original}
             stored += sum(site.weight.nbytes() for site in block.sites.values())
             weights += sum(site.shape[0] * site.shape[1] for site in block.sites.values())
@@ -135,7 +148,7 @@ class Job:
                 sites=len(self.covered.touched),
                 steps=steps,
                 calibration=self.tokens.name,
-                tokens=self.tokens.ids_NT.numel(),
+                tokens=self.tokens.count,
                 untouched=self.covered.reasons(),
             )
         )
@@ -146,11 +159,40 @@ class Job:
             self.emit(BlockStarted(block=block.name, index=block.index, count=len(self.walk.blocks)))
             yield block
 
-    def divide(self, block: Block) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a block stores: its rewritten sites, and every other tensor as the source has it."""
-        sites = {s.name: s.weight for s in block.sites.values() if s.weight is not s.original}
-        names = [n for n in self.source.names() if n.startswith(f"{block.name}.")]
-        return sites, {n: self.source.tensor(n) for n in names if n.removesuffix(".weight") not in sites}
+    def divide(self, block: Block) -> tuple[dict[str, Stored], list[Entry]]:
+        """What a block stores: its rewritten sites, and every other tensor as the source has it.
+
+        Experts whose stack was touched anywhere are stored one by one, also those that were left as they were.
+        """
+        places = {site.name: site.place for site in block.sites.values()}
+        rewritten = {s.name for s in block.sites.values() if s.weight is not s.original}
+        opened = {places[name].module for name in rewritten if places[name].expert is not None}
+        sites = {
+            site.name: Stored(
+                weight=site.weight,
+                tensor=site.place.tensor,
+                transposed=site.transposed,
+                expert=site.place.expert if site.place.stacked else None,
+                part=site.place.expert is not None,
+            )
+            for site in block.sites.values()
+            if site.name in rewritten or (site.place.expert is not None and site.place.module in opened)
+        }
+        taken = {stored.tensor for stored in sites.values()}
+        return sites, self.entries([n for n in self.walk.anatomy.tensors_of(block.index) if n not in taken])
+
+    def entries(self, names: list[str]) -> list[Entry]:
+        """The source's own tensors, to be copied as they are."""
+        headers = self.source.headers
+        return [
+            Entry(
+                name=name,
+                make=partial(self.source.tensor, name),
+                **headers[name]._asdict(),
+                nbytes=headers[name].nbytes,
+            )
+            for name in names
+        ]
 
     def finish_block(self, block: Block, nbytes: int, seconds: float) -> None:
         """Emit BlockFinished."""
@@ -172,7 +214,7 @@ class Job:
         kl = mean_kl(self.walk.dense_logits, logits)
         sizes: dict[str, Any] = {
             "bytes": writer.size,
-            "source_bytes": tensor_bytes(self.source),
+            "source_bytes": self.source.nbytes(),
             "bits_per_weight": bits,
         }
         provenance = self.provenance(ledger, sizes, kl)
@@ -209,7 +251,7 @@ class Job:
                         "device": self.walk.device.type},
             "recipe": replace(self.recipe, model=display_name(self.source.path), calibration=self.named()).to_yaml(),
             "calibration": {
-                "name": self.tokens.name, "sha256": self.tokens.sha256, "tokens": self.tokens.ids_NT.numel(),
+                "name": self.tokens.name, "sha256": self.tokens.sha256, "tokens": self.tokens.count,
             },
             "sizes": sizes,
             "probe": {"tokens": self.tokens.probe_NT.numel(), "kl": kl},
@@ -228,6 +270,7 @@ def record(site: Any) -> dict[str, Any]:
         "output_error": site.output_error,
         "tokens": site.stats.tokens,
         "fallbacks": [list(fallback) for fallback in site.fallbacks],
+        "starved": site.starving,
         **site.ledger,
     }
 
@@ -249,7 +292,7 @@ def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, 
     artifact = Artifact(folder)
     if set(artifact.names()) != set(source.names()):
         raise VerificationError(f"tensors differ from the source: {set(artifact.names()) ^ set(source.names())}")
-    check_runtime(artifact, walk.path)
+    check_runtime(artifact, walk)
     replay = Walk(artifact.config, artifact, artifact.dtype, walk.device)
     probe = replay.enter(probe_NT)
     for block in replay.visit([], probe):
@@ -260,15 +303,17 @@ def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, 
         raise VerificationError(f"the reloaded model's logits differ from the compressed ones by {worst:.3g}")
 
 
-def check_runtime(artifact: Artifact, blocks: str) -> None:
+def check_runtime(artifact: Artifact, walk: Walk) -> None:
     """Compute with the modules users get, for the sites of the first compressed block, and compare with the weights.
 
     Raises VerificationError if a stored site computes something else than `x @ W.T`.
     """
-    first = next(iter(artifact.specs), "").removeprefix(f"{blocks}.").partition(".")[0]
-    for site in (s for s in artifact.specs if s.startswith(f"{blocks}.{first}.")):
+    count = len(walk.blocks)
+    blocks = ([p.site for p in walk.anatomy.of_block(i) if p.site in artifact.specs] for i in range(count))
+    first = next((sites for sites in blocks if sites), [])
+    for site in first:
         module = CompressedLinear(artifact.specs[site], None)
-        module.load_state_dict({k.removeprefix(f"{site}."): t for k, t in artifact.stored(site).items()}, assign=True)
+        module.fill({path: artifact.stored_tensor(key) for path, key in keys(site, artifact.specs[site]).items()})
         x_TI = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0)).to(artifact.dtype)
         wanted = F.linear(x_TI.double(), artifact.expression(site).dense().double())
         for prepared in (False, True):
@@ -277,11 +322,6 @@ def check_runtime(artifact: Artifact, blocks: str) -> None:
             error = float((module(x_TI).double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
             if not error <= RUNTIME_ERROR:
                 raise VerificationError(f"{site}: the module that runs it is off by {error:.3g}")
-
-
-def tensor_bytes(source: Checkpoint) -> int:
-    """Bytes of a checkpoint's tensors, headers not counted."""
-    return sum(source.tensor(name).nbytes for name in source.names())
 
 
 def peak_bytes() -> int:

@@ -79,6 +79,16 @@ class Fallback(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Starved(Event):
+    """An expert was reached by fewer calibration tokens than statistics need, so a pass did without them."""
+
+    site: str
+    step: str
+    tokens: int
+    needed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockFinished(Event):
     """The block is written; `error` is how far the probe's hidden state has drifted from the dense model's."""
 

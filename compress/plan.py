@@ -17,7 +17,8 @@ import torch
 from compress.artifact import is_artifact
 from compress.calibration import Tokens, draw
 from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError
-from compress.model.family import MISSED, Coverage, coverage, is_linear, is_transposed
+from compress.model.anatomy import MISSED, Coverage, coverage
+from compress.model.architecture import ignored
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.passes.base import WeightPass
@@ -81,18 +82,18 @@ def refuse_quantized(source: Checkpoint) -> None:
 def check_tensors(walk: Walk, source: Checkpoint) -> None:
     """Raise ArtifactError if a parameter of the architecture is missing from the files or has another shape.
 
-    Tensors that the architecture does not know pass through, but not whole blocks.
+    Tensors that the architecture does not know pass through, but not whole blocks, unless it says that it ignores them.
     """
-    shapes = source.shapes()
     prefix = f"{walk.path}."
-    for name in shapes:
+    for name in walk.anatomy.layout.unknown:
         index = name.removeprefix(prefix).partition(".")[0]
-        if name.startswith(prefix) and index.isdigit() and int(index) >= len(walk.blocks):
+        beyond = name.startswith(prefix) and index.isdigit() and int(index) >= len(walk.blocks)
+        if beyond and not ignored(walk.model, name):
             raise ArtifactError(f"{source.path}: {name} is of block {index}; config.json has {len(walk.blocks)} blocks")
-    for name, parameter in walk.model.named_parameters():
-        if shapes.get(name) != tuple(parameter.shape):
-            have = f"has shape {shapes[name]}" if name in shapes else "is missing"
-            raise ArtifactError(f"{source.path}: {name} {have}; the config means {tuple(parameter.shape)}")
+    try:
+        walk.anatomy.layout.check()
+    except ArtifactError as error:
+        raise ArtifactError(f"{source.path}: {error}") from error
 
 
 def plan(walk: Walk, recipe: Recipe) -> Coverage:
@@ -101,7 +102,7 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
     Raises RecipeError if a pass selects nothing or cannot handle the shape of a site, PlanError if more is
     unreachable than the recipe's limit.
     """
-    covered = coverage(walk.model, walk.path, [step.sites for step in recipe.passes])
+    covered = coverage(walk.anatomy, [step.sites for step in recipe.passes])
     if covered.missed_share > recipe.limits.max_untouched:
         examples = ", ".join([name for name, (_, reason) in covered.untouched.items() if reason == MISSED][:2])
         raise PlanError(
@@ -114,17 +115,16 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
 
 def check_shapes(walk: Walk, passes: Sequence[WeightPass], covered: Coverage) -> None:
     """Raise RecipeError for the first pass that selects no site, or refuses the shape of one."""
-    reachable = [name for name, module in walk.model.named_modules() if is_linear(module) and walk.in_block(name)]
+    reachable = walk.anatomy.places
     for i, step in enumerate(passes):
-        chosen = [name for name in reachable if fnmatchcase(name, step.sites)]
+        chosen = [place for name, place in reachable.items() if fnmatchcase(name, step.sites)]
         if not chosen:
+            example = next(iter(reachable), "nothing: this model has no site")
             raise RecipeError(
-                f"passes[{i}].{step.name}.sites: {step.sites!r} selects no site; they are called like {reachable[0]}"
+                f"passes[{i}].{step.name}.sites: {step.sites!r} selects no site; they are called like {example}"
             )
-        for name in chosen:
-            module = walk.model.get_submodule(name)
-            rows, columns = module.weight.shape
-            step.check(name, (columns, rows) if is_transposed(module) else (rows, columns))
+        for place in chosen:
+            step.check(place.site, place.shape)
 
 
 def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
@@ -139,13 +139,13 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
         if recipe.needs_data():
             raise CalibrationError(f"{folder}: no tokenizer can be loaded, and calibration needs one")
         probe = torch.randint(0, vocabulary, (4, min(64, limit)), generator=torch.Generator().manual_seed(0))
-        return Tokens(ids_NT=probe[:0], probe_NT=probe, name="none (no tokenizer)", sha256="")
+        return Tokens(windows=(), probe_NT=probe, name="none (no tokenizer)", sha256="")
     if recipe.needs_data():
         drawn = draw(recipe.calibration, tokenizer, limit)
     else:
         found = draw(Calibration(data="text", length=min(256, limit)), tokenizer, limit, samples=0)
-        drawn = Tokens(ids_NT=found.ids_NT, probe_NT=found.probe_NT, name="none (data-free)", sha256="")
-    largest = int(max(ids.max() for ids in (drawn.ids_NT, drawn.probe_NT) if ids.numel()))
+        drawn = Tokens(windows=(), probe_NT=found.probe_NT, name="none (data-free)", sha256="")
+    largest = int(max(ids.max() for ids in (*drawn.windows, drawn.probe_NT) if ids.numel()))
     if largest >= vocabulary:
         raise CalibrationError(f"{folder}: the tokenizer yields token {largest}, the model knows {vocabulary}")
     return drawn

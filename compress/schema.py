@@ -8,18 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from compress.errors import ArtifactError
 
 
 class SiteSpec(TypedDict):
-    """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out]."""
+    """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out].
+
+    `tensor` of the source, if it is not `<site>.weight`; `expert` of it, if that tensor holds a stack of them.
+    """
 
     tree: dict[str, Any]
     tensors: list[tuple[str, str, list[int]]]
     name: str
     transposed: bool
+    tensor: NotRequired[str]
+    expert: NotRequired[int]
 
 
 class SiteRecord(TypedDict):
@@ -33,6 +38,7 @@ class SiteRecord(TypedDict):
     output_error: float | None
     tokens: int
     fallbacks: list[tuple[str, str]]
+    starved: NotRequired[list[str]]
 
 
 class Versions(TypedDict):

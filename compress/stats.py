@@ -22,6 +22,11 @@ class Statistic:
     def __init__(self, inputs: int, device: torch.device) -> None:
         raise NotImplementedError
 
+    @classmethod
+    def nbytes(cls, inputs: int) -> int:
+        """Bytes it takes for an input of this width; of the largest kind unless it says otherwise."""
+        return 4 * inputs * inputs
+
     def update(self, x_TI: Tensor) -> None:
         """Add a batch of tokens."""
         raise NotImplementedError
@@ -33,6 +38,11 @@ class Statistic:
 
 class ColumnNorm(Statistic):
     """L2 norm of each input feature over all calibration tokens, float32 [in]."""
+
+    @classmethod
+    def nbytes(cls, inputs: int) -> int:
+        """One float64 for each input."""
+        return 8 * inputs
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.square_I = torch.zeros(inputs, device=device, dtype=torch.float64)

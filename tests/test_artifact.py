@@ -19,8 +19,8 @@ from compress import RTN, ArtifactError, Calibration, RecipeError
 from compress.artifact import Artifact
 from compress.driver import tokens_for
 from compress.export.dense import export_dense
-from compress.model.block import batched
 from compress.model.source import Checkpoint
+from compress.model.travellers import batched
 from compress.passes import PassManager
 from compress.recipe import Recipe
 
@@ -51,7 +51,7 @@ def test_the_loaded_model_is_the_compressed_one(
     tokens = tokens_for(walk, model_folder(family), recipe_24_int4)
     with torch.inference_mode():
         probe = walk.enter(tokens.probe_NT)
-        batches = [walk.enter(ids) for ids in batched(tokens.ids_NT)]
+        batches = [walk.enter(ids) for ids in batched(tokens.windows)]
         list(PassManager(recipe_24_int4.passes).run(walk.visit(batches, probe)))
         want = walk.leave(probe)
     assert_close("logits", logits(compress.load(artifact), tokens.probe_NT), want, RATIO)

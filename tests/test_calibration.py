@@ -48,7 +48,7 @@ def calibration(data: str = "text", **options: Any) -> Calibration:
 @pytest.mark.parametrize("data", BUILTIN)
 def test_a_seed_gives_the_same_tokens(data: str, tokenizer: Any) -> None:
     first, second = (draw(calibration(data, seed=3), tokenizer, 128) for _ in range(2))
-    assert torch.equal(first.ids_NT, second.ids_NT)
+    assert torch.equal(first.windows[0], second.windows[0])
     assert torch.equal(first.probe_NT, second.probe_NT)
     assert first.sha256 == second.sha256
 
@@ -70,16 +70,16 @@ def test_different_seeds_give_different_tokens(data: str, tokenizer: Any) -> Non
 @pytest.mark.parametrize("data", BUILTIN)
 def test_shapes_and_names_are_as_asked(data: str, tokenizer: Any) -> None:
     tokens = draw(calibration(data, seed=7), tokenizer, 128)
-    assert tuple(tokens.ids_NT.shape) == (5, 40)
+    assert tuple(tokens.windows[0].shape) == (5, 40)
     assert len(tokens.probe_NT) == PROBE
     assert tokens.name == f"{data} 5x40 seed 7"
-    assert tokens.ids_NT.dtype == torch.int64
+    assert tokens.windows[0].dtype == torch.int64
     assert len(tokens.sha256) == 64
 
 
 def test_the_hash_is_that_of_the_windows(tokenizer: Any) -> None:
     tokens = draw(calibration(), tokenizer, 128)
-    assert tokens.sha256 == hashlib.sha256(tokens.ids_NT.to(torch.int32).numpy().tobytes()).hexdigest()
+    assert tokens.sha256 == hashlib.sha256(tokens.windows[0].to(torch.int32).numpy().tobytes()).hexdigest()
 
 
 # -- windows ---------------------------------------------------------------------------------------
@@ -111,13 +111,13 @@ def numbers(folder: Path, count: int) -> Path:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_probe_shares_no_token_with_the_calibration(seed: int, count: int, tmp_path: Path) -> None:
     tokens = draw(calibration(str(numbers(tmp_path, count)), seed=seed), Counting(), 128)
-    assert not set(tokens.ids_NT.flatten().tolist()) & set(tokens.probe_NT.flatten().tolist())
+    assert not set(tokens.windows[0].flatten().tolist()) & set(tokens.probe_NT.flatten().tolist())
     assert tokens.probe_NT.unique().numel() == tokens.probe_NT.numel()
 
 
 def test_every_token_is_drawn_once_while_there_is_room(tmp_path: Path) -> None:
     tokens = draw(calibration(str(numbers(tmp_path, 1000))), Counting(), 128)
-    assert tokens.ids_NT.unique().numel() == 5 * 40
+    assert tokens.windows[0].unique().numel() == 5 * 40
 
 
 def test_overlapping_windows_are_told(tmp_path: Path) -> None:
@@ -142,13 +142,13 @@ def test_every_document_is_opened_by_the_beginning_of_text(tokenizer: Any) -> No
 
 
 def test_the_default_length_is_what_the_model_takes(tokenizer: Any) -> None:
-    assert draw(calibration(length=None), tokenizer, 100).ids_NT.shape[1] == 100
+    assert draw(calibration(length=None), tokenizer, 100).windows[0].shape[1] == 100
 
 
 def test_the_default_length_is_capped(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("word " * 8 * LONGEST)
-    assert draw(calibration(str(path), samples=1, length=None), tokenizer, 131072).ids_NT.shape == (1, LONGEST)
+    assert draw(calibration(str(path), samples=1, length=None), tokenizer, 131072).windows[0].shape == (1, LONGEST)
 
 
 # -- what is never asked ---------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_a_file_is_drawn_from(suffix: str, tokenizer: Any, tmp_path: Path) -> No
     path.write_text("\n\n".join(LINES) if suffix == "txt" else "\n".join(json.dumps({"text": line}) for line in LINES))
     tokens = draw(calibration(str(path)), tokenizer, 128)
     assert tokens.name == f"corpus.{suffix} 5x40 seed 0"
-    assert tuple(tokens.ids_NT.shape) == (5, 40)
+    assert tuple(tokens.windows[0].shape) == (5, 40)
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -30,20 +30,16 @@ def python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def imported() -> dict[str, Any]:
-    """CPU seconds, heavy modules and root handlers after `import compress`."""
+    """Modules and root handlers after `import compress`."""
     done = python(
-        "import json, logging, sys, time; import compress; from compress import *;"
-        "print(json.dumps({'seconds': time.process_time(), 'modules': sorted(sys.modules),"
+        "import json, logging, sys; import compress; from compress import *;"
+        "print(json.dumps({'modules': sorted(sys.modules),"
         "'handlers': len(logging.getLogger().handlers)}))"
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def test_importing_is_fast(imported: dict[str, Any]) -> None:
-    assert imported["seconds"] < 2  # of which torch takes most
 
 
 @pytest.mark.parametrize("module", HEAVY)

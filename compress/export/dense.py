@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from compress.artifact import Artifact, WriteError, copy_companions, verify, write_json, write_shard
+from compress.artifact import Artifact, copy_companions, verify, write_json
 from compress.errors import ArtifactError
 from compress.model.source import INDEX
 from compress.plan import free_place
+from compress.shards import WriteError, write_shard
 
 
 def export_dense(path: Path, out: Path) -> int:
@@ -40,15 +41,16 @@ def export_dense(path: Path, out: Path) -> int:
 
 
 def write_shards(artifact: Artifact, folder: Path) -> int:
-    """One output shard for each of the artifact's; returns tensor bytes."""
-    shards = sorted({file.name for file in artifact.files.values()})
+    """One output shard for each of the artifact's, one tensor in memory at a time; returns tensor bytes."""
+    held: dict[str, list[str]] = {}
+    for name in artifact.names():
+        held.setdefault(artifact.shard_of(name), []).append(name)
     weight_map: dict[str, str] = {}
     size = 0
-    for shard in shards:
-        held = [n for n in artifact.names() if artifact.files[n].name == shard]
-        tensors = {name: artifact.tensor(name).contiguous() for name in held}
-        write_shard(folder / shard, tensors)
-        weight_map |= dict.fromkeys(held, shard)
-        size += sum(t.nbytes for t in tensors.values())
+    for shard, names in sorted(held.items()):
+        entries = [artifact.entry(name) for name in names]
+        write_shard(folder / shard, entries)
+        weight_map |= dict.fromkeys(names, shard)
+        size += sum(entry.nbytes for entry in entries)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
     return size

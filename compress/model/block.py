@@ -2,50 +2,38 @@
 
 A site's input depends only on the sites before it, so statistics are gathered per distinct input, by
 re-running the block up to that input with the weights rewritten so far: none is stale, none is taken twice.
+The experts of one layer do not depend on each other, so they are measured together, as many as fit a budget.
 Shape suffixes: B batch, T tokens, D hidden, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CalibrationError
-from compress.model.family import find_linears
+from compress.errors import CalibrationError, UnsupportedWeight
+from compress.model.anatomy import Place
+from compress.model.experts import Products
 from compress.model.site import Site
-from compress.stats import Collector, Statistic
+from compress.model.travellers import Travellers
+from compress.stats import Collector, Statistic, Statistics
 
-BATCH_TOKENS = 4096  # a forward: large enough for GEMM speed, small enough for memory
-
-
-def batched(ids_NT: Tensor) -> list[Tensor]:
-    """Token windows [N, T] in batches of about BATCH_TOKENS tokens."""
-    return list(ids_NT.split(max(1, BATCH_TOKENS // ids_NT.shape[1]))) if len(ids_NT) else []
-
-
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one input of a linear map, however it was passed."""
-    return torch.as_tensor(args[0] if args else next(iter(kwargs.values())))
+TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; one may be larger
+Group = list[Site]
+Heard = Callable[[str, Tensor], None]
 
 
 class Stop(Exception):
     """Ends a forward once what was wanted has been seen."""
 
 
-class Travellers:
-    """A batch of token windows on its way: its hidden state, and what each block is called with."""
-
-    def __init__(self, ids_BT: Tensor, hidden_BTD: Tensor, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
-        self.ids_BT, self.hidden_BTD, self.calls = ids_BT, hidden_BTD, calls
-
-    def through(self, module: nn.Module, index: int, hidden_BTD: Tensor | None = None) -> Tensor:
-        """The output [B, T, D] of block `index` on `hidden_BTD`, by default the present state."""
-        args, kwargs = self.calls[index]
-        out = module(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *args, **kwargs)
-        return torch.as_tensor(out[0] if isinstance(out, tuple) else out)  # a tuple before transformers 4.57
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one input of a linear map, however it was passed."""
+    return torch.as_tensor(args[0] if args else next(iter(kwargs.values())))
 
 
 class Block:
@@ -56,87 +44,169 @@ class Block:
         name: str,
         index: int,
         module: nn.Module,
+        places: Sequence[Place],
         batches: Sequence[Travellers],
         probe: Travellers,
         dense_probe: Tensor,
         last: bool = False,
     ) -> None:
-        self.last = last
-        self.name, self.index, self.module = name, index, module
+        self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense_probe = batches, probe, dense_probe
         self.drift = 0.0
-        self.sites = {site: Site(f"{name}.{site}", linear) for site, linear in find_linears(module).items()}
+        inside = {f"{name}.{path}".rstrip("."): part for path, part in module.named_modules()}
+        self.sites = {p.site: Site(p.site, inside[p.module], p) for p in places}
+        self.stacks = {p.peers: getattr(inside[p.module], p.parameter).data for p in places if p.expert is not None}
+        self.turned = {p.peers: p.transposed for p in places if p.expert is not None}
+        self.keyed: dict[str, Group] = {}  # by what tells an input from others: a module, or an expert of a stack
+        for site in self.sites.values():
+            self.keyed.setdefault(key_of(site), []).append(site)
+        self.unseen = set(self.stacks)  # stacks of experts of which no product was seen
         self.groups = self._groups()
 
-    def _groups(self) -> list[list[Site]]:
+    # -- who reads what ----------------------------------------------------------------------------
+
+    def _groups(self) -> list[Group]:
         """Sites that read the very same tensor, in the order the forward reaches them."""
-        seen: list[tuple[Tensor, list[Site]]] = []
+        seen: list[tuple[Tensor, Group]] = []
+        placed: set[str] = set()
 
-        def watch(site: Site) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                read = input_of(args, kwargs)
-                for x, group in seen:
-                    if x is read:
-                        if site not in group:
-                            group.append(site)
-                        return
-                seen.append((read, [site]))
+        def heard(key: str, x: Tensor) -> None:
+            self.unseen.discard(self.keyed[key][0].place.peers)
+            if key in placed:
+                return
+            placed.add(key)
+            group = next((group for read, group in seen if read is x), None)
+            if group is None:
+                seen.append((x, list(self.keyed[key])))
+            else:
+                group += self.keyed[key]
 
-            return site.module.register_forward_pre_hook(hook, with_kwargs=True)
-
-        hooks = [watch(site) for site in self.sites.values()]
-        try:
+        with self._listening(self.keyed, heard):
             self.probe.through(self.module, self.index)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        reached = [group for _, group in seen]
-        unreached = [[site] for site in self.sites.values() if all(site not in group for group in reached)]
-        return reached + unreached
+        groups = [group for _, group in seen]
+        for key in (key for key in self.keyed if key not in placed):  # experts the probe did not visit, unused modules
+            peers = self.keyed[key][0].place.peers
+            same = [i for i, group in enumerate(groups) if group[0].place.peers == peers]
+            groups.insert(same[-1] + 1 if same else len(groups), self.keyed[key])
+        return groups
 
-    def collect(self, groups: Sequence[Sequence[Site]], kinds: Iterable[type[Statistic]]) -> None:
+    @contextmanager
+    def _listening(self, keys: Iterable[str], heard: Heard) -> Iterator[None]:
+        """Call `heard(key, x)` for every input of the sites under `keys` while the block runs."""
+        with ExitStack() as stack:
+            wanted: set[str] = set()
+            for key in keys:
+                site = self.keyed[key][0]
+                if not site.whole:
+                    wanted.add(key)
+                    continue
+                hook = site.module.register_forward_pre_hook(reporter(key, heard), with_kwargs=True)
+                stack.callback(hook.remove)
+            if wanted:
+
+                def seen(name: str, expert: int, x_TI: Tensor) -> None:
+                    if f"{name}[{expert}]" in wanted:
+                        heard(f"{name}[{expert}]", x_TI)
+
+                stack.enter_context(Products(self.stacks, self.turned, seen))
+            yield
+
+    # -- measuring ---------------------------------------------------------------------------------
+
+    def stages(self, groups: Sequence[Group], size: Callable[[Group], int]) -> list[list[Group]]:
+        """The groups in order; those of independent experts together while `size`, in bytes, sums to TOGETHER."""
+        by_peers: dict[str, list[Group]] = {}
+        for group in groups:
+            by_peers.setdefault(group[0].place.peers if group[0].place.routed else key_of(group[0]), []).append(group)
+        stages: list[list[Group]] = []
+        for together in by_peers.values():
+            held = 0
+            for group in together:
+                held += size(group)
+                if group is together[0] or held > TOGETHER:
+                    stages.append([])
+                    held = size(group)
+                stages[-1].append(group)
+        return stages
+
+    def collect(self, groups: Sequence[Group], kinds: Iterable[type[Statistic]]) -> None:
         """Measure the inputs of `groups` in one pass over the calibration tokens.
 
         Raises CalibrationError if tokens are missing, or an input never occurs or is not finite.
         """
         kinds = tuple(kinds)
-        leaders = [group[0] for group in groups]
+        leaders = {key_of(group[0]): group[0] for group in groups}
         if not self.batches:
-            raise CalibrationError(f"{leaders[0].name}: {kinds[0].__name__} needs calibration data, none was given")
-        collectors = {s: Collector(kinds, s.shape[1], s.original.data.device) for s in leaders}
-        hooks = [self._listen(site, collectors[site], last=site is leaders[-1]) for site in leaders]
-        try:
-            for batch in self.batches:
+            first = groups[0][0].name
+            raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, none was given")
+        collectors = {key: Collector(kinds, site.shape[1], site.original.data.device) for key, site in leaders.items()}
+        last = list(leaders)[-1]
+
+        def heard(key: str, x: Tensor) -> None:
+            collectors[key].update(x)
+            if key == last:
+                raise Stop
+
+        for batch in self.batches:
+            with self._listening(leaders, heard):
                 try:
                     batch.through(self.module, self.index)
                 except Stop:
                     continue
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for leader, group in zip(leaders, groups, strict=True):
-            if not collectors[leader].tokens:
-                raise CalibrationError(f"{leader.name}: no calibration token reaches it")
-            stats = collectors[leader].finish(leader.name)
-            for site in group:
-                site.stats = stats
+        self._check_heard(leaders, collectors)
+        for group in groups:
+            site, collector = group[0], collectors[key_of(group[0])]
+            stats = collector.finish(site.name) if collector.tokens else Statistics({}, 0)
+            for each in group:
+                each.stats = stats
 
-    def _listen(self, site: Site, collector: Collector, last: bool) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            collector.update(input_of(args, kwargs))
-            if last:
-                raise Stop
-
-        return site.module.register_forward_pre_hook(hook, with_kwargs=True)
+    def _check_heard(self, leaders: dict[str, Site], collectors: dict[str, Collector]) -> None:
+        """Raise if an input never occurred, unless it is an expert's that the router did not choose."""
+        for key, site in leaders.items():
+            if site.place.peers in self.unseen:
+                raise UnsupportedWeight(
+                    f"{site.name}: what these experts are given cannot be seen; only data-free passes"
+                )
+            if not collectors[key].tokens and not site.place.routed:
+                raise CalibrationError(f"{site.name}: no calibration token reaches it")
 
     def advance(self) -> None:
         """Move every batch and the probe through the block as it now is.
 
-        Raises CalibrationError if the output is not finite.
+        Raises CalibrationError if the output is not finite, naming the first site that read or gave what is not.
         """
         for travellers in (self.probe,) if self.last else (*self.batches, self.probe):  # nothing reads the others then
-            travellers.hidden_BTD = travellers.through(self.module, self.index)
-        if not bool(torch.isfinite(self.probe.hidden_BTD).all()):
-            raise CalibrationError(f"{self.name}: its output is not finite")
+            moved = travellers.through(self.module, self.index)
+            if not bool(torch.isfinite(moved).all()):
+                raise CalibrationError(f"{self.name}: its output is not finite{self._culprit(travellers)}")
+            travellers.hidden_BTD = moved
         dense = self.dense_probe.float()
         self.drift = float((self.probe.hidden_BTD.float() - dense).norm() / dense.norm())
+
+    def _culprit(self, travellers: Travellers) -> str:
+        """`; first at SITE` for the first site whose input is not finite, or nothing."""
+        first: list[str] = []
+
+        def heard(key: str, x: Tensor) -> None:
+            if not bool(torch.isfinite(x).all()):
+                first.append(self.keyed[key][0].name)
+                raise Stop
+
+        with self._listening(self.keyed, heard), suppress(Stop):
+            travellers.through(self.module, self.index)
+        return f"; the first input that is not is that of {first[0]}" if first else ""
+
+
+def key_of(site: Site) -> str:
+    """What tells the input of a site from others."""
+    place = site.place
+    return site.name if place.expert is None else f"{place.peers}[{place.expert}]"
+
+
+def reporter(key: str, heard: Heard) -> Any:
+    """A forward pre-hook that hands on the input of a module."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heard(key, input_of(args, kwargs))
+
+    return hook

@@ -1,16 +1,12 @@
-"""Where a model's blocks and sites are, found by structure; and how much of the model that covers.
+"""Where a model's blocks are and what counts as a linear map, found by structure.
 
-A block is an element of the one module list that is as long as the config says; a site is an `nn.Linear` inside a
-block, or GPT-2's `Conv1D`, which computes the same from a transposed weight. `TESTED` lists the families whose replay,
-coverage and round trip this project's tests check; others are walked by the same rule and guarded by the coverage
-limit and the final verification.
+`TESTED` lists the families whose replay, coverage and round trip this project's tests check; others are walked by
+the same rules, after their replay was compared with the model itself (`Walk.prove`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import re
 from typing import Any
 
 from torch import nn
@@ -22,16 +18,30 @@ TESTED = (
     "falcon", "bloom", "olmo", "olmo2", "olmo3", "stablelm", "starcoder2", "cohere", "granite", "smollm3",
 )  # fmt: skip
 
+ROUTER = re.compile(
+    r"(^|\.)(gate|router|[a-z_]+_gate)(\.|$)"
+)  # of a mixture: mlp.gate, router.layer, shared_expert_gate
+STACKS_IN_FIRST = ("Llama4TextExperts",)  # keep [experts, in, out] without saying so in `is_transposed`
 
-def find_blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
-    """The name and list of the decoder blocks.
+
+def find_blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
+    """The name and list of the blocks of a model, or of the language part of one that also sees or hears.
 
     Raises UnsupportedWeight if there is no module list of `count` elements.
     """
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    text = language_part(model)
+    found = [(n, m) for n, m in text.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
         raise UnsupportedWeight(f"no list of {count} blocks in {type(model).__name__}; it is not supported")
-    return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    _, blocks = max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return next(name for name, module in model.named_modules() if module is blocks), blocks
+
+
+def language_part(model: Any) -> Any:
+    """The module that turns token ids into hidden states: the decoder of a multimodal model, else the whole."""
+    if getattr(model.config, "text_config", None) is None or not hasattr(model, "get_decoder"):
+        return model
+    return model.get_decoder()
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -44,65 +54,17 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear maps of a block by their name inside it."""
-    return {name: module for name, module in block.named_modules() if is_linear(module)}
+def stacks(module: nn.Module) -> list[str]:
+    """The parameters of a module that hold a matrix for each expert: [experts, out, in] or [experts, in, out]."""
+    count = getattr(module, "num_experts", None)
+    named = type(module).__name__.endswith("Experts")
+    return [
+        name
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and min(p.shape[1:]) > 1 and (named or p.shape[0] == count)
+    ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """Which parameters the passes will touch; (parameters, reason) for each tensor they will not.
-
-    `missed` counts the matrices inside blocks that no pass can reach; what a recipe deselects by `sites`,
-    embeddings, heads and norms are listed but not missed.
-    """
-
-    touched: dict[str, int]
-    untouched: dict[str, tuple[int, str]]
-    missed: int
-
-    @property
-    def missed_share(self) -> float:
-        """Parameters of unreachable block matrices / parameters of all block matrices that were meant."""
-        meant = self.missed + sum(self.touched.values())
-        return self.missed / meant if meant else 0.0
-
-    def reasons(self) -> dict[str, int]:
-        """Untouched parameters by reason."""
-        return by_reason(self.untouched.values())
-
-
-def by_reason(untouched: Iterable[Sequence[Any]]) -> dict[str, int]:
-    """Parameters by reason, from (parameters, reason) pairs."""
-    total: dict[str, int] = {}
-    for size, reason in untouched:
-        total[reason] = total.get(reason, 0) + size
-    return total
-
-
-MISSED = "a matrix that no pass can reach"
-
-
-def coverage(model: Any, blocks: str, selections: Iterable[str]) -> Coverage:
-    """The coverage of passes with the `sites` globs `selections` over a (meta) model."""
-    globs = tuple(selections)
-    linears = {f"{name}.weight": name for name, m in model.named_modules() if is_linear(m)}
-    head = model.get_output_embeddings()
-    touched: dict[str, int] = {}
-    untouched: dict[str, tuple[int, str]] = {}
-    missed = 0
-    for name, parameter in model.named_parameters():
-        size = parameter.numel()
-        if parameter.ndim < 2:
-            untouched[name] = (size, "a vector: norm or bias")
-        elif not name.startswith(f"{blocks}."):
-            is_head = head is not None and parameter is getattr(head, "weight", None)
-            untouched[name] = (size, "the output head, or an embedding tied to it" if is_head else "an embedding")
-        elif name not in linears:
-            untouched[name] = (size, MISSED)
-            missed += size
-        elif any(fnmatchcase(linears[name], glob) for glob in globs):
-            touched[name] = size
-        else:
-            untouched[name] = (size, "deselected by the recipe")
-    return Coverage(touched=touched, untouched=untouched, missed=missed)
+def stacks_transposed(module: nn.Module) -> bool:
+    """Whether the stacks of a module are [experts, in, out]."""
+    return bool(getattr(module, "is_transposed", type(module).__name__ in STACKS_IN_FIRST))

@@ -1,4 +1,4 @@
-"""A site: one linear map of the model, with the expression that now denotes its weight."""
+"""A site: one matrix of the model, with the expression that now denotes its weight."""
 
 from __future__ import annotations
 
@@ -7,28 +7,54 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import UnsupportedWeight
+from compress.model.anatomy import Place
 from compress.model.family import is_transposed
 from compress.stats import Gram, Statistics
 from compress.weights import Dense, Weight
 
+FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of its inputs if that is more
+
 
 class Site:
-    """A linear map by its full name; assigning `weight` also changes what the module computes with.
+    """A matrix by its full name; assigning `weight` also changes what the module computes with.
 
     `original` is the weight as the checkpoint holds it; `stats` describes the input, from the compressed
     prefix; `ledger` is what passes want recorded about this site in the artifact.
     """
 
-    def __init__(self, name: str, module: Any) -> None:
+    def __init__(self, name: str, module: Any, place: Place | None = None) -> None:
         self.name, self.module = name, module
-        self.transposed = is_transposed(module)
-        self.original = Dense(module.weight.data.T.contiguous() if self.transposed else module.weight.data)
+        self.place = place or Place(
+            site=name, tensor=f"{name}.weight", module=name, transposed=is_transposed(module), shape=(0, 0), peers=name
+        )
+        self.original = Dense(self.view() if self.whole else self.view().clone())
+        if self.place.transposed:
+            self.original = Dense(self.view().contiguous())
         self._weight: Weight = self.original
         self.stats: Statistics = Statistics({}, 0)
         self.ledger: dict[str, Any] = {}
         self.fallbacks: list[tuple[str, str]] = []
+        self.starving: list[str] = []  # what each pass did instead, because too few tokens reached this expert
         self.weight_error: float = 0.0
         self.output_error: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the site is all of its parameter."""
+        return self.place.expert is None
+
+    @property
+    def transposed(self) -> bool:
+        """Whether model and file keep the matrix as [in, out]."""
+        return self.place.transposed
+
+    def view(self) -> Tensor:
+        """What the module computes with now, as [out, in], sharing its memory."""
+        place = self.place
+        w: Tensor = getattr(self.module, place.parameter).data
+        w = w if place.expert is None else w[place.expert]
+        w = w.T if place.transposed else w
+        return w if place.rows is None else w[place.rows[0] : place.rows[1]]
 
     @property
     def weight(self) -> Weight:
@@ -44,12 +70,28 @@ class Site:
             weight = Dense(weight.data.to(dtype))  # a plain matrix is stored as the model stores its own
         self._weight = weight
         plain = weight.dense().to(dtype)
-        self.module.weight.data = plain.T.contiguous() if self.transposed else plain
+        if self.whole:  # a parameter that may be mapped from the file is replaced, not written to
+            self.module.weight.data = plain.T.contiguous() if self.transposed else plain
+        else:
+            self.view().copy_(plain)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self._weight.shape
+
+    @property
+    def needed(self) -> int:
+        """The fewest tokens from which statistics of this input mean anything.
+
+        Source: the policy for experts that calibration hardly reaches; max(256, in / 8).
+        """
+        return max(FEWEST, self.shape[1] // 8)
+
+    @property
+    def starved(self) -> bool:
+        """Whether this is an expert that too few calibration tokens reached."""
+        return self.place.routed and self.stats.tokens < self.needed
 
     def expect(self, kind: type[Dense], by: str) -> Dense:
         """The weight, if it still is of `kind`; raises UnsupportedWeight naming the pass otherwise."""
@@ -73,7 +115,7 @@ class Site:
         change = self._weight.dense().float() - was
         self.weight_error = float(change.norm() / was.norm().clamp(min=1e-30))
         self.output_error = None
-        if output and Gram in self.stats:
+        if output and Gram in self.stats and self.stats.tokens:
             gram = self.stats[Gram]
             full = self.stats.derived(("energy", self.name), lambda: energy(was, gram).clamp(min=1e-30))
             self.output_error = float((energy(change, gram) / full).sqrt())

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,11 @@ from compress.errors import ArtifactError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+NUMBERED = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.safetensors")
+WIDTHS = {  # bits
+    "F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
+    "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
 BUILTIN = Path(__file__).parent.parent / "builtin" / "weights"
 
 
@@ -51,6 +58,18 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+class Held(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return prod(self.shape) * WIDTHS[self.dtype] // 8
+
+
 class Checkpoint:
     """The tensors of a Hugging Face folder by name, read one at a time."""
 
@@ -68,7 +87,9 @@ class Checkpoint:
             shards = read_json(self.path / INDEX, "the shard index").get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise ArtifactError(f"{self.path / INDEX}: no weight_map")
-            return {name: self.inside(str(shard)) for name, shard in sorted(shards.items())}
+            files = {name: self.inside(str(shard)) for name, shard in sorted(shards.items())}
+            self._refuse_strays({path.name for path in files.values()})
+            return files
         if (self.path / SINGLE).exists():
             with opened(self.path / SINGLE) as file:
                 return dict.fromkeys(sorted(file.keys()), self.path / SINGLE)
@@ -79,6 +100,15 @@ class Checkpoint:
                 "convert the folder to safetensors first"
             )
         raise ArtifactError(f"{self.path}: no {SINGLE} and no {INDEX}")
+
+    def _refuse_strays(self, known: set[str]) -> None:
+        """Raise ArtifactError for a numbered shard that the index does not name: it is of another save."""
+        strays = sorted(f.name for f in self.path.glob("*.safetensors") if NUMBERED.fullmatch(f.name))
+        extra = [name for name in strays if name not in known]
+        if extra:
+            raise ArtifactError(
+                f"{self.path / extra[0]}: a shard that {INDEX} does not name; remove it or mend the index"
+            )
 
     def inside(self, shard: str) -> Path:
         """The path of a shard, checked to be a plain file of this folder."""
@@ -96,6 +126,10 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, memory-mapped; raises ArtifactError if it is absent or its shard is damaged."""
+        return self.stored_tensor(name)
+
+    def stored_tensor(self, name: str) -> Tensor:
+        """One tensor as the file holds it, memory-mapped."""
         if name not in self.files:
             raise ArtifactError(f"{self.path}: no tensor {name!r}")
         with opened(self.files[name]) as file:
@@ -107,15 +141,31 @@ class Checkpoint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, from the headers alone."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for shard in sorted(set(self.files.values())):
+        return {name: held.shape for name, held in self.headers.items()}
+
+    @cached_property
+    def headers(self) -> dict[str, Held]:
+        """Name -> dtype, shape and bytes of every stored tensor, from the headers alone.
+
+        Raises ArtifactError if a shard is damaged, empty, or lacks what the index promises.
+        """
+        headers: dict[str, Held] = {}
+        by_shard: dict[Path, list[str]] = {}
+        for name, shard in self.files.items():
+            by_shard.setdefault(shard, []).append(name)
+        for shard, names in sorted(by_shard.items()):
             with opened(shard) as file:
                 held = set(file.keys())
-                for name in (n for n, f in self.files.items() if f == shard):
+                for name in names:
                     if name not in held:
                         raise ArtifactError(f"{shard}: the index promises {name!r}, the shard lacks it")
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        return shapes
+                    part = file.get_slice(name)
+                    headers[name] = Held(str(part.get_dtype()), tuple(part.get_shape()))
+        return headers
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(held.nbytes for held in self.headers.values())
 
     def digests(self) -> dict[str, str]:
         """Shard name -> sha256 of its bytes."""

@@ -10,123 +10,124 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError, UnsupportedWeight
-from compress.model.block import Block, Travellers
-from compress.model.family import find_blocks
+from compress.model.anatomy import Anatomy
+from compress.model.architecture import run, skeleton
+from compress.model.block import Block
+from compress.model.layout import Shape
+from compress.model.memory import give_back
+from compress.model.travellers import Call, Shared, Travellers
+
+REPLAYED = 2e-2  # relative: a replay computes the same products, so even bf16 stays far below
 
 
 class Source(Protocol):
     """Something that yields the plain tensors of a model by name."""
 
-    def names(self) -> list[str]:
-        """All tensor names."""
+    def shapes(self) -> dict[str, Shape]:
+        """Name -> shape of every tensor."""
 
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
 
 
-def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The model of a config with parameters on the meta device and buffers real.
-
-    Raises ArtifactError for a config transformers does not know.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-    try:  # transformers raises whatever a wrong value happens to break; none of it is a bug of ours
-        parsed = AutoConfig.for_model(**plain)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        raise ArtifactError(f"config.json: transformers cannot build this model: {reason}") from error
-    if not isinstance(model, nn.Module):
-        raise ArtifactError("config.json: not a causal language model")
-    return model.eval().requires_grad_(False)
-
-
-def first_mismatch(error: RuntimeError) -> str:
-    """The first complaint of `load_state_dict`, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[min(1, len(lines) - 1)]
-
-
 class Walk:
-    """A model whose blocks are visited in order by batches of tokens."""
+    """A model whose blocks are visited in order by batches of tokens; `store` is a folder for hidden states."""
 
-    def __init__(self, config: dict[str, Any], source: Source, dtype: torch.dtype, device: torch.device) -> None:
-        self.source, self.device, self.dtype = source, device, dtype
-        self._look_at(skeleton(config, dtype))
-        self._load_frame()
+    def __init__(
+        self,
+        config: dict[str, Any],
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        store: Path | None = None,
+    ) -> None:
+        self.source, self.device, self.dtype, self.store = source, device, dtype, store
+        self._look_at(skeleton(config, dtype), source.shapes())
+        plan = self.model._get_dtype_plan(dtype)  # modules that a family computes in float32
+        self.kept_wide = tuple(name for name, kind in plan.items() if kind == torch.float32)
+        self.framed = False
 
-    def _look_at(self, model: Any) -> None:
-        """Find the blocks of a model."""
+    def _look_at(self, model: Any, shapes: dict[str, Shape] | None) -> None:
+        """Find the blocks and sites of a model."""
         self.model: Any = model
-        layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-        self.path, self.blocks = find_blocks(model, layers)
+        self.anatomy = Anatomy(model, shapes)
+        self.path, self.blocks = self.anatomy.path, self.anatomy.blocks
+        self.shared = Shared()
+        self.entered = 0
         self.rest: int | None = None  # values a block returns after the hidden state; -1 if it returns no tuple
 
-    def _load_frame(self) -> None:
-        """Load everything that is not in a block."""
+    # -- loading -----------------------------------------------------------------------------------
+
+    def load_frame(self) -> None:
+        """Load everything between token ids and logits that is not in a block; once."""
+        if self.framed:
+            return
+        self.framed = True
+        anatomy = self.anatomy
+        names = [n for n in anatomy.layout.wanted if not anatomy.in_block(n) and anatomy.in_language(n)]
+        self.assign(self.model, anatomy.layout.state([n for n in names if n not in anatomy.layout.tied], self.tensor))
         self.model.tie_weights()
-        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
-        wanted = [n for n, p in self.model.named_parameters(remove_duplicate=False) if not self.in_block(n)]
-        state = {n: self.tensor(n) for n in wanted if n not in tied}
-        try:
-            self.model.load_state_dict(state, assign=True, strict=False)
-        except RuntimeError as error:
-            raise ArtifactError(f"the checkpoint does not fit the architecture: {first_mismatch(error)}") from error
-        self.model.tie_weights()
-        missing = [n for n, p in self.model.named_parameters() if not self.in_block(n) and p.is_meta]
-        if missing:
-            raise ArtifactError(f"the checkpoint lacks {missing[0]!r}")
+        for name, parameter in self.model.named_parameters():
+            if name in names and parameter.is_meta:
+                raise ArtifactError(f"the checkpoint lacks {name!r}")
         for module_name, module in self.model.named_modules():
-            if not self.in_block(f"{module_name}."):
+            if not anatomy.in_block(f"{module_name}.") and anatomy.in_language(f"{module_name}."):
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     if buffer.is_meta:
                         raise UnsupportedWeight(f"{module_name}.{name} is a buffer this program cannot fill")
                     module._buffers[name] = buffer.to(self.device)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor on the device, floats in the dtype of the config as transformers loads them."""
-        found = self.source.tensor(name)
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise ArtifactError(f"{name}: the checkpoint holds NaN or infinite values")
-        return found.to(self.device, self.dtype if found.is_floating_point() else found.dtype)
+    def assign(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        """Give a module its tensors, without copying; raises ArtifactError if a shape differs."""
+        try:
+            module.load_state_dict(state, assign=True, strict=False)
+        except RuntimeError as error:
+            raise ArtifactError(f"the checkpoint does not fit the architecture: {first_mismatch(error)}") from error
 
-    def in_block(self, name: str) -> bool:
-        """Whether a tensor belongs to a block."""
-        return name.startswith(f"{self.path}.")
+    def tensor(self, name: str, parameter: str) -> Tensor:
+        """One tensor on the device, floats in the dtype in which transformers loads this parameter.
+
+        Raises ArtifactError if it holds integers where the model has numbers, NaN or infinite values.
+        """
+        found = self.source.tensor(name)
+        if not found.is_floating_point():
+            if parameter in self.anatomy.layout.parameters:
+                raise ArtifactError(f"{name}: the checkpoint holds {found.dtype}, the model floating-point numbers")
+            return found.to(self.device)
+        if not finite(found):
+            raise ArtifactError(f"{name}: the checkpoint holds NaN or infinite values")
+        wide = any(part in parameter for part in self.kept_wide)
+        return found.to(self.device, torch.float32 if wide else self.dtype)
 
     def load_block(self, index: int) -> None:
-        """Bring one block's tensors to the device; tensors the architecture does not know are left in the file.
-
-        Raises ArtifactError if a tensor is missing or has another shape.
-        """
+        """Bring one block's tensors to the device; raises ArtifactError if one is missing or has another shape."""
         block, prefix = self.blocks[index], f"{self.path}.{index}."
-        names = [n for n in self.source.names() if n.startswith(prefix)]
-        state = {n.removeprefix(prefix): self.tensor(n) for n in names}
-        try:
-            missing = block.load_state_dict(state, assign=True, strict=False).missing_keys
-        except RuntimeError as error:
-            reason = first_mismatch(error)
-            raise ArtifactError(f"{prefix[:-1]}: the checkpoint does not fit the architecture: {reason}") from error
-        if missing:
-            raise ArtifactError(f"the checkpoint lacks {prefix}{missing[0]}")
+        state = self.anatomy.layout.state(self.anatomy.parameters_of(index), self.tensor)
+        self.assign(block, {name.removeprefix(prefix): t for name, t in state.items()})
+        for name, parameter in block.named_parameters():
+            if parameter.is_meta:
+                raise ArtifactError(f"the checkpoint lacks {prefix}{name}")
+        for module in block.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
         block.requires_grad_(False)
 
     def drop_block(self, index: int) -> None:
-        """Forget one block's parameters; buffers stay, some are in no file."""
+        """Forget one block's parameters and give their memory back; buffers stay, some are in no file."""
         for module in self.blocks[index].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+        give_back()
+
+    # -- walking -----------------------------------------------------------------------------------
 
     @contextmanager
     def replaced(self, stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
@@ -139,33 +140,39 @@ class Walk:
             for block in self.blocks:
                 del block.forward
 
-    def enter(self, ids_BT: Tensor) -> Travellers:
-        """The hidden state before the first block, and what each block is called with."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(self.blocks)
+    def enter(self, ids_BT: Tensor, *, stored: bool = False) -> Travellers:
+        """The hidden state before the first block, and what each block is called with.
+
+        `stored` batches keep their hidden state in the walk's folder, if it has one.
+        """
+        self.load_frame()
+        calls: list[Call] = [((), {})] * len(self.blocks)
         first: list[Tensor] = []
 
         def recorder(index: int) -> Callable[..., Any]:
             def record(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index == 0:
                     first.append(hidden_BTD)
-                calls[index] = (args, kwargs)
+                calls[index] = self.shared.call((args, kwargs))
                 return self.wrapped(hidden_BTD, args, kwargs)
 
             return record
 
         with self.replaced([recorder(i) for i in range(len(self.blocks))]):
-            self.model.base_model(input_ids=ids_BT.to(self.device), use_cache=False)  # without the head
-        return Travellers(ids_BT, first[0], calls)
+            run(self.model.base_model, ids_BT.to(self.device))  # without the head
+        self.entered += 1
+        store = self.store / f"batch-{self.entered}" if stored and self.store is not None else None
+        return Travellers(ids_BT, first[0], calls, store)
 
     def leave(self, travellers: Travellers) -> Tensor:
-        """The logits [B, T, vocabulary] after the last block."""
+        """The logits [B, T, vocabulary] after the last block; hidden states where a model has no head."""
 
         def last(*_: Any, **__: Any) -> Any:
             return self.wrapped(travellers.hidden_BTD, (), {})
 
         with self.replaced([last] * len(self.blocks)):
-            logits = self.model(input_ids=travellers.ids_BT.to(self.device), use_cache=False).logits
-        return torch.as_tensor(logits)
+            out = run(self.model, travellers.ids_BT.to(self.device))
+        return torch.as_tensor(out.logits if hasattr(out, "logits") else out.last_hidden_state)
 
     def wrapped(self, hidden_BTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The hidden state in the form in which this model's blocks return it: alone, or first of a tuple.
@@ -189,22 +196,66 @@ class Walk:
         for index, module in enumerate(self.blocks):
             self.load_block(index)
             dense_probe = probe.through(module, index, dense_probe)
-            yield Block(
-                f"{self.path}.{index}", index, module, batches, probe, dense_probe, index == len(self.blocks) - 1
-            )
+            places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
+            yield Block(f"{self.path}.{index}", index, module, places, batches, probe, dense_probe, last)
             self.drop_block(index)
         self.dense_logits = self.leave(Travellers(probe.ids_BT, dense_probe, probe.calls))
+
+    def prove(self, ids_BT: Tensor) -> None:
+        """Run the model itself, its blocks coming and going, and compare each block with its replay.
+
+        Raises UnsupportedWeight at the first block that computes something else when it is called as recorded: one
+        that reads what another block left behind, for example. Costs one reading of the checkpoint.
+        """
+        travellers = self.enter(ids_BT)
+
+        def checked(index: int) -> Callable[..., Any]:
+            def forward(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+                self.load_block(index)
+                block = self.blocks[index]
+                out = type(block).forward(block, hidden_BTD, *args, **kwargs)
+                real = out[0] if isinstance(out, tuple) else out
+                stub = block.__dict__.pop("forward")
+                replayed = travellers.through(block, index)
+                block.forward = stub
+                error = float((replayed.float() - real.float()).norm() / real.float().norm().clamp(min=1e-30))
+                if not error <= REPLAYED:
+                    raise UnsupportedWeight(
+                        f"{self.path}.{index}: called alone it is off by {error:.2g}; "
+                        f"{type(self.model).__name__} cannot be walked block by block"
+                    )
+                travellers.hidden_BTD = replayed
+                self.drop_block(index)
+                return out
+
+            return forward
+
+        with self.replaced([checked(i) for i in range(len(self.blocks))]):
+            run(self.model.base_model, ids_BT.to(self.device))
 
 
 class LiveWalk(Walk):
     """A walk over a model already in memory, whose blocks neither come nor go."""
 
     def __init__(self, model: Any) -> None:
-        self.device = next(model.parameters()).device
-        self._look_at(model)
+        self.device, self.store, self.framed = next(model.parameters()).device, None, True
+        self._look_at(model, None)
 
     def load_block(self, index: int) -> None:
         """Nothing: the block is there."""
 
     def drop_block(self, index: int) -> None:
         """Nothing: the block stays."""
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; a few million at a time, so that nothing of the tensor's size is made."""
+    if tensor.dtype.itemsize == 1:  # float8: no comparison is implemented
+        return all(bool(torch.isfinite(part.float()).all()) for part in tensor.reshape(-1).split(1 << 22))
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 22))
+
+
+def first_mismatch(error: RuntimeError) -> str:
+    """The first complaint of `load_state_dict`, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[min(1, len(lines) - 1)]

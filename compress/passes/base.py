@@ -7,6 +7,7 @@ wider protocols (a whole block, a whole model) are added when the first pass nee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
@@ -17,9 +18,10 @@ from compress.errors import RecipeError, UnsupportedWeight
 from compress.model.site import Site
 from compress.options import check_options
 from compress.stats import Statistic
-from compress.weights import Dense, Masked, Pattern, Quantized, Sum, Weight, pattern
+from compress.weights import Dense, Grid, Masked, Pattern, Quantized, Sum, Weight, pattern
 
 PASSES: dict[str, type[WeightPass]] = {}
+Quantize = Callable[[Tensor, "Tensor | None", Site], Quantized]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class WeightPass:
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[type[Statistic], ...]] = ()
+    unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 
@@ -52,6 +55,16 @@ class WeightPass:
         """The new expression for the site's weight."""
         raise NotImplementedError
 
+    def rewrite_unfed(self, site: Site) -> Weight:
+        """The new expression for an expert that too few calibration tokens reached, without its statistics.
+
+        Raises UnsupportedWeight unless a subclass knows a way.
+        """
+        raise UnsupportedWeight(
+            f"{self.name}: only {site.stats.tokens} tokens reach {site.name}, {site.needed} are needed; "
+            "give more calibration samples or deselect it"
+        )
+
     def options(self) -> dict[str, Any]:
         """Every option with its value, as a recipe would write it."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -64,6 +77,8 @@ class WeightPass:
 @dataclass(frozen=True, kw_only=True)
 class Pruner(WeightPass):
     """Keep the best-scored weights, unchanged; a subclass says what is worth keeping."""
+
+    unfed: ClassVar[str] = "pruned by magnitude"
 
     sparsity: Annotated[
         float | str, Field(description="fraction dropped, or n:m with n KEPT of every m inputs of a row")
@@ -93,14 +108,24 @@ class Pruner(WeightPass):
 
     def rewrite(self, site: Site) -> Weight:
         """The same values under the mask of the highest scores."""
+        return self.cut(site, self.score)
+
+    def rewrite_unfed(self, site: Site) -> Weight:
+        """The same pattern, by magnitude: without its input nothing else is known of a weight."""
+        return self.cut(site, lambda site: site.weight.dense().abs())
+
+    def cut(self, site: Site, score: Callable[[Site], Tensor]) -> Weight:
+        """The dense weight under the mask of the highest scores."""
         dense = site.expect(Dense, by=self.name)
         chosen = self.pattern()
-        return Masked(dense, chosen.keep(self.score(site)), chosen.name)
+        return Masked(dense, chosen.keep(score(site)), chosen.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(WeightPass):
     """Put weights on an integer grid, respecting masks; a subclass says how they are rounded."""
+
+    unfed: ClassVar[str] = "rounded to nearest"
 
     bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
     group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64
@@ -116,19 +141,28 @@ class Quantizer(WeightPass):
 
     def rewrite(self, site: Site) -> Weight:
         """The weight with its dense parts quantized."""
-        return self.visit(site.weight, site)
+        return self.visit(site.weight, site, self.quantize)
 
-    def visit(self, weight: Weight, site: Site) -> Weight:
+    def rewrite_unfed(self, site: Site) -> Weight:
+        """The same grid, every weight rounded to the nearest of its values."""
+        return self.visit(site.weight, site, self.round)
+
+    def visit(self, weight: Weight, site: Site, quantize: Quantize) -> Weight:
         """Quantize the dense part; a mask stays outside the grid, factors of a sum stay as they are."""
         match weight:
             case Dense(w_OI):
-                return self.quantize(w_OI, None, site)
+                return quantize(w_OI, None, site)
             case Masked(Dense(w_OI), mask_OI, name):
-                return Masked(self.quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site), mask_OI, name)
+                return Masked(quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site), mask_OI, name)
             case Sum(terms):
-                return Sum(tuple(t if not is_plain(t) else self.visit(t, site) for t in terms))
+                return Sum(tuple(t if not is_plain(t) else self.visit(t, site, quantize) for t in terms))
             case _:
                 raise UnsupportedWeight(f"{self.name} cannot quantize {site.name}: it is {weight.describe()}")
+
+    def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
+        """The nearest codes of `w_OI`, which is 0 where `keep_OI` is False."""
+        grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
+        return grid.quantize(w_OI, search=self.search)
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
         """The codes of `w_OI`, which is 0 where `keep_OI` is False."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError, CompressError, RecipeError
-from compress.events import Event, Fallback, StatisticsCollected, WeightRewritten
-from compress.model.block import Block, batched
+from compress.events import Event, Fallback, Starved, StatisticsCollected, WeightRewritten
+from compress.model.block import Block
+from compress.model.experts import one_by_one
 from compress.model.site import Site
-from compress.model.walk import LiveWalk
+from compress.model.travellers import batched, unpadded
+from compress.model.walk import LiveWalk, finite
 from compress.passes.base import WeightPass
 from compress.stats import Statistic
 from compress.weights import Weight
@@ -43,29 +45,32 @@ class PassManager:
         """The blocks, rewritten; the caller stores each before asking for the next."""
         for block in blocks:
             groups = [group for group in block.groups if any(self.steps(site) for site in group)]
-            stages = [[group] for group in groups] if self.ordering == "site" else [groups] if groups else []
+            stages = block.stages(groups, self.nbytes) if self.ordering == "site" else [groups] if groups else []
             for stage in stages:
                 self.stage(block, stage)
             block.advance()
             yield block
 
     @torch.no_grad()
-    def apply(self, model: Any, ids_NT: Tensor) -> dict[str, Weight]:
+    def apply(self, model: Any, ids_NT: Tensor, mask_NT: Tensor | None = None) -> dict[str, Weight]:
         """Rewrite a transformers model in memory, in place, calibrated on token windows; the expression of each site.
 
-        The first window also serves to find which sites share an input. Raises CompressError children, with the
-        model then partly rewritten: use `compress.run` for a file that is whole or absent.
+        Where `mask_NT` is 0 a window is padded; the padding is cut off before the model sees it. The first window also
+        serves to find which sites share an input. Raises CompressError children, with the model then partly rewritten:
+        use `compress.run` for a file that is whole or absent.
         """
         if not isinstance(ids_NT, Tensor) or ids_NT.ndim != 2 or ids_NT.is_floating_point() or not len(ids_NT):
             raise CalibrationError("apply needs token ids as an integer tensor [windows, length], not empty")
         if int(ids_NT.max()) >= model.get_input_embeddings().num_embeddings:
             raise CalibrationError(f"token {int(ids_NT.max())} is unknown to this model")
+        windows = unpadded(ids_NT, mask_NT)
         training = model.training
-        walk = LiveWalk(model.eval())
-        batches = [walk.enter(ids_BT) for ids_BT in batched(ids_NT)]
         found: dict[str, Weight] = {}
-        for block in self.run(walk.visit(batches, walk.enter(ids_NT[:1]))):
-            found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
+        with one_by_one(model):
+            walk = LiveWalk(model.eval())
+            batches = [walk.enter(ids_BT) for ids_BT in batched(windows)]
+            for block in self.run(walk.visit(batches, walk.enter(windows[0][:1]))):
+                found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
         model.train(training)
         return found
 
@@ -94,6 +99,10 @@ class PassManager:
         """The passes that select the site of this full name."""
         return [step for step in self.passes if fnmatchcase(name, step.sites)]
 
+    def nbytes(self, group: Sequence[Site]) -> int:
+        """Bytes of the statistics that these sites need of their one input."""
+        return sum(kind.nbytes(group[0].shape[1]) for kind in self.statistics(group))
+
     def statistics(self, group: Iterable[Site]) -> tuple[type[Statistic], ...]:
         """What the passes on these sites need of their input."""
         return tuple(dict.fromkeys(kind for site in group for step in self.steps(site) for kind in step.requires))
@@ -102,9 +111,14 @@ class PassManager:
         """Apply one pass to one site and report it; raises CompressError if the result is not finite."""
         step.check(site.name, site.shape)
         known = len(site.fallbacks)
-        weight = step.rewrite(site)
+        if site.starved and step.requires:
+            site.starving.append(f"{step.name}: {step.unfed}")
+            self.emit(Starved(site=site.name, step=step.name, tokens=site.stats.tokens, needed=site.needed))
+            weight = step.rewrite_unfed(site)
+        else:
+            weight = step.rewrite(site)
         site.weight = weight
-        if not bool(torch.isfinite(site.module.weight).all()):
+        if not finite(site.view()):
             raise CompressError(f"{step.name}: {site.name}: the rewritten weight is not finite")
         site.measure(output=step is self.steps(site)[-1])  # of the last pass only: it costs as much as a solver
         for name, reason in site.fallbacks[known:]:

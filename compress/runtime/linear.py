@@ -1,58 +1,52 @@
-"""The module that stands where a linear map was: stored tensors as buffers, computation lowered from them.
+"""The modules that stand where a matrix was: stored tensors as buffers, computation lowered from them.
 
-The stored tensors are its state dict, so saving writes back exactly what was read. `weight` is the payload that
+The stored tensors are their state dict, so saving writes back exactly what was read. `weight` is the payload that
 keeps the source's key; code that only wants its dtype or device finds those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.artifact import keys
 from compress.errors import ArtifactError
 from compress.runtime.lower import lower
 from compress.weights import Weight, unpack
 
 
-class CompressedLinear(nn.Module):
-    """`x @ W.T + b` with W a stored weight expression.
+def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
+    """Tree path -> name of the buffer that holds it."""
+    paths = [path for path, _, _ in spec["tensors"]]
+    return {path: "weight" if i == 0 else f"weight_{path.replace('.', '_')}" for i, path in enumerate(paths)}
 
-    Until `prepare` is called, and always with `low_memory`, W is decoded at every call and dropped.
-    """
 
-    def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None) -> None:
+class StoredWeight(nn.Module):
+    """A weight expression in its stored form."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.names = spec, buffers(spec)
         self.out_features, self.in_features = (int(n) for n in spec["tree"]["shape"])
-        self.names = {path: key.removeprefix("site.") for path, key in keys("site", spec).items()}
         for path, dtype, shape in spec["tensors"]:
             kind = getattr(torch, str(dtype), None)
             if not isinstance(kind, torch.dtype):
                 raise ArtifactError(f"quantization_config: {path} has the unknown dtype {dtype!r}")
-            empty = torch.empty(shape, dtype=kind, device="meta")
-            self.register_buffer(self.names[path], empty)
-        self.bias = bias
-        self.lowered: nn.Module | None = None
+            self.register_buffer(self.names[path], torch.empty(shape, dtype=kind, device="meta"))
 
     @property
     def expression(self) -> Weight:
         """The weight expression that the buffers hold."""
         return unpack(self.spec["tree"], {path: self.get_buffer(name) for path, name in self.names.items()})
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Decode once into the fastest module for inputs of `dtype`."""
-        self.lowered = lower(self.expression, dtype)
+    def fill(self, stored: Mapping[str, Tensor]) -> None:
+        """Take the stored tensors, by their path in the tree."""
+        for path, tensor in stored.items():
+            self._buffers[self.names[path]] = tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)
-        return y if self.bias is None else y + self.bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeight:
         """Move stored tensors with the module, but never cast them: they are the file's, not the computation's."""
         stored = {name: self._buffers.pop(name) for name in self.names.values()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -64,4 +58,25 @@ class CompressedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"in={self.in_features}, out={self.out_features}, {self.spec['name']}, bias={self.bias is not None}"
+        return f"in={self.in_features}, out={self.out_features}, {self.spec['name']}"
+
+
+class CompressedLinear(StoredWeight):
+    """`x @ W.T + b` with W a stored weight expression.
+
+    Until `prepare` is called, and always with `low_memory`, W is decoded at every call and dropped.
+    """
+
+    def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None) -> None:
+        super().__init__(spec)
+        self.bias = bias
+        self.lowered: nn.Module | None = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Decode once into the fastest module for inputs of `dtype`."""
+        self.lowered = lower(self.expression, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)
+        return y if self.bias is None else y + self.bias

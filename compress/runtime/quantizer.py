@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.artifact import METHOD, VERSION
+from compress.artifact import METHOD, VERSION, keys, plain_shapes
 from compress.errors import ArtifactError
-from compress.model.family import is_linear
-from compress.runtime.linear import CompressedLinear
+from compress.model.anatomy import Anatomy, Place
+from compress.runtime.experts import CompressedExperts, compress_experts
+from compress.runtime.linear import CompressedLinear, buffers
+from compress.runtime.names import StoredNames
 
 
 @register_quantization_config(METHOD)
@@ -48,22 +51,44 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        for name, spec in self.quantization_config.weights.items():
-            try:
-                old = model.get_submodule(name)
-            except AttributeError as error:
-                raise ArtifactError(f"quantization_config: the model has no site {name!r}") from error
-            if not is_linear(old):
-                raise ArtifactError(f"quantization_config: {name!r} is a {type(old).__name__}, not a linear map")
-            parent, _, leaf = name.rpartition(".")
+        specs = self.quantization_config.weights
+        places = Anatomy(model, plain_shapes(specs)).places
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.table: dict[str, str] = {}
+        stacked: dict[str, list[tuple[Place, dict[str, Any]]]] = {}
+        for site in specs:
+            spec, place = specs[site], places.get(site)
+            if place is None:
+                raise ArtifactError(f"quantization_config: the model has no site {site!r}")
+            if place.expert is not None:
+                stacked.setdefault(place.module, []).append((place, spec))
+                continue
+            old = model.get_submodule(place.module)
+            parent, _, leaf = place.module.rpartition(".")
             setattr(model.get_submodule(parent), leaf, CompressedLinear(spec, getattr(old, "bias", None)))
+            self._enter(site, spec, place.module)
+        for within, stored in stacked.items():
+            compress_experts(model.get_submodule(within), stored, dtype)
+            for i, (place, part) in enumerate(stored):
+                self._enter(place.site, part, f"{within}.stored.{i}")
+
+    def _enter(self, site: str, spec: dict[str, Any], module: str) -> None:
+        """Note which buffers of `module` the stored tensors of a site go to."""
+        held = buffers(spec)
+        self.table |= {key: f"{module}.{held[path]}" for path, key in keys(site, spec).items()}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """The family's rules, after a lookup of what we stored."""
+        renamings = [rule for rule in weight_conversions if isinstance(rule, WeightRenaming)]
+        others = [rule for rule in weight_conversions if not isinstance(rule, WeightRenaming)]
+        return [StoredNames(self.table, renamings), *others]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         if not self.quantization_config.low_memory:
             with torch.inference_mode(False), torch.no_grad():
                 for module in model.modules():
-                    if isinstance(module, CompressedLinear):
+                    if isinstance(module, (CompressedLinear, CompressedExperts)):
                         module.prepare(dtype)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

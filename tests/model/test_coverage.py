@@ -10,7 +10,7 @@ import torch
 
 import compress
 from compress import Limits, Magnitude, PlanError, Recipe, RecipeError
-from compress.model.family import coverage
+from compress.model.anatomy import coverage
 
 # width 48, inner 72, 4 heads and 2 key-value heads of 12; by hand
 LLAMA_BLOCK = {"q_proj": 48 * 48, "k_proj": 24 * 48, "v_proj": 24 * 48, "o_proj": 48 * 48, "gate_proj": 72 * 48,
@@ -27,7 +27,7 @@ VECTORS = {"llama": 5, "llama_tied": 5, "mistral": 5, "qwen2": 5 + 6, "qwen3": 5
 
 def test_what_is_touched_is_the_count_by_hand(family: str, model_folder: Any, walk_of: Any) -> None:
     walk = walk_of(model_folder(family))
-    covered = coverage(walk.model, walk.path, ["*"])
+    covered = coverage(walk.anatomy, ["*"])
     by_hand = {name: size for _ in range(2) for name, size in BLOCKS[family].items()}
     found = {name.split(".")[-2]: size for name, size in covered.touched.items()}
     assert len(covered.touched) == 14
@@ -37,7 +37,7 @@ def test_what_is_touched_is_the_count_by_hand(family: str, model_folder: Any, wa
 
 def test_everything_else_is_listed_with_its_reason(family: str, model_folder: Any, walk_of: Any) -> None:
     walk = walk_of(model_folder(family))
-    covered = coverage(walk.model, walk.path, ["*"])
+    covered = coverage(walk.anatomy, ["*"])
     reasons = [reason for _, reason in covered.untouched.values()]
     assert reasons.count("a vector: norm or bias") == VECTORS[family]
     assert covered.untouched["model.embed_tokens.weight"][0] == 211 * 48
@@ -48,7 +48,7 @@ def test_everything_else_is_listed_with_its_reason(family: str, model_folder: An
 
 def test_an_embedding_that_is_also_the_head_says_so(model_folder: Any, walk_of: Any) -> None:
     tied, untied = walk_of(model_folder("llama_tied")), walk_of(model_folder("llama"))
-    covered = [coverage(walk.model, walk.path, ["*"]).untouched for walk in (tied, untied)]
+    covered = [coverage(walk.anatomy, ["*"]).untouched for walk in (tied, untied)]
     assert covered[0]["model.embed_tokens.weight"][1] == "the output head, or an embedding tied to it"
     assert covered[1]["model.embed_tokens.weight"][1] == "an embedding"
     assert covered[1]["lm_head.weight"][1] == "the output head, or an embedding tied to it"
@@ -56,7 +56,7 @@ def test_an_embedding_that_is_also_the_head_says_so(model_folder: Any, walk_of: 
 
 def test_what_a_recipe_deselects_is_not_missed(tiny_llama: Path, walk_of: Any) -> None:
     walk = walk_of(tiny_llama)
-    covered = coverage(walk.model, walk.path, ["*.mlp.*"])
+    covered = coverage(walk.anatomy, ["*.mlp.*"])
     assert len(covered.touched) == 6
     assert sum(reason == "deselected by the recipe" for _, reason in covered.untouched.values()) == 8
     assert covered.missed_share == 0
@@ -64,7 +64,7 @@ def test_what_a_recipe_deselects_is_not_missed(tiny_llama: Path, walk_of: Any) -
 
 def test_globs_of_several_passes_add_up(tiny_llama: Path, walk_of: Any) -> None:
     walk = walk_of(tiny_llama)
-    assert len(coverage(walk.model, walk.path, ["*.mlp.*", "*q_proj"]).touched) == 8
+    assert len(coverage(walk.anatomy, ["*.mlp.*", "*q_proj"]).touched) == 8
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -100,29 +100,49 @@ def experts(tmp_path: Path) -> Path:
     return folder
 
 
-MISSED = 3 * (2 * 72 * 48 + 48 * 72 + 48)  # of a block: gate and up, down, router, for each expert
-REACHED = 2 * (48 * 48 + 24 * 48)
+EXPERTS = 3 * (2 * 72 * 48 + 48 * 72)  # of a block: gate and up, down, for each expert
+ATTENTION = 2 * (48 * 48 + 24 * 48)
 
 
-def test_a_mixture_of_experts_is_refused_with_its_share(experts: Path, tmp_path: Path) -> None:
+def test_a_mixture_of_experts_in_stacks_is_covered_but_for_its_router(experts: Path, tmp_path: Path) -> None:
+    report = compress.run(experts, [Magnitude()], tmp_path / "out")
+    assert report.coverage.missed == 0
+    assert sum(report.coverage.touched.values()) == 2 * (EXPERTS + ATTENTION)
+    assert report.coverage.reasons()["a router"] == 2 * 3 * 48
+    assert "model.layers.1.mlp.experts.gate_up_proj.2" in report.coverage.touched
+
+
+def test_a_mixture_of_experts_as_transformers_saves_it_is_covered(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path / "model")
+    report = compress.run(tmp_path / "model", [Magnitude()], tmp_path / "out")
+    assert sum(report.coverage.touched.values()) == 2 * (EXPERTS + ATTENTION)
+    assert "model.layers.1.block_sparse_moe.experts.2.w3.weight" in report.coverage.touched
+
+
+# a state-space block: in_proj 192 x 48, x_proj 19 x 96, dt_proj 96 x 3, out_proj 48 x 96 are linear maps,
+# its recurrence 96 x 8 is none
+MISSED, REACHED = 96 * 8, 192 * 48 + 19 * 96 + 96 * 3 + 48 * 96
+
+
+@pytest.fixture
+def recurrent(tmp_path: Path) -> Path:
+    built("mamba", hidden_size=48, num_hidden_layers=2, state_size=8).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_that_passes_cannot_reach_is_refused_with_its_share(recurrent: Path, tmp_path: Path) -> None:
     share = f"{MISSED / (MISSED + REACHED):.0%}"
     with pytest.raises(
-        PlanError, match=rf"no pass can reach {share} of the block parameters, such as .*; limits\.max_"
+        PlanError, match=rf"no pass can reach {share} of the block parameters, such as .*A_log; limits\.max_"
     ):
-        compress.run(experts, [Magnitude()], tmp_path / "out")
+        compress.run(recurrent, [Magnitude()], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_limit_may_be_raised_on_purpose(experts: Path, tmp_path: Path) -> None:
+def test_a_limit_may_be_raised_on_purpose(recurrent: Path, tmp_path: Path) -> None:
     recipe = Recipe(passes=(Magnitude(),), limits=Limits(max_untouched=0.9))
-    report = compress.run(experts, recipe, tmp_path / "out")
+    report = compress.run(recurrent, recipe, tmp_path / "out")
     assert report.coverage.missed_share == pytest.approx(MISSED / (MISSED + REACHED))
-
-
-def test_a_mixture_of_experts_as_transformers_saves_it_is_refused_with_its_share(tmp_path: Path) -> None:
-    mixtral().save_pretrained(tmp_path / "model")
-    with pytest.raises(PlanError, match="no pass can reach"):
-        compress.run(tmp_path / "model", [Magnitude()], tmp_path / "out")
 
 
 def test_a_model_of_conv1d_is_covered(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_sites_are_grouped_by_the_input_they_share(family: str, model_folder: An
 def test_a_rewritten_site_computes_with_its_new_weight(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
     walk = walk_of(tiny_llama)
     block = next(iter(walk.visit([], walk.enter(ids))))
-    site = block.sites["mlp.down_proj"]
+    site = block.sites["model.layers.0.mlp.down_proj"]
     site.weight = Magnitude(sparsity=1.0).rewrite(site)
     assert torch.equal(site.module(torch.ones(1, 72)), torch.zeros(1, 48))
     assert int(site.original.data.count_nonzero()) > 0
@@ -168,7 +168,7 @@ def test_an_output_that_is_not_finite_stops_the_walk(model_folder: Any, walk_of:
     walk = walk_of(model_folder("llama", "float16"))
     with torch.inference_mode():
         block = next(iter(walk.visit([], walk.enter(ids))))
-        block.sites["mlp.down_proj"].module.weight.data.fill_(6e4)
+        block.sites["model.layers.0.mlp.down_proj"].module.weight.data.fill_(6e4)
         with pytest.raises(CalibrationError, match=r"model\.layers\.0: its output is not finite"):
             block.advance()
 

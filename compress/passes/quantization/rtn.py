@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.model.site import Site
 from compress.passes.base import Quantizer
-from compress.weights import Grid, Quantized
+from compress.weights import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,4 +20,4 @@ class RTN(Quantizer, name="rtn"):
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
         """Round; a dropped weight is 0 and 0 is on every grid."""
-        return Grid(bits=self.bits, group=self.group, symmetric=self.symmetric).quantize(w_OI, search=self.search)
+        return self.round(w_OI, keep_OI, site)

@@ -1,0 +1,250 @@
+"""What a model consists of, from headers and the architecture alone: sites, routers, and all that no pass touches.
+
+A site is one matrix [out, in] that a pass may rewrite: the weight of an `nn.Linear` or `Conv1D` inside a block, or
+one expert's matrix in a stack. It is named as in the file, without `.weight`; an expert of a tensor that holds a whole
+stack by that tensor's name and its number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from compress.model.family import (
+    ROUTER,
+    find_blocks,
+    is_linear,
+    is_transposed,
+    language_part,
+    stacks,
+    stacks_transposed,
+)
+from compress.model.layout import Layout, Shape
+
+MISSED = "a matrix that no pass can reach"
+EXPERT = re.compile(r"\bexperts\.\d+\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the weight [out, in] of a site lies in the model and in the file.
+
+    `expert` and `rows` select from a stack; `transposed` means that the model keeps [in, out]. `routed` sites see only
+    the tokens that a router sends them. Sites with equal `peers` do not depend on each other.
+    """
+
+    site: str
+    tensor: str
+    module: str
+    parameter: str = "weight"
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+    shape: tuple[int, int]
+    routed: bool = False
+    peers: str = ""
+    stacked: bool = False  # the tensor of the file holds the matrices of all experts
+
+
+class Anatomy:
+    """The parts of a (meta) model in the names of a file: the path of its blocks, and a place for each site."""
+
+    def __init__(self, model: Any, shapes: Mapping[str, Shape] | None) -> None:
+        self.model, self.layout = model, Layout(model, shapes)
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+        self.path, self.blocks = find_blocks(model, count)
+        self.modules = dict(model.named_modules())
+        self.text = next((n for n, m in self.modules.items() if m is language_part(model)), "")
+        self.mixtures = self._mixtures()
+        order = {name: i for i, name in enumerate(self.modules)}
+        found = [place for name in self.layout.slots for place in self._places(name)]
+        found.sort(key=lambda p: (order[p.module], p.parameter, p.expert or 0, p.rows or (0, 0), p.site))
+        self.places = {place.site: place for place in found}  # in the order of the model's modules
+
+    def in_block(self, parameter: str) -> bool:
+        """Whether a parameter or module of the model belongs to a block."""
+        return parameter.startswith(f"{self.path}.")
+
+    def in_language(self, parameter: str) -> bool:
+        """Whether a parameter is needed to turn token ids into logits."""
+        return not self.text or parameter.startswith(f"{self.text}.") or parameter in self.heads
+
+    @property
+    def heads(self) -> set[str]:
+        """The parameters of the output head."""
+        head = self.model.get_output_embeddings()
+        return (
+            set() if head is None else {f"{n}.{p}" for n, m in self.modules.items() if m is head for p in m._parameters}
+        )
+
+    def of_block(self, index: int) -> list[Place]:
+        """The sites of one block."""
+        prefix = f"{self.path}.{index}."
+        return [place for place in self.places.values() if place.module.startswith(prefix)]
+
+    def parameters_of(self, index: int) -> list[str]:
+        """The parameters and stored buffers of one block."""
+        return [name for name in self.layout.wanted if name.startswith(f"{self.path}.{index}.")]
+
+    def tensors_of(self, index: int) -> list[str]:
+        """The tensors of the file that one block is made of."""
+        layout = self.layout
+        return sorted({s for name in self.parameters_of(index) for s in layout.sources.get(name, ())})
+
+    def frame(self) -> list[str]:
+        """The tensors of the file that belong to no block, and those that the architecture does not know."""
+        inside = {s for p, sources in self.layout.sources.items() if self.in_block(p) for s in sources}
+        return sorted(set(self.layout.shapes or ()) - inside)
+
+    # -- sites -------------------------------------------------------------------------------------
+
+    def _mixtures(self) -> set[str]:
+        """The modules that hold experts and, beside them, a router."""
+        lists = {n.rpartition(".experts")[0] for n in self.modules if n.endswith(".experts")}
+        stacked = {n.rpartition(".")[0] for n, m in self.modules.items() if self.in_block(n) and stacks(m)}
+        return {name for name in lists | stacked if self.in_block(name)}
+
+    def is_router(self, module: str) -> bool:
+        """Whether a module decides which experts a token visits, or how much they count."""
+        return any(
+            module.startswith(f"{mixture}.")
+            and not EXPERT.search(module)
+            and ROUTER.search(module.removeprefix(f"{mixture}.")) is not None
+            for mixture in self.mixtures
+        )
+
+    def _places(self, tensor: str) -> list[Place]:
+        """The sites that one tensor of the file holds."""
+        slot, shape = self.layout.slots[tensor], self.layout.shape(tensor)
+        path, _, parameter = slot.parameter.rpartition(".")
+        module, site = self.modules.get(path, nn.Module()), tensor.removesuffix(".weight")
+        if not self.in_block(slot.parameter) or self.is_router(path):
+            return []
+        if slot.expert is not None and parameter in stacks(module) and len(shape) == 2:
+            height, width = shape
+            return [
+                Place(
+                    site=site, tensor=tensor, module=path, parameter=parameter, expert=slot.expert, rows=slot.rows,
+                    shape=(height, width), routed=True, peers=slot.parameter,
+                )
+            ]  # fmt: skip
+        if slot.expert is None and parameter in stacks(module):
+            swapped = stacks_transposed(module)
+            height, width = (shape[2], shape[1]) if swapped else (shape[1], shape[2])
+            return [
+                Place(
+                    site=f"{site}.{expert}", tensor=tensor, module=path, parameter=parameter, expert=expert,
+                    transposed=swapped, shape=(height, width), routed=True, peers=slot.parameter,
+                    stacked=True,
+                )
+                for expert in range(shape[0])
+            ]  # fmt: skip
+        if is_linear(module) and parameter == "weight" and len(shape) == 2:
+            swapped, routed = is_transposed(module), EXPERT.search(path) is not None
+            height, width = (shape[1], shape[0]) if swapped else (shape[0], shape[1])
+            return [
+                Place(
+                    site=site, tensor=tensor, module=path, transposed=swapped, shape=(height, width), routed=routed,
+                    peers=EXPERT.sub("experts.*.", path) if routed else path,
+                )
+            ]  # fmt: skip
+        return []
+
+
+# -- coverage --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Which tensors the passes will touch; (parameters, reason) for each one they will not.
+
+    `missed` counts the matrices inside blocks that no pass can reach; what a recipe deselects by `sites`,
+    embeddings, heads, norms and routers are listed but not missed.
+    """
+
+    touched: dict[str, int]
+    untouched: dict[str, tuple[int, str]]
+    missed: int
+
+    @property
+    def missed_share(self) -> float:
+        """Parameters of unreachable block matrices / parameters of all block matrices that were meant."""
+        meant = self.missed + sum(self.touched.values())
+        return self.missed / meant if meant else 0.0
+
+    def reasons(self) -> dict[str, int]:
+        """Untouched parameters by reason."""
+        return by_reason(self.untouched.values())
+
+
+def by_reason(untouched: Iterable[Sequence[Any]]) -> dict[str, int]:
+    """Parameters by reason, from (parameters, reason) pairs."""
+    total: dict[str, int] = {}
+    for size, reason in untouched:
+        total[reason] = total.get(reason, 0) + size
+    return total
+
+
+def size_of(shape: Shape) -> int:
+    """Entries of a tensor of this shape."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
+
+
+def coverage(anatomy: Anatomy, selections: Iterable[str]) -> Coverage:
+    """The coverage of passes with the `sites` globs `selections`, counted over every tensor of the file."""
+    globs = tuple(selections)
+    touched: dict[str, int] = {}
+    untouched: dict[str, tuple[int, str]] = {}
+    missed = 0
+    held: dict[str, list[Place]] = {}
+    for place in anatomy.places.values():
+        held.setdefault(place.tensor, []).append(place)
+    for tensor, shape in (anatomy.layout.shapes or {}).items():
+        if tensor not in held:
+            reason = why_untouched(anatomy, tensor, shape)
+            untouched[tensor] = (size_of(shape), reason)
+            missed += size_of(shape) if reason == MISSED else 0
+        for place in held.get(tensor, ()):
+            name = tensor if len(held[tensor]) == 1 else place.site
+            if any(fnmatchcase(place.site, glob) for glob in globs):
+                touched[name] = size_of(place.shape)
+            else:
+                untouched[name] = (size_of(place.shape), "deselected by the recipe")
+    return Coverage(touched=touched, untouched=untouched, missed=missed)
+
+
+def why_untouched(anatomy: Anatomy, tensor: str, shape: Shape) -> str:
+    """Why no pass may touch a tensor that holds no site."""
+    layout = anatomy.layout
+    if tensor in layout.unknown:
+        return "unknown to the architecture"
+    slot = layout.slots.get(tensor)
+    if slot is None:  # made by a conversion
+        inside = any(anatomy.in_block(p) for p, sources in layout.sources.items() if tensor in sources)
+        return MISSED if inside and len(shape) > 1 else "stored in another form than the model keeps it"
+    path, _, parameter = slot.parameter.rpartition(".")
+    if not anatomy.in_language(slot.parameter):
+        return "not part of the language model"
+    stacked_bias = "bias" in parameter and bool(stacks(anatomy.modules[path]))
+    if slot.parameter not in layout.parameters:
+        return "a buffer: not a weight"
+    if isinstance(anatomy.modules[path], (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return "a convolution"
+    if len(shape) < 2 or size_of(shape) == max(shape) or stacked_bias:
+        return "a vector: norm or bias"
+    if anatomy.in_block(slot.parameter):
+        return "a router" if anatomy.is_router(path) else MISSED
+    same = {
+        slot.parameter,
+        layout.tied.get(slot.parameter),
+        *(k for k, v in layout.tied.items() if v == slot.parameter),
+    }
+    return "the output head, or an embedding tied to it" if same & anatomy.heads else "an embedding"

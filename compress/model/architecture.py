@@ -1,0 +1,70 @@
+"""The model of a config, without weights, by the class transformers has for it; nothing in the folder is executed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import ArtifactError
+
+# in this order: a class that is in several lists is taken from the first
+AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForMaskedLM",
+        "AutoModelForSequenceClassification", "AutoModel")  # fmt: skip
+NOT_CONFIG = ("quantization_config", "auto_map")
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers that builds the class a config names in `architectures`; causal by default."""
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [None])[0]
+    found = [auto for auto in (getattr(transformers, name, None) for name in AUTO) if auto is not None]
+    known = [(auto, auto._model_mapping.get(type(config), None)) for auto in found]
+    for auto, kinds in known:
+        names = [kind.__name__ for kind in (kinds if isinstance(kinds, (tuple, list)) else (kinds,)) if kind]
+        if named in names:
+            return auto
+    return next((auto for auto, kinds in known if kinds), transformers.AutoModelForCausalLM)
+
+
+def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The model of a config with parameters on the meta device and buffers real.
+
+    Raises ArtifactError for a config transformers does not know, or an encoder-decoder.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    plain = {key: value for key, value in config.items() if key not in NOT_CONFIG}
+    if plain.get("is_encoder_decoder"):
+        raise ArtifactError(
+            f"config.json: {plain.get('model_type')} is an encoder-decoder; only one stack of blocks is walked"
+        )
+    try:  # transformers raises whatever a wrong value happens to break; none of it is a bug of ours
+        parsed = AutoConfig.for_model(**plain)
+        with init_empty_weights(include_buffers=False):
+            model = auto_class(parsed).from_config(parsed, dtype=dtype, experts_implementation="eager")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        raise ArtifactError(f"config.json: transformers cannot build this model: {reason}") from error
+    if not isinstance(model, nn.Module):
+        raise ArtifactError("config.json: not a language model")
+    model.tie_weights()  # type: ignore[operator]
+    return model.eval().requires_grad_(False)
+
+
+def run(module: Any, ids_BT: torch.Tensor) -> Any:
+    """Call a model on token ids, without a cache where it knows one."""
+    takes = inspect.signature(module.forward).parameters
+    cached = "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    return module(input_ids=ids_BT, **({"use_cache": False} if cached else {}))
+
+
+def ignored(model: Any, name: str) -> bool:
+    """Whether the architecture says that it leaves this tensor in the file: a draft head, an old buffer."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)

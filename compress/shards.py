@@ -1,0 +1,128 @@
+"""Writing safetensors files one tensor at a time, so that saving needs no more memory than one tensor.
+
+safetensors' own writer wants all tensors of a file at once and copies each; it also makes files that only their owner
+may read (0600, version 0.8). The format is its: a length, a JSON header, the values. Reading stays with the library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.errors import VerificationError
+from compress.model.source import digest
+
+SHARD_SIZE = 5_000_000_000  # bytes, as transformers' default
+NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
+    torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+}  # fmt: skip
+AT_ONCE = 1 << 22  # values written in one go
+
+
+class WriteError(Exception):
+    """A file could not be written; its cause says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A tensor to be written: what the header says of it, and how to get it when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Entry:
+        """The entry of a tensor that is at hand."""
+        return cls(
+            name=name, dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), nbytes=tensor.nbytes,
+            make=partial(torch.Tensor.contiguous, tensor),
+        )  # fmt: skip
+
+
+def split(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:
+    """The entries in parts of at most `limit` bytes; a larger one stays alone."""
+    part: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if part and size + entry.nbytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(entry)
+        size += entry.nbytes
+    if part:
+        yield part
+
+
+def header_of(entries: Sequence[Entry]) -> bytes:
+    """The header of a file whose values follow in the order of `entries`."""
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        end = start + entry.nbytes
+        fields[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    return struct.pack("<Q", len(text) + -len(text) % 8) + text + b" " * (-len(text) % 8)
+
+
+def chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in its own order, some at a time."""
+    flat = tensor.detach().reshape(-1)
+    for part in flat.split(AT_ONCE):
+        yield memoryview(part.cpu().contiguous().view(torch.uint8).numpy())
+
+
+def write_shard(path: Path, entries: Iterable[Entry]) -> str:
+    """Write one safetensors file, readable by everyone, and read it back; its sha256.
+
+    Raises WriteError if the disk refuses, VerificationError if the file does not hold what was written.
+    """
+    ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, count(e.shape)), e.name))  # wide ones first: aligned
+    sha = hashlib.sha256()
+    try:
+        with path.open("wb") as file:
+            for piece in pieces(ordered):
+                file.write(piece)
+                sha.update(piece)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+    except OSError as error:
+        raise WriteError(str(path)) from error
+    if digest(path) != sha.hexdigest():
+        raise VerificationError(f"{path.name}: it reads back differently from what was written")
+    return sha.hexdigest()
+
+
+def pieces(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+    """Everything a file holds, in order; each tensor is made when it is reached and dropped after."""
+    yield header_of(entries)
+    for entry in entries:
+        tensor = entry.make()
+        if tensor.nbytes != entry.nbytes or NAMES[tensor.dtype] != entry.dtype:
+            raise VerificationError(f"{entry.name}: {tensor.dtype} of {tensor.nbytes} bytes, {entry.nbytes} announced")
+        if tensor.nbytes:
+            yield from chunks(tensor)
+        del tensor
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """Entries of a tensor."""
+    total = 1
+    for extent in shape:
+        total *= extent
+    return total
