@@ -253,6 +253,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
 class Artifact(Checkpoint):
     """A compressed folder read as the plain model it denotes: sites are decoded on the way out."""
 
+    decoded_from = METHOD
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         quantization = self.config.get("quantization_config")

@@ -8,11 +8,10 @@ a statistic; drift and final verification are measured on them.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +20,13 @@ from compress.builtin.documents import context_document, fact_document, open_boo
 from compress.builtin.facts import facts
 from compress.errors import CalibrationError
 from compress.recipe import Calibration
+from compress.texts import Document, read_documents
 
 TEXTS = Path(__file__).parent / "builtin" / "texts"
 LONGEST = 2048  # of a default window; longer contexts cost quadratic memory and are asked for explicitly
 LARGE = 4_000_000  # characters; only a source beyond this is thinned before it is tokenized
 PROBE = 4  # windows
+SHORTEST = 8  # tokens of a document that is worth a window
 PROBE_LENGTH = 256  # tokens of each at most: its logits are kept, and vocabularies are large
 
 
@@ -56,30 +57,83 @@ def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int
     rng = random.Random(calibration.seed)
     if calibration.data == "mixed":
         asked = count // 2
-        documents = builtin_documents(rng, (asked + PROBE) * length)
-        parts = [(documents, asked, PROBE // 2), (builtin_text(), count - asked, PROBE - PROBE // 2)]
+        documents: list[Document] = [*builtin_documents(rng, (asked + PROBE) * length)]
+        parts = [(documents, asked, PROBE // 2), (source_of(calibration, "text"), count - asked, PROBE - PROBE // 2)]
     else:
-        text = builtin_text() if calibration.data == "text" else read_documents(Path(calibration.data))
-        parts = [(text, count, PROBE)]
+        parts = [(source_of(calibration, calibration.data), count, PROBE)]
     rows: list[list[int]] = []
     probes: list[list[int]] = []
     notes = ""
     for documents, wanted, probed in parts:
-        tokens = stream(thinned(documents, max(LARGE, 64 * (wanted + probed) * length), rng), tokenizer)
-        reserved = probed * min(length, PROBE_LENGTH)  # from the end, so that no window can overlap the probe
-        if len(tokens) < reserved + length:
-            raise CalibrationError(
-                f"calibration.data: {calibration.data} holds {len(tokens)} tokens, {reserved + length} are needed"
-            )
-        rows += windows(tokens[:-reserved], wanted, length, rng)
-        probes += [tokens[-reserved:][i * (reserved // probed) :][: reserved // probed] for i in range(probed)]
-        if len(tokens) - reserved < wanted * length:
-            notes += f", windows overlap: {len(tokens) - reserved} tokens for {wanted} of them"
+        some = thinned(documents, max(LARGE, 64 * (wanted + probed) * length), rng)
+        encoded = encode(some, tokenizer, calibration.chat)
+        cut = by_document if calibration.layout == "documents" else packed
+        drawn = cut(encoded, wanted, probed, length, rng, calibration.data)
+        rows += drawn.rows
+        probes += drawn.probes
+        notes += drawn.note
     rng.shuffle(rows)
-    ids_NT, probe_NT = torch.tensor(rows, dtype=torch.long).view(-1, length), torch.tensor(probes)
-    sha = hashlib.sha256(ids_NT.to(torch.int32).numpy().tobytes()).hexdigest()
-    name = f"{Path(calibration.data).name} {count}x{length} seed {calibration.seed}{notes}"
-    return Tokens(windows=(ids_NT,), probe_NT=probe_NT, name=name, sha256=sha)
+    by_length: dict[int, list[list[int]]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    found = tuple(torch.tensor(by_length[n], dtype=torch.long) for n in sorted(by_length))
+    sha = hashlib.sha256()
+    for ids_NT in found:
+        sha.update(ids_NT.to(torch.int32).numpy().tobytes())
+    how = "".join(f" {word}" for word in (("chat",) if calibration.chat else ()))
+    how += " documents up to" if calibration.layout == "documents" else ""
+    name = f"{Path(calibration.data).name}{how} {count}x{length} seed {calibration.seed}{notes}"
+    return Tokens(windows=found, probe_NT=torch.tensor(probes), name=name, sha256=sha.hexdigest())
+
+
+class Drawn(NamedTuple):
+    """Windows, probe windows, and what is to be said of them."""
+
+    rows: list[list[int]]
+    probes: list[list[int]]
+    note: str = ""
+
+
+def packed(documents: list[list[int]], wanted: int, probed: int, length: int, rng: random.Random, where: str) -> Drawn:
+    """Windows of `length` from the documents laid end to end."""
+    tokens = [token for ids in documents for token in ids]
+    reserved = probed * min(length, PROBE_LENGTH)  # from the end, so that no window can overlap the probe
+    if len(tokens) < reserved + length:
+        raise CalibrationError(f"calibration.data: {where} holds {len(tokens)} tokens, {reserved + length} are needed")
+    free = len(tokens) - reserved
+    note = f", windows overlap: {free} tokens for {wanted} of them" if free < wanted * length else ""
+    return Drawn(windows(tokens[:-reserved], wanted, length, rng), probe_rows(tokens, reserved, probed), note)
+
+
+def by_document(
+    documents: list[list[int]], wanted: int, probed: int, length: int, rng: random.Random, where: str
+) -> Drawn:
+    """Windows of one document each, cut at `length` and never padded; the probe is made of the last documents."""
+    width = min(length, PROBE_LENGTH)
+    kept = list(documents)
+    tail: list[int] = []
+    while kept and len(tail) < probed * width:
+        tail = kept.pop() + tail
+    long_enough = [ids[:length] for ids in kept if len(ids) >= SHORTEST]
+    if len(tail) < probed * width or len(long_enough) < max(1, wanted):
+        raise CalibrationError(
+            f"calibration.data: {where} has {len(long_enough)} documents of at least {SHORTEST} tokens beside the "
+            f"{probed * width} tokens of the probe; {max(1, wanted)} are needed"
+        )
+    return Drawn(rng.sample(long_enough, wanted), probe_rows(tail, probed * width, probed))
+
+
+def probe_rows(tokens: list[int], reserved: int, probed: int) -> list[list[int]]:
+    """`probed` windows of the last `reserved` tokens."""
+    width = reserved // probed
+    return [tokens[-reserved:][i * width :][:width] for i in range(probed)]
+
+
+def source_of(calibration: Calibration, data: str) -> list[Document]:
+    """The documents of a source by name."""
+    if data == "text":
+        return [*builtin_text()]
+    return read_documents(data, calibration.field or ("messages" if calibration.chat else "text"), calibration.split)
 
 
 def builtin_text() -> list[str]:
@@ -108,77 +162,53 @@ def builtin_documents(rng: random.Random, tokens: int) -> list[str]:
     return documents
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a user's file: paragraphs of .txt, the field `text` of .jsonl, or a saved datasets folder."""
-    if path.is_dir():
-        return read_dataset(path)
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f"calibration.data: {str(path)!r} cannot be read ({type(error).__name__}); "
-            "allowed: text, mixed, a .txt or .jsonl file, a datasets folder"
-        ) from error
-    if "\0" in raw:
-        raise CalibrationError(f"calibration.data: {path} holds NUL bytes; it is not text")
-    if path.suffix != ".jsonl":
-        return [part for part in raw.split("\n\n") if part.strip()]
-    documents = []
-    for number, line in enumerate(raw.split("\n"), start=1):
-        if line.strip():
-            documents.append(text_of(line, f"{path}:{number}"))
-    return documents
-
-
-def text_of(line: str, where: str) -> str:
-    """The field `text` of a JSON line."""
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(f"{where}: expected a JSON object with a `text` field") from error
-    if not isinstance(text, str):
-        raise CalibrationError(f"{where}: `text` is not a string")
-    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise CalibrationError(f"{where}: `text` holds half of a surrogate pair, which is no character")
-    return text
-
-
-def read_dataset(path: Path) -> list[str]:
-    """The column `text` of a datasets folder written by `save_to_disk`."""
-    try:
-        from datasets import Dataset, load_from_disk
-    except ImportError as error:
-        raise CalibrationError("calibration.data: a datasets folder needs `pip install datasets`") from error
-    try:
-        data = load_from_disk(str(path))
-    except (FileNotFoundError, ValueError) as error:
-        raise CalibrationError(f"calibration.data: {path} is not a saved datasets folder") from error
-    if not isinstance(data, Dataset) or "text" not in data.column_names:
-        raise CalibrationError(f"calibration.data: {path} needs one split with a `text` column")
-    return [str(text) for text in data["text"]]
-
-
-def thinned(documents: list[str], characters: int, rng: random.Random) -> list[str]:
+def thinned(documents: list[Document], characters: int, rng: random.Random) -> list[Document]:
     """The documents, or if they are far more than `characters` a random choice of that many, in random order."""
-    if sum(map(len, documents)) <= characters:
+    if sum(map(size_of, documents)) <= characters:
         return documents
-    chosen: list[str] = []
+    chosen: list[Document] = []
     for i in rng.sample(range(len(documents)), len(documents)):
         chosen.append(documents[i])
-        characters -= len(documents[i])
+        characters -= size_of(documents[i])
         if characters <= 0:
             break
     return chosen
 
 
-def stream(documents: list[str], tokenizer: Any) -> list[int]:
-    """The documents as one token stream, each opened by the tokenizer's beginning (or end) of text."""
-    opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    start = [] if opening is None else [opening]
+def size_of(document: Document) -> int:
+    """Characters of a document."""
+    return len(document) if isinstance(document, str) else sum(len(turn["content"]) for turn in document)
+
+
+def encode(documents: list[Document], tokenizer: Any, chat: bool = False) -> list[list[int]]:
+    """The tokens of each document, opened by the tokenizer's beginning (or end) of text.
+
+    With `chat` each goes through the tokenizer's own template; a plain text counts as what a user said. Raises
+    CalibrationError if there is no template, or a conversation is to be read without one.
+    """
     if not documents:
         return []
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    return [token for ids in encoded for token in (*start, *ids)]
+    if chat:
+        return [templated(document, tokenizer) for document in documents]
+    texts = [document for document in documents if isinstance(document, str)]
+    if len(texts) < len(documents):
+        raise CalibrationError("calibration.data holds conversations; set calibration.chat to true to read them")
+    opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = [] if opening is None else [opening]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [[*start, *ids] for ids in encoded]
+
+
+def templated(document: Document, tokenizer: Any) -> list[int]:
+    """A conversation as the model was taught to see it."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError("calibration.chat: the tokenizer of this model has no chat template")
+    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
+    try:
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    except Exception as error:  # a template is a program of the model's maker and raises what it likes
+        raise CalibrationError(f"calibration.chat: the chat template refuses a conversation: {error}") from error
+    return [int(token) for token in ids]
 
 
 def windows(tokens: list[int], count: int, length: int, rng: random.Random) -> list[list[int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +73,11 @@ def run(
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     log: Annotated[Path | None, typer.Option(help="append every event as a JSON line to this file")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
+    shard_size: Annotated[str, typer.Option(help="largest shard, such as 500MB or 5GB")] = "5GB",
+    offload: Annotated[bool, typer.Option("--offload", help="keep calibration activations on disk")] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="decode a model that is already quantized, instead of refusing it")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model by a recipe into a new folder, verified before it is put in place."""
@@ -79,16 +85,37 @@ def run(
     from compress import events
     from compress import recipe as recipes
     from compress.console import Progress
+    from compress.model.memory import release_early
 
+    release_early()
     loaded = recipes.load(recipe, changes or [])
     target = out if out is not None else Path("out") / Path(recipe).name.removesuffix(".yaml")
     sinks: list[events.Sink] = [Progress(screen())]
     if log is not None:
         sinks.append(events.jsonl(log))  # created now: a place that cannot be written is refused before the work
-    report = compress.run(model, loaded, target, emit=events.fan_out(sinks), device=device, force=force)
+    report = compress.run(
+        model,
+        loaded,
+        target,
+        emit=events.fan_out(sinks),
+        device=device,
+        force=force,
+        shard_size=bytes_of(shard_size),
+        offload=offload,
+        dequantize=dequantize,
+    )
     touched = sum(report.coverage.touched.values())
     coverage = {"touched": touched, "missed": report.coverage.missed, "untouched": report.coverage.reasons()}
     result({**{k: v for k, v in asdict(report).items() if k != "coverage"}, "coverage": coverage}, as_json)
+
+
+def bytes_of(text: str) -> int:
+    """The bytes a size such as `500MB` means; raises RecipeError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size < 1:
+        raise RecipeError(f"--shard-size: {text!r} is not a size; give a number with KB, MB, GB or TB")
+    return size
 
 
 @app.command("eval")
@@ -159,13 +186,18 @@ def read_text(path: Path) -> str:
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="a compressed model folder")], as_json: Json = False) -> None:
-    """Show what was done to each site of a compressed model, and what was left alone."""
-    from compress.artifact import Artifact
-    from compress.console import inspect_table
+def inspect(folder: Annotated[Path, typer.Argument(help="any model folder")], as_json: Json = False) -> None:
+    """Show what was done to each site of a compressed model, or which sites any other model has."""
+    from compress.artifact import Artifact, is_artifact
+    from compress.console import inspect_table, survey_table
     from compress.model.anatomy import by_reason
     from compress.model.source import locate
+    from compress.survey import survey
 
+    if not is_artifact(locate(folder)):
+        found = survey(locate(folder))
+        result(found, as_json, *survey_table(found))
+        return
     made = Artifact(locate(folder)).provenance
     view = {
         "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],

@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compress.events import BlockFinished, BlockStarted, Event, Fallback, RunFinished, RunStarted, WeightRewritten
+from compress.events import (
+    BlockFinished,
+    BlockStarted,
+    Event,
+    Fallback,
+    RunFinished,
+    RunStarted,
+    Starved,
+    WeightRewritten,
+)
 
 VERDICT_STYLES = {"improved": "bold green", "matching": "green", "inconclusive": "yellow", "drop": "dark_orange"}
 
@@ -37,6 +46,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console, self.began = console, time.monotonic()
         self.errors: dict[str, float] = {}
+        self.starved: dict[str, int] = {}  # expert's matrix -> tokens that reached it, in this block
 
     def __call__(self, event: Event) -> None:
         """Render an event."""
@@ -50,7 +60,9 @@ class Progress:
                 self.console.print(f"  [dim]parameters left alone: {left or 'none'}[/]")
                 self.began = time.monotonic()
             case BlockStarted():
-                self.errors = {}
+                self.errors, self.starved = {}, {}
+            case Starved():
+                self.starved[event.site] = event.tokens
             case WeightRewritten():
                 self.errors[event.site] = event.weight_error if event.output_error is None else event.output_error
             case Fallback():
@@ -64,6 +76,12 @@ class Progress:
         """One finished block."""
         done = event.index + 1
         left = (time.monotonic() - self.began) / done * (event.count - done)
+        if self.starved:
+            fewest, most = min(self.starved.values()), max(self.starved.values())
+            self.console.print(
+                f"  [yellow]{len(self.starved)} experts' matrices[/] were reached by only {fewest} to {most} tokens, "
+                "and treated without statistics"
+            )
         worst = f"worst site {max(self.errors.values()):.3f}" if self.errors else "untouched"
         self.console.print(
             f"  block {done}/{event.count}  {worst}  drift {event.error:.3f}  {size(event.nbytes)}  "
@@ -76,7 +94,8 @@ class Progress:
             f"[bold green]verified[/] {size(event.source_bytes)} -> [bold]{size(event.artifact_bytes)}[/] "
             f"({change(event.source_bytes, event.artifact_bytes)}), "
             f"{event.bits_per_weight:.2f} bits a block weight; "
-            f"probe KL {event.kl:.4g} nats; {event.fallbacks} fallbacks; {event.seconds:.0f} s, "
+            f"probe KL {event.kl:.4g} nats; {event.fallbacks} fallbacks"
+            f"{f'; {event.starved} starved' if event.starved else ''}; {event.seconds:.0f} s, "
             f"peak {size(event.peak_bytes)}\n[bold]{escape(event.out)}[/]"
         )
 
@@ -106,6 +125,7 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         output = "-" if row["output_error"] is None else f"{row['output_error']:.4f}"
         notes = [f"damping {row['damping']:g}"] if row.get("damping") else []
         notes += [f"fallback: {escape(reason)}" for _, reason in row["fallbacks"]]
+        notes += [f"starved: {escape(reason)}" for reason in row.get("starved", ())]
         table.add_row(
             name, row["weight"], f"{row['bytes']:,}", f"{row['weight_error']:.4f}", output, str(row["tokens"]),
             ", ".join(notes),
@@ -117,6 +137,30 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         f"{size(sizes['source_bytes'])} -> [bold]{size(sizes['bytes'])}[/], "
         f"{sizes['bits_per_weight']:.2f} bits a block weight; probe KL {view['probe']['kl']:.4g} nats",
         "untouched: " + ", ".join(f"{n:,} ({escape(reason)})" for reason, n in view["untouched"].items()),
+    ]
+    return [table, *lines]
+
+
+def survey_table(view: dict[str, Any]) -> list[Any]:
+    """A model's sites by kind, and the rest."""
+    total = sum(row["parameters"] for row in view["sites"])
+    table = Table(title=f"{view['path']}: sites of {view['family']}")
+    for column in ("sites", "shape [out, in]", "count", "parameters", "share"):
+        table.add_column(escape(column), justify="left" if column == "sites" else "right", overflow="fold")
+    for row in view["sites"]:
+        table.add_row(
+            escape(row["sites"]) + (" [dim](experts)[/]" if row["expert"] else ""),
+            " x ".join(map(str, row["shape"])), f"{row['count']:,}", f"{row['parameters']:,}",
+            f"{row['parameters'] / total:.1%}",
+        )  # fmt: skip
+    tested = (
+        "covered by tests" if view["tested_family"] else "no test covers it; a run first proves that it can be walked"
+    )
+    stored = f", decoded from {view['decoded_from']}" if view["decoded_from"] else ""
+    lines = [
+        f"[bold]{escape(view['architecture'])}[/], family {escape(view['family'])} ({tested})",
+        f"{view['blocks']} blocks, {view['dtype']}, {size(view['bytes'])} in {view['files']} files{stored}",
+        "no pass touches: " + (", ".join(f"{n:,} ({escape(r)})" for r, n in view["untouched"].items()) or "nothing"),
     ]
     return [table, *lines]
 

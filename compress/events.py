@@ -111,6 +111,7 @@ class RunFinished(Event):
     bits_per_weight: float
     kl: float
     fallbacks: int
+    starved: int
     seconds: float
     peak_bytes: int
 

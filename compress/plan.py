@@ -71,14 +71,6 @@ def check_disk(out: Path, source: Checkpoint) -> None:
         raise PlanError(f"{there}: {free:,} bytes are free, the output may take {needed:,}")
 
 
-def refuse_quantized(source: Checkpoint) -> None:
-    """Raise ArtifactError for a checkpoint that is already compressed."""
-    quantization = source.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
-        raise ArtifactError(f"{source.path}: already quantized by {method}; start from the dense model")
-
-
 def check_tensors(walk: Walk, source: Checkpoint) -> None:
     """Raise ArtifactError if a parameter of the architecture is missing from the files or has another shape.
 
@@ -132,7 +124,7 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
 
     Raises CalibrationError if data is needed and cannot be had, or a token is unknown to the model.
     """
-    limit = int(getattr(walk.model.config.get_text_config(), "max_position_embeddings", 2048))
+    limit = longest_window(walk)
     vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
@@ -149,6 +141,16 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
     if largest >= vocabulary:
         raise CalibrationError(f"{folder}: the tokenizer yields token {largest}, the model knows {vocabulary}")
     return drawn
+
+
+def longest_window(walk: Walk) -> int:
+    """The tokens that a model takes at once."""
+    limit = int(getattr(walk.model.config.get_text_config(), "max_position_embeddings", 2048))
+    for module in walk.model.modules():  # RoBERTa counts positions from behind the padding's
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
+            limit = min(limit, table.num_embeddings - table.padding_idx - 1)
+    return limit
 
 
 def tokenizer_of(folder: Path) -> Any:

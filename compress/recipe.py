@@ -32,13 +32,25 @@ class Calibration:
 
     data: Annotated[
         str,
-        Field(description="text, mixed (half of it questions and contexts), a .txt or .jsonl file, a datasets folder"),
+        Field(
+            description="text, mixed (half of it questions and contexts), a .txt or .jsonl file, a datasets folder, "
+            "or hub:NAME or hub:NAME:CONFIGURATION"
+        ),
     ] = "mixed"
     samples: Annotated[int, Field(ge=1, le=65536, description="windows")] = 128
     length: Annotated[
         int | None, Field(ge=8, le=1 << 20, description="tokens a window; default: what the model takes, to 2048")
     ] = None
     seed: Annotated[int, Field(ge=0, description="which windows")] = 0
+    layout: Annotated[
+        Literal["packed", "documents"],
+        Field(description="windows from documents laid end to end, or of one document each, never padded"),
+    ] = "packed"
+    chat: Annotated[bool, Field(description="put each document through the tokenizer's chat template")] = False
+    field: Annotated[
+        str | None, Field(description="of JSON lines and datasets; default: text, with chat: messages")
+    ] = None
+    split: Annotated[str, Field(description="of a dataset")] = "train"
 
     def __post_init__(self) -> None:
         check_options(self, "calibration")
@@ -51,6 +63,9 @@ class Limits:
     max_untouched: Annotated[
         float, Field(ge=0, le=1, description="share of the blocks' matrix parameters that no pass could reach")
     ] = 0.02
+    max_starved: Annotated[
+        float, Field(ge=0, le=1, description="share of the experts' matrices that too few calibration tokens reach")
+    ] = 0.5
     max_fallbacks: Annotated[int, Field(ge=0, description="sites where a pass did something weaker than asked")] = 0
 
     def __post_init__(self) -> None:

@@ -52,12 +52,13 @@ class Versions(TypedDict):
 
 
 class Source(TypedDict):
-    """The dense model an artifact was made from; sha256 by shard."""
+    """The dense model an artifact was made from; sha256 by shard, and the format it was decoded from, if any."""
 
     name: str
     family: str
     tested_family: bool
     sha256: dict[str, str]
+    decoded_from: NotRequired[str]
 
 
 class Calibrated(TypedDict):

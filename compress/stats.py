@@ -16,6 +16,13 @@ from torch import Tensor
 from compress.errors import CalibrationError
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; a few million at a time, so that nothing of the tensor's size is made."""
+    if tensor.dtype.itemsize == 1:  # float8: no comparison is implemented
+        return all(bool(torch.isfinite(part.float()).all()) for part in tensor.reshape(-1).split(1 << 22))
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 22))
+
+
 class Statistic:
     """An accumulator over the tokens [T, in] that reach a site."""
 
@@ -56,6 +63,9 @@ class ColumnNorm(Statistic):
         return self.square_I.sqrt().float()
 
 
+SIDE = 1024  # of the square blocks in which a Gram is accumulated
+
+
 class Gram(Statistic):
     """Mean of x xᵀ over all calibration tokens, float32 [in, in]."""
 
@@ -66,12 +76,18 @@ class Gram(Statistic):
     def update(self, x_TI: Tensor) -> None:
         """Add the outer products of a batch."""
         x_TI = x_TI.float()
-        self.sum_II.addmm_(x_TI.T, x_TI)
+        for start in range(0, self.sum_II.shape[0], SIDE):  # only what lies right of the diagonal: half the work
+            part = slice(start, start + SIDE)
+            self.sum_II[part, start:].addmm_(x_TI[:, part].T, x_TI[:, start:])
         self.tokens += len(x_TI)
 
     def value(self) -> Tensor:
-        """The mean outer product."""
-        return self.sum_II / max(1, self.tokens)
+        """The mean outer product; the accumulator itself, completed and divided in place."""
+        for start in range(0, self.sum_II.shape[0], SIDE):
+            part = slice(start, start + SIDE)
+            self.sum_II[start + SIDE :, part] = self.sum_II[part, start + SIDE :].T
+        mean_II, self.sum_II = self.sum_II.div_(max(1, self.tokens)), self.sum_II[:0]
+        return mean_II
 
 
 class Statistics:
@@ -122,7 +138,7 @@ class Collector:
         """The values; raises CalibrationError naming `where` if one is not finite."""
         values = {kind: part.value() for kind, part in self.parts.items()}
         for kind, value in values.items():
-            if not bool(torch.isfinite(value).all()):
+            if not finite(value):
                 raise CalibrationError(
                     f"{where}: the {kind.__name__} of its input is not finite; the model overflows here"
                 )

@@ -22,11 +22,10 @@ from compress.calibration import (
     builtin_documents,
     builtin_text,
     draw,
-    read_documents,
-    stream,
-    text_of,
+    encode,
     windows,
 )  # fmt: skip
+from compress.texts import document_of, read_documents
 
 BUILTIN = ("text", "mixed")
 
@@ -136,9 +135,9 @@ def test_a_short_source_is_used_more_than_once() -> None:
 
 
 def test_every_document_is_opened_by_the_beginning_of_text(tokenizer: Any) -> None:
-    ids = stream(["one two", "three"], tokenizer)
-    assert ids.count(tokenizer.bos_token_id) == 2
-    assert ids[0] == tokenizer.bos_token_id
+    documents = encode(["one two", "three"], tokenizer)
+    assert [ids[0] for ids in documents] == [tokenizer.bos_token_id] * 2
+    assert tokenizer.decode(documents[0][1:]) == "one two"
 
 
 def test_the_default_length_is_what_the_model_takes(tokenizer: Any) -> None:
@@ -259,7 +258,7 @@ LINES = [f"document number {i} speaks of rivers and roads at some length" for i 
 
 @pytest.fixture
 def same_tokens(tokenizer: Any) -> Tensor:
-    return torch.tensor(stream(LINES, tokenizer))
+    return torch.tensor([token for ids in encode(LINES, tokenizer) for token in ids])
 
 
 def test_paragraphs_of_a_text_file_are_documents(tmp_path: Path) -> None:
@@ -331,23 +330,146 @@ def test_a_malformed_json_line_is_refused_by_number(line: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("value", ["3", "null", '["a"]'])
 def test_a_text_that_is_no_text_is_refused(value: str) -> None:
-    with pytest.raises(CalibrationError, match="here: `text` is not a string"):
-        text_of(f'{{"text": {value}}}', "here")
+    with pytest.raises(CalibrationError, match="here: `text` is neither a string nor a list of messages"):
+        document_of(f'{{"text": {value}}}', "here")
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(CalibrationError, match="is not a saved datasets folder"):
+    with pytest.raises(CalibrationError, match="is not a datasets folder: "):
         read_documents(tmp_path)
 
 
 def test_a_dataset_without_text_is_refused(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"content": LINES}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(CalibrationError, match="needs one split with a `text` column"):
+    with pytest.raises(CalibrationError, match="no column 'text'; it has content"):
         read_documents(tmp_path / "saved")
 
 
 def test_a_window_longer_than_the_model_takes_is_refused(tokenizer: Any) -> None:
     with pytest.raises(CalibrationError, match=r"calibration\.length: 200 tokens a window, the model takes 128"):
         draw(calibration(length=200), tokenizer, 128)
+
+
+# -- one window a document -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    """Forty documents of different lengths, as JSON lines."""
+    path = tmp_path / "documents.jsonl"
+    words = builtin_text()[0].split()
+    texts = [" ".join(words[i : i + 8 + i]) for i in range(40)]
+    path.write_text("".join(json.dumps({"text": text, "body": "so " * 50}) + "\n" for text in texts))
+    return path
+
+
+def test_a_window_of_one_document_is_cut_but_never_padded(lines: Path, tokenizer: Any) -> None:
+    tokens = draw(calibration(str(lines), layout="documents", samples=9), tokenizer, 128)
+    assert sum(len(ids) for ids in tokens.windows) == 9
+    assert len({ids.shape[1] for ids in tokens.windows}) == len(tokens.windows) > 1
+    assert max(ids.shape[1] for ids in tokens.windows) == 40
+    assert all(bool((ids[:, 0] == tokenizer.bos_token_id).all()) for ids in tokens.windows)
+    assert not any(bool((ids == tokenizer.pad_token_id).any()) for ids in tokens.windows)
+    assert "documents up to 9x40" in tokens.name
+
+
+def test_more_documents_than_there_are_is_refused(lines: Path, tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"has \d+ documents of at least 8 tokens beside .*; 40 are needed"):
+        draw(calibration(str(lines), layout="documents", samples=40), tokenizer, 128)
+
+
+def test_another_field_is_read_when_asked(lines: Path) -> None:
+    assert read_documents(lines, "body")[0] == "so " * 50
+
+
+# -- conversations ---------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture
+def instruct(tokenizer: Any) -> Any:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = TEMPLATE
+    return own
+
+
+def test_a_conversation_goes_through_the_template(instruct: Any) -> None:
+    said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (ids,) = encode([said], instruct, chat=True)
+    assert instruct.decode(ids) == instruct.decode(instruct("<s>user: one</s><s>assistant: two</s>")["input_ids"])
+
+
+def test_a_plain_text_is_what_a_user_said(instruct: Any) -> None:
+    assert encode(["one"], instruct, chat=True) == encode([[{"role": "user", "content": "one"}]], instruct, chat=True)
+
+
+def test_messages_of_a_file_are_read_and_named(instruct: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    turn = [{"role": "user", "content": "one two three " * 20}]
+    path.write_text((json.dumps({"messages": turn}) + "\n") * 30)
+    tokens = draw(calibration(str(path), chat=True, layout="documents"), instruct, 128)
+    assert tokens.name == "chat.jsonl chat documents up to 5x40 seed 0"
+
+
+def test_a_tokenizer_without_a_template_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match="the tokenizer of this model has no chat template"):
+        encode(["one"], tokenizer, chat=True)
+
+
+def test_a_conversation_is_not_read_as_text(tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"set calibration\.chat to true"):
+        encode([[{"role": "user", "content": "one"}]], tokenizer)
+
+
+@pytest.mark.parametrize("value", ['[{"role": "user"}]', "[]", '[{"role": 1, "content": "x"}]'])
+def test_a_malformed_conversation_is_refused(value: str) -> None:
+    with pytest.raises(CalibrationError, match="here: "):
+        document_of(f'{{"messages": {value}}}', "here", "messages")
+
+
+# -- datasets --------------------------------------------------------------------------------------
+
+
+def test_a_split_of_a_saved_dataset_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = {name: datasets.Dataset.from_dict({"text": [name] * 3}) for name in ("train", "rest")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    assert read_documents(tmp_path / "saved", split="rest") == ["rest"] * 3
+    with pytest.raises(CalibrationError, match="no split 'test'; it has rest, train"):
+        read_documents(tmp_path / "saved", split="test")
+
+
+def test_a_folder_of_json_lines_is_a_dataset(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_documents(tmp_path / "data") == ["one", "two"]
+
+
+def test_the_hub_is_asked_by_name_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load(*names: Any, **options: Any) -> list[dict[str, str]]:
+        asked.append((names, options))
+        return [{"text": "one"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_documents("hub:someone/wiki:raw", split="test") == ["one"]
+    assert asked == [(("someone/wiki", "raw"), {"split": "test", "streaming": True})]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(CalibrationError, match=r"hub:someone/wiki cannot be had: no route to host$"):
+        read_documents("hub:someone/wiki")

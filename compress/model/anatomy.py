@@ -233,6 +233,8 @@ def why_untouched(anatomy: Anatomy, tensor: str, shape: Shape) -> str:
     path, _, parameter = slot.parameter.rpartition(".")
     if not anatomy.in_language(slot.parameter):
         return "not part of the language model"
+    if anatomy.is_router(path) and anatomy.in_block(slot.parameter) and len(shape) > 1:
+        return "a router"
     stacked_bias = "bias" in parameter and bool(stacks(anatomy.modules[path]))
     if slot.parameter not in layout.parameters:
         return "a buffer: not a weight"
@@ -241,7 +243,7 @@ def why_untouched(anatomy: Anatomy, tensor: str, shape: Shape) -> str:
     if len(shape) < 2 or size_of(shape) == max(shape) or stacked_bias:
         return "a vector: norm or bias"
     if anatomy.in_block(slot.parameter):
-        return "a router" if anatomy.is_router(path) else MISSED
+        return MISSED
     same = {
         slot.parameter,
         layout.tied.get(slot.parameter),

@@ -50,6 +50,7 @@ class Block:
         dense_probe: Tensor,
         last: bool = False,
     ) -> None:
+        """`dense_probe` is the probe's state before this block in the dense model; afterwards it is that behind it."""
         self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense_probe = batches, probe, dense_probe
         self.drift = 0.0
@@ -82,13 +83,13 @@ class Block:
                 group += self.keyed[key]
 
         with self._listening(self.keyed, heard):
-            self.probe.through(self.module, self.index)
+            self.dense_probe = self.probe.through(self.module, self.index, self.dense_probe)
         groups = [group for _, group in seen]
-        for key in (key for key in self.keyed if key not in placed):  # experts the probe did not visit, unused modules
-            peers = self.keyed[key][0].place.peers
-            same = [i for i, group in enumerate(groups) if group[0].place.peers == peers]
-            groups.insert(same[-1] + 1 if same else len(groups), self.keyed[key])
-        return groups
+        groups += [self.keyed[key] for key in self.keyed if key not in placed]  # experts not visited, unused modules
+        by_peers: dict[str, list[Group]] = {}
+        for group in groups:  # what the first expert does second comes after what the last does first
+            by_peers.setdefault(peers_of(group), []).append(group)
+        return [group for together in by_peers.values() for group in sorted(together, key=expert_of)]
 
     @contextmanager
     def _listening(self, keys: Iterable[str], heard: Heard) -> Iterator[None]:
@@ -117,7 +118,7 @@ class Block:
         """The groups in order; those of independent experts together while `size`, in bytes, sums to TOGETHER."""
         by_peers: dict[str, list[Group]] = {}
         for group in groups:
-            by_peers.setdefault(group[0].place.peers if group[0].place.routed else key_of(group[0]), []).append(group)
+            by_peers.setdefault(peers_of(group), []).append(group)
         stages: list[list[Group]] = []
         for together in by_peers.values():
             held = 0
@@ -183,6 +184,10 @@ class Block:
         dense = self.dense_probe.float()
         self.drift = float((self.probe.hidden_BTD.float() - dense).norm() / dense.norm())
 
+    def close(self) -> None:
+        """Let go of every weight, so that whoever still holds this block does not hold its memory."""
+        self.sites, self.keyed, self.groups, self.stacks = {}, {}, [], {}
+
     def _culprit(self, travellers: Travellers) -> str:
         """`; first at SITE` for the first site whose input is not finite, or nothing."""
         first: list[str] = []
@@ -201,6 +206,16 @@ def key_of(site: Site) -> str:
     """What tells the input of a site from others."""
     place = site.place
     return site.name if place.expert is None else f"{place.peers}[{place.expert}]"
+
+
+def peers_of(group: Group) -> str:
+    """What groups share that can be measured together: experts do, everything else is alone."""
+    return group[0].place.peers if group[0].place.routed else key_of(group[0])
+
+
+def expert_of(group: Group) -> int:
+    """The expert of a stack that a group belongs to; 0 if it is none."""
+    return group[0].place.expert or 0
 
 
 def reporter(key: str, heard: Heard) -> Any:

@@ -11,16 +11,26 @@ import sys
 from functools import cache
 from typing import Any
 
+LARGE = 4 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 
 @cache
-def _trim() -> Any:
-    """glibc's `malloc_trim`, or None where the C library is another."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def libc(name: str) -> Any:
+    """A function of glibc, or None where the C library is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def give_back() -> None:
     """Return the free pages of the heap to the system."""
-    if (trim := _trim()) is not None:
+    if (trim := libc("malloc_trim")) is not None:
         trim(0)
+
+
+def release_early() -> None:
+    """Let large blocks go back as soon as they are freed, for this whole process: glibc would raise its threshold to
+    32 MB and keep what is below in its heap. For a command; a library leaves this to its host.
+    """
+    if (mallopt := libc("mallopt")) is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
+        mallopt(M_TRIM_THRESHOLD, LARGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedWeight
@@ -111,16 +112,16 @@ class Site:
         Both are relative to the original. The output error is sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W; it costs
         one product [out, in] @ [in, in].
         """
-        was = self.original.data.float()
-        change = self._weight.dense().float() - was
-        self.weight_error = float(change.norm() / was.norm().clamp(min=1e-30))
+        change = self._weight.dense().float() - self.original.data
+        norm = torch.linalg.vector_norm(self.original.data, dtype=torch.float32).clamp(min=1e-30)
+        self.weight_error = float(change.norm() / norm)
         self.output_error = None
         if output and Gram in self.stats and self.stats.tokens:
             gram = self.stats[Gram]
-            full = self.stats.derived(("energy", self.name), lambda: energy(was, gram).clamp(min=1e-30))
+            full = energy(self.original.data.float(), gram).clamp(min=1e-30)
             self.output_error = float((energy(change, gram) / full).sqrt())
 
 
 def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:
     """tr(W G Wᵀ), the mean squared norm of the output, never below 0."""
-    return ((w_OI @ gram_II) * w_OI).sum().clamp(min=0)
+    return (w_OI @ gram_II).mul_(w_OI).sum().clamp(min=0)

@@ -73,6 +73,8 @@ class Held(NamedTuple):
 class Checkpoint:
     """The tensors of a Hugging Face folder by name, read one at a time."""
 
+    decoded_from = ""  # the format, of a subclass that decodes one
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json", "config.json")

@@ -23,6 +23,7 @@ from compress.model.block import Block
 from compress.model.layout import Shape
 from compress.model.memory import give_back
 from compress.model.travellers import Call, Shared, Travellers
+from compress.stats import finite
 
 REPLAYED = 2e-2  # relative: a replay computes the same products, so even bf16 stays far below
 
@@ -84,6 +85,16 @@ class Walk:
                         raise UnsupportedWeight(f"{module_name}.{name} is a buffer this program cannot fill")
                     module._buffers[name] = buffer.to(self.device)
 
+    def drop_frame(self) -> None:
+        """Forget what `load_frame` loaded until it is needed again: between entering and leaving, nothing of it is."""
+        if not self.framed:
+            return
+        self.framed = False
+        for name, module in self.model.named_modules():
+            if not self.anatomy.in_block(f"{name}."):
+                forget(module)
+        give_back()
+
     def assign(self, module: nn.Module, state: dict[str, Tensor]) -> None:
         """Give a module its tensors, without copying; raises ArtifactError if a shape differs."""
         try:
@@ -122,9 +133,7 @@ class Walk:
     def drop_block(self, index: int) -> None:
         """Forget one block's parameters and give their memory back; buffers stay, some are in no file."""
         for module in self.blocks[index].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+            forget(module)
         give_back()
 
     # -- walking -----------------------------------------------------------------------------------
@@ -170,6 +179,7 @@ class Walk:
         def last(*_: Any, **__: Any) -> Any:
             return self.wrapped(travellers.hidden_BTD, (), {})
 
+        self.load_frame()
         with self.replaced([last] * len(self.blocks)):
             out = run(self.model, travellers.ids_BT.to(self.device))
         return torch.as_tensor(out.logits if hasattr(out, "logits") else out.last_hidden_state)
@@ -195,11 +205,21 @@ class Walk:
         dense_probe = probe.hidden_BTD
         for index, module in enumerate(self.blocks):
             self.load_block(index)
-            dense_probe = probe.through(module, index, dense_probe)
             places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
-            yield Block(f"{self.path}.{index}", index, module, places, batches, probe, dense_probe, last)
+            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense_probe, last)
+            yield block
+            dense_probe = block.dense_probe
+            block.close()
             self.drop_block(index)
         self.dense_logits = self.leave(Travellers(probe.ids_BT, dense_probe, probe.calls))
+
+    def replay(self, probe: Travellers) -> Tensor:
+        """The logits of the model as its source holds it, a block in memory at a time."""
+        for index, module in enumerate(self.blocks):
+            self.load_block(index)
+            probe.hidden_BTD = probe.through(module, index)
+            self.drop_block(index)
+        return self.leave(probe)
 
     def prove(self, ids_BT: Tensor) -> None:
         """Run the model itself, its blocks coming and going, and compare each block with its replay.
@@ -241,6 +261,12 @@ class LiveWalk(Walk):
         self.device, self.store, self.framed = next(model.parameters()).device, None, True
         self._look_at(model, None)
 
+    def load_frame(self) -> None:
+        """Nothing: it is there."""
+
+    def drop_frame(self) -> None:
+        """Nothing: it stays."""
+
     def load_block(self, index: int) -> None:
         """Nothing: the block is there."""
 
@@ -248,11 +274,11 @@ class LiveWalk(Walk):
         """Nothing: the block stays."""
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether every value is finite; a few million at a time, so that nothing of the tensor's size is made."""
-    if tensor.dtype.itemsize == 1:  # float8: no comparison is implemented
-        return all(bool(torch.isfinite(part.float()).all()) for part in tensor.reshape(-1).split(1 << 22))
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 22))
+def forget(module: nn.Module) -> None:
+    """Leave only the shapes of a module's own parameters."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
 
 def first_mismatch(error: RuntimeError) -> str:

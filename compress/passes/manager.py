@@ -15,9 +15,9 @@ from compress.model.block import Block
 from compress.model.experts import one_by_one
 from compress.model.site import Site
 from compress.model.travellers import batched, unpadded
-from compress.model.walk import LiveWalk, finite
+from compress.model.walk import LiveWalk
 from compress.passes.base import WeightPass
-from compress.stats import Statistic
+from compress.stats import Statistic, finite
 from compress.weights import Weight
 
 
@@ -44,10 +44,7 @@ class PassManager:
     def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The blocks, rewritten; the caller stores each before asking for the next."""
         for block in blocks:
-            groups = [group for group in block.groups if any(self.steps(site) for site in group)]
-            stages = block.stages(groups, self.nbytes) if self.ordering == "site" else [groups] if groups else []
-            for stage in stages:
-                self.stage(block, stage)
+            self.rewrite_block(block)
             block.advance()
             yield block
 
@@ -73,6 +70,13 @@ class PassManager:
                 found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
         model.train(training)
         return found
+
+    def rewrite_block(self, block: Block) -> None:
+        """Rewrite the selected sites of a block, stage by stage."""
+        groups = [group for group in block.groups if any(self.steps(site) for site in group)]
+        stages = block.stages(groups, self.nbytes) if self.ordering == "site" else [groups] if groups else []
+        for stage in stages:
+            self.stage(block, stage)
 
     def stage(self, block: Block, groups: list[list[Site]]) -> None:
         """Measure the inputs of `groups` at once, then rewrite their sites one after the other."""

@@ -64,7 +64,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 stacked.setdefault(place.module, []).append((place, spec))
                 continue
             old = model.get_submodule(place.module)
-            parent, _, leaf = place.module.rpartition(".")
+            parent, leaf = place.module.rpartition(".")[::2]
             setattr(model.get_submodule(parent), leaf, CompressedLinear(spec, getattr(old, "bias", None)))
             self._enter(site, spec, place.module)
         for within, stored in stacked.items():

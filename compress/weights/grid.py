@@ -9,6 +9,7 @@ written is what was optimised. Shape suffixes: O out, I in, G groups, S inputs o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from compress.weights.leaves import Quantized
 SMALLEST_NORMAL = 2.0**-14  # of float16; a smaller scale would lose its precision
 LARGEST = 65504.0
 SHRINKS = 80  # candidates of the range search, as in the GPTQ code
+AT_ONCE = 1 << 21  # entries worked on together
 NORM = 2.4  # the exponent of that search
 
 
@@ -43,21 +45,37 @@ class Grid:
         """
         if self.group > 0 and w_OI.shape[1] % self.group:
             raise RecipeError(f"group {self.group} does not divide a width of {w_OI.shape[1]}")
-        shape = (1, 1, -1) if self.group == -1 else (w_OI.shape[0], -1, self.width(w_OI.shape[1]))
-        scale, zero = fit_ranges(w_OI.float().reshape(shape), self, search, norm)
-        return narrowed(scale), zero
+        if self.group == -1:
+            scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, search, norm)
+            return narrowed(scale), zero
+        width = self.width(w_OI.shape[1])
+        parts = [
+            fit_ranges(w_OI[rows].float().unflatten(1, (-1, width)), self, search, norm) for rows in row_slices(w_OI)
+        ]
+        zeros = [zero for _, zero in parts if zero is not None]
+        return narrowed(torch.cat([scale for scale, _ in parts])), torch.cat(zeros) if zeros else None
 
     def encode(self, w_OI: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The nearest codes, uint8 [out, in]."""
-        w_OGS: Tensor = w_OI.float().unflatten(1, (scale.shape[1], -1))
-        middle = 2.0 ** (self.bits - 1) if zero is None else zero.float()[..., None]
-        codes = (w_OGS / scale.float()[..., None]).round() + middle
-        return codes.clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
+        codes_OI = torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device)
+        for rows in row_slices(w_OI):
+            own = rows if scale.shape[0] == w_OI.shape[0] else slice(None)
+            w_OGS: Tensor = w_OI[rows].float().unflatten(1, (scale.shape[1], -1))
+            middle = 2.0 ** (self.bits - 1) if zero is None else zero[own].float()[..., None]
+            codes = (w_OGS / scale[own].float()[..., None]).round_().add_(middle)
+            codes_OI[rows] = codes.clamp_(0, 2**self.bits - 1).flatten(1)
+        return codes_OI
 
     def quantize(self, w_OI: Tensor, *, search: bool = False, norm: float = NORM) -> Quantized:
         """Round to nearest on a fitted grid."""
         scale, zero = self.fit(w_OI, search=search, norm=norm)
         return Quantized(self.encode(w_OI, scale, zero), scale, zero, self.bits)
+
+
+def row_slices(w_OI: Tensor) -> Iterator[slice]:
+    """The rows of a matrix, a few million entries at a time: what is made of them stays small and near the cache."""
+    step = max(1, AT_ONCE // max(1, w_OI.shape[1]))
+    return (slice(start, start + step) for start in range(0, w_OI.shape[0], step))
 
 
 def fit_ranges(w_OGS: Tensor, grid: Grid, search: bool, norm: float) -> tuple[Tensor, Tensor | None]:

@@ -67,7 +67,7 @@ class Quantized(Weight):
         """The grid values, float32."""
         zero = 2.0 ** (self.bits - 1) if self.zero is None else self.zero.float()[..., None]
         codes: Tensor = self.codes.unflatten(1, (self.scale.shape[1], -1)).float()
-        return ((codes - zero) * self.scale.float()[..., None]).flatten(1)
+        return codes.sub_(zero).mul_(self.scale.float()[..., None]).flatten(1)
 
     def describe(self) -> str:
         """`int4g64`, `int4row` or `int8tensor`; a trailing `s` marks a symmetric grid."""

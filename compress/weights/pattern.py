@@ -17,6 +17,8 @@ from torch import Tensor
 
 from compress.errors import CalibrationError, RecipeError
 
+AT_ONCE = 1 << 20  # entries worked on together
+
 
 def drop_count(size: int, sparsity: float) -> int:
     """How many of `size` are dropped: size * sparsity, half to even, in decimal arithmetic."""
@@ -39,10 +41,15 @@ def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
         return torch.ones_like(score_GN, dtype=torch.bool)
     if drop == score_GN.shape[1]:
         return torch.zeros_like(score_GN, dtype=torch.bool)
-    threshold = score_GN.kthvalue(drop, dim=1, keepdim=True).values
-    below, level = score_GN < threshold, score_GN == threshold
-    missing = drop - below.sum(1, keepdim=True)
-    return ~(below | (level & (level.cumsum(1) <= missing)))
+    keep_GN = torch.empty_like(score_GN, dtype=torch.bool)
+    step = max(1, AT_ONCE // score_GN.shape[1])
+    for start in range(0, len(score_GN), step):  # groups are independent; indices and counts take 8 bytes an entry
+        some_GN = score_GN[start : start + step]
+        threshold = some_GN.kthvalue(drop, dim=1, keepdim=True).values
+        below, level = some_GN < threshold, some_GN == threshold
+        missing = drop - below.sum(1, keepdim=True, dtype=torch.int32)
+        keep_GN[start : start + step] = ~(below | (level & (level.cumsum(1, dtype=torch.int32) <= missing)))
+    return keep_GN
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.errors import CalibrationError
 from compress.model.site import Site
 from compress.passes.base import Quantizer
-from compress.stats import Gram
+from compress.stats import Gram, finite
 from compress.weights import Grid, Masked, Quantized
 from compress.weights.grid import narrowed
 
@@ -29,7 +29,7 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
     feedback.
     Each failed Cholesky multiplies the damping by ten, at most three times. Raises CalibrationError if G is not finite.
     """
-    if not bool(torch.isfinite(gram_II).all()):
+    if not finite(gram_II):
         raise CalibrationError("the Gram matrix is not finite; the activations before this site overflow")
     gram = gram_II.clone() if order_I is None else gram_II[order_I][:, order_I]
     diagonal = gram.diagonal()
@@ -38,16 +38,26 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
     plain = diagonal.clone()
     for rung in range(TRIES):
         diagonal.copy_(plain + mean * damping * 10**rung)
-        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
-        if failed.item():
-            continue
-        # G = R Rᵀ with R upper, from the factor of the reversed G; so U = R^-1: one Cholesky and one triangular solve,
-        # 4 times faster on a CPU at n = 5632 than Cholesky, inverse, Cholesky
-        identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-        if bool(torch.isfinite(upper).all()):
+        upper = factor_of_inverse(gram)
+        if upper is not None:
             return upper, damping * 10**rung
     return None
+
+
+def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
+    """U upper triangular with G^-1 = Uᵀ U, or None if G is not positive definite; three matrices at its largest.
+
+    G = R Rᵀ with R upper, from the factor of the reversed G; so U = R^-1: one Cholesky and one triangular solve, 4
+    times faster on a CPU at n = 5632 than Cholesky, inverse, Cholesky.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram_II.flip(0, 1))
+    if failed.item():
+        return None
+    right = lower.flip(0, 1)
+    del lower
+    upper = torch.eye(right.shape[0], dtype=right.dtype, device=right.device)
+    torch.linalg.solve_triangular(right, upper, upper=True, out=upper)
+    return upper if finite(upper) else None
 
 
 class FixedGrids:

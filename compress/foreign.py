@@ -1,0 +1,82 @@
+"""Checkpoints that other methods have quantized, read as the plain weights they decode to.
+
+The formats belong to their libraries, which decode them; here they only become a `Checkpoint`, a tensor at a time.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.errors import ArtifactError
+from compress.model.source import Checkpoint, Held, dtype_of
+from compress.shards import NAMES
+
+
+class CompressedTensors(Checkpoint):
+    """A folder in the format compressed-tensors; raises ArtifactError if the library is missing or refuses it."""
+
+    decoded_from = "compressed-tensors"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
+        except ImportError as error:
+            raise ArtifactError(f"{path}: decoding it needs `pip install compressed-tensors`") from error
+        self.dtype = dtype_of(self.config)
+        try:
+            self.decoder: Any = CompressedTensorsDequantizer(str(path), dtype=self.dtype)
+        except Exception as error:  # the library raises whatever its validation finds
+            raise ArtifactError(f"{path}: compressed-tensors cannot decode it: {first_line(error)}") from error
+        self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+
+    @cached_property
+    def parts(self) -> dict[str, list[str]]:
+        """Decoded tensor -> the stored tensors it is made of."""
+        found: dict[str, list[str]] = {}
+        for name in super().headers:
+            others = sorted(self.decoder.get_dependencies(name))
+            if others:
+                missing = [other for other in others if other not in self.files]
+                if missing:
+                    raise ArtifactError(f"{self.path}: {name} needs {missing[0]!r}, which is not there")
+                found[f"{name.rpartition('.')[0]}.weight"] = [name, *others]
+        return found
+
+    @cached_property
+    def headers(self) -> dict[str, Held]:
+        """What the decoded tensors are."""
+        stored = super().headers
+        used = {part for parts in self.parts.values() for part in parts}
+        plain = {name: held for name, held in stored.items() if name not in used}
+        return plain | {name: Held(NAMES[self.dtype], self._shape(name, parts)) for name, parts in self.parts.items()}
+
+    def _shape(self, name: str, parts: list[str]) -> tuple[int, ...]:
+        """The shape of a decoded tensor: stored beside it, or its own."""
+        told = next((part for part in parts if part.endswith("weight_shape")), None)
+        if told:
+            return tuple(int(n) for n in self.stored_tensor(told))
+        return super().headers[parts[0]].shape if name in parts else tuple(self.tensor(name).shape)
+
+    def names(self) -> list[str]:
+        """The names of the decoded tensors, sorted."""
+        return sorted(self.headers)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, decoded if it is quantized."""
+        if name not in self.parts:
+            return self.stored_tensor(name)
+        try:
+            made: Tensor = self.decoder.process({part: self.stored_tensor(part) for part in self.parts[name]})[name]
+        except Exception as error:  # of the library, for tensors that do not fit its configuration
+            raise ArtifactError(f"{name}: compressed-tensors cannot decode it: {first_line(error)}") from error
+        return made
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,123 @@
+"""Opening a model folder whatever its weights are stored as: plain, float8 with scales, or compressed by a method.
+
+Float8 is a way of storing numbers and is read as such. Anything that was quantized by a method has lost something
+already; compressing it again is refused by the method's name, or done on its decoded weights if the user says so.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.artifact import METHOD, Artifact
+from compress.errors import ArtifactError
+from compress.foreign import CompressedTensors
+from compress.model.source import Checkpoint, Held, dtype_of
+from compress.shards import NAMES
+
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+SCALES = ("_scale_inv", "_scale")  # both are multiplied with; DeepSeek's name means the inverse of the quantizer's
+BESIDE = re.compile(r"(weight_scale(_inv)?|input_scale|activation_scale|k_scale|v_scale)$")
+DECODED = (METHOD, "compressed-tensors")
+
+
+def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
+    """The plain tensors of a model folder.
+
+    Raises ArtifactError for one that a method has quantized, unless `dequantize` is set and the method can be decoded.
+    """
+    plain = Checkpoint(path)
+    quantization = plain.config.get("quantization_config") or {}
+    method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
+    float8 = sorted(name for name, held in plain.headers.items() if held.dtype in FLOAT8)
+    if quantization and method not in DECODED and not (float8 and only_float8(plain)):
+        raise ArtifactError(f"{path}: already quantized by {method}; start from the dense model")
+    if quantization and method in DECODED and not dequantize:
+        raise ArtifactError(
+            f"{path}: already quantized by {method}; start from the dense model, or decode it with --dequantize"
+        )
+    if method == METHOD:
+        return Artifact(path)
+    if method == "compressed-tensors":
+        return CompressedTensors(path)
+    return Float8(path) if float8 else plain
+
+
+def only_float8(source: Checkpoint) -> bool:
+    """Whether every stored tensor is a floating-point number: then scales are all that stands between it and dense."""
+    return all(held.dtype.startswith(("F", "BF")) for held in source.headers.values())
+
+
+class Float8(Checkpoint):
+    """A checkpoint with float8 weights, read as what they denote in the dtype of the config."""
+
+    decoded_from = "float8"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        self.dtype = dtype_of(self.config)
+
+    @cached_property
+    def scales(self) -> dict[str, str]:
+        """Float8 tensor -> the tensor that holds its scale."""
+        stored = super().headers
+        found: dict[str, str] = {}
+        for name, held in stored.items():
+            if held.dtype in FLOAT8:
+                beside = next((f"{name}{suffix}" for suffix in SCALES if f"{name}{suffix}" in stored), None)
+                if beside:
+                    found[name] = beside
+        return found
+
+    @cached_property
+    def headers(self) -> dict[str, Held]:
+        """What the decoded tensors are; scales are gone."""
+        stored = super().headers
+        gone = {n for n in stored if BESIDE.search(n) and BESIDE.sub("weight", n) in stored} | set(self.scales.values())
+        wide = NAMES[self.dtype]
+        return {n: h._replace(dtype=wide if h.dtype in FLOAT8 else h.dtype) for n, h in stored.items() if n not in gone}
+
+    def names(self) -> list[str]:
+        """The names of the decoded tensors, sorted."""
+        return sorted(self.headers)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, decoded if it is float8; raises ArtifactError if its scale does not fit it."""
+        found = self.stored_tensor(name)
+        if found.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+            return found
+        if name not in self.scales:
+            return found.to(self.dtype)
+        scale = self.stored_tensor(self.scales[name]).float()
+        try:
+            return found.float().mul_(spread(scale, tuple(found.shape))).to(self.dtype)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{name}: its scale of {tuple(scale.shape)} does not fit a weight of {tuple(found.shape)}"
+            ) from error
+
+
+def spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale of a tensor, a row or a block, in the shape of the weight (the last blocks may be cut)."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if scale.ndim == 1 and scale.shape[0] == shape[-2]:
+        scale = scale[:, None]
+    for axis in (-2, -1):
+        if scale.shape[axis] not in (1, shape[axis]):
+            block = block_width(shape[axis], scale.shape[axis])
+            scale = scale.repeat_interleave(block, axis).narrow(axis, 0, shape[axis])
+    return scale
+
+
+def block_width(size: int, count: int) -> int:
+    """Entries that share a scale: the power of two (or the even share) that makes `count` blocks of `size`."""
+    width = 1
+    while -(-size // width) > count:
+        width *= 2
+    return width if -(-size // width) == count else -(-size // count)

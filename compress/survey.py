@@ -1,0 +1,58 @@
+"""What a model folder that is not ours consists of: its sites by kind, and what no pass would touch. Headers only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.model.anatomy import Place, coverage
+from compress.model.family import TESTED
+from compress.model.source import display_name, dtype_of
+from compress.model.walk import Walk
+from compress.plan import check_tensors
+from compress.sources import open_source
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def survey(folder: Path) -> dict[str, Any]:
+    """The parts of a model folder, as plain data.
+
+    Raises ArtifactError for a folder that `compress run` would refuse too.
+    """
+    source = open_source(folder, dequantize=True)
+    walk = Walk(source.config, source, dtype_of(source.config), torch.device("cpu"))
+    check_tensors(walk, source)
+    covered = coverage(walk.anatomy, ["*"])
+    return {
+        "path": str(folder),
+        "name": display_name(folder),
+        "family": str(source.config.get("model_type")),
+        "tested_family": str(source.config.get("model_type")) in TESTED,
+        "architecture": type(walk.model).__name__,
+        "dtype": str(dtype_of(source.config)).removeprefix("torch."),
+        "decoded_from": source.decoded_from,
+        "bytes": source.nbytes(),
+        "files": len(set(source.files.values())),
+        "blocks": len(walk.blocks),
+        "sites": kinds(list(walk.anatomy.places.values())),
+        "untouched": covered.reasons(),
+        "missed_share": covered.missed_share,
+    }
+
+
+def kinds(places: list[Place]) -> list[dict[str, Any]]:
+    """Sites by what they are: names with every number replaced, shape [out, in], how many, parameters."""
+    found: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
+    for place in places:
+        name = NUMBER.sub("*", place.site)
+        row = found.setdefault(
+            (name, place.shape),
+            {"sites": name, "shape": list(place.shape), "count": 0, "parameters": 0, "expert": place.routed},
+        )
+        row["count"] += 1
+        row["parameters"] += place.shape[0] * place.shape[1]
+    return list(found.values())

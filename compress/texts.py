@@ -1,0 +1,124 @@
+"""The documents of a user's calibration source: a text file, JSON lines, a datasets folder, or a dataset of the hub.
+
+A document is a text, or a conversation: a list of messages, each with `role` and `content`. The hub is asked only if
+the source is called `hub:NAME`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CalibrationError
+
+HUB = "hub:"
+ALLOWED = "allowed: text, mixed, a .txt or .jsonl file, a datasets folder, hub:NAME"
+MOST = 200_000  # documents read of a stream; far more than any calibration draws
+
+Conversation = list[dict[str, str]]
+Document = str | Conversation
+
+
+def read_documents(data: str | Path, field: str = "text", split: str = "train") -> list[Document]:
+    """The documents of a source; `field` and `split` say where they are in JSON lines and datasets.
+
+    Raises CalibrationError if the source cannot be read, or a document is neither text nor a conversation.
+    """
+    if str(data).startswith(HUB):
+        return read_hub(str(data).removeprefix(HUB), field, split)
+    path = Path(data)
+    if path.is_dir():
+        return read_dataset(path, field, split)
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"calibration.data: {str(path)!r} cannot be read ({type(error).__name__}); {ALLOWED}"
+        ) from error
+    if "\0" in raw:
+        raise CalibrationError(f"calibration.data: {path} holds NUL bytes; it is not text")
+    if path.suffix != ".jsonl":
+        return [part for part in raw.split("\n\n") if part.strip()]
+    lines = enumerate(raw.split("\n"), start=1)
+    return [document_of(line, f"{path}:{number}", field) for number, line in lines if line.strip()]
+
+
+def document_of(line: str, where: str, field: str = "text") -> Document:
+    """The field of a JSON line."""
+    try:
+        value = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{where}: expected a JSON object with a `{field}` field") from error
+    return checked(value, where, field)
+
+
+def checked(value: Any, where: str, field: str) -> Document:
+    """A value that is a text or a conversation; raises CalibrationError otherwise."""
+    if isinstance(value, str):
+        if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise CalibrationError(f"{where}: `{field}` holds half of a surrogate pair, which is no character")
+        return value
+    turns = value if isinstance(value, list) else []
+    if turns and all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+        return [{"role": checked_text(t["role"], where), "content": checked_text(t["content"], where)} for t in turns]
+    raise CalibrationError(f"{where}: `{field}` is neither a string nor a list of messages with role and content")
+
+
+def checked_text(value: Any, where: str) -> str:
+    """A string of a message."""
+    if not isinstance(value, str):
+        raise CalibrationError(f"{where}: role and content of a message must be strings")
+    return value
+
+
+def rows_of(rows: Iterable[Any], where: str, field: str) -> list[Document]:
+    """The documents of a dataset's rows, as many as can matter."""
+    found: list[Document] = []
+    for number, row in enumerate(islice(rows, MOST)):
+        if field not in row:
+            raise CalibrationError(f"{where}: no column {field!r}; it has {', '.join(sorted(row))}")
+        found.append(checked(row[field], f"{where}, row {number}", field))
+    return found
+
+
+def read_dataset(path: Path, field: str = "text", split: str = "train") -> list[Document]:
+    """A folder written by `save_to_disk`, or one of parquet, JSON, CSV or text files."""
+    datasets = library()
+    where = f"calibration.data: {path}"
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError):
+        return rows_of(streamed(datasets, str(path), None, split, f"{where} is not a datasets folder"), where, field)
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise CalibrationError(f"{where}: no split {split!r}; it has {', '.join(sorted(map(str, data)))}")
+        data = data[split]
+    return rows_of(data, where, field)
+
+
+def read_hub(name: str, field: str, split: str) -> list[Document]:
+    """A dataset of the hub by `NAME` or `NAME:CONFIGURATION`, streamed."""
+    name, _, configuration = name.partition(":")
+    where = f"calibration.data: hub:{name}"
+    return rows_of(streamed(library(), name, configuration or None, split, f"{where} cannot be had"), where, field)
+
+
+def streamed(datasets: Any, name: str, configuration: str | None, split: str, complaint: str) -> Iterator[Any]:
+    """The rows of a dataset as they come; raises CalibrationError with `complaint` if they do not."""
+    try:
+        yield from datasets.load_dataset(name, configuration, split=split, streaming=True)
+    except Exception as error:  # network, names, formats: datasets and its readers raise whatever breaks
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CalibrationError(f"{complaint}: {reason}") from error
+
+
+def library() -> Any:
+    """The package datasets; raises CalibrationError if it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise CalibrationError("calibration.data: this source needs `pip install datasets`") from error
+    return datasets

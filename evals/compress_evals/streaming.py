@@ -1,0 +1,163 @@
+"""Time and peak memory of compressing a model much larger than what may be in memory.
+
+`python -m compress_evals.streaming` makes a Llama of random bfloat16 weights in many shards, runs recipes over it, each
+in a process of its own, and prints seconds and peak resident memory beside the file's size. Random weights say nothing
+about quality, and none is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.model.source import locate
+
+SHAPE = {"vocab_size": 32000, "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+CALIBRATED = "calibration: {data: text, samples: 16, length: 512}\n"
+RECIPES = {
+    "rtn int4": "passes: [rtn: {bits: 4, group: 64}]\n",
+    "wanda 2:4": CALIBRATED + "passes: [wanda: {sparsity: 2:4}]\n",
+    "gptq int4": CALIBRATED + "passes: [gptq: {bits: 4, group: 64}]\n",
+    "wanda 2:4 + gptq int4": CALIBRATED
+    + "passes:\n  - wanda: {sparsity: 2:4}\n  - gptq: {bits: 4, group: 64, target: original}\n",
+}
+
+
+def block_bytes(shape: dict[str, int | float]) -> int:
+    """Bytes of one block in bfloat16."""
+    hidden, inner = int(shape["hidden_size"]), int(shape["intermediate_size"])
+    keys = hidden * int(shape["num_key_value_heads"]) // int(shape["num_attention_heads"])
+    return 2 * (2 * hidden * hidden + 2 * keys * hidden + 3 * hidden * inner + 2 * hidden)
+
+
+def block_tensors(
+    i: int, hidden: int, keys: int, inner: int, matrix: Callable[[int, int], Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of one block."""
+    sides = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    matrices = {f"model.layers.{i}.{name}.weight": matrix(*side) for name, side in sides.items()}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    return matrices | {f"model.layers.{i}.{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms}
+
+
+def make(folder: Path, size: float, seed: int = 0, shape: dict[str, int | float] | None = None) -> int:
+    """Write a random Llama of about `size` bytes, one shard a block; its tensor bytes. Peak memory is one block."""
+    shape = SHAPE if shape is None else shape
+    hidden, inner, vocabulary = (int(shape[key]) for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    keys = hidden * int(shape["num_key_value_heads"]) // int(shape["num_attention_heads"])
+    blocks = max(2, round((size - 4 * vocabulary * hidden) / block_bytes(shape)))
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(0, columns**-0.5, generator=generator)
+
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    total = 0
+    index: dict[str, str] = {}
+    for i in range(blocks + 1):
+        if i < blocks:
+            tensors = block_tensors(i, hidden, keys, inner, matrix)
+        else:
+            tensors = {name: matrix(vocabulary, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+            tensors["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        name = f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
+        save_file(tensors, part / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+        total += sum(t.nbytes for t in tensors.values())
+    config = {**shape, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+              "num_hidden_layers": blocks, "tie_word_embeddings": False, "dtype": "bfloat16"}  # fmt: skip
+    described = {"config.json": config,
+                 "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": index}}  # fmt: skip
+    for name, content in described.items():
+        (part / name).write_text(json.dumps(content, indent=1))
+    for name in TOKENIZER:
+        shutil.copyfile(locate("builtin") / name, part / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One run: wall seconds, peak resident bytes (pages mapped from files included), bytes written."""
+
+    seconds: float
+    peak: int
+    written: int
+
+
+def measure(model: Path, recipe: str, out: Path, options: list[str]) -> Measured:
+    """Run a recipe in a process of its own."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = out.with_suffix(".yaml")
+    written.write_text(recipe)
+    command = [
+        sys.executable,
+        "-m",
+        "compress",
+        "run",
+        str(written),
+        "--model",
+        str(model),
+        "--out",
+        str(out),
+        *options,
+    ]
+    began = time.monotonic()
+    child = subprocess.Popen(command)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(child.returncode)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return Measured(seconds=time.monotonic() - began, peak=usage.ru_maxrss * 1024, written=size)
+
+
+def main() -> None:
+    """Make the model if it is not there, run the recipes, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bytes", type=float, default=4e9, help="size of the model, about")
+    parser.add_argument("--dir", type=Path, default=Path("out/bench/streaming"), help="where model and results go")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--offload", action="store_true", help="keep hidden states on disk")
+    arguments = parser.parse_args()
+    model = arguments.dir / f"llama-{arguments.bytes:.0f}"
+    if not model.is_dir():
+        make(model, arguments.bytes)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    rows = []
+    for name in arguments.recipes:
+        options = ["--offload"] if arguments.offload else []
+        found = measure(model, RECIPES[name], arguments.dir / "out", options)
+        rows.append(f"| {name} | {found.seconds:.0f} s | {found.peak / 1e9:.2f} GB | {found.written / 1e9:.2f} GB |")
+    device = f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(
+        f"\n{size / 1e9:.2f} GB of bfloat16 in {len(list(model.glob('*.safetensors')))} shards; {device}; one run each"
+    )
+    print("| recipe | time | peak resident memory | written |\n|---|---|---|---|\n" + "\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
