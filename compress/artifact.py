@@ -7,6 +7,7 @@ Nothing in it depends on time, place or speed: the same run writes the same byte
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ METHOD = "compress"
 VERSION = 1
 PROVENANCE = "compress.json"
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
+REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
 NOT_COPIED = ("config.json", INDEX, PROVENANCE)
 
 
@@ -133,6 +135,8 @@ class ArtifactWriter:
                 parent.rmdir()
         if isinstance(error, WriteError):
             raise ArtifactError(f"{self.out}: cannot be written: {error.__cause__}") from error
+        if isinstance(error, OSError) and error.errno in REFUSING:
+            raise ArtifactError(f"{self.out}: cannot be written: {error}") from error
 
     def add(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> int:
         """Write rewritten sites and untouched tensors, read them back, and compare; their bytes.

@@ -30,7 +30,7 @@ from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.travellers import Travellers, batched
 from compress.model.walk import Walk
 from compress.passes.manager import PassManager, ignore
-from compress.plan import check_disk, check_tensors, free_place, plan, tokens_for, usable
+from compress.plan import check_disk, check_tensors, check_values, free_place, plan, tokens_for, usable
 from compress.recipe import Calibration, Recipe
 from compress.runtime.linear import CompressedLinear
 from compress.shards import SHARD_SIZE, Entry
@@ -79,16 +79,17 @@ def compress(
     source = open_source(locate(model), dequantize)
     target = free_place(Path(out), source.path, force)
     check_disk(target, source)
-    walk = Walk(source.config, source, dtype_of(source.config), usable(device))
-    check_tensors(walk, source)
-    covered = plan(walk, recipe)
-    tokens = tokens_for(walk, source.path, recipe)
-    job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit)
-    with ArtifactWriter(target, shard_size) as writer:
+    with ArtifactWriter(target, shard_size) as writer:  # first of all: a place that cannot be written costs no time
+        walk = Walk(source.config, source, dtype_of(source.config), usable(device))
+        check_tensors(walk, source)
+        covered = plan(walk, recipe)
+        tokens = tokens_for(walk, source.path, recipe)
+        check_values(walk, source)
         if offload:
             walk.store = writer.scratch()
         if str(source.config.get("model_type")) not in TESTED:
             walk.prove(tokens.probe_NT[:1, :PROVED])
+        job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit)
         report = job.run(writer)
         writer.commit()
     emit(

@@ -23,7 +23,9 @@ from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.passes.base import WeightPass
 from compress.recipe import Calibration, Recipe
+from compress.stats import finite
 
+FLOATS = ("F64", "F32", "F16", "BF16")
 VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json",
@@ -86,6 +88,23 @@ def check_tensors(walk: Walk, source: Checkpoint) -> None:
         walk.anatomy.layout.check()
     except ArtifactError as error:
         raise ArtifactError(f"{source.path}: {error}") from error
+
+
+def check_values(walk: Walk, source: Checkpoint) -> None:
+    """Raise ArtifactError for the first tensor that holds NaN, infinite values, or no floating-point numbers.
+
+    Reads every tensor of the model once, so that a run cannot meet them after hours.
+    """
+    layout = walk.anatomy.layout
+    for name in (name for name in source.names() if name not in layout.unknown):
+        slot = layout.slots.get(name)
+        if slot is not None and slot.parameter in layout.parameters and source.headers[name].dtype not in FLOATS:
+            raise ArtifactError(
+                f"{source.path}: {name} holds {source.headers[name].dtype}, the model floating-point numbers"
+            )
+        found = source.tensor(name)
+        if found.is_floating_point() and not finite(found):
+            raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
 
 
 def plan(walk: Walk, recipe: Recipe) -> Coverage:

@@ -59,6 +59,8 @@ class Float8(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        told = self.config.get("quantization_config")
+        self.block = told.get("weight_block_size") if isinstance(told, dict) else None
         self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
         self.dtype = dtype_of(self.config)
 
@@ -94,24 +96,31 @@ class Float8(Checkpoint):
         if name not in self.scales:
             return found.to(self.dtype)
         scale = self.stored_tensor(self.scales[name]).float()
-        try:
-            return found.float().mul_(spread(scale, tuple(found.shape))).to(self.dtype)
-        except RuntimeError as error:
+        whole = spread(scale, tuple(found.shape), self.block)
+        if whole is None:
             raise ArtifactError(
                 f"{name}: its scale of {tuple(scale.shape)} does not fit a weight of {tuple(found.shape)}"
-            ) from error
+            )
+        return found.float().mul_(whole).to(self.dtype)
 
 
-def spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A scale of a tensor, a row or a block, in the shape of the weight (the last blocks may be cut)."""
+def spread(scale: Tensor, shape: tuple[int, ...], block: list[int] | None = None) -> Tensor | None:
+    """A scale of a tensor, a row or a block [rows, columns], in the shape of the weight; None if it does not fit.
+
+    The last blocks of a side may be cut.
+    """
     if scale.numel() == 1:
         return scale.reshape(())
     if scale.ndim == 1 and scale.shape[0] == shape[-2]:
         scale = scale[:, None]
+    if scale.ndim != len(shape):
+        return None
     for axis in (-2, -1):
         if scale.shape[axis] not in (1, shape[axis]):
-            block = block_width(shape[axis], scale.shape[axis])
-            scale = scale.repeat_interleave(block, axis).narrow(axis, 0, shape[axis])
+            width = block[axis] if block else block_width(shape[axis], scale.shape[axis])
+            if -(-shape[axis] // width) != scale.shape[axis]:
+                return None
+            scale = scale.repeat_interleave(width, axis).narrow(axis, 0, shape[axis])
     return scale
 
 

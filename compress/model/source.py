@@ -109,7 +109,7 @@ class Checkpoint:
         extra = [name for name in strays if name not in known]
         if extra:
             raise ArtifactError(
-                f"{self.path / extra[0]}: a shard that {INDEX} does not name; remove it or mend the index"
+                f"{self.path / extra[0]}: {INDEX} does not name this shard; remove it or mend the index"
             )
 
     def inside(self, shard: str) -> Path:

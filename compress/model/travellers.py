@@ -66,7 +66,8 @@ class Travellers:
     def hidden_BTD(self, hidden_BTD: Tensor) -> None:
         self.device = hidden_BTD.device
         if self.store is not None:
-            hidden_BTD.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(self.store)
+            with self.store.open("wb") as file:  # not `tofile`: it loses the reason when a disk is full
+                file.write(memoryview(hidden_BTD.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
             hidden_BTD = torch.empty_like(hidden_BTD, device="meta")
         self._hidden = hidden_BTD
 

@@ -317,11 +317,7 @@ def test_all_ways_of_loading_agree_and_the_mask_lies_along_the_inputs(
     recipe = compress.Recipe(passes=tuple(passes), calibration=calibration, limits=starving)
     report = compress.run(folder(name), recipe, tmp_path / "o")
     export_dense(tmp_path / "o", tmp_path / "dense")
-    ours, small, dense = (
-        compress.load(tmp_path / "o"),
-        compress.load(tmp_path / "o", low_memory=True),
-        tmp_path / "dense",
-    )
+    ours, small = (compress.load(tmp_path / "o", low_memory=low) for low in (False, True))
     ours.save_pretrained(tmp_path / "again")
     logits = [logits_of(m, ids) for m in (ours, small, stock(tmp_path / "dense"), compress.load(tmp_path / "again"))]
     assert_close("low memory", logits[1], logits[0], 1e-5)

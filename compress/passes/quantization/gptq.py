@@ -19,6 +19,7 @@ from compress.stats import Gram, finite
 from compress.weights import Grid, Masked, Quantized
 from compress.weights.grid import narrowed
 
+CORNER = 512  # side of the triangles that are inverted by a solve
 TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
 
 
@@ -47,17 +48,34 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
 def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
     """U upper triangular with G^-1 = Uᵀ U, or None if G is not positive definite; three matrices at its largest.
 
-    G = R Rᵀ with R upper, from the factor of the reversed G; so U = R^-1: one Cholesky and one triangular solve, 4
+    G = R Rᵀ with R upper, from the factor of the reversed G; so U = R^-1: one Cholesky and one triangular inverse, 4
     times faster on a CPU at n = 5632 than Cholesky, inverse, Cholesky.
     """
     lower, failed = torch.linalg.cholesky_ex(gram_II.flip(0, 1))
     if failed.item():
         return None
-    right = lower.flip(0, 1)
+    upper = lower.flip(0, 1)
     del lower
-    upper = torch.eye(right.shape[0], dtype=right.dtype, device=right.device)
-    torch.linalg.solve_triangular(right, upper, upper=True, out=upper)
+    invert_upper(upper)
     return upper if finite(upper) else None
+
+
+def invert_upper(r_II: Tensor) -> None:
+    """Invert an upper triangular matrix in place: halves on the diagonal, then the corner, -A^-1 B C^-1.
+
+    Matrix products do the work, two thirds of what a triangular solve against the identity takes, and nothing of the
+    matrix's size is made.
+    """
+    size = r_II.shape[0]
+    if size <= CORNER:
+        identity = torch.eye(size, dtype=r_II.dtype, device=r_II.device)
+        r_II.copy_(torch.linalg.solve_triangular(r_II, identity, upper=True))
+        return
+    half = size // 2
+    first, corner, last = r_II[:half, :half], r_II[:half, half:], r_II[half:, half:]
+    invert_upper(first)
+    invert_upper(last)
+    corner.copy_((first @ corner) @ last).neg_()
 
 
 class FixedGrids:
