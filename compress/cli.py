@@ -261,6 +261,12 @@ def fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, which torch tells in several words and types."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
+
+
 def main() -> None:
     """Run the command line; every error a user can cause is one line and an exit code."""
     debug = "--debug" in sys.argv
@@ -275,6 +281,10 @@ def main() -> None:
         if debug:
             raise
         fail(str(error), error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not out_of_memory(error):
+            raise
+        fail(f"out of memory: {str(error).strip().splitlines()[0][:160]}; --offload, fewer or shorter samples help", 3)
     except UsageError as error:  # an unknown option, a missing argument
         fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):

@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from typing import Any
 
-LARGE = 4 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
+LARGE = 1 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

@@ -67,7 +67,7 @@ class Travellers:
         self.device = hidden_BTD.device
         if self.store is not None:
             with self.store.open("wb") as file:  # not `tofile`: it loses the reason when a disk is full
-                file.write(memoryview(hidden_BTD.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(hidden_BTD.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             hidden_BTD = torch.empty_like(hidden_BTD, device="meta")
         self._hidden = hidden_BTD
 
