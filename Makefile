@@ -29,8 +29,9 @@ check: $(READY)  ## format, lint, types and the quick tests, in under three minu
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-bench: $(READY)  ## measured tables: CPU kernels, and the recipes on the built-in model
+bench: $(READY)  ## measured tables: CPU kernels, time and memory on a 4 GB model, the recipes on the built-in model
 	$(BIN)/python -m compress_kernels.bench
+	$(BIN)/python -m compress_evals.streaming
 	$(BIN)/python -m compress_evals.bench --out out/bench
 
 format: $(READY)  ## rewrite the code in the house's form

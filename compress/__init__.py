@@ -105,12 +105,15 @@ def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
     from transformers import AutoConfig
 
     from compress.artifact import Artifact, is_artifact
-    from compress.model.architecture import auto_class
-    from compress.model.source import locate
+    from compress.model.architecture import auto_class, without_code
+    from compress.model.source import locate, read_json
     from compress.runtime.hf import register
 
     register()
     folder = locate(path)
+    raw = {k: v for k, v in read_json(folder / "config.json", "config.json").items() if k != "auto_map"}
+    if raw != without_code(raw):
+        raise ArtifactError(f"{folder}: its config.json names an attention or experts implementation; remove it")
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

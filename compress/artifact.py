@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from math import prod
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import ArtifactError, VerificationError
-from compress.model.source import INDEX, Checkpoint, digest, dtype_of, read_json
+from compress.model.source import INDEX, Checkpoint, Held, digest, dtype_of, read_json
 from compress.schema import PROVENANCES, SPECS, checked
 from compress.shards import NAMES, SHARD_SIZE, Entry, WriteError, split, write_shard
 from compress.weights import Dense, Weight, pack, specify, unpack
@@ -306,16 +305,8 @@ class Artifact(Checkpoint):
 
     def entry(self, name: str) -> Entry:
         """One plain tensor, to be written when its turn comes."""
-        if name not in self.holders:
-            held = self.headers[name]
-            return Entry(
-                name=name, dtype=held.dtype, shape=held.shape, nbytes=held.nbytes, make=partial(self.tensor, name)
-            )
-        shape = self.plain[name]
-        return Entry(
-            name=name, dtype=NAMES[self.dtype], shape=shape, nbytes=prod(shape) * self.dtype.itemsize,
-            make=partial(self.tensor, name),
-        )  # fmt: skip
+        held = self.headers[name]
+        return Entry(name=name, make=partial(self.tensor, name), **held._asdict(), nbytes=held.nbytes)
 
     def shard_of(self, name: str) -> str:
         """The file that holds a plain tensor, or its first expert."""
@@ -341,18 +332,18 @@ class Artifact(Checkpoint):
         """Tensor -> shape, of those that sites make up."""
         return plain_shapes(self.specs)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the plain model's tensors."""
-        plain = {name: held.shape for name, held in self.headers.items() if name not in self.payloads}
-        return plain | self.plain
+    @cached_property
+    def headers(self) -> dict[str, Held]:
+        """What the plain model's tensors are."""
+        found = {name: held for name, held in super().headers.items() if name not in self.payloads}
+        return found | {name: Held(NAMES[self.dtype], shape) for name, shape in self.plain.items()}
 
 
 def is_artifact(path: Path) -> bool:
     """Whether a folder says it is ours."""
     config = path / "config.json"
-    return config.is_file() and (read_json(config, "config.json").get("quantization_config") or {}).get(
-        "quant_method"
-    ) == METHOD  # fmt: skip
+    told = read_json(config, "config.json").get("quantization_config") if config.is_file() else None
+    return isinstance(told, dict) and told.get("quant_method") == METHOD
 
 
 def verify(path: Path) -> list[str]:

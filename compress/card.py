@@ -44,6 +44,9 @@ model = compress.load("this folder")   # or AutoModelForCausalLM.from_pretrained
 {{ "%.4f" | format(row.output_error) if row.output_error is not none else "-" }} |
 {% endfor %}
 Untouched: {{ kept }}.
+{% if starved %}
+Too few calibration tokens reached {{ starved }} of the experts' matrices; they were treated without statistics.
+{% endif -%}
 """
 
 
@@ -53,4 +56,5 @@ def card(provenance: Mapping[str, Any]) -> str:
     tags = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
     reasons = by_reason(provenance["untouched"].values())
     kept = ", ".join(f"{size:,} parameters ({reason})" for reason, size in reasons.items()) or "nothing"
-    return environment.from_string(TEMPLATE).render(**provenance, tags=tags, kept=kept)
+    starved = sum(bool(row.get("starved")) for row in provenance["sites"].values())
+    return environment.from_string(TEMPLATE).render(**provenance, tags=tags, kept=kept, starved=starved)

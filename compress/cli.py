@@ -112,10 +112,10 @@ def run(
 def bytes_of(text: str) -> int:
     """The bytes a size such as `500MB` means; raises RecipeError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
-    if size < 1:
+    size = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
+    if not 1 <= size <= 2**63:
         raise RecipeError(f"--shard-size: {text!r} is not a size; give a number with KB, MB, GB or TB")
-    return size
+    return int(size)
 
 
 @app.command("eval")

@@ -51,8 +51,8 @@ def free_place(out: Path, source: Path, force: bool) -> Path:
     try:
         out, source = out.expanduser().resolve(), source.resolve()
         out.exists()
-    except OSError as error:
-        raise RecipeError(f"--out: {error.strerror}: {str(out)[:60]}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
+        raise RecipeError(f"--out: {getattr(error, 'strerror', None) or error}: {str(out)[:60]}") from error
     if out == source or out in source.parents or source in out.parents:
         raise RecipeError(f"--out: {out} must not be, hold or lie in the model folder {source}")
     if not out.exists():
@@ -98,10 +98,9 @@ def check_values(walk: Walk, source: Checkpoint) -> None:
     layout = walk.anatomy.layout
     for name in (name for name in source.names() if name not in layout.unknown):
         slot = layout.slots.get(name)
-        if slot is not None and slot.parameter in layout.parameters and source.headers[name].dtype not in FLOATS:
-            raise ArtifactError(
-                f"{source.path}: {name} holds {source.headers[name].dtype}, the model floating-point numbers"
-            )
+        kind = source.headers[name].dtype
+        if slot is not None and slot.parameter in layout.parameters and kind not in FLOATS:
+            raise ArtifactError(f"{source.path}: {name} holds {kind}, the model floating-point numbers")
         found = source.tensor(name)
         if found.is_floating_point() and not finite(found):
             raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")

@@ -216,8 +216,11 @@ def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
 def find(recipe: str | Path) -> Path:
     """The file a user means: a path, or the name of a packaged recipe."""
     path = Path(recipe)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:  # a name too long, a NUL
+        raise RecipeError(f"no recipe file at {str(recipe)[:60]!r}: {error}") from error
     folder = packaged_folder()
     packaged = folder / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.parent == Path() and packaged.is_file():

@@ -13,13 +13,22 @@ from typing_extensions import NotRequired, TypedDict
 from compress.errors import ArtifactError
 
 
+class Tree(TypedDict):
+    """The root of a weight's tree; what else it must have, its kind decides."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    kind: str
+    shape: tuple[int, int]
+
+
 class SiteSpec(TypedDict):
     """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out].
 
     `tensor` of the source, if it is not `<site>.weight`; `expert` of it, if that tensor holds a stack of them.
     """
 
-    tree: dict[str, Any]
+    tree: Tree
     tensors: list[tuple[str, str, list[int]]]
     name: str
     transposed: bool

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from compress.shards import NAMES
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")  # both are multiplied with; DeepSeek's name means the inverse of the quantizer's
 BESIDE = re.compile(r"(weight_scale(_inv)?|input_scale|activation_scale|k_scale|v_scale)$")
+USUAL = 128  # side of a block in every published float8 checkpoint with blocks
 DECODED = (METHOD, "compressed-tensors")
 
 
@@ -60,7 +62,7 @@ class Float8(Checkpoint):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         told = self.config.get("quantization_config")
-        self.block = told.get("weight_block_size") if isinstance(told, dict) else None
+        self.block = block_size(told.get("weight_block_size"), path) if isinstance(told, dict) else None
         self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
         self.dtype = dtype_of(self.config)
 
@@ -111,6 +113,8 @@ def spread(scale: Tensor, shape: tuple[int, ...], block: list[int] | None = None
     """
     if scale.numel() == 1:
         return scale.reshape(())
+    if len(shape) < 2:
+        return None
     if scale.ndim == 1 and scale.shape[0] == shape[-2]:
         scale = scale[:, None]
     if scale.ndim != len(shape):
@@ -125,8 +129,14 @@ def spread(scale: Tensor, shape: tuple[int, ...], block: list[int] | None = None
 
 
 def block_width(size: int, count: int) -> int:
-    """Entries that share a scale: the power of two (or the even share) that makes `count` blocks of `size`."""
-    width = 1
-    while -(-size // width) > count:
-        width *= 2
-    return width if -(-size // width) == count else -(-size // count)
+    """Entries that share a scale where the config does not say: an even share, else the usual 128."""
+    return size // count if size % count == 0 else USUAL
+
+
+def block_size(told: Any, path: Path) -> list[int] | None:
+    """`weight_block_size` of a config, if it is one; raises ArtifactError otherwise."""
+    if told is None:
+        return None
+    if not isinstance(told, (list, tuple)) or len(told) != 2 or not all(isinstance(n, int) and n > 0 for n in told):
+        raise ArtifactError(f"{path}: weight_block_size {told!r} is not a pair of positive numbers")
+    return [int(n) for n in told]

@@ -30,13 +30,13 @@ def read_documents(data: str | Path, field: str = "text", split: str = "train") 
     if str(data).startswith(HUB):
         return read_hub(str(data).removeprefix(HUB), field, split)
     path = Path(data)
-    if path.is_dir():
-        return read_dataset(path, field, split)
     try:
+        if path.is_dir():
+            return read_dataset(path, field, split)
         raw = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not there, a name too long, a NUL, no UTF-8
         raise CalibrationError(
-            f"calibration.data: {str(path)!r} cannot be read ({type(error).__name__}); {ALLOWED}"
+            f"calibration.data: {str(path)[:200]!r} cannot be read ({type(error).__name__}); {ALLOWED}"
         ) from error
     if "\0" in raw:
         raise CalibrationError(f"calibration.data: {path} holds NUL bytes; it is not text")
@@ -50,7 +50,7 @@ def document_of(line: str, where: str, field: str = "text") -> Document:
     """The field of a JSON line."""
     try:
         value = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CalibrationError(f"{where}: expected a JSON object with a `{field}` field") from error
     return checked(value, where, field)
 
@@ -92,6 +92,8 @@ def read_dataset(path: Path, field: str = "text", split: str = "train") -> list[
         data = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError):
         return rows_of(streamed(datasets, str(path), None, split, f"{where} is not a datasets folder"), where, field)
+    except Exception as error:  # of a damaged one, whatever breaks
+        raise CalibrationError(f"{where} is a damaged datasets folder: {type(error).__name__}: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise CalibrationError(f"{where}: no split {split!r}; it has {', '.join(sorted(map(str, data)))}")

@@ -113,9 +113,18 @@ def test_stored_tensors_keep_their_dtype_in_a_low_precision_model(
 ) -> None:
     out = compress.run(model_folder("llama", dtype), recipe_24_int4, tmp_path / "out").out
     stored = {k: v for f in out.glob("*.safetensors") for k, v in load_file(f).items()}
-    loaded = compress.load(out).state_dict()
+    compress.load(out).save_pretrained(tmp_path / "again")
+    loaded = {k: v for f in (tmp_path / "again").glob("*.safetensors") for k, v in load_file(f).items()}
     assert {k: v.dtype for k, v in loaded.items()} == {k: v.dtype for k, v in stored.items()}
     assert all(torch.equal(loaded[key], stored[key]) for key in stored)
+
+
+def test_code_of_a_model_finds_the_matrix_and_its_dtype(llama_artifact: Path) -> None:
+    site = compress.load(llama_artifact).model.layers[0].mlp.up_proj
+    assert torch.equal(site.weight, site.expression.dense())
+    assert site.weight.dtype == site.dtype == torch.float32
+    with pytest.raises(TypeError, match=r"a linear map was given torch.uint8, it computes in torch.float32"):
+        site(torch.ones(1, 48, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -142,7 +151,7 @@ def test_casting_leaves_the_stored_tensors_alone(llama_artifact: Path) -> None:
     cast = compress.load(llama_artifact).to(torch.bfloat16).state_dict()
     scales = [key for key in stored if key.endswith("_scale")]
     assert len(scales) == SITES
-    assert all(torch.equal(cast[key], stored[key]) for key in scales)
+    assert all(torch.equal(cast[key.replace(".weight_", ".stored_")], stored[key]) for key in scales)
 
 
 def test_kept_weights_obey_the_pattern(artifact: Path) -> None:

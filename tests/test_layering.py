@@ -61,7 +61,10 @@ OWN: dict[str, tuple[str, ...]] = {
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
                          "compress.model.anatomy", "compress_kernels"),
     "compress.builtin": ("compress.builtin", "compress.errors"),
-    "compress.calibration": ("compress.builtin", "compress.recipe", "compress.errors"),
+    "compress.calibration": ("compress.builtin", "compress.recipe", "compress.texts", "compress.errors"),
+    "compress.texts": ("compress.errors",),
+    "compress.sources": ("compress.artifact", "compress.foreign", "compress.model.source", "compress.shards",
+                         "compress.errors"),
     "compress_kernels": ("compress_kernels",),
     "compress_evals": ("compress_evals", "compress", "compress.builtin", "compress.errors"),
 }  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from compress.errors import UnsupportedWeight
 from compress.model.family import (
     ROUTER,
     find_blocks,
@@ -49,6 +50,7 @@ class Place:
     routed: bool = False
     peers: str = ""
     stacked: bool = False  # the tensor of the file holds the matrices of all experts
+    turned: bool = False  # and holds them the other way round than the model does
 
 
 class Anatomy:
@@ -60,11 +62,26 @@ class Anatomy:
         self.path, self.blocks = find_blocks(model, count)
         self.modules = dict(model.named_modules())
         self.text = next((n for n, m in self.modules.items() if m is language_part(model)), "")
+        self._refuse_shared()
         self.mixtures = self._mixtures()
         order = {name: i for i, name in enumerate(self.modules)}
         found = [place for name in self.layout.slots for place in self._places(name)]
         found.sort(key=lambda p: (order[p.module], p.parameter, p.expert or 0, p.rows or (0, 0), p.site))
         self.places = {place.site: place for place in found}  # in the order of the model's modules
+
+    def _refuse_shared(self) -> None:
+        """Raise UnsupportedWeight if two names inside blocks are one parameter: it would be rewritten twice."""
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if self.in_block(name) and first.setdefault(id(parameter), name) != name:
+                raise UnsupportedWeight(
+                    f"{first[id(parameter)]} and {name} are one parameter; blocks that share weights are not supported"
+                )
+        twice = [name for name in self.layout.tied if self.in_block(name)]
+        if twice:
+            raise UnsupportedWeight(
+                f"{twice[0]} is tied to another weight; blocks that share weights are not supported"
+            )
 
     def in_block(self, parameter: str) -> bool:
         """Whether a parameter or module of the model belongs to a block."""
@@ -135,12 +152,12 @@ class Anatomy:
             ]  # fmt: skip
         if slot.expert is None and parameter in stacks(module):
             swapped = stacks_transposed(module)
-            height, width = (shape[2], shape[1]) if swapped else (shape[1], shape[2])
+            height, width = (shape[2], shape[1]) if swapped != slot.turned else (shape[1], shape[2])
             return [
                 Place(
                     site=f"{site}.{expert}", tensor=tensor, module=path, parameter=parameter, expert=expert,
                     transposed=swapped, shape=(height, width), routed=True, peers=slot.parameter,
-                    stacked=True,
+                    stacked=True, turned=slot.turned,
                 )
                 for expert in range(shape[0])
             ]  # fmt: skip
@@ -238,7 +255,7 @@ def why_untouched(anatomy: Anatomy, tensor: str, shape: Shape) -> str:
     stacked_bias = "bias" in parameter and bool(stacks(anatomy.modules[path]))
     if slot.parameter not in layout.parameters:
         return "a buffer: not a weight"
-    if isinstance(anatomy.modules[path], (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if "conv" in type(anatomy.modules[path]).__name__.lower() or "conv" in path.rpartition(".")[2]:
         return "a convolution"
     if len(shape) < 2 or size_of(shape) == max(shape) or stacked_bias:
         return "a vector: norm or bias"

@@ -14,7 +14,7 @@ from compress.errors import ArtifactError
 # in this order: a class that is in several lists is taken from the first
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForMaskedLM",
         "AutoModelForSequenceClassification", "AutoModel")  # fmt: skip
-NOT_CONFIG = ("quantization_config", "auto_map")
+CHOSEN_HERE = ("attn_implementation", "experts_implementation")  # a name of these may make transformers fetch code
 
 
 def auto_class(config: Any) -> Any:
@@ -37,14 +37,15 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
     Raises ArtifactError for a config transformers does not know, or an encoder-decoder.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    plain = {key: value for key, value in config.items() if key not in NOT_CONFIG}
+    plain = {key: value for key, value in without_code(config).items() if key != "quantization_config"}
     if plain.get("is_encoder_decoder"):
         raise ArtifactError(
             f"config.json: {plain.get('model_type')} is an encoder-decoder; only one stack of blocks is walked"
         )
     try:  # transformers raises whatever a wrong value happens to break; none of it is a bug of ours
+        plain = PreTrainedConfig._decode_special_floats(plain)  # it writes infinity as {"__float__": "Infinity"}
         parsed = AutoConfig.for_model(**plain)
         with init_empty_weights(include_buffers=False):
             model = auto_class(parsed).from_config(parsed, dtype=dtype, experts_implementation="eager")
@@ -55,6 +56,18 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
         raise ArtifactError("config.json: not a language model")
     model.tie_weights()  # type: ignore[operator]
     return model.eval().requires_grad_(False)
+
+
+def without_code(config: Any) -> Any:
+    """A config without what can make transformers run code: its own classes, or kernels named by a repository."""
+    if isinstance(config, list):
+        return [without_code(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    names = {"auto_map", *CHOSEN_HERE, *(f"_{name}" for name in CHOSEN_HERE)}
+    return {
+        k: without_code(v) for k, v in config.items() if k not in names and not k.endswith("implementation_internal")
+    }
 
 
 def run(module: Any, ids_BT: torch.Tensor) -> Any:

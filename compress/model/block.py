@@ -47,12 +47,12 @@ class Block:
         places: Sequence[Place],
         batches: Sequence[Travellers],
         probe: Travellers,
-        dense_probe: Tensor,
+        dense: Travellers,
         last: bool = False,
     ) -> None:
-        """`dense_probe` is the probe's state before this block in the dense model; afterwards it is that behind it."""
+        """`dense` is the probe on its way through the dense model; it is moved through this block at once."""
         self.name, self.index, self.module, self.last = name, index, module, last
-        self.batches, self.probe, self.dense_probe = batches, probe, dense_probe
+        self.batches, self.probe, self.dense = batches, probe, dense
         self.drift = 0.0
         inside = {f"{name}.{path}".rstrip("."): part for path, part in module.named_modules()}
         self.sites = {p.site: Site(p.site, inside[p.module], p) for p in places}
@@ -61,6 +61,7 @@ class Block:
         self.keyed: dict[str, Group] = {}  # by what tells an input from others: a module, or an expert of a stack
         for site in self.sites.values():
             self.keyed.setdefault(key_of(site), []).append(site)
+        self.heard: dict[str, int] = {}  # how often each input occurred while the probe passed
         self.unseen = set(self.stacks)  # stacks of experts of which no product was seen
         self.groups = self._groups()
 
@@ -73,6 +74,7 @@ class Block:
 
         def heard(key: str, x: Tensor) -> None:
             self.unseen.discard(self.keyed[key][0].place.peers)
+            self.heard[key] = self.heard.get(key, 0) + 1
             if key in placed:
                 return
             placed.add(key)
@@ -83,7 +85,7 @@ class Block:
                 group += self.keyed[key]
 
         with self._listening(self.keyed, heard):
-            self.dense_probe = self.probe.through(self.module, self.index, self.dense_probe)
+            self.dense.hidden_BTD = self.dense.through(self.module, self.index)
         groups = [group for _, group in seen]
         groups += [self.keyed[key] for key in self.keyed if key not in placed]  # experts not visited, unused modules
         by_peers: dict[str, list[Group]] = {}
@@ -141,7 +143,7 @@ class Block:
             first = groups[0][0].name
             raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, none was given")
         collectors = {key: Collector(kinds, site.shape[1], site.original.data.device) for key, site in leaders.items()}
-        last = list(leaders)[-1]
+        last = self._last(leaders)
 
         def heard(key: str, x: Tensor) -> None:
             collectors[key].update(x)
@@ -160,6 +162,15 @@ class Block:
             stats = collector.finish(site.name) if collector.tokens else Statistics({}, 0)
             for each in group:
                 each.stats = stats
+
+    def _last(self, leaders: dict[str, Site]) -> str | None:
+        """The input after which nothing more is to be heard, or None where a forward must run to its end.
+
+        That is the last in order, if each occurs once; modules of experts are called in an order nobody knows.
+        """
+        apart = any(site.place.routed and site.place.expert is None for site in leaders.values())
+        again = any(self.heard.get(key, 0) > 1 for key in leaders)
+        return None if apart or again else list(leaders)[-1]
 
     def _check_heard(self, leaders: dict[str, Site], collectors: dict[str, Collector]) -> None:
         """Raise if an input never occurred, unless it is an expert's that the router did not choose."""
@@ -181,7 +192,7 @@ class Block:
             if not bool(torch.isfinite(moved).all()):
                 raise CalibrationError(f"{self.name}: its output is not finite{self._culprit(travellers)}")
             travellers.hidden_BTD = moved
-        dense = self.dense_probe.float()
+        dense = self.dense.hidden_BTD.float()
         self.drift = float((self.probe.hidden_BTD.float() - dense).norm() / dense.norm())
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ TESTED = (
 )  # fmt: skip
 
 ROUTER = re.compile(
-    r"(^|\.)(gate|router|[a-z_]+_gate)(\.|$)"
+    r"(^|\.)(gate|router|shared_expert_gate)(\.|$)"
 )  # of a mixture: mlp.gate, router.layer, shared_expert_gate
 STACKS_IN_FIRST = ("Llama4TextExperts",)  # keep [experts, in, out] without saying so in `is_transposed`
 

@@ -24,11 +24,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one tensor of a file lies: a whole parameter, or rows of one expert of a stack [experts, out, in]."""
+    """Where one tensor of a file lies: a whole parameter, or rows of one expert of a stack [experts, out, in].
+
+    A stack that is `turned` lies in the file with its last two sides exchanged.
+    """
 
     parameter: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    turned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class Layout:
     def __post_init__(self) -> None:
         state = self.model.state_dict()
         self.wanted = {name: tuple(t.shape) for name, t in state.items()}
+        self.dtypes = {name: t.dtype for name, t in state.items()}
         self.parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         if self.shapes is None:
@@ -100,6 +105,10 @@ class Layout:
         """Give each tensor of a merge its slot, or keep the conversion whole."""
         kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
         parts = {p: [name for pattern, name in sources if pattern == p] for p in converter.source_patterns}
+        if kinds == [("Transpose", None)] and len(sources) == 1 and len(self.wanted[target]) == 3:
+            name = sources[0][1]  # turned unless the shapes say otherwise, as transformers decides
+            self.slots[name] = Slot(parameter=target, turned=tuple(shapes[name]) != self.wanted[target])
+            return
         stacked = kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
         if not stacked or not all(parts.values()):
             self.conversions.append(Conversion(converter=converter, first=target, sources=sources))
@@ -148,7 +157,7 @@ class Layout:
         if slot is None:
             return None
         if slot.expert is None:
-            return shape
+            return (*shape[:-2], shape[-1], shape[-2]) if slot.turned else shape
         return (slot.rows[1] - slot.rows[0] if slot.rows else shape[1], *shape[2:])
 
     def _check_stack(self, parameter: str) -> None:
@@ -181,7 +190,8 @@ class Layout:
             if sources[0] not in self.slots:
                 made |= self._convert(held, read)
             elif self.slots[sources[0]].expert is None:
-                made[parameter] = read(sources[0], held)
+                whole = read(sources[0], held)
+                made[parameter] = whole.mT.contiguous() if self.slots[sources[0]].turned else whole
             else:
                 made[parameter] = self._stack(held, read)
         return made

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from functools import cached_property
 from math import prod
@@ -21,6 +22,7 @@ from compress.errors import ArtifactError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_NAME = 255  # bytes of a file name
 NUMBERED = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.safetensors")
 WIDTHS = {  # bits
     "F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
@@ -34,8 +36,13 @@ def locate(model: str | Path) -> Path:
 
     Raises ArtifactError if there is no such folder.
     """
-    path = BUILTIN if str(model) == "builtin" else Path(str(model)).expanduser()
-    if not str(model) or not (path / "config.json").is_file():
+    path = BUILTIN if str(model) == "builtin" else Path(str(model))
+    try:
+        path = path.expanduser()
+        found = bool(str(model)) and (path / "config.json").is_file()
+    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a NUL
+        found = False
+    if not found:
         raise ArtifactError(f"no model folder at {str(model)!r}; give a folder with config.json, or `builtin`")
     return path
 
@@ -115,7 +122,7 @@ class Checkpoint:
     def inside(self, shard: str) -> Path:
         """The path of a shard, checked to be a plain file of this folder."""
         path = self.path / shard
-        if Path(shard).name != shard or not path.is_file():
+        if Path(shard).name != shard or len(os.fsencode(shard)) > LONGEST_NAME or not path.is_file():
             raise ArtifactError(f"{self.path / INDEX}: shard {shard!r} is not a file of this folder")
         return path
 

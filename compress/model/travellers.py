@@ -75,7 +75,7 @@ class Travellers:
         """The output [B, T, D] of block `index` on `hidden_BTD`, by default the present state."""
         args, kwargs = self.calls[index]
         out = module(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *args, **kwargs)
-        return torch.as_tensor(out[0] if isinstance(out, tuple) else out)  # a tuple before transformers 4.57
+        return torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out)  # a tuple before transformers 4.57
 
 
 class Shared:

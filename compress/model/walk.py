@@ -8,6 +8,7 @@ Shape suffixes: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +51,7 @@ class Walk:
     ) -> None:
         self.source, self.device, self.dtype, self.store = source, device, dtype, store
         self._look_at(skeleton(config, dtype), source.shapes())
-        plan = self.model._get_dtype_plan(dtype)  # modules that a family computes in float32
-        self.kept_wide = tuple(name for name, kind in plan.items() if kind == torch.float32)
+        self.kept_wide = [name.replace("*", ".*") for name in self.model._get_dtype_plan(dtype)]  # always float32
         self.framed = False
 
     def _look_at(self, model: Any, shapes: dict[str, Shape] | None) -> None:
@@ -106,8 +106,8 @@ class Walk:
         found = self.source.tensor(name)
         if not found.is_floating_point():
             return found.to(self.device)
-        wide = any(part in parameter for part in self.kept_wide)
-        return found.to(self.device, torch.float32 if wide else self.dtype)
+        wide = any(re.search(part, parameter) for part in self.kept_wide)
+        return found.to(self.device, torch.float32 if wide else self.anatomy.layout.dtypes[parameter])
 
     def load_block(self, index: int) -> None:
         """Bring one block's tensors to the device; raises ArtifactError if one is missing or has another shape."""
@@ -148,12 +148,14 @@ class Walk:
         """
         self.load_frame()
         calls: list[Call] = [((), {})] * len(self.blocks)
+        called: set[int] = set()
         first: list[Tensor] = []
 
         def recorder(index: int) -> Callable[..., Any]:
             def record(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index == 0:
                     first.append(hidden_BTD)
+                called.add(index)
                 calls[index] = self.shared.call((args, kwargs))
                 return self.wrapped(hidden_BTD, args, kwargs)
 
@@ -161,6 +163,9 @@ class Walk:
 
         with self.replaced([recorder(i) for i in range(len(self.blocks))]):
             run(self.model.base_model, ids_BT.to(self.device))  # without the head
+        if not first or len(called) < len(self.blocks):
+            missing = next(i for i in range(len(self.blocks)) if i not in called)
+            raise UnsupportedWeight(f"{self.path}.{missing} is not called for plain text; it cannot be calibrated")
         self.entered += 1
         store = self.store / f"batch-{self.entered}" if stored and self.store is not None else None
         return Travellers(ids_BT, first[0], calls, store)
@@ -185,25 +190,25 @@ class Walk:
             self.load_block(0)
             forward = type(self.blocks[0]).forward
             out = forward(self.blocks[0], hidden_BTD, *args, **kwargs)
-            self.rest = len(out) - 1 if isinstance(out, tuple) else -1
+            self.rest = len(out) - 1 if isinstance(out, (tuple, list)) else -1
             self.drop_block(0)
         return hidden_BTD if self.rest < 0 else (hidden_BTD, *[None] * self.rest)
 
-    def visit(self, batches: list[Travellers], probe: Travellers) -> Iterator[Block]:
+    def visit(self, batches: list[Travellers], probe: Travellers, dense: Travellers | None = None) -> Iterator[Block]:
         """The blocks in order, each loaded before and dropped after its turn.
 
-        Whoever takes a block calls its `advance` before asking for the next one.
+        Whoever takes a block calls its `advance` before asking for the next one. `dense` are the probe's tokens once
+        more, with calls of their own: blocks of some families leave in them what later blocks read.
         """
-        dense_probe = probe.hidden_BTD
+        dense = self.enter(probe.ids_BT) if dense is None else dense
         for index, module in enumerate(self.blocks):
             self.load_block(index)
             places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
-            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense_probe, last)
+            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense, last)
             yield block
-            dense_probe = block.dense_probe
             block.close()
             self.drop_block(index)
-        self.dense_logits = self.leave(Travellers(probe.ids_BT, dense_probe, probe.calls))
+        self.dense_logits = self.leave(dense)
 
     def replay(self, probe: Travellers) -> Tensor:
         """The logits of the model as its source holds it, a block in memory at a time."""
@@ -226,7 +231,7 @@ class Walk:
                 self.load_block(index)
                 block = self.blocks[index]
                 out = type(block).forward(block, hidden_BTD, *args, **kwargs)
-                real = out[0] if isinstance(out, tuple) else out
+                real = out[0] if isinstance(out, (tuple, list)) else out
                 stub = block.__dict__.pop("forward")
                 replayed = travellers.through(block, index)
                 block.forward = stub

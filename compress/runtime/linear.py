@@ -1,7 +1,7 @@
 """The modules that stand where a matrix was: stored tensors as buffers, computation lowered from them.
 
-The stored tensors are their state dict, so saving writes back exactly what was read. `weight` is the payload that
-keeps the source's key; code that only wants its dtype or device finds those.
+The stored tensors are their state dict, so saving writes back exactly what was read. `weight` is what a model's own
+code expects under that name: the matrix it computes with, in the dtype it computes in.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError
-from compress.runtime.lower import lower
+from compress.runtime.lower import FewRows, Matrix, lower
 from compress.weights import Weight, unpack
 
 
 def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
     """Tree path -> name of the buffer that holds it."""
     paths = [path for path, _, _ in spec["tensors"]]
-    return {path: "weight" if i == 0 else f"weight_{path.replace('.', '_')}" for i, path in enumerate(paths)}
+    return {path: f"stored_{path.replace('.', '_')}" for path in paths}
 
 
 class StoredWeight(nn.Module):
@@ -67,16 +67,32 @@ class CompressedLinear(StoredWeight):
     Until `prepare` is called, and always with `low_memory`, W is decoded at every call and dropped.
     """
 
-    def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None) -> None:
+    def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(spec)
         self.bias = bias
+        self.dtype = dtype
         self.lowered: nn.Module | None = None
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Decode once into the fastest module for inputs of `dtype`."""
+        self.dtype = dtype
         self.lowered = lower(self.expression, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The matrix as the family's module would hold it, decoded at each access; of no values before loading."""
+        if any(buffer.is_meta for buffer in self.buffers(recurse=False)):
+            shape = (self.out_features, self.in_features)
+            plain = torch.empty(shape, dtype=self.dtype, device="meta")
+        else:
+            plain = self.expression.dense().to(self.dtype)
+        return plain.T if self.spec["transposed"] else plain
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """[..., in] -> [..., out]; raises TypeError for x of integers, as a plain linear map would."""
+        if not x.is_floating_point():
+            raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
+        if isinstance(self.lowered, (Matrix, FewRows)):
+            return torch.as_tensor(self.lowered(x, self.bias))
         y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)
         return y if self.bias is None else y + self.bias

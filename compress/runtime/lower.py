@@ -38,9 +38,9 @@ class Matrix(nn.Module):
         self.register_buffer("matrix", weight.contiguous(), persistent=False)
         self.matrix: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T`."""
-        return F.linear(x, self.matrix)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + b`, rounded once as a plain linear map is."""
+        return F.linear(x, self.matrix, bias)
 
 
 class FewRows(nn.Module):
@@ -50,11 +50,12 @@ class FewRows(nn.Module):
         super().__init__()
         self.packed, self.many = packed, Matrix(matrix)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x @ W.T`; the packed form stays on the CPU and serves only there."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + b`; the packed form stays on the CPU and serves only there."""
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= cpu.FEW_ROWS:
-            return self.packed.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-        return torch.as_tensor(self.many(x))
+            y = self.packed.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            return y if bias is None else y + bias
+        return torch.as_tensor(self.many(x, bias))
 
 
 class Parallel(nn.Module):

@@ -65,7 +65,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             old = model.get_submodule(place.module)
             parent, leaf = place.module.rpartition(".")[::2]
-            setattr(model.get_submodule(parent), leaf, CompressedLinear(spec, getattr(old, "bias", None)))
+            setattr(model.get_submodule(parent), leaf, CompressedLinear(spec, getattr(old, "bias", None), dtype))
             self._enter(site, spec, place.module)
         for within, stored in stacked.items():
             compress_experts(model.get_submodule(within), stored, dtype)

@@ -230,6 +230,7 @@ def test_what_was_done_to_starved_experts_is_told_and_kept(hungry: Any) -> None:
     said = {tuple(row["starved"]) for site, row in rows.items() if ".experts." in site}
     assert said == {("wanda: pruned by magnitude", "gptq: rounded to nearest")}
     assert {tuple(row["starved"]) for site, row in rows.items() if "self_attn" in site} == {()}
+    assert "reached 24 of the experts' matrices; they were treated" in (path / "README.md").read_text()
 
 
 def test_more_starved_experts_than_allowed_stop_the_run_early(folder: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import RTN, Calibration, Magnitude, Wanda
+from compress import RTN, Calibration, Magnitude, PassManager, Wanda
 from compress.export.dense import export_dense
 from compress.model.anatomy import coverage
 from compress.model.architecture import auto_class
@@ -331,6 +331,32 @@ def test_all_ways_of_loading_agree_and_the_mask_lies_along_the_inputs(
 def counts(w_OI: Tensor) -> Tensor:
     """Non-zeros of every four consecutive inputs."""
     return (w_OI.reshape(-1, 4) != 0).sum(1).unique()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "mixtral", "gemma3_text", "qwen2_vl", "gpt2"])
+def test_low_precision_is_computed_as_transformers_does(
+    name: str, dtype: str, folder: Folder, walk_of: Any, tmp_path: Path, ids: Tensor, assert_close: Any
+) -> None:
+    stock(folder(name)).to(getattr(torch, dtype)).save_pretrained(tmp_path / "m")
+    walk = walk_of(tmp_path / "m")
+    with torch.no_grad():
+        got, model = walk.replay(walk.enter(ids)), stock(tmp_path / "m")
+    held = {name: str(parameter.dtype) for name, parameter in model.named_parameters()}
+    assert {n: str(walk.tensor(s[0], n).dtype) for n, s in walk.anatomy.layout.sources.items() if n in held} == {
+        n: kind for n, kind in held.items() if n in walk.anatomy.layout.sources
+    }
+    assert_close("logits", got.float(), logits_of(model, ids).float(), 2.0**-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_artifact_computes_what_the_model_in_memory_does(
+    name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
+) -> None:
+    model = stock(folder(name))
+    PassManager([RTN(group=8)]).apply(model, ids)
+    compress.run(folder(name), [RTN(group=8)], tmp_path / "o")
+    assert_close("logits", logits_of(compress.load(tmp_path / "o"), ids), logits_of(model, ids), 1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,142 @@
+"""What is written is loaded again and must compute what was meant, before it is put in place.
+
+The artifact is walked block by block with the very modules that users get, so that a family whose code does something
+unforeseen with them is found here and not by whoever loads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress.artifact import Artifact, keys
+from compress.errors import CompressError, VerificationError
+from compress.model.memory import give_back
+from compress.model.source import Checkpoint
+from compress.model.walk import Walk, forget
+from compress.runtime.experts import CompressedExperts, compress_experts
+from compress.runtime.linear import CompressedLinear, StoredWeight
+
+RUNTIME_ERROR = 0.02  # relative; bf16 products and bf16 scales of packed forms stay below 0.01
+SAME = 1e-4  # relative, of float32 logits computed twice
+ROUNDINGS = 4  # of the model's dtype, where a family adds a bias in another order
+ROWS = 1024  # of a matrix in float64 at once
+
+
+def mean_kl(dense: Tensor, compressed: Tensor) -> float:
+    """Mean over tokens of KL(dense || compressed) in nats, float32."""
+    total = 0.0
+    for dense_TV, compressed_TV in zip(dense, compressed, strict=True):  # a window at a time: vocabularies are large
+        left, right = F.log_softmax(dense_TV.float(), -1), F.log_softmax(compressed_TV.float(), -1)
+        total += float((left.exp() * (left - right)).sum(-1).mean())
+    return total / len(dense)
+
+
+class RuntimeWalk(Walk):
+    """A walk through an artifact whose sites are run by the modules that stand for them after loading; once."""
+
+    def __init__(self, artifact: Artifact, walk: Walk) -> None:
+        super().__init__(artifact.config, artifact, artifact.dtype, walk.device)
+        self.artifact, self.rest = artifact, walk.rest
+
+    def load_block(self, index: int) -> None:
+        """Bring a block's plain tensors and put the modules of its sites in their places."""
+        places = [p for p in self.anatomy.of_block(index) if p.site in self.artifact.specs]
+        held = {f"{place.module}.{place.parameter}" for place in places}
+        prefix = f"{self.path}.{index}."
+        names = [name for name in self.anatomy.parameters_of(index) if name not in held]
+        state = self.anatomy.layout.state(names, self.tensor)
+        self.assign(self.blocks[index], {name.removeprefix(prefix): t for name, t in state.items()})
+        stacked: dict[str, list[Any]] = {}
+        for place in places:
+            if place.expert is not None:
+                stacked.setdefault(place.module, []).append((place, self.artifact.specs[place.site]))
+                continue
+            old = self.model.get_submodule(place.module)
+            module = CompressedLinear(self.artifact.specs[place.site], getattr(old, "bias", None), self.dtype)
+            self._fill(module, place.site)
+            module.prepare(self.dtype)
+            parent, _, leaf = place.module.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, module)
+        for path, stored in stacked.items():
+            experts = self.model.get_submodule(path)
+            compress_experts(experts, stored, self.dtype)
+            for (place, _), part in zip(stored, experts.stored, strict=True):
+                self._fill(part, place.site)
+            experts.prepare(self.dtype)
+
+    def _fill(self, module: StoredWeight, site: str) -> None:
+        """Give a module the stored tensors of its site."""
+        stored = keys(site, self.artifact.specs[site])
+        module.fill({p: self.artifact.stored_tensor(key).to(self.device) for p, key in stored.items()})
+
+    def drop_block(self, index: int) -> None:
+        """Forget a block; it cannot be loaded again."""
+        for module in self.blocks[index].modules():
+            forget(module)
+            if isinstance(module, CompressedLinear):
+                module.lowered = None
+            if isinstance(module, StoredWeight):
+                module.fill(dict.fromkeys(module.names, torch.empty(0)))
+            if isinstance(module, CompressedExperts):
+                module.decoded = {}
+        give_back()
+
+
+def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, logits: Tensor) -> None:
+    """Read the artifact back block by block; its names, untouched tensors and logits must be the intended ones.
+
+    Raises VerificationError at the first difference.
+    """
+    artifact = Artifact(folder)
+    if set(artifact.names()) != set(source.names()):
+        raise VerificationError(f"tensors differ from the source: {set(artifact.names()) ^ set(source.names())}")
+    check_runtime(artifact, walk)
+    try:
+        replay = RuntimeWalk(artifact, walk)
+        probe = replay.enter(probe_NT)
+        replay.drop_frame()
+        again = replay.replay(probe)
+    except CompressError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # of the family's code, with our modules
+        reason = " ".join(str(error).split())[:200]
+        raise VerificationError(
+            f"{type(walk.model).__name__} does not run with compressed modules: {reason}"
+        ) from error
+    pairs = zip(again, logits, strict=True)  # a window at a time: vocabularies are large
+    worst = max(relative(one.float(), other.float()) for one, other in pairs)
+    if not worst <= max(SAME, ROUNDINGS * torch.finfo(artifact.dtype).eps):
+        raise VerificationError(f"the reloaded model's logits are off from the compressed ones by {worst:.3g}")
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|."""
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def check_runtime(artifact: Artifact, walk: Walk) -> None:
+    """Compute with and without preparing, for the sites of the first compressed block, and compare with the weights.
+
+    Raises VerificationError if a stored site computes something else than `x @ W.T`.
+    """
+    blocks = ([p.site for p in walk.anatomy.of_block(i) if p.site in artifact.specs] for i in range(len(walk.blocks)))
+    for site in next((sites for sites in blocks if sites), []):
+        module = CompressedLinear(artifact.specs[site], None, artifact.dtype)
+        module.fill({path: artifact.stored_tensor(key) for path, key in keys(site, artifact.specs[site]).items()})
+        x_TI = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0)).to(artifact.dtype)
+        rows = artifact.expression(site).dense().split(ROWS)
+        wanted = torch.cat([F.linear(x_TI.double(), w_OI.double()) for w_OI in rows], 1)
+        for prepared in (False, True):
+            if prepared:
+                module.prepare(artifact.dtype)
+            error = relative(module(x_TI).double(), wanted)
+            if not error <= RUNTIME_ERROR:
+                raise VerificationError(f"{site}: the module that runs it is off by {error:.3g}")
+
+
+__all__ = ["RuntimeWalk", "check_runtime", "check_whole", "mean_kl"]
