@@ -255,10 +255,10 @@ def why_untouched(anatomy: Anatomy, tensor: str, shape: Shape) -> str:
     stacked_bias = "bias" in parameter and bool(stacks(anatomy.modules[path]))
     if slot.parameter not in layout.parameters:
         return "a buffer: not a weight"
-    if "conv" in type(anatomy.modules[path]).__name__.lower() or "conv" in path.rpartition(".")[2]:
-        return "a convolution"
     if len(shape) < 2 or size_of(shape) == max(shape) or stacked_bias:
         return "a vector: norm or bias"
+    if "conv" in type(anatomy.modules[path]).__name__.lower() or "conv" in path.rpartition(".")[2]:
+        return "a convolution"
     if anatomy.in_block(slot.parameter):
         return MISSED
     same = {

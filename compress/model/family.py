@@ -17,7 +17,8 @@ TESTED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt2", "gptj",
     "gpt_bigcode", "gpt_neox", "falcon", "bloom", "olmo", "olmo2", "olmo3", "stablelm", "starcoder2", "cohere",
     "granite", "smollm3", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3",
-    "granitemoe", "gpt_oss", "llama4_text", "gemma3", "llava", "qwen2_vl", "bert", "roberta",
+    "glm4_moe", "granitemoe", "gpt_oss", "llama4_text", "bamba", "gemma3", "llava", "qwen2_vl",
+    "qwen3_vl_moe", "bert", "roberta",
 )  # fmt: skip
 
 ROUTER = re.compile(

@@ -180,6 +180,17 @@ FAMILIES: dict[str, Family] = {
                 "interleave_moe_layer_step": 1, "attention_chunk_size": 64},
         groups=[*STACK, *SEPARATE[2:]], block=ATTENTION + 5 * GATED, routers=2 * 4 * 48,
     ),
+    "glm4_moe": Family(
+        config={**EXPERTS, "head_dim": 12, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+                "n_group": 1, "topk_group": 1},
+        groups=[*FINE, *SEPARATE[2:]], block=ATTENTION + 5 * 3 * 24 * 48, also=(ATTENTION + GATED,), routers=4 * 48,
+    ),
+    # -- other mixers: a state-space block before one of attention
+    "bamba": Family(
+        config={**SMALL, "attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_d_state": 8,
+                "mamba_n_groups": 1, "mamba_expand": 2},
+        groups=SEPARATE, block=ATTENTION + GATED, also=((2 * 96 + 2 * 8 + 4) * 48 + 48 * 96 + GATED,),
+    ),
     # -- models that see: only what speaks is compressed
     "gemma3": Family(
         config={"text_config": {**GEMMA, "model_type": "gemma3_text"}, "mm_tokens_per_image": 4,
@@ -192,6 +203,15 @@ FAMILIES: dict[str, Family] = {
                 "vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 32},
                 "architectures": ["LlavaForConditionalGeneration"]},
         groups=SEPARATE, block=ATTENTION + GATED,
+    ),
+    "qwen3_vl_moe": Family(
+        config={"text_config": {**SHARED, "model_type": "qwen3_vl_moe_text", "head_dim": 12, "rope_parameters": {
+                    "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
+                "vision_config": {"depth": 2, "hidden_size": 32, "out_hidden_size": 48, "num_heads": 4,
+                                  "patch_size": 8, "intermediate_size": 40, "deepstack_visual_indexes": [0]},
+                "image_token_id": 205, "video_token_id": 206, "vision_start_token_id": 207,
+                "vision_end_token_id": 208, "architectures": ["Qwen3VLMoeForConditionalGeneration"]},
+        groups=STACK, block=ATTENTION + 4 * 3 * 24 * 48, routers=2 * 4 * 48,
     ),
     "qwen2_vl": Family(
         config={"text_config": {**SMALL, "model_type": "qwen2_vl_text", "rope_parameters": {
