@@ -46,12 +46,18 @@ def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
         return Artifact(path)
     if method == "compressed-tensors":
         return CompressedTensors(path)
-    return Float8(path) if float8 else plain
+    if not float8:
+        return plain
+    opened = Float8(path)
+    bare = [name for name in float8 if name not in opened.scales and name not in opened.scales.values()]
+    if quantization and bare:  # a scale under a name nobody knows would be left out silently
+        raise ArtifactError(f"{path}: quantized by {method}, but {bare[0]} has no scale beside it")
+    return opened
 
 
 def only_float8(source: Checkpoint) -> bool:
     """Whether every stored tensor is a floating-point number: then scales are all that stands between it and dense."""
-    return all(held.dtype.startswith(("F", "BF")) for held in source.headers.values())
+    return all(held.dtype.startswith(("F8", "F16", "F32", "F64", "BF16")) for held in source.headers.values())
 
 
 class Float8(Checkpoint):

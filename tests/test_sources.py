@@ -145,6 +145,15 @@ def test_a_scale_that_does_not_fit_is_refused(tiny_llama: Path, tmp_path: Path) 
         compress.run(folder, [RTN(group=8)], tmp_path / "o")
 
 
+def test_float8_whose_scales_have_another_name_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    def odd(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.replace("_scale_inv", ".descale"): tensor for name, tensor in in_blocks(tensors).items()}
+
+    folder = rewritten(tiny_llama, tmp_path / "m", odd, BLOCKED)
+    with pytest.raises(ArtifactError, match=r"quantized by fp8, but .*proj\.weight has no scale beside it"):
+        open_source(folder)
+
+
 def test_float8_with_integers_beside_it_is_not_just_float8(tiny_llama: Path, tmp_path: Path) -> None:
     def mixed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return bare(tensors) | {"model.layers.0.qweight": torch.ones(3, dtype=torch.int32)}

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -91,13 +92,12 @@ class Anatomy:
         """Whether a parameter is needed to turn token ids into logits."""
         return not self.text or parameter.startswith(f"{self.text}.") or parameter in self.heads
 
-    @property
+    @cached_property
     def heads(self) -> set[str]:
         """The parameters of the output head."""
         head = self.model.get_output_embeddings()
-        return (
-            set() if head is None else {f"{n}.{p}" for n, m in self.modules.items() if m is head for p in m._parameters}
-        )
+        names = [] if head is None else [name for name, module in self.modules.items() if module is head]
+        return {f"{name}.{parameter}" for name in names for parameter in self.modules[name]._parameters}
 
     def of_block(self, index: int) -> list[Place]:
         """The sites of one block."""

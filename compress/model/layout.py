@@ -123,10 +123,8 @@ class Layout:
 
     def _targets(self, conversion: Conversion) -> list[str]:
         """Every parameter a conversion makes."""
-        patterns = conversion.converter.target_patterns
-        return (
-            [conversion.first.replace(patterns[0], p, 1) for p in patterns] if len(patterns) > 1 else [conversion.first]
-        )
+        first, *others = conversion.converter.target_patterns
+        return [conversion.first, *(conversion.first.replace(first, other, 1) for other in others)]
 
     # -- checking ----------------------------------------------------------------------------------
 
@@ -141,6 +139,9 @@ class Layout:
         for name in sorted(self.parameters):
             if (held := self.held(name)) is None:
                 raise ArtifactError(f"{name} is missing; the config means {self.wanted[name]}")
+            alone = [s for s in self.sources[held] if s in self.slots and self.slots[s].expert is None]
+            if len(alone) > 1:
+                raise ArtifactError(f"{alone[0]} and {alone[1]} both mean {held}; one of them must go")
             for source in self.sources[held]:
                 expected, found = self._expected(source, self.wanted[held]), self.shape(source)
                 if expected is not None and found != expected:

@@ -426,6 +426,17 @@ def test_a_file_without_the_models_prefix_keeps_its_names(
     assert torch.equal(logits_of(loaded, ids), logits_of(usual, ids))
 
 
+def test_a_file_that_holds_a_parameter_twice_is_refused(folder: Folder, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = renamed(folder("gpt2"), tmp_path / "model", str)
+    tensors = load_file(path / "model.safetensors")
+    tensors["h.0.attn.c_attn.weight"] = tensors["transformer.h.0.attn.c_attn.weight"].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(compress.ArtifactError, match=r"both mean transformer\.h\.0\.attn\.c_attn\.weight"):
+        compress.run(path, [RTN(group=8)], tmp_path / "o")
+
+
 def test_a_tensor_nobody_knows_passes_through(folder: Folder, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
