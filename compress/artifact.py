@@ -1,49 +1,28 @@
 """The output folder: an ordinary Hugging Face folder whose sites are stored as weight expressions.
 
 One shard a block. Of every site, one stored tensor keeps the source's own key, `<site>.weight`, in a flat shape;
-its companions are `<site>.weight_<path>`. Everything is written into `OUT.partial-<id>`, verified, then renamed.
-Nothing in it depends on time, place or speed: the same run writes the same bytes.
+its companions are `<site>.weight_<path>`. Here it is read and verified; `writer.py` writes it.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from compress.errors import ArtifactError, VerificationError
-from compress.model.source import INDEX, Checkpoint, Held, digest, dtype_of, read_json
+from compress.model.source import Checkpoint, Held, digest, dtype_of, read_json
 from compress.schema import PROVENANCES, SPECS, checked
-from compress.shards import NAMES, SHARD_SIZE, Entry, WriteError, split, write_shard
-from compress.weights import Dense, Weight, pack, specify, unpack
+from compress.shards import NAMES, Entry
+from compress.weights import Weight, unpack
 
 METHOD = "compress"
 VERSION = 1
 PROVENANCE = "compress.json"
-COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
-REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
-NOT_COPIED = ("config.json", INDEX, PROVENANCE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A rewritten site and the tensor of the source it comes from, of which it may be one `expert`."""
-
-    weight: Weight
-    tensor: str
-    transposed: bool = False
-    expert: int | None = None
-    part: bool = False  # of a stack in the model, whether or not in the file
 
 
 def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
@@ -74,183 +53,6 @@ def plain_shapes(specs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         shape = tuple(reversed(shape)) if parts[0]["transposed"] else shape
         shapes[name] = (len(parts), *shape) if "expert" in parts[0] else shape
     return shapes
-
-
-def site_spec(site: str, stored: Stored, packed: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The specification stored in config.json: the tree, (path, dtype, shape) of each tensor, and its place.
-
-    A list, because transformers sorts the keys of a config it saves and the order names the payload.
-    """
-    tensors = [[p, str(t.dtype).removeprefix("torch."), list(t.shape)] for p, t in packed.items()]
-    weight = stored.weight
-    spec: dict[str, Any] = {"tree": specify(weight), "tensors": tensors, "name": weight.describe()}
-    spec["transposed"] = stored.transposed
-    if stored.tensor != f"{site}.weight":
-        spec["tensor"] = stored.tensor
-    if stored.expert is not None:
-        spec["expert"] = stored.expert
-    return spec
-
-
-@dataclass
-class ArtifactWriter:
-    """Writes OUT block by block into a partial folder; `commit` puts it in place, `abandon` removes it.
-
-    A shard holds at most one block and, unless one tensor is larger, at most `shard_size` bytes.
-    """
-
-    out: Path
-    shard_size: int = SHARD_SIZE
-    partial: Path = field(init=False)
-    weight_map: dict[str, str] = field(default_factory=dict)
-    specs: dict[str, Any] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    size: int = 0
-
-    def __post_init__(self) -> None:
-        self.partial = self.out.parent / f"{self.out.name}.partial-{uuid4().hex[:8]}"
-        self.made = [parent for parent in self.out.parents if not parent.exists()]  # innermost first
-
-    def __enter__(self) -> ArtifactWriter:
-        try:
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise ArtifactError(f"{self.out.parent}: cannot write there: {error.strerror}") from error
-        return self
-
-    def scratch(self) -> Path:
-        """A folder for what the run needs on disk; gone before the artifact is described."""
-        folder = self.partial / "scratch"
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Leave nothing behind unless committed; a failure to write becomes an ArtifactError."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        if kind is None:
-            return
-        for parent in self.made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, WriteError):
-            raise ArtifactError(f"{self.out}: cannot be written: {error.__cause__}") from error
-        if isinstance(error, OSError) and error.errno in REFUSING:
-            raise ArtifactError(f"{self.out}: cannot be written: {error}") from error
-
-    def add(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> int:
-        """Write rewritten sites and untouched tensors, read them back, and compare; their bytes.
-
-        Raises VerificationError if a file does not hold what was meant.
-        """
-        entries, packed = list(plain), {}
-        for site, stored in sites.items():
-            if isinstance(stored.weight, Dense) and not stored.part:
-                kept = stored.weight.data.T if stored.transposed else stored.weight.data
-                entries.append(Entry.of(stored.tensor, kept))
-                continue
-            packed[site] = pack(stored.weight)
-            self.specs[site] = site_spec(site, stored, packed[site])
-            entries += [Entry.of(key, packed[site][path]) for path, key in keys(site, self.specs[site]).items()]
-        for part in split(entries, self.shard_size):
-            path = self.partial / f"part-{len(self.digests) + 1:05d}.safetensors"
-            self.digests[path.name] = write_shard(path, part)
-            self.weight_map |= {entry.name: path.name for entry in part}
-        self._check(packed)
-        size = sum(entry.nbytes for entry in entries)
-        self.size += size
-        return size
-
-    def _check(self, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
-        for site, meant in packed.items():
-            stored = {p: self._read(key) for p, key in keys(site, self.specs[site]).items()}
-            again = pack(unpack(self.specs[site]["tree"], stored))
-            if any(not torch.equal(as_bytes(again[p]), as_bytes(t.cpu())) for p, t in meant.items()):
-                raise VerificationError(
-                    f"{self.weight_map[tensor_of(site, self.specs[site])]}: {site} decodes differently"
-                )
-
-    def _read(self, key: str) -> Tensor:
-        """One tensor of what was written."""
-        from safetensors import safe_open
-
-        with safe_open(self.partial / self.weight_map[key], framework="pt") as file:
-            found: Tensor = file.get_tensor(key)
-        return found
-
-    def _number(self) -> None:
-        """Give the shards their final names, now that their number is known."""
-        names = {old: f"model-{i:05d}-of-{len(self.digests):05d}.safetensors" for i, old in enumerate(self.digests, 1)}
-        for old, new in names.items():
-            (self.partial / old).rename(self.partial / new)
-        self.digests = {names[old]: sha for old, sha in self.digests.items()}
-        self.weight_map = {key: names[old] for key, old in self.weight_map.items()}
-
-    def describe(self, source: Path, config: Mapping[str, Any], provenance: Mapping[str, Any], card: str) -> None:
-        """Write everything that is not weights."""
-        shutil.rmtree(self.partial / "scratch", ignore_errors=True)
-        self._number()
-        copy_companions(source, self.partial)
-        index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
-        write_json(self.partial / INDEX, index)
-        quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
-        write_json(self.partial / "config.json", {**config, "quantization_config": quantization})
-        (self.partial / "README.md").write_text(card, encoding="utf-8")
-        others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
-        write_json(self.partial / PROVENANCE, {**provenance, "files": {**self.digests, **others}})
-
-    def commit(self) -> None:
-        """Flush every file and rename the folder into place; what was there before goes last, and stays on failure."""
-        for path in (*self.partial.iterdir(), self.partial):
-            flush(path)
-        before = self.partial.with_name(f"{self.partial.name}-replaced")
-        replaced = self.out.exists()
-        if replaced:
-            self.out.rename(before)
-        try:
-            self.partial.rename(self.out)
-        except BaseException as error:
-            if replaced:
-                before.rename(self.out)
-            if isinstance(error, OSError):
-                raise ArtifactError(f"{self.out}: cannot be put in place: {error}") from error
-            raise
-        flush(self.out.parent)
-        shutil.rmtree(before, ignore_errors=True)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself."""
-    for file in sorted(source.iterdir()):
-        licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        wanted = file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.endswith("index.json")
-        if file.is_file() and (wanted or licence):
-            try:
-                shutil.copyfile(file, target / file.name)
-            except OSError as error:
-                raise WriteError(str(target / file.name)) from error
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON; raises WriteError if the disk refuses."""
-    try:
-        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise WriteError(str(path)) from error
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes, so that NaN equals itself."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 class Artifact(Checkpoint):

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from compress import __version__
-from compress.artifact import ArtifactWriter, Stored
 from compress.calibration import Tokens
 from compress.card import card
 from compress.errors import AcceptanceError, CompressError, UnsupportedWeight
@@ -35,6 +34,7 @@ from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
 from compress.texts import HUB
 from compress.verification import check_whole, mean_kl
+from compress.writer import ArtifactWriter, Stored
 
 PROVED = 16  # tokens on which the replay of a family no test covers is compared with the model itself
 

@@ -58,6 +58,8 @@ OWN: dict[str, tuple[str, ...]] = {
     "compress.shards": ("compress.model.source", "compress.errors"),
     "compress.artifact": ("compress.weights", "compress.model.source", "compress.schema", "compress.shards",
                           "compress.errors"),
+    "compress.writer": ("compress.artifact", "compress.weights", "compress.model.source", "compress.shards",
+                        "compress.errors"),
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
                          "compress.model.anatomy", "compress_kernels"),
     "compress.builtin": ("compress.builtin", "compress.errors"),
@@ -77,6 +79,13 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.model": ("torch", "numpy", "transformers", "accelerate", "safetensors"),
     "compress.passes": ("torch", "pydantic"),
     "compress.artifact": ("torch", "safetensors"),
+    "compress.writer": (
+        "compress.artifact",
+        "compress.weights",
+        "compress.model.source",
+        "compress.shards",
+        "compress.errors",
+    ),
     "compress.runtime": ("torch", "transformers"),
     "compress_kernels": ("torch", "triton"),
 }

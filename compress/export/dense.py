@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from compress.artifact import Artifact, copy_companions, verify, write_json
+from compress.artifact import Artifact, verify
 from compress.errors import ArtifactError
 from compress.model.source import INDEX
 from compress.plan import free_place
 from compress.shards import WriteError, write_shard
+from compress.writer import copy_companions, write_json
 
 
 def export_dense(path: Path, out: Path) -> int:
