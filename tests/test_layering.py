@@ -79,13 +79,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.model": ("torch", "numpy", "transformers", "accelerate", "safetensors"),
     "compress.passes": ("torch", "pydantic"),
     "compress.artifact": ("torch", "safetensors"),
-    "compress.writer": (
-        "compress.artifact",
-        "compress.weights",
-        "compress.model.source",
-        "compress.shards",
-        "compress.errors",
-    ),
+    "compress.writer": ("torch", "safetensors"),
     "compress.runtime": ("torch", "transformers"),
     "compress_kernels": ("torch", "triton"),
 }
