@@ -125,7 +125,8 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         output = "-" if row["output_error"] is None else f"{row['output_error']:.4f}"
         notes = [f"damping {row['damping']:g}"] if row.get("damping") else []
         notes += [f"fallback: {escape(reason)}" for _, reason in row["fallbacks"]]
-        notes += [f"starved: {escape(reason)}" for reason in row.get("starved", ())]
+        if row.get("starved"):
+            notes.append(f"starved: {escape('; '.join(row['starved']))}")
         table.add_row(
             name, row["weight"], f"{row['bytes']:,}", f"{row['weight_error']:.4f}", output, str(row["tokens"]),
             ", ".join(notes),
@@ -159,7 +160,7 @@ def survey_table(view: dict[str, Any]) -> list[Any]:
     stored = f", decoded from {view['decoded_from']}" if view["decoded_from"] else ""
     lines = [
         f"[bold]{escape(view['architecture'])}[/], family {escape(view['family'])} ({tested})",
-        f"{view['blocks']} blocks, {view['dtype']}, {size(view['bytes'])} in {view['files']} files{stored}",
+        f"{view['blocks']} blocks, {view['dtype']}, {size(view['bytes'])} in {view['files']} file{'s' * (view['files'] != 1)}{stored}",
         "no pass touches: " + (", ".join(f"{n:,} ({escape(r)})" for r, n in view["untouched"].items()) or "nothing"),
     ]
     return [table, *lines]

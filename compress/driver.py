@@ -107,7 +107,7 @@ def compress(
 
 
 def prove(walk: Walk, tokens: Tokens) -> None:
-    """Compare the replay of a family that no test covers with the model itself, and run the probe through it once.
+    """Compare the replay of a family that no test covers with the model itself, on a few tokens.
 
     Raises UnsupportedWeight if they differ, or if the family's code fails when it is called block by block.
     """
