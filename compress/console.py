@@ -157,10 +157,11 @@ def survey_table(view: dict[str, Any]) -> list[Any]:
     tested = (
         "covered by tests" if view["tested_family"] else "no test covers it; a run first proves that it can be walked"
     )
+    files = "1 file" if view["files"] == 1 else f"{view['files']} files"
     stored = f", decoded from {view['decoded_from']}" if view["decoded_from"] else ""
     lines = [
         f"[bold]{escape(view['architecture'])}[/], family {escape(view['family'])} ({tested})",
-        f"{view['blocks']} blocks, {view['dtype']}, {size(view['bytes'])} in {view['files']} file{'s' * (view['files'] != 1)}{stored}",
+        f"{view['blocks']} blocks, {view['dtype']}, {size(view['bytes'])} in {files}{stored}",
         "no pass touches: " + (", ".join(f"{n:,} ({escape(r)})" for r, n in view["untouched"].items()) or "nothing"),
     ]
     return [table, *lines]
