@@ -137,7 +137,7 @@ class Artifact(Checkpoint):
     @cached_property
     def headers(self) -> dict[str, Held]:
         """What the plain model's tensors are."""
-        found = {name: held for name, held in super().headers.items() if name not in self.payloads}
+        found = {name: held for name, held in self.stored_headers.items() if name not in self.payloads}
         return found | {name: Held(NAMES[self.dtype], shape) for name, shape in self.plain.items()}
 
 

@@ -38,7 +38,7 @@ class CompressedTensors(Checkpoint):
     def parts(self) -> dict[str, list[str]]:
         """Decoded tensor -> the stored tensors it is made of."""
         found: dict[str, list[str]] = {}
-        for name in super().headers:
+        for name in self.stored_headers:
             others = sorted(self.decoder.get_dependencies(name))
             if others:
                 missing = [other for other in others if other not in self.files]
@@ -50,7 +50,7 @@ class CompressedTensors(Checkpoint):
     @cached_property
     def headers(self) -> dict[str, Held]:
         """What the decoded tensors are."""
-        stored = super().headers
+        stored = self.stored_headers
         used = {part for parts in self.parts.values() for part in parts}
         plain = {name: held for name, held in stored.items() if name not in used}
         return plain | {name: Held(NAMES[self.dtype], self._shape(name, parts)) for name, parts in self.parts.items()}
@@ -60,7 +60,7 @@ class CompressedTensors(Checkpoint):
         told = next((part for part in parts if part.endswith("weight_shape")), None)
         if told:
             return tuple(int(n) for n in self.stored_tensor(told))
-        return super().headers[parts[0]].shape if name in parts else tuple(self.tensor(name).shape)
+        return self.stored_headers[parts[0]].shape if name in parts else tuple(self.tensor(name).shape)
 
     def names(self) -> list[str]:
         """The names of the decoded tensors, sorted."""

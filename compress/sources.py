@@ -75,7 +75,7 @@ class Float8(Checkpoint):
     @cached_property
     def scales(self) -> dict[str, str]:
         """Float8 tensor -> the tensor that holds its scale."""
-        stored = super().headers
+        stored = self.stored_headers
         found: dict[str, str] = {}
         for name, held in stored.items():
             if held.dtype in FLOAT8:
@@ -87,7 +87,7 @@ class Float8(Checkpoint):
     @cached_property
     def headers(self) -> dict[str, Held]:
         """What the decoded tensors are; scales are gone."""
-        stored = super().headers
+        stored = self.stored_headers
         gone = {n for n in stored if BESIDE.search(n) and BESIDE.sub("weight", n) in stored} | set(self.scales.values())
         wide = NAMES[self.dtype]
         return {n: h._replace(dtype=wide if h.dtype in FLOAT8 else h.dtype) for n, h in stored.items() if n not in gone}

@@ -35,7 +35,8 @@ def peak_of(model: Path, out: Path, recipe: str, limit: Callable[[], None] | Non
     yaml = out.with_suffix(".yaml")
     yaml.write_text(recipe)
     command = [sys.executable, "-m", "compress", "run", str(yaml), "--model", str(model), "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limit) as child:
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads wait for each other beside another test
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limit, env=alone) as child:
         assert child.stderr is not None
         said = child.stderr.read()
         _, status, usage = os.wait4(child.pid, 0)
@@ -45,7 +46,7 @@ def peak_of(model: Path, out: Path, recipe: str, limit: Callable[[], None] | Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("passes", "many"), [("[rtn]", 30), ("[{wanda: {sparsity: 2:4}}, gptq]", 18)])
+@pytest.mark.parametrize(("passes", "many"), [("[rtn]", 30), ("[{wanda: {sparsity: 2:4}}, gptq]", 14)])
 def test_the_peak_does_not_grow_with_the_model(passes: str, many: int, tmp_path: Path) -> None:
     recipe = f"passes: {passes}\ncalibration: {{data: text, samples: 4, length: 128}}"
     block = block_bytes(WIDE)

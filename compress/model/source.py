@@ -152,8 +152,13 @@ class Checkpoint:
         """Name -> shape of every tensor, from the headers alone."""
         return {name: held.shape for name, held in self.headers.items()}
 
-    @cached_property
+    @property
     def headers(self) -> dict[str, Held]:
+        """Name -> dtype, shape and bytes of every tensor that `tensor` gives."""
+        return self.stored_headers
+
+    @cached_property
+    def stored_headers(self) -> dict[str, Held]:
         """Name -> dtype, shape and bytes of every stored tensor, from the headers alone.
 
         Raises ArtifactError if a shard is damaged, empty, or lacks what the index promises.
