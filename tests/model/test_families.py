@@ -325,6 +325,7 @@ def test_coverage_is_what_was_counted_by_hand(name: str, folder: Folder, walk_of
 # -- round trips -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_ways_of_loading_agree_and_the_mask_lies_along_the_inputs(
     name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
@@ -369,6 +370,7 @@ def test_low_precision_is_computed_as_transformers_does(
     assert_close("logits", got.float(), logits_of(model, ids).float(), 2.0**-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_artifact_computes_what_the_model_in_memory_does(
     name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
@@ -379,6 +381,7 @@ def test_a_loaded_artifact_computes_what_the_model_in_memory_does(
     assert_close("logits", logits_of(compress.load(tmp_path / "o"), ids), logits_of(model, ids), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_no_pass_touches_passes_through_bit_by_bit(name: str, folder: Folder, tmp_path: Path) -> None:
     report = compress.run(folder(name), [RTN(group=8)], tmp_path / "o")
