@@ -119,6 +119,7 @@ def test_zeros_that_an_expert_is_given_are_no_tokens(walk_of: Any, folder: Any, 
     assert min(told) < ids.numel()
 
 
+@pytest.mark.slow
 def test_a_small_budget_measures_in_several_walks_and_changes_nothing(
     folder: Any, hugging_face: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -354,6 +354,7 @@ def counts(w_OI: Tensor) -> Tensor:
     return (w_OI.reshape(-1, 4) != 0).sum(1).unique()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "mixtral", "gemma3_text", "qwen2_vl", "gpt2"])
 def test_low_precision_is_computed_as_transformers_does(
@@ -391,6 +392,7 @@ def test_what_no_pass_touches_passes_through_bit_by_bit(name: str, folder: Folde
         assert torch.equal(before.tensor(tensor), after.stored_tensor(tensor)), tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIED)
 def test_the_other_tie_of_embedding_and_head_round_trips(
     name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
@@ -416,6 +418,7 @@ def renamed(path: Path, target: Path, rename: Callable[[str], str]) -> Path:
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "opt"])
 def test_a_file_without_the_models_prefix_keeps_its_names(
     name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
