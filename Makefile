@@ -23,7 +23,7 @@ demo: $(READY)  ## compress the built-in model, evaluate it, write the report
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-check: $(READY)  ## format, lint, types and the quick tests, in under three minutes
+check: $(READY)  ## format, lint, types and the quick tests, in about three and a half minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
