@@ -7,7 +7,7 @@ stated here by hand, so that a change of transformers shows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,6 @@ class Family:
     block: int
     also: tuple[int, ...] = ()
     routers: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def touched(self) -> int:
@@ -331,11 +330,9 @@ def test_all_ways_of_loading_agree_and_the_mask_lies_along_the_inputs(
     name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
 ) -> None:
     calibration = Calibration(samples=4, length=32)
-    passes = [Wanda(sparsity="2:4", sites="*.0.*"), Magnitude(sparsity="2:4")]
-    starving = compress.Limits(max_starved=1.0)
-    passes = passes if name not in MIXTURES else [passes[1]]
-    passes = [passes[0], Magnitude(sparsity="2:4", sites="*.1.*")] if len(passes) > 1 else passes
-    recipe = compress.Recipe(passes=tuple(passes), calibration=calibration, limits=starving)
+    both = [Wanda(sparsity="2:4", sites="*.0.*"), Magnitude(sparsity="2:4", sites="*.1.*")]
+    passes = [Magnitude(sparsity="2:4")] if name in MIXTURES else both  # few tokens reach an expert here
+    recipe = compress.Recipe(passes=tuple(passes), calibration=calibration)
     report = compress.run(folder(name), recipe, tmp_path / "o")
     export_dense(tmp_path / "o", tmp_path / "dense")
     ours, small = (compress.load(tmp_path / "o", low_memory=low) for low in (False, True))
@@ -399,7 +396,7 @@ def test_the_other_tie_of_embedding_and_head_round_trips(
 ) -> None:
     path = folder(name, tie_word_embeddings=TIED[name])
     compress.run(path, [RTN(bits=8, group=8)], tmp_path / "o")
-    assert ("lm_head.weight" in Checkpoint(path)) or ("embed_out.weight" in Checkpoint(path)) == (not TIED[name])
+    assert bool({"lm_head.weight", "embed_out.weight"} & set(Checkpoint(path).names())) == (not TIED[name])
     assert_close("logits", logits_of(compress.load(tmp_path / "o"), ids), logits_of(stock(path), ids), 0.05)
 
 
