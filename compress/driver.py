@@ -27,6 +27,8 @@ from compress.model.family import TESTED
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.travellers import Travellers, batched
 from compress.model.walk import Walk
+from compress.model.whole import Whole
+from compress.passes.budget import allocations
 from compress.passes.manager import PassManager, ignore
 from compress.plan import check_disk, check_tensors, check_values, free_place, plan, tokens_for, usable
 from compress.recipe import Calibration, Recipe
@@ -139,14 +141,16 @@ class Job:
         """Walk, rewrite, write and verify; the artifact is complete but not yet in place."""
         walk, recipe = self.walk, self.recipe
         self.announce()
+        budgets = allocations(recipe.passes, Whole(walk, self.tokens.windows, self.tokens.probe_NT))
         writer.add({}, self.entries(walk.anatomy.frame()))
         batches = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows)]
         probe, dense = walk.enter(self.tokens.probe_NT), walk.enter(self.tokens.probe_NT)
         walk.drop_frame()
         ledger: dict[str, Any] = {}
         stored = weights = 0
+        manager = PassManager(recipe.passes, self.emit, recipe.ordering, budgets)
         since = time.monotonic()
-        for block in PassManager(recipe.passes, self.emit, recipe.ordering).run(self.opened(batches, probe, dense)):
+        for block in manager.run(self.opened(batches, probe, dense)):
             nbytes = writer.add(*self.divide(block))
             ledger |= {site.name: record(site) for site in block.sites.values() if site.weight is not site.original}
             stored += sum(site.weight.nbytes() for site in block.sites.values())

@@ -21,7 +21,7 @@ from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
-from compress.passes.base import WeightPass
+from compress.passes.base import Pass, WeightPass
 from compress.recipe import Calibration, Recipe
 from compress.stats import finite
 
@@ -112,7 +112,7 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
     Raises RecipeError if a pass selects nothing or cannot handle the shape of a site, PlanError if more is
     unreachable than the recipe's limit.
     """
-    covered = coverage(walk.anatomy, [step.sites for step in recipe.passes])
+    covered = coverage(walk.anatomy, [step.sites for step in recipe.weight_passes])
     if covered.missed_share > recipe.limits.max_untouched:
         examples = ", ".join([name for name, (_, reason) in covered.untouched.items() if reason == MISSED][:2])
         raise PlanError(
@@ -123,10 +123,12 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
     return covered
 
 
-def check_shapes(walk: Walk, passes: Sequence[WeightPass], covered: Coverage) -> None:
+def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:
     """Raise RecipeError for the first pass that selects no site, or refuses the shape of one."""
     reachable = walk.anatomy.places
     for i, step in enumerate(passes):
+        if not isinstance(step, WeightPass):
+            continue
         chosen = [place for name, place in reachable.items() if fnmatchcase(name, step.sites)]
         if not chosen:
             example = next(iter(reachable), "nothing: this model has no site")

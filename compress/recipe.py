@@ -19,7 +19,7 @@ from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEv
 
 from compress.errors import RecipeError, nearest
 from compress.options import build, check_options
-from compress.passes import PASSES, WeightPass, load_plugins
+from compress.passes import PASSES, Pass, WeightPass, governed, load_plugins
 
 LARGEST = 64 * 1024
 DEEPEST = 8
@@ -88,7 +88,7 @@ class Accept:
 class Recipe:
     """The passes in order, with their calibration and limits."""
 
-    passes: tuple[WeightPass, ...]
+    passes: tuple[Pass, ...]
     model: str | None = None
     calibration: Calibration = field(default_factory=Calibration)
     ordering: Annotated[
@@ -101,10 +101,16 @@ class Recipe:
         if not self.passes:
             raise RecipeError("passes: a recipe needs at least one pass")
         for step in self.passes:
-            if not isinstance(step, WeightPass):
+            if not isinstance(step, Pass):
                 raise RecipeError(f"passes: {step!r} is not a pass; give instances such as RTN(bits=4)")
         if self.ordering not in ("site", "block"):
             raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site or block")
+        governed(self.passes)
+
+    @property
+    def weight_passes(self) -> tuple[WeightPass, ...]:
+        """The passes that rewrite weights, in order."""
+        return tuple(step for step in self.passes if isinstance(step, WeightPass))
 
     def needs_data(self) -> bool:
         """Whether any pass needs statistics."""
@@ -180,7 +186,7 @@ def from_dict(data: Any) -> Recipe:
     return Recipe(passes=tuple(read_pass(step, f"passes[{i}]") for i, step in enumerate(steps)), model=model, **parts)
 
 
-def read_pass(step: Any, where: str) -> WeightPass:
+def read_pass(step: Any, where: str) -> Pass:
     """One pass from `name: {options}` or a bare name."""
     if isinstance(step, str):
         step = {step: {}}

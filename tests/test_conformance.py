@@ -16,7 +16,7 @@ import torch
 import compress.passes
 import compress.weights.expr
 import compress.weights.leaves
-from compress.passes import PASSES, Pruner, Quantizer, WeightPass
+from compress.passes import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, WeightPass
 from compress.weights import Dense, Masked, Weight, pack, pattern
 
 spec = importlib.util.spec_from_file_location("compress_tests_conformance", Path(__file__).parent / "conformance.py")
@@ -91,21 +91,35 @@ def test_every_concrete_pass_class_is_registered() -> None:
     def below(kind: type) -> set[type]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
-    ours = {kind for kind in below(WeightPass) if kind.__module__.startswith("compress.passes.")}
-    assert ours - set(PASSES.values()) == {WeightPass, Pruner, Quantizer}
+    ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
+    assert ours - set(PASSES.values()) == {Pass, WeightPass, Pruner, Quantizer, Refiner, Budget}
 
 
 # -- passes ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=sorted(PASSES))
+@pytest.fixture(params=sorted(name for name, kind in PASSES.items() if issubclass(kind, WeightPass)))
 def step(request: pytest.FixtureRequest) -> WeightPass:
     return PASSES[request.param]()
 
 
 @pytest.fixture
-def rewritten(step: WeightPass, site_of: Callable[..., Any]) -> Callable[[], Weight]:
-    return lambda: step.rewrite(site_of(suite.pass_weight(), suite.pass_tokens()))
+def start(step: WeightPass, site_of: Callable[..., Any]) -> Callable[..., Any]:
+    """`start(dtype)`: a site as the pass may find it; what refines a mask finds the worst one."""
+
+    def make(dtype: torch.dtype = torch.float32) -> Any:
+        site = site_of(suite.pass_weight().to(dtype), suite.pass_tokens().to(dtype))
+        if isinstance(step, Refiner):
+            kept = pattern(0.5).keep(-suite.pass_weight().abs())
+            site.weight = Masked(site.original, kept, "50%")
+        return site
+
+    return make
+
+
+@pytest.fixture
+def rewritten(step: WeightPass, start: Callable[..., Any]) -> Callable[[], Weight]:
+    return lambda: step.rewrite(start())
 
 
 def test_a_pass_accepts_the_shape_it_is_checked_on(step: WeightPass) -> None:
@@ -130,14 +144,14 @@ def test_the_result_of_a_pass_is_lossless_on_disk(rewritten: Callable[[], Weight
     suite.weighs_what_its_file_weighs(weight, tmp_path)
 
 
-def test_a_pass_leaves_the_original_alone(step: WeightPass, site_of: Callable[..., Any]) -> None:
-    site = site_of(suite.pass_weight(), suite.pass_tokens())
+def test_a_pass_leaves_the_original_alone(step: WeightPass, start: Callable[..., Any]) -> None:
+    site = start()
     site.weight = step.rewrite(site)
     assert torch.equal(site.original.data, suite.pass_weight())
 
 
-def test_a_pass_reads_low_precision_weights(step: WeightPass, site_of: Callable[..., Any]) -> None:
-    site = site_of(suite.pass_weight().bfloat16(), suite.pass_tokens().bfloat16())
+def test_a_pass_reads_low_precision_weights(step: WeightPass, start: Callable[..., Any]) -> None:
+    site = start(torch.bfloat16)
     site.weight = step.rewrite(site)
     assert site.module.weight.dtype == torch.bfloat16
     site.measure()

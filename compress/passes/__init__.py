@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from compress.passes.base import PASSES, Pruner, Quantizer, WeightPass
+from compress.passes.base import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, WeightPass
+from compress.passes.budget import governed
 from compress.passes.manager import PassManager
 from compress.passes.pruning.magnitude import Magnitude
+from compress.passes.pruning.owl import OWL
+from compress.passes.pruning.sensitivity import Sensitivity
 from compress.passes.pruning.wanda import Wanda
 from compress.passes.quantization.gptq import GPTQ
 from compress.passes.quantization.rtn import RTN
 
 __all__ = [
-    "GPTQ", "PASSES", "RTN", "Magnitude", "PassManager", "Pruner", "Quantizer", "Wanda", "WeightPass", "load_plugins",
+    "GPTQ", "OWL", "PASSES", "RTN", "Budget", "Magnitude", "Pass", "PassManager", "Pruner", "Quantizer", "Refiner",
+    "Sensitivity", "Wanda", "WeightPass", "governed", "load_plugins",
 ]  # fmt: skip
 
 

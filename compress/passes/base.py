@@ -1,8 +1,8 @@
-"""What a pass is: a frozen set of options and a function from a site to a new weight expression.
+"""What a pass is: a frozen set of options and a function, mostly from a site to a new weight expression.
 
 A pass never touches files, devices, modules or progress bars. Its dataclass fields are the recipe's options,
-typed and described by `Annotated[type, Field(...)]`; its class statement registers it under a name. The two
-wider protocols (a whole block, a whole model) are added when the first pass needs them.
+typed and described by `Annotated[type, Field(...)]`; its class statement registers it under a name. A `WeightPass`
+rewrites one site at a time; a `Budget` looks at the whole dense model first and says how sparse each site becomes.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch import Tensor
 
 from compress.errors import RecipeError, UnsupportedWeight
 from compress.model.site import Site
+from compress.model.whole import Whole
 from compress.options import check_options
 from compress.stats import Statistic
 from compress.weights import Dense, Grid, Masked, Pattern, Quantized, Sum, Weight, pattern
 
-PASSES: dict[str, type[WeightPass]] = {}
+PASSES: dict[str, type[Pass]] = {}
+Sparsity = float | str
 Quantize = Callable[[Tensor, "Tensor | None", Site], Quantized]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightPass:
-    """A rewrite of one site's weight at a time.
+class Pass:
+    """A step of a recipe.
 
-    Raises RecipeError at construction if an option has the wrong type or is out of range.
+    `requires` are the statistics it reads; a property where options decide. Raises RecipeError at construction if an
+    option has the wrong type or is out of range.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[type[Statistic], ...]] = ()
-    unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
-
-    sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 
     def __init_subclass__(cls, name: str | None = None) -> None:
         """Register the class under `name`; without one it stays an abstract parent."""
@@ -47,6 +47,23 @@ class WeightPass:
 
     def __post_init__(self) -> None:
         check_options(self, self.name)
+
+    def options(self) -> dict[str, Any]:
+        """Every option with its value, as a recipe would write it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __str__(self) -> str:
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in changed.items())})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPass(Pass):
+    """A rewrite of one site's weight at a time."""
+
+    unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
+
+    sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if a weight of `shape` at `site` cannot be handled; called before any work."""
@@ -65,14 +82,6 @@ class WeightPass:
             "give more calibration samples or deselect it"
         )
 
-    def options(self) -> dict[str, Any]:
-        """Every option with its value, as a recipe would write it."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def __str__(self) -> str:
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in changed.items())})"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner(WeightPass):
@@ -81,7 +90,7 @@ class Pruner(WeightPass):
     unfed: ClassVar[str] = "pruned by magnitude"
 
     sparsity: Annotated[
-        float | str, Field(description="fraction dropped, or n:m with n KEPT of every m inputs of a row")
+        Sparsity, Field(description="fraction dropped, or n:m with n KEPT of every m inputs of a row")
     ] = 0.5
     scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "row"
 
@@ -119,6 +128,41 @@ class Pruner(WeightPass):
         dense = site.expect(Dense, by=self.name)
         chosen = self.pattern()
         return Masked(dense, chosen.keep(score(site)), chosen.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refiner(WeightPass):
+    """Improve what a pruner left: another mask of the same counts, or better values under the same mask."""
+
+    unfed: ClassVar[str] = "left as it was"
+
+    def masked(self, site: Site) -> tuple[Tensor, Masked]:
+        """The kept values, float32 [out, in] and 0 where the mask cuts, and the weight; raises UnsupportedWeight."""
+        match site.weight:
+            case Masked(Dense(w_OI), mask_OI, _) as weight:
+                return w_OI.float().masked_fill(~mask_OI, 0), weight
+            case _:
+                raise UnsupportedWeight(
+                    f"{self.name} needs a pruned weight; {site.name} is {site.weight.describe()}; prune before it"
+                )
+
+    def remasked(self, site: Site, w_OI: Tensor, mask_OI: Tensor, pattern: str) -> Masked:
+        """`w_OI` under `mask_OI`, in the dtype of the model."""
+        return Masked(Dense(w_OI.masked_fill(~mask_OI, 0).to(site.original.data.dtype)), mask_OI, pattern)
+
+    def rewrite_unfed(self, site: Site) -> Weight:
+        """The weight as it is: without its input there is nothing to improve by."""
+        self.masked(site)
+        return site.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Pass):
+    """Decides, before anything is pruned, how sparse the next pruner of the recipe makes each site."""
+
+    def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
+        """The sparsity of each site that `step` selects; on average what `step` asks for, over parameters."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

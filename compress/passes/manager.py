@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +17,10 @@ from compress.model.experts import one_by_one
 from compress.model.site import Site
 from compress.model.travellers import batched, unpadded
 from compress.model.walk import LiveWalk
-from compress.passes.base import WeightPass
+from compress.model.whole import Whole
+from compress.passes.base import Pass, Pruner, Sparsity, WeightPass
+from compress.passes.budget import allocations
+from compress.passes.masks import mask_statistics
 from compress.stats import Statistic, finite
 from compress.weights import Weight
 
@@ -34,11 +38,19 @@ class PassManager:
     """
 
     def __init__(
-        self, passes: Sequence[WeightPass], emit: Callable[[Event], None] = ignore, ordering: str = "site"
+        self,
+        passes: Sequence[Pass],
+        emit: Callable[[Event], None] = ignore,
+        ordering: str = "site",
+        budgets: Mapping[int, Mapping[str, Sparsity]] | None = None,
     ) -> None:
+        """`budgets` are what `allocations` gave for these passes: the budgets among them are then done with."""
         if ordering not in ("site", "block"):
             raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block")
-        self.passes, self.emit, self.ordering = tuple(passes), emit, ordering
+        self.all_passes = tuple(passes)
+        self.passes = tuple(step for step in passes if isinstance(step, WeightPass))
+        self.emit, self.ordering, self.budgets = emit, ordering, budgets or {}
+        self.chosen: dict[str, list[WeightPass]] = {}
 
     @torch.no_grad()  # not inference_mode: what is made here may end in a user's model, which may be trained
     def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
@@ -65,6 +77,8 @@ class PassManager:
         found: dict[str, Weight] = {}
         with one_by_one(model):
             walk = LiveWalk(model.eval())
+            self.budgets = allocations(self.all_passes, Whole(walk, windows, windows[0][:1]))
+            self.chosen = {}
             batches = [walk.enter(ids_BT) for ids_BT in batched(windows)]
             for block in self.run(walk.visit(batches, walk.enter(windows[0][:1]))):
                 found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
@@ -96,12 +110,21 @@ class PassManager:
             group[0].stats.forget()  # a Gram and its factor are the largest things in memory
 
     def steps(self, site: Site) -> list[WeightPass]:
-        """The passes that select this site."""
+        """The passes that select this site, with the sparsity that a budget gave it."""
         return self.steps_for(site.name)
 
     def steps_for(self, name: str) -> list[WeightPass]:
-        """The passes that select the site of this full name."""
-        return [step for step in self.passes if fnmatchcase(name, step.sites)]
+        """The passes that select the site of this full name, with the sparsity that a budget gave it."""
+        if name not in self.chosen:
+            self.chosen[name] = [
+                self.tuned(i, name) for i, step in enumerate(self.passes) if fnmatchcase(name, step.sites)
+            ]
+        return self.chosen[name]
+
+    def tuned(self, index: int, name: str) -> WeightPass:
+        """A pass as it is for this site."""
+        step, given = self.passes[index], self.budgets.get(index, {})
+        return replace(step, sparsity=given[name]) if isinstance(step, Pruner) and name in given else step
 
     def nbytes(self, group: Sequence[Site]) -> int:
         """Bytes of the statistics that these sites need of their one input."""
@@ -124,6 +147,7 @@ class PassManager:
         site.weight = weight
         if not finite(site.view()):
             raise CompressError(f"{step.name}: {site.name}: the rewritten weight is not finite")
+        site.ledger |= mask_statistics(weight)
         site.measure(output=step is self.steps(site)[-1])  # of the last pass only: it costs as much as a solver
         for name, reason in site.fallbacks[known:]:
             self.emit(Fallback(site=site.name, step=name, reason=reason))

@@ -1,0 +1,50 @@
+"""A dense model as passes see it that look at all of it before anything is rewritten.
+
+Its blocks still come and go one at a time; only statistics and hidden states stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.model.anatomy import Anatomy
+from compress.model.block import Block
+from compress.model.travellers import batched
+from compress.model.walk import Walk
+from compress.stats import Statistic
+
+
+class Whole:
+    """A model with the calibration windows [N, T] of a run, and the token windows on which it is probed."""
+
+    def __init__(self, walk: Walk, windows: Sequence[Tensor], probe_NT: Tensor) -> None:
+        self.walk, self.windows, self.probe_NT = walk, tuple(windows), probe_NT
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the language model."""
+        return self.walk.model.config.get_text_config()
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Its sites."""
+        return self.walk.anatomy
+
+    @torch.no_grad()
+    def blocks(self, kinds: Iterable[type[Statistic]] = ()) -> Iterator[Block]:
+        """The blocks in order, as they are, with statistics of `kinds` of each distinct input of theirs.
+
+        Costs one forward over the calibration tokens, and a second one with statistics.
+        """
+        kinds = tuple(kinds)
+        batches = [self.walk.enter(ids) for ids in batched(self.windows)]
+        probe = self.walk.enter(self.probe_NT)
+        for block in self.walk.visit(batches, probe):
+            if kinds and block.groups:
+                block.collect(block.groups, kinds)
+            yield block
+            block.advance()

@@ -1,0 +1,82 @@
+"""How budgets reach the pruners they govern, and the arithmetic of spreading a sparsity over unequal parts.
+
+A part is what gets one sparsity: a block, or a group of sites. Sizes are in parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from compress.errors import RecipeError
+from compress.model.whole import Whole
+from compress.passes.base import Budget, Pass, Pruner, Sparsity, WeightPass
+
+Budgets = dict[int, dict[str, Sparsity]]
+HALVINGS = 60  # of an interval of width 2: to the precision of a float64
+
+
+def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
+    """Each budget with the number, among weight passes, of the pruner that follows it.
+
+    Raises RecipeError if none follows, or if it has a budget already.
+    """
+    found: list[tuple[Budget, int]] = []
+    for i, step in enumerate(passes):
+        if not isinstance(step, Budget):
+            continue
+        after = next((j for j in range(i + 1, len(passes)) if isinstance(passes[j], Pruner)), None)
+        if after is None:
+            raise RecipeError(f"passes[{i}].{step.name}: no pruner follows whose sparsity it could set")
+        index = sum(isinstance(other, WeightPass) for other in passes[:after])
+        if any(index == taken for _, taken in found):
+            raise RecipeError(f"passes[{i}].{step.name}: passes[{after}].{passes[after].name} has a budget already")
+        found.append((step, index))
+    return found
+
+
+def allocations(passes: Sequence[Pass], model: Whole) -> Budgets:
+    """Number of a weight pass -> the sparsity of each of its sites, for those that a budget governs."""
+    steps = [step for step in passes if isinstance(step, WeightPass)]
+    given: Budgets = {}
+    for budget, index in governed(passes):
+        step = steps[index]
+        if isinstance(step, Pruner):
+            given[index] = budget.allocate(model, step)
+    return given
+
+
+def density(sparsity: Sparsity) -> float:
+    """The share kept."""
+    if isinstance(sparsity, str):
+        kept, of = sparsity.split(":")
+        return int(kept) / int(of)
+    return 1 - sparsity
+
+
+def centred(keep: Sequence[float], sizes: Sequence[int], mean: float, low: float = 0.01) -> list[float]:
+    """`keep` shifted by one number and clamped to [low, 1] so that its mean, weighted by `sizes`, is `mean`."""
+    left, right = -2.0, 2.0
+    for _ in range(HALVINGS):
+        shift = (left + right) / 2
+        total = sum(size * min(1.0, max(low, k + shift)) for k, size in zip(keep, sizes, strict=True))
+        left, right = (shift, right) if total < mean * sum(sizes) else (left, shift)
+    return [min(1.0, max(low, k + left)) for k in keep]
+
+
+def as_asked(sparsity: Sparsity, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, Sparsity]:
+    """The share kept of each part in the form of `sparsity`: a fraction, or n:m with n from 1 to m - 1.
+
+    Whole n are given by largest remainder, so that the sum over parts stays within one part of what was asked.
+    """
+    if not isinstance(sparsity, str):
+        return {part: round(1 - share, 6) for part, share in keep.items()}
+    m = int(sparsity.split(":")[1])
+    exact = {part: min(m - 1.0, max(1.0, share * m)) for part, share in keep.items()}
+    chosen = {part: math.floor(n + 1e-9) for part, n in exact.items()}
+    missing = sum(sizes[part] * (n - chosen[part]) for part, n in exact.items())
+    for part in sorted(exact, key=lambda part: chosen[part] - exact[part]):
+        if chosen[part] < m - 1 and missing >= sizes[part] / 2:
+            chosen[part] += 1
+            missing -= sizes[part]
+    return {part: f"{n}:{m}" for part, n in chosen.items()}

@@ -1,0 +1,71 @@
+"""OWL: blocks with many outliers stay denser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated
+
+from pydantic import Field
+
+from compress.model.site import Site
+from compress.model.whole import Whole
+from compress.passes.base import Budget, Pruner, Sparsity
+from compress.passes.budget import as_asked, centred, density
+from compress.stats import ColumnNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class OWL(Budget, name="owl"):
+    """Give each block a sparsity by its share of outliers: scores |w| * ||x|| far above the block's mean.
+
+    Shares are stretched to a range of 2 x `spread` and centred, so that the mean sparsity is what the next pruner asks
+    for; every site of a block gets the same. For n:m the range is that of n / m, and n is rounded.
+    Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", ICML 2024, equations 1-2 and section 3. Deviations:
+    the mean is weighted by parameters, and kept by shifting again where a block would leave [1 %, 100 %].
+    """
+
+    requires = (ColumnNorm,)
+
+    spread: Annotated[
+        float, Field(ge=0, le=0.5, description="furthest that a block may be from the mean sparsity, before centring")
+    ] = 0.08
+    multiple: Annotated[float, Field(gt=0, description="an outlier is a score above this many means")] = 5.0
+
+    def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
+        """One sparsity a block, for the sites that `step` selects."""
+        shares: dict[str, float] = {}
+        members: dict[str, list[str]] = {}
+        sizes: dict[str, int] = {}
+        for block in model.blocks(self.requires):
+            sites = [site for site in block.sites.values() if fnmatchcase(site.name, step.sites)]
+            if sites:
+                members[block.name] = [site.name for site in sites]
+                sizes[block.name] = sum(site.shape[0] * site.shape[1] for site in sites)
+                shares[block.name] = outlier_share(sites, self.multiple)
+        keep = keep_by_outliers(shares, sizes, density(step.sparsity), self.spread)
+        given = as_asked(step.sparsity, keep, sizes)
+        return {site: given[name] for name, sites in members.items() for site in sites}
+
+
+def outlier_share(sites: list[Site], multiple: float) -> float:
+    """The share of all scores of these sites that lie above `multiple` times their mean."""
+    fed = [site for site in sites if ColumnNorm in site.stats]
+    total = sum(float((site.weight.dense().float().abs() * site.stats[ColumnNorm]).sum()) for site in fed)
+    size = sum(site.shape[0] * site.shape[1] for site in fed)
+    if not size:
+        return 0.0
+    level = multiple * total / size
+    above = sum(int((site.weight.dense().float().abs() * site.stats[ColumnNorm] > level).sum()) for site in fed)
+    return above / size
+
+
+def keep_by_outliers(shares: dict[str, float], sizes: dict[str, int], mean: float, spread: float) -> dict[str, float]:
+    """The share kept of each block: outlier shares stretched to [0, 2 x spread], with `mean` as their weighted mean."""
+    lowest, highest = min(shares.values()), max(shares.values())
+    if highest == lowest:
+        return dict.fromkeys(shares, mean)
+    stretched = [2 * spread * (share - lowest) / (highest - lowest) for share in shares.values()]
+    weights = [sizes[name] for name in shares]
+    middle = sum(s * w for s, w in zip(stretched, weights, strict=True)) / sum(weights)
+    return dict(zip(shares, centred([mean + s - middle for s in stretched], weights, mean), strict=True))
