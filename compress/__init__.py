@@ -25,7 +25,27 @@ from compress.errors import (
 )  # fmt: skip
 from compress.events import Event
 from compress.model.site import Site
-from compress.passes import GPTQ, RTN, Magnitude, PassManager, Pruner, Quantizer, Wanda, WeightPass
+from compress.passes import (
+    ALPS,
+    GPTQ,
+    OWL,
+    RIA,
+    RTN,
+    Budget,
+    DSnoT,
+    Magnitude,
+    Pass,
+    PassManager,
+    Pruner,
+    Quantizer,
+    Reconstruct,
+    Refiner,
+    Sensitivity,
+    SparseGPT,
+    Swaps,
+    Wanda,
+    WeightPass,
+)
 from compress.recipe import Accept, Calibration, Limits, Recipe
 from compress.runtime.hf import register_when_needed
 from compress.weights import (
@@ -54,7 +74,7 @@ register_when_needed()
 
 def run(
     model: str | Path | None,
-    recipe: Recipe | str | Path | list[WeightPass],
+    recipe: Recipe | str | Path | list[Pass],
     out: str | Path,
     *,
     calibration: Calibration | None = None,
@@ -159,9 +179,10 @@ def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu"
 
 
 __all__ = [
-    "GPTQ", "NM", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Calibration", "CalibrationError", "Codebook",
-    "CompressError", "Dense", "Diagonal", "Event", "External", "Grid", "Hadamard", "Limits", "Magnitude", "Masked",
-    "PassManager", "Permutation", "PlanError", "Product", "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError",
-    "Signs", "Site", "Sum", "UnsupportedWeight", "VerificationError", "Wanda", "Weight", "WeightPass", "__version__",
-    "accept", "evaluate", "load", "pattern", "run",
+    "ALPS", "GPTQ", "NM", "OWL", "RIA", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Budget", "Calibration",
+    "CalibrationError", "Codebook", "CompressError", "DSnoT", "Dense", "Diagonal", "Event", "External", "Grid",
+    "Hadamard", "Limits", "Magnitude", "Masked", "Pass", "PassManager", "Permutation", "PlanError", "Product",
+    "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError", "Reconstruct", "Refiner", "Sensitivity", "Signs",
+    "Site", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight", "VerificationError", "Wanda", "Weight", "WeightPass",
+    "__version__", "accept", "evaluate", "load", "pattern", "run",
 ]  # fmt: skip

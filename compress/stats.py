@@ -24,7 +24,9 @@ def finite(tensor: Tensor) -> bool:
 
 
 class Statistic:
-    """An accumulator over the tokens [T, in] that reach a site."""
+    """An accumulator over the tokens [T, in] that reach a site; `by_window`: over windows of them, [..., T, in]."""
+
+    by_window = False
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         raise NotImplementedError
@@ -90,6 +92,45 @@ class Gram(Statistic):
         return mean_II
 
 
+class Moments(Statistic):
+    """Mean and variance of each input feature, float32 [3, in]: mean, variance, mean variance within windows.
+
+    Population variances; windows count by their tokens. Merged pairwise in float64 (Chan et al., 1979), because the
+    mean may be far larger than the spread.
+    """
+
+    by_window = True
+
+    @classmethod
+    def nbytes(cls, inputs: int) -> int:
+        """Three float64 for each input."""
+        return 24 * inputs
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.mean_I, self.square_I, self.within_I = torch.zeros(3, inputs, device=device, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add windows."""
+        for x in x_TI.float().reshape(-1, *x_TI.shape[-2:]) if x_TI.ndim > 1 else [x_TI.float()[None]]:
+            count = len(x)
+            if not count:
+                continue
+            mean_I = x.mean(0)
+            square_I = (x - mean_I).square().sum(0).double()
+            moved_I = mean_I.double() - self.mean_I
+            total = self.tokens + count
+            self.square_I += square_I + moved_I.square() * (self.tokens * count / total)
+            self.mean_I += moved_I * (count / total)
+            self.within_I += square_I
+            self.tokens = total
+
+    def value(self) -> Tensor:
+        """Mean, variance, variance within windows."""
+        total = max(1, self.tokens)
+        return torch.stack((self.mean_I, self.square_I / total, self.within_I / total)).float()
+
+
 class Statistics:
     """The values measured for one distinct input; shared by every site that reads it.
 
@@ -132,7 +173,7 @@ class Collector:
         x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
         self.tokens += len(x_TI)
         for part in self.parts.values():
-            part.update(x_TI)
+            part.update(x_BTI if part.by_window else x_TI)
 
     def finish(self, where: str) -> Statistics:
         """The values; raises CalibrationError naming `where` if one is not finite."""

@@ -146,6 +146,12 @@ class Refiner(WeightPass):
                     f"{self.name} needs a pruned weight; {site.name} is {site.weight.describe()}; prune before it"
                 )
 
+    def group(self, site: Site, weight: Masked) -> int:
+        """The m of an n:m mask, 0 where rows compete; raises UnsupportedWeight for blocks, which swaps would break."""
+        if "b" in weight.pattern:
+            raise UnsupportedWeight(f"{self.name} moves single weights; {site.name} is pruned in blocks")
+        return int(weight.pattern.split(":")[1]) if ":" in weight.pattern else 0
+
     def remasked(self, site: Site, w_OI: Tensor, mask_OI: Tensor, pattern: str) -> Masked:
         """`w_OI` under `mask_OI`, in the dtype of the model."""
         return Masked(Dense(w_OI.masked_fill(~mask_OI, 0).to(site.original.data.dtype)), mask_OI, pattern)

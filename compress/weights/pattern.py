@@ -25,6 +25,11 @@ def drop_count(size: int, sparsity: float) -> int:
     return int((Decimal(size) * Decimal(str(sparsity))).to_integral_value(ROUND_HALF_EVEN))
 
 
+def drop_between(start: int, end: int, sparsity: float) -> int:
+    """How many are dropped from the entries `start` to `end` of a longer row of them, so that parts add up."""
+    return drop_count(end, sparsity) - drop_count(start, sparsity)
+
+
 def percent(sparsity: float) -> str:
     """`50%`, `12.5%`."""
     return f"{float(Decimal(str(sparsity)) * 100):g}%"
@@ -68,6 +73,13 @@ class Pattern:
 
     def keep(self, score_OI: Tensor) -> Tensor:
         """The mask [out, in] that keeps the highest scores, True = kept."""
+        return self.keep_part(score_OI, 0)
+
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
+        """The mask of the columns from `start` of a wider matrix, in a competition of their own.
+
+        Counts are such that those of consecutive parts add up to those of the whole.
+        """
         raise NotImplementedError
 
 
@@ -87,12 +99,12 @@ class NM(Pattern):
         """Inputs must divide by m."""
         return f"{self.name} needs a width divisible by {self.m}, got {shape[1]}" if shape[1] % self.m else None
 
-    def keep(self, score_OI: Tensor) -> Tensor:
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The n highest of each group; raises RecipeError if groups do not divide the width."""
-        reason = self.check((score_OI.shape[0], score_OI.shape[1]))
+        reason = self.check((score_OB.shape[0], score_OB.shape[1]))
         if reason:
             raise RecipeError(reason)
-        return keep_highest(score_OI.reshape(-1, self.m), self.m - self.n).view(score_OI.shape)
+        return keep_highest(score_OB.reshape(-1, self.m), self.m - self.n).view(score_OB.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +118,9 @@ class PerRow(Pattern):
         """`50%`."""
         return percent(self.sparsity)
 
-    def keep(self, score_OI: Tensor) -> Tensor:
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The highest of each row."""
-        return keep_highest(score_OI, drop_count(score_OI.shape[1], self.sparsity))
+        return keep_highest(score_OB, drop_between(start, start + score_OB.shape[1], self.sparsity))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +134,11 @@ class PerMatrix(Pattern):
         """`50%m`."""
         return f"{percent(self.sparsity)}m"
 
-    def keep(self, score_OI: Tensor) -> Tensor:
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The highest of the matrix."""
-        return keep_highest(score_OI.reshape(1, -1), drop_count(score_OI.numel(), self.sparsity)).view(score_OI.shape)
+        height, width = score_OB.shape
+        drop = drop_between(height * start, height * (start + width), self.sparsity)
+        return keep_highest(score_OB.reshape(1, -1), drop).view(score_OB.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +160,14 @@ class Blocks(Pattern):
             return f"blocks of {self.rows}x{self.columns} do not tile a matrix of {shape[0]}x{shape[1]}"
         return None
 
-    def keep(self, score_OI: Tensor) -> Tensor:
+    def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The tiles with the highest total."""
-        tiles = score_OI.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
+        tiles = score_OB.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows))
         total = tiles.sum((1, 3))
-        kept = keep_highest(total.reshape(1, -1), drop_count(total.numel(), self.sparsity)).view(total.shape)
-        return kept[:, None, :, None].expand_as(tiles).reshape(score_OI.shape)
+        before = total.shape[0] * (start // self.columns)
+        drop = drop_between(before, before + total.numel(), self.sparsity)
+        kept = keep_highest(total.reshape(1, -1), drop).view(total.shape)
+        return kept[:, None, :, None].expand_as(tiles).reshape(score_OB.shape)
 
 
 def pattern(sparsity: float | str, scope: str = "row") -> Pattern:

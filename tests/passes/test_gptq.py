@@ -159,7 +159,7 @@ def test_a_gram_that_is_not_finite_raises(site_of: SiteMaker) -> None:
 
 
 def test_sites_that_share_an_input_share_its_factor(site_of: SiteMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.passes.quantization.gptq as module
+    import compress.passes.hessian as module
 
     calls = []
     real = module.inverse_factor

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
-from compress.passes.quantization.gptq import FixedGrids, error_feedback, gptq, inverse_factor
+from compress.passes.feedback import feed_back
+from compress.passes.hessian import inverse_factor
+from compress.passes.quantization.gptq import FixedGrids, gptq
 from compress.weights import Grid
 
 Close = Callable[[str, Tensor, Tensor, float], None]
@@ -94,10 +96,10 @@ def test_the_loss_counts_what_a_mask_cuts(naive: ModuleType) -> None:
 @pytest.mark.parametrize("block", [1, 7, 16, 47, 48, 128])
 def test_the_block_size_changes_nothing(block: int) -> None:
     w, gram = normal(17, 48), gram_of()
-    grids = FixedGrids(Grid(bits=3, group=8), w, None, search=False)
-    codes, loss = error_feedback(w, factor(gram), 3, grids, None, block)
-    whole, whole_loss = error_feedback(w, factor(gram), 3, grids, None, 48)
-    assert torch.equal(codes, whole)
+    some, all_at_once = (FixedGrids(Grid(bits=3, group=8), w, None, search=False) for _ in range(2))
+    _, _, loss = feed_back(w, factor(gram), some, None, block)
+    _, _, whole_loss = feed_back(w, factor(gram), all_at_once, None, 48)
+    assert torch.equal(some.codes_OI, all_at_once.codes_OI)
     assert loss == pytest.approx(whole_loss, rel=1e-5)
 
 

@@ -3,24 +3,70 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from torch import Tensor
 
+from compress.errors import RecipeError
 from compress.model.site import Site
 from compress.passes.base import Pruner
 from compress.stats import ColumnNorm
+from compress.weights import Dense, Masked, Weight
+
+HIGHEST = 0.8  # share of a row's scores that may be cut; the released code brackets the same
+CLOSE = 1e-3  # of the sparsity reached, and of the bracket
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(Pruner, name="wanda"):
     """Score |w| * ||x||: a weight matters if it is large and its input is loud.
 
+    With `alpha`, rows get unequal counts: each loses its smallest scores while their sum stays below a share alpha of
+    the row's sum, one alpha a matrix, found by bisection to within 0.1 % of the sparsity.
     Source: Sun et al., "A Simple and Effective Pruning Approach for LLMs", ICLR 2024, eq. 1; compared within
     each output row. Counts are exact and ties stable, where the released code floors.
     """
 
     requires = (ColumnNorm,)
 
+    alpha: Annotated[bool, Field(description="rows of unequal sparsity, by the share of their scores")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha and (isinstance(self.sparsity, str) or self.scope != "row"):
+            raise RecipeError(
+                f"{self.name}.alpha: goes with a fraction over rows, not {self.sparsity} over {self.scope}"
+            )
+
     def score(self, site: Site) -> Tensor:
         """|w| * ||x||, float32."""
         return site.weight.dense().float().abs() * site.stats[ColumnNorm]
+
+    def rewrite(self, site: Site) -> Weight:
+        """The same values under the mask of the highest scores."""
+        if not self.alpha or isinstance(self.sparsity, str):
+            return super().rewrite(site)
+        keep_OI, alpha = keep_by_alpha(self.score(site), self.sparsity)
+        site.ledger["alpha"] = alpha
+        return Masked(site.expect(Dense, by=self.name), keep_OI, self.pattern().name)
+
+
+def keep_by_alpha(score_OI: Tensor, sparsity: float) -> tuple[Tensor, float]:
+    """(mask, alpha): each row drops its lowest scores while they sum to at most alpha of all of the row.
+
+    Source: the released code of Wanda, `use_variant`; a row that may drop nothing drops nothing, where that code wraps
+    around. Sparsities that need an alpha above 0.8 are not reached.
+    """
+    ordered_OI, order_OI = score_OI.sort(dim=1, stable=True)
+    share_OI = ordered_OI.double().cumsum(1)
+    share_OI /= share_OI[:, -1:].clamp(min=1e-300)
+    alpha, low, high = 0.4, 0.0, HIGHEST
+    while True:
+        cut_OI = share_OI <= alpha
+        reached = float(cut_OI.sum()) / cut_OI.numel()
+        if abs(reached - sparsity) <= CLOSE or high - low < CLOSE:
+            break
+        low, high = (low, alpha) if reached > sparsity else (alpha, high)
+        alpha = (low + high) / 2
+    return ~cut_OI.new_zeros(cut_OI.shape).scatter_(1, order_OI, cut_OI), alpha

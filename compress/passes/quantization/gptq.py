@@ -1,6 +1,6 @@
 """GPTQ: rounding that pushes each error onto the weights not yet rounded.
 
-The core, `error_feedback`, knows only matrices. Shape suffixes: O out, I in, B columns of a block.
+The loop itself is `feed_back`; here are the grids. Shape suffixes: O out, I in, B columns of a block.
 """
 
 from __future__ import annotations
@@ -12,76 +12,49 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.errors import CalibrationError
 from compress.model.site import Site
 from compress.passes.base import Quantizer
-from compress.stats import Gram, finite
+from compress.passes.feedback import Given, feed_back
+from compress.passes.hessian import shared_factor
+from compress.stats import Gram
 from compress.weights import Grid, Masked, Quantized
 from compress.weights.grid import narrowed
 
-CORNER = 512  # side of the triangles that are inverted by a solve
-TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
+
+class Grids:
+    """Rounding to grids; collects the codes of the columns it has rounded."""
+
+    aligned = 1
+
+    def __init__(self, grid: Grid, w_OI: Tensor) -> None:
+        self.grid = grid
+        self.codes_OI = torch.empty_like(w_OI, dtype=torch.uint8)
+
+    def at(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero [out] of a column."""
+        raise NotImplementedError
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """All scales and zeros."""
+        raise NotImplementedError
+
+    def round(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> Tensor:
+        """The grid values of a column; the code of zero where it is cut."""
+        scale, zero = self.at(column, ahead_BO, keep_BO)
+        bits = self.grid.bits
+        middle = 2.0 ** (bits - 1) if zero is None else zero.float()
+        code = ((ahead_BO[0] / scale.float()).round_() + middle).clamp_(0, 2**bits - 1)
+        if keep_BO is not None:
+            code = torch.where(keep_BO[0], code, middle)
+        self.codes_OI[:, column] = code
+        return (code - middle) * scale.float()
 
 
-def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> tuple[Tensor, float] | None:
-    """(U, damping used) with U upper triangular, (G + d mean(diag G) 1)^-1 = Uᵀ U, or None if every rung fails.
-
-    An input that never fires has a zero row in G: its diagonal becomes the mean first, so that it is rounded without
-    feedback.
-    Each failed Cholesky multiplies the damping by ten, at most three times. Raises CalibrationError if G is not finite.
-    """
-    if not finite(gram_II):
-        raise CalibrationError("the Gram matrix is not finite; the activations before this site overflow")
-    gram = gram_II.clone() if order_I is None else gram_II[order_I][:, order_I]
-    diagonal = gram.diagonal()
-    mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    diagonal[diagonal == 0] = mean
-    plain = diagonal.clone()
-    for rung in range(TRIES):
-        diagonal.copy_(plain + mean * damping * 10**rung)
-        upper = factor_of_inverse(gram)
-        if upper is not None:
-            return upper, damping * 10**rung
-    return None
-
-
-def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
-    """U upper triangular with G^-1 = Uᵀ U, or None if G is not positive definite; three matrices at its largest.
-
-    G = R Rᵀ with R upper, from the factor of the reversed G; so U = R^-1: one Cholesky and one triangular inverse, 4
-    times faster on a CPU at n = 5632 than Cholesky, inverse, Cholesky.
-    """
-    lower, failed = torch.linalg.cholesky_ex(gram_II.flip(0, 1))
-    if failed.item():
-        return None
-    upper = lower.flip(0, 1)
-    del lower
-    invert_upper(upper)
-    return upper if finite(upper) else None
-
-
-def invert_upper(r_II: Tensor) -> None:
-    """Invert an upper triangular matrix in place: halves on the diagonal, then the corner, -A^-1 B C^-1.
-
-    Matrix products do the work, two thirds of what a triangular solve against the identity takes, and nothing of the
-    matrix's size is made.
-    """
-    size = r_II.shape[0]
-    if size <= CORNER:
-        identity = torch.eye(size, dtype=r_II.dtype, device=r_II.device)
-        r_II.copy_(torch.linalg.solve_triangular(r_II, identity, upper=True))
-        return
-    half = size // 2
-    first, corner, last = r_II[:half, :half], r_II[:half, half:], r_II[half:, half:]
-    invert_upper(first)
-    invert_upper(last)
-    corner.copy_((first @ corner) @ last).neg_()
-
-
-class FixedGrids:
+class FixedGrids(Grids):
     """Grids fitted before the loop; `order_I` tells which original column stands where."""
 
     def __init__(self, grid: Grid, w_OI: Tensor, order_I: Tensor | None, search: bool) -> None:
+        super().__init__(grid, w_OI)
         self.scale, self.zero = grid.fit(w_OI, search=search)
         inputs = w_OI.shape[1]
         columns = torch.arange(inputs, device=w_OI.device) if order_I is None else order_I
@@ -97,19 +70,24 @@ class FixedGrids:
         return self.scale, self.zero
 
 
-class FittedGrids:
-    """Grids fitted when the loop reaches their first column, to the error-corrected weights."""
+class FittedGrids(Grids):
+    """Grids fitted when the loop reaches their first column, to the error-corrected weights.
 
-    def __init__(self, grid: Grid, width: int, search: bool) -> None:
-        self.grid, self.width, self.search = replace(grid, group=0), width, search
+    Deviation from the released code of GPTQ: a grid sees the updates from within its block, also if group < block.
+    """
+
+    def __init__(self, grid: Grid, w_OI: Tensor, search: bool) -> None:
+        super().__init__(grid, w_OI)
+        self.aligned, self.search = grid.width(w_OI.shape[1]), search
+        self.row = replace(grid, group=0)
         self.scales: list[Tensor] = []
         self.zeros: list[Tensor] = []
 
     def at(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero [out] of a column; `ahead_BO` holds it and the rest of its block, `keep_BO` their mask."""
-        if column % self.width == 0:
-            group_OB = (ahead_BO if keep_BO is None else ahead_BO * keep_BO)[: self.width].T
-            scale, zero = self.grid.fit(group_OB, search=self.search)
+        if column % self.aligned == 0:
+            group_OB = (ahead_BO if keep_BO is None else ahead_BO * keep_BO)[: self.aligned].T
+            scale, zero = self.row.fit(group_OB, search=self.search)
             self.scales.append(scale)
             if zero is not None:
                 self.zeros.append(zero)
@@ -121,55 +99,21 @@ class FittedGrids:
         return scale, torch.cat(self.zeros, 1) if self.zeros else None
 
 
-def error_feedback(
-    w_OI: Tensor, upper_II: Tensor, bits: int, grids: FixedGrids | FittedGrids, keep_OI: Tensor | None, block: int
-) -> tuple[Tensor, float]:
-    """Codes found column by column, each error pushed onto the columns not yet done; and the loss.
-
-    `upper_II` is the factor of the inverse Gram (`inverse_factor`), in the column order of `w_OI`. Where `keep_OI`
-    is False the code is that of zero, and its error is fed back too. The loss, sum e² / 2, equals tr(D H Dᵀ) / 2
-    exactly for the damped H and D = W' - W. The result does not depend on `block`, which must hold whole groups.
-    Source: Frantar et al., GPTQ, ICLR 2023, algorithm 1. Deviation: a fitted grid sees the in-block updates, which
-    the released code leaves out when group < block.
-    """
-    w = w_OI.float().clone()
-    codes_OI = torch.empty_like(w, dtype=torch.uint8)
-    loss = 0.0
-    for start in range(0, w.shape[1], block):
-        end = min(start + block, w.shape[1])
-        w_BO, u_BB = w[:, start:end].T.contiguous(), upper_II[start:end, start:end]  # a column is then contiguous
-        keep_BO = None if keep_OI is None else keep_OI[:, start:end].T.contiguous()
-        e_BO = torch.empty_like(w_BO)
-        for j in range(end - start):
-            scale, zero = grids.at(start + j, w_BO[j:], None if keep_BO is None else keep_BO[j:])
-            middle = 2.0 ** (bits - 1) if zero is None else zero.float()
-            code = ((w_BO[j] / scale.float()).round_() + middle).clamp_(0, 2**bits - 1)
-            if keep_BO is not None:
-                code = torch.where(keep_BO[j], code, middle)
-            codes_OI[:, start + j] = code
-            torch.sub(w_BO[j], (code - middle) * scale.float(), out=e_BO[j]).div_(u_BB[j, j])
-            w_BO[j + 1 :].addr_(u_BB[j, j + 1 :], e_BO[j], alpha=-1)
-        loss += float(e_BO.square().sum(dtype=torch.float64)) / 2
-        w[:, end:].addmm_(e_BO.T, upper_II[start:end, end:], alpha=-1)
-    return codes_OI, loss
-
-
 def gptq(
     w_OI: Tensor, upper_II: Tensor, grid: Grid, keep_OI: Tensor | None = None, order_I: Tensor | None = None, *,
     static: bool = False, search: bool = False, block: int = 128,
 ) -> tuple[Quantized, float]:  # fmt: skip
-    """The weight quantized with error feedback in the order of `order_I`, and the loss of `error_feedback`."""
-    width = grid.width(w_OI.shape[1])
-    fixed = static or order_I is not None or width == w_OI.shape[1]
+    """The weight quantized with error feedback in the order of `order_I`, and the loss of `feed_back`.
+
+    Where `keep_OI` is False the code is that of zero, and its error is fed back too.
+    """
+    fixed = static or order_I is not None or grid.width(w_OI.shape[1]) == w_OI.shape[1]
     kept_OI = w_OI if keep_OI is None else w_OI * keep_OI
-    grids = FixedGrids(grid, kept_OI, order_I, search) if fixed else FittedGrids(grid, width, search)
-    size = block if fixed else max(width, block // width * width)
-    if order_I is None:
-        codes_OI, loss = error_feedback(w_OI, upper_II, grid.bits, grids, keep_OI, size)
-    else:
-        keep_OI = None if keep_OI is None else keep_OI[:, order_I]
-        codes_OI, loss = error_feedback(w_OI[:, order_I], upper_II, grid.bits, grids, keep_OI, size)
-        codes_OI = codes_OI[:, order_I.argsort()]
+    grids = FixedGrids(grid, kept_OI, order_I, search) if fixed else FittedGrids(grid, w_OI, search)
+    if order_I is not None:
+        w_OI, keep_OI = w_OI[:, order_I], None if keep_OI is None else keep_OI[:, order_I]
+    _, _, loss = feed_back(w_OI, upper_II, grids, None if keep_OI is None else Given(keep_OI), block)
+    codes_OI = grids.codes_OI if order_I is None else grids.codes_OI[:, order_I.argsort()]
     scale, zero = grids.result()
     return Quantized(codes_OI, scale, zero, grid.bits), loss
 
@@ -202,17 +146,10 @@ class GPTQ(Quantizer, name="gptq"):
         if self.target == "original" and keep_OI is not None and isinstance(site.weight, Masked):
             w_OI = site.original.data  # column errors then include the cut weights, as in SparseGPT with a given mask
         gram_II = site.stats[Gram]
-        site.ledger["dead_inputs"] = int((gram_II.diagonal() == 0).sum())
         order_I = gram_II.diagonal().argsort(descending=True, stable=True) if self.order == "activation" else None
-        found: tuple[Tensor, float] | None = site.stats.derived(
-            ("inverse factor", self.damping, self.order), lambda: inverse_factor(gram_II, self.damping, order_I)
-        )
-        if found is None:
-            site.fall_back(self.name, f"the Gram stayed indefinite at {10 ** (TRIES - 1)}x damping; rounded to nearest")
+        upper_II = shared_factor(site, self.damping, self.name, "rounded to nearest", order_I)
+        if upper_II is None:
             return grid.quantize(w_OI if keep_OI is None else w_OI * keep_OI, search=self.search)
-        upper_II, used = found
-        if used > 10 * self.damping * 1.01:
-            site.fall_back(self.name, f"the Gram needed a damping of {used:g}, which is close to rounding to nearest")
         quantized, loss = gptq(w_OI, upper_II, grid, keep_OI, order_I, static=self.static, search=self.search)
-        site.ledger |= {"damping": used, "loss": loss}
+        site.ledger["loss"] = loss
         return quantized

@@ -1,0 +1,92 @@
+"""The inverse of a Gram in the one form that error feedback needs, computed once for all sites that share an input.
+
+Shape suffixes: I in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.errors import CalibrationError
+from compress.model.site import Site
+from compress.stats import Gram, finite
+
+CORNER = 512  # side of the triangles that are inverted by a solve
+TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
+
+
+def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> tuple[Tensor, float] | None:
+    """(U, damping used) with U upper triangular, (G + d mean(diag G) 1)^-1 = Uᵀ U, or None if every rung fails.
+
+    An input that never fires has a zero row in G: its diagonal becomes the mean first, so that it is rounded without
+    feedback.
+    Each failed Cholesky multiplies the damping by ten, at most three times. Raises CalibrationError if G is not finite.
+    """
+    if not finite(gram_II):
+        raise CalibrationError("the Gram matrix is not finite; the activations before this site overflow")
+    gram = gram_II.clone() if order_I is None else gram_II[order_I][:, order_I]
+    diagonal = gram.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    diagonal[diagonal == 0] = mean
+    plain = diagonal.clone()
+    for rung in range(TRIES):
+        diagonal.copy_(plain + mean * damping * 10**rung)
+        upper = factor_of_inverse(gram)
+        if upper is not None:
+            return upper, damping * 10**rung
+    return None
+
+
+def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
+    """U upper triangular with G^-1 = Uᵀ U, or None if G is not positive definite; three matrices at its largest.
+
+    G = R Rᵀ with R upper, from the factor of the reversed G; so U = R^-1: one Cholesky and one triangular inverse, 4
+    times faster on a CPU at n = 5632 than Cholesky, inverse, Cholesky.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram_II.flip(0, 1))
+    if failed.item():
+        return None
+    upper = lower.flip(0, 1)
+    del lower
+    invert_upper(upper)
+    return upper if finite(upper) else None
+
+
+def invert_upper(r_II: Tensor) -> None:
+    """Invert an upper triangular matrix in place: halves on the diagonal, then the corner, -A^-1 B C^-1.
+
+    Matrix products do the work, two thirds of what a triangular solve against the identity takes, and nothing of the
+    matrix's size is made.
+    """
+    size = r_II.shape[0]
+    if size <= CORNER:
+        identity = torch.eye(size, dtype=r_II.dtype, device=r_II.device)
+        r_II.copy_(torch.linalg.solve_triangular(r_II, identity, upper=True))
+        return
+    half = size // 2
+    first, corner, last = r_II[:half, :half], r_II[:half, half:], r_II[half:, half:]
+    invert_upper(first)
+    invert_upper(last)
+    corner.copy_((first @ corner) @ last).neg_()
+
+
+def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Tensor | None = None) -> Tensor | None:
+    """The inverse factor of the site's Gram, or None where every damping failed, with a fallback recorded.
+
+    What was used goes into the ledger. `instead` says what `by` does without a factor, and what a damping more than
+    ten times as large as asked comes close to.
+    """
+    gram_II = site.stats[Gram]
+    site.ledger["dead_inputs"] = int((gram_II.diagonal() == 0).sum())
+    found: tuple[Tensor, float] | None = site.stats.derived(
+        ("inverse factor", damping, order_I is not None), lambda: inverse_factor(gram_II, damping, order_I)
+    )
+    if found is None:
+        site.fall_back(by, f"the Gram stayed indefinite at {10 ** (TRIES - 1)}x damping; {instead}")
+        return None
+    upper_II, used = found
+    if used > 10 * damping * 1.01:
+        site.fall_back(by, f"the Gram needed a damping of {used:g}, which is close to: {instead}")
+    site.ledger["damping"] = used
+    return upper_II

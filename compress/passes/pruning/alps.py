@@ -1,0 +1,100 @@
+"""ALPS: the mask and the values together, by the alternating direction method of multipliers.
+
+Shape suffixes: O out, I in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.model.site import Site
+from compress.passes.base import Pruner
+from compress.passes.hessian import shared_factor
+from compress.passes.pruning.reconstruct import least_squares
+from compress.stats import Gram
+from compress.weights import Dense, Masked, Pattern, Weight
+
+UPDATE_EVERY = 3  # iterations between two penalties; from here on the numbers are those of the released code
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed, factor of the penalty
+SHRINK = 5.0  # of the penalty while it was never raised
+SETTLED = 3e-4  # share of the support that changed, below which it ends after EARLIEST iterations
+EARLIEST = 30
+POLISH = 10  # steps of conjugate gradients on the final support
+
+
+@dataclass(frozen=True, kw_only=True)
+class ALPS(Pruner, name="alps"):
+    """Minimise the squared error of the output over all weights of the pattern: ADMM, then least squares on the mask.
+
+    The objective is SparseGPT's; the eigenvectors of the Gram, once for each input, make every iteration two products.
+    Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for LLMs", NeurIPS 2024,
+    algorithm 1 and section 3.3, with the schedule of the released code.
+    """
+
+    requires = (Gram,)
+
+    scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"
+    damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
+    iterations: Annotated[int, Field(ge=1, le=10000, description="of ADMM, at most")] = 300
+    penalty: Annotated[float, Field(gt=0, description="rho of the first iteration, on a Gram of unit diagonal")] = 0.1
+
+    def rewrite(self, site: Site) -> Weight:
+        """The best values found under the best mask found."""
+        dense, chosen = site.expect(Dense, by=self.name), self.pattern()
+        if shared_factor(site, self.damping, self.name, "pruned by magnitude, uncompensated") is None:
+            return self.rewrite_unfed(site)
+        gram_II = site.stats[Gram]
+        damped_II = gram_II.clone()
+        diagonal_I = damped_II.diagonal()
+        diagonal_I += float(site.ledger["damping"]) * diagonal_I.mean()
+        scale_I = diagonal_I.sqrt()
+        unit_II = damped_II / scale_I / scale_I[:, None]
+        values_I, vectors_II = site.stats.derived(("eigen", self.damping), lambda: eigen(unit_II))
+        scaled_OI = dense.data.float() * scale_I
+        mask_OI, taken = admm(scaled_OI, unit_II, values_I, vectors_II, chosen, self.iterations, self.penalty)
+        solved_OI, _ = least_squares(scaled_OI, mask_OI, unit_II, scaled_OI * mask_OI, POLISH, 1e-4)
+        site.ledger["iterations"] = taken
+        return Masked(Dense((solved_OI / scale_I).to(dense.data.dtype)), mask_OI, chosen.name)
+
+
+def eigen(gram_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, found in float64, as float32."""
+    values_I, vectors_II = torch.linalg.eigh(gram_II.double())
+    return values_I.float(), vectors_II.float()
+
+
+def admm(
+    w_OI: Tensor, gram_II: Tensor, values_I: Tensor, vectors_II: Tensor, pattern: Pattern, iterations: int, rho: float
+) -> tuple[Tensor, int]:
+    """(the mask, iterations taken) for a Gram of unit diagonal with these eigenvalues and eigenvectors."""
+    target_OI = w_OI @ gram_II
+    mask_OI = pattern.keep(w_OI.abs())
+    kept = max(1, int(mask_OI.sum()))
+    sparse_OI, dual_OI = w_OI.clone(), torch.zeros_like(w_OI)
+    free_OI, raised, since_OI = w_OI, False, mask_OI
+    for i in range(1, iterations + 1):
+        free_OI = (target_OI - dual_OI + rho * sparse_OI) @ vectors_II
+        free_OI = (free_OI / (values_I + rho)) @ vectors_II.T
+        wanted_OI = free_OI + dual_OI / rho
+        mask_OI = pattern.keep(wanted_OI.abs())
+        sparse_OI = wanted_OI * mask_OI
+        dual_OI = dual_OI + rho * (free_OI - sparse_OI)
+        if i % UPDATE_EVERY:
+            continue
+        moved = int((mask_OI ^ since_OI).sum()) / kept
+        since_OI = mask_OI
+        if (moved == 0 and raised) or (i >= EARLIEST and moved < SETTLED):
+            break
+        if moved > GROWTH[0][0] or raised:
+            rho *= next(factor for share, factor in GROWTH if moved > share or share == 0.0)
+            raised = True
+        else:
+            rho /= SHRINK
+            if moved == 0:
+                sparse_OI, dual_OI = w_OI.clone(), torch.zeros_like(w_OI)
+    return pattern.keep(free_OI.abs()), i

@@ -1,0 +1,92 @@
+"""RIA: how much a weight is of its row and of its column, and how loud its input is.
+
+Shape suffixes: O out, I in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from compress.errors import RecipeError
+from compress.model.site import Site
+from compress.passes.base import Pruner
+from compress.stats import ColumnNorm
+from compress.weights import NM, Dense, Masked, Permutation, Product, Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class RIA(Pruner, name="ria"):
+    """Score (|w| / sum of its column + |w| / sum of its row) * ||x||^power; no row or column dies first.
+
+    With `permute`, inputs are dealt into the groups of n:m so that important ones do not meet; the weight then is a
+    product with the permutation, which is a gather of the input when it runs.
+    Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for LLMs", ICLR 2024, equations 1-2
+    and section 4.2. Deviation: each stripe is assigned once, in one sweep.
+    """
+
+    requires = (ColumnNorm,)
+
+    scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"
+    power: Annotated[float, Field(ge=0, le=4, description="of the input norm; 0 needs no data")] = 0.5
+    permute: Annotated[bool, Field(description="permute the inputs before n:m groups are formed")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.permute and not isinstance(self.sparsity, str):
+            raise RecipeError(f"{self.name}.permute: only n:m has groups that a permutation changes")
+
+    def score(self, site: Site) -> Tensor:
+        """Relative importance and activation, float32."""
+        size_OI = site.weight.dense().float().abs()
+        relative_OI = size_OI / size_OI.sum(0).clamp(min=1e-30) + size_OI / size_OI.sum(1, keepdim=True).clamp(
+            min=1e-30
+        )
+        return relative_OI * site.stats[ColumnNorm] ** self.power
+
+    def rewrite(self, site: Site) -> Weight:
+        """The same values under the mask, with `permute` in another order of inputs."""
+        chosen = self.pattern()
+        if not self.permute or not isinstance(chosen, NM):
+            return super().rewrite(site)
+        dense, score_OI = site.expect(Dense, by=self.name), self.score(site)
+        order_I = deal(score_OI, chosen)
+        plain, dealt = (retained(score_OI[:, order], chosen) for order in (torch.arange(len(order_I)), order_I))
+        site.ledger["retained_score"] = [plain, dealt]
+        values = Dense(dense.data[:, order_I])
+        return Product(Masked(values, chosen.keep(score_OI[:, order_I]), chosen.name), Permutation(order_I))
+
+
+def retained(score_OI: Tensor, chosen: NM) -> float:
+    """The share of all scores that the pattern keeps."""
+    return float((score_OI * chosen.keep(score_OI)).sum() / score_OI.sum())
+
+
+def deal(score_OI: Tensor, chosen: NM) -> Tensor:
+    """An order of the inputs in which the pattern keeps more of the score.
+
+    Columns are ranked by their total and dealt over the groups in snake order, so that each group gets one of every
+    rank; then the columns of one rank are assigned to groups anew, rank after rank, for the most that can be retained.
+    """
+    groups = score_OI.shape[1] // chosen.m
+    ranked = score_OI.sum(0).argsort(descending=True, stable=True).view(chosen.m, groups)
+    ranked[1::2] = ranked[1::2].flip(1)
+    held_GM = ranked.T.contiguous()
+    for rank in range(chosen.m):
+        others_GM = torch.cat((held_GM[:, :rank], held_GM[:, rank + 1 :]), 1)
+        columns_G = held_GM[:, rank]
+        gain_GG = torch.stack([gains(score_OI, others_M, columns_G, chosen) for others_M in others_GM])
+        _, chosen_G = linear_sum_assignment(gain_GG.cpu().numpy(), maximize=True)
+        held_GM[:, rank] = columns_G[torch.from_numpy(chosen_G).to(columns_G.device)]
+    return held_GM.flatten()
+
+
+def gains(score_OI: Tensor, others_M: Tensor, columns_G: Tensor, chosen: NM) -> Tensor:
+    """What a group of `others_M` retains more with each of the columns added: what rises above its n-th best."""
+    last_O1 = score_OI[:, others_M].topk(chosen.n, 1).values[:, -1:]
+    return (score_OI[:, columns_G] - last_O1).clamp_(min=0).sum(0)

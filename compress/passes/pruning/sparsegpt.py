@@ -1,0 +1,94 @@
+"""SparseGPT: cut column by column, and let what is not yet reached make up for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.errors import RecipeError
+from compress.model.site import Site
+from compress.passes.base import Pruner
+from compress.passes.feedback import Chosen, Rounding, Unrounded, feed_back
+from compress.passes.hessian import shared_factor
+from compress.passes.quantization.gptq import FittedGrids
+from compress.stats import Gram
+from compress.weights import NM, Dense, Grid, Masked, Quantized, Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGPT(Pruner, name="sparsegpt"):
+    """Score w² / U_jj² block by block of columns; kept weights further right compensate each cut.
+
+    With `bits`, kept weights are rounded in the same sweep, whose errors are compensated too. If no damping makes the
+    Gram positive definite, the mask is magnitude's without compensation, and a fallback is recorded; an expert that too
+    few tokens reach gets the same.
+    Source: Frantar and Alistarh, "SparseGPT", ICML 2023, algorithm 1. Deviations: inputs that never fire are cut first
+    but not all, where the released code zeroes them; a width that m does not divide is refused.
+    """
+
+    requires = (Gram,)
+
+    scope: Annotated[
+        str,
+        Field(
+            description="who competes within a block of columns: all rows (matrix), each row, or tiles such as 16x16"
+        ),
+    ] = "matrix"
+    damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
+    block: Annotated[
+        int, Field(ge=1, le=65536, description="columns whose mask is chosen at once; n:m chooses by group")
+    ] = 128
+    update: Annotated[bool, Field(description="compensate; without it only the mask is SparseGPT's")] = True
+    bits: Annotated[int | None, Field(ge=2, le=8, description="round what is kept to integers of so many bits")] = None
+    group: Annotated[int, Field(ge=0, description="with bits: inputs that share a scale; 0 = a whole row")] = 64
+    symmetric: Annotated[bool, Field(description="with bits: no stored zero")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits is not None and not self.update:
+            raise RecipeError(f"{self.name}.bits: rounding is part of the update; it needs update: true")
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """The pattern must fit the matrix, the group its width, and tiles a block."""
+        super().check(site, shape)
+        if self.bits and self.group and shape[1] % self.group:
+            raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
+        width = getattr(self.pattern(), "columns", 1)
+        if self.block % width:
+            raise RecipeError(f"{self.name}: {site}: blocks of {self.block} columns do not hold whole tiles of {width}")
+
+    def rewrite(self, site: Site) -> Weight:
+        """The compensated values under the mask chosen on the way."""
+        dense, chosen = site.expect(Dense, by=self.name), self.pattern()
+        upper_II = shared_factor(site, self.damping, self.name, "pruned by magnitude, uncompensated")
+        if upper_II is None:
+            return self.rewrite_unfed(site)
+        w_OI, dead_I = dense.data.float(), site.stats[Gram].diagonal() == 0
+        if not self.update:
+            return Masked(dense, mask_only(w_OI, upper_II, Chosen(chosen, dead_I), self.block), chosen.name)
+        grids = None if self.bits is None else self.grids(w_OI)
+        rounding: Rounding = Unrounded() if grids is None else grids
+        after_OI, keep_OI, site.ledger["loss"] = feed_back(w_OI, upper_II, rounding, Chosen(chosen, dead_I), self.block)
+        if keep_OI is None:
+            raise RecipeError(f"{self.name}: no mask was chosen")
+        if grids is not None:
+            scale, zero = grids.result()
+            return Masked(Quantized(grids.codes_OI, scale, zero, grids.grid.bits), keep_OI, chosen.name)
+        return Masked(Dense(after_OI.to(dense.data.dtype)), keep_OI, chosen.name)
+
+    def grids(self, w_OI: Tensor) -> FittedGrids:
+        """The grids of kept weights, fitted on the way."""
+        return FittedGrids(Grid(bits=self.bits or 4, group=self.group, symmetric=self.symmetric), w_OI, search=False)
+
+
+def mask_only(w_OI: Tensor, upper_II: Tensor, mask: Chosen, block: int) -> Tensor:
+    """The mask by the scores of the weights as they are, block by block."""
+    if isinstance(mask.pattern, NM):
+        return mask.pattern.keep(mask.score(0, w_OI.T, upper_II.diagonal()).T.contiguous())
+    parts = range(0, w_OI.shape[1], block)
+    diagonal = upper_II.diagonal()
+    return torch.cat([mask.enter(at, w_OI[:, at : at + block].T, diagonal[at : at + block]).T for at in parts], 1)

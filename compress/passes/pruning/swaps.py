@@ -1,0 +1,174 @@
+"""Exact swaps: exchange a cut for a kept weight wherever that lowers the squared error of the output.
+
+The core, `swap`, knows only matrices. Shape suffixes: O out, I in, S shortlisted, M inputs of a group, B inputs of
+a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.model.site import Site
+from compress.passes.base import Refiner
+from compress.stats import Gram
+from compress.weights import Weight
+
+AT_ONCE = 1 << 18  # entries of the rows that are worked on together: their error vectors stay in cache
+BLOCK = 64  # inputs between two products that carry swaps to the inputs not yet reached
+GAIN = 1e-7  # of a row's loss: below it a swap is rounding noise of float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swaps(Refiner, name="swaps"):
+    """Restore one cut weight to its original value and cut a kept one, the best pair first, until no pair helps.
+
+    With d = w - w' the loss of a row is d G dᵀ, and the effect of a pair is known exactly, so the loss never rises.
+    Rows take one swap after the other; under n:m, groups are swept from left to right until a sweep finds nothing. A
+    start whose kept values were changed (SparseGPT) keeps them.
+    Source: pruning as a quadratic problem on the Gram, Frantar and Alistarh, SparseGPT, ICML 2023, eq. 1; 1-swap local
+    search as in SparseSwaps, arXiv 2512.10922. Deviation: pairs are sought among the `shortlist` best to restore and
+    the best to cut, each judged alone.
+    """
+
+    requires = (Gram,)
+
+    limit: Annotated[int, Field(ge=0, le=100000, description="swaps of a row; sweeps under n:m")] = 100
+    shortlist: Annotated[int, Field(ge=1, le=4096, description="candidates on either side of a pair")] = 32
+
+    def rewrite(self, site: Site) -> Weight:
+        """The weight under the improved mask."""
+        kept_OI, weight = self.masked(site)
+        w_OI, gram_II = site.original.data.float(), site.stats[Gram]
+        m = self.group(site, weight)
+        if m:
+            after_OI, keep_OI, swaps = swap_in_groups(w_OI, kept_OI, weight.mask_OI, gram_II, m, self.limit)
+        else:
+            after_OI, keep_OI, swaps = swap(w_OI, kept_OI, weight.mask_OI, gram_II, self.limit, self.shortlist)
+        site.ledger["swaps"] = int(swaps.sum())
+        return self.remasked(site, after_OI, keep_OI, weight.pattern)
+
+
+def swap(
+    w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, limit: int = 100, shortlist: int = 32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, mask, swaps of each row) after up to `limit` swaps in each row, as many kept as before.
+
+    `kept_OI` holds the kept values, 0 elsewhere. Each row is 1-swap optimal at the end, but for pairs outside the
+    shortlist, and if the limit was not reached.
+    """
+    step = max(1, AT_ONCE // w_OI.shape[1])
+    parts = [
+        Search(w, kept, keep, gram_II, shortlist).run(limit)
+        for w, kept, keep in zip(w_OI.split(step), kept_OI.split(step), keep_OI.split(step), strict=True)
+    ]
+    values, masks, counts = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(masks), torch.cat(counts)
+
+
+class Search:
+    """Rows on their way down; those that are done leave."""
+
+    def __init__(self, w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, shortlist: int) -> None:
+        self.w, self.kept, self.keep = w_OI, kept_OI.clone(), keep_OI.clone()
+        self.gram_II, self.diagonal_I = gram_II, gram_II.diagonal()
+        width = w_OI.shape[1]
+        self.ups, self.downs = min(shortlist, width), min(shortlist, width)
+
+    def run(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(values, mask, swaps of each row)."""
+        rows = torch.arange(len(self.w), device=self.w.device)
+        counts_O = torch.zeros_like(rows)
+        w, kept, keep = self.w, self.kept.clone(), self.keep.clone()
+        missing = w - kept
+        c = missing @ self.gram_II
+        loss_O = (missing * c).sum(1)
+        for _ in range(limit):
+            gain_O, up_O, down_O = self.best(w, kept, keep, c)
+            better_O = gain_O < -GAIN * loss_O.clamp(min=0)
+            if not bool(better_O.all()):
+                self.kept[rows], self.keep[rows] = kept, keep
+                rows, w, kept, keep, c = rows[better_O], w[better_O], kept[better_O], keep[better_O], c[better_O]
+                loss_O, gain_O = loss_O[better_O], gain_O[better_O]
+                up_O, down_O = up_O[better_O], down_O[better_O]
+            if not len(rows):
+                break
+            at = torch.arange(len(rows), device=rows.device)
+            restored_O, lost_O = w[at, up_O], kept[at, down_O]
+            c += lost_O[:, None] * self.gram_II[down_O] - restored_O[:, None] * self.gram_II[up_O]
+            kept[at, up_O], kept[at, down_O] = restored_O, 0
+            keep[at, up_O], keep[at, down_O] = True, False
+            loss_O = loss_O + gain_O
+            counts_O[rows] += 1
+        self.kept[rows], self.keep[rows] = kept, keep
+        return self.kept, self.keep, counts_O
+
+    def best(self, w: Tensor, kept: Tensor, keep: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(change of the loss, what to restore, what to cut) of the best pair of each row."""
+        up = (w * (w * self.diagonal_I - 2 * c)).masked_fill_(keep, torch.inf)
+        down = (kept * (kept * self.diagonal_I + 2 * c)).masked_fill_(~keep, torch.inf)
+        up_OS, up_at = up.topk(self.ups, 1, largest=False)
+        down_OS, down_at = down.topk(self.downs, 1, largest=False)
+        cross = self.gram_II[up_at[:, :, None], down_at[:, None, :]]
+        cross *= w.gather(1, up_at)[:, :, None] * (2 * kept.gather(1, down_at))[:, None, :]
+        pairs = (up_OS[:, :, None] + down_OS[:, None, :] - cross).flatten(1)
+        gain_O, place_O = pairs.min(1)
+        up_O = up_at.gather(1, place_O[:, None] // self.downs)[:, 0]
+        down_O = down_at.gather(1, place_O[:, None] % self.downs)[:, 0]
+        return gain_O.nan_to_num(torch.inf), up_O, down_O
+
+
+def swap_in_groups(
+    w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, m: int, limit: int = 100
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, mask, swaps of each row): sweeps over the groups of `m`, each taking its best swap if it helps.
+
+    A sweep costs one product [out, in] @ [in, in]: inside a block of inputs every swap is seen at once, those further
+    right see it after the block. Rows are 1-swap optimal within groups when a sweep finds nothing.
+    """
+    kept_OI, keep_OI = kept_OI.clone(), keep_OI.clone()
+    counts_O = torch.zeros(len(w_OI), dtype=torch.long, device=w_OI.device)
+    loss_O = ((w_OI - kept_OI) @ gram_II * (w_OI - kept_OI)).sum(1)
+    width = max(m, BLOCK // m * m)
+    for _ in range(limit):
+        c_OI = (w_OI - kept_OI) @ gram_II
+        found_O = torch.zeros_like(counts_O)
+        for start in range(0, w_OI.shape[1], width):
+            part = slice(start, min(start + width, w_OI.shape[1]))
+            before_OB = kept_OI[:, part].clone()
+            for at in range(part.start, part.stop, m):
+                group = slice(at, at + m)
+                change_OM, swapped_O = swap_once(w_OI, kept_OI, keep_OI, gram_II, c_OI, group, loss_O)
+                c_OI[:, part] += change_OM @ gram_II[group, part]
+                found_O += swapped_O
+            c_OI[:, part.stop :] += (before_OB - kept_OI[:, part]) @ gram_II[part, part.stop :]
+        counts_O += found_O
+        if not bool(found_O.any()):
+            break
+    return kept_OI, keep_OI, counts_O
+
+
+def swap_once(
+    w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, c_OI: Tensor, group: slice, loss_O: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Take the best swap of one group in each row, in place; (change of the missing part [out, m], whether swapped)."""
+    w, kept, keep, c = w_OI[:, group], kept_OI[:, group], keep_OI[:, group], c_OI[:, group]
+    gram_MM = gram_II[group, group]
+    up = (w * (w * gram_MM.diagonal() - 2 * c)).masked_fill(keep, torch.inf)
+    down = (kept * (kept * gram_MM.diagonal() + 2 * c)).masked_fill(~keep, torch.inf)
+    pairs = (up[:, :, None] + down[:, None, :] - 2 * w[:, :, None] * kept[:, None, :] * gram_MM).flatten(1)
+    gain_O, place_O = pairs.min(1)
+    swapped_O = gain_O < -GAIN * loss_O.clamp(min=0)
+    loss_O += torch.where(swapped_O, gain_O, 0)
+    rows = swapped_O.nonzero()[:, 0]
+    up_at, down_at = place_O[rows] // len(gram_MM), place_O[rows] % len(gram_MM)
+    change_OM = torch.zeros_like(w)
+    change_OM[rows, up_at] = -w[rows, up_at]
+    change_OM[rows, down_at] = kept[rows, down_at]
+    kept[rows, up_at], kept[rows, down_at] = w[rows, up_at], 0.0
+    keep[rows, up_at], keep[rows, down_at] = True, False
+    return change_OM, swapped_O
