@@ -6,6 +6,7 @@ Everything is float64 and reads like the formula it stands for. Shape suffixes: 
 from __future__ import annotations
 
 from decimal import ROUND_HALF_EVEN, Decimal
+from itertools import combinations, product
 
 import numpy as np
 import torch
@@ -78,6 +79,220 @@ def drop_lowest(scores: list[float], drop: int) -> list[bool]:
 def dropped(size: int, sparsity: str) -> int:
     """size x sparsity, half to even, on the decimal as written."""
     return int((Decimal(size) * Decimal(sparsity)).quantize(Decimal(1), ROUND_HALF_EVEN))
+
+
+def alpha_mask(score_OI: Tensor, sparsity: float) -> tuple[list[list[bool]], float]:
+    """(kept or not, alpha) of Wanda's search for unequal rows; pruning.md section 3, for scores without ties."""
+
+    def cut(alpha: float) -> list[list[bool]]:
+        rows = []
+        for row in score_OI.tolist():
+            ordered = sorted(row)
+            sums = [sum(ordered[: i + 1]) for i in range(len(ordered))]
+            count = sum(s <= alpha * sum(row) for s in sums)
+            rows.append([score in ordered[:count] for score in row])
+        return rows
+
+    low, high, alpha = 0.0, 0.8, 0.4
+    while True:
+        gone = cut(alpha)
+        reached = sum(map(sum, gone)) / score_OI.numel()
+        if abs(reached - sparsity) <= 1e-3 or high - low < 1e-3:
+            return [[not one for one in row] for row in gone], alpha
+        if reached > sparsity:
+            high, alpha = alpha, (alpha + low) / 2
+        else:
+            low, alpha = alpha, (alpha + high) / 2
+
+
+def ria_score(w_OI: Tensor, norm_I: Tensor, power: float) -> Tensor:
+    """(|w| / sum of its column + |w| / sum of its row) ||x||^power, one entry after the other; section 10."""
+    rows = w_OI.double().abs().tolist()
+    return torch.tensor(
+        [
+            [(w / sum(r[j] for r in rows) + w / sum(row)) * float(norm_I[j]) ** power for j, w in enumerate(row)]
+            for row in rows
+        ],
+        dtype=torch.float64,
+    )
+
+
+def sparsegpt(
+    w_OI: Tensor, hessian_II: Tensor, sparsity: str, block: int, keep_OI: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """(W', mask, loss) by optimal brain surgery with frozen columns; sections 4 and 15.
+
+    Column by column: the inverse of what is left of the damped Hessian, found anew, tells what cutting costs and how
+    all columns further right make up for it. `sparsity` is a fraction, among all rows and `block` columns, or n:m;
+    with `keep_OI` the mask is given.
+    """
+    w, hessian = w_OI.double().clone(), hessian_II.double()
+    rows, width = w.shape
+    left = [torch.linalg.inv(hessian[j:, j:]) for j in range(width)]
+    keep = torch.ones_like(w, dtype=torch.bool) if keep_OI is None else keep_OI.clone()
+    kept_of, of = map(int, sparsity.split(":")) if ":" in sparsity else (0, block)
+    loss = 0.0
+    for j in range(width):
+        if keep_OI is None and j % of == 0:
+            part = range(j, min(j + of, width))
+            score = torch.stack([w[:, i] ** 2 / left[i][0, 0] for i in part], 1)
+            if kept_of:
+                keep[:, j : part.stop] = torch.tensor([drop_lowest(row, of - kept_of) for row in score.tolist()])
+            else:
+                drop = dropped(rows * part.stop, sparsity) - dropped(rows * j, sparsity)
+                keep[:, j : part.stop] = torch.tensor(drop_lowest(score.flatten().tolist(), drop)).view(rows, -1)
+        cut_O = w[:, j] * ~keep[:, j]
+        loss += float((cut_O**2).sum() / left[j][0, 0]) / 2
+        w[:, j:] -= torch.outer(cut_O / left[j][0, 0], left[j][0])
+        w[:, j] *= keep[:, j]
+    return w, keep, loss
+
+
+def dsnot_row(
+    w: list[float], kept: list[bool], mean: list[float], variance: list[float], norm: list[float], *, form: str,
+    m: int = 0, cycles: int = 50, threshold: float = 0.0, power: float = 1.0,
+) -> tuple[list[bool], list[float]]:  # fmt: skip
+    """(mask, the error before and after every swap) of one row; section 5.
+
+    `guarded` takes a swap if it makes the error smaller, `reference` any (under n:m while the error keeps its sign),
+    both from queues that the start fixes; `paper` any, looking at all entries again. Inputs without variance are not
+    grown, an exhausted queue ends it, and under n:m what was swapped is not dropped any more.
+    """
+    part = [a * b for a, b in zip(w, mean, strict=True)]
+    quiet = [abs(a) * b for a, b in zip(w, norm, strict=True)]
+    merit = [
+        p / v**power if power and v > 0 else 0.0 if power else p for p, v in zip(part, variance, strict=True)
+    ]  # fmt: skip
+    every = range(len(w))
+
+    def growable(sign: float, now: list[bool]) -> list[int]:
+        return sorted((j for j in every if not now[j] and sign * merit[j] > 0), key=lambda j: -sign * merit[j])
+
+    def droppable(sign: float, now: list[bool]) -> list[int]:
+        return sorted((j for j in every if now[j] and sign * part[j] < 0), key=lambda j: quiet[j])
+
+    now, used = list(kept), set[int]()
+    grow, drop = ({sign: find(sign, now) for sign in (1.0, -1.0)} for find in (growable, droppable))
+    errors = [sum(p for p, keep in zip(part, now, strict=True) if not keep)]
+    for _ in range(cycles):
+        error = errors[-1]
+        if abs(error) <= threshold or error == 0:
+            break
+        sign = 1.0 if error > 0 else -1.0
+        grows = growable(sign, now) if form == "paper" else grow[sign]
+        drops = droppable(sign, now) if form == "paper" else drop[sign]
+        if grows and m:
+            first = grows[0] // m * m
+            drops = sorted((j for j in range(first, first + m) if now[j] and j not in used), key=lambda j: quiet[j])
+        if not grows or not drops:
+            break
+        restored, gone = grows[0], drops[0]
+        after = error + part[gone] - part[restored]
+        if form == "guarded" and abs(after) >= abs(error):
+            break
+        if form == "reference" and m and after * errors[0] <= 0:
+            break
+        now[restored], now[gone] = True, False
+        used |= {restored, gone}
+        errors.append(after)
+        if form != "paper":
+            grow[sign] = grow[sign][1:]
+            drop[sign] = drop[sign][1:]
+    return now, errors
+
+
+def row_loss(w_I: Tensor, now_I: Tensor, gram_II: Tensor) -> float:
+    """d G dᵀ with d = w - w'."""
+    missing = w_I.double() - now_I.double()
+    return float(missing @ gram_II.double() @ missing)
+
+
+def best_pair(
+    w_I: Tensor, now_I: Tensor, kept: list[bool], gram_II: Tensor, where: range
+) -> tuple[float, int, int] | None:
+    """(loss after it, what to restore, what to cut) of the best exchange within `where`; None if there is none."""
+    tried = []
+    for up in (j for j in where if not kept[j]):
+        for down in (j for j in where if kept[j]):
+            after = now_I.clone()
+            after[up], after[down] = w_I[up], 0
+            tried.append((row_loss(w_I, after, gram_II), up, down))
+    return min(tried, default=None)
+
+
+def swap_row(
+    w_I: Tensor, now_I: Tensor, kept: list[bool], gram_II: Tensor, limit: int = 100, least: float = 1e-7
+) -> tuple[Tensor, list[bool], list[float]]:
+    """(values, mask, the loss before and after every swap): the best of all exchanges until none helps; section 6.
+
+    To help, it must lower the loss by the share `least`.
+    """
+    now, kept = now_I.double().clone(), list(kept)
+    losses = [row_loss(w_I, now, gram_II)]
+    for _ in range(limit):
+        found = best_pair(w_I.double(), now, kept, gram_II, range(len(kept)))
+        if found is None or found[0] - losses[-1] >= -least * losses[-1]:
+            break
+        loss, up, down = found
+        now[up], now[down], kept[up], kept[down] = w_I[up].double(), 0, True, False
+        losses.append(loss)
+    return now, kept, losses
+
+
+def swap_row_in_groups(
+    w_I: Tensor, now_I: Tensor, kept: list[bool], gram_II: Tensor, m: int, limit: int = 100, least: float = 1e-7
+) -> tuple[Tensor, list[bool], list[float]]:
+    """The same under n:m: from left to right each group takes its best exchange, until a whole sweep finds none."""
+    now, kept = now_I.double().clone(), list(kept)
+    losses = [row_loss(w_I, now, gram_II)]
+    for _ in range(limit):
+        before = len(losses)
+        for start in range(0, len(kept), m):
+            found = best_pair(w_I.double(), now, kept, gram_II, range(start, start + m))
+            if found is not None and found[0] - losses[-1] < -least * losses[-1]:
+                loss, up, down = found
+                now[up], now[down], kept[up], kept[down] = w_I[up].double(), 0, True, False
+                losses.append(loss)
+        if len(losses) == before:
+            break
+    return now, kept, losses
+
+
+def least_squares_row(w_I: Tensor, keep_I: Tensor, gram_II: Tensor) -> Tensor:
+    """The kept values with the least loss, by a direct solve: G_KK w' = (G w)_K; section 10."""
+    gram = gram_II.double()
+    now = torch.zeros_like(w_I, dtype=torch.float64)
+    now[keep_I] = torch.linalg.solve(gram[keep_I][:, keep_I], (gram @ w_I.double())[keep_I])
+    return now
+
+
+def best_mask_row(w_I: Tensor, gram_II: Tensor, keep: int) -> tuple[Tensor, float]:
+    """(mask, loss) of the best choice of `keep` weights that stay as they are, of all choices."""
+    choices = list(combinations(range(len(w_I)), len(w_I) - keep))
+    cut_CI = torch.zeros(len(choices), len(w_I), dtype=torch.float64)
+    cut_CI.scatter_(1, torch.tensor(choices), 1.0)
+    missing_CI = cut_CI * w_I.double()
+    losses_C = ((missing_CI @ gram_II.double()) * missing_CI).sum(1)
+    best = int(losses_C.argmin())
+    return cut_CI[best] == 0, float(losses_C[best])
+
+
+def moments(windows: list[Tensor]) -> Tensor:
+    """Mean, variance and variance within windows [3, in], each in two passes over all tokens."""
+    x_TI = torch.cat(windows).double()
+    within_I = torch.stack([(w.double() - w.double().mean(0)).square().sum(0) for w in windows]).sum(0)
+    return torch.stack((x_TI.mean(0), (x_TI - x_TI.mean(0)).square().mean(0), within_I / len(x_TI)))
+
+
+def cheapest(costs: list[list[float]], kept: list[list[float]], sizes: list[int], keep: float) -> float:
+    """The least sum of costs, one option for each part, with at most the share `keep` of all kept; by trying all."""
+    most = keep * sum(sizes) + 1e-9
+    picks = product(*(range(len(options)) for options in costs))
+    return min(
+        sum(costs[i][j] for i, j in enumerate(pick))
+        for pick in picks
+        if sum(sizes[i] * kept[i][j] for i, j in enumerate(pick)) <= most
+    )
 
 
 # -- quantization ----------------------------------------------------------------------------------
