@@ -48,6 +48,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    only: Sequence[str] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Results:
     """The facts suite's results for a causal language model of transformers, on the device where it is.
@@ -55,7 +56,8 @@ def evaluate(
     `description` holds what the model cannot say of itself: `sha`, `bytes_on_disk`, `bits_per_weight`, `recipe`,
     `calibration`, and `parameters` where counting tensors would be wrong. `limit` asks that many questions a task:
     the same ones for every model with the same `seed`, in proportion to the tiers, and a larger limit only adds
-    questions. Every prompt begins with the BOS token if the tokenizer has one. The model is put into eval mode.
+    questions. `only` names the tasks to ask, by default all. Every prompt begins with the BOS token if the tokenizer has
+    one. The model is put into eval mode.
     """
     began = time.perf_counter()
     prepared = beginning_with_bos(tokenizer)
@@ -64,9 +66,10 @@ def evaluate(
     session = Session(scorer=scorer, tokenizer=prepared, limit=limit, seed=seed)
     found: dict[str, TaskResult] = {}
     rows: dict[str, tuple[Row, ...]] = {}
-    for i, task in enumerate(SUITE, start=1):
+    asked = [task for task in SUITE if only is None or task.name in only]
+    for i, task in enumerate(asked, start=1):
         if on_progress is not None:
-            on_progress(f"{i}/{len(SUITE)} {task.title}")
+            on_progress(f"{i}/{len(asked)} {task.title}")
         found[task.name], rows[task.name] = _run_task(session, task, tasks[task.name])
     return Results(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
