@@ -2,7 +2,8 @@
 
 Each row is a run of `compress.run` on the model, its artifact measured on facts that it was asked (closed book), on
 facts in its context, and on unseen prose. Rows are appended to `rows.jsonl` as they are finished and not measured
-again, so that the table survives an interruption. Differences between methods are tested on the same questions and windows.
+again, so that the table survives an interruption. Differences between methods are tested on the same questions and
+windows.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def evaluate(
     `description` holds what the model cannot say of itself: `sha`, `bytes_on_disk`, `bits_per_weight`, `recipe`,
     `calibration`, and `parameters` where counting tensors would be wrong. `limit` asks that many questions a task:
     the same ones for every model with the same `seed`, in proportion to the tiers, and a larger limit only adds
-    questions. `only` names the tasks to ask, by default all. Every prompt begins with the BOS token if the tokenizer has
-    one. The model is put into eval mode.
+    questions. `only` names the tasks to ask, by default all. Every prompt begins with the BOS token if the tokenizer
+    has one. The model is put into eval mode.
     """
     began = time.perf_counter()
     prepared = beginning_with_bos(tokenizer)
