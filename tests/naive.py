@@ -117,6 +117,21 @@ def ria_score(w_OI: Tensor, norm_I: Tensor, power: float) -> Tensor:
     )
 
 
+def snake(score_OI: Tensor, m: int) -> Tensor:
+    """An order of the columns: ranked by their total and dealt over the groups of m, there and back; section 10."""
+    totals = score_OI.double().sum(0).tolist()
+    ranked = sorted(range(len(totals)), key=lambda j: -totals[j])
+    size = len(totals) // m
+    rounds = [ranked[r * size : (r + 1) * size][:: -1 if r % 2 else 1] for r in range(m)]
+    return torch.tensor([rounds[r][g] for g in range(size) for r in range(m)])
+
+
+def retained(score_OI: Tensor, n: int, m: int) -> float:
+    """The share of all scores that the n best of every m columns hold."""
+    best = score_OI.double().unflatten(1, (-1, m)).sort(2, descending=True).values[:, :, :n]
+    return float(best.sum() / score_OI.double().sum())
+
+
 def sparsegpt(
     w_OI: Tensor, hessian_II: Tensor, sparsity: str, block: int, keep_OI: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
