@@ -1,0 +1,258 @@
+"""`python -m compress_evals.speed`: seconds of each pruning method for one block, beside a plain loop of the same method.
+
+The block has the shapes of a 1.1 B Llama (hidden 2048, inner 5632, 256 for keys and values) with random weights and
+correlated inputs. The loops are how the method reads in its paper, a column or a row at a time; those over rows are timed
+on a few rows of one matrix and scaled, which the table says. Nothing here is used to compress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import (
+    ALPS,
+    GPTQ,
+    RIA,
+    DSnoT,
+    Magnitude,
+    Pass,
+    Reconstruct,
+    Site,
+    SparseGPT,
+    Swaps,
+    Wanda,
+)
+from compress.stats import Collector, ColumnNorm, Gram, Moments, Statistics
+
+INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Widths of the block."""
+
+    hidden: int
+    inner: int
+    keys: int
+
+    def of(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of each matrix."""
+        h, f = self.hidden, self.inner
+        return {"q": (h, h), "k": (self.keys, h), "v": (self.keys, h), "o": (h, h), "gate": (f, h), "up": (f, h),
+                "down": (h, f)}  # fmt: skip
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(count: int, width: int, seed: int) -> Tensor:
+    """Inputs [count, width] with correlated channels of different loudness and a mean."""
+    mixed = normal(count, width // 4, seed=seed) @ normal(width // 4, width, seed=seed + 1) / (width // 4) ** 0.5
+    return (mixed + 0.5 * normal(count, width, seed=seed + 2) + 0.2) * normal(width, seed=seed + 3).mul(0.5).exp()
+
+
+def site(name: str, shape: tuple[int, int], stats: Statistics) -> Site:
+    """A matrix with its statistics."""
+    linear = nn.Linear(shape[1], shape[0], bias=False)
+    linear.weight.data = normal(*shape, seed=len(name)) * 0.02
+    made = Site(name, linear.requires_grad_(False))
+    made.stats = stats
+    return made
+
+
+def clock(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result)."""
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+def seconds_of(step: Pass, sites: dict[str, Site]) -> float:
+    """Seconds to rewrite all matrices of the block; what sites share is computed once."""
+
+    def work() -> None:
+        for each in sites.values():
+            each.weight = step.rewrite(each)  # type: ignore[attr-defined]
+
+    return clock(work)[0]
+
+
+# -- plain loops -----------------------------------------------------------------------------------
+
+
+def column_loop(w_OI: Tensor, upper_II: Tensor, sparsity: float, block: int = 128) -> Tensor:
+    """SparseGPT one column at a time, each error pushed onto all columns to the right at once."""
+    w = w_OI.clone()
+    for start in range(0, w.shape[1], block):
+        part = slice(start, start + block)
+        score = (w[:, part] / upper_II.diagonal()[part]) ** 2
+        keep = score > score.flatten().kthvalue(int(sparsity * score.numel())).values
+        for j in range(start, min(start + block, w.shape[1])):
+            q = w[:, j] * keep[:, j - start]
+            e = (w[:, j] - q) / upper_II[j, j]
+            w[:, j:] -= e[:, None] * upper_II[j, j:]
+            w[:, j] = q
+    return w
+
+
+def group_loop(score_OI: Tensor, m: int, n: int) -> Tensor:
+    """n:m one group of columns at a time."""
+    keep = torch.ones_like(score_OI, dtype=torch.bool)
+    for j in range(0, score_OI.shape[1], m):
+        keep[:, j : j + m].scatter_(1, score_OI[:, j : j + m].topk(m - n, 1, largest=False).indices, False)
+    return keep
+
+
+def dsnot_loop(w_OI: Tensor, keep_OI: Tensor, mean_I: Tensor, variance_I: Tensor, norm_I: Tensor) -> Tensor:
+    """DSnoT one row and one swap at a time, guarded."""
+    keep_OI = keep_OI.clone()
+    for w, keep in zip(w_OI, keep_OI, strict=True):
+        part, quiet = w * mean_I, w.abs() * norm_I
+        merit = part / variance_I
+        error = part[~keep].sum()
+        fresh = torch.ones_like(keep)
+        for _ in range(50):
+            if error.abs() <= 4.9e-5:
+                break
+            up = (merit * error.sign()).masked_fill(keep | ~fresh, -torch.inf).argmax()
+            down = quiet.masked_fill(~keep | ~fresh | (part * error.sign() >= 0), torch.inf).argmin()
+            after = error + part[down] - part[up]
+            if after.abs() >= error.abs():
+                break
+            error = after
+            keep[up], keep[down] = True, False
+            fresh[up], fresh[down] = False, False
+    return keep_OI
+
+
+def swaps_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, limit: int = 100) -> Tensor:
+    """Exact swaps one row and one swap at a time, over all pairs."""
+    keep_OI = keep_OI.clone()
+    diagonal = gram_II.diagonal()
+    for w, keep in zip(w_OI, keep_OI, strict=True):
+        for _ in range(limit):
+            missing = w * ~keep
+            c = gram_II @ missing
+            ups, downs = (~keep).nonzero()[:, 0], keep.nonzero()[:, 0]
+            up = w[ups] * (w[ups] * diagonal[ups] - 2 * c[ups])
+            down = w[downs] * (w[downs] * diagonal[downs] + 2 * c[downs])
+            gain = up[:, None] + down - 2 * w[ups][:, None] * w[downs] * gram_II[ups][:, downs]
+            best = int(gain.argmin())
+            if float(gain.flatten()[best]) >= -1e-7 * float(missing @ c):
+                break
+            keep[ups[best // len(downs)]], keep[downs[best % len(downs)]] = True, False
+    return keep_OI
+
+
+def solve_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """Least squares one row at a time."""
+    after = torch.zeros_like(w_OI)
+    for w, keep, row in zip(w_OI, keep_OI, after, strict=True):
+        inside = gram_II[keep][:, keep]
+        factor = torch.linalg.cholesky(inside)
+        row[keep] = torch.cholesky_solve((gram_II[keep] @ w)[:, None], factor)[:, 0]
+    return after
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def block_seconds(shapes: Shapes, stats: dict[int, Statistics]) -> list[tuple[str, float]]:
+    """(method, seconds for the block) of every pass; a refinement starts from Wanda's mask, not counted."""
+    rows: list[tuple[str, float]] = []
+    steps: list[tuple[str, list[Pass]]] = [
+        ("magnitude 50 %", [Magnitude()]), ("magnitude 2:4", [Magnitude(sparsity="2:4")]),
+        ("wanda 50 %", [Wanda()]), ("wanda 2:4", [Wanda(sparsity="2:4")]), ("wanda alpha", [Wanda(alpha=True)]),
+        ("ria 50 %", [RIA()]), ("sparsegpt 50 %", [SparseGPT()]), ("sparsegpt 2:4", [SparseGPT(sparsity="2:4")]),
+        ("gptq int4", [GPTQ()]), ("sparsegpt 2:4 int4", [SparseGPT(sparsity="2:4", bits=4)]),
+        ("dsnot 50 %", [Wanda(), DSnoT(measure=False)]),
+        ("dsnot 2:4", [Wanda(sparsity="2:4"), DSnoT(measure=False)]), ("swaps 50 %", [Wanda(), Swaps()]),
+        ("swaps 2:4", [Wanda(sparsity="2:4"), Swaps()]), ("reconstruct 50 %", [Wanda(), Reconstruct()]),
+        ("alps 50 %", [ALPS()]),
+    ]  # fmt: skip
+    for name, passes in steps:
+        for shared in stats.values():
+            shared._derived.clear()
+        sites = {part: site(part, shape, stats[INPUTS[part]]) for part, shape in shapes.of().items()}
+        taken = [seconds_of(step, sites) for step in passes]
+        sys.stderr.write(f"{name}: {taken[-1]:.2f} s\n")
+        rows.append((name, taken[-1]))
+    return rows
+
+
+def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list[tuple[str, float, float, int]]:
+    """(method, seconds, seconds of the plain loop, rows it was timed on) for the q matrix alone."""
+    from compress.passes.feedback import Chosen, Unrounded, feed_back
+    from compress.passes.hessian import inverse_factor
+    from compress.passes.pruning.dsnot import dsnot
+    from compress.passes.pruning.reconstruct import damp, least_squares
+    from compress.passes.pruning.swaps import swap
+    from compress.weights import pattern
+
+    q = site("q", shapes.of()["q"], stats[0])
+    w, gram, norm = q.original.data, q.stats[Gram], q.stats[ColumnNorm]
+    mean, _, within = q.stats[Moments]
+    keep, half = pattern(0.5).keep(w.abs() * norm), pattern(0.5, "matrix")
+    found = inverse_factor(gram, 0.01)
+    if found is None:
+        raise RuntimeError("the synthetic Gram is indefinite")
+    upper, damped, some, share = found[0], damp(gram, 0.01), slice(0, rows), len(w) / rows
+    values = w * keep
+    return [
+        ("sparsegpt 50 %", clock(lambda: feed_back(w, upper, Unrounded(), Chosen(half)))[0],
+         clock(lambda: column_loop(w, upper, 0.5))[0], len(w)),
+        ("wanda 2:4, the mask", clock(lambda: pattern("2:4").keep(w.abs() * norm))[0],
+         clock(lambda: group_loop(w.abs() * norm, 4, 2))[0], len(w)),
+        ("dsnot 50 %", clock(lambda: dsnot(w, keep, mean, within, norm))[0],
+         clock(lambda: dsnot_loop(w[some], keep[some], mean, within, norm))[0] * share, rows),
+        ("swaps 50 %", clock(lambda: swap(w, values, keep, gram))[0],
+         clock(lambda: swaps_loop(w[some], keep[some], gram))[0] * share, rows),
+        ("reconstruct 50 %", clock(lambda: least_squares(w, keep, damped, values))[0],
+         clock(lambda: solve_loop(w[some], keep[some], damped))[0] * share, rows),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--inner", type=int, default=5632)
+    parser.add_argument("--keys", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=32, help="rows on which the loops over rows are timed")
+    arguments = parser.parse_args()
+    shapes = Shapes(hidden=arguments.hidden, inner=arguments.inner, keys=arguments.keys)
+    widths = {INPUTS[name]: shape[1] for name, shape in shapes.of().items()}
+    stats: dict[int, Statistics] = {}
+    gathering = {kind: 0.0 for kind in (ColumnNorm, Moments, Gram)}
+    for number, width in widths.items():
+        x_BTI = tokens(arguments.tokens, width, seed=10 * number).unflatten(0, (-1, min(2048, arguments.tokens)))
+        for kind in gathering:
+            collector = Collector((kind,), width, x_BTI.device)
+            gathering[kind] += clock(lambda c=collector, x=x_BTI: [c.update(window[None]) for window in x])[0]  # type: ignore[misc]
+        whole = Collector(tuple(gathering), width, x_BTI.device)
+        whole.update(x_BTI)
+        stats[number] = whole.finish(f"input {number}")
+    lines = [f"hidden {shapes.hidden}, inner {shapes.inner}, {torch.get_num_threads()} threads, one run each, float32"]
+    lines += ["", f"| statistic of the block's 4 inputs, {arguments.tokens} tokens | seconds |", "|---|---|"]
+    lines += [f"| {kind.__name__} | {seconds:.2f} |" for kind, seconds in gathering.items()]
+    lines += ["", "| method | seconds a block |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in block_seconds(shapes, stats)]
+    lines += ["", "| inner loop, one matrix | seconds | plain loop | ratio | loop timed on |", "|---|---|---|---|---|"]
+    for name, ours, loop, rows in inner_loops(shapes, stats, arguments.rows):
+        lines.append(f"| {name} | {ours:.2f} | {loop:.1f} | {loop / ours:.1f} | {rows} rows |")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
