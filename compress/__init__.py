@@ -6,7 +6,7 @@ effect is that transformers will know the quantization method `compress`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,21 @@ from compress.errors import (
 )  # fmt: skip
 from compress.events import Event
 from compress.model.site import Site
-from compress.passes import GPTQ, RTN, Magnitude, PassManager, Pruner, Quantizer, Wanda, WeightPass
+from compress.passes import (
+    FLAP,
+    GPTQ,
+    RTN,
+    Magnitude,
+    Pass,
+    PassManager,
+    Pruner,
+    Quantizer,
+    ShortGPT,
+    SliceGPT,
+    Wanda,
+    WandaSP,
+    WeightPass,
+)  # fmt: skip
 from compress.recipe import Accept, Calibration, Limits, Recipe
 from compress.runtime.hf import register_when_needed
 from compress.weights import (
@@ -54,7 +68,7 @@ register_when_needed()
 
 def run(
     model: str | Path | None,
-    recipe: Recipe | str | Path | list[WeightPass],
+    recipe: Recipe | str | Path | Sequence[Pass],
     out: str | Path,
     *,
     calibration: Calibration | None = None,
@@ -117,8 +131,7 @@ def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if is_artifact(folder):
-            Artifact(folder)  # says what is wrong with a damaged one before transformers meets it
+        if is_artifact(folder) and Artifact(folder).packed:  # says what is wrong before transformers meets it
             config.quantization_config["low_memory"] = low_memory
         model = auto_class(config).from_pretrained(folder, config=config, local_files_only=True, **options)
     except CompressError:
@@ -159,9 +172,9 @@ def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu"
 
 
 __all__ = [
-    "GPTQ", "NM", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Calibration", "CalibrationError", "Codebook",
-    "CompressError", "Dense", "Diagonal", "Event", "External", "Grid", "Hadamard", "Limits", "Magnitude", "Masked",
-    "PassManager", "Permutation", "PlanError", "Product", "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError",
-    "Signs", "Site", "Sum", "UnsupportedWeight", "VerificationError", "Wanda", "Weight", "WeightPass", "__version__",
-    "accept", "evaluate", "load", "pattern", "run",
+    "FLAP", "GPTQ", "NM", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Calibration", "CalibrationError",
+    "Codebook", "CompressError", "Dense", "Diagonal", "Event", "External", "Grid", "Hadamard", "Limits", "Magnitude",
+    "Masked", "Pass", "PassManager", "Permutation", "PlanError", "Product", "Pruner", "Quantized", "Quantizer",
+    "Recipe", "RecipeError", "ShortGPT", "Signs", "Site", "SliceGPT", "Sum", "UnsupportedWeight", "VerificationError",
+    "Wanda", "WandaSP", "Weight", "WeightPass", "__version__", "accept", "evaluate", "load", "pattern", "run",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from compress.events import (
     BlockStarted,
     Event,
     Fallback,
+    ModelReshaped,
     RunFinished,
     RunStarted,
     Starved,
@@ -58,6 +59,12 @@ class Progress:
                 )
                 left = ", ".join(f"{count:,} ({escape(reason)})" for reason, count in event.untouched.items())
                 self.console.print(f"  [dim]parameters left alone: {left or 'none'}[/]")
+                self.began = time.monotonic()
+            case ModelReshaped():
+                before, after = event.parameters
+                self.console.print(
+                    f"  {event.step}: {before:,} -> [bold]{after:,}[/] parameters in {event.blocks[1]} blocks"
+                )
                 self.began = time.monotonic()
             case BlockStarted():
                 self.errors, self.starved = {}, {}

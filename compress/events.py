@@ -36,6 +36,15 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelReshaped(Event):
+    """A pass made a model of another shape; `parameters` and `blocks` before and after."""
+
+    step: str
+    parameters: tuple[int, int]
+    blocks: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockStarted(Event):
     """Block `index` of `count` is in memory."""
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from compress.passes.base import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, WeightPass
+from compress.passes.base import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, Reshape, WeightPass
 from compress.passes.budget import governed
 from compress.passes.manager import PassManager
+from compress.passes.pruning.flap import FLAP
 from compress.passes.pruning.magnitude import Magnitude
 from compress.passes.pruning.owl import OWL
 from compress.passes.pruning.sensitivity import Sensitivity
+from compress.passes.pruning.shortgpt import ShortGPT
+from compress.passes.pruning.slicegpt import SliceGPT
 from compress.passes.pruning.wanda import Wanda
+from compress.passes.pruning.wanda_sp import WandaSP
 from compress.passes.quantization.gptq import GPTQ
 from compress.passes.quantization.rtn import RTN
+from compress.passes.structured import StructuredPruner
 
 __all__ = [
-    "GPTQ", "OWL", "PASSES", "RTN", "Budget", "Magnitude", "Pass", "PassManager", "Pruner", "Quantizer", "Refiner",
-    "Sensitivity", "Wanda", "WeightPass", "governed", "load_plugins",
+    "FLAP", "GPTQ", "OWL", "PASSES", "RTN", "Budget", "Magnitude", "Pass", "PassManager", "Pruner", "Quantizer",
+    "Refiner", "Reshape", "Sensitivity", "ShortGPT", "SliceGPT", "StructuredPruner", "Wanda", "WandaSP", "WeightPass",
+    "governed", "load_plugins",
 ]  # fmt: skip
 
 
