@@ -182,8 +182,10 @@ class Job:
             check_tensors(walk, made)
             sizes = [sum(prod(held.shape) for held in source.headers.values()) for source in (self.source, made)]
             blocks = (len(self.walk.blocks), len(walk.blocks))
-            self.emit(ModelReshaped(step=str(step), parameters=(sizes[0], sizes[1]), blocks=blocks))
-            self.reshaped.append({"step": step.name, **made.removed})
+            self.emit(
+                ModelReshaped(step=step.name, removed=made.removed, parameters=(sizes[0], sizes[1]), blocks=blocks)
+            )
+            self.reshaped.append({"step": step.name, "removed": made.removed, **made.facts})
             self.source, self.walk = made, walk
         self.covered = plan(self.walk, self.recipe)
 

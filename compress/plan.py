@@ -118,7 +118,8 @@ def outline(walk: Walk, source: Checkpoint, recipe: Recipe) -> tuple[Walk, Check
             walk = walk_over(source, walk)
             check_tensors(walk, source)
         except ArtifactError as error:
-            raise RecipeError(f"passes[{i}].{step.name}: {error}") from error
+            reason = str(error).removeprefix(f"{source.path}: ")
+            raise RecipeError(f"passes[{i}].{step.name}: transformers has no such model: {reason}") from error
     return walk, source
 
 

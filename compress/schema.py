@@ -94,11 +94,12 @@ class Probe(TypedDict):
 
 
 class Reshaping(TypedDict):
-    """What a pass removed that made a model of another shape; each pass tells it in its own words."""
+    """What a pass removed that made a model of another shape, for people; and in detail, as each pass tells it."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
     step: str
+    removed: str
 
 
 class Provenance(TypedDict):

@@ -22,7 +22,7 @@ from compress.model.layout import Shape
 from compress.model.source import Checkpoint, Held
 from compress.model.walk import Walk
 
-SAME = 1e-3  # relative, of float32 logits summed in another order
+SAME = 1e-4  # relative, of float32 logits summed in another order
 ROUNDINGS = 8  # of the model's dtype
 
 
@@ -36,12 +36,12 @@ class Made:
 
 
 class Reshaped(Checkpoint):
-    """`tensors` by name, with a `config` that fits them; `removed` tells people and compress.json what is gone."""
+    """`tensors` by name, with a `config` that fits them; `removed` tells people what is gone, `facts` the details."""
 
     def __init__(
-        self, source: Checkpoint, config: dict[str, Any], tensors: Mapping[str, Made], removed: dict[str, Any]
+        self, source: Checkpoint, config: dict[str, Any], tensors: Mapping[str, Made], removed: str, **facts: Any
     ) -> None:
-        self.source, self.config, self.removed = source, config, removed
+        self.source, self.config, self.removed, self.facts = source, config, removed, facts
         self.path, self.decoded_from, self.files = source.path, source.decoded_from, source.files
         self.made = dict(sorted(tensors.items()))
 

@@ -2,7 +2,7 @@
 
 A head goes with its whole key-value group: the key and value head, the query heads that read it, and their columns of
 o_proj. A neuron is a row of gate_proj and up_proj and the column of down_proj. A configuration has one head count and
-one width for all blocks, so every block loses equally many. Shape suffixes: O out, I in, T tokens, G groups, K kept.
+one width for all blocks, so every block loses equally many. Sizes suffixes: O out, I in, T tokens, G groups, K kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FLAGS = {OUT: "attention_bias", NEURON: "mlp_bias"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class Sizes:
     """The sizes of a model's blocks: key-value groups, query heads a group, values a head, neurons; the kept ones."""
 
     groups: int
@@ -58,6 +58,13 @@ class Shape:
     def parts(self, reader: str) -> tuple[int, int]:
         """How many parts a reader has before and after."""
         return (self.groups, self.kept_groups) if reader == OUT else (self.neurons, self.kept_neurons)
+
+    def removed(self) -> str:
+        """What goes, for people."""
+        names = {OUT: "key-value heads with their query heads", NEURON: "neurons"}
+        counts = {reader: self.parts(reader) for reader in self.readers}
+        said = [f"{before - after} of {before} {names[reader]}" for reader, (before, after) in counts.items()]
+        return f"{' and '.join(said)} of every block"
 
     @property
     def readers(self) -> list[str]:
@@ -89,58 +96,56 @@ class StructuredPruner(Reshape):
         """The worth of each group of channels, [groups]."""
         return score_GC.sum(1)
 
-    def constant(self, site: Site) -> Tensor | None:
-        """What stands for an input that is removed, [in]; None for zero."""
-        del site
-        return None
+    def constant(self, site: Site) -> Tensor:
+        """What stands for each input once it is removed, [in]."""
+        return torch.zeros(site.shape[1], device=site.original.data.device)
 
+    @property
     def compensates(self) -> bool:
-        """Whether `constant` gives anything."""
+        """Whether biases take over those constants; else they must be zero."""
         return False
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
         """The model with the first heads and neurons of each block."""
-        shape = self.shape(walk)
+        sizes = self.sizes(walk)
         choice = Choice()
         for index in range(len(walk.blocks)):
-            for reader in shape.readers:
+            for reader in sizes.readers:
                 name = f"{walk.path}.{index}.{reader}"
-                choice.kept[name] = torch.arange(shape.parts(reader)[1])
-                if self.compensates():
+                choice.kept[name] = torch.arange(sizes.parts(reader)[1])
+                if self.compensates:
                     choice.gain_O[name] = torch.zeros(walk.anatomy.modules[name].out_features)
-        return narrowed(walk, source, shape, choice, self.name)
+        return narrowed(walk, source, sizes, choice, self.name)
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
         """The model with the best heads and neurons; each block is measured behind what was removed before it."""
-        shape, walk = self.shape(model.walk), model.walk
+        sizes, walk = self.sizes(model.walk), model.walk
         choice = Choice()
         with ExitStack() as cuts:
             for block in model.blocks():
-                for reader in shape.readers:
+                for reader in sizes.readers:
                     site = next(s for s in block.sites.values() if s.place.module == f"{block.name}.{reader}")
                     block.collect([[site]], self.requires)
-                    kept_K, constant_I = self.choose(site, reader, shape)
+                    kept_K, constant_I = self.best(site, reader, sizes), self.constant(site)
                     choice.kept[site.place.module] = kept_K
-                    cut_I = removed(kept_K, shape, reader)
-                    if self.compensates():
+                    cut_I = removed(kept_K, sizes, reader)
+                    if self.compensates:
                         w_OI = site.original.data.float()
                         choice.gain_O[site.place.module] = w_OI @ constant_I.masked_fill(~cut_I, 0)
                     cuts.callback(site.module.register_forward_pre_hook(silence(cut_I, constant_I)).remove)
                     site.stats.forget()
             meant = walk.leave(block.probe)
-        made = narrowed(walk, source, shape, choice, self.name)
+        made = narrowed(walk, source, sizes, choice, self.name)
         check_logits(made, walk, model.probe_NT, meant, self.name)
         return made
 
-    def choose(self, site: Site, reader: str, shape: Shape) -> tuple[Tensor, Tensor]:
-        """The parts of a reader that stay, in order, and what stands for each of its inputs that goes, [in]."""
-        score_G = self.together(self.score(site).reshape(shape.parts(reader)[0], -1))
-        order_G = torch.argsort(score_G, descending=True, stable=True)
-        constant_I = self.constant(site)
-        zero_I = torch.zeros(site.shape[1], device=score_G.device)
-        return order_G[: shape.parts(reader)[1]].sort().values, zero_I if constant_I is None else constant_I
+    def best(self, site: Site, reader: str, sizes: Sizes) -> Tensor:
+        """The parts of a reader that stay, in order."""
+        before, after = sizes.parts(reader)
+        score_G = self.together(self.score(site).reshape(before, -1))
+        return torch.argsort(score_G, descending=True, stable=True)[:after].sort().values
 
-    def shape(self, walk: Walk) -> Shape:
+    def sizes(self, walk: Walk) -> Sizes:
         """The sizes before and after.
 
         Raises UnsupportedWeight for a family whose heads or neurons are not kept this way, RecipeError if nothing
@@ -149,66 +154,66 @@ class StructuredPruner(Reshape):
         text = walk.model.config.get_text_config()
         family, neurons = text.model_type, getattr(text, "intermediate_size", 0)
         if self.heads:
-            require(walk, HEADS, family, self.name)
+            require(walk, HEADS, family, f"{self.name}.heads")
         if self.neurons:
-            require(walk, NEURONS, family, self.name)
+            require(walk, NEURONS, family, f"{self.name}.neurons")
         queries = getattr(text, "num_attention_heads", 0)
         groups = getattr(text, "num_key_value_heads", None) or queries
         width = getattr(text, "head_dim", None) or text.hidden_size // queries
-        shape = Shape(
+        sizes = Sizes(
             groups=groups, repeats=queries // groups, width=width, neurons=neurons,
             kept_groups=groups - round(self.heads * groups), kept_neurons=self.kept_neurons(neurons),
         )  # fmt: skip
-        self.check_shape(walk, shape)
-        return shape
+        self.check_sizes(walk, sizes)
+        return sizes
 
     def kept_neurons(self, neurons: int) -> int:
         """How many of so many neurons stay; all if none shall go."""
         return self.multiple * round((1 - self.neurons) * neurons / self.multiple) if self.neurons else neurons
 
-    def check_shape(self, walk: Walk, shape: Shape) -> None:
+    def check_sizes(self, walk: Walk, sizes: Sizes) -> None:
         """Raise UnsupportedWeight if the matrices have other sizes, RecipeError if nothing or everything would go."""
-        if self.heads and shape.groups == 1:
+        if self.heads and sizes.groups == 1:
             raise UnsupportedWeight(
-                f"{self.name}: all query heads of {walk.model.config.model_type} share one key-value head, "
-                "none of them can go alone; set heads: 0"
+                f"{self.name}.heads: all query heads of {walk.model.config.model_type} share one key-value head, "
+                "and only whole groups go; set it to 0"
             )
         for share, reader, what in ((self.heads, OUT, "heads"), (self.neurons, NEURON, "neurons")):
-            before, after = shape.parts(reader)
+            before, after = sizes.parts(reader)
             if share and not 0 < after < before:
                 named = "key-value groups" if reader == OUT else "neurons"
                 raise RecipeError(f"{self.name}.{what}: of {before} {named}, {share:g} leaves {after}")
             found = {p.shape[1] for p in walk.anatomy.places.values() if share and p.module.endswith(f".{reader}")}
-            if found - {before * shape.channels(reader)}:
+            if found - {before * sizes.channels(reader)}:
                 raise UnsupportedWeight(
                     f"{self.name}: {reader} reads {max(found)} values, the config means "
-                    f"{before * shape.channels(reader)}; {walk.model.config.model_type} is not supported"
+                    f"{before * sizes.channels(reader)}; {walk.model.config.model_type} is not supported"
                 )
-        if not shape.readers:
+        if not sizes.readers:
             raise RecipeError(f"{self.name}: nothing would be removed; set heads or neurons")
 
 
-def require(walk: Walk, parts: tuple[str, ...], family: str, step: str) -> None:
+def require(walk: Walk, parts: tuple[str, ...], family: str, option: str) -> None:
     """Raise UnsupportedWeight unless every block has these linear maps, and no other weight in their modules."""
     inner, names = parts[0].partition(".")[0], {part.partition(".")[2] for part in parts}
     for index in range(len(walk.blocks)):
         holder = f"{walk.path}.{index}.{inner}"
         for part in parts:
             if not isinstance(walk.anatomy.modules.get(f"{walk.path}.{index}.{part}"), nn.Linear):
-                raise UnsupportedWeight(f"{step}: {walk.path}.{index} of {family} has no {part}; it is not supported")
+                raise UnsupportedWeight(f"{option}: {walk.path}.{index} of {family} has no {part}; set it to 0")
         width = getattr(walk.model.config.get_text_config(), "head_dim", 0)
         for name, parameter in walk.anatomy.modules[holder].named_parameters():
             if name.partition(".")[0] not in names and tuple(parameter.shape) != (width,):
                 raise UnsupportedWeight(
-                    f"{step}: {holder}.{name} of {family} belongs to all heads or neurons at once; it is not supported"
+                    f"{option}: {holder}.{name} of {family} belongs to all of them at once; set it to 0"
                 )
 
 
-def removed(kept_K: Tensor, shape: Shape, reader: str) -> Tensor:
+def removed(kept_K: Tensor, sizes: Sizes, reader: str) -> Tensor:
     """Which inputs of a reader go, bool [in]."""
-    gone_G = torch.ones(shape.parts(reader)[0], dtype=torch.bool, device=kept_K.device)
+    gone_G = torch.ones(sizes.parts(reader)[0], dtype=torch.bool, device=kept_K.device)
     gone_G[kept_K] = False
-    return gone_G.repeat_interleave(shape.channels(reader))
+    return gone_G.repeat_interleave(sizes.channels(reader))
 
 
 def silence(cut_I: Tensor, constant_I: Tensor) -> Callable[..., Any]:
@@ -223,50 +228,43 @@ def silence(cut_I: Tensor, constant_I: Tensor) -> Callable[..., Any]:
 # -- the narrower model ----------------------------------------------------------------------------
 
 
-def narrowed(walk: Walk, source: Checkpoint, shape: Shape, choice: Choice, step: str) -> Reshaped:
+def narrowed(walk: Walk, source: Checkpoint, sizes: Sizes, choice: Choice, step: str) -> Reshaped:
     """The model with the chosen parts of each block, and with biases where its readers gain something."""
     config = source.config
-    if OUT in shape.readers:
+    if OUT in sizes.readers:
         config = with_text(
-            config, walk, num_attention_heads=shape.kept_groups * shape.repeats, head_dim=shape.width,
-            num_key_value_heads=shape.kept_groups,
+            config, walk, num_attention_heads=sizes.kept_groups * sizes.repeats, head_dim=sizes.width,
+            num_key_value_heads=sizes.kept_groups,
         )  # fmt: skip
-    if NEURON in shape.readers:
-        config = with_text(config, walk, intermediate_size=shape.kept_neurons)
+    if NEURON in sizes.readers:
+        config = with_text(config, walk, intermediate_size=sizes.kept_neurons)
     tensors: dict[str, Made] = {}
     for name in source.names():
-        entries_K, axis = entries(parameter_of(walk.anatomy, name), walk, shape, choice.kept)
+        entries_K, axis = entries(parameter_of(walk.anatomy, name), sizes, choice.kept)
         tensors[name] = unchanged(source, name) if entries_K is None else sliced(source, name, axis, entries_K)
     if choice.gain_O:
-        config = with_biases(walk, config, shape, step)
+        config = with_biases(walk, config, sizes, step)
         tensors |= biases(walk, source, config, tensors, choice.gain_O)
     kept = {name: spans(kept_K.tolist()) for name, kept_K in choice.kept.items()}
-    return Reshaped(source, config, tensors, {"kept": kept})
+    return Reshaped(source, config, tensors, sizes.removed(), kept=kept)
 
 
-def entries(parameter: str, walk: Walk, shape: Shape, kept: Mapping[str, Tensor]) -> tuple[Tensor | None, int]:
+def entries(parameter: str, sizes: Sizes, kept: Mapping[str, Tensor]) -> tuple[Tensor | None, int]:
     """Which entries of a parameter stay, and along which axis; None if all do."""
     module, _, kind = parameter.rpartition(".")
     for reader, parts in ((OUT, HEADS), (NEURON, NEURONS)):
-        role = next((part for part in parts if module.endswith(f".{part}")), None)
-        chosen = kept.get(f"{module.removesuffix(role or '')}{reader}")
-        if (
-            role is None
-            or chosen is None
-            or not walk.anatomy.in_block(parameter)
-            or (role == reader and kind == "bias")
-        ):
-            continue
-        grouped = role.endswith(("k_proj", "v_proj"))
-        width = shape.width if grouped else shape.channels(reader)
-        return (chosen.cpu()[:, None] * width + torch.arange(width)).flatten(), 1 if role == reader else 0
+        role = next((part for part in parts if module.endswith(f".{part}")), "")
+        chosen = kept.get(f"{module.removesuffix(role)}{reader}") if role else None
+        if chosen is not None and (role, kind) != (reader, "bias"):
+            width = sizes.width if role.endswith(("k_proj", "v_proj")) else sizes.channels(reader)
+            return (chosen.cpu()[:, None] * width + torch.arange(width)).flatten(), 1 if role == reader else 0
     return None, 0
 
 
-def with_biases(walk: Walk, config: dict[str, Any], shape: Shape, step: str) -> dict[str, Any]:
+def with_biases(walk: Walk, config: dict[str, Any], sizes: Sizes, step: str) -> dict[str, Any]:
     """A config whose readers have biases; raises RecipeError for a family that cannot say so."""
     text = walk.model.config.get_text_config()
-    for reader in shape.readers:
+    for reader in sizes.readers:
         if walk.anatomy.modules[f"{walk.path}.0.{reader}"].bias is not None:
             continue
         config = with_text(config, walk, **{FLAGS[reader]: True}) if hasattr(text, FLAGS[reader]) else config

@@ -74,10 +74,11 @@ class FLAP(StructuredPruner, name="flap"):
         """The mean square over the channels of a group, [groups]; of one channel, the order is that of its score."""
         return score_GC.square().mean(1)
 
-    def constant(self, site: Site) -> Tensor | None:
+    def constant(self, site: Site) -> Tensor:
         """The mean of each input, if biases may take it over."""
-        return site.stats[Fluctuation][0] if self.compensate else None
+        return site.stats[Fluctuation][0] if self.compensate else super().constant(site)
 
+    @property
     def compensates(self) -> bool:
         """As the option says."""
         return self.compensate

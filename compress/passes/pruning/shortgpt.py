@@ -59,7 +59,7 @@ class ShortGPT(Reshape, name="shortgpt"):
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
         """The model without the first blocks that may go."""
         count = self.count(len(walk.blocks))
-        return without(walk, source, range(self.protect, self.protect + count), {})
+        return without(walk, source, range(self.protect, self.protect + count))
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
         """The model without the blocks chosen; costs three forwards over the calibration tokens."""
@@ -72,7 +72,7 @@ class ShortGPT(Reshape, name="shortgpt"):
             starts = allowed[: len(allowed) - count + 1]
             first = min(starts, key=lambda i: angle(ends_ND[i], ends_ND[i + count]))
             gone = list(range(first, first + count))
-        made = without(model.walk, source, gone, {"influence": [round(i, 6) for i in influences]})
+        made = without(model.walk, source, gone, influence=[round(i, 6) for i in influences])
         kept = [i for i in range(len(influences)) if i not in gone]
         meant = model.walk.replay(model.walk.enter(model.probe_NT), kept)
         check_logits(made, model.walk, model.probe_NT, meant, self.name)
@@ -118,7 +118,7 @@ def angle(one_ND: Tensor, other_ND: Tensor) -> float:
     return float(cosine.double().acos().mean()) / math.pi
 
 
-def without(walk: Walk, source: Checkpoint, gone: Sequence[int], facts: dict[str, Any]) -> Reshaped:
+def without(walk: Walk, source: Checkpoint, gone: Sequence[int], **facts: Any) -> Reshaped:
     """The model without the blocks `gone`; those behind them take lower numbers."""
     prefixes = block_prefixes(walk.anatomy)
     kept = [i for i in range(len(walk.blocks)) if i not in gone]
@@ -131,7 +131,8 @@ def without(walk: Walk, source: Checkpoint, gone: Sequence[int], facts: dict[str
             tensors[renumbered(name, start, kept.index(prefixes[start]))] = unchanged(source, name)
     changes = per_block(walk.model.config.get_text_config(), kept, len(walk.blocks))
     config = with_text(source.config, walk, num_hidden_layers=len(kept), **changes)
-    return Reshaped(source, config, tensors, {"blocks": list(gone), **facts})
+    text = f"{len(gone)} of {len(walk.blocks)} blocks: {', '.join(map(str, gone))}"
+    return Reshaped(source, config, tensors, text, blocks=list(gone), **facts)
 
 
 def renumbered(name: str, prefix: str, index: int) -> str:

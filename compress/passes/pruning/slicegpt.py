@@ -36,8 +36,8 @@ class SliceGPT(Reshape, name="slicegpt"):
     """Rotate the hidden state to its principal axes and drop those of smallest variance.
 
     Norm gains go into the matrices that follow; embedding and head become two matrices, so a model that tied them
-    loses less size than `fraction` says. A dropped axis no longer counts in the mean square that a norm divides by;
-    matrices and epsilon are scaled for the new width, and for the mean share of the square that stays.
+    loses less size than `fraction` says, or none. A norm divides by the mean square of fewer entries; the matrices
+    behind it and its epsilon are scaled for that.
     Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", ICLR 2024, section
     3. Deviation: the paper rotates each block by its own axes and multiplies both residual branches by a matrix, which
     no configuration of transformers can say; here one rotation, of the covariance pooled over the inputs of all norms
@@ -51,7 +51,7 @@ class SliceGPT(Reshape, name="slicegpt"):
         """The model with the first entries of its hidden state."""
         check_family(walk, self.name)
         hidden = int(walk.model.config.hidden_size)
-        return rotated(walk, source, torch.eye(hidden)[:, : self.kept(walk)], 1.0)
+        return rotated(walk, source, torch.eye(hidden)[:, : self.kept(walk)])
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
         """The model in its principal axes; costs two forwards over the calibration tokens."""
@@ -60,7 +60,7 @@ class SliceGPT(Reshape, name="slicegpt"):
         kept = self.kept(model.walk)
         axes_DK = axes_DD.flip(1)[:, :kept].float()
         share = float(values_D.flip(0)[:kept].clamp(min=0).sum() / values_D.clamp(min=0).sum())
-        return rotated(model.walk, source, axes_DK, share)
+        return rotated(model.walk, source, axes_DK, variance_kept=round(share, 6))
 
     def kept(self, walk: Walk) -> int:
         """The hidden size that stays: a multiple of the option and, for configs that demand it, of the heads."""
@@ -122,25 +122,24 @@ def reported(add: Callable[[Tensor], None]) -> Callable[..., None]:
 # -- the rotated model -----------------------------------------------------------------------------
 
 
-def rotated(walk: Walk, source: Checkpoint, axes_DK: Tensor, share: float) -> Reshaped:
-    """The model on the axes `axes_DK`, whose squares are on average `share` of all.
+def rotated(walk: Walk, source: Checkpoint, axes_DK: Tensor, **facts: Any) -> Reshaped:
+    """The model on the axes `axes_DK`.
 
-    With z = xQ of K entries and |z|² = share |x|², x / sqrt(|x|²/D + e) is z / sqrt(|z|²/K + e') times
-    sqrt(share D/K), for e' = share e D/K.
+    With z = xQ of K entries that hold all of |x|², x / sqrt(|x|²/D + e) is z / sqrt(|z|²/K + e D/K) times sqrt(D/K).
     """
     hidden, kept = axes_DK.shape
     text = walk.model.config
-    factor = share * hidden / kept
-    turn = Turn(walk=walk, source=source, axes_DK=axes_DK, scale=factor**0.5)
+    turn = Turn(walk=walk, source=source, axes_DK=axes_DK, scale=(hidden / kept) ** 0.5)
     config = with_text(
-        source.config, walk, hidden_size=kept, rms_norm_eps=text.rms_norm_eps * factor, tie_word_embeddings=False,
+        source.config, walk, hidden_size=kept, tie_word_embeddings=False,
+        rms_norm_eps=text.rms_norm_eps * hidden / kept,
         head_dim=getattr(text, "head_dim", None) or hidden // text.num_attention_heads,
     )  # fmt: skip
     tensors = {name: turn.made(name, parameter_of(walk.anatomy, name)) for name in source.names()}
     head = next(name for name in walk.anatomy.heads if name.endswith(".weight"))
     if head not in walk.anatomy.layout.sources:  # tied: the file holds it as the embedding
         tensors[head] = turn.reader(turn.held(head), turn.final)
-    return Reshaped(source, config, tensors, {"hidden_size": [hidden, kept], "variance_kept": round(share, 6)})
+    return Reshaped(source, config, tensors, f"{hidden - kept} of {hidden} directions of the hidden state", **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
