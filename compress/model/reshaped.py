@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.errors import UnsupportedWeight
+from compress.errors import ArtifactError, UnsupportedWeight
 from compress.model.anatomy import Anatomy
 from compress.model.layout import Shape
 from compress.model.source import Checkpoint, Held
@@ -59,8 +59,10 @@ class Reshaped(Checkpoint):
         return {name: Held(known[made.like].dtype, made.shape) for name, made in self.made.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, made anew."""
-        return self.made[name].make() if name in self.made else self.source.tensor(name)
+        """One tensor, made anew; raises ArtifactError if there is none of this name."""
+        if name not in self.made:
+            raise ArtifactError(f"{self.path}: no tensor {name!r} is left after {self.removed} are gone")
+        return self.made[name].make()
 
     def digests(self) -> dict[str, str]:
         """Shard name -> sha256, of the files it is made from."""

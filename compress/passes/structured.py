@@ -92,7 +92,7 @@ class StructuredPruner(Reshape):
         """What each input of o_proj or down_proj is worth, [in]."""
         raise NotImplementedError
 
-    def together(self, score_GC: Tensor) -> Tensor:
+    def pool(self, score_GC: Tensor) -> Tensor:
         """The worth of each group of channels, [groups]."""
         return score_GC.sum(1)
 
@@ -142,7 +142,7 @@ class StructuredPruner(Reshape):
     def best(self, site: Site, reader: str, sizes: Sizes) -> Tensor:
         """The parts of a reader that stay, in order."""
         before, after = sizes.parts(reader)
-        score_G = self.together(self.score(site).reshape(before, -1))
+        score_G = self.pool(self.score(site).reshape(before, -1))
         return torch.argsort(score_G, descending=True, stable=True)[:after].sort().values
 
     def sizes(self, walk: Walk) -> Sizes:

@@ -23,6 +23,7 @@ from compress import (
     CompressError,
     Pass,
     PassManager,
+    PlanError,
     Recipe,
     RecipeError,
     ShortGPT,
@@ -31,6 +32,7 @@ from compress import (
     Wanda,
     WandaSP,
 )  # fmt: skip
+from compress.model.anatomy import MISSED, Coverage
 from compress.model.source import Checkpoint
 from compress.model.whole import Whole
 from compress.passes import OWL
@@ -414,6 +416,14 @@ def test_what_a_pass_cannot_do_is_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_without_a_head_is_not_sliced(folder: Folder, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(folder("llama")).save_pretrained(tmp_path / "body")
+    with pytest.raises(UnsupportedWeight, match=r"LlamaModel has no head to take over the last norm's gain"):
+        compress.run(tmp_path / "body", [SliceGPT()], tmp_path / "out", calibration=CALIBRATION)
+
+
 def test_a_share_above_one_is_no_count() -> None:
     with pytest.raises(RecipeError, match=r"shortgpt\.blocks: 2\.0 is neither a whole number nor a share"):
         ShortGPT(blocks=2.0)
@@ -427,6 +437,16 @@ def test_a_pass_that_changes_the_shape_comes_first() -> None:
 def test_a_model_in_memory_keeps_its_shape(folder: Folder, hugging_face: Any, ids: Tensor) -> None:
     with pytest.raises(RecipeError, match=r"shortgpt makes a model of another shape.*; use compress\.run"):
         PassManager([ShortGPT()]).apply(hugging_face(folder("llama")), ids)
+
+
+def test_the_limit_of_what_passes_miss_binds_only_where_one_rewrites(
+    folder: Folder, shaped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missed = Coverage(touched={}, untouched={"x": (5, MISSED)}, missed=5)
+    monkeypatch.setattr("compress.plan.coverage", lambda *_: missed)
+    shaped("llama", ShortGPT())
+    with pytest.raises(PlanError, match=r"limits\.max_untouched allows 2%"):
+        shaped("llama", ShortGPT(), RTN(group=8), out="other")
 
 
 @pytest.mark.parametrize("step", [Wanda(sites="*nothing*"), RTN(group=48)], ids=["no such site", "no such width"])

@@ -70,7 +70,7 @@ class FLAP(StructuredPruner, name="flap"):
         """Variance times the squared norm of the weight column, [in]."""
         return site.stats[Fluctuation][1] * site.original.data.float().square().sum(0)
 
-    def together(self, score_GC: Tensor) -> Tensor:
+    def pool(self, score_GC: Tensor) -> Tensor:
         """The mean square over the channels of a group, [groups]; of one channel, the order is that of its score."""
         return score_GC.square().mean(1)
 

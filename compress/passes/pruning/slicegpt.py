@@ -78,13 +78,15 @@ class SliceGPT(Reshape, name="slicegpt"):
 
 
 def check_family(walk: Walk, step: str) -> None:
-    """Raise UnsupportedWeight unless this is a family that a rotation leaves as it is."""
+    """Raise UnsupportedWeight unless this is a model that a rotation leaves as it is."""
     family = walk.model.config.model_type
     if family not in FAMILIES:
         raise UnsupportedWeight(
             f"{step}: {family} is not supported; allowed: {', '.join(FAMILIES)}, whose only norms are plain RMSNorms "
             "before attention, MLP and head"
         )
+    if not walk.anatomy.heads:
+        raise UnsupportedWeight(f"{step}: {type(walk.model).__name__} has no head to take over the last norm's gain")
 
 
 def covariance(model: Whole) -> Tensor:
@@ -154,7 +156,7 @@ class Turn:
     @property
     def final(self) -> str:
         """The gain of the norm before the head."""
-        return f"{self.walk.path.rpartition('.')[0]}.norm.weight"
+        return f"{self.walk.path.removesuffix('layers')}norm.weight"
 
     def held(self, parameter: str) -> str:
         """The tensor of the file that is a parameter, or is tied to it."""
