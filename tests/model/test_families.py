@@ -20,7 +20,7 @@ import compress
 from compress import RTN, Calibration, Magnitude, PassManager, ShortGPT, Wanda
 from compress.export.dense import export_dense
 from compress.model.anatomy import coverage
-from compress.model.architecture import auto_class
+from compress.model.architecture import auto_class, run
 from compress.model.family import TESTED
 from compress.model.source import Checkpoint
 
@@ -391,7 +391,8 @@ def test_a_model_of_one_block_is_the_other_block_alone(
     walk = walk_of(folder(name))
     with torch.no_grad():
         want = walk.replay(walk.enter(ids), [1 - provenance["reshaped"][0]["blocks"][0]])
-    assert_close("logits", logits_of(stock(tmp_path / "o"), ids), want, 1e-5)
+        got = run(stock(tmp_path / "o"), ids).logits  # without a cache: of a lone mamba block transformers makes none
+    assert_close("logits", got, want, 1e-5)
 
 
 @pytest.mark.slow

@@ -31,11 +31,8 @@ from compress.passes.base import Reshape
 
 COUNTS = ("max_window_layers", "first_k_dense_replace")  # the first so many blocks are of another kind
 NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # the numbers of blocks of another kind
-NOT_BLOCKS = (
-    "architectures",
-    "_token_id",
-    "time_step_limit",
-)  # lists that may happen to be as long as there are blocks
+# of a config; may happen to be as long as there are blocks
+NOT_BLOCKS = ("architectures", "_token_id", "time_step_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
