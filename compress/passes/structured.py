@@ -243,8 +243,8 @@ def narrowed(walk: Walk, source: Checkpoint, sizes: Sizes, choice: Choice, step:
         entries_K, axis = entries(parameter_of(walk.anatomy, name), sizes, choice.kept)
         tensors[name] = unchanged(source, name) if entries_K is None else sliced(source, name, axis, entries_K)
     if choice.gain_O:
-        config = with_biases(walk, config, sizes, step)
-        tensors |= biases(walk, source, config, tensors, choice.gain_O)
+        config, wanted = with_biases(walk, config, sizes, step)
+        tensors |= biases(walk, source, wanted, choice.gain_O)
     kept = {name: spans(kept_K.tolist()) for name, kept_K in choice.kept.items()}
     return Reshaped(source, config, tensors, sizes.removed(), kept=kept)
 
@@ -261,28 +261,32 @@ def entries(parameter: str, sizes: Sizes, kept: Mapping[str, Tensor]) -> tuple[T
     return None, 0
 
 
-def with_biases(walk: Walk, config: dict[str, Any], sizes: Sizes, step: str) -> dict[str, Any]:
-    """A config whose readers have biases; raises RecipeError for a family that cannot say so."""
+def with_biases(
+    walk: Walk, config: dict[str, Any], sizes: Sizes, step: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A config whose readers have biases, and the parameters that it means, on the meta device.
+
+    Raises RecipeError for a family that cannot say so.
+    """
     text = walk.model.config.get_text_config()
+    bare = [reader for reader in sizes.readers if walk.anatomy.modules[f"{walk.path}.0.{reader}"].bias is None]
+    config = with_text(config, walk, **{FLAGS[reader]: True for reader in bare if hasattr(text, FLAGS[reader])})
+    wanted = skeleton(config, walk.dtype).state_dict()
     for reader in sizes.readers:
-        if walk.anatomy.modules[f"{walk.path}.0.{reader}"].bias is not None:
-            continue
-        config = with_text(config, walk, **{FLAGS[reader]: True}) if hasattr(text, FLAGS[reader]) else config
-        if skeleton(config, walk.dtype).get_submodule(f"{walk.path}.0.{reader}").bias is None:
+        if f"{walk.path}.0.{reader}.bias" not in wanted:
             raise RecipeError(
                 f"{step}.compensate: {text.model_type} has no bias in {reader} that its config could ask for; "
                 "set compensate: false"
             )
-    return config
+    return config, wanted
 
 
 def biases(
-    walk: Walk, source: Checkpoint, config: dict[str, Any], made: Mapping[str, Made], gain_O: Mapping[str, Tensor]
+    walk: Walk, source: Checkpoint, wanted: Mapping[str, Tensor], gain_O: Mapping[str, Tensor]
 ) -> dict[str, Made]:
     """The biases of readers with what they gain, and zeros for the others that the config now asks for."""
     found: dict[str, Made] = {}
-    wanted = skeleton(config, walk.dtype).state_dict()
-    for name in made:
+    for name in source.names():
         weight = parameter_of(walk.anatomy, name)
         module, bias = weight.removesuffix(".weight"), f"{weight.removesuffix('.weight')}.bias"
         if not weight.endswith(".weight") or not walk.anatomy.in_block(weight) or bias not in wanted:

@@ -345,7 +345,11 @@ def test_principal_axes_beat_arbitrary_ones(folder: Folder, tmp_path: Path, monk
 
 # -- every pass of this kind -----------------------------------------------------------------------
 
-EACH = pytest.mark.parametrize("step", [ShortGPT(), WandaSP(heads=0.5), FLAP(), SliceGPT()], ids=lambda s: s.name)
+EACH = pytest.mark.parametrize(
+    "step",
+    [ShortGPT(), SliceGPT(), FLAP(), pytest.param(WandaSP(heads=0.5), marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
 
 
 @EACH
@@ -360,6 +364,7 @@ def test_the_reported_divergence_is_from_the_dense_model(
     assert report.kl > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [FLAP(heads=0.5), SliceGPT()], ids=lambda s: s.name)
 def test_the_same_run_writes_the_same_bytes(step: Pass, shaped: Any) -> None:
     one, other = (shaped("llama", step, out=out) for out in ("one", "other"))
