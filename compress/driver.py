@@ -186,6 +186,7 @@ class Job:
                 ModelReshaped(step=step.name, removed=made.removed, parameters=(sizes[0], sizes[1]), blocks=blocks)
             )
             self.reshaped.append({"step": step.name, "removed": made.removed, **made.facts})
+            self.walk.drop_frame()  # tensors of the new model are made by what may hold on to this walk
             self.source, self.walk = made, walk
         self.covered = plan(self.walk, self.recipe)
 
