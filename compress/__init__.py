@@ -6,7 +6,7 @@ effect is that transformers will know the quantization method `compress`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from compress.events import Event
 from compress.model.site import Site
 from compress.passes import (
     ALPS,
+    FLAP,
     GPTQ,
     OWL,
     RIA,
@@ -41,9 +42,12 @@ from compress.passes import (
     Reconstruct,
     Refiner,
     Sensitivity,
+    ShortGPT,
+    SliceGPT,
     SparseGPT,
     Swaps,
     Wanda,
+    WandaSP,
     WeightPass,
 )
 from compress.recipe import Accept, Calibration, Limits, Recipe
@@ -74,7 +78,7 @@ register_when_needed()
 
 def run(
     model: str | Path | None,
-    recipe: Recipe | str | Path | list[Pass],
+    recipe: Recipe | str | Path | Sequence[Pass],
     out: str | Path,
     *,
     calibration: Calibration | None = None,
@@ -137,8 +141,7 @@ def load(path: str | Path, *, low_memory: bool = False, **options: Any) -> Any:
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if is_artifact(folder):
-            Artifact(folder)  # says what is wrong with a damaged one before transformers meets it
+        if is_artifact(folder) and Artifact(folder).packed:  # says what is wrong before transformers meets it
             config.quantization_config["low_memory"] = low_memory
         model = auto_class(config).from_pretrained(folder, config=config, local_files_only=True, **options)
     except CompressError:
@@ -179,10 +182,10 @@ def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu"
 
 
 __all__ = [
-    "ALPS", "GPTQ", "NM", "OWL", "RIA", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Budget", "Calibration",
-    "CalibrationError", "Codebook", "CompressError", "DSnoT", "Dense", "Diagonal", "Event", "External", "Grid",
-    "Hadamard", "Limits", "Magnitude", "Masked", "Pass", "PassManager", "Permutation", "PlanError", "Product",
-    "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError", "Reconstruct", "Refiner", "Sensitivity", "Signs",
-    "Site", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight", "VerificationError", "Wanda", "Weight", "WeightPass",
-    "__version__", "accept", "evaluate", "load", "pattern", "run",
+    "ALPS", "FLAP", "GPTQ", "NM", "OWL", "RIA", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Budget",
+    "Calibration", "CalibrationError", "Codebook", "CompressError", "DSnoT", "Dense", "Diagonal", "Event", "External",
+    "Grid", "Hadamard", "Limits", "Magnitude", "Masked", "Pass", "PassManager", "Permutation", "PlanError", "Product",
+    "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError", "Reconstruct", "Refiner", "Sensitivity", "ShortGPT",
+    "Signs", "Site", "SliceGPT", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight", "VerificationError", "Wanda",
+    "WandaSP", "Weight", "WeightPass", "__version__", "accept", "evaluate", "load", "pattern", "run",
 ]  # fmt: skip

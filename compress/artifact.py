@@ -1,5 +1,7 @@
 """The output folder: an ordinary Hugging Face folder whose sites are stored as weight expressions.
 
+A recipe that only changes the model's shape stores plain tensors: then config.json names no method, and compress.json
+alone says that the folder is ours.
 One shard a block. Of every site, one stored tensor keeps the source's own key, `<site>.weight`, in a flat shape;
 its companions are `<site>.weight_<path>`. Here it is read and verified; `writer.py` writes it.
 """
@@ -63,6 +65,9 @@ class Artifact(Checkpoint):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         quantization = self.config.get("quantization_config")
+        self.packed = not (quantization is None and is_plain(path))  # whether sites are stored as expressions
+        if not self.packed:
+            quantization = {"quant_method": METHOD, "version": VERSION, "weights": {}}
         if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
             raise ArtifactError(f"{path}: not a Compress artifact (config.json names no quant_method {METHOD!r})")
         if quantization.get("version") != VERSION:
@@ -144,8 +149,18 @@ class Artifact(Checkpoint):
 def is_artifact(path: Path) -> bool:
     """Whether a folder says it is ours."""
     config = path / "config.json"
-    told = read_json(config, "config.json").get("quantization_config") if config.is_file() else None
-    return isinstance(told, dict) and told.get("quant_method") == METHOD
+    if not config.is_file():
+        return False
+    told = read_json(config, "config.json").get("quantization_config")
+    return is_plain(path) if told is None else isinstance(told, dict) and told.get("quant_method") == METHOD
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a folder's compress.json says that we made it another shape and rewrote none of its sites."""
+    if not (path / PROVENANCE).is_file():
+        return False
+    told = read_json(path / PROVENANCE, "the provenance file")
+    return bool(told.get("reshaped")) and told.get("sites") == {}
 
 
 def verify(path: Path) -> list[str]:

@@ -13,32 +13,40 @@ TEMPLATE = """\
 ---
 library_name: transformers
 base_model: "{{ source.name }}"
-tags: ["compress", "{{ tags | join('", "') }}"]
+tags: ["{{ tags | join('", "') }}"]
 ---
 # {{ source.name }}, compressed
 
 Made from `{{ source.name }}` by Compress {{ versions.compress }}.
+{% for step in reshaped -%}
+It is without {{ step.removed }} ({{ step.step }}).
+{% endfor -%}
 All linear maps of its blocks together take {{ "%.2f" | format(sizes.bits_per_weight) }} bits a weight;
 all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}".format(sizes.source_bytes) }}.
 
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
 {{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
 
+{% if sites -%}
 ```python
 import compress
 
 model = compress.load("this folder")   # or AutoModelForCausalLM.from_pretrained after `import compress`
 ```
-
+{% else -%}
+It is an ordinary model folder: `AutoModelForCausalLM.from_pretrained` loads it.
+{% endif %}
 ## Recipe
 
 ```yaml
 {{ recipe }}```
 
+{% if sites -%}
 ## Sites
 
 | site | weight | bytes | weight error | output error |
 |---|---|---|---|---|
+{% endif -%}
 {% for site, row in sites.items() -%}
 | {{ site }} | {{ row.weight }} | {{ "{:,}".format(row.bytes) }} | {{ "%.4f" | format(row.weight_error) }} | \
 {{ "%.4f" | format(row.output_error) if row.output_error is not none else "-" }} |
@@ -53,8 +61,12 @@ Too few calibration tokens reached {{ starved }} of the experts' matrices; they 
 def card(provenance: Mapping[str, Any]) -> str:
     """The Markdown of an artifact; it does not know where the artifact lies."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
-    tags = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
+    weights = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
+    reshaped = provenance.get("reshaped", [])
+    tags = ["compress", *(step["step"] for step in reshaped), *weights]
     reasons = by_reason(provenance["untouched"].values())
     kept = ", ".join(f"{size:,} parameters ({reason})" for reason, size in reasons.items()) or "nothing"
     starved = sum(bool(row.get("starved")) for row in provenance["sites"].values())
-    return environment.from_string(TEMPLATE).render(**provenance, tags=tags, kept=kept, starved=starved)
+    return environment.from_string(TEMPLATE).render(
+        **{**provenance, "reshaped": reshaped}, tags=tags, kept=kept, starved=starved
+    )

@@ -202,7 +202,8 @@ def inspect(folder: Annotated[Path, typer.Argument(help="any model folder")], as
     view = {
         "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],
         "calibration": made["calibration"]["name"], "sizes": made["sizes"], "probe": made["probe"],
-        "recipe": made["recipe"], "untouched": by_reason(made["untouched"].values()), "sites": made["sites"],
+        "recipe": made["recipe"], "untouched": by_reason(made["untouched"].values()),
+        "reshaped": made.get("reshaped", []), "sites": made["sites"],
     }  # fmt: skip
     result(view, as_json, *inspect_table(view))
 
@@ -233,7 +234,7 @@ def export(
     place = folder.resolve()
     target = out if out is not None else place.with_name(f"{place.name}-dense")
     size = export_dense(locate(folder), target)
-    line = f"{target}: {size:,} bytes of plain tensors; loads without Compress, and is as large as the original"
+    line = f"{target}: {size:,} bytes of plain tensors; loads without Compress, and is as large as any dense one"
     result({"out": str(target), "bytes": size, "format": to}, as_json, line)
 
 

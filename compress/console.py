@@ -17,6 +17,7 @@ from compress.events import (
     BlockStarted,
     Event,
     Fallback,
+    ModelReshaped,
     RunFinished,
     RunStarted,
     Starved,
@@ -58,6 +59,12 @@ class Progress:
                 )
                 left = ", ".join(f"{count:,} ({escape(reason)})" for reason, count in event.untouched.items())
                 self.console.print(f"  [dim]parameters left alone: {left or 'none'}[/]")
+                self.began = time.monotonic()
+            case ModelReshaped():
+                before, after = event.parameters
+                self.console.print(
+                    f"  {event.step}: without {event.removed}; {before:,} -> [bold]{after:,}[/] parameters"
+                )
                 self.began = time.monotonic()
             case BlockStarted():
                 self.errors, self.starved = {}, {}
@@ -139,7 +146,8 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         f"{sizes['bits_per_weight']:.2f} bits a block weight; probe KL {view['probe']['kl']:.4g} nats",
         "untouched: " + ", ".join(f"{n:,} ({escape(reason)})" for reason, n in view["untouched"].items()),
     ]
-    return [table, *lines]
+    lines[1:1] = [f"without {step['removed']} ({step['step']})" for step in view["reshaped"]]
+    return [*([table] if view["sites"] else []), *lines]
 
 
 def survey_table(view: dict[str, Any]) -> list[Any]:

@@ -10,27 +10,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress import __version__
 from compress.calibration import Tokens
 from compress.card import card
 from compress.errors import AcceptanceError, CompressError, UnsupportedWeight
-from compress.events import BlockFinished, BlockStarted, Event, RunFinished, RunStarted
+from compress.events import BlockFinished, BlockStarted, Event, ModelReshaped, RunFinished, RunStarted
 from compress.model.anatomy import Coverage
 from compress.model.architecture import without_code
 from compress.model.block import Block
 from compress.model.family import TESTED
+from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.travellers import Travellers, batched
 from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.passes.budget import allocations
 from compress.passes.manager import PassManager, ignore
-from compress.plan import check_disk, check_tensors, check_values, free_place, plan, tokens_for, usable
+from compress.plan import check_disk, check_tensors, check_values, free_place, outline, plan, tokens_for, usable
 from compress.recipe import Calibration, Recipe
 from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
@@ -82,7 +85,9 @@ def compress(
     with ArtifactWriter(target, shard_size) as writer:  # first of all: a place that cannot be written costs no time
         walk = Walk(source.config, source, dtype_of(source.config), usable(device))
         check_tensors(walk, source)
-        covered = plan(walk, recipe)
+        planned, shaped = outline(walk, source, recipe)
+        check_disk(target, shaped)
+        covered = plan(planned, recipe)
         tokens = tokens_for(walk, source.path, recipe)
         check_values(walk, source)
         if offload:
@@ -128,7 +133,7 @@ def prove(walk: Walk, tokens: Tokens) -> None:
 
 @dataclass
 class Job:
-    """One run, after planning."""
+    """One run, after planning; `source` and `walk` are the dense model until `reshape` has made another of it."""
 
     source: Checkpoint
     walk: Walk
@@ -137,13 +142,20 @@ class Job:
     covered: Coverage
     emit: Callable[[Event], None]
 
+    def __post_init__(self) -> None:
+        self.dense_bytes = self.source.nbytes()
+        self.dense_logits: Tensor | None = None  # of the probe, where the walk's are those of another shape
+        self.reshaped: list[dict[str, Any]] = []
+
     def run(self, writer: ArtifactWriter) -> Report:
-        """Walk, rewrite, write and verify; the artifact is complete but not yet in place."""
-        walk, recipe = self.walk, self.recipe
+        """Reshape, walk, rewrite, write and verify; the artifact is complete but not yet in place."""
         self.announce()
+        self.reshape()
+        walk, recipe = self.walk, self.recipe
         budgets = allocations(recipe.passes, Whole(walk, self.tokens.windows, self.tokens.probe_NT))
         writer.add({}, self.entries(walk.anatomy.frame()))
-        batches = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows)]
+        measured = any(step.requires for step in recipe.weight_passes)
+        batches = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows if measured else ())]
         probe, dense = walk.enter(self.tokens.probe_NT), walk.enter(self.tokens.probe_NT)
         walk.drop_frame()
         ledger: dict[str, Any] = {}
@@ -159,6 +171,24 @@ class Job:
             self.finish_block(block, nbytes, time.monotonic() - since)
             since = time.monotonic()
         return self.conclude(writer, ledger, 8 * stored / weights, probe)
+
+    def reshape(self) -> None:
+        """Put the model that the recipe's first passes make in the place of the dense one, whose logits are kept."""
+        if self.recipe.reshapes:
+            self.dense_logits = self.walk.replay(self.walk.enter(self.tokens.probe_NT))
+        for step in self.recipe.reshapes:
+            made = step.reshape(Whole(self.walk, self.tokens.windows, self.tokens.probe_NT), self.source)
+            walk = walk_over(made, self.walk)
+            check_tensors(walk, made)
+            sizes = [sum(prod(held.shape) for held in source.headers.values()) for source in (self.source, made)]
+            blocks = (len(self.walk.blocks), len(walk.blocks))
+            self.emit(
+                ModelReshaped(step=step.name, removed=made.removed, parameters=(sizes[0], sizes[1]), blocks=blocks)
+            )
+            self.reshaped.append({"step": step.name, "removed": made.removed, **made.facts})
+            self.walk.drop_frame()  # tensors of the new model are made by what may hold on to this walk
+            self.source, self.walk = made, walk
+        self.covered = plan(self.walk, self.recipe)
 
     def check_limits(self, ledger: dict[str, Any]) -> None:
         """Raise AcceptanceError as soon as the run can no longer stay within the recipe's limits."""
@@ -250,10 +280,10 @@ class Job:
         """Write the descriptions, verify the whole folder, and report."""
         logits = self.walk.leave(probe)
         self.walk.drop_frame()
-        kl = mean_kl(self.walk.dense_logits, logits)
+        kl = mean_kl(self.walk.dense_logits if self.dense_logits is None else self.dense_logits, logits)
         sizes: dict[str, Any] = {
             "bytes": writer.size,
-            "source_bytes": self.source.nbytes(),
+            "source_bytes": self.dense_bytes,
             "bits_per_weight": bits,
         }
         provenance = self.provenance(ledger, sizes, kl)
@@ -297,6 +327,7 @@ class Job:
             },
             "sizes": sizes,
             "probe": {"tokens": self.tokens.probe_NT.numel(), "kl": kl},
+            **({"reshaped": self.reshaped} if self.reshaped else {}),
             "sites": ledger,
             "untouched": self.covered.untouched,
             "tensors": self.source.shapes(),

@@ -36,6 +36,16 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelReshaped(Event):
+    """A pass made a model of another shape; `parameters` and `blocks` before and after, and what went, for people."""
+
+    step: str
+    removed: str
+    parameters: tuple[int, int]
+    blocks: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockStarted(Event):
     """Block `index` of `count` is in memory."""
 
@@ -90,7 +100,10 @@ class Starved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFinished(Event):
-    """The block is written; `error` is how far the probe's hidden state has drifted from the dense model's."""
+    """The block is written; `error` is how far the probe's hidden state has drifted from the dense model's.
+
+    Where a pass has made a model of another shape, from that one's.
+    """
 
     block: str
     index: int

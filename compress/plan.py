@@ -19,6 +19,7 @@ from compress.calibration import Tokens, draw
 from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
+from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.passes.base import Pass, WeightPass
@@ -106,14 +107,30 @@ def check_values(walk: Walk, source: Checkpoint) -> None:
             raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
 
 
+def outline(walk: Walk, source: Checkpoint, recipe: Recipe) -> tuple[Walk, Checkpoint]:
+    """The model as the recipe's first passes will shape it: names and sizes are right, values are not read.
+
+    Raises RecipeError if transformers cannot build it, and what a pass raises that cannot handle the model.
+    """
+    for i, step in enumerate(recipe.reshapes):
+        try:
+            source = step.outline(walk, source)
+            walk = walk_over(source, walk)
+            check_tensors(walk, source)
+        except ArtifactError as error:
+            reason = str(error).removeprefix(f"{source.path}: ")
+            raise RecipeError(f"passes[{i}].{step.name}: transformers has no such model: {reason}") from error
+    return walk, source
+
+
 def plan(walk: Walk, recipe: Recipe) -> Coverage:
-    """The coverage of a recipe over a model.
+    """The coverage of a recipe over a model, after what changes its shape.
 
     Raises RecipeError if a pass selects nothing or cannot handle the shape of a site, PlanError if more is
-    unreachable than the recipe's limit.
+    unreachable than the recipe's limit. Where no pass rewrites weights there is nothing to reach.
     """
     covered = coverage(walk.anatomy, [step.sites for step in recipe.weight_passes])
-    if covered.missed_share > recipe.limits.max_untouched:
+    if recipe.weight_passes and covered.missed_share > recipe.limits.max_untouched:
         examples = ", ".join([name for name, (_, reason) in covered.untouched.items() if reason == MISSED][:2])
         raise PlanError(
             f"no pass can reach {covered.missed_share:.0%} of the block parameters, such as {examples}; "

@@ -19,7 +19,7 @@ from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEv
 
 from compress.errors import RecipeError, nearest
 from compress.options import build, check_options
-from compress.passes import PASSES, Pass, WeightPass, governed, load_plugins
+from compress.passes import PASSES, Pass, Reshape, WeightPass, governed, load_plugins
 
 LARGEST = 64 * 1024
 DEEPEST = 8
@@ -105,7 +105,23 @@ class Recipe:
                 raise RecipeError(f"passes: {step!r} is not a pass; give instances such as RTN(bits=4)")
         if self.ordering not in ("site", "block"):
             raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site or block")
+        self._check_order()
         governed(self.passes)
+
+    def _check_order(self) -> None:
+        """Raise RecipeError for a pass that changes the model's shape behind one that does not."""
+        first = next((i for i, step in enumerate(self.passes) if not isinstance(step, Reshape)), len(self.passes))
+        for i, step in enumerate(self.passes[first:], first):
+            if isinstance(step, Reshape):
+                raise RecipeError(
+                    f"passes[{i}].{step.name}: it changes the shape of the model and must come before "
+                    f"passes[{first}].{self.passes[first].name}"
+                )
+
+    @property
+    def reshapes(self) -> tuple[Reshape, ...]:
+        """The passes that make a model of another shape; they come first."""
+        return tuple(step for step in self.passes if isinstance(step, Reshape))
 
     @property
     def weight_passes(self) -> tuple[WeightPass, ...]:
@@ -113,8 +129,8 @@ class Recipe:
         return tuple(step for step in self.passes if isinstance(step, WeightPass))
 
     def needs_data(self) -> bool:
-        """Whether any pass needs statistics."""
-        return any(step.requires for step in self.passes)
+        """Whether any pass measures the model on calibration tokens."""
+        return any(step.requires or isinstance(step, Reshape) for step in self.passes)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data with every option written out."""

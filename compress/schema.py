@@ -93,6 +93,15 @@ class Probe(TypedDict):
     kl: float
 
 
+class Reshaping(TypedDict):
+    """What a pass removed that made a model of another shape, for people; and in detail, as each pass tells it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    step: str
+    removed: str
+
+
 class Provenance(TypedDict):
     """compress.json: how the artifact was made, and the sha256 of every other file."""
 
@@ -103,6 +112,7 @@ class Provenance(TypedDict):
     calibration: Calibrated
     sizes: Sizes
     probe: Probe
+    reshaped: NotRequired[list[Reshaping]]
     sites: dict[str, SiteRecord]
     untouched: dict[str, tuple[int, str]]
     tensors: dict[str, list[int]]

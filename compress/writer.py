@@ -149,14 +149,15 @@ class ArtifactWriter:
         self.weight_map = {key: names[old] for key, old in self.weight_map.items()}
 
     def describe(self, source: Path, config: Mapping[str, Any], provenance: Mapping[str, Any], card: str) -> None:
-        """Write everything that is not weights."""
+        """Write everything that is not weights; a folder without rewritten sites is plain and names no method."""
         shutil.rmtree(self.partial / "scratch", ignore_errors=True)
         self._number()
         copy_companions(source, self.partial)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_json(self.partial / INDEX, index)
         quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
-        write_json(self.partial / "config.json", {**config, "quantization_config": quantization})
+        named = {"quantization_config": quantization} if provenance["sites"] else {}
+        write_json(self.partial / "config.json", {**config, **named})
         (self.partial / "README.md").write_text(card, encoding="utf-8")
         others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
         write_json(self.partial / PROVENANCE, {**provenance, "files": {**self.digests, **others}})

@@ -16,7 +16,7 @@ import torch
 import compress.passes
 import compress.weights.expr
 import compress.weights.leaves
-from compress.passes import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, WeightPass
+from compress.passes import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, Reshape, StructuredPruner, WeightPass
 from compress.weights import Dense, Masked, Weight, pack, pattern
 
 spec = importlib.util.spec_from_file_location("compress_tests_conformance", Path(__file__).parent / "conformance.py")
@@ -92,7 +92,8 @@ def test_every_concrete_pass_class_is_registered() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
-    assert ours - set(PASSES.values()) == {Pass, WeightPass, Pruner, Quantizer, Refiner, Budget}
+    abstract = {Pass, WeightPass, Pruner, Quantizer, Refiner, Budget, Reshape, StructuredPruner}
+    assert ours - set(PASSES.values()) == abstract
 
 
 # -- passes ----------------------------------------------------------------------------------------

@@ -218,6 +218,7 @@ def size_of(shape: Shape) -> int:
 def coverage(anatomy: Anatomy, selections: Iterable[str]) -> Coverage:
     """The coverage of passes with the `sites` globs `selections`, counted over every tensor of the file."""
     globs = tuple(selections)
+    deselected = "deselected by the recipe" if globs else "the recipe only changes the shape"
     touched: dict[str, int] = {}
     untouched: dict[str, tuple[int, str]] = {}
     missed = 0
@@ -234,7 +235,7 @@ def coverage(anatomy: Anatomy, selections: Iterable[str]) -> Coverage:
             if any(fnmatchcase(place.site, glob) for glob in globs):
                 touched[name] = size_of(place.shape)
             else:
-                untouched[name] = (size_of(place.shape), "deselected by the recipe")
+                untouched[name] = (size_of(place.shape), deselected)
     return Coverage(touched=touched, untouched=untouched, missed=missed)
 
 

@@ -210,11 +210,11 @@ class Walk:
             self.drop_block(index)
         self.dense_logits = self.leave(dense)
 
-    def replay(self, probe: Travellers) -> Tensor:
-        """The logits of the model as its source holds it, a block in memory at a time."""
-        for index, module in enumerate(self.blocks):
+    def replay(self, probe: Travellers, kept: Sequence[int] | None = None) -> Tensor:
+        """The logits of the model as its source holds it, a block in memory at a time; only of the `kept` blocks."""
+        for index in range(len(self.blocks)) if kept is None else kept:
             self.load_block(index)
-            probe.hidden_BTD = probe.through(module, index)
+            probe.hidden_BTD = probe.through(self.blocks[index], index)
             self.drop_block(index)
         return self.leave(probe)
 

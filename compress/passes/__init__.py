@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from compress.passes.base import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, WeightPass
+from compress.passes.base import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, Reshape, WeightPass
 from compress.passes.budget import governed
 from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
 from compress.passes.pruning.dsnot import DSnoT
+from compress.passes.pruning.flap import FLAP
 from compress.passes.pruning.magnitude import Magnitude
 from compress.passes.pruning.owl import OWL
 from compress.passes.pruning.reconstruct import Reconstruct
 from compress.passes.pruning.ria import RIA
 from compress.passes.pruning.sensitivity import Sensitivity
+from compress.passes.pruning.shortgpt import ShortGPT
+from compress.passes.pruning.slicegpt import SliceGPT
 from compress.passes.pruning.sparsegpt import SparseGPT
 from compress.passes.pruning.swaps import Swaps
 from compress.passes.pruning.wanda import Wanda
+from compress.passes.pruning.wanda_sp import WandaSP
 from compress.passes.quantization.gptq import GPTQ
 from compress.passes.quantization.rtn import RTN
+from compress.passes.structured import StructuredPruner
 
 __all__ = [
-    "ALPS", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Magnitude", "Pass", "PassManager", "Pruner",
-    "Quantizer", "Reconstruct", "Refiner", "Sensitivity", "SparseGPT", "Swaps", "Wanda", "WeightPass", "governed",
-    "load_plugins",
+    "ALPS", "FLAP", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Magnitude", "Pass", "PassManager",
+    "Pruner", "Quantizer", "Reconstruct", "Refiner", "Reshape", "Sensitivity", "ShortGPT", "SliceGPT", "SparseGPT",
+    "StructuredPruner", "Swaps", "Wanda", "WandaSP", "WeightPass", "governed", "load_plugins",
 ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 A pass never touches files, devices, modules or progress bars. Its dataclass fields are the recipe's options,
 typed and described by `Annotated[type, Field(...)]`; its class statement registers it under a name. A `WeightPass`
-rewrites one site at a time; a `Budget` looks at the whole dense model first and says how sparse each site becomes.
+rewrites one site at a time; a `Budget` looks at the whole dense model first and says how sparse each site becomes; a
+`Reshape` comes before both and makes a model of another shape.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.errors import RecipeError, UnsupportedWeight
+from compress.model.reshaped import Reshaped
 from compress.model.site import Site
+from compress.model.source import Checkpoint
+from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.options import check_options
 from compress.stats import Statistic
@@ -168,6 +172,25 @@ class Budget(Pass):
 
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
         """The sparsity of each site that `step` selects; on average what `step` asks for, over parameters."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reshape(Pass):
+    """Makes an ordinary model of another shape: fewer blocks, heads or neurons, or a narrower hidden state.
+
+    It always measures, so it needs calibration data whether or not it names statistics.
+    """
+
+    def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
+        """A model of the shape that `reshape` will give, of parts chosen without looking at any weight.
+
+        What follows is planned on it. Raises CompressError children for a family or an amount it cannot handle.
+        """
+        raise NotImplementedError
+
+    def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
+        """The model without what matters least; `source` holds the tensors of `model`."""
         raise NotImplementedError
 
 

@@ -18,7 +18,7 @@ from compress.model.site import Site
 from compress.model.travellers import batched, unpadded
 from compress.model.walk import LiveWalk
 from compress.model.whole import Whole
-from compress.passes.base import Pass, Pruner, Sparsity, WeightPass
+from compress.passes.base import Pass, Pruner, Reshape, Sparsity, WeightPass
 from compress.passes.budget import allocations
 from compress.passes.masks import mask_statistics
 from compress.stats import Statistic, finite
@@ -68,6 +68,9 @@ class PassManager:
         serves to find which sites share an input. Raises CompressError children, with the model then partly rewritten:
         use `compress.run` for a file that is whole or absent.
         """
+        shaping = next((step for step in self.all_passes if isinstance(step, Reshape)), None)
+        if shaping is not None:
+            raise RecipeError(f"{shaping.name} makes a model of another shape, a folder; use compress.run for it")
         if not isinstance(ids_NT, Tensor) or ids_NT.ndim != 2 or ids_NT.is_floating_point() or not len(ids_NT):
             raise CalibrationError("apply needs token ids as an integer tensor [windows, length], not empty")
         if int(ids_NT.max()) >= model.get_input_embeddings().num_embeddings:

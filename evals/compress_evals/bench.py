@@ -125,7 +125,7 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
 
 def colour(name: str) -> str:
     """Blue for quantized, orange for pruned, purple for both, grey for dense."""
-    pruned = name.startswith(("wanda", "magnitude"))
+    pruned = name.startswith(("wanda", "magnitude", "flap", "shortgpt", "slicegpt"))
     if name == "dense":
         return "#555555"
     if not pruned:

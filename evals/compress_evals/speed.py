@@ -1,8 +1,8 @@
-"""`python -m compress_evals.speed`: seconds of each pruning method for one block, beside a plain loop of the same method.
+"""`python -m compress_evals.speed`: seconds of each pruning method for one block, beside a plain loop of the same.
 
 The block has the shapes of a 1.1 B Llama (hidden 2048, inner 5632, 256 for keys and values) with random weights and
-correlated inputs. The loops are how the method reads in its paper, a column or a row at a time; those over rows are timed
-on a few rows of one matrix and scaled, which the table says. Nothing here is used to compress.
+correlated inputs. The loops are how the method reads in its paper, a column or a row at a time; those over rows are
+timed on a few rows of one matrix and scaled, which the table says. Nothing here is used to compress.
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def tokens(count: int, width: int, seed: int) -> Tensor:
     """Inputs [count, width] with correlated channels of different loudness and a mean."""
-    mixed = normal(count, width // 4, seed=seed) @ normal(width // 4, width, seed=seed + 1) / (width // 4) ** 0.5
-    return (mixed + 0.5 * normal(count, width, seed=seed + 2) + 0.2) * normal(width, seed=seed + 3).mul(0.5).exp()
+    mixed: Tensor = (
+        normal(count, width // 4, seed=seed) @ normal(width // 4, width, seed=seed + 1) / (width // 4) ** 0.5
+    )
+    loudness = normal(width, seed=seed + 3).mul(0.5).exp()
+    return torch.mul(mixed + 0.5 * normal(count, width, seed=seed + 2) + 0.2, loudness)
 
 
 def site(name: str, shape: tuple[int, int], stats: Statistics) -> Site:
@@ -234,7 +237,7 @@ def main() -> None:
     shapes = Shapes(hidden=arguments.hidden, inner=arguments.inner, keys=arguments.keys)
     widths = {INPUTS[name]: shape[1] for name, shape in shapes.of().items()}
     stats: dict[int, Statistics] = {}
-    gathering = {kind: 0.0 for kind in (ColumnNorm, Moments, Gram)}
+    gathering = dict.fromkeys((ColumnNorm, Moments, Gram), 0.0)
     for number, width in widths.items():
         x_BTI = tokens(arguments.tokens, width, seed=10 * number).unflatten(0, (-1, min(2048, arguments.tokens)))
         for kind in gathering:
