@@ -38,7 +38,7 @@ class Swaps(Refiner, name="swaps"):
     requires = (Gram,)
 
     limit: Annotated[int, Field(ge=0, le=100000, description="swaps of a row; sweeps under n:m")] = 100
-    shortlist: Annotated[int, Field(ge=1, le=4096, description="candidates on either side of a pair")] = 32
+    shortlist: Annotated[int, Field(ge=1, le=4096, description="candidates on either side of a pair")] = 8
 
     def rewrite(self, site: Site) -> Weight:
         """The weight under the improved mask."""
@@ -54,7 +54,7 @@ class Swaps(Refiner, name="swaps"):
 
 
 def swap(
-    w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, limit: int = 100, shortlist: int = 32
+    w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, limit: int = 100, shortlist: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, mask, swaps of each row) after up to `limit` swaps in each row, as many kept as before.
 
@@ -71,55 +71,72 @@ def swap(
 
 
 class Search:
-    """Rows on their way down; those that are done leave."""
+    """Rows on their way down; those that are done leave.
+
+    What each weight costs to restore (`up`) or cut (`down`) alone is a fixed part, infinite where that cannot be, and a
+    part that is linear in c = d G: two fused operations an iteration.
+    """
 
     def __init__(self, w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, shortlist: int) -> None:
-        self.w, self.kept, self.keep = w_OI, kept_OI.clone(), keep_OI.clone()
         self.gram_II, self.diagonal_I = gram_II, gram_II.diagonal()
-        width = w_OI.shape[1]
-        self.ups, self.downs = min(shortlist, width), min(shortlist, width)
+        self.values, self.masks = kept_OI.clone(), keep_OI.clone()
+        self.listed = min(shortlist, w_OI.shape[1])
+        missing = w_OI - kept_OI
+        c = missing @ gram_II
+        self.rows = torch.arange(len(w_OI), device=w_OI.device)
+        self.live = {
+            "w": w_OI, "kept": kept_OI.clone(), "keep": keep_OI.clone(), "c": c, "loss": (missing * c).sum(1),
+            "up": (w_OI.square() * self.diagonal_I).masked_fill_(keep_OI, torch.inf),
+            "down": (kept_OI.square() * self.diagonal_I).masked_fill_(~keep_OI, torch.inf),
+        }  # fmt: skip
 
     def run(self, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """(values, mask, swaps of each row)."""
-        rows = torch.arange(len(self.w), device=self.w.device)
-        counts_O = torch.zeros_like(rows)
-        w, kept, keep = self.w, self.kept.clone(), self.keep.clone()
-        missing = w - kept
-        c = missing @ self.gram_II
-        loss_O = (missing * c).sum(1)
+        counts_O = torch.zeros_like(self.rows)
         for _ in range(limit):
-            gain_O, up_O, down_O = self.best(w, kept, keep, c)
-            better_O = gain_O < -GAIN * loss_O.clamp(min=0)
+            gain_O, up_O, down_O = self.best()
+            better_O = gain_O < -GAIN * self.live["loss"].clamp(min=0)
             if not bool(better_O.all()):
-                self.kept[rows], self.keep[rows] = kept, keep
-                rows, w, kept, keep, c = rows[better_O], w[better_O], kept[better_O], keep[better_O], c[better_O]
-                loss_O, gain_O = loss_O[better_O], gain_O[better_O]
-                up_O, down_O = up_O[better_O], down_O[better_O]
-            if not len(rows):
+                self.leave(~better_O)
+                gain_O, up_O, down_O = gain_O[better_O], up_O[better_O], down_O[better_O]
+            if not len(self.rows):
                 break
-            at = torch.arange(len(rows), device=rows.device)
-            restored_O, lost_O = w[at, up_O], kept[at, down_O]
-            c += lost_O[:, None] * self.gram_II[down_O] - restored_O[:, None] * self.gram_II[up_O]
-            kept[at, up_O], kept[at, down_O] = restored_O, 0
-            keep[at, up_O], keep[at, down_O] = True, False
-            loss_O = loss_O + gain_O
-            counts_O[rows] += 1
-        self.kept[rows], self.keep[rows] = kept, keep
-        return self.kept, self.keep, counts_O
+            self.take(gain_O, up_O, down_O)
+            counts_O[self.rows] += 1
+        self.leave(torch.ones_like(self.rows, dtype=torch.bool))
+        return self.values, self.masks, counts_O
 
-    def best(self, w: Tensor, kept: Tensor, keep: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
         """(change of the loss, what to restore, what to cut) of the best pair of each row."""
-        up = (w * (w * self.diagonal_I - 2 * c)).masked_fill_(keep, torch.inf)
-        down = (kept * (kept * self.diagonal_I + 2 * c)).masked_fill_(~keep, torch.inf)
-        up_OS, up_at = up.topk(self.ups, 1, largest=False)
-        down_OS, down_at = down.topk(self.downs, 1, largest=False)
+        w, kept, c = self.live["w"], self.live["kept"], self.live["c"]
+        up_OS, up_at = torch.addcmul(self.live["up"], w, c, value=-2).topk(self.listed, 1, largest=False)
+        down_OS, down_at = torch.addcmul(self.live["down"], kept, c, value=2).topk(self.listed, 1, largest=False)
         cross = self.gram_II[up_at[:, :, None], down_at[:, None, :]]
         cross *= w.gather(1, up_at)[:, :, None] * (2 * kept.gather(1, down_at))[:, None, :]
-        pairs = (up_OS[:, :, None] + down_OS[:, None, :] - cross).flatten(1)
-        gain_O, place_O = pairs.min(1)
-        up_O = up_at.gather(1, place_O[:, None] // self.downs)[:, 0]
-        down_O = down_at.gather(1, place_O[:, None] % self.downs)[:, 0]
-        return gain_O.nan_to_num(torch.inf), up_O, down_O
+        gain_O, place_O = (up_OS[:, :, None] + down_OS[:, None, :] - cross).flatten(1).min(1)
+        up_O = up_at.gather(1, place_O[:, None] // self.listed)[:, 0]
+        down_O = down_at.gather(1, place_O[:, None] % self.listed)[:, 0]
+        return gain_O, up_O, down_O
+
+    def take(self, gain_O: Tensor, up_O: Tensor, down_O: Tensor) -> None:
+        """Exchange one pair in each row."""
+        live, at = self.live, torch.arange(len(up_O), device=up_O.device)
+        restored_O, lost_O = live["w"][at, up_O], live["kept"][at, down_O]
+        live["c"].addcmul_(self.gram_II[down_O], lost_O[:, None])
+        live["c"].addcmul_(self.gram_II[up_O], restored_O[:, None], value=-1)
+        live["loss"] += gain_O
+        live["kept"][at, up_O], live["kept"][at, down_O] = restored_O, 0
+        live["keep"][at, up_O], live["keep"][at, down_O] = True, False
+        live["down"][at, up_O] = restored_O.square() * self.diagonal_I[up_O]
+        live["up"][at, down_O] = live["w"][at, down_O].square() * self.diagonal_I[down_O]
+        live["up"][at, up_O] = live["down"][at, down_O] = torch.inf
+
+    def leave(self, done_O: Tensor) -> None:
+        """Put down the rows that are done, and go on with the others."""
+        rows = self.rows[done_O]
+        self.values[rows], self.masks[rows] = self.live["kept"][done_O], self.live["keep"][done_O]
+        self.rows = self.rows[~done_O]
+        self.live = {name: tensor[~done_O] for name, tensor in self.live.items()}
 
 
 def swap_in_groups(
