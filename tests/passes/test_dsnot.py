@@ -14,10 +14,11 @@ from torch import Tensor
 
 from compress import Dense, DSnoT, Masked, RecipeError, UnsupportedWeight, Wanda, pattern
 from compress.model.site import Site
-from compress.passes.pruning.dsnot import Form, dsnot
+from compress.passes.pruning.dsnot import Form, Rows, dsnot
 from compress.stats import Collector, ColumnNorm, Gram, Moments
 
 SiteMaker = Callable[..., Site]
+Close = Callable[[str, Tensor, Tensor, float], None]
 WIDTH = 24
 FORMS: tuple[Form, ...] = ("guarded", "reference", "paper")
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -179,6 +180,19 @@ def test_groups_keep_as_many_at_every_cycle(form: Form, cycles: int) -> None:
     problem = degenerate(7, 4)
     keep = problem.run(form=form, cycles=cycles)
     assert torch.equal(keep.unflatten(1, (-1, 4)).sum(2), problem.keep_OI.unflatten(1, (-1, 4)).sum(2))
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@every_group
+def test_the_error_that_is_tracked_is_that_of_the_mask(m: int, anew: bool, assert_close: Close) -> None:
+    problem = Problem(m=m)
+    start = (problem.w_OI, problem.keep_OI, problem.mean_I, problem.variance_I, problem.norm_I)
+    state = Rows(*start, m, 1.0, anew=anew, depth=9)
+    for _ in range(9):
+        grow, drop, valid = state.candidates()
+        state.swap(grow, drop, state.error_O + state.gathered(drop) - state.gathered(grow), valid)
+        assert_close("error", state.error_O, problem.errors(state.keep_OI), 1e-12)
+    assert not torch.equal(state.keep_OI, problem.keep_OI)
 
 
 @pytest.mark.parametrize("form", ["guarded", "reference"])
