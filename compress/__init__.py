@@ -34,6 +34,7 @@ from compress.passes import (
     RTN,
     Budget,
     DSnoT,
+    Global,
     Magnitude,
     Pass,
     PassManager,
@@ -184,8 +185,8 @@ def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu"
 __all__ = [
     "ALPS", "FLAP", "GPTQ", "NM", "OWL", "RIA", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Budget",
     "Calibration", "CalibrationError", "Codebook", "CompressError", "DSnoT", "Dense", "Diagonal", "Event", "External",
-    "Grid", "Hadamard", "Limits", "Magnitude", "Masked", "Pass", "PassManager", "Permutation", "PlanError", "Product",
-    "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError", "Reconstruct", "Refiner", "Sensitivity", "ShortGPT",
-    "Signs", "Site", "SliceGPT", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight", "VerificationError", "Wanda",
-    "WandaSP", "Weight", "WeightPass", "__version__", "accept", "evaluate", "load", "pattern", "run",
+    "Global", "Grid", "Hadamard", "Limits", "Magnitude", "Masked", "Pass", "PassManager", "Permutation", "PlanError",
+    "Product", "Pruner", "Quantized", "Quantizer", "Recipe", "RecipeError", "Reconstruct", "Refiner", "Sensitivity",
+    "ShortGPT", "Signs", "Site", "SliceGPT", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight", "VerificationError",
+    "Wanda", "WandaSP", "Weight", "WeightPass", "__version__", "accept", "evaluate", "load", "pattern", "run",
 ]  # fmt: skip

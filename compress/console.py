@@ -132,6 +132,8 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         output = "-" if row["output_error"] is None else f"{row['output_error']:.4f}"
         notes = [f"damping {row['damping']:g}"] if row.get("damping") else []
         notes += [f"fallback: {escape(reason)}" for _, reason in row["fallbacks"]]
+        if "mask" in row:
+            notes += mask_notes(row["mask"])
         if row.get("starved"):
             notes.append(f"starved: {escape('; '.join(row['starved']))}")
         table.add_row(
@@ -148,6 +150,14 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
     ]
     lines[1:1] = [f"without {step['removed']} ({step['step']})" for step in view["reshaped"]]
     return [*([table] if view["sites"] else []), *lines]
+
+
+def mask_notes(mask: dict[str, Any]) -> list[str]:
+    """How much a mask keeps, how unevenly, and what it left empty."""
+    low, high = mask["row"]
+    notes = [f"keeps {mask['kept']:.1%}" + ("" if low == high else f", {low}-{high} a row")]
+    notes += [f"{mask['empty_rows']} empty rows"] if mask["empty_rows"] else []
+    return notes + ([f"{mask['empty_inputs']} inputs unused"] if mask["empty_inputs"] else [])
 
 
 def survey_table(view: dict[str, Any]) -> list[Any]:

@@ -77,7 +77,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.stats": ("torch",),
     "compress.options": ("pydantic",),
     "compress.model": ("torch", "numpy", "transformers", "accelerate", "safetensors"),
-    "compress.passes": ("torch", "pydantic"),
+    "compress.passes": ("torch", "pydantic", "scipy"),
     "compress.artifact": ("torch", "safetensors"),
     "compress.writer": ("torch", "safetensors"),
     "compress.runtime": ("torch", "transformers"),

@@ -41,7 +41,7 @@ class Whole:
         Costs one forward over the calibration tokens, and a second one with statistics.
         """
         kinds = tuple(kinds)
-        batches = [self.walk.enter(ids) for ids in batched(self.windows)]
+        batches = [self.walk.enter(ids, stored=True) for ids in batched(self.windows)]
         probe = self.walk.enter(self.probe_NT)
         for block in self.walk.visit(batches, probe):
             if kinds and block.groups:

@@ -10,6 +10,7 @@ from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
 from compress.passes.pruning.dsnot import DSnoT
 from compress.passes.pruning.flap import FLAP
+from compress.passes.pruning.global_budget import Global
 from compress.passes.pruning.magnitude import Magnitude
 from compress.passes.pruning.owl import OWL
 from compress.passes.pruning.reconstruct import Reconstruct
@@ -26,9 +27,9 @@ from compress.passes.quantization.rtn import RTN
 from compress.passes.structured import StructuredPruner
 
 __all__ = [
-    "ALPS", "FLAP", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Magnitude", "Pass", "PassManager",
-    "Pruner", "Quantizer", "Reconstruct", "Refiner", "Reshape", "Sensitivity", "ShortGPT", "SliceGPT", "SparseGPT",
-    "StructuredPruner", "Swaps", "Wanda", "WandaSP", "WeightPass", "governed", "load_plugins",
+    "ALPS", "FLAP", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Global", "Magnitude", "Pass",
+    "PassManager", "Pruner", "Quantizer", "Reconstruct", "Refiner", "Reshape", "Sensitivity", "ShortGPT", "SliceGPT",
+    "SparseGPT", "StructuredPruner", "Swaps", "Wanda", "WandaSP", "WeightPass", "governed", "load_plugins",
 ]  # fmt: skip
 
 

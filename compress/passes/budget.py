@@ -70,7 +70,7 @@ def as_asked(sparsity: Sparsity, keep: Mapping[str, float], sizes: Mapping[str, 
     Whole n are given by largest remainder, so that the sum over parts stays within one part of what was asked.
     """
     if not isinstance(sparsity, str):
-        return {part: round(1 - share, 6) for part, share in keep.items()}
+        return {part: round(1 - share, 4) for part, share in keep.items()}
     m = int(sparsity.split(":")[1])
     exact = {part: min(m - 1.0, max(1.0, share * m)) for part, share in keep.items()}
     chosen = {part: math.floor(n + 1e-9) for part, n in exact.items()}

@@ -56,7 +56,7 @@ class RIA(Pruner, name="ria"):
             return super().rewrite(site)
         dense, score_OI = site.expect(Dense, by=self.name), self.score(site)
         order_I = deal(score_OI, chosen)
-        plain, dealt = (retained(score_OI[:, order], chosen) for order in (torch.arange(len(order_I)), order_I))
+        plain, dealt = retained(score_OI, chosen), retained(score_OI[:, order_I], chosen)
         site.ledger["retained_score"] = [plain, dealt]
         values = Dense(dense.data[:, order_I])
         return Product(Masked(values, chosen.keep(score_OI[:, order_I]), chosen.name), Permutation(order_I))

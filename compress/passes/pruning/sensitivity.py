@@ -62,6 +62,8 @@ class Sensitivity(Budget, name="sensitivity"):
             for sites in parts_of(block, step.sites):
                 found.append((tuple(s.name for s in sites), sum(s.shape[0] * s.shape[1] for s in sites)))
                 probes += [pruned_output(block, sites, replace(step, sparsity=sparsity)) for sparsity in tried]
+                for site in sites:
+                    site.stats.forget()
         costs = []
         for hidden in probes:
             batch.hidden_BTD = hidden
@@ -80,7 +82,7 @@ class Sensitivity(Budget, name="sensitivity"):
             near = [n for n in range(of - 1, 0, -1) if abs(n - kept) <= max(1.0, self.spread * of)]
             return tuple(f"{n}:{of}" for n in near)
         ends = (max(0.01, step.sparsity - self.spread), step.sparsity, min(0.99, step.sparsity + self.spread))
-        return tuple(round(end, 6) for end in ends)
+        return tuple(round(end, 4) for end in ends)
 
 
 def parts_of(block: Block, glob: str) -> list[list[Site]]:
@@ -119,7 +121,7 @@ def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: S
     for i in range(len(tried) - 1):
         (left, low), (right, high) = [(1 - density(tried[j]), math.log(costs[j])) for j in (i, i + 1)]
         shares = [k / FINE for k in range(FINE + (i == len(tried) - 2))]
-        options += [round(left + share * (right - left), 6) for share in shares]
+        options += [round(left + share * (right - left), 4) for share in shares]
         fine += [math.exp(low + share * (high - low)) for share in shares]
     return Part(sites=sites, size=size, options=tuple(options), costs=tuple(fine))
 
@@ -143,7 +145,7 @@ def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
         gain = p.size * (density(p.options[at[i]]) - density(p.options[j]))
         if gain > surplus and not isinstance(p.options[j], str):
             last = 1 - density(p.options[at[i]]) + surplus / p.size
-            return [round(last, 6) if k == i else q.options[at[k]] for k, q in enumerate(parts)]
+            return [round(last, 4) if k == i else q.options[at[k]] for k, q in enumerate(parts)]
         at[i], surplus = j, surplus - gain
     return [p.options[at[i]] for i, p in enumerate(parts)]
 

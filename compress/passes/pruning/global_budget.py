@@ -1,0 +1,55 @@
+"""One competition over the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from compress.errors import RecipeError
+from compress.model.whole import Whole
+from compress.passes.base import Budget, Pruner, Sparsity
+from compress.passes.budget import as_asked, density
+
+COARSE = 14  # low bits of a float32 that are dropped: scores in a bin differ by less than a part in 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Global(Budget, name="global"):
+    """Compare the scores of all sites with one threshold: how many of a site's lie below it is its sparsity.
+
+    With a pruner that competes over whole matrices the mask then is that of one competition over the model, but for
+    the resolution of the scores, a part in 256. It serves magnitude, wanda and ria, whose scores are not made for this:
+    what is large in one layer is small in another, so measure before believing.
+    Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015, one threshold for all layers.
+    """
+
+    def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
+        """The share of each site's scores below the threshold that drops what `step` asks for."""
+        counts: dict[str, Tensor] = {}
+        for block in model.blocks(step.requires):
+            for site in block.sites.values():
+                if fnmatchcase(site.name, step.sites) and all(kind in site.stats for kind in step.requires):
+                    counts[site.name] = bins(step.score(site))
+        if not counts:
+            return {}
+        total = torch.stack(list(counts.values())).sum(0)
+        sizes = {name: int(count.sum()) for name, count in counts.items()}
+        drop = (1 - density(step.sparsity)) * sum(sizes.values())
+        last = int((total.cumsum(0) < drop).sum())
+        inside = (drop - int(total[:last].sum())) / max(1, int(total[min(last, len(total) - 1)]))
+        keep = {
+            name: 1 - (int(count[:last].sum()) + inside * int(count[min(last, len(count) - 1)])) / sizes[name]
+            for name, count in counts.items()
+        }
+        return as_asked(step.sparsity, keep, sizes)
+
+
+def bins(score_OI: Tensor) -> Tensor:
+    """How many scores lie in each bin, by their leading bits, which order floats that are not negative."""
+    codes = score_OI.float().contiguous().view(torch.int32) >> COARSE
+    if bool((codes < 0).any()):
+        raise RecipeError("global: scores must not be negative")
+    return torch.bincount(codes.flatten(), minlength=1 << (31 - COARSE)).cpu()
