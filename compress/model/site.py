@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -93,6 +94,14 @@ class Site:
     def starved(self) -> bool:
         """Whether this is an expert that too few calibration tokens reached."""
         return self.place.routed and self.stats.tokens < self.needed
+
+    def reordered(self, order_I: Tensor, weight: Weight) -> Site:
+        """This site as one whose inputs come in another order, with `weight` of it; what it records is shared."""
+        other = copy(self)
+        other._weight = weight
+        other.original = Dense(self.original.data[:, order_I])
+        other.stats = self.stats.reordered(order_I)
+        return other
 
     def expect(self, kind: type[Dense], by: str) -> Dense:
         """The weight, if it still is of `kind`; raises UnsupportedWeight naming the pass otherwise."""

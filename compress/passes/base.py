@@ -23,7 +23,18 @@ from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.options import check_options
 from compress.stats import Statistic
-from compress.weights import Dense, Grid, Masked, Pattern, Quantized, Sum, Weight, pattern
+from compress.weights import (
+    Dense,
+    Grid,
+    Masked,
+    Pattern,
+    Permutation,
+    Product,
+    Quantized,
+    Sum,
+    Weight,
+    pattern,
+)
 
 PASSES: dict[str, type[Pass]] = {}
 Sparsity = float | str
@@ -227,6 +238,8 @@ class Quantizer(WeightPass):
                 return quantize(w_OI, None, site)
             case Masked(Dense(w_OI), mask_OI, name):
                 return Masked(quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site), mask_OI, name)
+            case Product(left, Permutation(order_I) as right):
+                return Product(self.visit(left, site.reordered(order_I, left), quantize), right)
             case Sum(terms):
                 return Sum(tuple(t if not is_plain(t) else self.visit(t, site, quantize) for t in terms))
             case _:

@@ -131,6 +131,22 @@ def test_a_later_quantizer_keeps_the_mask(
     assert int(rounded.dense()[~pruned.mask_OI].count_nonzero()) == 0
 
 
+def test_permuted_inputs_are_quantized_in_their_order(tiny_llama: Path, hugging_face: Any, ids: Tensor) -> None:
+    """Rounding that feeds errors back knows the Gram, so the wrong order would show in the output error."""
+
+    def first(*steps: Pass) -> Weight:
+        return PassManager(steps).apply(hugging_face(tiny_llama), ids)["model.layers.0.self_attn.q_proj"]
+
+    step = RIA(sparsity="2:4", permute=True)
+    pruned, rounded, fed = first(step), first(step, RTN(bits=3, group=8)), first(step, GPTQ(bits=3, group=8))
+    assert rounded.describe() == "2:4·int3g8@perm"
+    assert int(fed.dense()[pruned.dense() == 0].count_nonzero()) == 0
+    model = hugging_face(tiny_llama).requires_grad_(False).model
+    x_TI = model.layers[0].input_layernorm(model.embed_tokens(ids)).flatten(0, 1)
+    losses = [float((x_TI @ (w.dense() - pruned.dense()).T).norm()) for w in (fed, rounded)]
+    assert losses[0] < losses[1]
+
+
 @pytest.mark.parametrize("options", [{"sparsity": "2:4"}, {"sparsity": "1:4"}, {"sparsity": 0.5}], ids=str)
 def test_reconstruction_keeps_the_mask(
     options: dict[str, Any], tiny_llama: Path, hugging_face: Any, ids: Tensor
