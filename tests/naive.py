@@ -6,7 +6,7 @@ Everything is float64 and reads like the formula it stands for. Shape suffixes: 
 from __future__ import annotations
 
 from decimal import ROUND_HALF_EVEN, Decimal
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 import torch
@@ -130,6 +130,19 @@ def retained(score_OI: Tensor, n: int, m: int) -> float:
     """The share of all scores that the n best of every m columns hold."""
     best = score_OI.double().unflatten(1, (-1, m)).sort(2, descending=True).values[:, :, :n]
     return float(best.sum() / score_OI.double().sum())
+
+
+def deal(score_OI: Tensor, n: int, m: int) -> Tensor:
+    """That order after each rank, one after the other, has been given to the groups in the best of all ways."""
+    groups_GM = snake(score_OI, m).view(-1, m)
+    for rank in range(m):
+        tried = []
+        for order in permutations(range(len(groups_GM))):
+            moved_GM = groups_GM.clone()
+            moved_GM[:, rank] = groups_GM[list(order), rank]
+            tried.append((retained(score_OI[:, moved_GM.flatten()], n, m), moved_GM))
+        groups_GM = max(tried, key=lambda pair: pair[0])[1]
+    return groups_GM.flatten()
 
 
 def sparsegpt(

@@ -234,6 +234,15 @@ def test_assignment_retains_no_less_than_dealing(n: int, m: int, seed: int, naiv
     assert naive.retained(score[:, order], n, m) >= dealt - 1e-6
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (3, 6)])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_are_assigned_in_the_best_of_all_ways(n: int, m: int, seed: int, naive: ModuleType) -> None:
+    score = normal(5, 12, seed=seed).exp() * normal(12, seed=seed + 50).exp()
+    orders = (deal(score, NM(n=n, m=m)), naive.deal(score, n, m))
+    first, second = (naive.retained(score[:, order], n, m) for order in orders)  # equal ways may differ in order
+    assert first == pytest.approx(second, rel=1e-9)
+
+
 def test_important_inputs_that_lie_together_are_dealt_apart(site_of: SiteMaker, naive: ModuleType) -> None:
     """What it is for: two groups of important inputs, of which every second would be lost."""
     w = normal(33, WIDTH) * torch.where(torch.arange(WIDTH) < 8, 10.0, 1.0)
