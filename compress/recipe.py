@@ -92,7 +92,8 @@ class Recipe:
     model: str | None = None
     calibration: Calibration = field(default_factory=Calibration)
     ordering: Annotated[
-        Literal["site", "block"], Field(description="statistics per distinct input, or per block as papers do")
+        Literal["site", "block", "dense"],
+        Field(description="statistics per distinct input, per block as papers do, or of the dense model throughout"),
     ] = "site"
     limits: Limits = field(default_factory=Limits)
     accept: Accept | None = None
@@ -103,8 +104,8 @@ class Recipe:
         for step in self.passes:
             if not isinstance(step, Pass):
                 raise RecipeError(f"passes: {step!r} is not a pass; give instances such as RTN(bits=4)")
-        if self.ordering not in ("site", "block"):
-            raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site or block")
+        if self.ordering not in ("site", "block", "dense"):
+            raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site, block or dense")
         self._check_order()
         governed(self.passes)
 

@@ -145,7 +145,7 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
             "0 is not allowed; it must be greater than or equal to 1",
         ),
         ("passes: [rtn]\naccept: {max_drop: 0}\n", "accept.max_drop", "0 is not allowed; it must be greater than 0"),
-        ("passes: [rtn]\nordering: sites\n", "ordering", "'sites' is not allowed; it must be site or block"),
+        ("passes: [rtn]\nordering: sites\n", "ordering", "'sites' is not allowed; it must be site, block or dense"),
     ],
 )
 def test_an_error_names_the_path_and_the_remedy(text: str, path: str, problem: str) -> None:

@@ -182,16 +182,25 @@ class Block:
             if not collectors[key].tokens and not site.place.routed:
                 raise CalibrationError(f"{site.name}: no calibration token reaches it")
 
-    def advance(self) -> None:
-        """Move every batch and the probe through the block as it now is.
+    def move(self, batches: Iterable[Travellers]) -> None:
+        """Move batches through the block as it now is, unless nothing will read them.
 
         Raises CalibrationError if the output is not finite, naming the first site that read or gave what is not.
         """
-        for travellers in (self.probe,) if self.last else (*self.batches, self.probe):  # nothing reads the others then
+        for travellers in batches:
+            if self.last and travellers is not self.probe:
+                continue
             moved = travellers.through(self.module, self.index)
             if not bool(torch.isfinite(moved).all()):
                 raise CalibrationError(f"{self.name}: its output is not finite{self._culprit(travellers)}")
             travellers.hidden_BTD = moved
+
+    def advance(self, batches: Sequence[Travellers] | None = None) -> None:
+        """Move `batches`, by default all, and the probe through the block as it now is; sets `drift`.
+
+        Raises CalibrationError like `move`.
+        """
+        self.move((*(self.batches if batches is None else batches), self.probe))
         dense = self.dense.hidden_BTD.float()
         self.drift = float((self.probe.hidden_BTD.float() - dense).norm() / dense.norm())
 

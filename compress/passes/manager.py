@@ -33,8 +33,9 @@ def ignore(event: Event) -> None:
 class PassManager:
     """Runs `passes` in order on every site of every block.
 
-    `ordering` is `site` (statistics of each distinct input are taken after everything before it was rewritten)
-    or `block` (all statistics of a block from one forward of its dense weights, as published code does).
+    `ordering` is `site` (statistics of each distinct input are taken after everything before it was rewritten),
+    `block` (all statistics of a block from one forward of its dense weights, as published code does) or `dense` (the
+    same, and the blocks before it are dense too: errors do not propagate into statistics).
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class PassManager:
         budgets: Mapping[int, Mapping[str, Sparsity]] | None = None,
     ) -> None:
         """`budgets` are what `allocations` gave for these passes: the budgets among them are then done with."""
-        if ordering not in ("site", "block"):
-            raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block")
+        if ordering not in ("site", "block", "dense"):
+            raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block, dense")
         self.all_passes = tuple(passes)
         self.passes = tuple(step for step in passes if isinstance(step, WeightPass))
         self.emit, self.ordering, self.budgets = emit, ordering, budgets or {}
@@ -56,8 +57,14 @@ class PassManager:
     def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The blocks, rewritten; the caller stores each before asking for the next."""
         for block in blocks:
-            self.rewrite_block(block)
-            block.advance()
+            if self.ordering == "dense":
+                self.measure(block, self.selected(block))
+                block.move(block.batches)
+                self.rewrite_groups(self.selected(block))
+                block.advance(())
+            else:
+                self.rewrite_block(block)
+                block.advance()
             yield block
 
     @torch.no_grad()
@@ -90,13 +97,18 @@ class PassManager:
 
     def rewrite_block(self, block: Block) -> None:
         """Rewrite the selected sites of a block, stage by stage."""
-        groups = [group for group in block.groups if any(self.steps(site) for site in group)]
+        groups = self.selected(block)
         stages = block.stages(groups, self.nbytes) if self.ordering == "site" else [groups] if groups else []
         for stage in stages:
-            self.stage(block, stage)
+            self.measure(block, stage)
+            self.rewrite_groups(stage)
 
-    def stage(self, block: Block, groups: list[list[Site]]) -> None:
-        """Measure the inputs of `groups` at once, then rewrite their sites one after the other."""
+    def selected(self, block: Block) -> list[list[Site]]:
+        """The groups of a block of which any pass selects a site."""
+        return [group for group in block.groups if any(self.steps(site) for site in group)]
+
+    def measure(self, block: Block, groups: list[list[Site]]) -> None:
+        """Measure the inputs of `groups` at once."""
         wanted = [g for g in groups if self.statistics(g)]
         if wanted:
             kinds = tuple(dict.fromkeys(kind for group in wanted for kind in self.statistics(group)))
@@ -106,6 +118,9 @@ class PassManager:
                 tokens = group[0].stats.tokens
                 kind_names = tuple(kind.__name__ for kind in kinds)
                 self.emit(StatisticsCollected(sites=names, statistics=kind_names, tokens=tokens))
+
+    def rewrite_groups(self, groups: list[list[Site]]) -> None:
+        """Rewrite the sites of `groups` one after the other, and forget their statistics."""
         for group in groups:
             for site in group:
                 for step in self.steps(site):

@@ -199,3 +199,21 @@ def test_each_input_is_measured_once(tiny_llama: Path, walk_of: Any, ids: Tensor
 def test_only_selected_sites_are_measured(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
     stats = measured(walk_of(tiny_llama), [Look(sites="*.1.mlp.down_proj")], [ids])
     assert [name for name, found in stats.items() if Gram in found] == ["model.layers.1.mlp.down_proj"]
+
+
+def test_dense_ordering_sees_the_dense_model_throughout(
+    tiny_llama: Path, walk_of: Any, hugging_face: Any, ids: Tensor, assert_close: Close
+) -> None:
+    seen = inputs_of(hugging_face(tiny_llama), ids)
+    stats = measured(walk_of(tiny_llama), [ATTENTION, Look()], [ids], "dense")
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        assert_close(name, stats[name][ColumnNorm], seen[name].norm(dim=0), RATIO)
+
+
+def test_the_probe_of_a_dense_ordering_still_walks_the_rewritten_model(tiny_llama: Path, walk_of: Any) -> None:
+    ids = torch.arange(4, 40)[None]
+    walk = walk_of(tiny_llama)
+    with torch.inference_mode():
+        probe = walk.enter(ids)
+        list(PassManager([ATTENTION, Look()], ordering="dense").run(walk.visit([walk.enter(ids)], probe)))
+        assert not torch.allclose(walk.leave(probe), walk.dense_logits, atol=1e-3)

@@ -112,5 +112,5 @@ def test_an_overflow_of_the_model_dtype_is_refused(model_folder: Any, walk_of: A
 
 
 def test_an_unknown_ordering_is_refused() -> None:
-    with pytest.raises(RecipeError, match="ordering 'sites' is unknown; allowed: site, block"):
+    with pytest.raises(RecipeError, match="ordering 'sites' is unknown; allowed: site, block, dense"):
         PassManager([Magnitude()], ordering="sites")
