@@ -125,10 +125,9 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
 
 def colour(name: str) -> str:
     """Blue for quantized, orange for pruned, purple for both, grey for dense."""
-    pruned = name.startswith(("wanda", "magnitude", "flap", "shortgpt", "slicegpt"))
     if name == "dense":
         return "#555555"
-    if not pruned:
+    if name.startswith(("rtn", "gptq", "quickstart")):
         return "#1f6fb4"
     return "#7b3fa0" if "int" in name else "#d5641c"
 

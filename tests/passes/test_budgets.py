@@ -214,14 +214,16 @@ def test_curves_of_fractions_are_straight_in_the_logarithm() -> None:
     sizes=st.lists(st.integers(1, 5000), min_size=6, max_size=6),
     asked=st.floats(0.31, 0.69),
 )
-def test_fractions_meet_the_mean_exactly(logs: list[list[float]], sizes: list[int], asked: float) -> None:
+def test_fractions_meet_the_mean_to_the_four_digits_they_are_given_in(
+    logs: list[list[float]], sizes: list[int], asked: float
+) -> None:
     found = [
         curve((f"s{i}",), size, MEASURED, [math.exp(x) for x in sorted(log)])
         for i, (log, size) in enumerate(zip(logs, sizes, strict=False))
     ]
     chosen = spend(found, 1 - asked)
     total = sum(p.size for p in found)
-    assert sum(p.size * float(s) for s, p in zip(chosen, found, strict=True)) / total == pytest.approx(asked, abs=2e-6)
+    assert sum(p.size * float(s) for s, p in zip(chosen, found, strict=True)) / total == pytest.approx(asked, abs=6e-5)
     assert all(MEASURED[0] <= float(s) <= MEASURED[-1] for s in chosen)
 
 
@@ -234,7 +236,7 @@ def test_marginal_costs_end_equal(ratio: float) -> None:
     one, other = (float(s) for s in spend(found, 0.5))
     step = (MEASURED[1] - MEASURED[0]) / FINE
     assert one - other == pytest.approx(math.log(ratio) / slope, abs=2 * step)
-    assert one + other == pytest.approx(1.0, abs=2e-6)
+    assert one + other == pytest.approx(1.0, abs=6e-5)
 
 
 def test_kl_is_that_of_its_definition() -> None:
