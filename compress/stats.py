@@ -112,10 +112,10 @@ class Moments(Statistic):
 
     def update(self, x_TI: Tensor) -> None:
         """Add windows."""
+        if not x_TI.numel():
+            return
         for x in x_TI.float().reshape(-1, *x_TI.shape[-2:]) if x_TI.ndim > 1 else [x_TI.float()[None]]:
             count = len(x)
-            if not count:
-                continue
             mean_I = x.mean(0)
             square_I = (x - mean_I).square().sum(0).double()
             moved_I = mean_I.double() - self.mean_I

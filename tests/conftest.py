@@ -24,7 +24,7 @@ from compress.model.site import Site
 from compress.model.source import Checkpoint, dtype_of
 from compress.model.walk import Walk
 from compress.passes import PASSES
-from compress.stats import Collector, ColumnNorm, Gram, Statistics
+from compress.stats import Collector, ColumnNorm, Gram, Moments, Statistics
 
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma")
 SIZES: dict[str, Any] = {
@@ -219,7 +219,7 @@ def site_of() -> Callable[..., Site]:
         linear.requires_grad_(False)
         site = Site("blocks.0.proj", linear)
         if x_TI is not None:
-            collector = Collector((ColumnNorm, Gram), w_OI.shape[1], w_OI.device)
+            collector = Collector((ColumnNorm, Gram, Moments), w_OI.shape[1], w_OI.device)
             collector.update(x_TI)
             site.stats = collector.finish(site.name)
         if gram_II is not None:

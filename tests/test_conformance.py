@@ -106,12 +106,12 @@ def step(request: pytest.FixtureRequest) -> WeightPass:
 
 @pytest.fixture
 def start(step: WeightPass, site_of: Callable[..., Any]) -> Callable[..., Any]:
-    """`start(dtype)`: a site as the pass may find it; what refines a mask finds the worst one."""
+    """`start(dtype)`: a site as the pass may find it; what refines a mask finds that of magnitude."""
 
     def make(dtype: torch.dtype = torch.float32) -> Any:
         site = site_of(suite.pass_weight().to(dtype), suite.pass_tokens().to(dtype))
         if isinstance(step, Refiner):
-            kept = pattern(0.5).keep(-suite.pass_weight().abs())
+            kept = pattern(0.5).keep(suite.pass_weight().abs())
             site.weight = Masked(site.original, kept, "50%")
         return site
 

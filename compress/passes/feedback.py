@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.weights.pattern import NM, Pattern
+from compress.weights.pattern import NM, Blocks, Pattern
 
 STRIP = 16  # columns; two rows of floats of a few thousand outputs then stay in a core's cache
 
@@ -76,7 +76,7 @@ class Chosen:
 
     def __init__(self, pattern: Pattern, dead_I: Tensor | None = None) -> None:
         self.pattern, self.dead_I = pattern, dead_I
-        self.aligned = pattern.m if isinstance(pattern, NM) else 1
+        self.aligned = pattern.m if isinstance(pattern, NM) else pattern.columns if isinstance(pattern, Blocks) else 1
         self.start = 0
 
     def enter(self, start: int, w_BO: Tensor, diagonal_B: Tensor) -> Tensor:

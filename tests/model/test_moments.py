@@ -145,3 +145,12 @@ def test_they_are_collected_beside_statistics_that_do_not_know_windows(assert_cl
 def test_the_bytes_are_those_held() -> None:
     part = Moments(INPUTS, torch.device("cpu"))
     assert Moments.nbytes(INPUTS) == sum(t.nbytes for t in (part.mean_I, part.square_I, part.within_I))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (0, 7, 5)], ids=str)
+def test_a_batch_without_tokens_changes_nothing(shape: tuple[int, ...]) -> None:
+    found = Moments(5, torch.device("cpu"))
+    found.update(torch.ones(3, 4, 5))
+    before = found.value()
+    found.update(torch.zeros(shape))
+    assert torch.equal(found.value(), before)

@@ -196,3 +196,9 @@ def test_a_pruned_weight_is_not_pruned_again(site_of: SiteMaker) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=rf"alps\.{next(iter(options))}"):
         ALPS(**options)
+
+
+def test_a_site_whose_input_never_fires_is_still_pruned(site_of: SiteMaker) -> None:
+    weight = ALPS(sparsity=0.5).rewrite(site_of(normal(16, 48), torch.zeros(20, 48)))
+    assert int(weight.mask_OI.sum()) == 16 * 48 // 2
+    assert bool(weight.dense().isfinite().all())

@@ -445,3 +445,22 @@ def test_sensitivity_measures_with_the_very_pruner(
     assert len(tried) == SITES
     assert all(seen[:3] == [0.5, 0.6, 0.7] for seen in tried.values())
     assert {name: seen[3:] for name, seen in tried.items()} == {n: [s] for n, s in manager.budgets[0].items()}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.005, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("spread", [0.01, 0.5])
+def test_sensitivity_tries_rising_sparsities_around_any_mean(sparsity: float, spread: float) -> None:
+    tried = [float(s) for s in Sensitivity(spread=spread).options_for(Wanda(sparsity=sparsity))]
+    assert tried == sorted(set(tried))
+    assert sparsity in tried
+    assert tried[0] >= 0
+    assert tried[-1] <= 1
+
+
+def test_a_spread_too_small_to_measure_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"sensitivity\.spread: 0\.001 is not allowed"):
+        Sensitivity(spread=0.001)
+
+
+def test_owl_over_no_site_gives_nothing() -> None:
+    assert keep_by_outliers({}, {}, 0.5, 0.08) == {}

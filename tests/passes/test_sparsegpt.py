@@ -492,3 +492,18 @@ def test_a_pruned_weight_is_not_pruned_again(site_of: SiteMaker) -> None:
     site.weight = Masked(Dense(normal(33, WIDTH)), normal(33, WIDTH) > 0, "2:4")
     with pytest.raises(UnsupportedWeight, match=r"needs a dense weight; blocks\.0\.proj is already 2:4"):
         SparseGPT().rewrite(site)
+
+
+def test_tiles_wider_than_a_group_keep_their_blocks_whole(site_of: SiteMaker) -> None:
+    step = SparseGPT(sparsity=0.5, scope="16x16", block=32, bits=4, group=24)
+    kept = step.rewrite(site_of(normal(32, 96), normal(200, 96, seed=1))).mask_OI
+    tiles = kept.unflatten(1, (6, 16)).unflatten(0, (2, 16)).sum((1, 3))
+    assert set(tiles.flatten().tolist()) == {0, 256}
+    assert int(kept.sum()) == 32 * 96 // 2
+
+
+def test_joint_rounding_holds_without_statistics_too(site_of: SiteMaker) -> None:
+    step = SparseGPT(sparsity="2:4", bits=4, group=8)
+    weight = step.rewrite_unfed(site_of(normal(16, 32), normal(3, 32, seed=1)))
+    assert weight.describe() == "2:4·int4g8"
+    assert int(weight.dense()[~weight.mask_OI].count_nonzero()) == 0

@@ -268,3 +268,24 @@ def test_a_pruned_weight_is_not_pruned_again(permute: bool, site_of: SiteMaker) 
     site.weight = Masked(Dense(normal(33, WIDTH)), normal(33, WIDTH) > 0, "2:4")
     with pytest.raises(UnsupportedWeight, match=r"needs a dense weight; blocks\.0\.proj is already 2:4"):
         RIA(sparsity="2:4", permute=permute).rewrite(site)
+
+
+def test_rows_of_zero_scores_lose_their_share_and_no_more() -> None:
+    score = torch.rand(8, 40, generator=torch.Generator().manual_seed(0))
+    score[3] = 0
+    keep, alpha = keep_by_alpha(score, 0.5)
+    assert int(keep[3].sum()) == 40 - int(alpha * 40)
+
+
+def test_without_activations_ria_asks_for_none(site_of: SiteMaker) -> None:
+    step = RIA(sparsity=0.5, power=0.0)
+    assert step.requires == ()
+    assert int(step.rewrite(site_of(normal(8, 24))).mask_OI.sum()) == 8 * 12
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_permutation_never_retains_less(seed: int, site_of: SiteMaker) -> None:
+    site = site_of(normal(4, 8, seed=seed), normal(50, 8, seed=seed + 100))
+    RIA(sparsity="2:4", permute=True).rewrite(site)
+    plain, chosen = site.ledger["retained_score"]
+    assert chosen >= plain

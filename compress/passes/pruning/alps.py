@@ -20,8 +20,9 @@ from compress.stats import Gram
 from compress.weights import Dense, Masked, Pattern, Weight
 
 UPDATE_EVERY = 3  # iterations between two penalties; from here on the numbers are those of the released code
-GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the support that changed, factor of the penalty
-SHRINK = 5.0  # of the penalty while it was never raised
+FAST, SLOW = 0.1, 0.005  # shares of the support that changed
+GROWTH = (1.3, 1.2, 1.1)  # of the penalty if more than FAST changed, more than SLOW, anything
+SHRINK = 5.0  # of the penalty instead of the last, or of stopping, while it was never raised
 SETTLED = 3e-4  # share of the support that changed, below which it ends after EARLIEST iterations
 EARLIEST = 30
 POLISH = 10  # steps of conjugate gradients on the final support
@@ -51,7 +52,7 @@ class ALPS(Pruner, name="alps"):
         gram_II = site.stats[Gram]
         damped_II = gram_II.clone()
         diagonal_I = damped_II.diagonal()
-        diagonal_I += float(site.ledger["damping"]) * diagonal_I.mean()
+        diagonal_I += float(site.ledger["damping"]) * diagonal_I.mean().clamp(min=torch.finfo(torch.float32).tiny)
         scale_I = diagonal_I.sqrt()
         unit_II = damped_II / scale_I / scale_I[:, None]
         values_I, vectors_II = site.stats.derived(("eigen", self.damping), lambda: eigen(unit_II))
@@ -75,7 +76,8 @@ def admm(
     target_OI = w_OI @ gram_II
     mask_OI = pattern.keep(w_OI.abs())
     kept = max(1, int(mask_OI.sum()))
-    sparse_OI, dual_OI = w_OI.clone(), torch.zeros_like(w_OI)
+    start_OI = w_OI * mask_OI
+    sparse_OI, dual_OI = start_OI, torch.zeros_like(w_OI)
     free_OI, raised, since_OI = w_OI, False, mask_OI
     for i in range(1, iterations + 1):
         free_OI = (target_OI - dual_OI + rho * sparse_OI) @ vectors_II
@@ -90,11 +92,11 @@ def admm(
         since_OI = mask_OI
         if (moved == 0 and raised) or (i >= EARLIEST and moved < SETTLED):
             break
-        if moved > GROWTH[0][0] or raised:
-            rho *= next(factor for share, factor in GROWTH if moved > share or share == 0.0)
+        if moved > SLOW or raised:
+            rho *= GROWTH[0] if moved > FAST else GROWTH[1] if moved > SLOW else GROWTH[2]
             raised = True
         else:
             rho /= SHRINK
-            if moved == 0:
-                sparse_OI, dual_OI = w_OI.clone(), torch.zeros_like(w_OI)
+            if moved > 0:
+                sparse_OI, dual_OI = start_OI, torch.zeros_like(w_OI)
     return pattern.keep(free_OI.abs()), i

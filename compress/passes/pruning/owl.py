@@ -62,7 +62,7 @@ def outlier_share(sites: list[Site], multiple: float) -> float:
 
 def keep_by_outliers(shares: dict[str, float], sizes: dict[str, int], mean: float, spread: float) -> dict[str, float]:
     """The share kept of each block: outlier shares stretched to [0, 2 x spread], with `mean` as their weighted mean."""
-    lowest, highest = min(shares.values()), max(shares.values())
+    lowest, highest = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
     if highest == lowest:
         return dict.fromkeys(shares, mean)
     stretched = [2 * spread * (share - lowest) / (highest - lowest) for share in shares.values()]

@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.errors import RecipeError
 from compress.model.site import Site
 from compress.passes.base import Pruner
-from compress.stats import ColumnNorm
+from compress.stats import ColumnNorm, Statistic
 from compress.weights import NM, Dense, Masked, Permutation, Product, Weight
 
 
@@ -25,12 +25,11 @@ class RIA(Pruner, name="ria"):
     """Score (|w| / sum of its column + |w| / sum of its row) * ||x||^power; no row or column dies first.
 
     With `permute`, inputs are dealt into the groups of n:m so that important ones do not meet; the weight then is a
-    product with the permutation, which is a gather of the input when it runs.
+    product with the permutation, which is a gather of the input when it runs. Where that retains no more than the order
+    they are in, they stay in it.
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for LLMs", ICLR 2024, equations 1-2
     and section 4.2. Deviation: each stripe is assigned once, in one sweep.
     """
-
-    requires = (ColumnNorm,)
 
     scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"
     power: Annotated[float, Field(ge=0, le=4, description="of the input norm; 0 needs no data")] = 0.5
@@ -41,13 +40,18 @@ class RIA(Pruner, name="ria"):
         if self.permute and not isinstance(self.sparsity, str):
             raise RecipeError(f"{self.name}.permute: only n:m has groups that a permutation changes")
 
+    @property
+    def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
+        """Norms of the input, unless their power is 0."""
+        return (ColumnNorm,) if self.power else ()
+
     def score(self, site: Site) -> Tensor:
         """Relative importance and activation, float32."""
         size_OI = site.weight.dense().float().abs()
         relative_OI = size_OI / size_OI.sum(0).clamp(min=1e-30) + size_OI / size_OI.sum(1, keepdim=True).clamp(
             min=1e-30
         )
-        return relative_OI * site.stats[ColumnNorm] ** self.power
+        return relative_OI * site.stats[ColumnNorm] ** self.power if self.power else relative_OI
 
     def rewrite(self, site: Site) -> Weight:
         """The same values under the mask, with `permute` in another order of inputs."""
@@ -57,7 +61,9 @@ class RIA(Pruner, name="ria"):
         dense, score_OI = site.expect(Dense, by=self.name), self.score(site)
         order_I = deal(score_OI, chosen)
         plain, dealt = retained(score_OI, chosen), retained(score_OI[:, order_I], chosen)
-        site.ledger["retained_score"] = [plain, dealt]
+        site.ledger["retained_score"] = [plain, max(plain, dealt)]
+        if dealt <= plain:
+            return super().rewrite(site)
         values = Dense(dense.data[:, order_I])
         return Product(Masked(values, chosen.keep(score_OI[:, order_I]), chosen.name), Permutation(order_I))
 

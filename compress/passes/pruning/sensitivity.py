@@ -47,9 +47,9 @@ class Sensitivity(Budget, name="sensitivity"):
     "Efficient Bit Allocation for an Arbitrary Set of Quantizers", 1988; measuring the costs in this way is ours.
     """
 
-    spread: Annotated[float, Field(gt=0, le=0.5, description="furthest that a part may be from the mean sparsity")] = (
-        0.2
-    )
+    spread: Annotated[
+        float, Field(ge=0.01, le=0.5, description="furthest that a part may be from the mean sparsity")
+    ] = 0.2
 
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
         """One sparsity for the sites of each part that `step` selects."""
@@ -81,8 +81,8 @@ class Sensitivity(Budget, name="sensitivity"):
             kept, of = map(int, step.sparsity.split(":"))
             near = [n for n in range(of - 1, 0, -1) if abs(n - kept) <= max(1.0, self.spread * of)]
             return tuple(f"{n}:{of}" for n in near)
-        ends = (max(0.01, step.sparsity - self.spread), step.sparsity, min(0.99, step.sparsity + self.spread))
-        return tuple(round(end, 4) for end in ends)
+        ends = (max(0.0, step.sparsity - self.spread), step.sparsity, min(1.0, step.sparsity + self.spread))
+        return tuple(dict.fromkeys(round(end, 4) for end in ends)) if 0 < step.sparsity < 1 else (step.sparsity,)
 
 
 def parts_of(block: Block, glob: str) -> list[list[Site]]:
@@ -114,7 +114,7 @@ def kl(dense_BTV: Tensor, other_BTV: Tensor) -> float:
 
 def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Sequence[float]) -> Part:
     """A part with its costs, those of fractions interpolated between the measured ones, in their logarithm."""
-    if isinstance(tried[0], str):
+    if isinstance(tried[0], str) or len(tried) == 1:
         return Part(sites=sites, size=size, options=tuple(tried), costs=tuple(costs))
     options: list[Sparsity] = []
     fine: list[float] = []

@@ -31,6 +31,7 @@ class SparseGPT(Pruner, name="sparsegpt"):
     """
 
     requires = (Gram,)
+    unfed = "pruned by magnitude and, with bits, rounded to nearest"
 
     scope: Annotated[
         str,
@@ -64,7 +65,8 @@ class SparseGPT(Pruner, name="sparsegpt"):
     def rewrite(self, site: Site) -> Weight:
         """The compensated values under the mask chosen on the way."""
         dense, chosen = site.expect(Dense, by=self.name), self.pattern()
-        upper_II = shared_factor(site, self.damping, self.name, "pruned by magnitude, uncompensated")
+        instead = f"pruned by magnitude{'' if self.bits is None else ' and rounded to nearest'}, uncompensated"
+        upper_II = shared_factor(site, self.damping, self.name, instead)
         if upper_II is None:
             return self.rewrite_unfed(site)
         w_OI, dead_I = dense.data.float(), site.stats[Gram].diagonal() == 0
@@ -79,6 +81,14 @@ class SparseGPT(Pruner, name="sparsegpt"):
             scale, zero = grids.result()
             return Masked(Quantized(grids.codes_OI, scale, zero, grids.grid.bits), keep_OI, chosen.name)
         return Masked(Dense(after_OI.to(dense.data.dtype)), keep_OI, chosen.name)
+
+    def rewrite_unfed(self, site: Site) -> Weight:
+        """The same pattern by magnitude, with `bits` rounded to nearest."""
+        weight = super().rewrite_unfed(site)
+        if self.bits is None or not isinstance(weight, Masked):
+            return weight
+        grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
+        return Masked(grid.quantize(weight.dense().float()), weight.mask_OI, weight.pattern)
 
     def grids(self, w_OI: Tensor) -> FittedGrids:
         """The grids of kept weights, fitted on the way."""

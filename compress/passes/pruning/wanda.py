@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -55,12 +56,13 @@ class Wanda(Pruner, name="wanda"):
 def keep_by_alpha(score_OI: Tensor, sparsity: float) -> tuple[Tensor, float]:
     """(mask, alpha): each row drops its lowest scores while they sum to at most alpha of all of the row.
 
+    In a row of zeros every entry counts the same. Sparsities that need an alpha above 0.8 are not reached.
     Source: the released code of Wanda, `use_variant`; a row that may drop nothing drops nothing, where that code wraps
-    around. Sparsities that need an alpha above 0.8 are not reached.
+    around.
     """
     ordered_OI, order_OI = score_OI.sort(dim=1, stable=True)
-    share_OI = ordered_OI.double().cumsum(1)
-    share_OI /= share_OI[:, -1:].clamp(min=1e-300)
+    share_OI = torch.where(ordered_OI[:, -1:] > 0, ordered_OI.double(), 1.0).cumsum(1)
+    share_OI /= share_OI[:, -1:].clone()
     alpha, low, high = 0.4, 0.0, HIGHEST
     while True:
         cut_OI = share_OI <= alpha
