@@ -26,6 +26,7 @@ from compress import (
     RIA,
     Calibration,
     DSnoT,
+    Global,
     Limits,
     Magnitude,
     Pass,
@@ -62,6 +63,7 @@ METHODS: dict[str, Steps] = {
     "wanda, reconstruct": lambda s: [Wanda(sparsity=s), Reconstruct()],
     "wanda, swaps, reconstruct": lambda s: [Wanda(sparsity=s), Swaps(), Reconstruct()],
     "sparsegpt, swaps, reconstruct": lambda s: [SparseGPT(sparsity=s), Swaps(), Reconstruct()],
+    "global, magnitude": lambda s: [Global(), Magnitude(sparsity=s)],
     "owl, wanda": lambda s: [OWL(), Wanda(sparsity=s)],
     "owl, sparsegpt": lambda s: [OWL(), SparseGPT(sparsity=s)],
     "sensitivity, wanda": lambda s: [Sensitivity(), Wanda(sparsity=s)],
@@ -70,7 +72,9 @@ METHODS: dict[str, Steps] = {
 }
 ONLY_FRACTIONS = ("wanda alpha",)
 ONLY_GROUPS = ("ria permuted",)
-BUDGETED = ("owl, wanda", "owl, sparsegpt", "sensitivity, wanda", "sensitivity, alps, reconstruct")  # 2:4 stays 2:4
+BUDGETED = (  # 2:4 stays 2:4
+    "global, magnitude", "owl, wanda", "owl, sparsegpt", "sensitivity, wanda", "sensitivity, alps, reconstruct",
+)  # fmt: skip
 ON_TEXT = ("wanda", "sparsegpt", "wanda, dsnot", "wanda, swaps", "alps, reconstruct")
 
 
