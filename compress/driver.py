@@ -156,13 +156,15 @@ class Job:
         writer.add({}, self.entries(walk.anatomy.frame()))
         measured = any(step.requires for step in recipe.weight_passes)
         batches = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows if measured else ())]
+        paired = any(kind.paired for step in recipe.weight_passes for kind in step.requires)
+        twins = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows if paired else ())]
         probe, dense = walk.enter(self.tokens.probe_NT), walk.enter(self.tokens.probe_NT)
         walk.drop_frame()
         ledger: dict[str, Any] = {}
         stored = weights = 0
         manager = PassManager(recipe.passes, self.emit, recipe.ordering, budgets)
         since = time.monotonic()
-        for block in manager.run(self.opened(batches, probe, dense)):
+        for block in manager.run(self.opened(batches, probe, dense, twins)):
             nbytes = writer.add(*self.divide(block))
             ledger |= {site.name: record(site) for site in block.sites.values() if site.weight is not site.original}
             stored += sum(site.weight.nbytes() for site in block.sites.values())
@@ -221,9 +223,9 @@ class Job:
             )
         )
 
-    def opened(self, batches: list[Travellers], probe: Travellers, dense: Travellers) -> Any:
+    def opened(self, batches: list[Travellers], probe: Travellers, dense: Travellers, twins: list[Travellers]) -> Any:
         """The blocks of the walk, announced one by one."""
-        for block in self.walk.visit(batches, probe, dense):
+        for block in self.walk.visit(batches, probe, dense, twins):
             self.emit(BlockStarted(block=block.name, index=block.index, count=len(self.walk.blocks)))
             yield block
 

@@ -24,9 +24,13 @@ def finite(tensor: Tensor) -> bool:
 
 
 class Statistic:
-    """An accumulator over the tokens [T, in] that reach a site; `by_window`: over windows of them, [..., T, in]."""
+    """An accumulator over the tokens [T, in] that reach a site.
+
+    `by_window`: over windows of them, [..., T, in]. `paired`: over the same tokens in the dense model too.
+    """
 
     by_window = False
+    paired = False
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         raise NotImplementedError
@@ -38,6 +42,10 @@ class Statistic:
 
     def update(self, x_TI: Tensor) -> None:
         """Add a batch of tokens."""
+        raise NotImplementedError
+
+    def update_pair(self, dense_TI: Tensor, x_TI: Tensor) -> None:
+        """Add a batch of tokens, of a statistic that is paired."""
         raise NotImplementedError
 
     def value(self) -> Tensor:
@@ -90,6 +98,28 @@ class Gram(Statistic):
             self.sum_II[start + SIDE :, part] = self.sum_II[part, start + SIDE :].T
         mean_II, self.sum_II = self.sum_II.div_(max(1, self.tokens)), self.sum_II[:0]
         return mean_II
+
+
+class Cross(Statistic):
+    """Mean of x x'ᵀ over all calibration tokens, float32 [in, in], x of the dense model and x' as it is now.
+
+    Absent for an expert: which tokens reach it differs between the two.
+    """
+
+    paired = True
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.sum_II = torch.zeros(inputs, inputs, device=device)
+        self.tokens = 0
+
+    def update_pair(self, dense_TI: Tensor, x_TI: Tensor) -> None:
+        """Add the outer products of a batch."""
+        self.sum_II.addmm_(dense_TI.float().T, x_TI.float())
+        self.tokens += len(x_TI)
+
+    def value(self) -> Tensor:
+        """The mean outer product; the accumulator itself, divided in place."""
+        return self.sum_II.div_(max(1, self.tokens))
 
 
 class Moments(Statistic):
@@ -153,7 +183,7 @@ class Statistics:
     def reordered(self, order_I: Tensor) -> Statistics:
         """The statistics of the same input with its features in another order."""
         values = {kind: value[..., order_I] for kind, value in self.values.items()}
-        square = {kind: value[order_I] for kind, value in values.items() if issubclass(kind, Gram)}
+        square = {kind: value[order_I] for kind, value in values.items() if issubclass(kind, (Gram, Cross))}
         return Statistics(values | square, self.tokens)
 
     def forget(self) -> None:
@@ -174,16 +204,19 @@ class Collector:
         self.parts = {kind: kind(inputs, device) for kind in kinds}
         self.tokens = 0
 
-    def update(self, x_BTI: Tensor) -> None:
-        """Add a batch [..., in]."""
+    def update(self, x_BTI: Tensor, dense_BTI: Tensor | None = None) -> None:
+        """Add a batch [..., in], and the same tokens of the dense model for what is paired."""
         x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
         self.tokens += len(x_TI)
         for part in self.parts.values():
-            part.update(x_BTI if part.by_window else x_TI)
+            if not part.paired:
+                part.update(x_BTI if part.by_window else x_TI)
+            elif dense_BTI is not None:
+                part.update_pair(dense_BTI.reshape(x_TI.shape), x_TI)
 
     def finish(self, where: str) -> Statistics:
         """The values; raises CalibrationError naming `where` if one is not finite."""
-        values = {kind: part.value() for kind, part in self.parts.items()}
+        values = {k: part.value() for k, part in self.parts.items() if not isinstance(part, Cross) or part.tokens}
         for kind, value in values.items():
             if not finite(value):
                 raise CalibrationError(

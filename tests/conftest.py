@@ -24,7 +24,7 @@ from compress.model.site import Site
 from compress.model.source import Checkpoint, dtype_of
 from compress.model.walk import Walk
 from compress.passes import PASSES
-from compress.stats import Collector, ColumnNorm, Gram, Moments, Statistics
+from compress.stats import Collector, ColumnNorm, Cross, Gram, Moments, Statistics
 
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma")
 SIZES: dict[str, Any] = {
@@ -211,16 +211,21 @@ def own_artifact(llama_artifact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def site_of() -> Callable[..., Site]:
-    """`site_of(w, x=None, gram=None)`: a site whose input statistics come from the tokens x or a given Gram."""
+    """`site_of(w, x=None, gram=None, dense=None)`: a site with the statistics of the tokens x, or a given Gram.
 
-    def make(w_OI: Tensor, x_TI: Tensor | None = None, gram_II: Tensor | None = None) -> Site:
+    `dense` are the same tokens in the dense model.
+    """
+
+    def make(
+        w_OI: Tensor, x_TI: Tensor | None = None, gram_II: Tensor | None = None, dense_TI: Tensor | None = None
+    ) -> Site:
         linear = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False, dtype=w_OI.dtype)
         linear.weight.data = w_OI.clone()
         linear.requires_grad_(False)
         site = Site("blocks.0.proj", linear)
         if x_TI is not None:
-            collector = Collector((ColumnNorm, Gram, Moments), w_OI.shape[1], w_OI.device)
-            collector.update(x_TI)
+            collector = Collector((ColumnNorm, Cross, Gram, Moments), w_OI.shape[1], w_OI.device)
+            collector.update(x_TI, dense_TI)
             site.stats = collector.finish(site.name)
         if gram_II is not None:
             site.stats = Statistics({Gram: gram_II}, tokens=1)

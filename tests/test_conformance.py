@@ -16,7 +16,18 @@ import torch
 import compress.passes
 import compress.weights.expr
 import compress.weights.leaves
-from compress.passes import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, Reshape, StructuredPruner, WeightPass
+from compress.passes import (
+    PASSES,
+    Budget,
+    Pass,
+    Pruner,
+    Quantizer,
+    Realign,
+    Refiner,
+    Reshape,
+    StructuredPruner,
+    WeightPass,
+)
 from compress.weights import Dense, Masked, Weight, pack, pattern
 
 spec = importlib.util.spec_from_file_location("compress_tests_conformance", Path(__file__).parent / "conformance.py")
@@ -109,7 +120,9 @@ def start(step: WeightPass, site_of: Callable[..., Any]) -> Callable[..., Any]:
     """`start(dtype)`: a site as the pass may find it; what refines a mask finds that of magnitude."""
 
     def make(dtype: torch.dtype = torch.float32) -> Any:
-        site = site_of(suite.pass_weight().to(dtype), suite.pass_tokens().to(dtype))
+        x_TI = suite.pass_tokens()
+        drifted_TI = x_TI + 0.1 * suite.normal(*x_TI.shape, seed=4)
+        site = site_of(suite.pass_weight().to(dtype), drifted_TI.to(dtype), dense_TI=x_TI.to(dtype))
         if isinstance(step, Refiner):
             kept = pattern(0.5).keep(suite.pass_weight().abs())
             site.weight = Masked(site.original, kept, "50%")
@@ -135,8 +148,8 @@ def test_a_pass_gives_the_same_bytes_for_the_same_seed(rewritten: Callable[[], W
     assert suite.as_bytes(pack(rewritten())) == suite.as_bytes(pack(rewritten()))
 
 
-def test_a_pass_makes_the_weight_smaller(rewritten: Callable[[], Weight]) -> None:
-    assert rewritten().nbytes() < suite.pass_weight().nbytes
+def test_a_pass_makes_the_weight_smaller(step: WeightPass, rewritten: Callable[[], Weight]) -> None:
+    assert rewritten().nbytes() < suite.pass_weight().nbytes or isinstance(step, Realign)  # which only moves a target
 
 
 def test_the_result_of_a_pass_is_lossless_on_disk(rewritten: Callable[[], Weight], tmp_path: Path) -> None:

@@ -49,8 +49,13 @@ class Block:
         probe: Travellers,
         dense: Travellers,
         last: bool = False,
+        twins: Sequence[Travellers] = (),
     ) -> None:
-        """`dense` is the probe on its way through the dense model; it is moved through this block at once."""
+        """`dense` is the probe on its way through the dense model; it is moved through this block at once.
+
+        `twins` are the batches once more, on their way through the dense model, for statistics that are paired.
+        """
+        self.twins = twins
         self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense = batches, probe, dense
         self.drift = 0.0
@@ -144,13 +149,17 @@ class Block:
             raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, none was given")
         collectors = {key: Collector(kinds, site.shape[1], site.original.data.device) for key, site in leaders.items()}
         last = self._last(leaders)
+        paired = any(kind.paired for kind in kinds)
+        dense: dict[str, list[Tensor]] = {}  # of this batch, each occurrence in order
 
         def heard(key: str, x: Tensor) -> None:
-            collectors[key].update(x)
+            collectors[key].update(x, dense[key].pop(0) if dense.get(key) else None)
             if key == last:
                 raise Stop
 
-        for batch in self.batches:
+        for i, batch in enumerate(self.batches):
+            if paired:
+                dense = self._inputs_of_twin(i, leaders, last)
             with self._listening(leaders, heard):
                 try:
                     batch.through(self.module, self.index)
@@ -162,6 +171,28 @@ class Block:
             stats = collector.finish(site.name) if collector.tokens else Statistics({}, 0)
             for each in group:
                 each.stats = stats
+
+    def _inputs_of_twin(self, index: int, leaders: dict[str, Site], last: str | None) -> dict[str, list[Tensor]]:
+        """What a batch's twin brings to each input that is no expert's, in the dense block."""
+        found: dict[str, list[Tensor]] = {}
+
+        def heard(key: str, x: Tensor) -> None:
+            found.setdefault(key, []).append(x)
+            if key == last:
+                raise Stop
+
+        wanted = [key for key, site in leaders.items() if not site.place.routed]
+        with self.as_original(), self._listening(wanted, heard), suppress(Stop):
+            self.twins[index].through(self.module, self.index)
+        return found
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """The block computes with its original weights for a while."""
+        with ExitStack() as stack:
+            for site in self.sites.values():
+                stack.enter_context(site.as_original())
+            yield
 
     def _last(self, leaders: dict[str, Site]) -> str | None:
         """The input after which nothing more is to be heard, or None where a forward must run to its end.
@@ -200,6 +231,9 @@ class Block:
 
         Raises CalibrationError like `move`.
         """
+        if self.twins and not self.last:
+            with self.as_original():
+                self.move(self.twins)
         self.move((*(self.batches if batches is None else batches), self.probe))
         dense = self.dense.hidden_BTD.float()
         self.drift = float((self.probe.hidden_BTD.float() - dense).norm() / dense.norm())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -20,7 +22,8 @@ FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of 
 class Site:
     """A matrix by its full name; assigning `weight` also changes what the module computes with.
 
-    `original` is the weight as the checkpoint holds it; `stats` describes the input, from the compressed
+    `original` is the weight as the checkpoint holds it, `target` what passes are to approximate, which is the original
+    unless a pass moved it; `stats` describes the input, from the compressed
     prefix; `ledger` is what passes want recorded about this site in the artifact.
     """
 
@@ -33,6 +36,7 @@ class Site:
         if self.place.transposed:
             self.original = Dense(self.view().contiguous())
         self._weight: Weight = self.original
+        self.target = self.original
         self.stats: Statistics = Statistics({}, 0)
         self.ledger: dict[str, Any] = {}
         self.fallbacks: list[tuple[str, str]] = []
@@ -71,11 +75,27 @@ class Site:
         if isinstance(weight, Dense) and weight.data.dtype != dtype:
             weight = Dense(weight.data.to(dtype))  # a plain matrix is stored as the model stores its own
         self._weight = weight
-        plain = weight.dense().to(dtype)
+        self._show(weight.dense().to(dtype))
+
+    def _show(self, plain: Tensor) -> None:
+        """Make the module compute with this matrix [out, in]."""
         if self.whole:  # a parameter that may be mapped from the file is replaced, not written to
             self.module.weight.data = plain.T.contiguous() if self.transposed else plain
         else:
             self.view().copy_(plain)
+
+    @contextmanager
+    def as_original(self) -> Iterator[None]:
+        """The module computes with the original weight, then with what it computed with before."""
+        if self._weight is self.original:
+            yield
+            return
+        before = self.view() if self.whole else self.view().clone()
+        self._show(self.original.data)
+        try:
+            yield
+        finally:
+            self._show(before)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,6 +120,7 @@ class Site:
         other = copy(self)
         other._weight = weight
         other.original = Dense(self.original.data[:, order_I])
+        other.target = Dense(self.target.data[:, order_I])
         other.stats = self.stats.reordered(order_I)
         return other
 

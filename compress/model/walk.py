@@ -194,17 +194,24 @@ class Walk:
             self.drop_block(0)
         return hidden_BTD if self.rest < 0 else (hidden_BTD, *[None] * self.rest)
 
-    def visit(self, batches: list[Travellers], probe: Travellers, dense: Travellers | None = None) -> Iterator[Block]:
+    def visit(
+        self,
+        batches: list[Travellers],
+        probe: Travellers,
+        dense: Travellers | None = None,
+        twins: Sequence[Travellers] = (),
+    ) -> Iterator[Block]:
         """The blocks in order, each loaded before and dropped after its turn.
 
         Whoever takes a block calls its `advance` before asking for the next one. `dense` are the probe's tokens once
-        more, with calls of their own: blocks of some families leave in them what later blocks read.
+        more, with calls of their own: blocks of some families leave in them what later blocks read. `twins` are the
+        batches once more, which stay dense.
         """
         dense = self.enter(probe.ids_BT) if dense is None else dense
         for index, module in enumerate(self.blocks):
             self.load_block(index)
             places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
-            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense, last)
+            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense, last, twins)
             yield block
             block.close()
             self.drop_block(index)

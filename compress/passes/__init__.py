@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 from compress.passes.base import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, Reshape, WeightPass
 from compress.passes.budget import governed
+from compress.passes.hybrid.realign import Realign
 from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
 from compress.passes.pruning.dsnot import DSnoT
@@ -28,8 +29,9 @@ from compress.passes.structured import StructuredPruner
 
 __all__ = [
     "ALPS", "FLAP", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Global", "Magnitude", "Pass",
-    "PassManager", "Pruner", "Quantizer", "Reconstruct", "Refiner", "Reshape", "Sensitivity", "ShortGPT", "SliceGPT",
-    "SparseGPT", "StructuredPruner", "Swaps", "Wanda", "WandaSP", "WeightPass", "governed", "load_plugins",
+    "PassManager", "Pruner", "Quantizer", "Realign", "Reconstruct", "Refiner", "Reshape", "Sensitivity", "ShortGPT",
+    "SliceGPT", "SparseGPT", "StructuredPruner", "Swaps", "Wanda", "WandaSP", "WeightPass", "governed",
+    "load_plugins",
 ]  # fmt: skip
 
 

@@ -90,7 +90,9 @@ class PassManager:
             self.budgets = allocations(self.all_passes, Whole(walk, windows, windows[0][:1]))
             self.chosen = {}
             batches = [walk.enter(ids_BT) for ids_BT in batched(windows)]
-            for block in self.run(walk.visit(batches, walk.enter(windows[0][:1]))):
+            paired = any(kind.paired for step in self.passes for kind in step.requires)
+            twins = [walk.enter(ids_BT) for ids_BT in batched(windows if paired else ())]
+            for block in self.run(walk.visit(batches, walk.enter(windows[0][:1]), twins=twins)):
                 found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
         model.train(training)
         return found

@@ -30,6 +30,7 @@ from compress import (
     Limits,
     Magnitude,
     Pass,
+    Realign,
     Recipe,
     Reconstruct,
     Sensitivity,
@@ -69,13 +70,18 @@ METHODS: dict[str, Steps] = {
     "sensitivity, wanda": lambda s: [Sensitivity(), Wanda(sparsity=s)],
     "alps, reconstruct": lambda s: [ALPS(sparsity=s), Reconstruct()],
     "sensitivity, alps, reconstruct": lambda s: [Sensitivity(), ALPS(sparsity=s), Reconstruct()],
+    "realign, wanda": lambda s: [Realign(), Wanda(sparsity=s)],
+    "realign, sparsegpt": lambda s: [Realign(), SparseGPT(sparsity=s)],
+    "realign, alps, reconstruct": lambda s: [Realign(), ALPS(sparsity=s), Reconstruct()],
+    "sensitivity, realign, alps, reconstruct": lambda s: [Sensitivity(), Realign(), ALPS(sparsity=s), Reconstruct()],
 }
 ONLY_FRACTIONS = ("wanda alpha",)
 ONLY_GROUPS = ("ria permuted",)
 BUDGETED = (  # 2:4 stays 2:4
     "global, magnitude", "owl, wanda", "owl, sparsegpt", "sensitivity, wanda", "sensitivity, alps, reconstruct",
+    "sensitivity, realign, alps, reconstruct",
 )  # fmt: skip
-ON_TEXT = ("wanda", "sparsegpt", "wanda, dsnot", "wanda, swaps", "alps, reconstruct")
+ON_TEXT = ("wanda", "sparsegpt", "wanda, dsnot", "wanda, swaps", "alps, reconstruct", "realign, alps, reconstruct")
 
 
 @dataclass(frozen=True, kw_only=True)

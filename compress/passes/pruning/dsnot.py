@@ -62,7 +62,7 @@ class DSnoT(Refiner, name="dsnot"):
         attention = any(part in site.name.lower() for part in ATTENTION)
         if self.targets != "all" and (self.targets == "attention") != attention:
             return weight
-        w_OI = site.original.data.float()
+        w_OI = site.target.data.float()
         mean_I, total_I, within_I = site.stats[Moments]
         keep_OI = dsnot(
             w_OI, weight.mask_OI, mean_I, within_I if self.variance == "within" else total_I, site.stats[ColumnNorm],

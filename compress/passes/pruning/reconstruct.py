@@ -41,7 +41,7 @@ class Reconstruct(Refiner, name="reconstruct"):
     def rewrite(self, site: Site) -> Weight:
         """The same mask over better values."""
         before_OI, weight = self.masked(site)
-        w_OI, gram_II = site.original.data.float(), site.stats[Gram]
+        w_OI, gram_II = site.target.data.float(), site.stats[Gram]
         upper_II = shared_factor(site, self.damping, self.name, "left as it was")
         if upper_II is None:
             return weight

@@ -43,7 +43,7 @@ class Swaps(Refiner, name="swaps"):
     def rewrite(self, site: Site) -> Weight:
         """The weight under the improved mask."""
         kept_OI, weight = self.masked(site)
-        w_OI, gram_II = site.original.data.float(), site.stats[Gram]
+        w_OI, gram_II = site.target.data.float(), site.stats[Gram]
         m = self.group(site, weight)
         if m:
             after_OI, keep_OI, swaps = swap_in_groups(w_OI, kept_OI, weight.mask_OI, gram_II, m, self.limit)

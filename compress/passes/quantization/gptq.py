@@ -144,7 +144,7 @@ class GPTQ(Quantizer, name="gptq"):
         """Codes with error feedback; falls back to rounding, loudly."""
         grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
         if self.target == "original" and keep_OI is not None and isinstance(site.weight, Masked):
-            w_OI = site.original.data  # column errors then include the cut weights, as in SparseGPT with a given mask
+            w_OI = site.target.data  # column errors then include the cut weights, as in SparseGPT with a given mask
         gram_II = site.stats[Gram]
         order_I = gram_II.diagonal().argsort(descending=True, stable=True) if self.order == "activation" else None
         upper_II = shared_factor(site, self.damping, self.name, "rounded to nearest", order_I)

@@ -1,0 +1,1 @@
+"""Passes that belong to no one family: they serve pruning and quantization alike."""
