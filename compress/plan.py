@@ -137,7 +137,22 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
             f"limits.max_untouched allows {recipe.limits.max_untouched:.0%}"
         )
     check_shapes(walk, recipe.passes, covered)
+    check_order(list(walk.anatomy.places), recipe.passes)
     return covered
+
+
+def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
+    """Raise RecipeError for the first pass that finds a site in a form it cannot rewrite."""
+    for site in sites:
+        form = "dense"
+        for i, step in enumerate(passes):
+            if not isinstance(step, WeightPass) or not fnmatchcase(site, step.sites):
+                continue
+            if form and step.takes and form not in step.takes:
+                raise RecipeError(
+                    f"passes[{i}].{step.name}: takes a {' or '.join(step.takes)} weight; {site} is {form} by then"
+                )
+            form = step.gives
 
 
 def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:

@@ -23,7 +23,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compress
-from compress import GPTQ, RTN, ArtifactError, Calibration, CalibrationError, Magnitude, Recipe, Wanda
+from compress import (
+    ALPS,
+    GPTQ,
+    RTN,
+    ArtifactError,
+    Calibration,
+    CalibrationError,
+    DSnoT,
+    Global,
+    Magnitude,
+    Pass,
+    Pruner,
+    Realign,
+    Recipe,
+    RecipeError,
+    Reconstruct,
+    SparseGPT,
+    Swaps,
+    Wanda,
+)
 from compress.cli import main
 
 SINGLE = "model.safetensors"
@@ -308,3 +327,41 @@ def test_windows_that_are_all_padding(hugging_face: Any, single: Path) -> None:
     model, ids = hugging_face(single), torch.ones(2, 8, dtype=torch.long)
     with pytest.raises(CalibrationError, match="a window is all padding, or has padding inside"):
         compress.PassManager([Wanda()]).apply(model, ids, torch.tensor([[1] * 8, [0] * 8]))
+
+
+# -- passes in an order that cannot be -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([RTN(group=8), Wanda()], r"passes\[1\]\.wanda: takes a dense weight; \S+ is quantized by then"),
+        ([Swaps()], r"passes\[0\]\.swaps: takes a pruned weight; \S+ is dense by then"),
+        ([Wanda(), Realign()], r"passes\[1\]\.realign: takes a dense weight; \S+ is pruned by then"),
+        ([Wanda(), Wanda(sites="*.mlp.*")], r"passes\[1\]\.wanda: .* \S+\.mlp\.\S+ is pruned by then"),
+        ([SparseGPT(bits=4, group=8), Reconstruct()], r"passes\[1\]\.reconstruct: .* is quantized by then"),
+        ([Wanda(sites="*.mlp.*"), DSnoT()], r"passes\[1\]\.dsnot: takes a pruned weight; \S+\.self_attn\.\S+ is dense"),
+    ],
+    ids=str,
+)
+def test_an_impossible_order_is_refused_before_any_work(
+    passes: list[Pass], message: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.model.walk.Walk.enter", lambda *_, **__: pytest.fail("work was begun"))
+    with pytest.raises(RecipeError, match=message):
+        compress.run(tiny_llama, passes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "passes", [[Wanda(sites="*.mlp.*"), RTN(group=8)], [Wanda(), Swaps(), Reconstruct(), RTN(group=8)]], ids=str
+)
+def test_an_order_that_can_be_is_not_refused(passes: list[Pass], tiny_llama: Path, tmp_path: Path) -> None:
+    calibration = compress.Calibration(samples=4, length=32)
+    assert compress.run(tiny_llama, passes, tmp_path / "out", calibration=calibration).out.is_dir()
+
+
+@pytest.mark.parametrize("kind", [SparseGPT, ALPS])
+def test_a_global_competition_needs_scores(kind: type[Pruner]) -> None:
+    with pytest.raises(RecipeError, match=rf"passes\[0\]\.global: {kind.name} has no scores to compare; use magnitude"):
+        compress.Recipe(passes=(Global(), kind()))

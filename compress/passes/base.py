@@ -77,6 +77,8 @@ class WeightPass(Pass):
     """A rewrite of one site's weight at a time."""
 
     unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
+    takes: ClassVar[tuple[str, ...]] = ()  # of dense, pruned and quantized, what it can rewrite; () is found out there
+    gives: ClassVar[str] = ""  # what it makes of it; "" is not said
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 
@@ -103,6 +105,8 @@ class Pruner(WeightPass):
     """Keep the best-scored weights, unchanged; a subclass says what is worth keeping."""
 
     unfed: ClassVar[str] = "pruned by magnitude"
+    takes: ClassVar[tuple[str, ...]] = ("dense",)
+    gives: ClassVar[str] = "pruned"
 
     sparsity: Annotated[
         Sparsity, Field(description="fraction dropped, or n:m with n KEPT of every m inputs of a row")
@@ -150,6 +154,8 @@ class Refiner(WeightPass):
     """Improve what a pruner left: another mask of the same counts, or better values under the same mask."""
 
     unfed: ClassVar[str] = "left as it was"
+    takes: ClassVar[tuple[str, ...]] = ("pruned",)
+    gives: ClassVar[str] = "pruned"
 
     def masked(self, site: Site) -> tuple[Tensor, Masked]:
         """The kept values, float32 [out, in] and 0 where the mask cuts, and the weight; raises UnsupportedWeight."""
@@ -181,6 +187,9 @@ class Refiner(WeightPass):
 class Budget(Pass):
     """Decides, before anything is pruned, how sparse the next pruner of the recipe makes each site."""
 
+    def check(self, step: Pruner) -> None:
+        """Raise RecipeError if it can say nothing of this pruner."""
+
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
         """The sparsity of each site that `step` selects; on average what `step` asks for, over parameters."""
         raise NotImplementedError
@@ -210,6 +219,8 @@ class Quantizer(WeightPass):
     """Put weights on an integer grid, respecting masks; a subclass says how they are rounded."""
 
     unfed: ClassVar[str] = "rounded to nearest"
+    takes: ClassVar[tuple[str, ...]] = ("dense", "pruned")
+    gives: ClassVar[str] = "quantized"
 
     bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
     group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64

@@ -31,6 +31,12 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
         index = sum(isinstance(other, WeightPass) for other in passes[:after])
         if any(index == taken for _, taken in found):
             raise RecipeError(f"passes[{i}].{step.name}: passes[{after}].{passes[after].name} has a budget already")
+        pruner = passes[after]
+        if isinstance(pruner, Pruner):
+            try:
+                step.check(pruner)
+            except RecipeError as error:
+                raise RecipeError(f"passes[{i}].{error}") from error
         found.append((step, index))
     return found
 

@@ -28,6 +28,8 @@ class Realign(WeightPass, name="realign"):
 
     requires = (Gram, Cross)
     unfed = "left as it was"
+    takes = ("dense",)
+    gives = "dense"
 
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) that holds to the original")] = 0.01
 

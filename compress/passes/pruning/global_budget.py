@@ -26,6 +26,13 @@ class Global(Budget, name="global"):
     Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015, one threshold for all layers.
     """
 
+    def check(self, step: Pruner) -> None:
+        """The pruner must have scores before it begins."""
+        if type(step).score is Pruner.score:
+            raise RecipeError(
+                f"{self.name}: {step.name} has no scores to compare; use magnitude, wanda or ria after it"
+            )
+
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
         """The share of each site's scores below the threshold that drops what `step` asks for."""
         counts: dict[str, Tensor] = {}

@@ -53,6 +53,11 @@ class SparseGPT(Pruner, name="sparsegpt"):
         if self.bits is not None and not self.update:
             raise RecipeError(f"{self.name}.bits: rounding is part of the update; it needs update: true")
 
+    @property
+    def gives(self) -> str:  # type: ignore[override]
+        """Pruned, or with `bits` quantized."""
+        return "pruned" if self.bits is None else "quantized"
+
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """The pattern must fit the matrix, the group its width, and tiles a block."""
         super().check(site, shape)
