@@ -38,6 +38,14 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
     return None
 
 
+def damp(gram_II: Tensor, damping: float) -> Tensor:
+    """G + damping mean(diag G) 1; never singular, also where nothing ever fired."""
+    damped_II = gram_II.clone()
+    mean = gram_II.diagonal().mean().clamp(min=torch.finfo(gram_II.dtype).tiny)
+    damped_II.diagonal().add_(damping * mean)
+    return damped_II
+
+
 def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
     """U upper triangular with G^-1 = Uᵀ U, or None if G is not positive definite; three matrices at its largest.
 

@@ -196,9 +196,9 @@ def block_seconds(shapes: Shapes, stats: dict[int, Statistics]) -> list[tuple[st
 def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list[tuple[str, float, float, int]]:
     """(method, seconds, seconds of the plain loop, rows it was timed on) for the q matrix alone."""
     from compress.passes.feedback import Chosen, Unrounded, feed_back
-    from compress.passes.hessian import inverse_factor
+    from compress.passes.hessian import damp, inverse_factor
     from compress.passes.pruning.dsnot import dsnot
-    from compress.passes.pruning.reconstruct import damp, least_squares
+    from compress.passes.pruning.reconstruct import least_squares
     from compress.passes.pruning.swaps import swap
     from compress.weights import pattern
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from compress.passes.feedback import Chosen, Unrounded, feed_back
-from compress.passes.hessian import inverse_factor
+from compress.passes.hessian import damp, inverse_factor
 from compress.passes.pruning.dsnot import dsnot
-from compress.passes.pruning.reconstruct import damp, least_squares
+from compress.passes.pruning.reconstruct import least_squares
 from compress.passes.pruning.swaps import swap
 from compress.stats import Collector, ColumnNorm, Gram, Moments
 from compress.weights import pattern

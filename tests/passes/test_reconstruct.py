@@ -13,8 +13,8 @@ from torch import Tensor
 from compress import Dense, Masked, Reconstruct, SparseGPT, UnsupportedWeight, Wanda, pattern
 from compress.model.site import Site
 from compress.passes.feedback import Given, Unrounded, feed_back
-from compress.passes.hessian import inverse_factor
-from compress.passes.pruning.reconstruct import better, damp, least_squares, row_loss
+from compress.passes.hessian import damp, inverse_factor
+from compress.passes.pruning.reconstruct import better, least_squares, row_loss
 from compress.stats import Gram
 
 SiteMaker = Callable[..., Site]

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from compress.model.site import Site
 from compress.passes.base import WeightPass
+from compress.passes.hessian import damp
 from compress.stats import Cross, Gram
 from compress.weights import Dense, Weight
 
@@ -40,9 +41,7 @@ class Realign(WeightPass, name="realign"):
             return dense
         gram_II, w_OI = site.stats[Gram], site.original.data.float()
         shift_II = site.stats[Cross] - gram_II
-        damped_II = gram_II.clone()
-        damped_II.diagonal().add_(self.damping * gram_II.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
-        factor_II, failed = torch.linalg.cholesky_ex(damped_II)
+        factor_II, failed = torch.linalg.cholesky_ex(damp(gram_II, self.damping))
         if failed.item():
             site.fall_back(self.name, "the damped Gram is not positive definite; left as it was")
             return dense

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.model.site import Site
 from compress.passes.base import Pruner
-from compress.passes.hessian import shared_factor
+from compress.passes.hessian import damp, shared_factor
 from compress.passes.pruning.reconstruct import least_squares
 from compress.stats import Gram
 from compress.weights import Dense, Masked, Pattern, Weight
@@ -49,11 +49,8 @@ class ALPS(Pruner, name="alps"):
         dense, chosen = site.expect(Dense, by=self.name), self.pattern()
         if shared_factor(site, self.damping, self.name, "pruned by magnitude, uncompensated") is None:
             return self.rewrite_unfed(site)
-        gram_II = site.stats[Gram]
-        damped_II = gram_II.clone()
-        diagonal_I = damped_II.diagonal()
-        diagonal_I += float(site.ledger["damping"]) * diagonal_I.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        scale_I = diagonal_I.sqrt()
+        damped_II = damp(site.stats[Gram], float(site.ledger["damping"]))
+        scale_I = damped_II.diagonal().sqrt()
         unit_II = damped_II / scale_I / scale_I[:, None]
         values_I, vectors_II = site.stats.derived(("eigen", self.damping), lambda: eigen(unit_II))
         scaled_OI = dense.data.float() * scale_I

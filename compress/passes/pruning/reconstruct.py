@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.model.site import Site
 from compress.passes.base import Refiner
 from compress.passes.feedback import Given, Unrounded, feed_back
-from compress.passes.hessian import shared_factor
+from compress.passes.hessian import damp, shared_factor
 from compress.stats import Gram
 from compress.weights import Weight
 
@@ -56,13 +56,6 @@ class Reconstruct(Refiner, name="reconstruct"):
         kept_OI = better(w_OI, before_OI, stored_OI, gram_II)
         site.ledger["row_errors"] = [float(row_loss(w_OI, x_OI, gram_II).sum()) for x_OI in (before_OI, kept_OI)]
         return self.remasked(site, kept_OI, weight.mask_OI, weight.pattern)
-
-
-def damp(gram_II: Tensor, damping: float) -> Tensor:
-    """G + damping mean(diag G) 1."""
-    damped_II = gram_II.clone()
-    damped_II.diagonal().add_(damping * gram_II.diagonal().mean())
-    return damped_II
 
 
 def row_loss(w_OI: Tensor, now_OI: Tensor, gram_II: Tensor) -> Tensor:
