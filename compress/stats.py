@@ -26,11 +26,14 @@ def finite(tensor: Tensor) -> bool:
 class Statistic:
     """An accumulator over the tokens [T, in] that reach a site.
 
-    `by_window`: over windows of them, [..., T, in]. `paired`: over the same tokens in the dense model too.
+    `by_window`: over windows of them, [..., T, in]. `paired`: over the same tokens in the dense model too; its
+    value is left out if `tokens` stays 0.
     """
 
     by_window = False
     paired = False
+    square = False  # [in, in]
+    tokens = 0
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         raise NotImplementedError
@@ -79,6 +82,8 @@ SIDE = 1024  # of the square blocks in which a Gram is accumulated
 class Gram(Statistic):
     """Mean of x xᵀ over all calibration tokens, float32 [in, in]."""
 
+    square = True
+
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.sum_II = torch.zeros(inputs, inputs, device=device)
         self.tokens = 0
@@ -107,6 +112,7 @@ class Cross(Statistic):
     """
 
     paired = True
+    square = True
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.sum_II = torch.zeros(inputs, inputs, device=device)
@@ -183,7 +189,7 @@ class Statistics:
     def reordered(self, order_I: Tensor) -> Statistics:
         """The statistics of the same input with its features in another order."""
         values = {kind: value[..., order_I] for kind, value in self.values.items()}
-        square = {kind: value[order_I] for kind, value in values.items() if issubclass(kind, (Gram, Cross))}
+        square = {kind: value[order_I] for kind, value in values.items() if kind.square}
         return Statistics(values | square, self.tokens)
 
     def forget(self) -> None:
@@ -216,7 +222,7 @@ class Collector:
 
     def finish(self, where: str) -> Statistics:
         """The values; raises CalibrationError naming `where` if one is not finite."""
-        values = {k: part.value() for k, part in self.parts.items() if not isinstance(part, Cross) or part.tokens}
+        values = {k: part.value() for k, part in self.parts.items() if not part.paired or part.tokens}
         for kind, value in values.items():
             if not finite(value):
                 raise CalibrationError(

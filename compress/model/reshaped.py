@@ -22,6 +22,7 @@ from compress.model.layout import Shape
 from compress.model.source import Checkpoint, Held
 from compress.model.walk import Walk
 
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SAME = 1e-4  # relative, of float32 logits summed in another order
 ROUNDINGS = 8  # of the model's dtype
 
@@ -83,7 +84,7 @@ def sliced(source: Checkpoint, name: str, axis: int, kept_K: Tensor) -> Made:
 
 def computed(source: Checkpoint, like: str, shape: Shape, make: Callable[[], Tensor]) -> Made:
     """What `make` gives, of `shape`, rounded to the dtype of the source's tensor `like`."""
-    return Made(shape=shape, like=like, make=lambda: make().to(source.tensor(like).dtype).contiguous())
+    return Made(shape=shape, like=like, make=lambda: make().to(FLOATS[source.headers[like].dtype]).contiguous())
 
 
 def walk_over(reshaped: Checkpoint, walk: Walk) -> Walk:

@@ -139,8 +139,8 @@ class Site:
     def measure(self, output: bool = True) -> None:
         """Set `weight_error`, and with `output` also `output_error` if a Gram of the input is known.
 
-        Both are relative to the original. The output error is sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W; it costs
-        one product [out, in] @ [in, in].
+        The weight error is relative to the original; the output error, sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W,
+        to the target W. It costs one product [out, in] @ [in, in].
         """
         change = self._weight.dense().float() - self.original.data
         norm = torch.linalg.vector_norm(self.original.data, dtype=torch.float32).clamp(min=1e-30)
@@ -148,8 +148,9 @@ class Site:
         self.output_error = None
         if output and Gram in self.stats and self.stats.tokens:
             gram = self.stats[Gram]
-            full = energy(self.original.data.float(), gram).clamp(min=1e-30)
-            self.output_error = float((energy(change, gram) / full).sqrt())
+            target = self.target.data.float()
+            full = energy(target, gram).clamp(min=1e-30)
+            self.output_error = float((energy(self._weight.dense().float() - target, gram) / full).sqrt())
 
 
 def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:

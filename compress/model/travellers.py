@@ -71,6 +71,11 @@ class Travellers:
             hidden_BTD = torch.empty_like(hidden_BTD, device="meta")
         self._hidden = hidden_BTD
 
+    def forget(self) -> None:
+        """Remove what lies on disk."""
+        if self.store is not None:
+            self.store.unlink(missing_ok=True)
+
     def through(self, module: nn.Module, index: int, hidden_BTD: Tensor | None = None) -> Tensor:
         """The output [B, T, D] of block `index` on `hidden_BTD`, by default the present state."""
         args, kwargs = self.calls[index]

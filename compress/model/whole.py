@@ -6,6 +6,7 @@ Its blocks still come and go one at a time; only statistics and hidden states st
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -35,16 +36,21 @@ class Whole:
         return self.walk.anatomy
 
     @torch.no_grad()
-    def blocks(self, kinds: Iterable[type[Statistic]] = ()) -> Iterator[Block]:
-        """The blocks in order, as they are, with statistics of `kinds` of each distinct input of theirs.
+    def blocks(self, kinds: Iterable[type[Statistic]] = (), sites: str = "*") -> Iterator[Block]:
+        """The blocks in order, as they are, with statistics of `kinds` of each distinct input of the selected sites.
 
         Costs one forward over the calibration tokens, and a second one with statistics.
         """
         kinds = tuple(kinds)
         batches = [self.walk.enter(ids, stored=True) for ids in batched(self.windows)]
         probe = self.walk.enter(self.probe_NT)
-        for block in self.walk.visit(batches, probe):
-            if kinds and block.groups:
-                block.collect(block.groups, kinds)
-            yield block
-            block.advance()
+        try:
+            for block in self.walk.visit(batches, probe):
+                groups = [group for group in block.groups if any(fnmatchcase(site.name, sites) for site in group)]
+                if kinds and groups:
+                    block.collect(groups, kinds)
+                yield block
+                block.advance()
+        finally:
+            for batch in batches:
+                batch.forget()

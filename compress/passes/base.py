@@ -77,7 +77,9 @@ class WeightPass(Pass):
     """A rewrite of one site's weight at a time."""
 
     unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
-    takes: ClassVar[tuple[str, ...]] = ()  # of dense, pruned and quantized, what it can rewrite; () is found out there
+    takes: ClassVar[
+        tuple[str, ...]
+    ] = ()  # of dense, pruned, permuted and quantized, what it can rewrite; () is found out there
     gives: ClassVar[str] = ""  # what it makes of it; "" is not said
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
@@ -164,7 +166,7 @@ class Refiner(WeightPass):
                 return w_OI.float().masked_fill(~mask_OI, 0), weight
             case _:
                 raise UnsupportedWeight(
-                    f"{self.name} needs a pruned weight; {site.name} is {site.weight.describe()}; prune before it"
+                    f"{self.name} needs plain values under a mask; {site.name} is {site.weight.describe()}"
                 )
 
     def group(self, site: Site, weight: Masked) -> int:
@@ -219,7 +221,7 @@ class Quantizer(WeightPass):
     """Put weights on an integer grid, respecting masks; a subclass says how they are rounded."""
 
     unfed: ClassVar[str] = "rounded to nearest"
-    takes: ClassVar[tuple[str, ...]] = ("dense", "pruned")
+    takes: ClassVar[tuple[str, ...]] = ("dense", "pruned", "permuted")
     gives: ClassVar[str] = "quantized"
 
     bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4

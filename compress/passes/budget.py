@@ -60,14 +60,20 @@ def density(sparsity: Sparsity) -> float:
     return 1 - sparsity
 
 
-def centred(keep: Sequence[float], sizes: Sequence[int], mean: float, low: float = 0.01) -> list[float]:
-    """`keep` shifted by one number and clamped to [low, 1] so that its mean, weighted by `sizes`, is `mean`."""
+def centred(
+    keep: Sequence[float], sizes: Sequence[int], mean: float, low: float = 0.01, high: float = 1.0
+) -> list[float]:
+    """`keep` shifted by one number and clamped to [low, high] so that its mean, weighted by `sizes`, is `mean`.
+
+    Where `mean` itself lies outside, that end moves to it.
+    """
+    low, high = min(low, mean), max(high, mean)
     left, right = -2.0, 2.0
     for _ in range(HALVINGS):
         shift = (left + right) / 2
-        total = sum(size * min(1.0, max(low, k + shift)) for k, size in zip(keep, sizes, strict=True))
+        total = sum(size * min(high, max(low, k + shift)) for k, size in zip(keep, sizes, strict=True))
         left, right = (shift, right) if total < mean * sum(sizes) else (left, shift)
-    return [min(1.0, max(low, k + left)) for k in keep]
+    return [min(high, max(low, k + left)) for k in keep]
 
 
 def as_asked(sparsity: Sparsity, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, Sparsity]:
@@ -78,7 +84,11 @@ def as_asked(sparsity: Sparsity, keep: Mapping[str, float], sizes: Mapping[str, 
     if not isinstance(sparsity, str):
         return {part: round(1 - share, 4) for part, share in keep.items()}
     m = int(sparsity.split(":")[1])
-    exact = {part: min(m - 1.0, max(1.0, share * m)) for part, share in keep.items()}
+    weights = [sizes[part] for part in keep]
+    mean = sum(share * size for share, size in zip(keep.values(), weights, strict=True)) / max(1, sum(weights))
+    ends = 1 / m, (m - 1) / m
+    inside = centred(list(keep.values()), weights, min(ends[1], max(ends[0], mean)), *ends)  # still of this mean
+    exact = {part: share * m for part, share in zip(keep, inside, strict=True)}
     chosen = {part: math.floor(n + 1e-9) for part, n in exact.items()}
     missing = sum(sizes[part] * (n - chosen[part]) for part, n in exact.items())
     for part in sorted(exact, key=lambda part: chosen[part] - exact[part]):

@@ -113,7 +113,9 @@ def feed_back(
     """
     group = lcm(rounding.aligned, mask.aligned if mask else 1)
     block = max(group, block // group * group)
-    strip = STRIP if group % STRIP == 0 else group * max(1, STRIP // group)  # strips hold groups, or groups strips
+    aligned = (rounding.aligned, mask.aligned if mask else 1)
+    fits = all(each % STRIP == 0 or STRIP % each == 0 for each in aligned)  # strips hold groups, or groups strips
+    strip = STRIP if fits else group * max(1, STRIP // group)
     w = w_OI.float().clone()
     keep_OI = torch.empty_like(w, dtype=torch.bool) if mask else None
     loss = 0.0

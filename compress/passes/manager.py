@@ -18,7 +18,7 @@ from compress.model.site import Site
 from compress.model.travellers import batched, unpadded
 from compress.model.walk import LiveWalk
 from compress.model.whole import Whole
-from compress.passes.base import Pass, Pruner, Reshape, Sparsity, WeightPass
+from compress.passes.base import Budget, Pass, Pruner, Reshape, Sparsity, WeightPass
 from compress.passes.budget import allocations
 from compress.passes.masks import mask_statistics
 from compress.stats import Statistic, finite
@@ -50,12 +50,15 @@ class PassManager:
             raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block, dense")
         self.all_passes = tuple(passes)
         self.passes = tuple(step for step in passes if isinstance(step, WeightPass))
-        self.emit, self.ordering, self.budgets = emit, ordering, budgets or {}
+        self.emit, self.ordering, self.given = emit, ordering, budgets
+        self.budgets: Mapping[int, Mapping[str, Sparsity]] = budgets or {}
         self.chosen: dict[str, list[WeightPass]] = {}
 
     @torch.no_grad()  # not inference_mode: what is made here may end in a user's model, which may be trained
     def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The blocks, rewritten; the caller stores each before asking for the next."""
+        if self.given is None and not self.budgets and any(isinstance(step, Budget) for step in self.all_passes):
+            raise RecipeError("budgets: run needs what `allocations` gives for these passes; apply finds it itself")
         for block in blocks:
             if self.ordering == "dense":
                 self.measure(block, self.selected(block))
@@ -87,7 +90,12 @@ class PassManager:
         found: dict[str, Weight] = {}
         with one_by_one(model):
             walk = LiveWalk(model.eval())
-            self.budgets = allocations(self.all_passes, Whole(walk, windows, windows[0][:1]))
+            for step in self.passes:
+                for place in walk.anatomy.places.values():
+                    if fnmatchcase(place.site, step.sites):
+                        step.check(place.site, place.shape)
+            if self.given is None:
+                self.budgets = allocations(self.all_passes, Whole(walk, windows, windows[0][:1]))
             self.chosen = {}
             batches = [walk.enter(ids_BT) for ids_BT in batched(windows)]
             paired = any(kind.paired for step in self.passes for kind in step.requires)

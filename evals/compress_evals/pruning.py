@@ -27,7 +27,6 @@ from compress import (
     Calibration,
     DSnoT,
     Global,
-    Limits,
     Magnitude,
     Pass,
     Realign,
@@ -95,7 +94,7 @@ class Measured:
     method: str
     sparsity: str
     calibration: str
-    kept: float
+    source: str  # the model and the windows
     kl: list[float]
     loss: list[float]
     dense_loss: list[float]
@@ -128,15 +127,14 @@ class Bench:
 
     def __init__(self, model: str, samples: int, length: int) -> None:
         self.source, self.samples, self.length = model, samples, length
+        self.conditions = f"{model_name(model)}, {samples} x {length} tokens"
         self.dense, self.tokenizer = opened(locate(model), "cpu")
         self.windows = text_windows(self.tokenizer, evaluation_text(), 256)
 
     def measure(self, method: str, sparsity: float | str, data: str) -> Measured:
         """Run one method and measure its artifact; it is made in a temporary folder."""
         calibration = Calibration(data=data, samples=self.samples, length=self.length, seed=0)
-        recipe = Recipe(
-            passes=tuple(METHODS[method](sparsity)), calibration=calibration, limits=Limits(max_fallbacks=1000)
-        )
+        recipe = Recipe(passes=tuple(METHODS[method](sparsity)), calibration=calibration)
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
             report = compress.run(self.source, recipe, Path(folder) / "out")
@@ -150,10 +148,9 @@ class Bench:
         asked = evaluate(model, self.tokenizer, name=method, only=TASKS)
         found = compare_windows(self.dense, model, self.windows)
         sites = list(made["sites"].values())
-        sizes = [site["mask"]["kept"] for site in sites]
         return Measured(
             method=method, sparsity=str(sparsity), calibration=data, seconds=round(seconds, 1),
-            kept=sum(sizes) / len(sizes), tokens=sum(len(f.kl) for f in found),
+            source=self.conditions, tokens=sum(len(f.kl) for f in found),
             kl=[float(f.kl.sum()) for f in found], loss=[float(f.compressed_loss.sum()) for f in found],
             dense_loss=[float(f.dense_loss.sum()) for f in found],
             right={t: "".join("1" if row.scores["acc"] > 0 else "0" for row in asked.rows[t]) for t in TASKS},
@@ -177,7 +174,7 @@ def read(path: Path) -> list[Measured]:
 
 def table(rows: Sequence[Measured]) -> str:
     """Markdown: one block of lines for each calibration and sparsity, the best of each column in bold."""
-    head = ["sparsity", "method", "kept", "KL", "perplexity", "trained facts", "new question", "3 facts in context",
+    head = ["sparsity", "method", "KL", "perplexity", "trained facts", "new question", "3 facts in context",
             "open book", "seconds"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for key in dict.fromkeys((row.calibration, row.sparsity) for row in rows):
@@ -185,7 +182,7 @@ def table(rows: Sequence[Measured]) -> str:
         lowest = min(row.mean_kl for row in same)
         highest = {task: max(row.score(task) for row in same) for task in TASKS}
         for row in same:
-            cells = [f"{row.sparsity} {row.calibration}", row.method, f"{100 * row.kept:.1f} %"]
+            cells = [f"{row.sparsity} {row.calibration}", row.method]
             cells.append(bold(f"{row.mean_kl:.4f}", row.mean_kl == lowest))
             cells.append(f"{math.exp(sum(row.loss) / row.tokens):.2f}")
             for task in TASKS:
@@ -247,8 +244,12 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "rows.jsonl"
-    done = {(row.calibration, row.sparsity, row.method) for row in read(path)}
     bench = Bench(arguments.model, arguments.samples, arguments.length)
+    found = read(path)
+    other = next((row.source for row in found if row.source != bench.conditions), None)
+    if other is not None:
+        parser.error(f"--out: {path} holds rows of {other}; choose another folder")
+    done = {(row.calibration, row.sparsity, row.method) for row in found}
     for data in arguments.calibrations:
         for method, sparsity in wanted(data):
             chosen = method in arguments.methods and str(sparsity) in arguments.sparsities
@@ -259,9 +260,7 @@ def main() -> None:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
     rows = sorted(read(path), key=lambda row: (row.calibration, ":" in row.sparsity, row.sparsity))
-    head = (
-        f"{model_name(arguments.model)}, {arguments.samples} x {arguments.length} tokens, seed 0, cpu; 95 % intervals"
-    )
+    head = f"{bench.conditions}, seed 0, cpu; 95 % intervals; p values are not corrected for choosing the best"
     lines = [head, "", table(rows), "", errors_table(rows), "", *verdicts(rows)]
     (arguments.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     sys.stdout.write("\n".join(lines) + "\n")

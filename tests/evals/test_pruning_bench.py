@@ -21,7 +21,7 @@ from compress.weights import pattern
 from compress_evals import pruning, speed
 
 ROW = pruning.Measured(
-    method="wanda", sparsity="0.5", calibration="mixed", kept=0.5, kl=[1.0, 3.0], loss=[8.0, 8.0],
+    method="wanda", sparsity="0.5", calibration="mixed", source="m", kl=[1.0, 3.0], loss=[8.0, 8.0],
     dense_loss=[7.0, 7.0], tokens=8, right=dict.fromkeys(pruning.TASKS, "1101"),
     clusters={task: ["a", "b", "c", "d"] for task in pruning.TASKS},
     intervals=dict.fromkeys(pruning.TASKS, (0.5, 0.9)), errors={}, seconds=2.0,

@@ -15,7 +15,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compress
-from compress import OWL, RTN, Calibration, Masked, PassManager, Recipe, RecipeError, Sensitivity, SparseGPT, Wanda
+from compress import (
+    OWL,
+    RTN,
+    Calibration,
+    CalibrationError,
+    Global,
+    Masked,
+    PassManager,
+    Recipe,
+    RecipeError,
+    Sensitivity,
+    SparseGPT,
+    Wanda,
+)
 from compress.artifact import Artifact
 from compress.passes import Budget, Pass, Pruner
 from compress.passes.budget import as_asked, centred, density, governed
@@ -114,14 +127,20 @@ def test_fractions_are_given_as_fractions() -> None:
     sizes=st.lists(st.integers(1, 1000), min_size=6, max_size=6),
     m=st.sampled_from([2, 4, 8]),
 )
-def test_whole_n_are_given_within_one_part(keep: list[float], sizes: list[int], m: int) -> None:
+def test_whole_n_keep_the_mean_within_one_part(keep: list[float], sizes: list[int], m: int) -> None:
+    """The mean that was asked for, or the nearest that n from 1 to m - 1 can have."""
     sizes = sizes[: len(keep)]
     given_n = [int(str(s).split(":")[0]) for s in as_asked(f"1:{m}", named(keep), named(sizes)).values()]
-    wanted = [min(m - 1, max(1, share * m)) for share in keep]
+    mean = sum(k * s for k, s in zip(keep, sizes, strict=True)) / sum(sizes)
     assert all(1 <= n <= m - 1 for n in given_n)
-    assert all(abs(n - w) < 1 + 1e-6 for n, w in zip(given_n, wanted, strict=True))
-    surplus = sum(size * (n - w) for size, n, w in zip(sizes, given_n, wanted, strict=True))
-    assert abs(surplus) <= max(sizes)
+    wanted = m * min((m - 1) / m, max(1 / m, mean)) * sum(sizes)
+    assert abs(sum(n * s for n, s in zip(given_n, sizes, strict=True)) - wanted) <= max(sizes) + 1e-6 * wanted
+
+
+@pytest.mark.parametrize(("sparsity", "share"), [("1:4", 0.25), ("3:4", 0.75), ("1:8", 0.125)])
+def test_the_ends_of_n_to_m_keep_their_mean(sparsity: str, share: float) -> None:
+    given = as_asked(sparsity, named([share - 0.08, share + 0.08]), named([5, 5]))
+    assert [density(s) for s in given.values()] == pytest.approx([share, share])
 
 
 def test_the_largest_remainder_is_rounded_up_first() -> None:
@@ -464,3 +483,39 @@ def test_a_spread_too_small_to_measure_is_refused() -> None:
 
 def test_owl_over_no_site_gives_nothing() -> None:
     assert keep_by_outliers({}, {}, 0.5, 0.08) == {}
+
+
+def test_running_blocks_without_the_budgets_found_is_refused(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    walk = walk_of(tiny_llama)
+    with pytest.raises(RecipeError, match="budgets: run needs what `allocations` gives"):
+        next(iter(PassManager([OWL(), Wanda()]).run(walk.visit([walk.enter(ids)], walk.enter(ids[:1])))))
+
+
+def test_given_budgets_are_not_looked_for_again(tiny_llama: Path, hugging_face: Any, ids: Tensor) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    found = PassManager([OWL(), Wanda()], budgets={0: {name: 0.75}}).apply(hugging_face(tiny_llama), ids)
+    assert found[name].describe() == "75%"
+    assert found["model.layers.0.self_attn.k_proj"].describe() == "50%"
+
+
+@pytest.mark.parametrize("budget", [OWL(), Sensitivity(), Global()], ids=lambda b: b.name)
+def test_a_budget_measures_only_what_its_pruner_selects(
+    budget: Any, tiny_llama: Path, hugging_face: Any, ids: Tensor
+) -> None:
+    model = hugging_face(tiny_llama)
+    model.model.layers[0].mlp.spare = torch.nn.Linear(48, 48, bias=False)  # never called
+    found = PassManager([budget, Wanda(sites="*self_attn*")]).apply(model, ids)
+    assert {name.split(".")[3] for name in found} == {"self_attn"}
+
+
+def test_a_part_that_ruins_the_model_is_named(tiny_llama: Path, hugging_face: Any, ids: Tensor) -> None:
+    model = hugging_face(tiny_llama)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.raises(CalibrationError, match=r"sensitivity: pruning model\.layers\.0\.self_attn\.q_proj alone makes"):
+        PassManager([Sensitivity(), Wanda()]).apply(model, ids)
+
+
+def test_shapes_are_checked_before_a_budget_measures(tiny_llama: Path, hugging_face: Any, ids: Tensor) -> None:
+    with pytest.raises(RecipeError, match=r"wanda: model\.layers\.0\.self_attn\.q_proj: 5:7 needs a width"):
+        PassManager([Sensitivity(), Wanda(sparsity="5:7")]).apply(hugging_face(tiny_llama), ids)

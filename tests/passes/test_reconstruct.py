@@ -260,7 +260,7 @@ def test_a_hopeless_gram_changes_nothing_and_is_recorded(method: Any, site_of: S
 
 
 def test_a_dense_weight_is_refused(site_of: SiteMaker) -> None:
-    with pytest.raises(UnsupportedWeight, match=r"reconstruct needs a pruned weight; blocks\.0\.proj is .*"):
+    with pytest.raises(UnsupportedWeight, match=r"reconstruct needs plain values under a mask; blocks\.0\.proj is .*"):
         Reconstruct().rewrite(site_of(normal(ROWS, WIDTH), tokens()))
 
 

@@ -24,6 +24,7 @@ from compress import (
     pattern,
 )
 from compress.model.site import Site
+from compress.passes import feedback
 from compress.passes.feedback import Chosen, Given, Unrounded, feed_back
 from compress.passes.hessian import inverse_factor
 
@@ -507,3 +508,16 @@ def test_joint_rounding_holds_without_statistics_too(site_of: SiteMaker) -> None
     weight = step.rewrite_unfed(site_of(normal(16, 32), normal(3, 32, seed=1)))
     assert weight.describe() == "2:4·int4g8"
     assert int(weight.dense()[~weight.mask_OI].count_nonzero()) == 0
+
+
+@pytest.mark.parametrize(("sparsity", "group"), [("2:3", 16), ("6:12", 16), ("3:6", 0), ("8:16", 24), ("2:4", 24)])
+def test_groups_that_strips_do_not_hold_see_every_update(sparsity: str, group: int, site_of: SiteMaker) -> None:
+    """The whole width as one strip is a plain loop over columns."""
+    w, x = normal(16, 96), normal(200, 96, seed=1)
+    step = SparseGPT(sparsity=sparsity, bits=4, group=group, block=96)
+    masks = []
+    for strip in (feedback.STRIP, 96):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(feedback, "STRIP", strip)
+            masks.append(step.rewrite(site_of(w, x)).mask_OI)
+    assert torch.equal(*masks)

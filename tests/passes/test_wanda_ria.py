@@ -289,3 +289,23 @@ def test_a_permutation_never_retains_less(seed: int, site_of: SiteMaker) -> None
     RIA(sparsity="2:4", permute=True).rewrite(site)
     plain, chosen = site.ledger["retained_score"]
     assert chosen >= plain
+
+
+def test_a_sparsity_out_of_reach_of_alpha_is_a_fallback_under_its_true_name(site_of: SiteMaker) -> None:
+    site = site_of(normal(16, 64), normal(200, 64, seed=1))
+    weight = Wanda(sparsity=0.99, alpha=True).rewrite(site)
+    ((name, reason),) = site.fallbacks
+    assert name == "wanda"
+    assert reason.startswith("no alpha below 0.8 cuts 99%, ")
+    assert weight.describe() != "99%"
+
+
+def test_alpha_cuts_nothing_where_nothing_is_asked(site_of: SiteMaker) -> None:
+    weight = Wanda(sparsity=0.0, alpha=True).rewrite(site_of(normal(16, 64), normal(200, 64, seed=1)))
+    assert bool(weight.mask_OI.all())
+
+
+def test_a_permutation_of_what_is_all_zero_is_finite(site_of: SiteMaker) -> None:
+    site = site_of(normal(8, 16), torch.zeros(20, 16))
+    RIA(sparsity="2:4", permute=True).rewrite(site)
+    assert site.ledger["retained_score"] == [0.0, 0.0]

@@ -42,7 +42,9 @@ class ALPS(Pruner, name="alps"):
     scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
     iterations: Annotated[int, Field(ge=1, le=10000, description="of ADMM, at most")] = 300
-    penalty: Annotated[float, Field(gt=0, description="rho of the first iteration, on a Gram of unit diagonal")] = 0.1
+    penalty: Annotated[
+        float, Field(gt=0, le=1e6, description="rho of the first iteration, on a Gram of unit diagonal")
+    ] = 0.1
 
     def rewrite(self, site: Site) -> Weight:
         """The best values found under the best mask found."""

@@ -39,9 +39,12 @@ class DSnoT(Refiner, name="dsnot"):
     form: Annotated[Form, Field(description="guarded, reference or paper")] = "guarded"
     cycles: Annotated[int, Field(ge=0, le=10000, description="swaps of a row, at most")] = 50
     threshold: Annotated[
-        float, Field(ge=0, description="error of a row, on token means, below which it rests; the paper's 0.1 / 2048")
+        float,
+        Field(ge=0, le=1e9, description="error of a row, on token means, below which it rests; the paper's 0.1 / 2048"),
     ] = 4.9e-5
-    power: Annotated[float, Field(ge=0, description="of the variance that a grown weight's merit is divided by")] = 1.0
+    power: Annotated[
+        float, Field(ge=0, le=16, description="of the variance that a grown weight's merit is divided by")
+    ] = 1.0
     variance: Annotated[
         Literal["within", "total"], Field(description="of an input within calibration windows, or over all tokens")
     ] = "within"

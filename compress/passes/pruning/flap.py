@@ -8,46 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from compress.model.site import Site
 from compress.passes.structured import StructuredPruner
-from compress.stats import Statistic
-
-
-class Fluctuation(Statistic):
-    """Mean and variance of each input feature over all calibration tokens, float32 [2, in]."""
-
-    @classmethod
-    def nbytes(cls, inputs: int) -> int:
-        """Two float64 for each input."""
-        return 16 * inputs
-
-    def __init__(self, inputs: int, device: torch.device) -> None:
-        self.mean_I = torch.zeros(inputs, device=device, dtype=torch.float64)
-        self.spread_I = torch.zeros(inputs, device=device, dtype=torch.float64)  # sum of squared distances to the mean
-        self.tokens = 0
-
-    def update(self, x_TI: Tensor) -> None:
-        """Merge a batch.
-
-        Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
-        1979.
-        """
-        x_TI = x_TI.float()
-        mean_I = x_TI.mean(0, dtype=torch.float64)
-        away_I = mean_I - self.mean_I
-        tokens = self.tokens + len(x_TI)
-        self.spread_I += (x_TI - mean_I.float()).square().sum(0, dtype=torch.float64)
-        self.spread_I += away_I.square() * (self.tokens * len(x_TI) / tokens)
-        self.mean_I += away_I * (len(x_TI) / tokens)
-        self.tokens = tokens
-
-    def value(self) -> Tensor:
-        """The means, then the variances (of the tokens, not an estimate beyond them)."""
-        return torch.stack([self.mean_I, self.spread_I / max(1, self.tokens)]).float()
+from compress.stats import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +28,13 @@ class FLAP(StructuredPruner, name="flap"):
     block is measured behind what was removed before it; variances are exact, and every batch counts.
     """
 
-    requires = (Fluctuation,)
+    requires = (Moments,)
 
     compensate: Annotated[bool, Field(description="add what the removed inputs are on average to a bias")] = True
 
     def score(self, site: Site) -> Tensor:
         """Variance times the squared norm of the weight column, [in]."""
-        return site.stats[Fluctuation][1] * site.original.data.float().square().sum(0)
+        return site.stats[Moments][1] * site.original.data.float().square().sum(0)
 
     def pool(self, score_GC: Tensor) -> Tensor:
         """The mean square over the channels of a group, [groups]; of one channel, the order is that of its score."""
@@ -76,7 +42,7 @@ class FLAP(StructuredPruner, name="flap"):
 
     def constant(self, site: Site) -> Tensor:
         """The mean of each input, if biases may take it over."""
-        return site.stats[Fluctuation][0] if self.compensate else super().constant(site)
+        return site.stats[Moments][0] if self.compensate else super().constant(site)
 
     @property
     def compensates(self) -> bool:

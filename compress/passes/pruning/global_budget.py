@@ -36,7 +36,7 @@ class Global(Budget, name="global"):
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
         """The share of each site's scores below the threshold that drops what `step` asks for."""
         counts: dict[str, Tensor] = {}
-        for block in model.blocks(step.requires):
+        for block in model.blocks(step.requires, step.sites):
             for site in block.sites.values():
                 if fnmatchcase(site.name, step.sites) and all(kind in site.stats for kind in step.requires):
                     counts[site.name] = bins(step.score(site))

@@ -30,14 +30,14 @@ class OWL(Budget, name="owl"):
     spread: Annotated[
         float, Field(ge=0, le=0.5, description="furthest that a block may be from the mean sparsity, before centring")
     ] = 0.08
-    multiple: Annotated[float, Field(gt=0, description="an outlier is a score above this many means")] = 5.0
+    multiple: Annotated[float, Field(gt=0, le=1e6, description="an outlier is a score above this many means")] = 5.0
 
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
         """One sparsity a block, for the sites that `step` selects."""
         shares: dict[str, float] = {}
         members: dict[str, list[str]] = {}
         sizes: dict[str, int] = {}
-        for block in model.blocks(self.requires):
+        for block in model.blocks(self.requires, step.sites):
             sites = [site for site in block.sites.values() if fnmatchcase(site.name, step.sites)]
             if sites:
                 members[block.name] = [site.name for site in sites]

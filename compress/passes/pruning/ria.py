@@ -41,6 +41,11 @@ class RIA(Pruner, name="ria"):
             raise RecipeError(f"{self.name}.permute: only n:m has groups that a permutation changes")
 
     @property
+    def gives(self) -> str:  # type: ignore[override]
+        """Pruned, or behind a permutation."""
+        return "permuted" if self.permute else "pruned"
+
+    @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
         """Norms of the input, unless their power is 0."""
         return (ColumnNorm,) if self.power else ()
@@ -70,7 +75,7 @@ class RIA(Pruner, name="ria"):
 
 def retained(score_OI: Tensor, chosen: NM) -> float:
     """The share of all scores that the pattern keeps."""
-    return float((score_OI * chosen.keep(score_OI)).sum() / score_OI.sum())
+    return float((score_OI * chosen.keep(score_OI)).sum() / score_OI.sum().clamp(min=1e-30))
 
 
 def deal(score_OI: Tensor, chosen: NM) -> Tensor:
@@ -86,13 +91,13 @@ def deal(score_OI: Tensor, chosen: NM) -> Tensor:
     for rank in range(chosen.m):
         others_GM = torch.cat((held_GM[:, :rank], held_GM[:, rank + 1 :]), 1)
         columns_G = held_GM[:, rank]
-        gain_GG = torch.stack([gains(score_OI, others_M, columns_G, chosen) for others_M in others_GM])
+        offered_GO = score_OI.T[columns_G]
+        gain_GG = torch.stack([gains(offered_GO, score_OI.T[others_M], chosen.n) for others_M in others_GM])
         _, chosen_G = linear_sum_assignment(gain_GG.cpu().numpy(), maximize=True)
         held_GM[:, rank] = columns_G[torch.from_numpy(chosen_G).to(columns_G.device)]
     return held_GM.flatten()
 
 
-def gains(score_OI: Tensor, others_M: Tensor, columns_G: Tensor, chosen: NM) -> Tensor:
-    """What a group of `others_M` retains more with each of the columns added: what rises above its n-th best."""
-    last_O1 = score_OI[:, others_M].topk(chosen.n, 1).values[:, -1:]
-    return (score_OI[:, columns_G] - last_O1).clamp_(min=0).sum(0)
+def gains(offered_GO: Tensor, others_MO: Tensor, n: int) -> Tensor:
+    """What a group retains more with each of the columns offered: what of it rises above its n-th best, [groups]."""
+    return (offered_GO - others_MO.topk(n, 0).values[-1]).clamp_(min=0).sum(1)

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.errors import CalibrationError
 from compress.model.block import Block, peers_of
 from compress.model.site import Site
 from compress.model.whole import Whole
@@ -57,17 +58,21 @@ class Sensitivity(Budget, name="sensitivity"):
         found: list[tuple[tuple[str, ...], int]] = []
         probes: list[Tensor] = []  # of each part, one for each sparsity tried
         batch = model.walk.enter(model.probe_NT)
-        for block in model.blocks(step.requires):
+        for block in model.blocks(step.requires, step.sites):
             probes = [batch.through(block.module, block.index, hidden) for hidden in probes]
             for sites in parts_of(block, step.sites):
                 found.append((tuple(s.name for s in sites), sum(s.shape[0] * s.shape[1] for s in sites)))
                 probes += [pruned_output(block, sites, replace(step, sparsity=sparsity)) for sparsity in tried]
                 for site in sites:
                     site.stats.forget()
-        costs = []
+        costs: list[float] = []
         for hidden in probes:
             batch.hidden_BTD = hidden
-            costs.append(max(LEAST, kl(model.walk.dense_logits, model.walk.leave(batch))))
+            cost = kl(model.walk.dense_logits, model.walk.leave(batch))
+            if not math.isfinite(cost):
+                first = found[len(costs) // len(tried)][0][0]
+                raise CalibrationError(f"{self.name}: pruning {first} alone makes the logits not finite")
+            costs.append(max(LEAST, cost))
         parts = [
             curve(names, size, tried, costs[i * len(tried) : (i + 1) * len(tried)])
             for i, (names, size) in enumerate(found)
@@ -108,7 +113,8 @@ def kl(dense_BTV: Tensor, other_BTV: Tensor) -> float:
     total = 0.0
     for dense_TV, other_TV in zip(dense_BTV, other_BTV, strict=True):
         left, right = F.log_softmax(dense_TV.float(), -1), F.log_softmax(other_TV.float(), -1)
-        total += float((left.exp() * (left - right)).sum(-1).mean())
+        each_TV = left.exp() * (left - right)
+        total += float(each_TV.masked_fill(left.isneginf(), 0).sum(-1).mean())  # what dense never says counts nothing
     return total / len(dense_BTV)
 
 

@@ -63,7 +63,7 @@ class ShortGPT(Reshape, name="shortgpt"):
         return without(walk, source, range(self.protect, self.protect + count))
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
-        """The model without the blocks chosen; costs three forwards over the calibration tokens."""
+        """The model without the blocks chosen; costs two forwards over the calibration tokens."""
         influences, ends_ND = influence(model)
         allowed = range(self.protect, len(influences) - self.protect)
         count = self.count(len(influences))

@@ -61,7 +61,7 @@ def swap(
     `kept_OI` holds the kept values, 0 elsewhere. Each row is 1-swap optimal at the end, but for pairs outside the
     shortlist, and if the limit was not reached.
     """
-    step = max(1, AT_ONCE // w_OI.shape[1])
+    step = len(w_OI) if w_OI.is_cuda else max(1, AT_ONCE // w_OI.shape[1])
     parts = [
         Search(w, kept, keep, gram_II, shortlist).run(limit)
         for w, kept, keep in zip(w_OI.split(step), kept_OI.split(step), keep_OI.split(step), strict=True)

@@ -14,9 +14,11 @@ from compress.model.site import Site
 from compress.passes.base import Pruner
 from compress.stats import ColumnNorm
 from compress.weights import Dense, Masked, Weight
+from compress.weights.pattern import percent
 
 HIGHEST = 0.8  # share of a row's scores that may be cut; the released code brackets the same
 CLOSE = 1e-3  # of the sparsity reached, and of the bracket
+FAR = 0.01  # from the sparsity asked for, beyond what few entries or equal scores explain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,14 @@ class Wanda(Pruner, name="wanda"):
 
     def rewrite(self, site: Site) -> Weight:
         """The same values under the mask of the highest scores."""
-        if not self.alpha or isinstance(self.sparsity, str):
+        if not self.alpha or isinstance(self.sparsity, str) or not self.sparsity:
             return super().rewrite(site)
         keep_OI, alpha = keep_by_alpha(self.score(site), self.sparsity)
         site.ledger["alpha"] = alpha
-        return Masked(site.expect(Dense, by=self.name), keep_OI, self.pattern().name)
+        reached = round(1 - float(keep_OI.sum()) / keep_OI.numel(), 4)
+        if abs(reached - self.sparsity) > FAR:
+            site.fall_back(self.name, f"no alpha below {HIGHEST} cuts {percent(self.sparsity)}, {percent(reached)} are")
+        return Masked(site.expect(Dense, by=self.name), keep_OI, percent(reached))
 
 
 def keep_by_alpha(score_OI: Tensor, sparsity: float) -> tuple[Tensor, float]:
