@@ -149,24 +149,34 @@ def swap_in_groups(
     """
     kept_OI, keep_OI = kept_OI.clone(), keep_OI.clone()
     counts_O = torch.zeros(len(w_OI), dtype=torch.long, device=w_OI.device)
-    loss_O = ((w_OI - kept_OI) @ gram_II * (w_OI - kept_OI)).sum(1)
-    width = max(m, BLOCK // m * m)
+    rows = torch.arange(len(w_OI), device=w_OI.device)  # that the last sweep changed; the others are optimal
     for _ in range(limit):
-        c_OI = (w_OI - kept_OI) @ gram_II
-        found_O = torch.zeros_like(counts_O)
-        for start in range(0, w_OI.shape[1], width):
-            part = slice(start, min(start + width, w_OI.shape[1]))
-            before_OB = kept_OI[:, part].clone()
-            for at in range(part.start, part.stop, m):
-                group = slice(at, at + m)
-                change_OM, swapped_O = swap_once(w_OI, kept_OI, keep_OI, gram_II, c_OI, group, loss_O)
-                c_OI[:, part] += change_OM @ gram_II[group, part]
-                found_O += swapped_O
-            c_OI[:, part.stop :] += (before_OB - kept_OI[:, part]) @ gram_II[part, part.stop :]
-        counts_O += found_O
-        if not bool(found_O.any()):
+        w, kept, keep = w_OI[rows], kept_OI[rows], keep_OI[rows]
+        found_O = sweep(w, kept, keep, gram_II, m)
+        kept_OI[rows], keep_OI[rows] = kept, keep
+        counts_O[rows] += found_O
+        rows = rows[found_O > 0]
+        if not len(rows):
             break
     return kept_OI, keep_OI, counts_O
+
+
+def sweep(w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, m: int) -> Tensor:
+    """Take the best swap of every group from left to right, in place; the swaps of each row."""
+    c_OI = (w_OI - kept_OI) @ gram_II
+    loss_O = ((w_OI - kept_OI) * c_OI).sum(1)
+    found_O = torch.zeros(len(w_OI), dtype=torch.long, device=w_OI.device)
+    width = max(m, BLOCK // m * m)
+    for start in range(0, w_OI.shape[1], width):
+        part = slice(start, min(start + width, w_OI.shape[1]))
+        before_OB = kept_OI[:, part].clone()
+        for at in range(part.start, part.stop, m):
+            group = slice(at, at + m)
+            change_OM, swapped_O = swap_once(w_OI, kept_OI, keep_OI, gram_II, c_OI, group, loss_O)
+            c_OI[:, part] += change_OM @ gram_II[group, part]
+            found_O += swapped_O
+        c_OI[:, part.stop :] += (before_OB - kept_OI[:, part]) @ gram_II[part, part.stop :]
+    return found_O
 
 
 def swap_once(
