@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=32, help="rows on which the loops over rows are timed")
+    parser.add_argument("--only", choices=["block", "loops"], help="one of the two tables; the block takes ten minutes")
     arguments = parser.parse_args()
     shapes = Shapes(hidden=arguments.hidden, inner=arguments.inner, keys=arguments.keys)
     widths = {INPUTS[name]: shape[1] for name, shape in shapes.of().items()}
@@ -249,8 +250,12 @@ def main() -> None:
     lines = [f"hidden {shapes.hidden}, inner {shapes.inner}, {torch.get_num_threads()} threads, one run each, float32"]
     lines += ["", f"| statistic of the block's 4 inputs, {arguments.tokens} tokens | seconds |", "|---|---|"]
     lines += [f"| {kind.__name__} | {seconds:.2f} |" for kind, seconds in gathering.items()]
-    lines += ["", "| method | seconds a block |", "|---|---|"]
-    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in block_seconds(shapes, stats)]
+    if arguments.only != "loops":
+        lines += ["", "| method | seconds a block |", "|---|---|"]
+        lines += [f"| {name} | {seconds:.2f} |" for name, seconds in block_seconds(shapes, stats)]
+    if arguments.only == "block":
+        sys.stdout.write("\n".join(lines) + "\n")
+        return
     lines += ["", "| inner loop, one matrix | seconds | plain loop | ratio | loop timed on |", "|---|---|---|---|---|"]
     for name, ours, loop, rows in inner_loops(shapes, stats, arguments.rows):
         lines.append(f"| {name} | {ours:.2f} | {loop:.1f} | {loop / ours:.1f} | {rows} rows |")
