@@ -25,6 +25,7 @@ from compress.events import BlockFinished, BlockStarted, Event, ModelReshaped, R
 from compress.model.anatomy import Coverage
 from compress.model.architecture import without_code
 from compress.model.block import Block
+from compress.model.divergence import mean_kl
 from compress.model.family import TESTED
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
@@ -38,7 +39,7 @@ from compress.recipe import Calibration, Recipe
 from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
 from compress.texts import HUB
-from compress.verification import check_whole, mean_kl
+from compress.verification import check_whole
 from compress.writer import ArtifactWriter, Stored
 
 PROVED = 16  # tokens on which the replay of a family no test covers is compared with the model itself

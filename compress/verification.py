@@ -27,15 +27,6 @@ ROUNDINGS = 4  # of the model's dtype, where a family adds a bias in another ord
 ROWS = 1024  # of a matrix in float64 at once
 
 
-def mean_kl(dense: Tensor, compressed: Tensor) -> float:
-    """Mean over tokens of KL(dense || compressed) in nats, float32."""
-    total = 0.0
-    for dense_TV, compressed_TV in zip(dense, compressed, strict=True):  # a window at a time: vocabularies are large
-        left, right = F.log_softmax(dense_TV.float(), -1), F.log_softmax(compressed_TV.float(), -1)
-        total += float((left.exp() * (left - right)).sum(-1).mean())
-    return total / len(dense)
-
-
 class RuntimeWalk(Walk):
     """A walk through an artifact whose sites are run by the modules that stand for them after loading; once."""
 
@@ -139,4 +130,4 @@ def check_runtime(artifact: Artifact, walk: Walk) -> None:
                 raise VerificationError(f"{site}: the module that runs it is off by {error:.3g}")
 
 
-__all__ = ["RuntimeWalk", "check_runtime", "check_whole", "mean_kl"]
+__all__ = ["RuntimeWalk", "check_runtime", "check_whole"]

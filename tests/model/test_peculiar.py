@@ -19,7 +19,7 @@ from compress.artifact import Artifact
 from compress.events import StatisticsCollected
 from compress.model.anatomy import Anatomy, coverage
 from compress.model.architecture import auto_class, skeleton, without_code
-from compress.verification import mean_kl
+from compress.model.divergence import mean_kl
 
 SMALL: dict[str, Any] = {
     "vocab_size": 211, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -30,10 +30,11 @@ from compress import (
     Wanda,
 )
 from compress.artifact import Artifact
+from compress.model.divergence import mean_kl as kl
 from compress.passes import Budget, Pass, Pruner
 from compress.passes.budget import as_asked, centred, density, governed
 from compress.passes.pruning.owl import keep_by_outliers
-from compress.passes.pruning.sensitivity import FINE, Part, curve, kl, spend
+from compress.passes.pruning.sensitivity import FINE, Part, curve, spend
 
 SITES, BLOCKS = 14, 2
 BUDGETS = (OWL(), Sensitivity())

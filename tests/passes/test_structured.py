@@ -33,13 +33,13 @@ from compress import (
     WandaSP,
 )  # fmt: skip
 from compress.model.anatomy import MISSED, Coverage
+from compress.model.divergence import mean_kl
 from compress.model.source import Checkpoint
 from compress.model.whole import Whole
 from compress.passes import OWL
 from compress.passes.pruning.shortgpt import influence
 from compress.plan import tokens_for
 from compress.stats import Moments
-from compress.verification import mean_kl
 
 RATIO = 1e-5  # float32 sums in another order
 CALIBRATION = Calibration(samples=6, length=32)

@@ -13,10 +13,10 @@ from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from compress.errors import CalibrationError
 from compress.model.block import Block, peers_of
+from compress.model.divergence import mean_kl
 from compress.model.site import Site
 from compress.model.whole import Whole
 from compress.passes.base import Budget, Pruner, Sparsity
@@ -68,7 +68,7 @@ class Sensitivity(Budget, name="sensitivity"):
         costs: list[float] = []
         for hidden in probes:
             batch.hidden_BTD = hidden
-            cost = kl(model.walk.dense_logits, model.walk.leave(batch))
+            cost = mean_kl(model.walk.dense_logits, model.walk.leave(batch))
             if not math.isfinite(cost):
                 first = found[len(costs) // len(tried)][0][0]
                 raise CalibrationError(f"{self.name}: pruning {first} alone makes the logits not finite")
@@ -106,16 +106,6 @@ def pruned_output(block: Block, sites: Sequence[Site], step: Pruner) -> Tensor:
     for site in sites:
         site.weight = site.original
     return moved
-
-
-def kl(dense_BTV: Tensor, other_BTV: Tensor) -> float:
-    """Mean over tokens of KL(dense || other), nats."""
-    total = 0.0
-    for dense_TV, other_TV in zip(dense_BTV, other_BTV, strict=True):
-        left, right = F.log_softmax(dense_TV.float(), -1), F.log_softmax(other_TV.float(), -1)
-        each_TV = left.exp() * (left - right)
-        total += float(each_TV.masked_fill(left.isneginf(), 0).sum(-1).mean())  # what dense never says counts nothing
-    return total / len(dense_BTV)
 
 
 def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Sequence[float]) -> Part:
