@@ -66,6 +66,7 @@ from compress.weights import (
     Permutation,
     Product,
     Quantized,
+    Scaled,
     Signs,
     Sum,
     Weight,
@@ -188,7 +189,7 @@ __all__ = [
     "Calibration", "CalibrationError", "Codebook", "CompressError", "DSnoT", "Dense", "Diagonal", "Event", "External",
     "Global", "Grid", "Hadamard", "Limits", "Magnitude", "Masked", "Pass", "PassManager", "Permutation", "PlanError",
     "Product", "Pruner", "Quantized", "Quantizer", "Realign", "Recipe", "RecipeError", "Reconstruct", "Refiner",
-    "Sensitivity", "ShortGPT", "Signs", "Site", "SliceGPT", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight",
+    "Scaled", "Sensitivity", "ShortGPT", "Signs", "Site", "SliceGPT", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight",
     "VerificationError", "Wanda", "WandaSP", "Weight", "WeightPass", "__version__", "accept", "evaluate", "load",
     "pattern", "run",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.passes import PASSES, Quantizer
 from compress.runtime.lower import lower
 from compress.weights import (
+    BOOKS,
     Codebook,
     Dense,
     Diagonal,
@@ -28,6 +29,7 @@ from compress.weights import (
     Permutation,
     Product,
     Quantized,
+    Scaled,
     Signs,
     Sum,
     Weight,
@@ -71,7 +73,18 @@ def mask(sparsity: float | str, rows: int = 7, columns: int = 24) -> Tensor:
 
 def codebook(entries: int, width: int, scales: int = 1) -> Codebook:
     """Random entries for a matrix [5, 3 * width]; every code occurs if they fit."""
-    return Codebook(integers(entries, 5, 3), normal(entries, width), normal(scales, 1).abs() + 0.5)
+    return Codebook(integers(entries, 5, 3), normal(entries, width), Dense(normal(scales, 1).abs() + 0.5))
+
+
+def table(name: str, scale: Weight, columns: int = 24) -> Codebook:
+    """Random codes of a format's table."""
+    return Codebook(integers(16, 7, columns), BOOKS[name], scale, name)
+
+
+def small(dtype: torch.dtype, *tile: int, rows: int = 7, columns: int = 24) -> Scaled:
+    """Random small floats."""
+    scale = normal(-(-rows // tile[0]), -(-columns // tile[1])).abs() + 0.5
+    return Scaled(normal(rows, columns).to(dtype), scale, *tile)
 
 
 def grid_rows() -> Iterator[Row]:
@@ -102,6 +115,18 @@ def other_rows() -> Iterator[Row]:
     yield Row(name="codebook-256", make=lambda: codebook(256, 8))
     yield Row(name="codebook-4096", make=lambda: codebook(4096, 4, scales=5))
     yield Row(name="codebook-100", make=lambda: codebook(100, 3))
+    yield Row(name="real-zero", make=lambda: replace(quantized(4, 8, False), zero=normal(7, 3).half()))
+    yield Row(
+        name="masked-real-zero",
+        make=lambda: Masked(replace(quantized(3, 8, False), zero=normal(7, 3).half()), mask("2:4"), "2:4"),
+    )
+    yield Row(name="nf4", make=lambda: table("nf4", Dense(normal(7, 3))))
+    yield Row(name="masked-nf4", make=lambda: Masked(table("nf4", Dense(normal(7, 3))), mask("2:4"), "2:4"))
+    yield Row(name="mxfp4", make=lambda: table("mxfp4", Dense(normal(7, 3).exp().to(torch.float8_e8m0fnu))))
+    yield Row(name="nvfp4", make=lambda: table("nvfp4", small(torch.float8_e4m3fn, 7, 3, columns=3)))
+    yield Row(name="e4m3-row", make=lambda: small(torch.float8_e4m3fn, 1, 24))
+    yield Row(name="e5m2-tile", make=lambda: small(torch.float8_e5m2, 4, 16))
+    yield Row(name="masked-e4m3", make=lambda: Masked(small(torch.float8_e4m3fn, 1, 24), mask(0.5), "50%"))
     yield Row(name="diagonal", make=lambda: Diagonal(normal(13)))
     yield Row(name="permutation", make=lambda: Permutation(normal(13).argsort()))
     yield Row(name="hadamard-48", make=lambda: Hadamard(normal(48) > 0))

@@ -6,6 +6,7 @@ Nodes hold plain tensors (codes as one integer an entry, masks as bools); what i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,8 @@ class Dense(Weight):
 class Quantized(Weight):
     """`scale * (codes - zero)`: integer codes [out, in] on a grid per group of inputs.
 
-    `codes` is uint8 below 2**bits; `scale` is [out, groups], or [1, 1] for one grid; `zero` is uint8
-    like scale, or None for a symmetric grid, whose zero is 2**(bits - 1). The denoted matrix is float32.
+    `codes` is uint8 below 2**bits; `scale` is [out, groups], or [1, 1] for one grid; `zero` is like scale, uint8 or a
+    real number in float16, or None for a symmetric grid, whose zero is 2**(bits - 1). The denoted matrix is float32.
     """
 
     codes: Tensor
@@ -70,10 +71,9 @@ class Quantized(Weight):
         return codes.sub_(zero).mul_(self.scale.float()[..., None]).flatten(1)
 
     def describe(self) -> str:
-        """`int4g64`, `int4row` or `int8tensor`; a trailing `s` marks a symmetric grid."""
-        shared = "tensor" if self.scale.numel() == 1 and self.shape[0] > 1 else "row"
-        span = shared if self.scale.shape[1] == 1 else f"g{self.group}"
-        return f"int{self.bits}{span}{'s' if self.zero is None else ''}"
+        """`int4g64`, `int4row` or `int8tensor`; a trailing `s` marks a symmetric grid, `r` a real zero."""
+        kind = "s" if self.zero is None else "r" if self.zero.is_floating_point() else ""
+        return f"int{self.bits}{span_of(self.scale.shape, self.shape)}{kind}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +101,21 @@ class Signs(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Codebook(Weight):
-    """Rows cut in sub-vectors of D inputs, each an entry of `book` [entries, D], times a row scale.
+    """Rows cut in sub-vectors of D inputs, each an entry of `book` [entries, D], times the scale of its group.
 
-    `codes` is an integer tensor [out, in / D]; `scale` is [1, 1] or [out, 1].
+    `codes` is an integer tensor [out, in / D]; `scale` denotes a matrix [out, groups], [1, groups] or [1, 1]. A book
+    that `BOOKS` holds under `name` is not stored. The denoted matrix is float32.
     """
 
     codes: Tensor
     book: Tensor
-    scale: Tensor
+    scale: Weight
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        rows, groups = self.scale.shape
+        if self.shape[1] % (groups * self.book.shape[1]) or rows not in (1, self.codes.shape[0]):
+            raise UnsupportedWeight(f"scales of {self.scale.shape} do not divide codes of {tuple(self.codes.shape)}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -121,12 +128,72 @@ class Codebook(Weight):
         return max(1, (self.book.shape[0] - 1).bit_length())
 
     def dense(self) -> Tensor:
-        """The looked-up rows, float32."""
-        return self.book.float()[self.codes.long()].flatten(1) * self.scale.float()
+        """The looked-up rows, scaled, float32."""
+        looked_up = self.book.float()[self.codes.long()].flatten(1).unflatten(1, (self.scale.shape[1], -1))
+        scaled: Tensor = looked_up.mul_(self.scale.dense().float()[..., None]).flatten(1)
+        return scaled
 
     def describe(self) -> str:
-        """`vq8x4`: bits of a code x inputs it covers."""
-        return f"vq{self.bits}x{self.book.shape[1]}"
+        """`nf4g64`, the name and what shares a scale; or `vq8x4`, bits of a code x inputs it covers."""
+        name = self.name or f"vq{self.bits}x{self.book.shape[1]}"
+        return name + (span_of(self.scale.shape, self.shape) if self.name or self.scale.shape[1] > 1 else "")
+
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+BOOKS = {  # the tables of formats, in the order of their codes, [entries, 1]
+    "nf4": torch.tensor(NF4)[:, None],  # quantiles of a normal; Dettmers et al., QLoRA, 2023, appendix E
+    "mxfp4": torch.tensor(E2M1)[:, None],  # OCP Microscaling Formats 1.0, table 5; scales are powers of two
+    "nvfp4": torch.tensor(E2M1)[:, None],  # the same values; scales are e4m3 numbers
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Weight):
+    """`data * scale`: a matrix of small floats [out, in] whose tiles of `rows` x `columns` share a scale.
+
+    `data` is float8_e4m3fn or float8_e5m2; `scale` is [tiles down, tiles across], the last ones cut where the tile
+    does not divide the matrix. The denoted matrix is float32.
+    """
+
+    data: Tensor
+    scale: Tensor
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        tiles = (-(-self.data.shape[0] // self.rows), -(-self.data.shape[1] // self.columns))
+        if tuple(self.scale.shape) != tiles:
+            raise UnsupportedWeight(f"scales of {tuple(self.scale.shape)} for {tiles} tiles of {self.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.data.shape
+        return rows, columns
+
+    def dense(self) -> Tensor:
+        """The scaled values, float32."""
+        down_OG = self.scale.float().repeat_interleave(self.rows, 0)[: self.shape[0]]
+        return self.data.float().mul_(down_OG.repeat_interleave(self.columns, 1)[:, : self.shape[1]])
+
+    def describe(self) -> str:
+        """`e4m3row`, `e5m2tensor`, `e4m3b128x128`."""
+        kind = str(self.data.dtype).removeprefix("torch.float8_").removesuffix("fn")
+        if self.rows == 1 or self.scale.numel() == 1:
+            return kind + span_of(self.scale.shape, self.shape)
+        return f"{kind}b{self.rows}x{self.columns}"
+
+
+def span_of(scales: Sequence[int], shape: tuple[int, int]) -> str:
+    """What shares one of `scales` [rows, groups] in a matrix of `shape`: `tensor`, `row`, or `g64`."""
+    if scales[1] > 1:
+        return f"g{shape[1] // scales[1]}"
+    return "tensor" if scales[0] == 1 and shape[0] > 1 else "row"
 
 
 @dataclass(frozen=True, eq=False)

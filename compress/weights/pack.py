@@ -16,7 +16,18 @@ from torch.nn import functional as F
 
 from compress.errors import ArtifactError, UnsupportedWeight
 from compress.weights.expr import Masked, Product, Sum, Weight
-from compress.weights.leaves import Codebook, Dense, Diagonal, External, Hadamard, Permutation, Quantized, Signs
+from compress.weights.leaves import (
+    BOOKS,
+    Codebook,
+    Dense,
+    Diagonal,
+    External,
+    Hadamard,
+    Permutation,
+    Quantized,
+    Scaled,
+    Signs,
+)
 
 Spec = dict[str, Any]
 Resolve = Callable[[str, str], Tensor]  # (source, tensor name) -> the base model's tensor
@@ -83,12 +94,16 @@ def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[st
         case Dense(data):
             return {f"{at}data": kept(data)}
         case Quantized(codes, scale, zero, bits):
-            zeros = {} if zero is None else {f"{at}zero": pack_bits(zero, bits)}
+            zeros = {} if zero is None else {f"{at}zero": zero if is_real(zero) else pack_bits(zero, bits)}
             return {f"{at}codes": pack_bits(kept(codes), bits), f"{at}scale": scale, **zeros}
         case Signs(positive, scale):
             return {f"{at}signs": pack_bits(kept(positive), 1), f"{at}scale": scale}
-        case Codebook(codes, book, scale):
-            return {f"{at}codes": pack_bits(codes, weight.bits), f"{at}book": book, f"{at}scale": scale}
+        case Scaled(data, scale):
+            return {f"{at}data": taken(data, keep_OI), f"{at}scale": scale}
+        case Codebook(codes, book, scale, name):
+            held = {} if name else {f"{at}book": book}
+            chosen = kept(codes) if book.shape[1] == 1 else codes
+            return {f"{at}codes": pack_bits(chosen, weight.bits), **held, **pack(scale, f"{at}scale.")}
         case Masked(values, mask_OI):
             return {**pack(values, f"{at}values.", mask_OI), f"{at}mask": pack_bits(mask_OI, 1)}
         case Sum(terms):
@@ -114,11 +129,15 @@ def packed_bytes(weight: Weight, kept: int | None = None) -> int:
         case Dense(data):
             return count * data.element_size()
         case Quantized(_, scale, zero, bits):
-            return packed_size(count, bits) + scale.nbytes + (0 if zero is None else packed_size(zero.numel(), bits))
+            zeros = 0 if zero is None else zero.nbytes if is_real(zero) else packed_size(zero.numel(), bits)
+            return packed_size(count, bits) + scale.nbytes + zeros
         case Signs(_, scale):
             return packed_size(count, 1) + scale.nbytes
-        case Codebook(codes, book, scale):
-            return packed_size(codes.numel(), weight.bits) + book.nbytes + scale.nbytes
+        case Scaled(data, scale):
+            return count * data.element_size() + scale.nbytes
+        case Codebook(codes, book, scale, name):
+            codes_held = count if book.shape[1] == 1 else codes.numel()
+            return packed_size(codes_held, weight.bits) + (0 if name else book.nbytes) + packed_bytes(scale)
         case Masked(values, mask_OI):
             return packed_bytes(values, int(mask_OI.sum())) + packed_size(mask_OI.numel(), 1)
         case Sum(terms):
@@ -148,8 +167,11 @@ def specify(weight: Weight) -> Spec:
                     "symmetric": zero is None}  # fmt: skip
         case Signs():
             return {"kind": "signs", "shape": shape}
-        case Codebook(codes, book, _):
-            return {"kind": "codebook", "shape": shape, "codes": list(codes.shape), "book": list(book.shape)}
+        case Scaled(data, scale, rows, columns):
+            return {"kind": "scaled", "shape": shape, "scales": list(scale.shape), "tile": [rows, columns]}
+        case Codebook(codes, book, scale, name):
+            return {"kind": "codebook", "shape": shape, "codes": list(codes.shape), "book": name or list(book.shape),
+                    "scale": specify(scale)}  # fmt: skip
         case Masked(values, mask_OI, pattern):
             return {"kind": "masked", "shape": shape, "pattern": pattern, "kept": int(mask_OI.sum()),
                     "values": specify(values)}  # fmt: skip
@@ -221,14 +243,12 @@ def _unpack(
             positive = unpack_bits(tensors[f"{at}signs"], 1, count()).bool()
             scale = sized(tensors[f"{at}scale"], (1, 1), (rows, 1))
             return Signs(spread(positive, torch.zeros((), device=positive.device)), scale)
+        case "scaled":
+            data, (tile_rows, tile_columns) = tensors[f"{at}data"], (int(n) for n in spec["tile"])
+            whole = data.view(rows, columns) if keep_OI is None else spread_bytes(data, keep_OI)
+            return Scaled(whole, tensors[f"{at}scale"].view(spec["scales"]), tile_rows, tile_columns)
         case "codebook":
-            book = tensors[f"{at}book"].view(spec["book"])
-            entries, width = (int(n) for n in spec["codes"])
-            bits = max(1, (book.shape[0] - 1).bit_length())
-            codes = unpack_bits(tensors[f"{at}codes"], bits, entries * width).view(entries, width)
-            if int(codes.max()) >= book.shape[0]:
-                raise ArtifactError(f"a code names entry {int(codes.max())} of a book of {book.shape[0]}")
-            return Codebook(codes, book, sized(tensors[f"{at}scale"], (1, 1), (rows, 1)))
+            return _unpack_codebook(spec, tensors, at, keep_OI, below(spec["scale"], "scale"))
         case "masked":
             mask_OI = unpack_bits(tensors[f"{at}mask"], 1, rows * columns).bool().view(rows, columns)
             if [int(n) for n in spec["values"]["shape"]] != [rows, columns]:
@@ -255,6 +275,44 @@ def _unpack(
             raise ArtifactError(f"unknown kind of stored weight {other!r}; this file may need a newer version")
 
 
+def _unpack_codebook(
+    spec: Spec, tensors: Mapping[str, Tensor], at: str, keep_OI: Tensor | None, scale: Weight
+) -> Codebook:
+    named = isinstance(spec["book"], str)
+    if named and spec["book"] not in BOOKS:
+        raise ArtifactError(f"unknown table of values {spec['book']!r}; allowed: {', '.join(BOOKS)}")
+    packed = tensors[f"{at}codes"]
+    book = BOOKS[spec["book"]].to(packed.device) if named else tensors[f"{at}book"].view(spec["book"])
+    rows, width = (int(n) for n in spec["codes"])
+    dropped = keep_OI is not None and book.shape[1] == 1
+    count = int(keep_OI.sum()) if keep_OI is not None and dropped else rows * width
+    codes = unpack_bits(packed, max(1, (book.shape[0] - 1).bit_length()), count)
+    if count and int(codes.max()) >= book.shape[0]:
+        raise ArtifactError(f"a code names entry {int(codes.max())} of a book of {book.shape[0]}")
+    if keep_OI is not None and dropped:
+        spread = torch.zeros((rows, width), dtype=codes.dtype, device=codes.device)
+        spread[keep_OI] = codes
+        codes = spread
+    return Codebook(codes.view(rows, width), book, scale, spec["book"] if named else "")
+
+
+def is_real(zero: Tensor) -> bool:
+    """Whether a zero is a real number, not a code."""
+    return zero.is_floating_point()
+
+
+def taken(data: Tensor, keep_OI: Tensor | None) -> Tensor:
+    """The kept entries of a matrix of bytes, flat; float8 has no indexing of its own."""
+    return (data if keep_OI is None else data.view(torch.uint8)[keep_OI].view(data.dtype)).reshape(-1)
+
+
+def spread_bytes(data: Tensor, keep_OI: Tensor) -> Tensor:
+    """The inverse of `taken`; 0 elsewhere."""
+    whole = torch.zeros(keep_OI.shape, dtype=torch.uint8, device=data.device)
+    whole[keep_OI] = sized(data, (int(keep_OI.sum()),)).view(torch.uint8)
+    return whole.view(data.dtype)
+
+
 def _unpack_quantized(
     spec: Spec, tensors: Mapping[str, Tensor], at: str, count: int, spread: Callable[[Tensor, Tensor], Tensor]
 ) -> Quantized:
@@ -263,10 +321,11 @@ def _unpack_quantized(
     scale = tensors[f"{at}scale"].view(scales)
     zero = None
     if not spec["symmetric"]:
-        zero = unpack_bits(tensors[f"{at}zero"], bits, scales[0] * scales[1]).view(scales)
+        held = tensors[f"{at}zero"]
+        zero = held.view(scales) if is_real(held) else unpack_bits(held, bits, scales[0] * scales[1]).view(scales)
     packed = unpack_bits(tensors[f"{at}codes"], bits, count)
     width = int(spec["shape"][1]) // scales[1]
     middle = torch.tensor(2 ** (bits - 1), device=scale.device)
     if zero is not None and packed.numel() < int(spec["shape"][0]) * int(spec["shape"][1]):
-        middle = zero.repeat_interleave(width, 1)
+        middle = zero.round().clamp(0, 2**bits - 1).repeat_interleave(width, 1)
     return Quantized(spread(packed, middle), scale, zero, bits)  # a dropped entry reads as the code of zero

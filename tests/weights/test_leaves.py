@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 from compress.errors import UnsupportedWeight
-from compress.weights import Codebook, Dense, Diagonal, External, Hadamard, Masked, Permutation, Quantized, Signs
+from compress.weights import (
+    BOOKS,
+    Codebook,
+    Dense,
+    Diagonal,
+    External,
+    Hadamard,
+    Masked,
+    Permutation,
+    Quantized,
+    Scaled,
+    Signs,
+)
 
 
 def normal(*shape: int) -> Tensor:
@@ -44,14 +58,38 @@ def test_signs_denote_plus_or_minus_the_scale(rows: int) -> None:
 def test_codes_of_a_book_denote_its_entries_side_by_side(rows: int) -> None:
     codes, book, scale = integers(10, 5, 3).long(), normal(10, 4), normal(rows, 1)
     want = torch.stack([torch.cat([book[codes[r, c]] for c in range(3)]) * scale[r % rows] for r in range(5)])
-    torch.testing.assert_close(Codebook(codes, book, scale).dense(), want)
+    torch.testing.assert_close(Codebook(codes, book, Dense(scale)).dense(), want)
 
 
 @pytest.mark.parametrize(
     ("entries", "bits"), [(1, 1), (2, 1), (3, 2), (16, 4), (17, 5), (256, 8), (257, 9), (4096, 12)]
 )
 def test_a_book_takes_as_many_bits_as_its_last_code(entries: int, bits: int) -> None:
-    assert Codebook(integers(1, 2, 3).long(), normal(entries, 2), normal(1, 1)).bits == bits
+    assert Codebook(integers(1, 2, 3).long(), normal(entries, 2), Dense(normal(1, 1))).bits == bits
+
+
+@pytest.mark.parametrize(("scales", "group"), [((5, 3), 4), ((1, 1), 12), ((1, 3), 4)])
+def test_scales_of_a_book_are_a_weight_by_group(scales: tuple[int, int], group: int) -> None:
+    codes, book, factors = integers(16, 5, 12), BOOKS["nf4"], Dense(normal(scales[0], 2)) @ Dense(normal(2, scales[1]))
+    want = book[codes.long(), 0] * factors.dense().repeat_interleave(group, 1)
+    torch.testing.assert_close(Codebook(codes, book, factors, "nf4").dense(), want)
+
+
+def test_the_nf4_table_is_the_quantiles_of_a_normal() -> None:
+    # QLoRA, appendix E: quantiles of offset .9677083, 8 positive and 7 negative, and 0; divided by the largest
+    positive, negative = (norm.ppf(np.linspace(0.9677083, 0.5, count)[:-1]) for count in (9, 8))
+    table = np.sort(np.concatenate((positive, [0.0], -negative))) / positive.max()
+    torch.testing.assert_close(BOOKS["nf4"][:, 0], torch.tensor(table, dtype=torch.float32), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tile", "scales"), [((2, 8), (3, 2)), ((1, 12), (5, 1)), ((5, 12), (1, 1)), ((4, 5), (2, 3))])
+def test_small_floats_denote_themselves_times_the_scale_of_their_tile(
+    tile: tuple[int, int], scales: tuple[int, int]
+) -> None:
+    data, scale = normal(5, 12).to(torch.float8_e4m3fn), normal(*scales)
+    got = Scaled(data, scale, *tile).dense()
+    want = [[float(data[r, c].float() * scale[r // tile[0], c // tile[1]]) for c in range(12)] for r in range(5)]
+    torch.testing.assert_close(got, torch.tensor(want))
 
 
 def test_a_diagonal_scales_each_input() -> None:

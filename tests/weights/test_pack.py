@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError, CompressError, UnsupportedWeight
 from compress.weights import (
+    BOOKS,
     Codebook,
     Dense,
     Diagonal,
@@ -22,6 +24,7 @@ from compress.weights import (
     Masked,
     Permutation,
     Product,
+    Scaled,
     Signs,
     Sum,
     Weight,
@@ -101,7 +104,10 @@ WHOLE: dict[str, Weight] = {
     "quantized": Grid(bits=4, group=8).quantize(normal(6, 16)),
     "symmetric": Grid(bits=3, group=8, symmetric=True).quantize(normal(6, 16)),
     "signs": Signs(normal(6, 16) > 0, normal(6, 1)),
-    "codebook": Codebook(torch.randint(10, (6, 4)), normal(10, 4), normal(6, 1)),
+    "real-zero": replace(Grid(bits=4, group=8).quantize(normal(6, 16)), zero=normal(6, 2).half()),
+    "codebook": Codebook(torch.randint(10, (6, 4)), normal(10, 4), Dense(normal(6, 1))),
+    "nf4": Codebook(torch.randint(16, (6, 16)), BOOKS["nf4"], Dense(normal(6, 2)), "nf4"),
+    "scaled": Scaled(normal(6, 16).to(torch.float8_e4m3fn), normal(3, 2), 2, 8),
     "masked": Masked(Dense(normal(6, 16)), mask(), "50%"),
     "masked-quantized": Masked(Grid(bits=4, group=8).quantize(normal(6, 16)), mask(), "50%"),
     "product": Dense(normal(6, 2)) @ Dense(normal(2, 16)),
@@ -211,7 +217,10 @@ def test_scales_of_one_dimension_are_refused() -> None:
     ("weight", "packed"),
     [
         (Permutation(torch.arange(4)), {"order": torch.tensor([0, 1, 2, 9], dtype=torch.int32)}),
-        (Codebook(torch.tensor([[9]]), normal(10, 2), normal(1, 1)), {"codes": torch.tensor([15], dtype=torch.uint8)}),
+        (
+            Codebook(torch.tensor([[9]]), normal(10, 2), Dense(normal(1, 1))),
+            {"codes": torch.tensor([15], dtype=torch.uint8)},
+        ),
     ],
     ids=["permutation", "codebook"],
 )
