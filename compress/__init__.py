@@ -35,6 +35,7 @@ from compress.passes import (
     Budget,
     DSnoT,
     Global,
+    GridQuantizer,
     Magnitude,
     Pass,
     PassManager,
@@ -186,10 +187,10 @@ def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu"
 
 __all__ = [
     "ALPS", "FLAP", "GPTQ", "NM", "OWL", "RIA", "RTN", "Accept", "AcceptanceError", "ArtifactError", "Budget",
-    "Calibration", "CalibrationError", "Codebook", "CompressError", "DSnoT", "Dense", "Diagonal", "Event", "External",
-    "Global", "Grid", "Hadamard", "Limits", "Magnitude", "Masked", "Pass", "PassManager", "Permutation", "PlanError",
-    "Product", "Pruner", "Quantized", "Quantizer", "Realign", "Recipe", "RecipeError", "Reconstruct", "Refiner",
-    "Scaled", "Sensitivity", "ShortGPT", "Signs", "Site", "SliceGPT", "SparseGPT", "Sum", "Swaps", "UnsupportedWeight",
-    "VerificationError", "Wanda", "WandaSP", "Weight", "WeightPass", "__version__", "accept", "evaluate", "load",
-    "pattern", "run",
+    "Calibration", "CalibrationError", "Codebook", "CompressError", "DSnoT", "Dense", "Diagonal", "Event",
+    "External", "Global", "Grid", "GridQuantizer", "Hadamard", "Limits", "Magnitude", "Masked", "Pass",
+    "PassManager", "Permutation", "PlanError", "Product", "Pruner", "Quantized", "Quantizer", "Realign", "Recipe",
+    "RecipeError", "Reconstruct", "Refiner", "Scaled", "Sensitivity", "ShortGPT", "Signs", "Site", "SliceGPT",
+    "SparseGPT", "Sum", "Swaps", "UnsupportedWeight", "VerificationError", "Wanda", "WandaSP", "Weight",
+    "WeightPass", "__version__", "accept", "evaluate", "load", "pattern", "run",
 ]  # fmt: skip

@@ -186,12 +186,6 @@ class Statistics:
     def __contains__(self, kind: object) -> bool:
         return kind in self.values
 
-    def reordered(self, order_I: Tensor) -> Statistics:
-        """The statistics of the same input with its features in another order."""
-        values = {kind: value[..., order_I] for kind, value in self.values.items()}
-        square = {kind: value[order_I] for kind, value in values.items() if kind.square}
-        return Statistics(values | square, self.tokens)
-
     def forget(self) -> None:
         """Free every value; the token count stays."""
         self.values, self._derived = {}, {}

@@ -19,6 +19,7 @@ import compress.weights.leaves
 from compress.passes import (
     PASSES,
     Budget,
+    GridQuantizer,
     Pass,
     Pruner,
     Quantizer,
@@ -103,7 +104,7 @@ def test_every_concrete_pass_class_is_registered() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
-    abstract = {Pass, WeightPass, Pruner, Quantizer, Refiner, Budget, Reshape, StructuredPruner}
+    abstract = {Pass, WeightPass, Pruner, Quantizer, GridQuantizer, Refiner, Budget, Reshape, StructuredPruner}
     assert ours - set(PASSES.values()) == abstract
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from compress.errors import UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.family import is_transposed
+from compress.model.transform import statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
 from compress.weights import Dense, Weight
 
@@ -115,13 +116,16 @@ class Site:
         """Whether this is an expert that too few calibration tokens reached."""
         return self.place.routed and self.stats.tokens < self.needed
 
-    def reordered(self, order_I: Tensor, weight: Weight) -> Site:
-        """This site as one whose inputs come in another order, with `weight` of it; what it records is shared."""
+    def behind(self, transform: Weight, weight: Weight) -> Site:
+        """This site as one whose input is `transform` of it, with `weight` of that; what it records is shared.
+
+        Raises UnsupportedWeight for a transform that cannot be undone exactly.
+        """
         other = copy(self)
         other._weight = weight
-        other.original = Dense(self.original.data[:, order_I])
-        other.target = Dense(self.target.data[:, order_I])
-        other.stats = self.stats.reordered(order_I)
+        other.original = Dense(undone(self.original.data, transform))
+        other.target = other.original if self.target is self.original else Dense(undone(self.target.data, transform))
+        other.stats = statistics_behind(self.stats, transform)
         return other
 
     def expect(self, kind: type[Dense], by: str) -> Dense:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from compress.passes.base import PASSES, Budget, Pass, Pruner, Quantizer, Refiner, Reshape, WeightPass
+from compress.passes.base import PASSES, Budget, GridQuantizer, Pass, Pruner, Quantizer, Refiner, Reshape, WeightPass
 from compress.passes.budget import governed
 from compress.passes.hybrid.realign import Realign
 from compress.passes.manager import PassManager
@@ -28,10 +28,10 @@ from compress.passes.quantization.rtn import RTN
 from compress.passes.structured import StructuredPruner
 
 __all__ = [
-    "ALPS", "FLAP", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Global", "Magnitude", "Pass",
-    "PassManager", "Pruner", "Quantizer", "Realign", "Reconstruct", "Refiner", "Reshape", "Sensitivity", "ShortGPT",
-    "SliceGPT", "SparseGPT", "StructuredPruner", "Swaps", "Wanda", "WandaSP", "WeightPass", "governed",
-    "load_plugins",
+    "ALPS", "FLAP", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Global", "GridQuantizer",
+    "Magnitude", "Pass", "PassManager", "Pruner", "Quantizer", "Realign", "Reconstruct", "Refiner", "Reshape",
+    "Sensitivity", "ShortGPT", "SliceGPT", "SparseGPT", "StructuredPruner", "Swaps", "Wanda", "WandaSP",
+    "WeightPass", "governed", "load_plugins",
 ]  # fmt: skip
 
 

@@ -25,12 +25,13 @@ from compress.options import check_options
 from compress.stats import Statistic
 from compress.weights import (
     Dense,
+    Diagonal,
     Grid,
+    Hadamard,
     Masked,
     Pattern,
     Permutation,
     Product,
-    Quantized,
     Sum,
     Weight,
     pattern,
@@ -38,7 +39,7 @@ from compress.weights import (
 
 PASSES: dict[str, type[Pass]] = {}
 Sparsity = float | str
-Quantize = Callable[[Tensor, "Tensor | None", Site], Quantized]
+Quantize = Callable[[Tensor, "Tensor | None", Site], Weight]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class WeightPass(Pass):
     unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
     takes: ClassVar[
         tuple[str, ...]
-    ] = ()  # of dense, pruned, permuted and quantized, what it can rewrite; () is found out there
+    ] = ()  # of dense, pruned, permuted, rotated and quantized, what it can rewrite; () is found out there
     gives: ClassVar[str] = ""  # what it makes of it; "" is not said
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
@@ -218,23 +219,11 @@ class Reshape(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(WeightPass):
-    """Put weights on an integer grid, respecting masks; a subclass says how they are rounded."""
+    """Put weights on a grid of few values, respecting masks; a subclass says on which and how they are rounded."""
 
     unfed: ClassVar[str] = "rounded to nearest"
-    takes: ClassVar[tuple[str, ...]] = ("dense", "pruned", "permuted")
+    takes: ClassVar[tuple[str, ...]] = ("dense", "pruned", "permuted", "rotated")
     gives: ClassVar[str] = "quantized"
-
-    bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
-    group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64
-    symmetric: Annotated[bool, Field(description="no stored zero; the grid is centred on code 2**(bits-1)")] = False
-    search: Annotated[
-        bool, Field(description="shrink each range to the least error |w - w'|**2.4 of 80 candidates")
-    ] = False
-
-    def check(self, site: str, shape: tuple[int, int]) -> None:
-        """The group must divide the width."""
-        if self.group > 0 and shape[1] % self.group:
-            raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
 
     def rewrite(self, site: Site) -> Weight:
         """The weight with its dense parts quantized."""
@@ -251,21 +240,46 @@ class Quantizer(WeightPass):
                 return quantize(w_OI, None, site)
             case Masked(Dense(w_OI), mask_OI, name):
                 return Masked(quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site), mask_OI, name)
-            case Product(left, Permutation(order_I) as right):
-                return Product(self.visit(left, site.reordered(order_I, left), quantize), right)
+            case Product(left, Permutation() | Hadamard() | Diagonal() as right):
+                return Product(self.visit(left, site.behind(right, left), quantize), right)
             case Sum(terms):
                 return Sum(tuple(t if not is_plain(t) else self.visit(t, site, quantize) for t in terms))
             case _:
                 raise UnsupportedWeight(f"{self.name} cannot quantize {site.name}: it is {weight.describe()}")
 
-    def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
-        """The nearest codes of `w_OI`, which is 0 where `keep_OI` is False."""
-        grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
-        return grid.quantize(w_OI, search=self.search)
-
-    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
-        """The codes of `w_OI`, which is 0 where `keep_OI` is False."""
+    def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
+        """The nearest values to `w_OI`, which is 0 where `keep_OI` is False; needs no statistics."""
         raise NotImplementedError
+
+    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
+        """The values chosen for `w_OI`, which is 0 where `keep_OI` is False."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridQuantizer(Quantizer):
+    """Put weights on uniform integer grids."""
+
+    bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
+    group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64
+    symmetric: Annotated[bool, Field(description="no stored zero; the grid is centred on code 2**(bits-1)")] = False
+    search: Annotated[
+        bool, Field(description="shrink each range to the least error |w - w'|**2.4 of 80 candidates")
+    ] = False
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """The group must divide the width."""
+        if self.group > 0 and shape[1] % self.group:
+            raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of its options."""
+        return Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
+
+    def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
+        """The nearest codes of `w_OI`; 0 is on every grid."""
+        return self.grid.quantize(w_OI, search=self.search)
 
 
 def is_plain(weight: Weight) -> bool:

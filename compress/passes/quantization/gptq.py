@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.model.site import Site
-from compress.passes.base import Quantizer
+from compress.passes.base import GridQuantizer
 from compress.passes.feedback import Given, feed_back
 from compress.passes.hessian import shared_factor
 from compress.stats import Gram
-from compress.weights import Grid, Masked, Quantized
+from compress.weights import Grid, Masked, Quantized, Weight
 from compress.weights.grid import narrowed
 
 
@@ -119,7 +119,7 @@ def gptq(
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQ(Quantizer, name="gptq"):
+class GPTQ(GridQuantizer, name="gptq"):
     """Round columns in order, compensating each error in the columns to come; masks are respected.
 
     If no damping makes the Gram positive definite, the site is rounded to nearest and a fallback is recorded.
@@ -140,16 +140,15 @@ class GPTQ(Quantizer, name="gptq"):
         Field(description="approximate the weight as it is now, or the original: then what a mask cut is compensated"),
     ] = "weight"
 
-    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
+    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """Codes with error feedback; falls back to rounding, loudly."""
-        grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
         if self.target == "original" and keep_OI is not None and isinstance(site.weight, Masked):
             w_OI = site.target.data  # column errors then include the cut weights, as in SparseGPT with a given mask
         gram_II = site.stats[Gram]
         order_I = gram_II.diagonal().argsort(descending=True, stable=True) if self.order == "activation" else None
         upper_II = shared_factor(site, self.damping, self.name, "rounded to nearest", order_I)
         if upper_II is None:
-            return grid.quantize(w_OI if keep_OI is None else w_OI * keep_OI, search=self.search)
-        quantized, loss = gptq(w_OI, upper_II, grid, keep_OI, order_I, static=self.static, search=self.search)
+            return self.round(w_OI if keep_OI is None else w_OI * keep_OI, keep_OI, site)
+        quantized, loss = gptq(w_OI, upper_II, self.grid, keep_OI, order_I, static=self.static, search=self.search)
         site.ledger["loss"] = loss
         return quantized

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compress.model.site import Site
-from compress.passes.base import Quantizer
-from compress.weights import Quantized
+from compress.passes.base import GridQuantizer
+from compress.weights import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTN(Quantizer, name="rtn"):
+class RTN(GridQuantizer, name="rtn"):
     """Each weight goes to the nearest point of its group's grid. Needs no data.
 
     Source: the common baseline; grids and range search as in Frantar et al., GPTQ, ICLR 2023 (released code).
     """
 
-    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Quantized:
+    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """Round; a dropped weight is 0 and 0 is on every grid."""
         return self.round(w_OI, keep_OI, site)
