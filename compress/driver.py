@@ -243,6 +243,7 @@ class Job:
                 weight=site.weight,
                 tensor=site.place.tensor,
                 transposed=site.transposed != site.place.turned,
+                inputs=site.inputs,
                 expert=site.place.expert if site.place.stacked else None,
                 part=site.place.expert is not None,
             )
@@ -347,6 +348,7 @@ def record(site: Any) -> dict[str, Any]:
         "tokens": site.stats.tokens,
         "fallbacks": [list(fallback) for fallback in site.fallbacks],
         "starved": site.starving,
+        **({"inputs": site.inputs} if site.inputs else {}),
         **site.ledger,
     }
 

@@ -169,6 +169,11 @@ def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:
             )
         for place in chosen:
             step.check(place.site, place.shape)
+            if place.expert is not None and getattr(step, "inputs", "full") != "full":
+                raise RecipeError(
+                    f"passes[{i}].{step.name}.inputs: {place.site} is one of a stack of experts, whose input cannot be "
+                    "rounded; choose other sites or inputs: full"
+                )
 
 
 def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:

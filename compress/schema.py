@@ -5,7 +5,7 @@ Not here: what is done with them (`artifact.py`) and the tree of a weight, which
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
@@ -25,7 +25,8 @@ class Tree(TypedDict):
 class SiteSpec(TypedDict):
     """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out].
 
-    `tensor` of the source, if it is not `<site>.weight`; `expert` of it, if that tensor holds a stack of them.
+    `tensor` of the source, if it is not `<site>.weight`; `expert` of it, if that tensor holds a stack of them;
+    `inputs`, what the module rounds what it is given to.
     """
 
     tree: Tree
@@ -34,6 +35,7 @@ class SiteSpec(TypedDict):
     transposed: bool
     tensor: NotRequired[str]
     expert: NotRequired[int]
+    inputs: NotRequired[Literal["int8", "fp8"]]
 
 
 class SiteRecord(TypedDict):

@@ -76,6 +76,58 @@ class ColumnNorm(Statistic):
         return self.square_I.sqrt().float()
 
 
+class AbsMean(Statistic):
+    """Mean of |x| of each input feature over all calibration tokens, float32 [in]."""
+
+    @classmethod
+    def nbytes(cls, inputs: int) -> int:
+        """One float64 for each input."""
+        return 8 * inputs
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.sum_I = torch.zeros(inputs, device=device, dtype=torch.float64)
+        self.tokens = 0
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add a batch of tokens."""
+        self.sum_I += x_TI.float().abs().sum(0)
+        self.tokens += len(x_TI)
+
+    def value(self) -> Tensor:
+        """The means."""
+        return (self.sum_I / max(1, self.tokens)).float()
+
+
+class Sample(Statistic):
+    """Evenly spaced calibration tokens, from half of FEW to FEW of them if there are as many, float32 [tokens, in].
+
+    Which ones depends on their number only, not on how they came in batches.
+    """
+
+    FEW = 1024
+
+    @classmethod
+    def nbytes(cls, inputs: int) -> int:
+        """All that may be kept."""
+        return 4 * cls.FEW * inputs
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.kept_TI = torch.zeros(0, inputs, device=device)
+        self.every, self.tokens = 1, 0
+
+    def update(self, x_TI: Tensor) -> None:
+        """Keep each token whose number is a multiple of the spacing, which doubles when they become too many."""
+        first = -self.tokens % self.every
+        self.kept_TI = torch.cat((self.kept_TI, x_TI[first :: self.every].float()))
+        self.tokens += len(x_TI)
+        while len(self.kept_TI) > self.FEW:
+            self.kept_TI, self.every = self.kept_TI[::2].clone(), 2 * self.every
+
+    def value(self) -> Tensor:
+        """The kept tokens."""
+        return self.kept_TI
+
+
 SIDE = 1024  # of the square blocks in which a Gram is accumulated
 
 

@@ -36,6 +36,7 @@ class Stored:
     weight: Weight
     tensor: str
     transposed: bool = False
+    inputs: str = ""  # what the module rounds its input to
     expert: int | None = None
     part: bool = False  # of a stack in the model, whether or not in the file
 
@@ -51,6 +52,8 @@ def site_spec(site: str, stored: Stored, packed: Mapping[str, Tensor]) -> dict[s
     spec["transposed"] = stored.transposed
     if stored.tensor != f"{site}.weight":
         spec["tensor"] = stored.tensor
+    if stored.inputs:
+        spec["inputs"] = stored.inputs
     if stored.expert is not None:
         spec["expert"] = stored.expert
     return spec

@@ -50,12 +50,14 @@ class Block:
         dense: Travellers,
         last: bool = False,
         twins: Sequence[Travellers] = (),
+        live: bool = False,
     ) -> None:
         """`dense` is the probe on its way through the dense model; it is moved through this block at once.
 
         `twins` are the batches once more, on their way through the dense model, for statistics that are paired.
+        A `live` block is of a model that stays in memory and goes on computing as it was made to.
         """
-        self.twins = twins
+        self.twins, self.live = twins, live
         self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense = batches, probe, dense
         self.drift = 0.0
@@ -240,6 +242,8 @@ class Block:
 
     def close(self) -> None:
         """Let go of every weight, so that whoever still holds this block does not hold its memory."""
+        for site in self.sites.values() if not self.live else ():
+            site.release()
         self.sites, self.keyed, self.groups, self.stacks = {}, {}, [], {}
 
     def _culprit(self, travellers: Travellers) -> str:

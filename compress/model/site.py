@@ -15,7 +15,7 @@ from compress.model.anatomy import Place
 from compress.model.family import is_transposed
 from compress.model.transform import statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
-from compress.weights import Dense, Weight
+from compress.weights import Dense, Weight, rounded_inputs
 
 FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of its inputs if that is more
 
@@ -37,6 +37,8 @@ class Site:
         if self.place.transposed:
             self.original = Dense(self.view().contiguous())
         self._weight: Weight = self.original
+        self._inputs, self._exact = "", False
+        self._hook: Any = None
         self.target = self.original
         self.stats: Statistics = Statistics({}, 0)
         self.ledger: dict[str, Any] = {}
@@ -85,18 +87,48 @@ class Site:
         else:
             self.view().copy_(plain)
 
+    @property
+    def inputs(self) -> str:
+        """What the module rounds its input to, one of INPUTS; empty if nothing."""
+        return self._inputs
+
+    @inputs.setter
+    def inputs(self, kind: str) -> None:
+        if kind and not self.whole:
+            raise UnsupportedWeight(f"{self.name}: one of a stack of experts; what it is given cannot be rounded")
+        self._inputs = kind
+        if kind and self._hook is None:
+            self._hook = self.module.register_forward_pre_hook(self._round_inputs, with_kwargs=True)
+
+    def _round_inputs(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook; nothing happens while the site is as the original."""
+        if self._exact or not self._inputs:
+            return None
+        if args:
+            return (rounded_inputs(args[0], self._inputs), *args[1:]), kwargs
+        name, x = next(iter(kwargs.items()))
+        return args, {**kwargs, name: rounded_inputs(x, self._inputs)}
+
+    def release(self) -> None:
+        """The module no longer rounds its input."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
     @contextmanager
     def as_original(self) -> Iterator[None]:
-        """The module computes with the original weight, then with what it computed with before."""
+        """The module computes with the original weight and its whole input, then with what it computed with before."""
         if self._weight is self.original:
             yield
             return
         before = self.view() if self.whole else self.view().clone()
         self._show(self.original.data)
+        self._exact = True
         try:
             yield
         finally:
             self._show(before)
+            self._exact = False
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -41,6 +41,8 @@ class Source(Protocol):
 class Walk:
     """A model whose blocks are visited in order by batches of tokens; `store` is a folder for hidden states."""
 
+    live = False  # whether the model stays in memory, with what was done to it
+
     def __init__(
         self,
         config: dict[str, Any],
@@ -211,7 +213,7 @@ class Walk:
         for index, module in enumerate(self.blocks):
             self.load_block(index)
             places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
-            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense, last, twins)
+            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense, last, twins, self.live)
             yield block
             block.close()
             self.drop_block(index)
@@ -260,6 +262,8 @@ class Walk:
 
 class LiveWalk(Walk):
     """A walk over a model already in memory, whose blocks neither come nor go."""
+
+    live = True
 
     def __init__(self, model: Any) -> None:
         self.device, self.store, self.framed = next(model.parameters()).device, None, True

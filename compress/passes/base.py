@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -22,7 +22,7 @@ from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.options import check_options
-from compress.stats import Statistic
+from compress.stats import Gram, Statistic
 from compress.weights import (
     Dense,
     Diagonal,
@@ -225,12 +225,18 @@ class Quantizer(WeightPass):
     takes: ClassVar[tuple[str, ...]] = ("dense", "pruned", "permuted", "rotated")
     gives: ClassVar[str] = "quantized"
 
+    inputs: Annotated[
+        Literal["full", "int8", "fp8"], Field(description="what the layer's input is rounded to, one scale a token")
+    ] = "full"
+
     def rewrite(self, site: Site) -> Weight:
         """The weight with its dense parts quantized."""
+        site.inputs = "" if self.inputs == "full" else self.inputs
         return self.visit(site.weight, site, self.quantize)
 
     def rewrite_unfed(self, site: Site) -> Weight:
         """The same grid, every weight rounded to the nearest of its values."""
+        site.inputs = "" if self.inputs == "full" else self.inputs
         return self.visit(site.weight, site, self.round)
 
     def visit(self, weight: Weight, site: Site, quantize: Quantize) -> Weight:
@@ -264,11 +270,19 @@ class GridQuantizer(Quantizer):
     group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64
     symmetric: Annotated[bool, Field(description="no stored zero; the grid is centred on code 2**(bits-1)")] = False
     search: Annotated[
-        bool, Field(description="shrink each range to the least error |w - w'|**2.4 of 80 candidates")
+        bool | Literal["output"],
+        Field(description="shrink each range: true to the least |w - w'|**2.4, output to the least output error"),
     ] = False
+
+    @property
+    def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
+        """The Gram, if ranges are searched by output error."""
+        return (Gram,) if self.search == "output" else ()
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """The group must divide the width."""
+        if self.search == "output" and self.group < 0:
+            raise RecipeError(f"{self.name}: search: output needs a grid a row or a group; group is {self.group}")
         if self.group > 0 and shape[1] % self.group:
             raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
 
@@ -278,8 +292,12 @@ class GridQuantizer(Quantizer):
         return Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """The nearest codes of `w_OI`; 0 is on every grid."""
-        return self.grid.quantize(w_OI, search=self.search)
+        """The nearest codes of `w_OI`; 0 is on every grid. Without statistics ranges are searched by weights."""
+        return self.grid.quantize(w_OI, search=bool(self.search))
+
+    def gram(self, site: Site) -> Tensor | None:
+        """The Gram by which ranges are searched, if they are."""
+        return site.stats[Gram] if self.search == "output" else None
 
 
 def is_plain(weight: Weight) -> bool:

@@ -87,8 +87,9 @@ def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Te
     """
     gram_II = site.stats[Gram]
     site.ledger["dead_inputs"] = int((gram_II.diagonal() == 0).sum())
+    order = None if order_I is None else tuple(order_I.tolist())
     found: tuple[Tensor, float] | None = site.stats.derived(
-        ("inverse factor", damping, order_I is not None), lambda: inverse_factor(gram_II, damping, order_I)
+        ("inverse factor", damping, order), lambda: inverse_factor(gram_II, damping, order_I)
     )
     if found is None:
         site.fall_back(by, f"the Gram stayed indefinite at {10 ** (TRIES - 1)}x damping; {instead}")

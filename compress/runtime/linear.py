@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.errors import ArtifactError
 from compress.runtime.lower import FewRows, Matrix, lower
-from compress.weights import Weight, unpack
+from compress.weights import Weight, rounded_inputs, unpack
 
 
 def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -58,7 +58,8 @@ class StoredWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"in={self.in_features}, out={self.out_features}, {self.spec['name']}"
+        inputs = f", inputs {self.spec['inputs']}" if "inputs" in self.spec else ""
+        return f"in={self.in_features}, out={self.out_features}, {self.spec['name']}{inputs}"
 
 
 class CompressedLinear(StoredWeight):
@@ -92,6 +93,8 @@ class CompressedLinear(StoredWeight):
         """[..., in] -> [..., out]; raises TypeError for x of integers, as a plain linear map would."""
         if not x.is_floating_point():
             raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
+        if "inputs" in self.spec:
+            x = rounded_inputs(x, self.spec["inputs"])
         if isinstance(self.lowered, (Matrix, FewRows)):
             return torch.as_tensor(self.lowered(x, self.bias))
         y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)

@@ -2,6 +2,7 @@
 
 from compress.weights.expr import Masked, Product, Sum, Weight
 from compress.weights.grid import Grid
+from compress.weights.inputs import INPUTS, rounded_inputs
 from compress.weights.leaves import (
     BOOKS,
     Codebook,
@@ -18,7 +19,7 @@ from compress.weights.pack import pack, specify, unpack
 from compress.weights.pattern import NM, Blocks, Pattern, PerMatrix, PerRow, pattern
 
 __all__ = [
-    "BOOKS", "NM", "Blocks", "Codebook", "Dense", "Diagonal", "External", "Grid", "Hadamard", "Masked", "Pattern",
-    "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum", "Weight", "pack", "pattern",
-    "specify", "unpack",
+    "BOOKS", "INPUTS", "NM", "Blocks", "Codebook", "Dense", "Diagonal", "External", "Grid", "Hadamard", "Masked",
+    "Pattern", "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum", "Weight", "pack",
+    "pattern", "rounded_inputs", "specify", "unpack",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ written is what was optimised. Shape suffixes: O out, I in, G groups, S inputs o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ LARGEST = 65504.0
 SHRINKS = 80  # candidates of the range search, as in the GPTQ code
 AT_ONCE = 1 << 21  # entries worked on together
 NORM = 2.4  # the exponent of that search
+COARSE = 24  # candidates of the search by output, down to 0.4 of the range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +38,24 @@ class Grid:
         """Inputs covered by one grid."""
         return self.group if self.group > 0 else inputs
 
-    def fit(self, w_OI: Tensor, *, search: bool = False, norm: float = NORM) -> tuple[Tensor, Tensor | None]:
+    def fit(
+        self, w_OI: Tensor, *, search: bool = False, norm: float = NORM, gram_II: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Scale and zero, [out, groups] each (or [1, 1]), zero None if symmetric.
 
-        With `search`, each range is shrunk to the one of 80 that minimises sum |w - w'|**norm.
-        Source: Frantar et al., GPTQ, ICLR 2023, released quantizer (`find_params`, option mse).
+        With `search`, each range is shrunk to the one of 80 that minimises sum |w - w'|**norm, or with `gram_II` to
+        the one of 24 that minimises (w - w') G (w - w')ᵀ within its group.
+        Source: Frantar et al., GPTQ, ICLR 2023, released quantizer (`find_params`, option mse); Lin et al., AWQ, MLSys
+        2024, section 3.2 (clipping by output error).
         """
         if self.group > 0 and w_OI.shape[1] % self.group:
             raise RecipeError(f"group {self.group} does not divide a width of {w_OI.shape[1]}")
         if self.group == -1:
-            scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, search, norm)
+            scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, power_error(norm) if search else None)
             return narrowed(scale), zero
         width = self.width(w_OI.shape[1])
-        parts = [
-            fit_ranges(w_OI[rows].float().unflatten(1, (-1, width)), self, search, norm) for rows in row_slices(w_OI)
-        ]
+        error = None if not search else power_error(norm) if gram_II is None else output_error(gram_II, width)
+        parts = [fit_ranges(w_OI[rows].float().unflatten(1, (-1, width)), self, error) for rows in row_slices(w_OI)]
         zeros = [zero for _, zero in parts if zero is not None]
         return narrowed(torch.cat([scale for scale, _ in parts])), torch.cat(zeros) if zeros else None
 
@@ -66,9 +70,11 @@ class Grid:
             codes_OI[rows] = codes.clamp_(0, 2**self.bits - 1).flatten(1)
         return codes_OI
 
-    def quantize(self, w_OI: Tensor, *, search: bool = False, norm: float = NORM) -> Quantized:
+    def quantize(
+        self, w_OI: Tensor, *, search: bool = False, norm: float = NORM, gram_II: Tensor | None = None
+    ) -> Quantized:
         """Round to nearest on a fitted grid."""
-        scale, zero = self.fit(w_OI, search=search, norm=norm)
+        scale, zero = self.fit(w_OI, search=search, norm=norm, gram_II=gram_II)
         return Quantized(self.encode(w_OI, scale, zero), scale, zero, self.bits)
 
 
@@ -78,8 +84,33 @@ def row_slices(w_OI: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, w_OI.shape[0], step))
 
 
-def fit_ranges(w_OGS: Tensor, grid: Grid, search: bool, norm: float) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero of every group of w [out, groups, size]."""
+@dataclass(frozen=True)
+class GroupError:
+    """What a deviation [out, groups, size] costs, [out, groups]; the shrunk ranges to try, as shares of the whole."""
+
+    cost: Callable[[Tensor], Tensor]
+    shares: Sequence[float]
+
+
+def power_error(norm: float) -> GroupError:
+    """Sum of |w - w'|**norm."""
+    return GroupError(lambda d_OGS: d_OGS.abs().pow(norm).sum(-1), [1 - step / 100 for step in range(1, SHRINKS)])
+
+
+def output_error(gram_II: Tensor, width: int) -> GroupError:
+    """d G dᵀ with the part of the Gram that belongs to each group."""
+    groups = gram_II.shape[0] // width
+    gram_GSS = torch.stack([gram_II[g * width : (g + 1) * width, g * width : (g + 1) * width] for g in range(groups)])
+
+    def cost(d_OGS: Tensor) -> Tensor:
+        d_GOS = d_OGS.transpose(0, 1)
+        return ((d_GOS @ gram_GSS) * d_GOS).sum(-1).T
+
+    return GroupError(cost, [1 - step / 40 for step in range(1, COARSE + 1)])
+
+
+def fit_ranges(w_OGS: Tensor, grid: Grid, error: GroupError | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of every group of w [out, groups, size]; of the whole range, or of the share of least `error`."""
     low, high = w_OGS.amin(-1).clamp(max=0), w_OGS.amax(-1).clamp(min=0)
     if grid.symmetric:
         high = torch.maximum(-low, high)
@@ -87,15 +118,14 @@ def fit_ranges(w_OGS: Tensor, grid: Grid, search: bool, norm: float) -> tuple[Te
     empty = high == low
     low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
     scale, zero = range_to_grid(low, high, grid)
-    if not search:
+    if error is None:
         return scale, zero
-    best = range_error(w_OGS, scale, zero, grid, norm)
-    for step in range(1, SHRINKS):
-        part = 1 - step / 100
-        scale_try, zero_try = range_to_grid(low * part, high * part, grid)
-        error = range_error(w_OGS, scale_try, zero_try, grid, norm)
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, scale_try, scale)
+    best = error.cost(deviation(w_OGS, scale, zero, grid))
+    for share in error.shares:
+        scale_try, zero_try = range_to_grid(low * share, high * share, grid)
+        cost = error.cost(deviation(w_OGS, scale_try, zero_try, grid))
+        better = cost < best
+        best, scale = torch.where(better, cost, best), torch.where(better, scale_try, scale)
         zero = None if zero is None or zero_try is None else torch.where(better, zero_try, zero)
     return scale, zero
 
@@ -124,9 +154,9 @@ def narrowed(scale: Tensor) -> Tensor:
     return scale.to(torch.float16) if bool(fits_half(scale).all()) else scale
 
 
-def range_error(w_OGS: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid, norm: float) -> Tensor:
-    """Sum over each group of |w - w'|**norm."""
+def deviation(w_OGS: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """w' - w of rounding to nearest."""
     step = scale.float()[..., None]
     middle = 2.0 ** (grid.bits - 1) if zero is None else zero.float()[..., None]
-    codes = ((w_OGS / step).round() + middle).clamp(0, 2**grid.bits - 1)
-    return ((codes - middle) * step - w_OGS).abs().pow(norm).sum(-1)
+    codes = (w_OGS / step).round_().add_(middle).clamp_(0, 2**grid.bits - 1)
+    return codes.sub_(middle).mul_(step).sub_(w_OGS)

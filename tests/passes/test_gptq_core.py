@@ -12,7 +12,7 @@ from torch import Tensor
 from compress.errors import CalibrationError
 from compress.passes.feedback import feed_back
 from compress.passes.hessian import inverse_factor
-from compress.passes.quantization.gptq import FixedGrids, gptq
+from compress.passes.quantization.gptq import PLAIN, FixedGrids, falling, gptq, keeps_groups
 from compress.weights import Grid
 
 Close = Callable[[str, Tensor, Tensor, float], None]
@@ -96,7 +96,7 @@ def test_the_loss_counts_what_a_mask_cuts(naive: ModuleType) -> None:
 @pytest.mark.parametrize("block", [1, 7, 16, 47, 48, 128])
 def test_the_block_size_changes_nothing(block: int) -> None:
     w, gram = normal(17, 48), gram_of()
-    some, all_at_once = (FixedGrids(Grid(bits=3, group=8), w, None, search=False) for _ in range(2))
+    some, all_at_once = (FixedGrids(Grid(bits=3, group=8), w, None, PLAIN) for _ in range(2))
     _, _, loss = feed_back(w, factor(gram), some, None, block)
     _, _, whole_loss = feed_back(w, factor(gram), all_at_once, None, 48)
     assert torch.equal(some.codes_OI, all_at_once.codes_OI)
@@ -247,3 +247,54 @@ def test_damping_climbs_by_tens_until_it_holds(lowest: float, used: float) -> No
 
 def test_damping_gives_up_after_a_thousandfold() -> None:
     assert inverse_factor(indefinite(-50.0), DAMPING) is None
+
+
+# -- orders that keep groups together --------------------------------------------------------------
+
+
+def test_group_aware_order_is_the_sorted_order_of_its_definition() -> None:
+    energy = torch.tensor([1.0, 5.0, 2.0, 9.0, 3.0, 3.0, 7.0, 0.0])
+    assert falling(energy, 2).tolist() == [
+        3,
+        2,
+        6,
+        7,
+        1,
+        0,
+        4,
+        5,
+    ]  # pairs by their largest
+    assert falling(energy).tolist() == [3, 6, 1, 4, 5, 2, 0, 7]
+
+
+def test_only_orders_that_mix_groups_do() -> None:
+    energy = normal(24).abs()
+    assert keeps_groups(None, 8)
+    assert keeps_groups(falling(energy, 8), 8)
+    assert not keeps_groups(falling(energy), 8)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_group_aware_gptq_is_gptq_of_the_reordered_problem(static: bool) -> None:
+    w, gram = normal(9, 24), gram_of(24)
+    order = falling(gram.diagonal(), 8)
+    upper, grid = factor(gram, order), Grid(bits=3, group=8)
+    got, loss = gptq(w, upper, grid, order_I=order, static=static)
+    plain, want = gptq(w[:, order].contiguous(), upper, grid, static=static)
+    torch.testing.assert_close(got.dense()[:, order], plain.dense(), rtol=0, atol=0)
+    assert loss == want
+
+
+def test_ranges_by_output_never_cost_more_than_whole_ranges() -> None:
+    w, gram = normal(9, 24), gram_of(24)
+    for bits in (2, 3, 4):
+        grid = Grid(bits=bits, group=8)
+        costs = [block_cost(grid.quantize(w, search=True, gram_II=g).dense() - w, gram, 8) for g in (gram, None)]
+        whole = block_cost(grid.quantize(w).dense() - w, gram, 8)
+        assert bool((costs[0] <= whole * (1 + 1e-6)).all())
+        assert float(costs[0].sum()) < float(costs[1].sum())  # and less than what the search by weights finds
+
+
+def block_cost(deviation: Tensor, gram: Tensor, group: int) -> Tensor:
+    parts = [slice(at, at + group) for at in range(0, len(gram), group)]
+    return torch.stack([(deviation[:, p] @ gram[p, p] * deviation[:, p]).sum(1) for p in parts], 1)

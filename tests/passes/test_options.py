@@ -58,7 +58,7 @@ def test_every_option_is_described(kind: type[WeightPass]) -> None:
 def test_ranges_and_choices_are_told() -> None:
     rows = {row["name"]: row for row in describe(GPTQ)}
     assert rows["bits"]["type"] == "integer >= 2 <= 8"
-    assert rows["order"]["type"] == "natural | activation"
+    assert rows["order"]["type"] == "natural | activation | groups"
     assert rows["damping"]["type"] == "number > 0 <= 1"
     assert rows["bits"]["default"] == 4
 

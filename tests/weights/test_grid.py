@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.weights import Grid
-from compress.weights.grid import range_error
+from compress.weights.grid import deviation, power_error
 
 BITS = range(2, 9)
 SPANS = (8, 0, -1)
@@ -122,8 +122,8 @@ def test_scaling_by_a_power_of_two_scales_the_result(bits: int, group: int, symm
 def test_range_search_is_never_worse_at_its_own_norm(bits: int, group: int, symmetric: bool, norm: float) -> None:
     grid, w = Grid(bits=bits, group=group, symmetric=symmetric), weight(7, 24)
     w_OGS = w.reshape(1, 1, -1) if group == -1 else w.unflatten(1, (-1, grid.width(24)))
-    plain = range_error(w_OGS, *grid.fit(w), grid, norm)
-    searched = range_error(w_OGS, *grid.fit(w, search=True, norm=norm), grid, norm)
+    plain = power_error(norm).cost(deviation(w_OGS, *grid.fit(w), grid))
+    searched = power_error(norm).cost(deviation(w_OGS, *grid.fit(w, search=True, norm=norm), grid))
     assert bool((searched <= plain).all())
 
 

@@ -14,7 +14,7 @@ from compress.model.site import Site
 from compress.passes.base import Pruner
 from compress.passes.feedback import Chosen, Rounding, Unrounded, feed_back
 from compress.passes.hessian import shared_factor
-from compress.passes.quantization.gptq import FittedGrids
+from compress.passes.quantization.gptq import PLAIN, FittedGrids
 from compress.stats import Gram
 from compress.weights import NM, Dense, Grid, Masked, Quantized, Weight
 
@@ -97,7 +97,7 @@ class SparseGPT(Pruner, name="sparsegpt"):
 
     def grids(self, w_OI: Tensor) -> FittedGrids:
         """The grids of kept weights, fitted on the way."""
-        return FittedGrids(Grid(bits=self.bits or 4, group=self.group, symmetric=self.symmetric), w_OI, search=False)
+        return FittedGrids(Grid(bits=self.bits or 4, group=self.group, symmetric=self.symmetric), w_OI, PLAIN)
 
 
 def mask_only(w_OI: Tensor, upper_II: Tensor, mask: Chosen, block: int) -> Tensor:

@@ -16,7 +16,7 @@ from compress.model.site import Site
 from compress.passes.base import GridQuantizer
 from compress.passes.feedback import Given, feed_back
 from compress.passes.hessian import shared_factor
-from compress.stats import Gram
+from compress.stats import Gram, Statistic
 from compress.weights import Grid, Masked, Quantized, Weight
 from compress.weights.grid import narrowed
 
@@ -50,12 +50,23 @@ class Grids:
         return (code - middle) * scale.float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """How the ranges of grids are found: whether searched, and by which Gram instead of by weights."""
+
+    search: bool = False
+    gram_II: Tensor | None = None
+
+
+PLAIN = Ranges()
+
+
 class FixedGrids(Grids):
     """Grids fitted before the loop; `order_I` tells which original column stands where."""
 
-    def __init__(self, grid: Grid, w_OI: Tensor, order_I: Tensor | None, search: bool) -> None:
+    def __init__(self, grid: Grid, w_OI: Tensor, order_I: Tensor | None, ranges: Ranges) -> None:
         super().__init__(grid, w_OI)
-        self.scale, self.zero = grid.fit(w_OI, search=search)
+        self.scale, self.zero = grid.fit(w_OI, search=ranges.search, gram_II=ranges.gram_II)
         inputs = w_OI.shape[1]
         columns = torch.arange(inputs, device=w_OI.device) if order_I is None else order_I
         self.group_of = (columns // (inputs // self.scale.shape[1])).tolist()
@@ -73,12 +84,14 @@ class FixedGrids(Grids):
 class FittedGrids(Grids):
     """Grids fitted when the loop reaches their first column, to the error-corrected weights.
 
-    Deviation from the released code of GPTQ: a grid sees the updates from within its block, also if group < block.
+    `order_I` may reorder groups and columns within them, not mix groups. Deviation from the released code of GPTQ: a
+    grid sees the updates from within its block, also if group < block.
     """
 
-    def __init__(self, grid: Grid, w_OI: Tensor, search: bool) -> None:
+    def __init__(self, grid: Grid, w_OI: Tensor, ranges: Ranges, order_I: Tensor | None = None) -> None:
         super().__init__(grid, w_OI)
-        self.aligned, self.search = grid.width(w_OI.shape[1]), search
+        self.aligned, self.ranges = grid.width(w_OI.shape[1]), ranges
+        self.order_I = torch.arange(w_OI.shape[1], device=w_OI.device) if order_I is None else order_I
         self.row = replace(grid, group=0)
         self.scales: list[Tensor] = []
         self.zeros: list[Tensor] = []
@@ -87,29 +100,37 @@ class FittedGrids(Grids):
         """Scale and zero [out] of a column; `ahead_BO` holds it and the rest of its block, `keep_BO` their mask."""
         if column % self.aligned == 0:
             group_OB = (ahead_BO if keep_BO is None else ahead_BO * keep_BO)[: self.aligned].T
-            scale, zero = self.row.fit(group_OB, search=self.search)
+            scale, zero = self.row.fit(group_OB, search=self.ranges.search, gram_II=self.gram(column))
             self.scales.append(scale)
             if zero is not None:
                 self.zeros.append(zero)
         return self.scales[-1][:, 0], self.zeros[-1][:, 0] if self.zeros else None
 
+    def gram(self, column: int) -> Tensor | None:
+        """The part of the Gram that belongs to the group which begins at a column."""
+        own_B = self.order_I[column : column + self.aligned]
+        return None if self.ranges.gram_II is None else self.ranges.gram_II[own_B][:, own_B]
+
     def result(self) -> tuple[Tensor, Tensor | None]:
         """All scales and zeros; float32 scales if any group needed them (float16 values stay exact)."""
-        scale = narrowed(torch.cat([s.float() for s in self.scales], 1))
-        return scale, torch.cat(self.zeros, 1) if self.zeros else None
+        back_G = (self.order_I[:: self.aligned] // self.aligned).argsort()
+        scale = narrowed(torch.cat([s.float() for s in self.scales], 1)[:, back_G])
+        return scale, torch.cat(self.zeros, 1)[:, back_G] if self.zeros else None
 
 
 def gptq(
     w_OI: Tensor, upper_II: Tensor, grid: Grid, keep_OI: Tensor | None = None, order_I: Tensor | None = None, *,
-    static: bool = False, search: bool = False, block: int = 128,
+    static: bool = False, ranges: Ranges = PLAIN, block: int = 128,
 ) -> tuple[Quantized, float]:  # fmt: skip
     """The weight quantized with error feedback in the order of `order_I`, and the loss of `feed_back`.
 
-    Where `keep_OI` is False the code is that of zero, and its error is fed back too.
+    Where `keep_OI` is False the code is that of zero, and its error is fed back too. Grids are fixed beforehand if
+    `static`, if they serve a whole row, or if the order mixes groups.
     """
-    fixed = static or order_I is not None or grid.width(w_OI.shape[1]) == w_OI.shape[1]
+    width = grid.width(w_OI.shape[1])
+    fixed = static or width == w_OI.shape[1] or grid.group < 0 or not keeps_groups(order_I, width)
     kept_OI = w_OI if keep_OI is None else w_OI * keep_OI
-    grids = FixedGrids(grid, kept_OI, order_I, search) if fixed else FittedGrids(grid, w_OI, search)
+    grids = FixedGrids(grid, kept_OI, order_I, ranges) if fixed else FittedGrids(grid, kept_OI, ranges, order_I)
     if order_I is not None:
         w_OI, keep_OI = w_OI[:, order_I], None if keep_OI is None else keep_OI[:, order_I]
     _, _, loss = feed_back(w_OI, upper_II, grids, None if keep_OI is None else Given(keep_OI), block)
@@ -118,21 +139,43 @@ def gptq(
     return Quantized(codes_OI, scale, zero, grid.bits), loss
 
 
+def keeps_groups(order_I: Tensor | None, width: int) -> bool:
+    """Whether an order leaves the columns of each group of `width` beside each other."""
+    if order_I is None:
+        return True
+    group_GS = (order_I // width).view(-1, width)
+    return bool((group_GS == group_GS[:, :1]).all())
+
+
+def falling(energy_I: Tensor, width: int | None = None) -> Tensor:
+    """Columns by falling energy; with `width` only within their groups, and groups by their largest.
+
+    Source of the second: group-aware reordering (GAR) of GPTQModel, 2025.
+    """
+    if width is None:
+        return energy_I.argsort(descending=True, stable=True)
+    energy_GS = energy_I.view(-1, width)
+    within_GS = energy_GS.argsort(dim=1, descending=True, stable=True)
+    groups_G = energy_GS.amax(1).argsort(descending=True, stable=True)
+    first_G = width * torch.arange(len(energy_GS), device=energy_I.device)
+    order_I: Tensor = (within_GS + first_G[:, None])[groups_G].flatten()
+    return order_I
+
+
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(GridQuantizer, name="gptq"):
     """Round columns in order, compensating each error in the columns to come; masks are respected.
 
     If no damping makes the Gram positive definite, the site is rounded to nearest and a fallback is recorded.
-    Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1. Order `activation` (falling diag G) uses static groups,
-    so the stored form needs no index per column. Deviation: inputs that never fire keep their rounded weight,
-    where the released code zeroes it.
+    Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1. Order `activation` (falling diag G) uses static groups, so
+    that the stored form needs no index per column; `groups` (GAR) needs neither. Deviation: inputs that never fire keep
+    their rounded weight, where the released code zeroes it.
     """
-
-    requires = (Gram,)
 
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
     order: Annotated[
-        Literal["natural", "activation"], Field(description="columns as they are, or by falling activation energy")
+        Literal["natural", "activation", "groups"],
+        Field(description="columns as they are, by falling activation energy, or so within groups and groups likewise"),
     ] = "natural"
     static: Annotated[bool, Field(description="fit all group grids before the first column")] = False
     target: Annotated[
@@ -140,15 +183,27 @@ class GPTQ(GridQuantizer, name="gptq"):
         Field(description="approximate the weight as it is now, or the original: then what a mask cut is compensated"),
     ] = "weight"
 
+    @property
+    def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
+        """The Gram."""
+        return (Gram,)
+
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """Codes with error feedback; falls back to rounding, loudly."""
         if self.target == "original" and keep_OI is not None and isinstance(site.weight, Masked):
             w_OI = site.target.data  # column errors then include the cut weights, as in SparseGPT with a given mask
-        gram_II = site.stats[Gram]
-        order_I = gram_II.diagonal().argsort(descending=True, stable=True) if self.order == "activation" else None
+        order_I = self.column_order(site.stats[Gram].diagonal())
         upper_II = shared_factor(site, self.damping, self.name, "rounded to nearest", order_I)
         if upper_II is None:
             return self.round(w_OI if keep_OI is None else w_OI * keep_OI, keep_OI, site)
-        quantized, loss = gptq(w_OI, upper_II, self.grid, keep_OI, order_I, static=self.static, search=self.search)
+        ranges = Ranges(search=bool(self.search), gram_II=self.gram(site))
+        quantized, loss = gptq(w_OI, upper_II, self.grid, keep_OI, order_I, static=self.static, ranges=ranges)
         site.ledger["loss"] = loss
         return quantized
+
+    def column_order(self, energy_I: Tensor) -> Tensor | None:
+        """The order in which columns are rounded."""
+        if self.order == "natural":
+            return None
+        within = self.group if self.order == "groups" and 0 < self.group < len(energy_I) else None
+        return falling(energy_I, within)
