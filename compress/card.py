@@ -19,7 +19,7 @@ tags: ["{{ tags | join('", "') }}"]
 
 Made from `{{ source.name }}` by Compress {{ versions.compress }}.
 {% for step in reshaped -%}
-It is without {{ step.removed }} ({{ step.step }}).
+It is {{ step.change }} ({{ step.step }}).
 {% endfor -%}
 All linear maps of its blocks together take {{ "%.2f" | format(sizes.bits_per_weight) }} bits a weight;
 all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}".format(sizes.source_bytes) }}.

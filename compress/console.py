@@ -62,9 +62,7 @@ class Progress:
                 self.began = time.monotonic()
             case ModelReshaped():
                 before, after = event.parameters
-                self.console.print(
-                    f"  {event.step}: without {event.removed}; {before:,} -> [bold]{after:,}[/] parameters"
-                )
+                self.console.print(f"  {event.step}: {event.change}; {before:,} -> [bold]{after:,}[/] parameters")
                 self.began = time.monotonic()
             case BlockStarted():
                 self.errors, self.starved = {}, {}
@@ -148,7 +146,7 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         f"{sizes['bits_per_weight']:.2f} bits a block weight; probe KL {view['probe']['kl']:.4g} nats",
         "untouched: " + ", ".join(f"{n:,} ({escape(reason)})" for reason, n in view["untouched"].items()),
     ]
-    lines[1:1] = [f"without {step['removed']} ({step['step']})" for step in view["reshaped"]]
+    lines[1:1] = [f"{step['change']} ({step['step']})" for step in view["reshaped"]]
     return [*([table] if view["sites"] else []), *lines]
 
 

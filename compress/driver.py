@@ -180,15 +180,14 @@ class Job:
         if self.recipe.reshapes:
             self.dense_logits = self.walk.replay(self.walk.enter(self.tokens.probe_NT))
         for step in self.recipe.reshapes:
-            made = step.reshape(Whole(self.walk, self.tokens.windows, self.tokens.probe_NT), self.source)
+            whole = Whole(self.walk, self.tokens.windows, self.tokens.probe_NT, self.recipe.passes)
+            made = step.reshape(whole, self.source)
             walk = walk_over(made, self.walk)
             check_tensors(walk, made)
             sizes = [sum(prod(held.shape) for held in source.headers.values()) for source in (self.source, made)]
             blocks = (len(self.walk.blocks), len(walk.blocks))
-            self.emit(
-                ModelReshaped(step=step.name, removed=made.removed, parameters=(sizes[0], sizes[1]), blocks=blocks)
-            )
-            self.reshaped.append({"step": step.name, "removed": made.removed, **made.facts})
+            self.emit(ModelReshaped(step=step.name, change=made.change, parameters=(sizes[0], sizes[1]), blocks=blocks))
+            self.reshaped.append({"step": step.name, "change": made.change, **made.facts})
             self.walk.drop_frame()  # tensors of the new model are made by what may hold on to this walk
             self.source, self.walk = made, walk
         self.covered = plan(self.walk, self.recipe)

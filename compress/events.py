@@ -40,7 +40,7 @@ class ModelReshaped(Event):
     """A pass made a model of another shape; `parameters` and `blocks` before and after, and what went, for people."""
 
     step: str
-    removed: str
+    change: str
     parameters: tuple[int, int]
     blocks: tuple[int, int]
 

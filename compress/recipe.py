@@ -112,6 +112,12 @@ class Recipe:
     def _check_order(self) -> None:
         """Raise RecipeError for a pass that changes the model's shape behind one that does not."""
         first = next((i for i, step in enumerate(self.passes) if not isinstance(step, Reshape)), len(self.passes))
+        for i, step in enumerate(self.passes[:first]):
+            if isinstance(step, Reshape):
+                try:
+                    step.check(self.passes[i + 1 :])
+                except RecipeError as error:
+                    raise RecipeError(f"passes[{i}].{error}") from error
         for i, step in enumerate(self.passes[first:], first):
             if isinstance(step, Reshape):
                 raise RecipeError(

@@ -96,12 +96,12 @@ class Probe(TypedDict):
 
 
 class Reshaping(TypedDict):
-    """What a pass removed that made a model of another shape, for people; and in detail, as each pass tells it."""
+    """What a pass changed that made another model, for people; and in detail, as each pass tells it."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
     step: str
-    removed: str
+    change: str
 
 
 class Provenance(TypedDict):

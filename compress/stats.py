@@ -98,6 +98,27 @@ class AbsMean(Statistic):
         return (self.sum_I / max(1, self.tokens)).float()
 
 
+class AbsMax(Statistic):
+    """Largest |x| of each input feature over all calibration tokens, float32 [in]."""
+
+    @classmethod
+    def nbytes(cls, inputs: int) -> int:
+        """One float32 for each input."""
+        return 4 * inputs
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.max_I = torch.zeros(inputs, device=device)
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add a batch of tokens."""
+        if len(x_TI):
+            self.max_I = torch.maximum(self.max_I, x_TI.float().abs().amax(0))
+
+    def value(self) -> Tensor:
+        """The maxima."""
+        return self.max_I
+
+
 class Sample(Statistic):
     """Evenly spaced calibration tokens, from half of FEW to FEW of them if there are as many, float32 [tokens, in].
 

@@ -33,13 +33,19 @@ def golden_gaussian() -> Tensor:
 
 
 def golden_correlated() -> tuple[Tensor, Tensor]:
-    """(W [256, 256], H [256, 256]) of the GPTQ fixture there: Toeplitz-correlated inputs with log-normal channels."""
+    """(W [256, 256], H [256, 256]) of the GPTQ fixture there."""
+    w, x = golden_inputs()
+    return w, 2 * x.T @ x / len(x)
+
+
+def golden_inputs() -> tuple[Tensor, Tensor]:
+    """(W [256, 256], X [4096, 256]) of the GPTQ fixture: Toeplitz-correlated inputs with log-normal channels."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal((256, 256))
     channel = np.exp(rng.standard_normal(256))
     toeplitz = 0.9 ** np.abs(np.subtract.outer(np.arange(256), np.arange(256)))
     x = (rng.standard_normal((4096, 256)) @ np.linalg.cholesky(toeplitz).T) * channel
-    return torch.from_numpy(w), torch.from_numpy(2 * x.T @ x / len(x))
+    return torch.from_numpy(w), torch.from_numpy(x)
 
 
 # -- measures --------------------------------------------------------------------------------------

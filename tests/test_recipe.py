@@ -121,7 +121,7 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
         (
             "passes: [gptq: {order: up}]\n",
             "passes[0].gptq.order",
-            "'up' is not allowed; it must be 'natural' or 'activation'",
+            "'up' is not allowed; it must be 'natural', 'activation' or 'groups'",
         ),
         (
             "passes: [rtn]\nlimits: {max_untouched: 2}\n",
@@ -270,7 +270,7 @@ def test_every_packaged_recipe_reads_and_writes(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", PASSES.values(), ids=PASSES)
 def test_every_pass_survives_the_way_to_yaml_and_back(kind: type[Pass]) -> None:
-    recipe = Recipe(passes=(kind(), Wanda(sites="*.mlp.*")))
+    recipe = Recipe(passes=(kind(), Wanda(sites="*.mlp.*"), RTN()))
     assert read(recipe.to_yaml()) == recipe
 
 

@@ -98,7 +98,7 @@ def test_the_command_line_runs_shows_verifies_and_replaces_it(cli: Run, tiny_lla
     assert code == 0
     assert f"wanda-sp: without {removed}" in progress
     assert f"without {removed} (wanda-sp)" in cli("inspect", out)[1]
-    assert json.loads(cli("inspect", out, "--json")[1])["reshaped"][0]["removed"] == removed
+    assert json.loads(cli("inspect", out, "--json")[1])["reshaped"][0]["change"] == f"without {removed}"
     assert cli("verify", out)[0] == 0
     assert cli("run", recipe, "--model", tiny_llama, "--out", out)[0] == 2
     assert cli("run", recipe, "--model", tiny_llama, "--out", out, "--force")[0] == 0

@@ -37,12 +37,13 @@ class Made:
 
 
 class Reshaped(Checkpoint):
-    """`tensors` by name, with a `config` that fits them; `removed` tells people what is gone, `facts` the details."""
+    """`tensors` by name, with a `config` that fits them; `change` tells people what is different, such as
+    `without 2 of 8 blocks`, `facts` the details."""
 
     def __init__(
-        self, source: Checkpoint, config: dict[str, Any], tensors: Mapping[str, Made], removed: str, **facts: Any
+        self, source: Checkpoint, config: dict[str, Any], tensors: Mapping[str, Made], change: str, **facts: Any
     ) -> None:
-        self.source, self.config, self.removed, self.facts = source, config, removed, facts
+        self.source, self.config, self.change, self.facts = source, config, change, facts
         self.path, self.decoded_from, self.files = source.path, source.decoded_from, source.files
         self.made = dict(sorted(tensors.items()))
 
@@ -62,7 +63,7 @@ class Reshaped(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         """One tensor, made anew; raises ArtifactError if there is none of this name."""
         if name not in self.made:
-            raise ArtifactError(f"{self.path}: no tensor {name!r} is left after {self.removed} are gone")
+            raise ArtifactError(f"{self.path}: the model {self.change} has no tensor {name!r}")
         return self.made[name].make()
 
     def digests(self) -> dict[str, str]:
@@ -92,7 +93,7 @@ def walk_over(reshaped: Checkpoint, walk: Walk) -> Walk:
     return Walk(reshaped.config, reshaped, walk.dtype, walk.device, walk.store)
 
 
-def check_logits(reshaped: Checkpoint, walk: Walk, probe_NT: Tensor, meant: Tensor, by: str) -> None:
+def check_logits(reshaped: Reshaped, walk: Walk, probe_NT: Tensor, meant: Tensor, by: str) -> None:
     """Raise UnsupportedWeight unless a reshaped model gives the logits that cutting the whole model gave.
 
     A family may compute by the number of a block or of its heads in ways that no config says; here it shows.
@@ -102,7 +103,7 @@ def check_logits(reshaped: Checkpoint, walk: Walk, probe_NT: Tensor, meant: Tens
     error = float((got - meant.float()).norm() / meant.float().norm().clamp(min=1e-30))
     if not error <= max(SAME, ROUNDINGS * torch.finfo(walk.dtype).eps):
         raise UnsupportedWeight(
-            f"{by}: {type(walk.model).__name__} without these parts computes something else than it should "
+            f"{by}: {type(walk.model).__name__} {reshaped.change} computes something else than it should "
             f"(off by {error:.2g}); its configuration cannot say what is meant"
         )
 

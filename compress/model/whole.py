@@ -20,10 +20,13 @@ from compress.stats import Statistic
 
 
 class Whole:
-    """A model with the calibration windows [N, T] of a run, and the token windows on which it is probed."""
+    """A model with the calibration windows [N, T] of a run, and the token windows on which it is probed.
 
-    def __init__(self, walk: Walk, windows: Sequence[Tensor], probe_NT: Tensor) -> None:
-        self.walk, self.windows, self.probe_NT = walk, tuple(windows), probe_NT
+    `passes` are those of the recipe, for what must know what comes after it.
+    """
+
+    def __init__(self, walk: Walk, windows: Sequence[Tensor], probe_NT: Tensor, passes: Sequence[Any] = ()) -> None:
+        self.walk, self.windows, self.probe_NT, self.passes = walk, tuple(windows), probe_NT, tuple(passes)
 
     @property
     def config(self) -> Any:

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 from compress.passes.base import PASSES, Budget, GridQuantizer, Pass, Pruner, Quantizer, Refiner, Reshape, WeightPass
 from compress.passes.budget import governed
+from compress.passes.equalizer import Equalizer
 from compress.passes.hybrid.realign import Realign
 from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
@@ -23,15 +24,50 @@ from compress.passes.pruning.sparsegpt import SparseGPT
 from compress.passes.pruning.swaps import Swaps
 from compress.passes.pruning.wanda import Wanda
 from compress.passes.pruning.wanda_sp import WandaSP
+from compress.passes.quantization.awq import AWQ
 from compress.passes.quantization.gptq import GPTQ
+from compress.passes.quantization.rotate import QuaRot, Rotate
 from compress.passes.quantization.rtn import RTN
+from compress.passes.quantization.smoothquant import SmoothQuant
 from compress.passes.structured import StructuredPruner
 
 __all__ = [
-    "ALPS", "FLAP", "GPTQ", "OWL", "PASSES", "RIA", "RTN", "Budget", "DSnoT", "Global", "GridQuantizer",
-    "Magnitude", "Pass", "PassManager", "Pruner", "Quantizer", "Realign", "Reconstruct", "Refiner", "Reshape",
-    "Sensitivity", "ShortGPT", "SliceGPT", "SparseGPT", "StructuredPruner", "Swaps", "Wanda", "WandaSP",
-    "WeightPass", "governed", "load_plugins",
+    "ALPS",
+    "AWQ",
+    "FLAP",
+    "GPTQ",
+    "OWL",
+    "PASSES",
+    "RIA",
+    "RTN",
+    "Budget",
+    "DSnoT",
+    "Equalizer",
+    "Global",
+    "GridQuantizer",
+    "Magnitude",
+    "Pass",
+    "PassManager",
+    "Pruner",
+    "QuaRot",
+    "Quantizer",
+    "Realign",
+    "Reconstruct",
+    "Refiner",
+    "Reshape",
+    "Rotate",
+    "Sensitivity",
+    "ShortGPT",
+    "SliceGPT",
+    "SmoothQuant",
+    "SparseGPT",
+    "StructuredPruner",
+    "Swaps",
+    "Wanda",
+    "WandaSP",
+    "WeightPass",
+    "governed",
+    "load_plugins",
 ]  # fmt: skip
 
 

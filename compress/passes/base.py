@@ -8,7 +8,7 @@ rewrites one site at a time; a `Budget` looks at the whole dense model first and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -200,10 +200,13 @@ class Budget(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class Reshape(Pass):
-    """Makes an ordinary model of another shape: fewer blocks, heads or neurons, or a narrower hidden state.
+    """Makes another ordinary model: fewer blocks, heads or neurons, a narrower hidden state, or other scales.
 
     It always measures, so it needs calibration data whether or not it names statistics.
     """
+
+    def check(self, after: Sequence[Pass]) -> None:
+        """Raise RecipeError if what follows it in a recipe does not fit."""
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
         """A model of the shape that `reshape` will give, of parts chosen without looking at any weight.

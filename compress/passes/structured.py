@@ -64,7 +64,7 @@ class Sizes:
         names = {OUT: "key-value heads with their query heads", NEURON: "neurons"}
         counts = {reader: self.parts(reader) for reader in self.readers}
         said = [f"{before - after} of {before} {names[reader]}" for reader, (before, after) in counts.items()]
-        return f"{' and '.join(said)} of every block"
+        return f"without {' and '.join(said)} of every block"
 
     @property
     def readers(self) -> list[str]:

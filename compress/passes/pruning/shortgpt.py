@@ -132,7 +132,7 @@ def without(walk: Walk, source: Checkpoint, gone: Sequence[int], **facts: Any) -
             tensors[renumbered(name, start, kept.index(prefixes[start]))] = unchanged(source, name)
     changes = per_block(walk.model.config.get_text_config(), kept, len(walk.blocks))
     config = with_text(source.config, walk, num_hidden_layers=len(kept), **changes)
-    text = f"{len(gone)} of {len(walk.blocks)} blocks: {', '.join(map(str, gone))}"
+    text = f"without {len(gone)} of {len(walk.blocks)} blocks: {', '.join(map(str, gone))}"
     return Reshaped(source, config, tensors, text, blocks=list(gone), **facts)
 
 

@@ -141,7 +141,9 @@ def rotated(walk: Walk, source: Checkpoint, axes_DK: Tensor, **facts: Any) -> Re
     head = next(name for name in walk.anatomy.heads if name.endswith(".weight"))
     if head not in walk.anatomy.layout.sources:  # tied: the file holds it as the embedding
         tensors[head] = turn.reader(turn.held(head), turn.final)
-    return Reshaped(source, config, tensors, f"{hidden - kept} of {hidden} directions of the hidden state", **facts)
+    return Reshaped(
+        source, config, tensors, f"without {hidden - kept} of {hidden} directions of the hidden state", **facts
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
