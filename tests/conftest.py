@@ -7,12 +7,15 @@ built, never downloaded; their sizes are odd on purpose (width 48, inner 72, voc
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and children share the cores; read when torch is imported
 
 import pytest
 import torch
