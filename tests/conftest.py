@@ -209,6 +209,29 @@ def own_artifact(llama_artifact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama_artifact, tmp_path / "artifact"))
 
 
+# -- the command line ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`cli("run", ...)` -> (exit code, stdout, stderr), in this process."""
+
+    from compress.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
 # -- sites -----------------------------------------------------------------------------------------
 
 
