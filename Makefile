@@ -21,13 +21,13 @@ demo: $(READY)  ## compress the built-in model, evaluate it, write the report
 	$(BIN)/compress eval out/quickstart out/wanda-2of4-gptq-int4 --out out/demo.eval
 
 test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-check: $(READY)  ## format, lint, types and the quick tests, in about three and a half minutes
+check: $(READY)  ## format, lint, types and the quick tests, to stay under three minutes on two cores
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 bench: $(READY)  ## measured tables: CPU kernels, pruning speed and quality, a 4 GB model, the recipes; takes hours
 	$(BIN)/python -m compress_kernels.bench

@@ -7,12 +7,15 @@ built, never downloaded; their sizes are odd on purpose (width 48, inner 72, voc
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and children share the cores; read when torch is imported
 
 import pytest
 import torch
@@ -204,6 +207,29 @@ def llama_artifact(tiny_llama: Path, recipe_24_int4: Recipe, tmp_path_factory: p
 def own_artifact(llama_artifact: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
     return Path(shutil.copytree(llama_artifact, tmp_path / "artifact"))
+
+
+# -- the command line ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`cli("run", ...)` -> (exit code, stdout, stderr), in this process."""
+
+    from compress.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
 
 
 # -- sites -----------------------------------------------------------------------------------------

@@ -7,35 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from compress.cli import main
-
 Run = Callable[..., tuple[int, str, str]]
 RECIPE = "passes:\n  - wanda: {sparsity: 2:4}\n  - gptq: {bits: 4, group: 24}\ncalibration: {samples: 4, length: 32}\n"
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`cli("run", ...)` -> (exit code, stdout, stderr), in this process."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import compress
 from compress import RTN, Calibration, Magnitude, PassManager, ShortGPT, Wanda
+from compress.driver import Report
 from compress.export.dense import export_dense
 from compress.model.anatomy import coverage
 from compress.model.architecture import auto_class, run
@@ -235,6 +236,7 @@ TIED = {"llama": True, "qwen2": True, "qwen3": True, "gemma2": False, "phi3": Tr
         "gpt2": False, "gpt_neox": True, "opt": False, "falcon": False, "bloom": False}  # fmt: skip
 MIXTURES = [name for name, family in FAMILIES.items() if family.routers]
 Folder = Callable[..., Path]
+Rounded = Callable[[str], Report]
 
 
 def config_of(name: str, **more: Any) -> Any:
@@ -261,6 +263,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Folder
             model.save_pretrained(made[key])
             tokenizer.save_pretrained(made[key])
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def rounded(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Rounded:
+    """`rounded(family)`: the report of a run that rounds every site to four bits; its folder is read-only."""
+    made: dict[str, Report] = {}
+
+    def make(name: str) -> Report:
+        if name not in made:
+            made[name] = compress.run(folder(name), [RTN(group=8)], tmp_path_factory.mktemp(name) / "rounded")
+        return made[name]
 
     return make
 
@@ -372,12 +387,11 @@ def test_low_precision_is_computed_as_transformers_does(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_artifact_computes_what_the_model_in_memory_does(
-    name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
+    name: str, folder: Folder, rounded: Rounded, ids: Tensor, assert_close: Any
 ) -> None:
     model = stock(folder(name))
     PassManager([RTN(group=8)]).apply(model, ids)
-    compress.run(folder(name), [RTN(group=8)], tmp_path / "o")
-    assert_close("logits", logits_of(compress.load(tmp_path / "o"), ids), logits_of(model, ids), 1e-5)
+    assert_close("logits", logits_of(compress.load(rounded(name).out), ids), logits_of(model, ids), 1e-5)
 
 
 @pytest.mark.slow
@@ -397,9 +411,9 @@ def test_a_model_of_one_block_is_the_other_block_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_no_pass_touches_passes_through_bit_by_bit(name: str, folder: Folder, tmp_path: Path) -> None:
-    report = compress.run(folder(name), [RTN(group=8)], tmp_path / "o")
-    before, after = Checkpoint(folder(name)), Checkpoint(tmp_path / "o")
+def test_what_no_pass_touches_passes_through_bit_by_bit(name: str, folder: Folder, rounded: Rounded) -> None:
+    report = rounded(name)
+    before, after = Checkpoint(folder(name)), Checkpoint(report.out)
     assert report.coverage.untouched
     for tensor in report.coverage.untouched:
         assert torch.equal(before.tensor(tensor), after.stored_tensor(tensor)), tensor
@@ -434,13 +448,12 @@ def renamed(path: Path, target: Path, rename: Callable[[str], str]) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "opt"])
 def test_a_file_without_the_models_prefix_keeps_its_names(
-    name: str, folder: Folder, tmp_path: Path, ids: Tensor, assert_close: Any
+    name: str, folder: Folder, rounded: Rounded, tmp_path: Path, ids: Tensor, assert_close: Any
 ) -> None:
     prefix = "model." if name == "opt" else "transformer."
     bare = renamed(folder(name), tmp_path / "bare", lambda tensor: tensor.removeprefix(prefix))
     compress.run(bare, [RTN(group=8)], tmp_path / "o")
-    compress.run(folder(name), [RTN(group=8)], tmp_path / "usual")
-    loaded, usual = compress.load(tmp_path / "o"), compress.load(tmp_path / "usual")
+    loaded, usual = compress.load(tmp_path / "o"), compress.load(rounded(name).out)
     assert set(compress.artifact.Artifact(tmp_path / "o").names()) == set(Checkpoint(bare).names())
     assert torch.equal(logits_of(loaded, ids), logits_of(usual, ids))
 
