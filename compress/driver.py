@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from math import prod
@@ -36,6 +36,7 @@ from compress.passes.budget import allocations
 from compress.passes.manager import PassManager, ignore
 from compress.plan import check_disk, check_tensors, check_values, free_place, outline, plan, tokens_for, usable
 from compress.recipe import Calibration, Recipe
+from compress.runtime.kv import check as check_cache
 from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
 from compress.texts import HUB
@@ -89,6 +90,8 @@ def compress(
         planned, shaped = outline(walk, source, recipe)
         check_disk(target, shaped)
         covered = plan(planned, recipe)
+        if recipe.kv:
+            check_cache(planned.model, recipe.kv)
         tokens = tokens_for(walk, source.path, recipe)
         check_values(walk, source)
         if offload:
@@ -291,7 +294,8 @@ class Job:
         }
         provenance = self.provenance(ledger, sizes, kl)
         config = {k: v for k, v in without_code(self.source.config).items() if k != "quantization_config"}
-        writer.describe(self.source.path, config, provenance, card(provenance))
+        kv = asdict(self.recipe.kv) if self.recipe.kv else None
+        writer.describe(self.source.path, config, provenance, card(provenance), kv)
         check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits)
         return Report(
             out=writer.out,

@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
 from compress.errors import RecipeError, nearest
+from compress.kv import KV
 from compress.options import build, check_options
 from compress.passes import PASSES, Pass, Reshape, WeightPass, governed, load_plugins
 
@@ -97,6 +98,7 @@ class Recipe:
     ] = "site"
     limits: Limits = field(default_factory=Limits)
     accept: Accept | None = None
+    kv: KV | None = None
 
     def __post_init__(self) -> None:
         if not self.passes:
@@ -106,6 +108,10 @@ class Recipe:
                 raise RecipeError(f"passes: {step!r} is not a pass; give instances such as RTN(bits=4)")
         if self.ordering not in ("site", "block", "dense"):
             raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site, block or dense")
+        if self.kv and not self.weight_passes:
+            raise RecipeError(
+                "kv: needs a pass that rewrites weights, else the folder names no method; give it to compress.load"
+            )
         self._check_order()
         governed(self.passes)
 
@@ -145,6 +151,7 @@ class Recipe:
         data |= {"calibration": asdict(self.calibration)} if self.needs_data() else {}
         data |= {"ordering": self.ordering, "passes": [{step.name: step.options()} for step in self.passes]}
         data["limits"] = asdict(self.limits)
+        data |= {"kv": asdict(self.kv)} if self.kv else {}
         return data | ({"accept": asdict(self.accept)} if self.accept else {})
 
     def to_yaml(self) -> str:
@@ -201,7 +208,7 @@ def from_dict(data: Any) -> Recipe:
         raise RecipeError(f"model: expected a folder or `builtin`, got {model!r}")
     parts: dict[str, Any] = {
         key: build(kind, data[key], key)
-        for key, kind in (("calibration", Calibration), ("limits", Limits), ("accept", Accept))
+        for key, kind in (("calibration", Calibration), ("limits", Limits), ("accept", Accept), ("kv", KV))
         if data.get(key) is not None
     }
     if "ordering" in data:

@@ -151,14 +151,25 @@ class ArtifactWriter:
         self.digests = {names[old]: sha for old, sha in self.digests.items()}
         self.weight_map = {key: names[old] for key, old in self.weight_map.items()}
 
-    def describe(self, source: Path, config: Mapping[str, Any], provenance: Mapping[str, Any], card: str) -> None:
-        """Write everything that is not weights; a folder without rewritten sites is plain and names no method."""
+    def describe(
+        self,
+        source: Path,
+        config: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        card: str,
+        kv: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write everything that is not weights; a folder without rewritten sites is plain and names no method.
+
+        `kv` are the options of the cache that the model shall have once loaded.
+        """
         shutil.rmtree(self.partial / "scratch", ignore_errors=True)
         self._number()
         copy_companions(source, self.partial)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_json(self.partial / INDEX, index)
         quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
+        quantization |= {"kv": kv} if kv else {}
         named = {"quantization_config": quantization} if provenance["sites"] else {}
         write_json(self.partial / "config.json", {**config, **named})
         (self.partial / "README.md").write_text(card, encoding="utf-8")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from decimal import ROUND_HALF_EVEN, Decimal
 from itertools import combinations, permutations, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -361,3 +362,27 @@ def pack_stream(values: list[int], bits: int) -> bytes:
         return bytes(v & 255 for v in values) + pack_stream([v >> 8 for v in values], bits - 8)
     stream = sum(value << (i * bits) for i, value in enumerate(values))
     return stream.to_bytes(-(-len(values) * bits // 8), "little")
+
+
+# -- the key-value cache ---------------------------------------------------------------------------
+
+
+def rounded_group(x_G: Tensor, bits: int) -> Tensor:
+    """One group between its minimum and maximum, both kept in float16; a constant group is its minimum."""
+    low = x_G.min().half().float()
+    scale = ((x_G.max() - low).clamp(min=0) / (2**bits - 1)).half().float()
+    if scale == 0:
+        return torch.full_like(x_G, float(low))
+    return ((x_G - low) / scale).round().clamp(0, 2**bits - 1) * scale + low
+
+
+def kivi(x_TD: Tensor, kv: Any, keys: bool) -> Tensor:
+    """The keys or values of one head as a later token sees them, from the whole prefix by KIVI's flush rule."""
+    seen_TD, tokens = x_TD.clone(), len(x_TD)
+    due = (tokens - kv.sink) // kv.residual * kv.residual if keys else tokens - kv.sink - kv.residual
+    rows, columns = (kv.group, 1) if keys and kv.keys == "channel" else (1, kv.group)
+    for t in range(kv.sink, kv.sink + max(0, due), rows):
+        for d in range(0, x_TD.shape[1], columns):
+            group = x_TD[t : t + rows, d : d + columns]
+            seen_TD[t : t + rows, d : d + columns] = rounded_group(group.reshape(-1), kv.bits).view(group.shape)
+    return seen_TD

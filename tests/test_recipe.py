@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress import GPTQ, RTN, Accept, Calibration, Limits, Magnitude, Recipe, RecipeError, Wanda, WeightPass
+from compress import GPTQ, KV, RTN, Accept, Calibration, Limits, Magnitude, Recipe, RecipeError, Wanda, WeightPass
 from compress.passes import PASSES, Pass
 from compress.recipe import DEEPEST, LARGEST, apply_change, find, from_dict, load, packaged_folder, parse
 
@@ -145,6 +145,10 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
             "0 is not allowed; it must be greater than or equal to 1",
         ),
         ("passes: [rtn]\naccept: {max_drop: 0}\n", "accept.max_drop", "0 is not allowed; it must be greater than 0"),
+        ("passes: [rtn]\nkv: {bits: 3}\n", "kv.bits", "3 is not allowed; it must be 8, 4 or 2"),
+        ("passes: [rtn]\nkv: {bit: 4}\n", "kv", "unknown option 'bit'; did you mean 'bits'?"),
+        ("passes: [rtn]\nkv: 4\n", "kv", "expected options as `name: value`, got 4"),
+        ("kv: {bits: 4}\n", "passes", "expected a list with at least one pass"),
         ("passes: [rtn]\nordering: sites\n", "ordering", "'sites' is not allowed; it must be site, block or dense"),
     ],
 )
@@ -166,6 +170,7 @@ def test_a_recipe_reads_as_written() -> None:
         "ordering: block\n"
         "passes:\n- wanda: {sparsity: 2:4, sites: '*mlp*'}\n- gptq:\n    bits: 3\n- rtn\n- magnitude:\n"
         "limits: {max_fallbacks: 2}\naccept: {max_drop: 5e-2}\n"
+        "kv: {bits: 2, residual: 32}\n"
     )
     assert recipe == Recipe(
         model="some/folder",
@@ -174,6 +179,7 @@ def test_a_recipe_reads_as_written() -> None:
         ordering="block",
         limits=Limits(max_fallbacks=2),
         accept=Accept(max_drop=0.05),
+        kv=KV(bits=2, residual=32),
     )
 
 
@@ -213,6 +219,7 @@ def file(tmp_path: Path) -> Path:
         ("model=builtin", lambda r: r.model == "builtin"),
         ("passes.1.damping=1e-3", lambda r: r.passes[1] == GPTQ(damping=0.001)),
         ("accept.max_drop=0.1", lambda r: r.accept == Accept(max_drop=0.1)),
+        ("kv.bits=2", lambda r: r.kv == KV(bits=2)),
     ],
 )
 def test_a_change_sets_one_option(file: Path, change: str, want: Any) -> None:

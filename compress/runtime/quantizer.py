@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,32 +13,40 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.artifact import METHOD, VERSION, keys, plain_shapes
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, RecipeError
+from compress.kv import KV
 from compress.model.anatomy import Anatomy, Place
 from compress.runtime.experts import CompressedExperts, compress_experts
+from compress.runtime.kv import attach
 from compress.runtime.linear import CompressedLinear, buffers
 from compress.runtime.names import StoredNames
 
 
 @register_quantization_config(METHOD)
 class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The specification of every compressed site; `low_memory` is a choice at load time and not saved."""
+    """The specification of every compressed site, and of the cache; `low_memory` is a choice at load, not saved."""
 
     def __init__(
         self,
         weights: dict[str, Any] | None = None,
         version: int = VERSION,
         low_memory: bool = False,
+        kv: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version, self.weights, self.low_memory = version, weights or {}, low_memory
         if version != VERSION:
             raise ArtifactError(f"quantization_config: format version {version}, this program reads {VERSION}")
+        try:
+            self.kv = None if kv is None else KV.of(kv)
+        except RecipeError as error:
+            raise ArtifactError(f"quantization_config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
-        return {"quant_method": METHOD, "version": self.version, "weights": self.weights}
+        kv = {"kv": asdict(self.kv)} if self.kv else {}
+        return {"quant_method": METHOD, "version": self.version, "weights": self.weights, **kv}
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config given to `from_pretrained` may change: how, not what."""
@@ -90,6 +99,8 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 for module in model.modules():
                     if isinstance(module, (CompressedLinear, CompressedExperts)):
                         module.prepare(dtype)
+        if self.quantization_config.kv:
+            attach(model, self.quantization_config.kv)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Artifacts save as they were read."""

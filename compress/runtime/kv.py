@@ -1,0 +1,271 @@
+"""A key-value cache that keeps old tokens in 8, 4 or 2 bits, for any model of transformers.
+
+Codes are packed in memory, not only rounded. Nothing is fused: each step decodes the whole cache to the model's dtype,
+layer by layer, so it saves memory between steps, not time.
+Shapes: B batch, H key-value heads (as many as the model has: grouped queries are the attention's business), T tokens,
+D channels of a head, G numbers of a group, N groups or tokens, C channels or groups of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from compress.errors import RecipeError
+from compress.kv import KV
+from compress.weights.pack import pack_bits, unpack_bits
+
+Rows = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rounded numbers [B, H, N, C, G]: packed codes [B, H, N, C, G * bits / 8], float16 scale and low [B, H, N, C]."""
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is stored."""
+        return self.codes, self.scale, self.low
+
+    def mapped(self, rows: Rows) -> Packed:
+        """With other rows of the batch."""
+        return Packed(*map(rows, self.tensors()))
+
+    def joined(self, later: Packed) -> Packed:
+        """With later groups behind."""
+        return Packed(*(torch.cat(pair, 2) for pair in zip(self.tensors(), later.tensors(), strict=True)))
+
+
+def encode(x_BHNCG: Tensor, bits: int) -> Packed:
+    """Round each group between its minimum and maximum, both ends included; a constant group has scale 0.
+
+    Codes are of the stored float16 scale and minimum. A group beyond float16's range decodes to NaN.
+    Source: Liu et al., KIVI, ICML 2024, section 3 (asymmetric, no integer zero point).
+    """
+    x = x_BHNCG.float()
+    low, high = x.aminmax(dim=-1)
+    stored = low.half()
+    scale = ((high - stored.float()).clamp(min=0) / (2**bits - 1)).half()
+    steps = torch.where(scale > 0, scale, 1).float().unsqueeze(-1)
+    codes = ((x - stored.float().unsqueeze(-1)) / steps).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    return Packed(pack_bits(codes, bits).view(*x.shape[:-1], x.shape[-1] * bits // 8), scale, stored)
+
+
+def decode(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
+    """The numbers [B, H, N, C, G] of what `encode` made."""
+    codes = unpack_bits(packed.codes.reshape(-1), bits, packed.codes.numel() * 8 // bits)
+    x = codes.view(*packed.scale.shape, -1) * packed.scale.float().unsqueeze(-1)
+    return (x + packed.low.float().unsqueeze(-1)).to(dtype)
+
+
+class Side:
+    """The keys or the values of one layer: plain first tokens, rounded ones, a plain tail.
+
+    The state after many tokens at once is that after the same tokens one by one.
+    Source: KIVI, algorithm 1: keys are rounded `residual` tokens at a time, values whenever more than that are plain.
+    """
+
+    def __init__(self, kv: KV, keys: bool, like_BHTD: Tensor) -> None:
+        self.kv, self.keys = kv, keys
+        self.channel = keys and kv.keys == "channel"
+        self.sink = self.tail = like_BHTD[:, :, :0].detach().clone()
+        self.packed: Packed | None = None
+
+    def update(self, new_BHTD: Tensor) -> Tensor:
+        """All tokens, the new ones as they came: they see each other and themselves before they are rounded."""
+        middle = () if self.packed is None else (self.unlay(decode(self.packed, self.kv.bits, self.tail.dtype)),)
+        seen_BHTD = torch.cat((self.sink, *middle, self.tail, new_BHTD), 2)
+        self.append(new_BHTD)
+        return seen_BHTD
+
+    def append(self, new_BHTD: Tensor) -> None:
+        """Keep new tokens and round those that are due; a slice is copied, lest it keep the whole prompt alive.
+
+        Gradients end here: rounded tokens have none.
+        """
+        new_BHTD = new_BHTD.detach()
+        first = min(self.kv.sink - self.sink.shape[2], new_BHTD.shape[2])
+        if first:
+            self.sink = torch.cat((self.sink, new_BHTD[:, :, :first]), 2)
+        self.tail = torch.cat((self.tail, new_BHTD[:, :, first:]), 2)
+        due = self.due(self.tail.shape[2])
+        if due:
+            later = encode(self.lay(self.tail[:, :, :due]), self.kv.bits)
+            self.packed = later if self.packed is None else self.packed.joined(later)
+            self.tail = self.tail[:, :, due:].clone()
+
+    def due(self, plain: int) -> int:
+        """How many of the plain tokens are to be rounded."""
+        return plain - plain % self.kv.residual if self.keys else max(0, plain - self.kv.residual)
+
+    def lay(self, x_BHTD: Tensor) -> Tensor:
+        """Tokens as groups: of consecutive tokens in a channel, or of channels in a token."""
+        if self.channel:
+            return torch.unflatten(x_BHTD, 2, (-1, self.kv.group)).transpose(3, 4)
+        return torch.unflatten(x_BHTD, 3, (-1, self.kv.group))
+
+    def unlay(self, x_BHNCG: Tensor) -> Tensor:
+        """Groups as tokens."""
+        return x_BHNCG.transpose(3, 4).flatten(2, 3) if self.channel else x_BHNCG.flatten(3, 4)
+
+    def select(self, rows: Rows) -> None:
+        """Keep other rows of the batch."""
+        self.sink, self.tail = rows(self.sink), rows(self.tail)
+        self.packed = None if self.packed is None else self.packed.mapped(rows)
+
+    def nbytes(self) -> int:
+        """Bytes of the memory that is held."""
+        held = (self.sink, self.tail, *(() if self.packed is None else self.packed.tensors()))
+        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+
+
+class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of the cache.
+
+    It cannot be cropped: what was rounded too early cannot be had back. So assisted generation is refused.
+    """
+
+    supports_early_init = False
+
+    def __init__(self, kv: KV) -> None:
+        super().__init__()
+        self.kv, self.length = kv, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin with the first tokens; raises RecipeError if their heads do not divide into groups."""
+        self.kv.check_head(value_states.shape[-1])
+        if self.kv.keys == "token":
+            self.kv.check_head(key_states.shape[-1])
+        self.sides = (Side(self.kv, True, key_states), Side(self.kv, False, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep new tokens; all keys and values that they may attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.length += key_states.shape[2]
+        keys, values = self.sides
+        return keys.update(key_states), values.update(value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `query_length` new tokens may attend to."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens kept."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def nbytes(self) -> int:
+        """Bytes of the memory that is held."""
+        return sum(side.nbytes() for side in self.sides) if self.is_initialized else 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized, self.length = False, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise RecipeError unless nothing is to be removed."""
+        if tokens_to_remove:
+            raise RecipeError(
+                "kv: a quantized cache cannot give tokens back, which assisted generation needs; load with kv=None"
+            )
+
+    def select(self, rows: Rows) -> None:
+        """Keep other rows of the batch."""
+        if self.is_initialized:
+            for side in self.sides:
+                side.select(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        self.select(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.select(lambda t: t[indices])
+
+
+class QuantizedCache(Cache):  # type: ignore[misc]
+    """A cache for a model of this config; `options` are those of `compress.KV`.
+
+    `model.generate(ids, past_key_values=QuantizedCache(model.config, bits=4))`. Layers of full attention are quantized;
+    others (sliding windows, linear attention) keep transformers' own. Padding is rounded with the tokens beside it.
+    Raises RecipeError for unfit options and for a model without a layer of full attention.
+    """
+
+    def __init__(self, config: Any, **options: Any) -> None:
+        kv = KV.of(options)
+        layers = DynamicCache(config=config).layers
+        if not any(type(layer) is DynamicLayer for layer in layers):
+            raise RecipeError(f"kv: {config.model_type} has no layer of full attention, whose cache could be quantized")
+        super().__init__(layers=[QuantizedLayer(kv) if type(layer) is DynamicLayer else layer for layer in layers])
+
+    def nbytes(self) -> int:
+        """Bytes that the quantized layers hold."""
+        return sum(layer.nbytes() for layer in self.layers if isinstance(layer, QuantizedLayer))
+
+
+def check(model: Any, kv: KV) -> None:
+    """Raise RecipeError if the model has no cache of keys and values, or its heads do not divide into groups."""
+    cached = "past_key_values" in signature(model.forward).parameters
+    if not (cached and model.can_generate()) or model.config.is_encoder_decoder:
+        raise RecipeError(f"kv: {type(model).__name__} is not a decoder that generates from a key-value cache")
+    QuantizedCache(model.config, **asdict(kv))
+    config = model.config.get_text_config(decoder=True)
+    size = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    kv.check_head(size or config.hidden_size // config.num_attention_heads)
+
+
+def attach(model: Any, kv: KV | Mapping[str, Any]) -> None:
+    """Let `model` make a quantized cache wherever it would make a plain one: in `generate` and in its forward.
+
+    A cache that the caller gives or names is left alone. Raises RecipeError if the model cannot have one.
+    """
+    kv = KV.of(kv)
+    check(model, kv)
+    new = partial(QuantizedCache, model.config, **asdict(kv))
+    model.register_forward_pre_hook(partial(_enter, new), with_kwargs=True)
+    model.generate = partial(_generate, model.generate, model.generation_config, new)
+
+
+def _enter(
+    new: Callable[[], QuantizedCache], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Add a new cache to the arguments of a forward that would make its own."""
+    given = signature(model.forward).bind_partial(*args, **kwargs).arguments
+    asked = given.get("use_cache")
+    if asked is None:
+        asked = getattr(model.config.get_text_config(decoder=True), "use_cache", False)
+    if asked and given.get("past_key_values") is None:
+        return args, {**kwargs, "past_key_values": new()}
+    return None
+
+
+def _generate(
+    generate: Callable[..., Any], usual: Any, new: Callable[[], QuantizedCache], *args: Any, **kwargs: Any
+) -> Any:
+    """`generate` with a new cache, unless the caller gives one, names a kind, or wants none."""
+    config = signature(generate).bind_partial(*args, **kwargs).arguments.get("generation_config") or usual
+    used = kwargs.get("use_cache", config.use_cache) is not False
+    named = kwargs.get("cache_implementation", config.cache_implementation)
+    if used and not named and kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = new()
+    return generate(*args, **kwargs)
