@@ -239,6 +239,63 @@ def export(
 
 
 @app.command()
+def qid(
+    model: Annotated[str | None, typer.Argument(help="model folder, or `builtin`; only its headers are read")] = None,
+    params: Annotated[float | None, typer.Option(help="instead of a folder: parameters without embeddings")] = None,
+    tokens: Annotated[float | None, typer.Option(help="tokens the model was trained on, such as 1.5e13")] = None,
+    bits: Annotated[str, typer.Option(help="bits a weight, with commas between")] = "2,3,4,8",
+    loss: Annotated[float, typer.Option(help="nats a token that may be lost")] = 0.2,
+    vocabulary: Annotated[int | None, typer.Option(help="entries of the vocabulary; default: the folder's")] = None,
+    dense_loss: Annotated[float | None, typer.Option(help="cross-entropy of the dense model, nats a token")] = None,
+    fit: Annotated[Path | None, typer.Option(help="JSON lines of measured losses: refit the law on them first")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict what quantization will cost, from a model's size and training tokens; or refit the law that says so."""
+    from compress.console import fit_lines, qid_table
+    from compress.model.source import locate
+    from compress.survey import survey
+    from compress_evals import qid as laws
+
+    if model is not None and params is not None:
+        raise RecipeError("--params: the model folder says how many; give one of both")
+    found = survey(locate(model)) if model is not None else {"non_embedding": params, "vocabulary": None, "sites": []}
+    size = found["non_embedding"]
+    value: dict[str, Any] = {}
+    lines: list[Any] = []
+    law = laws.PUBLISHED
+    if fit is not None:
+        points, key = laws.read_points(fit, size, tokens)
+        compared = laws.refit(points)
+        law = compared.power.law
+        value["fit"] = {"bits": key, **asdict(compared)}
+        lines += fit_lines(compared, key)
+    if fit is None or (size is not None and tokens is not None):
+        if size is None or tokens is None:
+            raise RecipeError("a prediction needs a model folder or --params, and --tokens")
+        predicted = laws.predict(
+            law,
+            size,
+            tokens,
+            widths(bits),
+            loss=loss,
+            vocabulary=vocabulary if vocabulary is not None else found["vocabulary"],
+            dense_loss=dense_loss,
+            mixture=any(row["expert"] for row in found["sites"]),
+        )
+        value |= asdict(predicted)
+        lines += qid_table(predicted)
+    result(value, as_json, *lines)
+
+
+def widths(text: str) -> list[float]:
+    """The bits of `2,3,4`; raises RecipeError for anything else."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(f"--bits: {text!r} is not a list of numbers such as 2,3,4") from error
+
+
+@app.command()
 def passes(as_json: Json = False) -> None:
     """List every pass with its options, defaults and source."""
     from compress.console import passes_table

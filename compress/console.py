@@ -5,6 +5,7 @@ Everything goes through one rich console; nothing here decides anything.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -181,6 +182,46 @@ def survey_table(view: dict[str, Any]) -> list[Any]:
         "no pass touches: " + (", ".join(f"{n:,} ({escape(r)})" for r, n in view["untouched"].items()) or "nothing"),
     ]
     return [table, *lines]
+
+
+def qid_table(found: Any) -> list[Any]:
+    """A compress_evals.qid.Prediction: what each number of bits costs, what a given loss needs, and the doubts."""
+    table = Table(
+        title=f"predicted cost of quantization: {found.parameters:.4g} parameters without embeddings, "
+        f"{found.tokens:.3g} training tokens"
+    )
+    reach = f"tokens at which it costs {found.loss:g}"
+    for name in ("bits a weight", "nats a token lost", "likelihood lost", reach):
+        table.add_column(name, justify="right")
+    for row in found.rows:
+        reached = "-" if row.tokens_for_loss is None else f"{row.tokens_for_loss:.3g}"
+        mark = " (clamped)" if row.clamped else ""
+        table.add_row(f"{row.bits:g}", f"{row.degradation:.3g}{mark}", f"{-math.expm1(-row.degradation):.0%}", reached)
+    bits = found.bits_needed
+    needed = f"{found.loss:g} nats need " + ("too many bits" if bits is None else f"{bits:.2f} bits: {math.ceil(bits)}")
+    return [table, needed, *(f"[dim]- {escape(line)}[/]" for line in found.caveats)]
+
+
+def fit_lines(found: Any, bits: str) -> list[str]:
+    """A compress_evals.qid.Comparison: each law in a line, with what the points could not say."""
+    lines = [f"fitted on {found.power.used} points, {found.power.dropped} dropped; bits are `{bits}`"]
+    for name, law in (("power law", found.power), ("exponential in bits", found.exponential)):
+        if law is None:
+            lines.append(f"{name}: not fitted, bits do not vary")
+            continue
+        parts = [f"k {law.law.k:.4g}", *(exponent(law, part) for part in ("beta", "alpha", "gamma"))]
+        held = "none, a point alone decides" if law.held_out is None else f"x{math.exp(law.held_out):.2f}"
+        lines.append(f"[bold]{name}[/]: {'; '.join(parts)}; error x{math.exp(law.residual):.2f}, held out {held}")
+    return lines
+
+
+def exponent(fit: Any, name: str) -> str:
+    """An exponent with its interval, or why it has none."""
+    value = getattr(fit.law, name)
+    if name not in fit.free:
+        return f"{name} not identified, {'in k' if fit.law.curve == 'exponential' else f'kept at {value:g}'}"
+    low_high = fit.intervals.get(name)
+    return f"{name} {value:.3f}" + (f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else "")
 
 
 def quality_table(rows: list[Any], title: str) -> Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from compress.model.anatomy import Place, coverage
 from compress.model.family import TESTED
@@ -41,7 +42,20 @@ def survey(folder: Path) -> dict[str, Any]:
         "sites": kinds(list(walk.anatomy.places.values())),
         "untouched": covered.reasons(),
         "missed_share": covered.missed_share,
+        "non_embedding": non_embedding(walk),
+        "vocabulary": int(walk.model.get_input_embeddings().num_embeddings),
     }
+
+
+def non_embedding(walk: Walk) -> int:
+    """Parameters of the language part, but for embeddings and output head; all experts count."""
+    anatomy = walk.anatomy
+    tables = {name for name, module in anatomy.modules.items() if isinstance(module, nn.Embedding)}
+    return sum(
+        parameter.numel()
+        for name, parameter in walk.model.named_parameters()
+        if anatomy.in_language(name) and name not in anatomy.heads and name.rpartition(".")[0] not in tables
+    )
 
 
 def kinds(places: list[Place]) -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ def rooms(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 
 # evaluating folders means reading what they say of themselves; these rooms read, they do not compress
-READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compress.recipe")
+READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compress.recipe", "compress.survey")
 # a bench that times the inner loops of passes enters them, one of caches makes them itself
 BENCHES = {
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
