@@ -188,13 +188,18 @@ class Refiner(WeightPass):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Pass):
-    """Decides, before anything is pruned, how sparse the next pruner of the recipe makes each site."""
+    """Decides, before anything is rewritten, how much the next pass that it governs leaves of each site."""
 
-    def check(self, step: Pruner) -> None:
-        """Raise RecipeError if it can say nothing of this pruner."""
+    bits_too: ClassVar[bool] = False  # whether it can give bits to a quantizer, not only sparsity to a pruner
 
-    def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
-        """The sparsity of each site that `step` selects; on average what `step` asks for, over parameters."""
+    def check(self, step: WeightPass) -> None:
+        """Raise RecipeError if it can say nothing of this pass."""
+
+    def allocate(self, model: Whole, step: Any) -> dict[str, Sparsity]:
+        """The sparsity, or for a quantizer the bits, of each site that `step` selects.
+
+        On average what `step` asks for, over parameters.
+        """
         raise NotImplementedError
 
 

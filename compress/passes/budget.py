@@ -1,4 +1,4 @@
-"""How budgets reach the pruners they govern, and the arithmetic of spreading a sparsity over unequal parts.
+"""How budgets reach the passes they govern, and the arithmetic of spreading a sparsity over unequal parts.
 
 A part is what gets one sparsity: a block, or a group of sites. Sizes are in parameters.
 """
@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from compress.errors import RecipeError
 from compress.model.whole import Whole
-from compress.passes.base import Budget, Pass, Pruner, Sparsity, WeightPass
+from compress.passes.base import Budget, GridQuantizer, Pass, Pruner, Sparsity, WeightPass
 
 Budgets = dict[int, dict[str, Sparsity]]
 HALVINGS = 60  # of an interval of width 2: to the precision of a float64
 
 
 def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
-    """Each budget with the number, among weight passes, of the pruner that follows it.
+    """Each budget with the number, among weight passes, of the pruner or quantizer that follows it.
 
     Raises RecipeError if none follows, or if it has a budget already.
     """
@@ -25,16 +25,22 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
     for i, step in enumerate(passes):
         if not isinstance(step, Budget):
             continue
-        after = next((j for j in range(i + 1, len(passes)) if isinstance(passes[j], Pruner)), None)
+        kinds = (Pruner, GridQuantizer) if step.bits_too else (Pruner,)
+        after = next((j for j in range(i + 1, len(passes)) if isinstance(passes[j], kinds)), None)
         if after is None:
-            raise RecipeError(f"passes[{i}].{step.name}: no pruner follows whose sparsity it could set")
+            what = (
+                "pruner or quantizer follows whose sparsity or bits"
+                if step.bits_too
+                else "pruner follows whose sparsity"
+            )
+            raise RecipeError(f"passes[{i}].{step.name}: no {what} it could set")
         index = sum(isinstance(other, WeightPass) for other in passes[:after])
         if any(index == taken for _, taken in found):
             raise RecipeError(f"passes[{i}].{step.name}: passes[{after}].{passes[after].name} has a budget already")
-        pruner = passes[after]
-        if isinstance(pruner, Pruner):
+        taker = passes[after]
+        if isinstance(taker, WeightPass):
             try:
-                step.check(pruner)
+                step.check(taker)
             except RecipeError as error:
                 raise RecipeError(f"passes[{i}].{error}") from error
         found.append((step, index))
@@ -42,14 +48,9 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
 
 
 def allocations(passes: Sequence[Pass], model: Whole) -> Budgets:
-    """Number of a weight pass -> the sparsity of each of its sites, for those that a budget governs."""
+    """Number of a weight pass -> the sparsity or bits of each of its sites, for those that a budget governs."""
     steps = [step for step in passes if isinstance(step, WeightPass)]
-    given: Budgets = {}
-    for budget, index in governed(passes):
-        step = steps[index]
-        if isinstance(step, Pruner):
-            given[index] = budget.allocate(model, step)
-    return given
+    return {index: budget.allocate(model, steps[index]) for budget, index in governed(passes)}
 
 
 def density(sparsity: Sparsity) -> float:

@@ -18,7 +18,7 @@ from compress.model.site import Site
 from compress.model.travellers import batched, unpadded
 from compress.model.walk import LiveWalk
 from compress.model.whole import Whole
-from compress.passes.base import Budget, Pass, Pruner, Reshape, Sparsity, WeightPass
+from compress.passes.base import Budget, GridQuantizer, Pass, Pruner, Reshape, Sparsity, WeightPass
 from compress.passes.budget import allocations
 from compress.passes.masks import mask_statistics
 from compress.stats import Statistic, finite
@@ -152,7 +152,11 @@ class PassManager:
     def tuned(self, index: int, name: str) -> WeightPass:
         """A pass as it is for this site."""
         step, given = self.passes[index], self.budgets.get(index, {})
-        return replace(step, sparsity=given[name]) if isinstance(step, Pruner) and name in given else step
+        if name not in given:
+            return step
+        if isinstance(step, GridQuantizer):
+            return replace(step, bits=int(given[name]))
+        return replace(step, sparsity=given[name]) if isinstance(step, Pruner) else step
 
     def nbytes(self, group: Sequence[Site]) -> int:
         """Bytes of the statistics that these sites need of their one input."""

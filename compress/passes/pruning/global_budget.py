@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.model.whole import Whole
-from compress.passes.base import Budget, Pruner, Sparsity
+from compress.passes.base import Budget, Pruner, Sparsity, WeightPass
 from compress.passes.budget import as_asked, density
 
 COARSE = 14  # low bits of a float32 that are dropped: scores in a bin differ by less than a part in 256
@@ -26,9 +26,9 @@ class Global(Budget, name="global"):
     Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015, one threshold for all layers.
     """
 
-    def check(self, step: Pruner) -> None:
+    def check(self, step: WeightPass) -> None:
         """The pruner must have scores before it begins."""
-        if type(step).score is Pruner.score:
+        if not isinstance(step, Pruner) or type(step).score is Pruner.score:
             raise RecipeError(
                 f"{self.name}: {step.name} has no scores to compare; use magnitude, wanda or ria after it"
             )

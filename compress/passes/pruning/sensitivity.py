@@ -1,4 +1,4 @@
-"""Sparsity where it costs least: the KL of pruning each part of the model alone, measured.
+"""Sparsity and bits where they cost least: what it costs to prune or round each part of the model alone, measured.
 
 Shape suffixes: B batch, T tokens, D hidden, V vocabulary.
 """
@@ -6,22 +6,27 @@ Shape suffixes: B batch, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, RecipeError
 from compress.model.block import Block, peers_of
 from compress.model.divergence import mean_kl
-from compress.model.site import Site
+from compress.model.site import Site, energy
+from compress.model.travellers import Travellers
 from compress.model.whole import Whole
-from compress.passes.base import Budget, Pruner, Sparsity
+from compress.passes.base import Budget, GridQuantizer, Pruner, Sparsity, WeightPass
 from compress.passes.budget import density
+from compress.stats import Gram
 
+Governed = Pruner | GridQuantizer
+FURTHEST = 2  # bits from the mean
 FINE = 16  # steps between two measured fractions
 LEAST = 1e-9  # nats; a part whose pruning cannot be seen
 
@@ -32,62 +37,95 @@ class Part:
 
     sites: tuple[str, ...]
     size: int
-    options: tuple[Sparsity, ...]  # from the densest
-    costs: tuple[float, ...]  # KL in nats
+    options: tuple[Sparsity, ...]  # from the densest; bits as whole numbers
+    costs: tuple[float, ...]  # KL in nats, or relative squared error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Budget, name="sensitivity"):
-    """Minimise the sum of what pruning each part alone costs in KL, at the mean sparsity the next pruner asks for.
+    """Minimise the sum of what pruning or rounding each part alone costs, at the mean that the next such pass asks for.
 
-    A part is the sites that read one input, or all experts of a layer. The pruner itself prunes it at three sparsities,
-    the rest stays dense, and the probe runs to the logits: all parts in one reading of the model. Between them the
-    logarithm of the KL is interpolated; marginal costs are then made equal. Takes about three times what the pruner
-    takes. For n:m each n within the spread is measured, and an n above the pattern's loses its speed on hardware.
+    A part is the sites that read one input, or all experts of a layer. The pass itself rewrites it, the rest stays
+    dense. By `kl` the probe then runs to the logits, all parts in one reading of the model; by `gram` the relative
+    squared errors of the outputs are summed, tr(D G Dᵀ) / tr(W G Wᵀ), which needs no forward behind the part but does
+    not know what later blocks make of it. Sparsities are measured at three values within `spread` and interpolated in
+    the logarithm of the cost; n:m at each n within it, where an n above the pattern's loses its speed on hardware; bits
+    at each whole number within two of the mean, which `bits` may set to a fraction. Marginal costs are then made equal.
+    Takes as many times what the pass takes as it measures options.
     Source: additive damage, LeCun et al., "Optimal Brain Damage", NeurIPS 1989; allocation, Shoham and Gersho,
     "Efficient Bit Allocation for an Arbitrary Set of Quantizers", 1988; measuring the costs in this way is ours.
     """
 
+    bits_too = True
+
     spread: Annotated[
         float, Field(ge=0.01, le=0.5, description="furthest that a part may be from the mean sparsity")
     ] = 0.2
+    bits: Annotated[
+        Annotated[float, Field(ge=2, le=8)] | None, Field(description="mean bits of a code; default: the quantizer's")
+    ] = None
+    measure: Annotated[Literal["kl", "gram"], Field(description="cost by the logits, or by outputs alone")] = "kl"
 
-    def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
-        """One sparsity for the sites of each part that `step` selects."""
+    def check(self, step: WeightPass) -> None:
+        """A mean of bits is for a quantizer."""
+        if self.bits is not None and not isinstance(step, GridQuantizer):
+            raise RecipeError(f"{self.name}.bits: {step.name} follows, which has no bits to share out; leave it out")
+
+    def allocate(self, model: Whole, step: Governed) -> dict[str, Sparsity]:
+        """One sparsity, or number of bits, for the sites of each part that `step` selects."""
         tried = self.options_for(step)
         found: list[tuple[tuple[str, ...], int]] = []
-        probes: list[Tensor] = []  # of each part, one for each sparsity tried
+        costs: list[float] = []
+        probes: list[Tensor] = []  # of each part, one for each option tried
         batch = model.walk.enter(model.probe_NT)
-        for block in model.blocks(step.requires, step.sites):
+        kinds = {*step.requires, *((Gram,) if self.measure == "gram" else ())}
+        for block in model.blocks(kinds, step.sites):
             probes = [batch.through(block.module, block.index, hidden) for hidden in probes]
             for sites in parts_of(block, step.sites):
                 found.append((tuple(s.name for s in sites), sum(s.shape[0] * s.shape[1] for s in sites)))
-                probes += [pruned_output(block, sites, replace(step, sparsity=sparsity)) for sparsity in tried]
+                for option in tried:
+                    with rewritten(sites, with_option(step, option)):
+                        if self.measure == "gram":
+                            costs.append(max(LEAST, sum(map(output_cost, sites))))
+                        else:
+                            probes.append(block.probe.through(block.module, block.index))
                 for site in sites:
                     site.stats.forget()
-        costs: list[float] = []
-        for hidden in probes:
-            batch.hidden_BTD = hidden
-            cost = mean_kl(model.walk.dense_logits, model.walk.leave(batch))
+        costs += [logit_cost(model, batch, hidden) for hidden in probes]
+        for i, cost in enumerate(costs):
             if not math.isfinite(cost):
-                first = found[len(costs) // len(tried)][0][0]
-                raise CalibrationError(f"{self.name}: pruning {first} alone makes the logits not finite")
-            costs.append(max(LEAST, cost))
+                first = found[i // len(tried)][0][0]
+                raise CalibrationError(f"{self.name}: rewriting {first} alone makes the logits not finite")
         parts = [
             curve(names, size, tried, costs[i * len(tried) : (i + 1) * len(tried)])
             for i, (names, size) in enumerate(found)
         ]
-        chosen = spend(parts, density(step.sparsity))
-        return {site: sparsity for part, sparsity in zip(parts, chosen, strict=True) for site in part.sites}
+        mean = (self.bits or step.bits) if isinstance(step, GridQuantizer) else density(step.sparsity)
+        chosen = spend(parts, mean)
+        return {site: option for part, option in zip(parts, chosen, strict=True) for site in part.sites}
 
-    def options_for(self, step: Pruner) -> tuple[Sparsity, ...]:
-        """The sparsities to measure, from the densest: a fraction and both ends of its spread, or every n in it."""
+    def options_for(self, step: Governed) -> tuple[Sparsity, ...]:
+        """The options to measure, from the densest: bits, a fraction and both ends of its spread, or every n in it."""
+        if isinstance(step, GridQuantizer):
+            mean = self.bits or step.bits
+            return tuple(bits for bits in range(8, 1, -1) if abs(bits - mean) <= FURTHEST)
         if isinstance(step.sparsity, str):
             kept, of = map(int, step.sparsity.split(":"))
             near = [n for n in range(of - 1, 0, -1) if abs(n - kept) <= max(1.0, self.spread * of)]
             return tuple(f"{n}:{of}" for n in near)
         ends = (max(0.0, step.sparsity - self.spread), step.sparsity, min(1.0, step.sparsity + self.spread))
-        return tuple(dict.fromkeys(round(end, 4) for end in ends)) if 0 < step.sparsity < 1 else (step.sparsity,)
+        fractions = tuple(dict.fromkeys(round(float(end), 4) for end in ends))
+        return fractions if 0 < step.sparsity < 1 else (float(step.sparsity),)
+
+
+def with_option(step: Governed, option: Sparsity) -> Governed:
+    """The pass with another sparsity or other bits."""
+    return replace(step, bits=int(option)) if isinstance(step, GridQuantizer) else replace(step, sparsity=option)
+
+
+def amount(option: Sparsity) -> float:
+    """Bits, or the share kept."""
+    return float(option) if isinstance(option, int) else density(option)
 
 
 def parts_of(block: Block, glob: str) -> list[list[Site]]:
@@ -98,19 +136,36 @@ def parts_of(block: Block, glob: str) -> list[list[Site]]:
     return [sites for sites in parts.values() if sites]
 
 
-def pruned_output(block: Block, sites: Sequence[Site], step: Pruner) -> Tensor:
-    """The probe behind a block of which these sites alone are pruned; the block is then as it was."""
+@contextmanager
+def rewritten(sites: Sequence[Site], step: Governed) -> Iterator[None]:
+    """These sites are rewritten by `step` for a while."""
     for site in sites:
         site.weight = step.rewrite_unfed(site) if site.starved and step.requires else step.rewrite(site)
-    moved = block.probe.through(block.module, block.index)
-    for site in sites:
-        site.weight = site.original
-    return moved
+    try:
+        yield
+    finally:
+        for site in sites:
+            site.weight, site.inputs = site.original, ""
+
+
+def output_cost(site: Site) -> float:
+    """tr(D G Dᵀ) / tr(W G Wᵀ); 0 for an expert that too few tokens reached."""
+    if Gram not in site.stats or not site.stats.tokens:
+        return 0.0
+    gram_II, w_OI = site.stats[Gram], site.original.data.float()
+    return float(energy(site.weight.dense().float() - w_OI, gram_II) / energy(w_OI, gram_II).clamp(min=1e-30))
+
+
+def logit_cost(model: Whole, batch: Travellers, hidden_BTD: Tensor) -> float:
+    """KL of the logits that come of a hidden state behind the last block, in nats."""
+    batch.hidden_BTD = hidden_BTD
+    cost = mean_kl(model.walk.dense_logits, model.walk.leave(batch))
+    return max(LEAST, cost) if math.isfinite(cost) else cost
 
 
 def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Sequence[float]) -> Part:
     """A part with its costs, those of fractions interpolated between the measured ones, in their logarithm."""
-    if isinstance(tried[0], str) or len(tried) == 1:
+    if not isinstance(tried[0], float) or len(tried) == 1:
         return Part(sites=sites, size=size, options=tuple(tried), costs=tuple(costs))
     options: list[Sparsity] = []
     fine: list[float] = []
@@ -123,14 +178,14 @@ def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: S
 
 
 def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
-    """The sparsity of each part at which their costs sum to the least, and `keep` of all parameters is kept.
+    """The option of each part at which their costs sum to the least, and `keep` is their mean over parameters.
 
     Greedy along the lower convex hull of each curve, which is exact there; the last step of a fraction is cut short, so
-    that the share kept is met; with n:m at most one step of one part too much is cut.
+    that the share kept is met; with n:m and bits at most one step of one part too much is cut.
     """
     at = [0] * len(parts)
     total = sum(p.size for p in parts)
-    surplus = sum(p.size * (density(p.options[0]) - keep) for p in parts)  # parameters still to be cut
+    surplus = sum(p.size * (amount(p.options[0]) - keep) for p in parts)  # parameters still to be cut
     while surplus > 1e-6 * total:
         steps = [(*next_step(p, at[i]), i) for i, p in enumerate(parts)]
         open_steps = [(slope, i, j) for slope, j, i in steps if j]
@@ -138,9 +193,9 @@ def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
             break
         _, i, j = min(open_steps)
         p = parts[i]
-        gain = p.size * (density(p.options[at[i]]) - density(p.options[j]))
-        if gain > surplus and not isinstance(p.options[j], str):
-            last = 1 - density(p.options[at[i]]) + surplus / p.size
+        gain = p.size * (amount(p.options[at[i]]) - amount(p.options[j]))
+        if gain > surplus and isinstance(p.options[j], float):
+            last = 1 - amount(p.options[at[i]]) + surplus / p.size
             return [round(last, 4) if k == i else q.options[at[k]] for k, q in enumerate(parts)]
         at[i], surplus = j, surplus - gain
     return [p.options[at[i]] for i, p in enumerate(parts)]
@@ -149,7 +204,7 @@ def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
 def next_step(p: Part, at: int) -> tuple[float, int]:
     """(added cost for each parameter cut, the option reached) of the cheapest step from `at`; option 0 if none."""
     steps = [
-        ((p.costs[j] - p.costs[at]) / (p.size * (density(p.options[at]) - density(p.options[j]))), j)
+        ((p.costs[j] - p.costs[at]) / (p.size * (amount(p.options[at]) - amount(p.options[j]))), j)
         for j in range(at + 1, len(p.options))
     ]
     return min(steps, default=(0.0, 0))
