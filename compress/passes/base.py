@@ -9,7 +9,7 @@ rewrites one site at a time; a `Budget` looks at the whole dense model first and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -236,6 +236,7 @@ class Quantizer(WeightPass):
     inputs: Annotated[
         Literal["full", "int8", "fp8"], Field(description="what the layer's input is rounded to, one scale a token")
     ] = "full"
+    factors: Annotated[bool, Field(description="round the factors of low-rank terms too, each to nearest")] = False
 
     def rewrite(self, site: Site) -> Weight:
         """The weight with its dense parts quantized."""
@@ -248,7 +249,7 @@ class Quantizer(WeightPass):
         return self.visit(site.weight, site, self.round)
 
     def visit(self, weight: Weight, site: Site, quantize: Quantize) -> Weight:
-        """Quantize the dense part; a mask stays outside the grid, factors of a sum stay as they are."""
+        """Quantize the dense part; a mask stays outside the grid, low-rank factors stay unless told otherwise."""
         match weight:
             case Dense(w_OI):
                 return quantize(w_OI, None, site)
@@ -256,10 +257,26 @@ class Quantizer(WeightPass):
                 return Masked(quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site), mask_OI, name)
             case Product(left, Permutation() | Hadamard() | Diagonal() as right):
                 return Product(self.visit(left, site.behind(right, left), quantize), right)
+            case Product(Dense(left_OR), Dense(right_RI)) if self.factors:
+                return Product(self.round_factor(left_OR, site), self.round_factor(right_RI, site))
             case Sum(terms):
-                return Sum(tuple(t if not is_plain(t) else self.visit(t, site, quantize) for t in terms))
+                return Sum(tuple(self.visit(t, site, quantize) if self.wants(t) else t for t in terms))
             case _:
                 raise UnsupportedWeight(f"{self.name} cannot quantize {site.name}: it is {weight.describe()}")
+
+    def wants(self, term: Weight) -> bool:
+        """Whether a term of a sum is quantized: a plain matrix, masked or not, and factors if told."""
+        match term:
+            case Dense() | Masked(Dense()):
+                return True
+            case Product(Dense(), Dense()):
+                return self.factors
+            case _:
+                return False
+
+    def round_factor(self, factor: Tensor, site: Site) -> Weight:
+        """A low-rank factor to nearest; its statistics are not those of the site."""
+        return self.round(factor, None, site)
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """The nearest values to `w_OI`, which is 0 where `keep_OI` is False; needs no statistics."""
@@ -303,11 +320,11 @@ class GridQuantizer(Quantizer):
         """The nearest codes of `w_OI`; 0 is on every grid. Without statistics ranges are searched by weights."""
         return self.grid.quantize(w_OI, search=bool(self.search))
 
+    def round_factor(self, factor: Tensor, site: Site) -> Weight:
+        """A factor to nearest, one grid a row where the group does not divide its width."""
+        fits = self.group > 0 and factor.shape[1] % self.group == 0
+        return replace(self.grid, group=self.group if fits else 0).quantize(factor, search=bool(self.search))
+
     def gram(self, site: Site) -> Tensor | None:
         """The Gram by which ranges are searched, if they are."""
         return site.stats[Gram] if self.search == "output" else None
-
-
-def is_plain(weight: Weight) -> bool:
-    """Whether a term of a sum is a dense matrix, possibly masked."""
-    return isinstance(weight, Dense) or (isinstance(weight, Masked) and isinstance(weight.values, Dense))
