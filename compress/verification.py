@@ -20,7 +20,7 @@ from compress.model.source import Checkpoint
 from compress.model.walk import Walk, forget
 from compress.runtime.experts import CompressedExperts, compress_experts
 from compress.runtime.linear import CompressedLinear, StoredWeight
-from compress.weights import rounded_inputs
+from compress.weights import rounded_for
 
 RUNTIME_ERROR = 0.02  # relative; bf16 products and bf16 scales of packed forms stay below 0.01
 SAME = 1e-4  # relative, of float32 logits computed twice
@@ -122,7 +122,7 @@ def check_runtime(artifact: Artifact, walk: Walk) -> None:
         module.fill({path: artifact.stored_tensor(key) for path, key in keys(site, artifact.specs[site]).items()})
         x_TI = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0)).to(artifact.dtype)
         inputs = artifact.specs[site].get("inputs")
-        read_TI = rounded_inputs(x_TI, inputs) if inputs else x_TI
+        read_TI = rounded_for(artifact.expression(site), x_TI, inputs) if inputs else x_TI
         rows = artifact.expression(site).dense().split(ROWS)
         wanted = torch.cat([F.linear(read_TI.double(), w_OI.double()) for w_OI in rows], 1)
         for prepared in (False, True):

@@ -15,7 +15,7 @@ from compress.model.anatomy import Place
 from compress.model.family import is_transposed
 from compress.model.transform import statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
-from compress.weights import Dense, Weight, rounded_inputs
+from compress.weights import Dense, Weight, rounded_for
 
 FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of its inputs if that is more
 
@@ -105,9 +105,9 @@ class Site:
         if self._exact or not self._inputs:
             return None
         if args:
-            return (rounded_inputs(args[0], self._inputs), *args[1:]), kwargs
+            return (rounded_for(self._weight, args[0], self._inputs), *args[1:]), kwargs
         name, x = next(iter(kwargs.items()))
-        return args, {**kwargs, name: rounded_inputs(x, self._inputs)}
+        return args, {**kwargs, name: rounded_for(self._weight, x, self._inputs)}
 
     def release(self) -> None:
         """The module no longer rounds its input."""

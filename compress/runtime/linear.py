@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.errors import ArtifactError
 from compress.runtime.lower import FewRows, Matrix, lower
-from compress.weights import Weight, rounded_inputs, unpack
+from compress.weights import Dense, Diagonal, Hadamard, Product, Weight, rounded_for, unpack
 
 
 def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -73,11 +73,21 @@ class CompressedLinear(StoredWeight):
         self.bias = bias
         self.dtype = dtype
         self.lowered: nn.Module | None = None
+        self.transform: Weight | None = None  # once prepared, what matters to how inputs are rounded
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Decode once into the fastest module for inputs of `dtype`."""
         self.dtype = dtype
-        self.lowered = lower(self.expression, dtype)
+        expression = self.expression
+        self.lowered = lower(expression, dtype)
+        self.transform = kept_transform(expression)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
+        """Move with the module what tells how inputs are rounded."""
+        super()._apply(fn, recurse)
+        if self.transform is not None and "inputs" in self.spec:
+            self.transform = kept_transform(self.expression)
+        return self
 
     @property
     def weight(self) -> Tensor:
@@ -94,8 +104,17 @@ class CompressedLinear(StoredWeight):
         if not x.is_floating_point():
             raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
         if "inputs" in self.spec:
-            x = rounded_inputs(x, self.spec["inputs"])
+            x = rounded_for(self.expression if self.transform is None else self.transform, x, self.spec["inputs"])
         if isinstance(self.lowered, (Matrix, FewRows)):
             return torch.as_tensor(self.lowered(x, self.bias))
         y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)
         return y if self.bias is None else y + self.bias
+
+
+def kept_transform(expression: Weight) -> Weight:
+    """A weight of the same transform at the input, that holds nothing else."""
+    match expression:
+        case Product(left, Hadamard() | Diagonal() as right):
+            return Product(Dense(torch.empty(0, left.shape[1])), right)
+        case _:
+            return Dense(torch.empty(0, expression.shape[1]))

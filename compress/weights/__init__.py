@@ -2,7 +2,7 @@
 
 from compress.weights.expr import Masked, Product, Sum, Weight
 from compress.weights.grid import Grid
-from compress.weights.inputs import INPUTS, rounded_inputs
+from compress.weights.inputs import INPUTS, rounded_for, rounded_inputs
 from compress.weights.leaves import (
     BOOKS,
     Codebook,
@@ -21,5 +21,5 @@ from compress.weights.pattern import NM, Blocks, Pattern, PerMatrix, PerRow, pat
 __all__ = [
     "BOOKS", "INPUTS", "NM", "Blocks", "Codebook", "Dense", "Diagonal", "External", "Grid", "Hadamard", "Masked",
     "Pattern", "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum", "Weight", "pack",
-    "pattern", "rounded_inputs", "specify", "unpack",
+    "pattern", "rounded_for", "rounded_inputs", "specify", "unpack",
 ]  # fmt: skip

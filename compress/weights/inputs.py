@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.weights.expr import Product, Weight
+from compress.weights.leaves import Diagonal, Hadamard
+
 INPUTS = ("int8", "fp8")
 FLOOR = 1e-5  # of the largest entry of a token, so that a token of zeros has a scale
 LEVELS = 127.0
@@ -26,3 +29,19 @@ def rounded_inputs(x: Tensor, kind: str) -> Tensor:
         scale = largest / E4M3
         return (wide / scale).clamp_(-E4M3, E4M3).to(torch.float8_e4m3fn).float().mul_(scale).to(x.dtype)
     raise ValueError(f"inputs {kind!r} are unknown; allowed: {', '.join(INPUTS)}")
+
+
+def rounded_for(weight: Weight, x: Tensor, kind: str) -> Tensor:
+    """x [..., in] such that `weight` of it is what its first factor gives of the rounded, transformed input.
+
+    A rotation or scaling at the input is there to make rounding harmless, so it comes before it: T^-1 round(T x).
+    """
+    match weight:
+        case Product(_, Hadamard(positive) as turn):
+            back = Hadamard(torch.ones_like(positive)).linear(rounded_inputs(turn.linear(x.float()), kind))
+            return (back * torch.where(positive, 1.0, -1.0)).to(x.dtype)
+        case Product(_, Diagonal(diagonal)):
+            wide = diagonal.float()
+            return (rounded_inputs(x.float() * wide, kind) / wide).to(x.dtype)
+        case _:
+            return rounded_inputs(x, kind)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import compress
-from compress import RTN, Calibration, Realign, RecipeError, Wanda
+from compress import RTN, Calibration, Realign, RecipeError, Rotate, Wanda
 from compress.artifact import Artifact
 from compress.weights import rounded_inputs
 
@@ -69,3 +69,13 @@ def test_experts_of_a_stack_are_refused_before_any_work(
     with pytest.raises(RecipeError, match=r"passes\[0\]\.rtn\.inputs: .*stack of experts"):
         compress.run(folder, [RTN(**W8A8, inputs="int8")], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_rotated_layer_rounds_the_rotated_input(low_memory: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    out = compress.run(tiny_llama, [Rotate(), RTN(**W8A8, inputs="int8")], tmp_path / "out").out
+    layer = compress.load(out, dtype=torch.float32, low_memory=low_memory).model.layers[0].mlp.down_proj
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    left, turn = layer.expression.children()
+    want = rounded_inputs(turn.linear(x), "int8") @ left.dense().T
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)

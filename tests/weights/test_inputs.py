@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.weights import INPUTS, rounded_inputs
+from compress.weights import INPUTS, Dense, Diagonal, Hadamard, Weight, rounded_for, rounded_inputs
 
 
 def tokens() -> torch.Tensor:
@@ -51,3 +51,16 @@ def test_the_dtype_stays_and_zeros_stay(kind: str, dtype: torch.dtype) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="allowed: int8, fp8"):
         rounded_inputs(tokens(), "int4")
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize(
+    "transform", [Hadamard(torch.arange(24) % 3 > 0), Diagonal(torch.arange(1.0, 25.0))], ids=["rotation", "scaling"]
+)
+def test_what_transforms_the_input_comes_before_the_rounding(transform: Weight, kind: str) -> None:
+    x, inner = tokens()[1], torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    weight = Dense(inner) @ transform
+    want = rounded_inputs(transform.linear(x), kind) @ inner.T
+    torch.testing.assert_close(weight.linear(rounded_for(weight, x, kind)), want, rtol=1e-4, atol=1e-3)
+    plain = weight.linear(rounded_inputs(x, kind))
+    assert float((plain - want).norm()) > 1e-3 * float(want.norm())
