@@ -36,7 +36,9 @@ class SmoothQuant(Equalizer, name="smoothquant"):
 
     requires = (AbsMax, Sample)
 
-    alpha: Annotated[float, Field(ge=0, le=1, description="strength")] | None = None
+    alpha: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None, Field(description="strength; searched for each input if left out")
+    ] = None
 
     def best(self, block: Block, pair: Pair, steps: Sequence[Quantizer]) -> tuple[Tensor | None, float]:
         """The scales, and their strength; 0 if the pair is left alone."""
