@@ -26,6 +26,7 @@ from compress.weights import (
     Grid,
     Hadamard,
     Masked,
+    Nested,
     Permutation,
     Product,
     Quantized,
@@ -87,6 +88,11 @@ def small(dtype: torch.dtype, *tile: int, rows: int = 7, columns: int = 24) -> S
     return Scaled(normal(rows, columns).to(dtype), scale, *tile)
 
 
+def nested(rows: int = 7, columns: int = 43) -> Nested:
+    """Random codes in two blocks, the second of them not full."""
+    return Nested(integers(256, rows, columns).to(torch.uint8), normal(2).abs(), normal(1))
+
+
 def grid_rows() -> Iterator[Row]:
     """Every bit width with every span and both kinds of zero, plain and under both kinds of mask."""
     for bits in range(2, 9):
@@ -122,6 +128,12 @@ def other_rows() -> Iterator[Row]:
     )
     yield Row(name="nf4", make=lambda: table("nf4", Dense(normal(7, 3))))
     yield Row(name="masked-nf4", make=lambda: Masked(table("nf4", Dense(normal(7, 3))), mask("2:4"), "2:4"))
+    yield Row(name="nested", make=nested)
+    yield Row(name="masked-nested", make=lambda: Masked(nested(), mask(0.5, 7, 43), "50%"))
+    yield Row(
+        name="nf4-double",
+        make=lambda: table("nf4", Nested(integers(256, 7, 3).to(torch.uint8), normal(1).abs(), normal(1))),
+    )
     yield Row(name="mxfp4", make=lambda: table("mxfp4", Dense(normal(7, 3).exp().to(torch.float8_e8m0fnu))))
     yield Row(name="nvfp4", make=lambda: table("nvfp4", small(torch.float8_e4m3fn, 7, 3, columns=3)))
     yield Row(name="e4m3-row", make=lambda: small(torch.float8_e4m3fn, 1, 24))
@@ -255,6 +267,7 @@ def as_bytes(packed: dict[str, Tensor]) -> dict[str, tuple[str, bytes]]:
 # -- rows of every pass ----------------------------------------------------------------------------
 
 QUANTIZERS = tuple(name for name, kind in PASSES.items() if issubclass(kind, Quantizer))
+EXACT_ZERO = tuple(name for name in QUANTIZERS if name != "hqq")  # its zero is a real number, seldom on the grid
 WIDTH = 128  # the default group of 64 must divide it
 
 

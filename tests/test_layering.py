@@ -79,7 +79,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.options": ("pydantic",),
     "compress.kv": ("pydantic",),
     "compress.model": ("torch", "numpy", "transformers", "accelerate", "safetensors"),
-    "compress.passes": ("torch", "pydantic", "scipy"),
+    "compress.passes": ("torch", "pydantic", "scipy", "bitsandbytes"),
     "compress.artifact": ("torch", "safetensors"),
     "compress.writer": ("torch", "safetensors"),
     "compress.runtime": ("torch", "transformers"),

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from compress.passes.base import PASSES, Budget, GridQuantizer, Pass, Pruner, Quantizer, Refiner, Reshape, WeightPass
+from compress.passes.base import (
+    PASSES,
+    BlockQuantizer,
+    Budget,
+    GridQuantizer,
+    Pass,
+    Pruner,
+    Quantizer,
+    Refiner,
+    Reshape,
+    WeightPass,
+)
 from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
 from compress.passes.hybrid.realign import Realign
@@ -25,7 +36,11 @@ from compress.passes.pruning.swaps import Swaps
 from compress.passes.pruning.wanda import Wanda
 from compress.passes.pruning.wanda_sp import WandaSP
 from compress.passes.quantization.awq import AWQ
+from compress.passes.quantization.bnb import NF4, Int8
+from compress.passes.quantization.fp4 import MXFP4, NVFP4
+from compress.passes.quantization.fp8 import FP8
 from compress.passes.quantization.gptq import GPTQ
+from compress.passes.quantization.hqq import HQQ
 from compress.passes.quantization.rotate import QuaRot, Rotate
 from compress.passes.quantization.rtn import RTN
 from compress.passes.quantization.smoothquant import SmoothQuant
@@ -35,16 +50,23 @@ __all__ = [
     "ALPS",
     "AWQ",
     "FLAP",
+    "FP8",
     "GPTQ",
+    "HQQ",
+    "MXFP4",
+    "NF4",
+    "NVFP4",
     "OWL",
     "PASSES",
     "RIA",
     "RTN",
+    "BlockQuantizer",
     "Budget",
     "DSnoT",
     "Equalizer",
     "Global",
     "GridQuantizer",
+    "Int8",
     "Magnitude",
     "Pass",
     "PassManager",

@@ -283,8 +283,29 @@ class Quantizer(WeightPass):
         raise NotImplementedError
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """The values chosen for `w_OI`, which is 0 where `keep_OI` is False."""
-        raise NotImplementedError
+        """The values chosen for `w_OI`, which is 0 where `keep_OI` is False; by default the nearest."""
+        return self.round(w_OI, keep_OI, site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockQuantizer(Quantizer):
+    """Put weights on a format's own values, under one scale for `block` inputs."""
+
+    block: ClassVar[int]
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """Blocks must divide the width."""
+        if shape[1] % self.block:
+            raise RecipeError(f"{self.name}: {site}: its blocks of {self.block} do not divide its width of {shape[1]}")
+
+    def round_factor(self, factor: Tensor, site: Site) -> Weight:
+        """A factor to nearest; raises UnsupportedWeight where blocks do not divide its width."""
+        if factor.shape[1] % self.block:
+            raise UnsupportedWeight(
+                f"{self.name}: {site.name}: its blocks of {self.block} do not divide a rank of {factor.shape[1]}; "
+                "use another rank, or factors: false"
+            )
+        return super().round_factor(factor, site)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from compress.weights.leaves import (
     Diagonal,
     External,
     Hadamard,
+    Nested,
     Permutation,
     Quantized,
     Scaled,
@@ -20,6 +21,6 @@ from compress.weights.pattern import NM, Blocks, Pattern, PerMatrix, PerRow, pat
 
 __all__ = [
     "BOOKS", "INPUTS", "NM", "Blocks", "Codebook", "Dense", "Diagonal", "External", "Grid", "Hadamard", "Masked",
-    "Pattern", "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum", "Weight", "pack",
-    "pattern", "rounded_for", "rounded_inputs", "specify", "unpack",
+    "Nested", "Pattern", "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum",
+    "Weight", "pack", "pattern", "rounded_for", "rounded_inputs", "specify", "unpack",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -134,9 +135,13 @@ class Codebook(Weight):
         return scaled
 
     def describe(self) -> str:
-        """`nf4g64`, the name and what shares a scale; or `vq8x4`, bits of a code x inputs it covers."""
+        """`nf4g64`, the name and what shares a scale; or `vq8x4`, bits of a code x inputs it covers.
+
+        A trailing `d` marks scales that are coded themselves.
+        """
         name = self.name or f"vq{self.bits}x{self.book.shape[1]}"
-        return name + (span_of(self.scale.shape, self.shape) if self.name or self.scale.shape[1] > 1 else "")
+        span = span_of(self.scale.shape, self.shape) if self.name or self.scale.shape[1] > 1 else ""
+        return f"{name}{span}{'d' if isinstance(self.scale, Nested) else ''}"
 
 
 NF4 = (
@@ -178,8 +183,7 @@ class Scaled(Weight):
 
     def dense(self) -> Tensor:
         """The scaled values, float32."""
-        down_OG = self.scale.float().repeat_interleave(self.rows, 0)[: self.shape[0]]
-        return self.data.float().mul_(down_OG.repeat_interleave(self.columns, 1)[:, : self.shape[1]])
+        return self.data.float().mul_(spread_tiles(self.scale.float(), (self.rows, self.columns), self.shape))
 
     def describe(self) -> str:
         """`e4m3row`, `e5m2tensor`, `e4m3b128x128`."""
@@ -189,11 +193,72 @@ class Scaled(Weight):
         return f"{kind}b{self.rows}x{self.columns}"
 
 
+def spread_tiles(scale: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """The scale of each entry of a matrix of `shape`, from one a tile."""
+    down_OG = scale.repeat_interleave(tile[0], 0)[: shape[0]]
+    return down_OG.repeat_interleave(tile[1], 1)[:, : shape[1]]
+
+
 def span_of(scales: Sequence[int], shape: tuple[int, int]) -> str:
     """What shares one of `scales` [rows, groups] in a matrix of `shape`: `tensor`, `row`, or `g64`."""
     if scales[1] > 1:
         return f"g{shape[1] // scales[1]}"
     return "tensor" if scales[0] == 1 and shape[0] > 1 else "row"
+
+
+def dynamic_values() -> Tensor:
+    """The 256 sorted values of the signed 8-bit dynamic format: a decimal exponent and a fraction share seven bits.
+
+    For exponent 10**(i - 6), i from 0 to 6, the middles of 2**i equal parts of [0.1, 1] and their negatives; 0 and 1.
+    Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", ICLR 2016; values as in bitsandbytes.
+    """
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values
+
+
+DYNAMIC = dynamic_values()
+
+
+@dataclass(frozen=True, eq=False)
+class Nested(Weight):
+    """Scales that are coded themselves: `DYNAMIC[codes] * absmax + offset`, blocks of 256 over the flattened matrix.
+
+    `codes` is uint8 [out, in], `absmax` float32 [blocks], `offset` float32 [1], about the mean of the matrix. The
+    denoted matrix is float32.
+    Source: Dettmers et al., QLoRA, NeurIPS 2023, section 3 (double quantization).
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    offset: Tensor
+
+    BLOCK: ClassVar[int] = 256
+
+    def __post_init__(self) -> None:
+        if tuple(self.absmax.shape) != (-(-self.codes.numel() // self.BLOCK),) or self.offset.numel() != 1:
+            raise UnsupportedWeight(
+                f"{tuple(self.absmax.shape)} maxima and {tuple(self.offset.shape)} offsets for codes of {self.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    def dense(self) -> Tensor:
+        """The decoded values, float32."""
+        scale = self.absmax.repeat_interleave(self.BLOCK)[: self.codes.numel()]
+        decoded = DYNAMIC.to(self.codes.device)[self.codes.long().flatten()].mul_(scale).add_(self.offset)
+        return decoded.view(self.shape)
+
+    def describe(self) -> str:
+        """`dynamic8`."""
+        return "dynamic8"
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from compress.weights.leaves import (
     Diagonal,
     External,
     Hadamard,
+    Nested,
     Permutation,
     Quantized,
     Scaled,
@@ -104,6 +105,8 @@ def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[st
             held = {} if name else {f"{at}book": book}
             chosen = kept(codes) if book.shape[1] == 1 else codes
             return {f"{at}codes": pack_bits(chosen, weight.bits), **held, **pack(scale, f"{at}scale.")}
+        case Nested(codes, absmax, offset):
+            return {f"{at}codes": kept(codes), f"{at}absmax": absmax, f"{at}offset": offset}
         case Masked(values, mask_OI):
             return {**pack(values, f"{at}values.", mask_OI), f"{at}mask": pack_bits(mask_OI, 1)}
         case Sum(terms):
@@ -138,6 +141,8 @@ def packed_bytes(weight: Weight, kept: int | None = None) -> int:
         case Codebook(codes, book, scale, name):
             codes_held = count if book.shape[1] == 1 else codes.numel()
             return packed_size(codes_held, weight.bits) + (0 if name else book.nbytes) + packed_bytes(scale)
+        case Nested(_, absmax, offset):
+            return count + absmax.nbytes + offset.nbytes
         case Masked(values, mask_OI):
             return packed_bytes(values, int(mask_OI.sum())) + packed_size(mask_OI.numel(), 1)
         case Sum(terms):
@@ -165,8 +170,8 @@ def specify(weight: Weight) -> Spec:
         case Quantized(_, scale, zero, bits):
             return {"kind": "quantized", "shape": shape, "bits": bits, "scales": list(scale.shape),
                     "symmetric": zero is None}  # fmt: skip
-        case Signs():
-            return {"kind": "signs", "shape": shape}
+        case Signs() | Nested():
+            return {"kind": type(weight).__name__.lower(), "shape": shape}
         case Scaled(data, scale, rows, columns):
             return {"kind": "scaled", "shape": shape, "scales": list(scale.shape), "tile": [rows, columns]}
         case Codebook(codes, book, scale, name):
@@ -249,6 +254,12 @@ def _unpack(
             return Scaled(whole, tensors[f"{at}scale"].view(spec["scales"]), tile_rows, tile_columns)
         case "codebook":
             return _unpack_codebook(spec, tensors, at, keep_OI, below(spec["scale"], "scale"))
+        case "nested":
+            blocks = -(-rows * columns // Nested.BLOCK)
+            codes = spread(
+                unpack_bits(tensors[f"{at}codes"], 8, count()), torch.zeros((), device=tensors[f"{at}codes"].device)
+            )
+            return Nested(codes, sized(tensors[f"{at}absmax"], (blocks,)), sized(tensors[f"{at}offset"], (1,)))
         case "masked":
             mask_OI = unpack_bits(tensors[f"{at}mask"], 1, rows * columns).bool().view(rows, columns)
             if [int(n) for n in spec["values"]["shape"]] != [rows, columns]:
@@ -290,7 +301,8 @@ def _unpack_codebook(
     if count and int(codes.max()) >= book.shape[0]:
         raise ArtifactError(f"a code names entry {int(codes.max())} of a book of {book.shape[0]}")
     if keep_OI is not None and dropped:
-        spread = torch.zeros((rows, width), dtype=codes.dtype, device=codes.device)
+        zero = int(book[:, 0].abs().argmin())  # a dropped entry reads as the code of zero, if the book has one
+        spread = torch.full((rows, width), zero, dtype=codes.dtype, device=codes.device)
         spread[keep_OI] = codes
         codes = spread
     return Codebook(codes.view(rows, width), book, scale, spec["book"] if named else "")

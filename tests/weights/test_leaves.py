@@ -17,11 +17,13 @@ from compress.weights import (
     External,
     Hadamard,
     Masked,
+    Nested,
     Permutation,
     Quantized,
     Scaled,
     Signs,
 )
+from compress.weights.leaves import DYNAMIC
 
 
 def normal(*shape: int) -> Tensor:
@@ -90,6 +92,27 @@ def test_small_floats_denote_themselves_times_the_scale_of_their_tile(
     got = Scaled(data, scale, *tile).dense()
     want = [[float(data[r, c].float() * scale[r // tile[0], c // tile[1]]) for c in range(12)] for r in range(5)]
     torch.testing.assert_close(got, torch.tensor(want))
+
+
+def test_nested_scales_count_their_blocks_over_the_flattened_matrix() -> None:
+    codes, absmax, offset = integers(256, 3, 100), normal(2).abs(), normal(1)
+    flat = [float(DYNAMIC[code] * absmax[at // 256] + offset) for at, code in enumerate(codes.flatten().tolist())]
+    torch.testing.assert_close(Nested(codes, absmax, offset).dense(), torch.tensor(flat).view(3, 100))
+
+
+def test_the_dynamic_format_spans_seven_decades() -> None:
+    assert len(DYNAMIC.unique()) == 256
+    assert torch.equal(DYNAMIC, DYNAMIC.sort().values)
+    assert set(DYNAMIC.tolist()) == {-value for value in DYNAMIC.tolist() if value != 1} | {1.0}
+    # 2**i values of each sign lie in the decade that ends at 10**(i - 6), i from 0 to 6; 0 and 1 are extra
+    counts = np.histogram(DYNAMIC.numpy(), bins=10.0 ** np.arange(-7, 1))[0]
+    assert counts.tolist() == [1, 2, 4, 8, 16, 32, 64 + 1]
+
+
+@pytest.mark.parametrize(("blocks", "offsets"), [(1, 1), (3, 1), (2, 2)])
+def test_nested_scales_need_a_maximum_a_block(blocks: int, offsets: int) -> None:
+    with pytest.raises(UnsupportedWeight, match=r"offsets for codes of \(3, 100\)"):
+        Nested(integers(256, 3, 100), normal(blocks), normal(offsets))
 
 
 def test_a_diagonal_scales_each_input() -> None:

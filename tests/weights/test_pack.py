@@ -22,6 +22,7 @@ from compress.weights import (
     Grid,
     Hadamard,
     Masked,
+    Nested,
     Permutation,
     Product,
     Scaled,
@@ -107,6 +108,7 @@ WHOLE: dict[str, Weight] = {
     "real-zero": replace(Grid(bits=4, group=8).quantize(normal(6, 16)), zero=normal(6, 2).half()),
     "codebook": Codebook(torch.randint(10, (6, 4)), normal(10, 4), Dense(normal(6, 1))),
     "nf4": Codebook(torch.randint(16, (6, 16)), BOOKS["nf4"], Dense(normal(6, 2)), "nf4"),
+    "nested": Nested(torch.randint(256, (6, 50), dtype=torch.uint8), normal(2), normal(1)),
     "scaled": Scaled(normal(6, 16).to(torch.float8_e4m3fn), normal(3, 2), 2, 8),
     "masked": Masked(Dense(normal(6, 16)), mask(), "50%"),
     "masked-quantized": Masked(Grid(bits=4, group=8).quantize(normal(6, 16)), mask(), "50%"),
@@ -181,6 +183,8 @@ MALFORMED = [
     ("codebook", {"codes": [6]}),
     ("codebook", {"codes": [6, 5]}),
     ("codebook", {"book": []}),
+    ("nested", {"shape": [6, 51]}),
+    ("nested", {"shape": [60, 50]}),
     ("masked", {"values": None}),
     ("masked", {"values": {"kind": "dense"}}),
     ("product", {"left": None}),
@@ -270,6 +274,13 @@ def test_pruned_entries_take_no_bytes() -> None:
 def test_the_first_payload_is_flat() -> None:
     firsts = {name: next(iter(pack(weight).values())) for name, weight in WHOLE.items()}
     assert {name: t.ndim for name, t in firsts.items()} == dict.fromkeys(WHOLE, 1)
+
+
+def test_a_pruned_code_reads_as_the_zero_of_its_table() -> None:
+    keep_OI = torch.tensor([True, False] * 48).view(6, 16)
+    weight = Masked(WHOLE["nf4"], keep_OI, "2:4")
+    values = unpack(specify(weight), pack(weight)).values
+    assert int(values.dense()[~keep_OI].count_nonzero()) == 0
 
 
 def test_an_external_weight_stores_nothing() -> None:
