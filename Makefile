@@ -29,11 +29,12 @@ check: $(READY)  ## format, lint, types and the quick tests, to stay under three
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-bench: $(READY)  ## measured tables: CPU kernels, pruning speed and quality, caches, a 4 GB model, the recipes; takes hours
+bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, caches, a 4 GB model, the recipes; takes hours
 	$(BIN)/python -m compress_kernels.bench
 	$(BIN)/python -m compress_evals.speed
 	$(BIN)/python -m compress_evals.streaming
 	$(BIN)/python -m compress_evals.pruning
+	$(BIN)/python -m compress_evals.quantization --check
 	$(BIN)/python -m compress_evals.kv
 	$(BIN)/python -m compress_evals.bench --out out/bench
 

@@ -9,17 +9,12 @@ windows.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import compress
 from compress import (
     ALPS,
     OWL,
@@ -37,11 +32,8 @@ from compress import (
     Swaps,
     Wanda,
 )
-from compress.model.source import locate
-from compress_evals import stats
-from compress_evals.fidelity import compare_windows, evaluation_text, text_windows
-from compress_evals.folders import model_name, opened
-from compress_evals.run import evaluate
+from compress_evals.table import Bench, Scored, append, bold, foreign, percent, versus
+from compress_evals.table import read as rows_of
 
 TASKS = ("facts_trained", "facts_question", "facts_context3", "facts_open")
 FRACTIONS: tuple[float | str, ...] = (0.3, 0.5, 0.6, 0.7)
@@ -84,35 +76,12 @@ ON_TEXT = ("wanda", "sparsegpt", "wanda, dsnot", "wanda, swaps", "alps, reconstr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One method at one sparsity.
+class Measured(Scored):
+    """One method at one sparsity; `errors` are the means over sites of error measures of the ledger."""
 
-    `kl` and `loss` are sums over the tokens of each window of the text, `dense_loss` the dense model's; `right` are the
-    answers to each task's questions, one character each; `errors` the mean over sites of error measures of the ledger.
-    """
-
-    method: str
     sparsity: str
     calibration: str
-    source: str  # the model and the windows
-    kl: list[float]
-    loss: list[float]
-    dense_loss: list[float]
-    tokens: int
-    right: dict[str, str]
-    clusters: dict[str, list[str]]
-    intervals: dict[str, tuple[float, float]]
     errors: dict[str, list[float]]
-    seconds: float
-
-    @property
-    def mean_kl(self) -> float:
-        """KL(dense || compressed), nats a token."""
-        return sum(self.kl) / self.tokens
-
-    def score(self, task: str) -> float:
-        """The share of right answers."""
-        return self.right[task].count("1") / len(self.right[task])
 
 
 def wanted(calibration: str) -> list[tuple[str, float | str]]:
@@ -122,42 +91,12 @@ def wanted(calibration: str) -> list[tuple[str, float | str]]:
     return rows if calibration == "mixed" else [(name, s) for name, s in rows if name in ON_TEXT and s in (0.5, "2:4")]
 
 
-class Bench:
-    """A dense model, and what it says, beside which each method is measured."""
-
-    def __init__(self, model: str, samples: int, length: int) -> None:
-        self.source, self.samples, self.length = model, samples, length
-        self.conditions = f"{model_name(model)}, {samples} x {length} tokens"
-        self.dense, self.tokenizer = opened(locate(model), "cpu")
-        self.windows = text_windows(self.tokenizer, evaluation_text(), 256)
-
-    def measure(self, method: str, sparsity: float | str, data: str) -> Measured:
-        """Run one method and measure its artifact; it is made in a temporary folder."""
-        calibration = Calibration(data=data, samples=self.samples, length=self.length, seed=0)
-        recipe = Recipe(passes=tuple(METHODS[method](sparsity)), calibration=calibration)
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.monotonic()
-            report = compress.run(self.source, recipe, Path(folder) / "out")
-            seconds = time.monotonic() - began
-            made = json.loads((report.out / "compress.json").read_text(encoding="utf-8"))
-            return self.of(report.out, made, method=method, sparsity=sparsity, data=data, seconds=seconds)
-
-    def of(self, out: Path, made: Any, *, method: str, sparsity: float | str, data: str, seconds: float) -> Measured:
-        """The measurements of an artifact."""
-        model, _ = opened(out, "cpu")
-        asked = evaluate(model, self.tokenizer, name=method, only=TASKS)
-        found = compare_windows(self.dense, model, self.windows)
-        sites = list(made["sites"].values())
-        return Measured(
-            method=method, sparsity=str(sparsity), calibration=data, seconds=round(seconds, 1),
-            source=self.conditions, tokens=sum(len(f.kl) for f in found),
-            kl=[float(f.kl.sum()) for f in found], loss=[float(f.compressed_loss.sum()) for f in found],
-            dense_loss=[float(f.dense_loss.sum()) for f in found],
-            right={t: "".join("1" if row.scores["acc"] > 0 else "0" for row in asked.rows[t]) for t in TASKS},
-            clusters={t: [row.cluster for row in asked.rows[t]] for t in TASKS},
-            intervals={t: (asked.tasks[t].score.low, asked.tasks[t].score.high) for t in TASKS},
-            errors={key: means(sites, key) for key in ("mean_error", "squared_error") if key in sites[0]},
-        )  # fmt: skip
+def measure(bench: Bench, method: str, sparsity: float | str, calibration: Calibration) -> Measured:
+    """Run one method and measure its artifact."""
+    made, scored = bench.run(Recipe(passes=tuple(METHODS[method](sparsity)), calibration=calibration), method)
+    sites = list(made["sites"].values())
+    errors = {key: means(sites, key) for key in ("mean_error", "squared_error") if key in sites[0]}
+    return Measured(**scored, sparsity=str(sparsity), calibration=calibration.data, errors=errors)
 
 
 def means(sites: Sequence[Any], key: str) -> list[float]:
@@ -167,9 +106,7 @@ def means(sites: Sequence[Any], key: str) -> list[float]:
 
 def read(path: Path) -> list[Measured]:
     """The rows measured so far."""
-    if not path.exists():
-        return []
-    return [Measured(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return rows_of(path, Measured)
 
 
 def table(rows: Sequence[Measured]) -> str:
@@ -184,18 +121,10 @@ def table(rows: Sequence[Measured]) -> str:
         for row in same:
             cells = [f"{row.sparsity} {row.calibration}", row.method]
             cells.append(bold(f"{row.mean_kl:.4f}", row.mean_kl == lowest))
-            cells.append(f"{math.exp(sum(row.loss) / row.tokens):.2f}")
-            for task in TASKS:
-                low, high = row.intervals[task]
-                text = f"{100 * row.score(task):.1f} ({100 * low:.1f}-{100 * high:.1f})"
-                cells.append(bold(text, row.score(task) == highest[task]))
+            cells.append(f"{row.perplexity:.2f}")
+            cells += [bold(percent(row, task), row.score(task) == highest[task]) for task in TASKS]
             lines.append("| " + " | ".join([*cells, f"{row.seconds:.0f}"]) + " |")
     return "\n".join(lines)
-
-
-def bold(text: str, yes: bool) -> str:
-    """Markdown bold, perhaps."""
-    return f"**{text}**" if yes else text
 
 
 def errors_table(rows: Sequence[Measured]) -> str:
@@ -208,26 +137,14 @@ def errors_table(rows: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def versus(one: Measured, other: Measured) -> str:
-    """A line: how `one` differs from `other` on the same windows and questions, with p values."""
-    differences = [a - b for a, b in zip(one.kl, other.kl, strict=True)]
-    p = stats.sign_flip(differences)
-    parts = [f"KL {one.mean_kl:.4f} against {other.mean_kl:.4f} (p = {p:.2g})"]
-    for task in TASKS:
-        before, after = ([int(c) for c in row.right[task]] for row in (other, one))
-        pair = stats.paired(before, after, one.clusters[task])
-        parts.append(f"{task} {100 * pair.delta:+.1f} points ({100 * pair.low:+.1f} to {100 * pair.high:+.1f}, "
-                     f"p = {pair.p:.2g})")  # fmt: skip
-    return f"{one.sparsity} {one.calibration}: {one.method} against {other.method}: " + "; ".join(parts)
-
-
 def verdicts(rows: Sequence[Measured]) -> list[str]:
     """The best method by KL of each sparsity against plain SparseGPT and Wanda."""
     lines = []
     for key in dict.fromkeys((row.calibration, row.sparsity) for row in rows):
         same = {row.method: row for row in rows if (row.calibration, row.sparsity) == key}
         best = min(same.values(), key=lambda row: row.mean_kl)
-        lines += [versus(best, same[name]) for name in ("sparsegpt", "wanda") if name in same and best.method != name]
+        others = [same[name] for name in ("sparsegpt", "wanda") if name in same and best.method != name]
+        lines += [f"{best.sparsity} {best.calibration}: {versus(best, other, TASKS)}" for other in others]
     return lines
 
 
@@ -244,21 +161,20 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "rows.jsonl"
-    bench = Bench(arguments.model, arguments.samples, arguments.length)
+    bench = Bench(arguments.model, f"{arguments.samples} x {arguments.length} tokens", TASKS)
     found = read(path)
-    other = next((row.source for row in found if row.source != bench.conditions), None)
-    if other is not None:
-        parser.error(f"--out: {path} holds rows of {other}; choose another folder")
+    wrong = foreign(path, found, bench.conditions)
+    if wrong is not None:
+        parser.error(wrong)
     done = {(row.calibration, row.sparsity, row.method) for row in found}
     for data in arguments.calibrations:
+        calibration = Calibration(data=data, samples=arguments.samples, length=arguments.length, seed=0)
         for method, sparsity in wanted(data):
             chosen = method in arguments.methods and str(sparsity) in arguments.sparsities
             if not chosen or (data, str(sparsity), method) in done:
                 continue
             sys.stderr.write(f"{data} {sparsity} {method}\n")
-            row = bench.measure(method, sparsity, data)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+            append(path, measure(bench, method, sparsity, calibration))
     rows = sorted(read(path), key=lambda row: (row.calibration, ":" in row.sparsity, row.sparsity))
     head = f"{bench.conditions}, seed 0, cpu; 95 % intervals; p values are not corrected for choosing the best"
     lines = [head, "", table(rows), "", errors_table(rows), "", *verdicts(rows)]

@@ -1,4 +1,4 @@
-"""`python -m compress_evals.speed`: seconds of each pruning method for one block, beside a plain loop of the same.
+"""`python -m compress_evals.speed`: seconds of each method for one block, beside a plain loop of the same.
 
 The block has the shapes of a 1.1 B Llama (hidden 2048, inner 5632, 256 for keys and values) with random weights and
 correlated inputs. The loops are how the method reads in its paper, a column or a row at a time; those over rows are
@@ -108,6 +108,21 @@ def column_loop(w_OI: Tensor, upper_II: Tensor, sparsity: float, block: int = 12
     return w
 
 
+def rounded_loop(w_OI: Tensor, upper_II: Tensor, bits: int, group: int) -> Tensor:
+    """GPTQ one column at a time, each error pushed onto all columns to the right at once; a grid a row and group."""
+    w, top = w_OI.clone(), 2**bits - 1
+    for j in range(w.shape[1]):
+        if j % group == 0:
+            low, high = w[:, j : j + group].amin(1).clamp(max=0), w[:, j : j + group].amax(1).clamp(min=0)
+            scale = ((high - low) / top).half().float()
+            zero = (-low / scale).round().clamp(0, top)
+        q = (((w[:, j] / scale).round() + zero).clamp(0, top) - zero) * scale
+        e = (w[:, j] - q) / upper_II[j, j]
+        w[:, j:] -= e[:, None] * upper_II[j, j:]
+        w[:, j] = q
+    return w
+
+
 def group_loop(score_OI: Tensor, m: int, n: int) -> Tensor:
     """n:m one group of columns at a time."""
     keep = torch.ones_like(score_OI, dtype=torch.bool)
@@ -200,7 +215,8 @@ def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list
     from compress.passes.pruning.dsnot import dsnot
     from compress.passes.pruning.reconstruct import least_squares
     from compress.passes.pruning.swaps import swap
-    from compress.weights import pattern
+    from compress.passes.quantization.gptq import gptq
+    from compress.weights import Grid, pattern
 
     q = site("q", shapes.of()["q"], stats[0])
     w, gram, norm = q.original.data, q.stats[Gram], q.stats[ColumnNorm]
@@ -214,6 +230,8 @@ def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list
     return [
         ("sparsegpt 50 %", clock(lambda: feed_back(w, upper, Unrounded(), Chosen(half)))[0],
          clock(lambda: column_loop(w, upper, 0.5))[0], len(w)),
+        ("gptq int4 g64", clock(lambda: gptq(w, upper, Grid(bits=4, group=64)))[0],
+         clock(lambda: rounded_loop(w, upper, 4, 64))[0], len(w)),
         ("wanda 2:4, the mask", clock(lambda: pattern("2:4").keep(w.abs() * norm))[0],
          clock(lambda: group_loop(w.abs() * norm, 4, 2))[0], len(w)),
         ("dsnot 50 %", clock(lambda: dsnot(w, keep, mean, within, norm))[0],

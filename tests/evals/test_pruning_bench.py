@@ -16,8 +16,9 @@ from compress.passes.hessian import damp, inverse_factor
 from compress.passes.pruning.dsnot import dsnot
 from compress.passes.pruning.reconstruct import least_squares
 from compress.passes.pruning.swaps import swap
+from compress.passes.quantization.gptq import gptq
 from compress.stats import Collector, ColumnNorm, Gram, Moments
-from compress.weights import pattern
+from compress.weights import Grid, pattern
 from compress_evals import pruning, speed
 
 ROW = pruning.Measured(
@@ -44,6 +45,13 @@ def test_the_loop_over_columns_is_sparsegpt(parts: dict[str, Any], assert_close:
     assert found is not None
     got, _, _ = feed_back(parts["w"], found[0], Unrounded(), Chosen(pattern(0.5, "matrix")), 32)
     assert_close("weights", got, speed.column_loop(parts["w"], found[0], 0.5, 32), 1e-4)
+
+
+def test_the_loop_over_columns_is_gptq(parts: dict[str, Any], assert_close: Any) -> None:
+    found = inverse_factor(parts["gram"], 0.01)
+    assert found is not None
+    got, _ = gptq(parts["w"], found[0], Grid(bits=4, group=16), block=32)
+    assert_close("weights", got.dense(), speed.rounded_loop(parts["w"], found[0], 4, 16), 1e-4)
 
 
 def test_the_loop_over_groups_is_the_pattern(parts: dict[str, Any]) -> None:
@@ -78,6 +86,7 @@ def test_the_speed_table_names_its_conditions(
     printed = capsys.readouterr().out
     assert printed.startswith("hidden 64, inner 128, ")
     assert "| sparsegpt 2:4 int4 |" in printed
+    assert "| gptq int4 g64 |" in printed
     assert "4 rows |" in printed
 
 
