@@ -1,0 +1,171 @@
+"""A small Llama whose sides every format can hold, its artifacts by list of passes, and a pass that makes any leaf."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+from compress import Calibration, Codebook, Dense, Grid, Limits, Pass, Recipe, Scaled, Weight, WeightPass
+from compress.model.site import Site
+from compress.passes import PASSES
+from compress.weights import BOOKS
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 224, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    "initializer_range": 0.15, "tie_word_embeddings": False,
+}  # fmt: skip
+Exporter = Callable[..., Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaves(WeightPass, name="test-leaves"):
+    """The plainest rounding to a format of another, without data; `kind` names it."""
+
+    kind: str = "nf4"
+    inputs: str = ""
+
+    def rewrite(self, site: Site) -> Weight:
+        site.inputs = self.inputs
+        return ENCODERS[self.kind](site.expect(Dense, by=self.name).dense().float())
+
+
+del PASSES["test-leaves"]  # a pass of these tests alone; its objects are given, never its name
+
+
+def nearest(x: Tensor, book: Tensor) -> Tensor:
+    """The code of the entry of `book` [entries, 1] next to each of x."""
+    return (x[..., None] - book[:, 0]).abs().argmin(-1).to(torch.uint8)
+
+
+def nf4(w_OI: Tensor, block: int = 64) -> Weight:
+    absmax = w_OI.unflatten(1, (-1, block)).abs().amax(-1)
+    codes = nearest(w_OI.unflatten(1, (-1, block)) / absmax[..., None], BOOKS["nf4"]).flatten(1)
+    return Codebook(codes, BOOKS["nf4"], Dense(absmax), "nf4")
+
+
+def fp4(w_OI: Tensor, name: str, group: int) -> Weight:
+    w_OGS = w_OI.unflatten(1, (-1, group))
+    largest = w_OGS.abs().amax(-1) / 6
+    if name == "mxfp4":
+        scale: Weight = Dense(torch.exp2(largest.log2().floor()))
+    else:
+        over = largest.amax().reshape(1, 1) / 448
+        scale = Scaled((largest / over).to(torch.float8_e4m3fn), over, *largest.shape)
+    codes = nearest(w_OGS / scale.dense()[..., None], BOOKS[name]).flatten(1)
+    return Codebook(codes, BOOKS[name], scale, name)
+
+
+def small_floats(w_OI: Tensor, rows: int, columns: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Weight:
+    rows, columns = rows or w_OI.shape[0], columns or w_OI.shape[1]
+    pad = torch.nn.functional.pad(w_OI, (0, -w_OI.shape[1] % columns, 0, -w_OI.shape[0] % rows))
+    scale = pad.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax((1, 3)) / torch.finfo(dtype).max
+    wide = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: w_OI.shape[0], : w_OI.shape[1]]
+    return Scaled((w_OI / wide).to(dtype), scale, rows, columns)
+
+
+ENCODERS: dict[str, Callable[[Tensor], Weight]] = {
+    "nf4": nf4,
+    "nf4-row": lambda w: nf4(w, w.shape[1]),
+    "nf4-16": lambda w: nf4(w, 16),
+    "nvfp4": lambda w: fp4(w, "nvfp4", 16),
+    "mxfp4": lambda w: fp4(w, "mxfp4", 32),
+    "mxfp4-64": lambda w: fp4(w, "mxfp4", 64),
+    "int4-zeros": lambda w: Grid(bits=4).quantize(torch.cat((-w[:, :1].abs(), w[:, 1:]), 1)),  # no zero is 0
+    "int4-positive": lambda w: Grid(bits=4).quantize(w.abs()),  # all are
+    "int8-row": lambda w: Grid(bits=8, symmetric=True).quantize(w),
+    "fp8-row": lambda w: small_floats(w, 1, 0),
+    "fp8-tensor": lambda w: small_floats(w, 0, 0),
+    "fp8-block": lambda w: small_floats(w, 64, 32),
+    "fp8-group": lambda w: small_floats(w, 1, 32),
+    "e5m2": lambda w: small_floats(w, 1, 0, torch.float8_e5m2),
+    "lowrank": lambda w: Dense(w[:, :8].contiguous()) @ Dense(w[:8].contiguous()),
+}
+
+
+def build(folder: Path, tokenizer_of: Path, kind: str = "llama", dtype: str = "float32", **changes: Any) -> Path:
+    """A random model with the tokenizer of another folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **changes}), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    for file in tokenizer_of.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[..., Path]:
+    """`small(kind="llama", dtype="float32", **config)`: a folder, made once."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str = "llama", dtype: str = "float32", **changes: Any) -> Path:
+        key = repr((kind, dtype, changes))
+        if key not in made:
+            made[key] = build(tmp_path_factory.mktemp(kind), tiny_llama, kind, dtype, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def artifact_of(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`artifact_of([passes], model=None)`: the small Llama compressed, made once for each list of passes."""
+    made: dict[str, Path] = {}
+
+    def make(passes: Sequence[Pass], model: Path | None = None) -> Path:
+        key = repr((passes, model))
+        if key not in made:
+            recipe = Recipe(
+                passes=tuple(passes), calibration=Calibration(samples=2, length=16), limits=Limits(max_untouched=1.0)
+            )
+            made[key] = compress.run(model or small(), recipe, tmp_path_factory.mktemp("artifact") / "out").out
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def stock() -> Callable[..., Any]:
+    """`stock(folder, dtype)`: the model as stock transformers loads it, nothing missing, unexpected or mismatched."""
+
+    def load(folder: Path, dtype: Any = "auto", **options: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
+        )
+        assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+        return model.eval()
+
+    return load
+
+
+@pytest.fixture
+def logits(ids: Tensor) -> Callable[[Any], Tensor]:
+    """`logits(model)`, float32."""
+
+    def of(model: Any) -> Tensor:
+        with torch.inference_mode():
+            return torch.as_tensor(model(ids).logits).float()
+
+    return of
+
+
+@pytest.fixture
+def leaves() -> type[Leaves]:
+    """The pass."""
+    return Leaves
