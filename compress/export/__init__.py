@@ -1,6 +1,9 @@
 """Writing an artifact in other people's formats: one file a format, one table.
 
 What a format cannot say is refused with the site, the reason and the nearest format that can; nothing is requantized.
+Not here: optimum. Of what it still has (2.3), its GPTQ loader is what transformers needs to read our `gptq` folders,
+and is used there by its users; its exporters to ONNX and others have moved to packages of their own, its graph passes
+no longer run, and its calibration sets and model tables are no better than what this package has.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from compress.errors import RecipeError, nearest
 from compress.export.compressed_tensors import export_compressed_tensors
 from compress.export.dense import export_dense
 from compress.export.folder import Exported
+from compress.export.gptq import export_gptq
 from compress.model.source import locate
 
 FORMATS: dict[str, Callable[[Path, Path], Exported]] = {
     "compressed-tensors": export_compressed_tensors,
     "dense": export_dense,
+    "gptq": export_gptq,
 }
 
 

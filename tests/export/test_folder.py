@@ -13,12 +13,13 @@ from compress import RTN, RecipeError, VerificationError
 from compress.cli import main
 from compress.export import FORMATS, export
 from compress.export.compressed_tensors import CompressedTensors
+from compress.export.gptq import GPTQLayout
 from compress.export.words import from_words, to_nibbles, to_words
 
 INT4 = [RTN(bits=4, group=32, symmetric=True)]
 
 
-@pytest.mark.parametrize("kind", [CompressedTensors])
+@pytest.mark.parametrize("kind", [CompressedTensors, GPTQLayout])
 def test_what_does_not_read_back_is_not_put_in_place(
     kind: Any, artifact_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,7 +40,7 @@ def test_what_does_not_read_back_is_not_put_in_place(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("to", ["compressed-tensors", "dense"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
 def test_two_exports_write_the_same_bytes(to: str, artifact_of: Any, tmp_path: Path) -> None:
     first, second = (export(artifact_of(INT4), to, tmp_path / name).out for name in "ab")
     assert {f.name: f.read_bytes() for f in first.iterdir()} == {f.name: f.read_bytes() for f in second.iterdir()}
@@ -54,36 +55,25 @@ def test_an_existing_folder_is_refused(to: str, artifact_of: Any, tmp_path: Path
 def test_the_command_says_what_it_wrote(
     artifact_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [
-        "compress",
-        "export",
-        str(artifact_of(INT4)),
-        "--to",
-        "compressed-tensors",
-        "--out",
-        str(tmp_path / "out"),
-        "--json",
-    ]
+    line = ["compress", "export", str(artifact_of(INT4)), "--to", "gptq", "--out", str(tmp_path / "out"), "--json"]
     monkeypatch.setattr("sys.argv", line)
     with pytest.raises(SystemExit) as stop:
         main()
     told = json.loads(capsys.readouterr().out)
     assert stop.value.code in (0, None)
-    assert (told["format"], told["rounding"], told["out"]) == ("compressed-tensors", 0.0, str(tmp_path / "out"))
+    assert (told["format"], told["rounding"], told["out"]) == ("gptq", 0.0, str(tmp_path / "out"))
 
 
 def test_a_refusal_is_one_line_and_exit_code_2(
     artifact_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact = artifact_of([RTN(bits=3, group=32)])
-    monkeypatch.setattr(
-        "sys.argv", ["compress", "export", str(artifact), "--to", "compressed-tensors", "--out", str(tmp_path / "o")]
-    )
+    monkeypatch.setattr("sys.argv", ["compress", "export", str(artifact), "--to", "gptq", "--out", str(tmp_path / "o")])
     with pytest.raises(SystemExit) as stop:
         main()
     said = capsys.readouterr().err.splitlines()
     assert (stop.value.code, len(said)) == (2, 1)
-    assert said[0].startswith("error: model.layers.0.self_attn.q_proj (int3g32): compressed-tensors cannot say it: ")
+    assert said[0].startswith("error: model.layers.0.self_attn.q_proj (int3g32): gptq cannot say it: ")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
