@@ -15,12 +15,14 @@ from compress.errors import RecipeError, nearest
 from compress.export.compressed_tensors import export_compressed_tensors
 from compress.export.dense import export_dense
 from compress.export.folder import Exported
+from compress.export.gguf import export_gguf
 from compress.export.gptq import export_gptq
 from compress.model.source import locate
 
 FORMATS: dict[str, Callable[[Path, Path], Exported]] = {
     "compressed-tensors": export_compressed_tensors,
     "dense": export_dense,
+    "gguf": export_gguf,
     "gptq": export_gptq,
 }
 

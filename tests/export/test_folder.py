@@ -40,7 +40,7 @@ def test_what_does_not_read_back_is_not_put_in_place(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "gguf", "gptq"])
 def test_two_exports_write_the_same_bytes(to: str, artifact_of: Any, tmp_path: Path) -> None:
     first, second = (export(artifact_of(INT4), to, tmp_path / name).out for name in "ab")
     assert {f.name: f.read_bytes() for f in first.iterdir()} == {f.name: f.read_bytes() for f in second.iterdir()}

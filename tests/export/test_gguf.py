@@ -1,0 +1,129 @@
+"""GGUF: the file is read by the package of llama.cpp and by stock transformers, and says what the artifact says.
+
+llama.cpp itself was run once on files of the built-in model (see README); here its reader in Python is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compress
+from compress import RTN, Magnitude, RecipeError, UnsupportedWeight
+from compress.artifact import Artifact
+from compress.export import export
+from compress.export.gguf import rope_factors
+
+gguf = pytest.importorskip("gguf")
+CASES = {
+    "Q8_0": [RTN(bits=8, group=32, symmetric=True)],
+    "Q4_0": [RTN(bits=4, group=64, symmetric=True)],
+    "Q4_1": [RTN(bits=4, group=32)],
+}
+OFFSET = 2.0**-8  # of a matrix: an offset is off by at most 2**-11 of itself, 15 / 2**11 of a step
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stock_transformers_loads_it(
+    kind: str, dtype: str, small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    """Rows of queries and keys are in another order in the file, so this fails if they are not put back."""
+    artifact = artifact_of(CASES[kind], small(dtype=dtype))
+    done = export(artifact, "gguf", tmp_path / "out")
+    found = logits(stock(done.out, torch.float32, gguf_file="model.gguf"))
+    ratio = 4 * OFFSET if kind == "Q4_1" else 1e-6
+    assert_close("logits", found, logits(compress.load(artifact, dtype=torch.float32)), ratio)
+    assert (done.rounding == 0.0) == (kind != "Q4_1") and done.rounding < OFFSET
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_blocks_hold_the_artifacts_codes(kind: str, artifact_of: Any, tmp_path: Path, assert_close: Any) -> None:
+    artifact = artifact_of(CASES[kind])
+    reader = gguf.GGUFReader(export(artifact, "gguf", tmp_path / "out").out / "model.gguf")
+    tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_down.weight")
+    assert tensor.tensor_type.name == kind
+    meant = Artifact(artifact).expression("model.layers.1.mlp.down_proj").dense()
+    got = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+    assert_close(kind, got, meant, OFFSET if kind == "Q4_1" else 0.0)
+
+
+def test_plain_tensors_keep_their_dtype_and_vectors_are_float32(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    artifact = artifact_of(CASES["Q8_0"], small(dtype="bfloat16"))
+    reader = gguf.GGUFReader(export(artifact, "gguf", tmp_path / "out").out / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["token_embd.weight"] == types["output.weight"] == "BF16"
+    assert types["output_norm.weight"] == types["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_the_built_in_model_is_written_with_its_tokenizer(artifact_of: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    artifact = artifact_of([RTN(bits=4, group=64, symmetric=True)], Path("builtin"))
+    done = export(artifact, "gguf", tmp_path / "out")
+    text = "In 1987 Café No. 12 didn't open;\n\nthe capital of Peru is Lima."
+    tokenizers = [
+        AutoTokenizer.from_pretrained(done.out, gguf_file="model.gguf"),
+        AutoTokenizer.from_pretrained(artifact),
+    ]
+    assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+    assert "llama.cpp's starcoder" in done.note
+    keys = gguf.GGUFReader(done.out / "model.gguf").fields
+    assert keys["tokenizer.ggml.pre"].contents() == "starcoder"
+    assert keys["llama.attention.head_count_kv"].contents() == 2
+    assert keys["llama.rope.freq_base"].contents() == 10000.0
+
+
+def test_a_tokenizer_llama_cpp_has_no_name_for_stays_beside_the_file(artifact_of: Any, tmp_path: Path) -> None:
+    done = export(artifact_of(CASES["Q8_0"]), "gguf", tmp_path / "out")
+    assert "is not in the file" in done.note
+    assert (done.out / "tokenizer.json").is_file()
+    assert not any(key.startswith("tokenizer.") for key in gguf.GGUFReader(done.out / "model.gguf").fields)
+
+
+def test_the_frequencies_of_llama_3_are_those_of_transformers(assert_close: Any) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=1024, num_attention_heads=8, rope_parameters=rope, max_position_embeddings=131072)
+    found, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / 500000.0 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    factors = rope_factors(config.to_dict())[0].make().view(torch.float32)
+    assert_close("factors", factors, plain / found.double(), 1e-6)
+
+
+Make = Callable[[Any], list[Any]]
+REFUSED: dict[str, tuple[Make, str]] = {
+    "2 bits": (lambda _: [RTN(bits=2, group=32)], "use bits: 4 or 8"),
+    "8 bits with zeros": (lambda _: [RTN(bits=8, group=32)], "use symmetric: true"),
+    "groups of 16": (lambda _: [RTN(bits=4, group=16)], "do not fit groups of 16"),
+    "rounded inputs": (lambda _: [RTN(bits=8, group=0, symmetric=True, inputs="int8")], "does not round inputs"),
+    "nf4": (lambda leaves: [leaves(kind="nf4")], "integers on a grid only"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_cannot_say_is_refused_by_name(case: str, leaves: Any, artifact_of: Any, tmp_path: Path) -> None:
+    make, match = REFUSED[case]
+    artifact = artifact_of(make(leaves))
+    with pytest.raises(UnsupportedWeight, match=match):
+        export(artifact, "gguf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_architectures_are_refused(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="writes the architecture llama, this is qwen2"):
+        export(artifact_of(CASES["Q8_0"], small("qwen2")), "gguf", tmp_path / "out")
+
+
+def test_nothing_quantized_is_nothing_to_say(artifact_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no site is quantized"):
+        export(artifact_of([Magnitude()]), "gguf", tmp_path / "out")
