@@ -221,7 +221,9 @@ def verify(folder: Annotated[Path, typer.Argument(help="a compressed model folde
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
-    to: Annotated[str, typer.Option("--to", help="format: compressed-tensors, dense, gguf, gptq")] = "dense",
+    to: Annotated[
+        str, typer.Option("--to", help="format: bitsandbytes, compressed-tensors, dense, gguf, gptq")
+    ] = "dense",
     out: Out = None,
     as_json: Json = False,
 ) -> None:

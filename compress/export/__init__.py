@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compress.errors import RecipeError, nearest
+from compress.export.bitsandbytes import export_bitsandbytes
 from compress.export.compressed_tensors import export_compressed_tensors
 from compress.export.dense import export_dense
 from compress.export.folder import Exported
@@ -20,6 +21,7 @@ from compress.export.gptq import export_gptq
 from compress.model.source import locate
 
 FORMATS: dict[str, Callable[[Path, Path], Exported]] = {
+    "bitsandbytes": export_bitsandbytes,
     "compressed-tensors": export_compressed_tensors,
     "dense": export_dense,
     "gguf": export_gguf,
