@@ -165,9 +165,11 @@ def compare(form: Form, written: Checkpoint) -> float:
     Raises VerificationError if one differs in float32 by more than the format's own rules allow.
     """
     dtype, worst = form.artifact.dtype, 0.0
+    plain = set(form.artifact.names())
     for site, scheme in form.schemes.items():
         key = f"{form.key_of(site)}."
-        stored = {n.removeprefix(key): written.tensor(n) for n in written.names() if n.startswith(key)}
+        own = [n for n in written.names() if n.startswith(key) and (n == f"{key}weight" or n not in plain)]
+        stored = {n.removeprefix(key): written.tensor(n) for n in own}
         meant = form.artifact.expression(site).dense().float()
         error = difference(form.unpack(stored, scheme, torch.float32), meant)
         if not error <= form.slack(scheme):

@@ -120,6 +120,14 @@ def test_every_site_has_the_scheme_of_its_own(artifact_of: Any, tmp_path: Path) 
     assert config_of(out)["ignore"] == ["lm_head", "model.embed_tokens"]
 
 
+def test_biases_and_tied_embeddings_load(
+    small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    artifact = artifact_of(FORMATS["int4-group"][0], small("qwen2", tie_word_embeddings=True))
+    out = export(artifact, CT, tmp_path / "out").out
+    assert_close("logits", logits(stock(out)), logits(compress.load(artifact)), 1e-6)
+
+
 def test_experts_of_a_mixture_load_by_their_names(
     small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
 ) -> None:

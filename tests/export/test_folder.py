@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from compress import RTN, RecipeError, VerificationError
+from compress.artifact import Artifact
 from compress.cli import main
 from compress.export import FORMATS, export
 from compress.export.compressed_tensors import CompressedTensors
 from compress.export.gptq import GPTQLayout
 from compress.export.words import from_words, to_nibbles, to_words
+from compress.model.source import Checkpoint
 
 INT4 = [RTN(bits=4, group=32, symmetric=True)]
 
@@ -44,6 +46,21 @@ def test_what_does_not_read_back_is_not_put_in_place(
 def test_two_exports_write_the_same_bytes(to: str, artifact_of: Any, tmp_path: Path) -> None:
     first, second = (export(artifact_of(INT4), to, tmp_path / name).out for name in "ab")
     assert {f.name: f.read_bytes() for f in first.iterdir()} == {f.name: f.read_bytes() for f in second.iterdir()}
+
+
+@pytest.mark.parametrize("to", ["bitsandbytes", "compressed-tensors", "gptq"])
+def test_biases_and_tied_embeddings_are_kept(
+    to: str, small: Any, leaves: Any, artifact_of: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip(to.replace("-", "_") if to != "gptq" else "torch")
+    passes = [leaves(kind="int8-row")] if to == "bitsandbytes" else INT4
+    artifact = artifact_of(passes, small("qwen2", tie_word_embeddings=True))
+    out, meant = export(artifact, to, tmp_path / "out").out, Artifact(artifact)
+    written = Checkpoint(out)
+    kept = [name for name in meant.names() if name not in meant.holders]
+    assert "lm_head.weight" not in written.names()
+    assert sum(name.endswith(".bias") for name in kept) == 6
+    assert all(torch.equal(written.tensor(name), meant.tensor(name)) for name in kept)
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -41,6 +41,19 @@ def test_stock_transformers_loads_it(
     assert (done.rounding == 0.0) == (kind != "Q4_1") and done.rounding < OFFSET
 
 
+def test_biases_are_in_the_order_of_their_rows(
+    small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    """transformers does not look for them in a file, so it is told that they are there; llama.cpp looks."""
+    from transformers import AutoConfig
+
+    artifact = artifact_of(CASES["Q8_0"], small(attention_bias=True))
+    config = AutoConfig.from_pretrained(small(attention_bias=True))
+    out = export(artifact, "gguf", tmp_path / "out").out
+    found = stock(out, torch.float32, gguf_file="model.gguf", config=config)
+    assert_close("logits", logits(found), logits(compress.load(artifact)), 1e-6)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_blocks_hold_the_artifacts_codes(kind: str, artifact_of: Any, tmp_path: Path, assert_close: Any) -> None:
     artifact = artifact_of(CASES[kind])
