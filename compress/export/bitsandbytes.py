@@ -142,8 +142,7 @@ class BitsAndBytes(Form):
     def note(self, rounding: float) -> str:
         """What the library does differently."""
         four = next(iter(self.schemes.values())).bits == 4
-        mask = "; pruned weights are stored as zeros: the mask is lost and saves nothing" if self.pruned else ""
         if four:
-            return f"exact nf4; transformers loads it with bitsandbytes{mask}"
-        inputs = "bitsandbytes rounds inputs below 6.0 to int8, which the recipe may not have done"
-        return f"int8 within {rounding:.1e}; {inputs}{mask}"
+            return "exact nf4; transformers loads it with bitsandbytes"
+        off = f"int8 within {rounding:.1e} of a matrix" if rounding else "int8 exact in the model's dtype"
+        return f"{off}; bitsandbytes rounds inputs below 6.0 to int8, whatever the recipe did"

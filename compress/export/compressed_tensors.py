@@ -201,13 +201,12 @@ class CompressedTensors(Form):
         return named + ([f"re:.*{re.escape(EXPERTS)}.*"] if len(named) < len(sites) else [])
 
     def note(self, rounding: float) -> str:
-        """The cost of the cast, and of a mask."""
+        """The cost of the cast, and of FP4."""
         cast = (
             f"up to {rounding:.1e} of a matrix is lost to the model's dtype when it is loaded" if rounding else "exact"
         )
-        return f"{cast}; stock transformers loads it" + (
-            "; pruned weights are stored as zeros: the mask is lost and saves nothing" if self.pruned else ""
-        )
+        fp4 = "; to be run in bfloat16" if any(self.slack(scheme) for scheme in self.schemes.values()) else ""
+        return f"{cast}; stock transformers loads it{fp4}"
 
 
 def is_nested(weight: Codebook) -> bool:

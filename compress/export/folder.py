@@ -52,10 +52,8 @@ class Form:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.schemes: dict[str, Any] = {}
-        self.pruned = False
         for site in leaves(artifact, self.name):
             scheme = self.scheme(site)
-            self.pruned |= site.pruned
             if scheme is not None and EXPERTS in site.name and not self.experts:
                 reason = "transformers holds experts in one tensor and reads them plainly"
                 raise site.refused(self.name, reason, "use --to compressed-tensors or dense")
@@ -124,7 +122,15 @@ def write_folder(path: Path, out: Path, kind: type[Form]) -> Exported:
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         write_json(partial / "config.json", {**config, "quantization_config": form.config()})
         rounding = compare(form, Checkpoint(partial))
-    return Exported(out=out, format=form.name, bytes=size, rounding=rounding, note=form.note(rounding))
+    return Exported(
+        out=out, format=form.name, bytes=size, rounding=rounding, note=form.note(rounding) + mask_note(artifact)
+    )
+
+
+def mask_note(artifact: Artifact) -> str:
+    """What becomes of a mask, if there is one: no format here can say it."""
+    pruned = any(spec["tree"]["kind"] == "masked" for spec in artifact.specs.values())
+    return "; pruned weights are stored as zeros: the mask is lost and saves nothing" if pruned else ""
 
 
 @contextmanager

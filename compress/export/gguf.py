@@ -3,7 +3,8 @@
 Integers keep their codes: symmetric 8 bits as Q8_0, symmetric 4 bits as Q4_0, both exact; 4 bits with a zero as Q4_1,
 whose offset `-scale * zero` is rounded to float16. A block of the format is 32 inputs, so every group that 32 divides
 is said by repeating its scale: 4.5, 4.5 or 5 bits a weight of 4 bits, 8.5 of 8. What is not quantized keeps its dtype.
-Queries and keys have their rows in llama.cpp's order. Pruned entries are codes of zero: the mask is lost.
+Queries and keys have their rows in llama.cpp's order. Pruned entries are codes of zero: the mask
+is lost, and in Q4_1 they read as up to 2**-7 of a step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, RecipeError, UnsupportedWeight, VerificationError
-from compress.export.folder import Exported, difference, put_in_place
+from compress.export.folder import Exported, difference, mask_note, put_in_place
 from compress.export.gguf_vocabulary import add_vocabulary
 from compress.export.leaf import Leaf, leaf
 from compress.export.words import to_nibbles
@@ -70,7 +71,8 @@ def export_gguf(path: Path, out: Path) -> Exported:
         rounding = compare(artifact, partial / "model.gguf")
         size = sum(count(p.shape) for p in pieces)
     types = ", ".join(sorted({p.type for p in pieces}))
-    note = f"{types}; {f'up to {rounding:.1e} of a matrix is rounded' if rounding else 'exact'}; {vocabulary}"
+    lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
+    note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
     return Exported(out=out, format=NAME, bytes=size, rounding=rounding, note=note)
 
 

@@ -143,8 +143,7 @@ class GPTQLayout(Form):
     def note(self, rounding: float) -> str:
         """What loads it."""
         del rounding
-        mask = "; pruned weights are stored as zeros: the mask is lost and saves nothing" if self.pruned else ""
-        return f"exact ({self.version}); transformers loads it with optimum and gptqmodel, in float16 or bfloat16{mask}"
+        return f"exact ({self.version}); transformers loads it with optimum and gptqmodel, in float16 or bfloat16"
 
 
 def described(layout: Layout) -> str:

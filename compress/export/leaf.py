@@ -23,7 +23,6 @@ class Leaf:
     name: str
     key: str
     weight: Weight
-    pruned: bool
     inputs: str
     described: str
 
@@ -49,7 +48,6 @@ def leaf(artifact: Artifact, site: str, form: str) -> Leaf:
         name=site,
         key=tensor.removesuffix(".weight"),
         weight=filled(weight),
-        pruned=isinstance(weight, Masked),
         inputs=spec.get("inputs", ""),
         described=weight.describe(),
     )

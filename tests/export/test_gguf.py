@@ -24,6 +24,7 @@ CASES = {
     "Q4_0": [RTN(bits=4, group=64, symmetric=True)],
     "Q4_1": [RTN(bits=4, group=32)],
 }
+PRUNED = [Magnitude(sparsity="2:4"), RTN(bits=4, group=32, symmetric=True)]
 OFFSET = 2.0**-8  # of a matrix: an offset is off by at most 2**-11 of itself, 15 / 2**11 of a step
 
 
@@ -63,6 +64,15 @@ def test_blocks_hold_the_artifacts_codes(kind: str, artifact_of: Any, tmp_path: 
     meant = Artifact(artifact).expression("model.layers.1.mlp.down_proj").dense()
     got = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
     assert_close(kind, got, meant, OFFSET if kind == "Q4_1" else 0.0)
+
+
+def test_pruned_weights_are_zeros_and_it_is_said(artifact_of: Any, tmp_path: Path) -> None:
+    artifact = artifact_of(PRUNED)
+    done = export(artifact, "gguf", tmp_path / "out")
+    tensor = next(t for t in gguf.GGUFReader(done.out / "model.gguf").tensors if t.name == "blk.0.ffn_up.weight")
+    mask = Artifact(artifact).expression("model.layers.0.mlp.up_proj").mask_OI  # type: ignore[attr-defined]
+    assert bool((torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())[~mask] == 0).all())
+    assert "the mask is lost" in done.note
 
 
 def test_plain_tensors_keep_their_dtype_and_vectors_are_float32(small: Any, artifact_of: Any, tmp_path: Path) -> None:
