@@ -2,9 +2,9 @@
 
 Integers keep their codes: symmetric 8 bits as Q8_0, symmetric 4 bits as Q4_0, both exact; 4 bits with a zero as Q4_1,
 whose offset `-scale * zero` is rounded to float16. A block of the format is 32 inputs, so every group that 32 divides
-is said by repeating its scale: 4.5, 4.5 or 5 bits a weight of 4 bits, 8.5 of 8. What is not quantized keeps its dtype.
-Queries and keys have their rows in llama.cpp's order. Pruned entries are codes of zero: the mask
-is lost, and in Q4_1 they read as up to 2**-7 of a step.
+is said by repeating its scale: 4.5 bits a weight in Q4_0, 5 in Q4_1, 8.5 in Q8_0. What is not quantized keeps its
+dtype. Queries and keys have their rows in llama.cpp's order. Pruned entries are codes of zero: the mask is lost, and in
+Q4_1 they read as up to 2**-7 of a step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, RecipeError, UnsupportedWeight, VerificationError
 from compress.export.folder import Exported, difference, mask_note, put_in_place
+from compress.export.gguf_metadata import add_metadata, check_architecture, frequency_factors, head_dim
 from compress.export.gguf_vocabulary import add_vocabulary
 from compress.export.leaf import Leaf, leaf
 from compress.export.words import to_nibbles
@@ -74,25 +75,6 @@ def export_gguf(path: Path, out: Path) -> Exported:
     lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
     note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
     return Exported(out=out, format=NAME, bytes=size, rounding=rounding, note=note)
-
-
-def check_architecture(artifact: Artifact) -> None:
-    """Raise RecipeError for what the names and metadata here do not cover."""
-    config = artifact.config
-    if config.get("model_type") != "llama":
-        kind = config.get("model_type")
-        raise RecipeError(
-            f"--to gguf writes the architecture llama, this is {kind}; use --to compressed-tensors or dense"
-        )
-    rope = rope_of(config)
-    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise RecipeError(
-            f"--to gguf knows rope types default, linear and llama3, not {rope['rope_type']}; use --to dense"
-        )
-    if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
-        raise RecipeError(
-            "--to gguf: llama.cpp's llama has silu and no biases in its feed-forward part; use --to dense"
-        )
 
 
 # -- tensors ---------------------------------------------------------------------------------------
@@ -198,31 +180,11 @@ def row_order(config: Mapping[str, Any], name: str) -> Tensor | None:
     return torch.arange(rows).view(count_of, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def head_dim(config: Mapping[str, Any]) -> int:
-    """Width of one attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the rotation, under either name."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    return found
-
-
 def rope_factors(config: Mapping[str, Any]) -> list[Piece]:
-    """What Llama 3.1 divides each frequency by, as llama.cpp wants to be told.
-
-    Source: transformers, `_compute_llama3_parameters`.
-    """
-    rope = rope_of(config)
-    if rope.get("rope_type") != "llama3":
+    """The tensor of what each frequency is divided by, for models that need one."""
+    factors = frequency_factors(config)
+    if factors is None:
         return []
-    half = torch.arange(0, head_dim(config), 2, dtype=torch.float64) / head_dim(config)
-    waves = 2 * torch.pi * float(rope["rope_theta"]) ** half
-    low, high, factor = (float(rope[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
-    smooth = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
-    factors = (1 / ((1 - smooth) / factor + smooth)).float()
     return [Piece("rope_freqs.weight", "F32", (4 * len(factors),), lambda: factors.view(torch.uint8))]
 
 
@@ -249,33 +211,6 @@ def write(artifact: Artifact, pieces: list[Piece], path: Path) -> str:
     finally:
         writer.close()
     return vocabulary
-
-
-def add_metadata(writer: Any, artifact: Artifact, types: set[str]) -> None:
-    """What llama.cpp must know of the model."""
-    from gguf import LlamaFileType, RopeScalingType
-
-    config, rope = artifact.config, rope_of(artifact.config)
-    heads = int(config["num_attention_heads"])
-    writer.add_name(str(artifact.provenance["source"]["name"]))
-    kind = next((kind for kind in ("Q8_0", "Q4_1", "Q4_0") if kind in types), "Q8_0")
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
-    writer.add_quantization_version(2)
-    writer.add_vocab_size(int(config["vocab_size"]))
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
-    writer.add_rope_dimension_count(head_dim(config))
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
 def compare(artifact: Artifact, path: Path) -> float:

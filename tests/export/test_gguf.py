@@ -16,7 +16,7 @@ import compress
 from compress import RTN, Magnitude, RecipeError, UnsupportedWeight
 from compress.artifact import Artifact
 from compress.export import export
-from compress.export.gguf import rope_factors
+from compress.export.gguf_metadata import frequency_factors
 
 gguf = pytest.importorskip("gguf")
 CASES = {
@@ -119,8 +119,28 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers(assert_close: Any)
     config = LlamaConfig(hidden_size=1024, num_attention_heads=8, rope_parameters=rope, max_position_embeddings=131072)
     found, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / 500000.0 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    factors = rope_factors(config.to_dict())[0].make().view(torch.float32)
+    factors = frequency_factors(config.to_dict())
     assert_close("factors", factors, plain / found.double(), 1e-6)
+
+
+def test_stretched_positions_are_said(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    model = small(rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0})
+    keys = gguf.GGUFReader(
+        export(artifact_of(CASES["Q8_0"], model), "gguf", tmp_path / "out").out / "model.gguf"
+    ).fields
+    told = {key: keys[f"llama.rope.{key}"].contents() for key in ("freq_base", "scaling.type", "scaling.factor")}
+    assert told == {"freq_base": 500.0, "scaling.type": "linear", "scaling.factor": 4.0}
+
+
+def test_the_factors_of_frequencies_are_in_the_file(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    artifact = artifact_of(CASES["Q8_0"], small(rope_parameters=rope))
+    reader = gguf.GGUFReader(export(artifact, "gguf", tmp_path / "out").out / "model.gguf")
+    found = next(tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    assert torch.equal(torch.from_numpy(found.data.copy()), frequency_factors(Artifact(artifact).config))
 
 
 Make = Callable[[Any], list[Any]]
@@ -145,6 +165,20 @@ def test_what_it_cannot_say_is_refused_by_name(case: str, leaves: Any, artifact_
 def test_other_architectures_are_refused(small: Any, artifact_of: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="writes the architecture llama, this is qwen2"):
         export(artifact_of(CASES["Q8_0"], small("qwen2")), "gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}}, "not dynamic"),
+        ({"mlp_bias": True}, "no biases in its feed-forward part"),
+    ],
+)
+def test_what_its_llama_has_not_is_refused(
+    changes: dict[str, Any], match: str, small: Any, artifact_of: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=match):
+        export(artifact_of(CASES["Q8_0"], small(**changes)), "gguf", tmp_path / "out")
 
 
 def test_nothing_quantized_is_nothing_to_say(artifact_of: Any, tmp_path: Path) -> None:
