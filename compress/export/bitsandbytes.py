@@ -19,7 +19,8 @@ from compress.errors import RecipeError
 from compress.export.folder import Exported, Form, write_folder
 from compress.export.leaf import Leaf
 from compress.export.words import to_nibbles
-from compress.weights import BOOKS, Codebook, Dense, Quantized
+from compress.weights import BOOKS, Codebook, Dense, Nested, Quantized, Weight
+from compress.weights.leaves import DYNAMIC
 
 NAME = "bitsandbytes"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -29,10 +30,11 @@ OUTLIER = 6.0  # inputs from here on are kept in 16 bits
 
 
 class Kind(NamedTuple):
-    """`bits` of a site, and for NF4 the weights of a block."""
+    """`bits` of a site, for NF4 the weights of a block and whether scales are coded themselves."""
 
     bits: int
     block: int = 0
+    nested: bool = False
 
 
 def export_bitsandbytes(path: Path, out: Path) -> Exported:
@@ -77,7 +79,7 @@ class BitsAndBytes(Form):
         if block not in BLOCKS or weight.scale.shape[0] != weight.shape[0]:
             allowed = ", ".join(map(str, BLOCKS))
             raise site.refused(NAME, f"it has no blocks of {block}", f"use group: {allowed}, or --to dense")
-        return Kind(4, block)
+        return Kind(4, block, isinstance(weight.scale, Nested))
 
     def int8(self, site: Leaf, weight: Quantized) -> Kind:
         """A scale a row."""
@@ -96,20 +98,21 @@ class BitsAndBytes(Form):
                 kept = torch.zeros((), dtype=torch.uint8)  # row-major
                 return {"weight": integers, "SCB": rows.float().reshape(-1) * LEVELS, "weight_format": kept}
             case Codebook(codes, _, scale):
-                return self.pack_nf4(codes, scale.dense().float(), scheme)
+                return self.pack_nf4(codes, scale, scheme)
             case _:
                 raise site.refused(NAME, "no rule stores it", "use --to dense")
 
-    def pack_nf4(self, codes_OI: Tensor, absmax_OG: Tensor, scheme: Kind) -> dict[str, Tensor]:
+    def pack_nf4(self, codes_OI: Tensor, scale: Weight, scheme: Kind) -> dict[str, Tensor]:
         """Codes of the flattened matrix, the first of two in the high half of a byte, and what decodes them."""
+        scales, about = scales_of(scale)
         state = {
             "quant_type": "nf4", "blocksize": scheme.block, "shape": list(codes_OI.shape),
-            "dtype": str(self.artifact.dtype).removeprefix("torch."),
+            "dtype": str(self.artifact.dtype).removeprefix("torch."), **about,
         }  # fmt: skip
         return {
             "weight": to_nibbles(codes_OI.reshape(1, -1), first_low=False).reshape(-1, 1),
-            "weight.absmax": absmax_OG.reshape(-1),
             "weight.quant_map": BOOKS["nf4"].reshape(-1).clone(),
+            **scales,
             STATE: torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8),
         }
 
@@ -130,11 +133,12 @@ class BitsAndBytes(Form):
 
     def config(self) -> dict[str, Any]:
         """As transformers writes it."""
-        four = next(iter(self.schemes.values())).bits == 4
+        first: Kind = next(iter(self.schemes.values()))
+        four = first.bits == 4
         dtype = str(self.artifact.dtype).removeprefix("torch.")
         return {
             "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four,
-            "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False, "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": first.nested, "bnb_4bit_quant_storage": "uint8",
             "bnb_4bit_compute_dtype": dtype, "llm_int8_threshold": OUTLIER, "llm_int8_skip_modules": self.plain(),
             "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False,
         }  # fmt: skip
@@ -146,3 +150,17 @@ class BitsAndBytes(Form):
             return "exact nf4; transformers loads it with bitsandbytes"
         off = f"int8 within {rounding:.1e} of a matrix" if rounding else "int8 exact in the model's dtype"
         return f"{off}; bitsandbytes rounds inputs below 6.0 to int8, whatever the recipe did"
+
+
+def scales_of(scale: Weight) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the scales of blocks, and what is said of them, if they are coded themselves."""
+    match scale:
+        case Nested(codes, absmax, offset):
+            tensors = {
+                "weight.absmax": codes.reshape(-1), "weight.nested_absmax": absmax,
+                "weight.nested_quant_map": DYNAMIC.clone(),
+            }  # fmt: skip
+            about = {"nested_blocksize": Nested.BLOCK, "nested_dtype": "float32", "nested_offset": float(offset)}
+            return tensors, about
+        case _:
+            return {"weight.absmax": scale.dense().float().reshape(-1)}, {}

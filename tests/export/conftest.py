@@ -28,13 +28,11 @@ Exporter = Callable[..., Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Leaves(WeightPass, name="test-leaves"):
-    """The plainest rounding to a format of another, without data; `kind` names it."""
+    """A leaf that no pass of ours makes, or makes of weights this small; `kind` names it."""
 
-    kind: str = "nf4"
-    inputs: str = ""
+    kind: str
 
     def rewrite(self, site: Site) -> Weight:
-        site.inputs = self.inputs
         return ENCODERS[self.kind](site.expect(Dense, by=self.name).dense().float())
 
 
@@ -46,47 +44,25 @@ def nearest(x: Tensor, book: Tensor) -> Tensor:
     return (x[..., None] - book[:, 0]).abs().argmin(-1).to(torch.uint8)
 
 
-def nf4(w_OI: Tensor, block: int = 64) -> Weight:
+def nf4(w_OI: Tensor, block: int) -> Weight:
     absmax = w_OI.unflatten(1, (-1, block)).abs().amax(-1)
     codes = nearest(w_OI.unflatten(1, (-1, block)) / absmax[..., None], BOOKS["nf4"]).flatten(1)
     return Codebook(codes, BOOKS["nf4"], Dense(absmax), "nf4")
 
 
-def fp4(w_OI: Tensor, name: str, group: int) -> Weight:
-    w_OGS = w_OI.unflatten(1, (-1, group))
-    largest = w_OGS.abs().amax(-1) / 6
-    if name == "mxfp4":
-        scale: Weight = Dense(torch.exp2(largest.log2().floor()))
-    else:
-        over = largest.amax().reshape(1, 1) / 448
-        scale = Scaled((largest / over).to(torch.float8_e4m3fn), over, *largest.shape)
-    codes = nearest(w_OGS / scale.dense()[..., None], BOOKS[name]).flatten(1)
-    return Codebook(codes, BOOKS[name], scale, name)
-
-
-def small_floats(w_OI: Tensor, rows: int, columns: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Weight:
-    rows, columns = rows or w_OI.shape[0], columns or w_OI.shape[1]
-    pad = torch.nn.functional.pad(w_OI, (0, -w_OI.shape[1] % columns, 0, -w_OI.shape[0] % rows))
-    scale = pad.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax((1, 3)) / torch.finfo(dtype).max
-    wide = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: w_OI.shape[0], : w_OI.shape[1]]
-    return Scaled((w_OI / wide).to(dtype), scale, rows, columns)
+def small_floats(w_OI: Tensor, rows: int, columns: int) -> Weight:
+    scale = w_OI.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).abs().amax((1, 3)) / 448
+    wide = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return Scaled((w_OI / wide).to(torch.float8_e4m3fn), scale, rows, columns)
 
 
 ENCODERS: dict[str, Callable[[Tensor], Weight]] = {
-    "nf4": nf4,
     "nf4-row": lambda w: nf4(w, w.shape[1]),
     "nf4-16": lambda w: nf4(w, 16),
-    "nvfp4": lambda w: fp4(w, "nvfp4", 16),
-    "mxfp4": lambda w: fp4(w, "mxfp4", 32),
-    "mxfp4-64": lambda w: fp4(w, "mxfp4", 64),
     "int4-zeros": lambda w: Grid(bits=4).quantize(torch.cat((-w[:, :1].abs(), w[:, 1:]), 1)),  # no zero is 0
     "int4-positive": lambda w: Grid(bits=4).quantize(w.abs()),  # all are
-    "int8-row": lambda w: Grid(bits=8, symmetric=True).quantize(w),
-    "fp8-row": lambda w: small_floats(w, 1, 0),
-    "fp8-tensor": lambda w: small_floats(w, 0, 0),
-    "fp8-block": lambda w: small_floats(w, 64, 32),
+    "fp8-block": lambda w: small_floats(w, 32, 64),
     "fp8-group": lambda w: small_floats(w, 1, 32),
-    "e5m2": lambda w: small_floats(w, 1, 0, torch.float8_e5m2),
     "lowrank": lambda w: Dense(w[:, :8].contiguous()) @ Dense(w[:8].contiguous()),
 }
 

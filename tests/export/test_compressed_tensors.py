@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from compress.artifact import Artifact
 from compress.export import export
 from compress.foreign import CompressedTensors
 from compress.model.source import Checkpoint
+from compress.passes import FP8, HQQ, MXFP4, NF4, NVFP4, Int8
 
 pytest.importorskip("compressed_tensors")
 CT = "compressed-tensors"
@@ -32,8 +32,6 @@ FORMATS = {
     ),
     "some-plain": ([RTN(bits=4, group=32, symmetric=True, sites="*mlp*"), Magnitude(sites="*attn*")], "pack-quantized"),
 }
-EIGHT = ("fp8-row", "fp8-tensor", "fp8-block")
-FOUR = ("nvfp4", "mxfp4")
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -52,38 +50,38 @@ def test_integers_load_in_stock_transformers_as_they_are(
     assert_close("logits", logits(stock(done.out)), logits(compress.load(artifact)), 1e-6)
 
 
-@pytest.mark.parametrize("kind", EIGHT)
+@pytest.mark.parametrize("tile", ["row", "tensor", "32x64"])
 def test_8_bit_floats_load_in_stock_transformers_as_they_are(
-    kind: str, leaves: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+    tile: str, leaves: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
 ) -> None:
-    artifact = artifact_of([leaves(kind=kind)])
+    artifact = artifact_of([leaves(kind="fp8-block") if tile == "32x64" else FP8(tile=tile)])
     done = export(artifact, CT, tmp_path / "out")
     assert done.rounding == 0.0
     assert_close("logits", logits(stock(done.out)), logits(compress.load(artifact)), 1e-6)
 
 
-@pytest.mark.parametrize("kind", FOUR)
+@pytest.mark.parametrize("step", [NVFP4(), MXFP4()], ids=str)
 def test_4_bit_floats_load_in_a_model_of_bfloat16(
-    kind: str, leaves: Any, small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+    step: Any, small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
 ) -> None:
-    artifact = artifact_of([leaves(kind=kind)], small(dtype="bfloat16"))
+    artifact = artifact_of([step], small(dtype="bfloat16"))
     done = export(artifact, CT, tmp_path / "out")
     assert done.rounding < BF16  # the scale of the matrix is stored as its inverse: a tie of bfloat16 may go either way
     assert_close("logits", logits(stock(done.out)), logits(compress.load(artifact)), 4 * BF16)
     assert "to be run in bfloat16" in done.note
 
 
-@pytest.mark.parametrize("inputs", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", [Int8, FP8])
 def test_rounded_inputs_are_said(
-    inputs: str, leaves: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+    kind: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
 ) -> None:
     """The library's step is 1/127.5 of a token's largest entry, ours 1/127: two roundings of the same inputs.
 
     Each is as far from the unrounded inputs as the other, so they are at most twice as far from each other.
     """
-    kind = "int8-row" if inputs == "int8" else "fp8-row"
-    full, rounded = (logits(compress.load(artifact_of([leaves(kind=kind, inputs=given)]))) for given in ("", inputs))
-    out = export(artifact_of([leaves(kind=kind, inputs=inputs)]), CT, tmp_path / "out").out
+    inputs = "int8" if kind is Int8 else "fp8"
+    full, rounded = (logits(compress.load(artifact_of([kind(inputs=given)]))) for given in ("full", inputs))
+    out = export(artifact_of([kind(inputs=inputs)]), CT, tmp_path / "out").out
     group = config_of(out)["config_groups"]["group_0"]
     assert (group["input_activations"]["dynamic"], group["input_activations"]["strategy"]) == (True, "token")
     assert group["format"] == ("int-quantized" if inputs == "int8" else "float-quantized")
@@ -153,36 +151,42 @@ def test_what_a_bfloat16_model_loses_is_told(
     assert done.bytes < 0.46 * Artifact(artifact).provenance["sizes"]["source_bytes"]
 
 
-Make = Callable[[Any], list[Any]]
-REFUSED: dict[str, tuple[Make, str]] = {
-    "3 bits": (lambda _: [RTN(bits=3, group=32, symmetric=True)], "use bits: 2, 4 or 8"),
-    "zeros": (lambda _: [RTN(bits=4, group=32)], "use symmetric: true, --to gptq"),
-    "grouped W8A8": (lambda _: [RTN(bits=8, group=32, symmetric=True, inputs="int8")], "use bits: 8, group: 0"),
-    "int with fp8": (lambda _: [RTN(bits=8, group=0, symmetric=True, inputs="fp8")], "use inputs: int8"),
-    "fp8 with int8": (lambda leaves: [leaves(kind="fp8-row", inputs="int8")], "use inputs: fp8"),
-    "fp4 with int8": (lambda leaves: [leaves(kind="nvfp4", inputs="int8")], "use inputs: full"),
-    "e5m2": (lambda leaves: [leaves(kind="e5m2")], "use e4m3"),
-    "fp8 by group": (lambda leaves: [leaves(kind="fp8-group")], "no strategy has tiles of 1x32"),
-    "other groups of mxfp4": (lambda leaves: [leaves(kind="mxfp4-64")], "a scale for every 32 inputs"),
-    "nf4": (lambda leaves: [leaves(kind="nf4")], "use --to dense"),
-    "low rank": (lambda leaves: [leaves(kind="lowrank")], r"model.layers.0.self_attn.q_proj \(r8\)"),
+REFUSED: dict[str, tuple[Any, str]] = {
+    "3 bits": (RTN(bits=3, group=32, symmetric=True), "use bits: 2, 4 or 8"),
+    "zeros": (RTN(bits=4, group=32), "use symmetric: true, --to gptq"),
+    "real zeros": (HQQ(bits=4, group=32), "use symmetric: true"),
+    "grouped W8A8": (RTN(bits=8, group=32, symmetric=True, inputs="int8"), "use bits: 8, group: 0"),
+    "int with fp8": (Int8(inputs="fp8"), "use inputs: int8"),
+    "fp8 with int8": (FP8(inputs="int8"), "use inputs: fp8"),
+    "fp4 with int8": (NVFP4(inputs="int8"), "use inputs: full"),
+    "e5m2": (FP8(format="e5m2"), "use e4m3"),
+    "nf4": (NF4(), "use --to dense"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_it_cannot_say_is_refused_by_name(
-    case: str, leaves: Any, small: Any, artifact_of: Any, tmp_path: Path
-) -> None:
-    make, match = REFUSED[case]
-    artifact = artifact_of(make(leaves), small(dtype="bfloat16"))
+def test_what_it_cannot_say_is_refused_by_name(case: str, small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    step, match = REFUSED[case]
+    artifact = artifact_of([step], small(dtype="bfloat16"))
     with pytest.raises(UnsupportedWeight, match=match):
         export(artifact, CT, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_4_bit_floats_in_a_model_of_float32_are_refused(leaves: Any, artifact_of: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [("lowrank", r"model.layers.0.self_attn.q_proj \(r8\)"), ("fp8-group", "no strategy has tiles of 1x32")],
+)
+def test_leaves_without_a_format_are_refused(
+    kind: str, match: str, leaves: Any, artifact_of: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedWeight, match=match):
+        export(artifact_of([leaves(kind=kind)]), CT, tmp_path / "out")
+
+
+def test_4_bit_floats_in_a_model_of_float32_are_refused(artifact_of: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedWeight, match="cannot run it in a model of another dtype"):
-        export(artifact_of([leaves(kind="nvfp4")]), CT, tmp_path / "out")
+        export(artifact_of([NVFP4()]), CT, tmp_path / "out")
 
 
 def test_experts_of_two_kinds_are_refused(small: Any, artifact_of: Any, tmp_path: Path) -> None:

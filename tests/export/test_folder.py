@@ -17,6 +17,7 @@ from compress.export.compressed_tensors import CompressedTensors
 from compress.export.gptq import GPTQLayout
 from compress.export.words import from_words, to_nibbles, to_words
 from compress.model.source import Checkpoint
+from compress.passes import Int8
 
 INT4 = [RTN(bits=4, group=32, symmetric=True)]
 
@@ -49,11 +50,9 @@ def test_two_exports_write_the_same_bytes(to: str, artifact_of: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("to", ["bitsandbytes", "compressed-tensors", "gptq"])
-def test_biases_and_tied_embeddings_are_kept(
-    to: str, small: Any, leaves: Any, artifact_of: Any, tmp_path: Path
-) -> None:
+def test_biases_and_tied_embeddings_are_kept(to: str, small: Any, artifact_of: Any, tmp_path: Path) -> None:
     pytest.importorskip(to.replace("-", "_") if to != "gptq" else "torch")
-    passes = [leaves(kind="int8-row")] if to == "bitsandbytes" else INT4
+    passes = [Int8()] if to == "bitsandbytes" else INT4
     artifact = artifact_of(passes, small("qwen2", tie_word_embeddings=True))
     out, meant = export(artifact, to, tmp_path / "out").out, Artifact(artifact)
     written = Checkpoint(out)

@@ -15,6 +15,7 @@ from compress import GPTQ, RTN, Magnitude, RecipeError, UnsupportedWeight
 from compress.artifact import Artifact
 from compress.export import export
 from compress.model.source import Checkpoint
+from compress.passes import HQQ, NF4, Int8
 
 CASES = {
     "int4": [RTN(bits=4, group=32, symmetric=True)],
@@ -80,6 +81,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "rounded inputs": ([RTN(bits=8, group=0, symmetric=True, inputs="int8")], "does not round inputs"),
     "some blocks": ([RTN(bits=4, group=32, sites="*layers.0.*"), Magnitude(sites="*layers.1.*")], "some blocks only"),
+    "real zeros": ([HQQ(bits=4, group=32)], "its zeros are integers"),
+    "scales of float32": ([Int8()], "its scales are float16"),
+    "nf4": ([NF4()], r"nf4row\): gptq cannot say it"),
     "one block": ([RTN(bits=4, group=32, sites="*layers.0.*")], "some blocks only"),
 }
 
@@ -91,11 +95,6 @@ def test_what_it_cannot_say_is_refused_by_name(case: str, artifact_of: Any, tmp_
     with pytest.raises(UnsupportedWeight, match=match):
         export(artifact, "gptq", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_other_leaves_are_refused_by_name(leaves: Any, artifact_of: Any, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedWeight, match=r"nf4row\): gptq cannot say it"):
-        export(artifact_of([leaves(kind="nf4")]), "gptq", tmp_path / "out")
 
 
 def test_nothing_quantized_is_nothing_to_say(artifact_of: Any, tmp_path: Path) -> None:
