@@ -221,21 +221,20 @@ def verify(folder: Annotated[Path, typer.Argument(help="a compressed model folde
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
-    to: Annotated[str, typer.Option("--to", help="format: dense")] = "dense",
+    to: Annotated[
+        str, typer.Option("--to", help="format: bitsandbytes, compressed-tensors, dense, gguf, gptq")
+    ] = "dense",
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Write a compressed model in a format that other tools load."""
-    from compress.export.dense import export_dense
-    from compress.model.source import locate
+    """Write a compressed model in a format that other tools load; it is read back before it is put in place."""
+    from compress.export import export as write
 
-    if to != "dense":
-        raise RecipeError(f"--to: {to!r} is not a format this version writes; allowed: dense")
     place = folder.resolve()
-    target = out if out is not None else place.with_name(f"{place.name}-dense")
-    size = export_dense(locate(folder), target)
-    line = f"{target}: {size:,} bytes of plain tensors; loads without Compress, and is as large as any dense one"
-    result({"out": str(target), "bytes": size, "format": to}, as_json, line)
+    target = out if out is not None else place.with_name(f"{place.name}-{Path(to).name}")
+    done = write(folder, to, target)
+    line = f"{target}: {done.bytes:,} bytes of {to} tensors; {done.note}"
+    result({**asdict(done), "out": str(target)}, as_json, line)
 
 
 @app.command()

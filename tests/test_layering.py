@@ -61,6 +61,8 @@ OWN: dict[str, tuple[str, ...]] = {
                           "compress.errors"),
     "compress.writer": ("compress.artifact", "compress.weights", "compress.model.source", "compress.shards",
                         "compress.errors"),
+    "compress.export": ("compress.export", "compress.artifact", "compress.weights", "compress.model.source",
+                        "compress.plan", "compress.shards", "compress.writer", "compress.errors"),
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
                          "compress.kv", "compress.model.anatomy", "compress_kernels"),
     "compress.builtin": ("compress.builtin", "compress.errors"),
@@ -82,6 +84,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.passes": ("torch", "pydantic", "scipy", "bitsandbytes"),
     "compress.artifact": ("torch", "safetensors"),
     "compress.writer": ("torch", "safetensors"),
+    "compress.export": ("torch", "numpy", "compressed_tensors", "bitsandbytes", "gguf"),
     "compress.runtime": ("torch", "transformers"),
     "compress_kernels": ("torch", "triton"),
 }

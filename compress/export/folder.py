@@ -1,0 +1,192 @@
+"""What every export to a Hugging Face folder shares: the artifact is verified first, written a shard at a time, read
+back and compared with the artifact's matrices, and only then put in place.
+
+Not here: how a format stores a weight; each has its own file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact, verify
+from compress.errors import ArtifactError, RecipeError, VerificationError
+from compress.export.leaf import Leaf, leaf, leaves
+from compress.model.source import INDEX, Checkpoint
+from compress.plan import free_place
+from compress.shards import Entry, WriteError, write_shard
+from compress.writer import copy_companions, write_json
+
+EXPERTS = ".experts."  # in the names of the experts of a mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written: the folder, the bytes of its tensors, and a line for people on what the format costs.
+
+    `rounding` is the largest relative RMS difference of a site from the artifact's, as the stock library decodes it
+    in the model's dtype.
+    """
+
+    out: Path
+    format: str
+    bytes: int
+    rounding: float
+    note: str
+
+
+class Form:
+    """How a format says the sites of one artifact; it decides and refuses before anything is written."""
+
+    name: ClassVar[str]
+    experts: ClassVar[bool] = False  # whether loaders read quantized experts of a mixture
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.schemes: dict[str, Any] = {}
+        for site in leaves(artifact, self.name):
+            scheme = self.scheme(site)
+            if scheme is not None and EXPERTS in site.name and not self.experts:
+                reason = "transformers holds experts in one tensor and reads them plainly"
+                raise site.refused(self.name, reason, "use --to compressed-tensors or dense")
+            if scheme is not None:
+                self.schemes[site.name] = scheme
+        if not self.schemes:
+            raise RecipeError(
+                f"{artifact.path}: no site is quantized, so {self.name} has nothing to say; use --to dense"
+            )
+
+    def scheme(self, site: Leaf) -> Any:
+        """How a site is stored, None for plainly; raises UnsupportedWeight if the format cannot say it."""
+        raise NotImplementedError
+
+    def pack(self, site: Leaf, scheme: Any) -> dict[str, Tensor]:
+        """The stored tensors of a site, by what follows its key."""
+        raise NotImplementedError
+
+    def unpack(self, stored: Mapping[str, Tensor], scheme: Any, dtype: torch.dtype) -> Tensor:
+        """The matrix [out, in] that stored tensors are read as by a model of `dtype`."""
+        raise NotImplementedError
+
+    def slack(self, scheme: Any) -> float:
+        """The relative RMS error in float32 that a matrix has by the format's own rules: none, if not overridden."""
+        del scheme
+        return 0.0
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says of it under `quantization_config`."""
+        raise NotImplementedError
+
+    def note(self, rounding: float) -> str:
+        """What people should know of the export, in one line."""
+        raise NotImplementedError
+
+    def plain(self) -> list[str]:
+        """Modules whose matrices are stored plainly; an output head that is an embedding is one too."""
+        matrices = [n for n, held in self.artifact.headers.items() if len(held.shape) > 1 and n.endswith(".weight")]
+        stored = {self.key_of(site) for site in self.schemes}
+        return sorted({name.removesuffix(".weight") for name in matrices} - stored | {"lm_head"})
+
+    def key_of(self, site: str) -> str:
+        """What the tensors of a site begin with."""
+        return str(self.artifact.specs[site].get("tensor", f"{site}.weight")).removesuffix(".weight")
+
+    def entries(self, name: str) -> list[Entry]:
+        """What is written for a tensor of the plain model."""
+        sites = self.artifact.holders.get(name, [])
+        if not sites or sites[0] not in self.schemes:
+            return [self.artifact.entry(name)]
+        site = leaf(self.artifact, sites[0], self.name)
+        packed = self.pack(site, self.schemes[site.name])
+        return [Entry.of(f"{site.key}.{end}", tensor.contiguous()) for end, tensor in packed.items()]
+
+
+def write_folder(path: Path, out: Path, kind: type[Form]) -> Exported:
+    """Write the artifact at `path` to the folder `out` in a format, in place only after it was read back.
+
+    Raises RecipeError if `out` exists or lies in the artifact, ArtifactError if `path` is not an artifact,
+    UnsupportedWeight for what the format cannot say, VerificationError if what is read back is not what was meant.
+    """
+    with put_in_place(path, out) as (artifact, partial):
+        form = kind(artifact)
+        size = write_shards(artifact, partial, form.entries)
+        copy_companions(path, partial)
+        config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
+        write_json(partial / "config.json", {**config, "quantization_config": form.config()})
+        rounding = compare(form, Checkpoint(partial))
+    return Exported(
+        out=out, format=form.name, bytes=size, rounding=rounding, note=form.note(rounding) + mask_note(artifact)
+    )
+
+
+def mask_note(artifact: Artifact) -> str:
+    """What becomes of a mask, if there is one: no format here can say it."""
+    pruned = any(spec["tree"]["kind"] == "masked" for spec in artifact.specs.values())
+    return "; pruned weights are stored as zeros: the mask is lost and saves nothing" if pruned else ""
+
+
+@contextmanager
+def put_in_place(path: Path, out: Path) -> Iterator[tuple[Artifact, Path]]:
+    """The verified artifact at `path`, and an empty folder that becomes `out` if nothing fails."""
+    out = free_place(out, path, force=False)
+    verify(path)
+    partial = out.parent / f"{out.name}.partial-{uuid4().hex[:8]}"
+    try:
+        partial.mkdir(parents=True)
+        yield Artifact(path), partial
+        partial.rename(out)
+    except (OSError, WriteError) as error:
+        raise ArtifactError(f"{out}: cannot be written: {error.__cause__ or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_shards(artifact: Artifact, folder: Path, entries: Any) -> int:
+    """One output shard for each of the artifact's, in which `entries` stand for a plain tensor; tensor bytes."""
+    held: dict[str, list[str]] = {}
+    for name in artifact.names():
+        held.setdefault(artifact.shard_of(name), []).append(name)
+    weight_map: dict[str, str] = {}
+    size = 0
+    for shard, names in sorted(held.items()):
+        written: list[Entry] = [entry for name in names for entry in entries(name)]
+        write_shard(folder / shard, written)
+        weight_map |= dict.fromkeys((entry.name for entry in written), shard)
+        size += sum(entry.nbytes for entry in written)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+    return size
+
+
+def compare(form: Form, written: Checkpoint) -> float:
+    """The largest relative RMS difference of a site, in the model's dtype, from the artifact's.
+
+    Raises VerificationError if one differs in float32 by more than the format's own rules allow.
+    """
+    dtype, worst = form.artifact.dtype, 0.0
+    plain = set(form.artifact.names())
+    for site, scheme in form.schemes.items():
+        key = f"{form.key_of(site)}."
+        own = [n for n in written.names() if n.startswith(key) and (n == f"{key}weight" or n not in plain)]
+        stored = {n.removeprefix(key): written.tensor(n) for n in own}
+        meant = form.artifact.expression(site).dense().float()
+        error = difference(form.unpack(stored, scheme, torch.float32), meant)
+        if not error <= form.slack(scheme):
+            raise VerificationError(f"{site}: {form.name} reads it back {error:.2g} off what was meant")
+        worst = max(worst, difference(form.unpack(stored, scheme, dtype), form.artifact.matrix(site)))
+    return worst
+
+
+def difference(got: Tensor, meant: Tensor) -> float:
+    """|got - meant| / |meant|, Frobenius, in float64."""
+    if got.shape != meant.shape:
+        raise VerificationError(f"a matrix of {tuple(meant.shape)} reads back as {tuple(got.shape)}")
+    norm = float(meant.double().norm())
+    return float((got.double() - meant.double()).norm()) / (norm or 1.0)

@@ -1,0 +1,242 @@
+"""Export to one GGUF file for llama.cpp and what reads its files, for the architecture `llama`.
+
+Integers keep their codes: symmetric 8 bits as Q8_0, symmetric 4 bits as Q4_0, both exact; 4 bits with a zero as Q4_1,
+whose offset `-scale * zero` is rounded to float16. A block of the format is 32 inputs, so every group that 32 divides
+is said by repeating its scale: 4.5 bits a weight in Q4_0, 5 in Q4_1, 8.5 in Q8_0. What is not quantized keeps its
+dtype. Queries and keys have their rows in llama.cpp's order. Pruned entries are codes of zero: the mask is lost, and in
+Q4_1 they read as up to 2**-7 of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.errors import ArtifactError, RecipeError, UnsupportedWeight, VerificationError
+from compress.export.folder import Exported, difference, mask_note, put_in_place
+from compress.export.gguf_metadata import add_metadata, check_architecture, frequency_factors, head_dim
+from compress.export.gguf_vocabulary import add_vocabulary
+from compress.export.leaf import Leaf, leaf
+from compress.export.words import to_nibbles
+from compress.weights import Dense, Quantized
+from compress.writer import copy_companions
+
+NAME = "gguf"
+BLOCK = 32  # inputs of a block
+PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SLACK = 2.0**-8  # of Q4_1: an offset is off by 2**-11 of itself, at most 2**-7 of a step
+OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+INNER = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """A tensor of the file: its name, the name of its type, rows of bytes and how many, and how to make them."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]  # of bytes
+    make: Callable[[], Tensor]
+
+
+def export_gguf(path: Path, out: Path) -> Exported:
+    """Write the artifact at `path` to `out/model.gguf`, tokenizer files beside it; errors as `write_folder`.
+
+    Raises RecipeError for another architecture than llama, or without the package gguf.
+    Source: the GGUF specification and block types of ggml (github.com/ggml-org/ggml, docs/gguf.md, ggml-common.h).
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise RecipeError("--to gguf needs gguf: pip install 'compress-llm[formats]'") from error
+    del gguf
+    with put_in_place(path, out) as (artifact, partial):
+        check_architecture(artifact)
+        pieces = [piece(artifact, name) for name in artifact.names()] + rope_factors(artifact.config)
+        if all(p.type in PLAIN.values() for p in pieces):
+            raise RecipeError(f"{path}: no site is quantized, so gguf has nothing to say; use --to dense")
+        vocabulary = write(artifact, pieces, partial / "model.gguf")
+        copy_companions(path, partial)
+        rounding = compare(artifact, partial / "model.gguf")
+        size = sum(count(p.shape) for p in pieces)
+    types = ", ".join(sorted({p.type for p in pieces}))
+    lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
+    note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
+    return Exported(out=out, format=NAME, bytes=size, rounding=rounding, note=note)
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+
+def renamed(name: str) -> str:
+    """The name of a tensor in the file; raises ArtifactError for one that llama.cpp's llama does not have."""
+    if name in OUTER:
+        return OUTER[name]
+    parts = name.split(".")
+    middle, end = ".".join(parts[3:-1]), parts[-1]
+    if parts[:2] != ["model", "layers"] or middle not in INNER:
+        raise ArtifactError(f"{name}: llama.cpp's llama has no such tensor; use --to dense")
+    return f"blk.{parts[2]}.{INNER[middle]}.{end}"
+
+
+def piece(artifact: Artifact, name: str) -> Piece:
+    """A tensor of the plain model as the file holds it; raises UnsupportedWeight if it has no type there."""
+    sites, held = artifact.holders.get(name, []), artifact.headers[name]
+    new, order = renamed(name), row_order(artifact.config, name)
+    if sites:
+        site = leaf(artifact, sites[0], NAME)
+        if not isinstance(site.weight, Dense):
+            kind, per_block = block_type(site)
+            shape = (held.shape[0], held.shape[1] // BLOCK * per_block)
+            return Piece(new, kind, shape, lambda: blocks(ordered(artifact, site.name, order), kind))
+    dtype = torch.float32 if len(held.shape) == 1 else artifact.tensor(name).dtype  # llama.cpp adds vectors in float32
+
+    def make() -> Tensor:
+        plain = artifact.tensor(name)
+        return (plain if order is None else plain[order]).to(dtype).contiguous().view(torch.uint8)
+
+    if dtype not in PLAIN:
+        raise ArtifactError(f"{name}: gguf has no type for {dtype}; use --to dense")
+    return Piece(new, PLAIN[dtype], (*held.shape[:-1], held.shape[-1] * dtype.itemsize), make)
+
+
+def ordered(artifact: Artifact, site: str, order: Tensor | None) -> Quantized:
+    """The codes and scales of a site with its rows in the file's order."""
+    weight = leaf(artifact, site, NAME).weight
+    if not isinstance(weight, Quantized):
+        raise UnsupportedWeight(f"{site}: {weight.describe()} has no blocks")
+    rows = torch.arange(weight.shape[0]) if order is None else order
+    scale = weight.scale.expand(weight.shape[0], -1)[rows]
+    zero = None if weight.zero is None else weight.zero.expand(weight.shape[0], -1)[rows]
+    return Quantized(weight.codes[rows], scale, zero, weight.bits)
+
+
+def block_type(site: Leaf) -> tuple[str, int]:
+    """The type of a site's blocks and the bytes of one; raises UnsupportedWeight if there is none."""
+    weight = site.weight
+    if not isinstance(weight, Quantized):
+        raise site.refused(
+            NAME, "of our formats it has integers on a grid only", "use --to compressed-tensors or dense"
+        )
+    if site.inputs:
+        raise site.refused(NAME, "it does not round inputs as the recipe did", "use --to compressed-tensors or dense")
+    if weight.group % BLOCK:
+        reason = f"its blocks of {BLOCK} inputs do not fit groups of {weight.group}"
+        raise site.refused(NAME, reason, f"use a group that {BLOCK} divides, or --to dense")
+    if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale.float()):
+        raise site.refused(NAME, "its scales are float16, one of these does not fit", "use --to dense")
+    match weight.bits, weight.zero is None:
+        case 8, True:
+            return "Q8_0", 2 + BLOCK
+        case 4, True:
+            return "Q4_0", 2 + BLOCK // 2
+        case 4, False:
+            return "Q4_1", 4 + BLOCK // 2
+        case 8, False:
+            raise site.refused(NAME, "8 bits have no zero there", "use symmetric: true, or --to dense")
+        case _:
+            raise site.refused(
+                NAME, f"{weight.bits} bits on a grid have no block type", "use bits: 4 or 8, or --to dense"
+            )
+
+
+def blocks(weight: Quantized, kind: str) -> Tensor:
+    """uint8 [out, bytes]: for each 32 inputs the scale, the offset if any, and the codes."""
+    rows, columns = weight.shape
+    repeats = columns // BLOCK // weight.scale.shape[1]
+    d_NB = weight.scale.to(torch.float16).repeat_interleave(repeats, 1).reshape(-1, 1)
+    codes_NB = weight.codes.reshape(-1, BLOCK)
+    parts = [d_NB.view(torch.uint8)]
+    if kind == "Q8_0":
+        parts.append((codes_NB.short() - 128).to(torch.int8).view(torch.uint8))
+    else:
+        if weight.zero is not None:
+            offset = -(weight.scale.float() * weight.zero.float()).repeat_interleave(repeats, 1)
+            parts.append(offset.to(torch.float16).reshape(-1, 1).view(torch.uint8))
+        paired = codes_NB.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)  # a byte holds inputs i and i + 16
+        parts.append(to_nibbles(paired, first_low=True))
+    return torch.cat(parts, 1).reshape(rows, -1)
+
+
+def row_order(config: Mapping[str, Any], name: str) -> Tensor | None:
+    """Which row of a query or key projection comes where: llama.cpp rotates neighbours, transformers halves."""
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+    if heads is None:
+        return None
+    count_of = int(config.get(heads) or config["num_attention_heads"])
+    rows = count_of * head_dim(config)
+    return torch.arange(rows).view(count_of, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def rope_factors(config: Mapping[str, Any]) -> list[Piece]:
+    """The tensor of what each frequency is divided by, for models that need one."""
+    factors = frequency_factors(config)
+    if factors is None:
+        return []
+    return [Piece("rope_freqs.weight", "F32", (4 * len(factors),), lambda: factors.view(torch.uint8))]
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def write(artifact: Artifact, pieces: list[Piece], path: Path) -> str:
+    """Write the file, one tensor in memory at a time; what became of the tokenizer."""
+    import numpy
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    try:
+        add_metadata(writer, artifact, {p.type for p in pieces})
+        vocabulary = add_vocabulary(writer, artifact)
+        for p in pieces:
+            kind = GGMLQuantizationType[p.type]
+            writer.add_tensor_info(p.name, p.shape, numpy.dtype(numpy.uint8), count(p.shape), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for p in pieces:
+            writer.write_tensor_data(p.make().contiguous().numpy())
+    finally:
+        writer.close()
+    return vocabulary
+
+
+def compare(artifact: Artifact, path: Path) -> float:
+    """Read the file back; the largest relative RMS difference of a site from the artifact's.
+
+    Raises VerificationError if one is larger than the rounding of offsets, or anything else differs at all.
+    """
+    from gguf import GGUFReader, dequantize
+
+    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    worst = 0.0
+    for name in artifact.names():
+        tensor = found[renamed(name)]
+        got = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        order = row_order(artifact.config, name)
+        got = got if order is None else got[order.argsort()]
+        sites = artifact.holders.get(name, [])
+        quantized = sites and tensor.tensor_type.name not in PLAIN.values()
+        meant = artifact.expression(sites[0]).dense() if quantized else artifact.tensor(name)
+        error = difference(got, meant.float())
+        if not error <= (SLACK if tensor.tensor_type.name == "Q4_1" else 0.0):
+            raise VerificationError(f"{name}: gguf reads it back {error:.2g} off what was meant")
+        worst = max(worst, error)
+    return worst
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """Entries of a tensor."""
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,60 @@
+"""The tokenizer of a model in a GGUF file, where llama.cpp has its way of cutting text.
+
+llama.cpp knows tokenizers by name, not by rule; a byte-level BPE is written if its rule is one of those below, and
+otherwise left out and said so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.artifact import Artifact
+from compress.model.source import read_json
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+CUTS: dict[str, list[dict[str, Any]]] = {  # llama.cpp's name -> the pre-tokenizers of tokenizer.json that it stands for
+    "gpt-2": [{**BYTES, "use_regex": True}],
+    "starcoder": [{"type": "Digits", "individual_digits": True}, {**BYTES, "use_regex": True}],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False},
+        {**BYTES, "use_regex": False},
+    ],
+}
+NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
+
+
+def add_vocabulary(writer: Any, artifact: Artifact) -> str:
+    """Add the tokens, merges and special tokens if llama.cpp has a name for the rule; what was done, for people."""
+    from gguf import SpecialVocab
+
+    path = artifact.path / "tokenizer.json"
+    told = read_json(path, "the tokenizer") if path.is_file() else {}
+    cut = name_of_cut(told)
+    if cut is None:
+        return "its tokenizer has no name in llama.cpp and is not in the file, but beside it"
+    size = int(artifact.config["vocab_size"])
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
+    for token, i in told["model"]["vocab"].items():
+        tokens[i], types[i] = token, NORMAL
+    for added in told.get("added_tokens", []):
+        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(cut)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    SpecialVocab(artifact.path, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    return f"its tokenizer is llama.cpp's {cut}"
+
+
+def name_of_cut(told: dict[str, Any]) -> str | None:
+    """llama.cpp's name for the way a tokenizer.json cuts text before its BPE."""
+    model, before = told.get("model", {}), told.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback") or told.get("normalizer"):
+        return None
+    steps = before.get("pretokenizers", [before])
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    return next((name for name, wanted in CUTS.items() if steps == wanted), None)

@@ -1,0 +1,162 @@
+"""Export to the layout of GPTQ checkpoints, which transformers (with optimum and gptqmodel), vLLM and others load.
+
+The layout has one width and one group for all layers, float16 scales and integer zeros. Version 1 stores a zero minus
+one, so a zero of 0 borrows from its neighbour; where there is one the folder says `gptq_v2`, which stores it as it is.
+Columns stay in their own order, so `g_idx` only repeats what the group size says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from compress.artifact import Artifact
+from compress.errors import UnsupportedWeight
+from compress.export.folder import Exported, Form, write_folder
+from compress.export.leaf import Leaf
+from compress.export.words import from_words, to_words
+from compress.weights import Dense, Quantized
+
+NAME = "gptq"
+WIDTHS = (2, 4, 8)
+GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)  # what the loaders' kernels know; 0 is a whole row
+MULTIPLE = 32  # of the sides of a matrix, so that every width fills its words
+
+
+class Layout(NamedTuple):
+    """What is said once for all layers: bits and inputs that share a scale (0: a row); whether zeros may be stored."""
+
+    bits: int
+    group: int
+
+
+def export_gptq(path: Path, out: Path) -> Exported:
+    """Write the artifact at `path` as a GPTQ checkpoint; errors as `write_folder`.
+
+    Source: Frantar et al., GPTQ, ICLR 2023, released code, as packed by AutoGPTQ and GPT-QModel (`pack`).
+    """
+    return write_folder(path, out, GPTQLayout)
+
+
+class GPTQLayout(Form):
+    """Integers of one width and group, symmetric or with integer zeros."""
+
+    name = NAME
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.symmetric, self.lowest = True, 255
+        super().__init__(artifact)
+        self.version = "gptq" if self.lowest else "gptq_v2"
+        self.only = self.modules()
+
+    def scheme(self, site: Leaf) -> Layout | None:
+        """The width and group, if the layout can hold them."""
+        weight = site.weight
+        if isinstance(weight, Dense):
+            return None
+        if not isinstance(weight, Quantized):
+            raise site.refused(
+                NAME, "it holds integers on a grid, nothing else", "use --to compressed-tensors or dense"
+            )
+        self.check(site, weight)
+        found = Layout(weight.bits, weight.group if weight.scale.shape[1] > 1 else 0)
+        first = next(iter(self.schemes.values()), found)
+        if found != first:
+            reason = f"all layers have one width and group, the first site {described(first)}"
+            raise site.refused(NAME, reason, "use --to compressed-tensors or dense")
+        if weight.zero is not None:
+            self.symmetric = False
+            self.lowest = min(self.lowest, int(weight.zero.min()))
+        return found
+
+    def check(self, site: Leaf, weight: Quantized) -> None:
+        """Raise UnsupportedWeight for a grid that has no place in the layout."""
+        if site.inputs:
+            raise site.refused(NAME, "it does not round inputs", "use --to compressed-tensors or dense")
+        if weight.bits not in WIDTHS:
+            raise site.refused(NAME, f"{weight.bits} bits do not fill its words", "use bits: 2, 4 or 8, or --to dense")
+        if weight.scale.shape[1] > 1 and weight.group not in GROUPS:
+            allowed = ", ".join(map(str, GROUPS))
+            raise site.refused(NAME, f"loaders know no group of {weight.group}", f"use group: {allowed}, or --to dense")
+        if any(side % MULTIPLE for side in weight.shape):
+            raise site.refused(NAME, f"its words need sides that {MULTIPLE} divides", "use --to dense")
+        if weight.zero is not None and weight.zero.is_floating_point():
+            raise site.refused(NAME, "its zeros are integers", "use a pass with integer zeros, or --to dense")
+        if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale.float()):
+            raise site.refused(NAME, "its scales are float16, one of these does not fit", "use --to dense")
+
+    def modules(self) -> list[str] | None:
+        """The ends of the names of quantized modules, None for all linear maps of the blocks.
+
+        Raises UnsupportedWeight if a module is quantized in some blocks only: the layout names modules of every block.
+        """
+        ends = Counter(end_of(site) for site in self.schemes)
+        blocks = {block_of(name) for name in self.artifact.headers} - {None}
+        some = [end for end, found in sorted(ends.items()) if found != len(blocks)]
+        if some:
+            raise UnsupportedWeight(
+                f"{NAME} cannot say that {some[0]} is quantized in some blocks only; "
+                "use --to compressed-tensors or dense"
+            )
+        matrices = [name for name, held in self.artifact.headers.items() if len(held.shape) > 1]
+        plain = {end_of(name.removesuffix(".weight")) for name in matrices if block_of(name) is not None} - ends.keys()
+        return sorted(ends) if plain else None
+
+    def pack(self, site: Leaf, scheme: Layout) -> dict[str, Tensor]:
+        """qweight packs inputs, qzeros outputs; matrices are [in, out]."""
+        weight = site.weight
+        if not isinstance(weight, Quantized):
+            raise site.refused(NAME, "no rule stores it", "use --to dense")
+        rows, columns = weight.shape
+        scale_OG = weight.scale.expand(rows, -1).to(torch.float16)
+        middle = torch.tensor(2 ** (weight.bits - 1)) if weight.zero is None else weight.zero
+        zero_OG = middle.expand(scale_OG.shape) - (1 if self.version == "gptq" else 0)
+        return {
+            "qweight": to_words(weight.codes, weight.bits).T,
+            "qzeros": to_words(zero_OG.T.to(torch.uint8), weight.bits),
+            "scales": scale_OG.T,
+            "g_idx": (torch.arange(columns) // (scheme.group or columns)).to(torch.int32),
+        }
+
+    def unpack(self, stored: Mapping[str, Tensor], scheme: Layout, dtype: torch.dtype) -> Tensor:
+        """scale * (code - zero), by the definition of the layout."""
+        codes_OI = from_words(stored["qweight"].T.contiguous(), scheme.bits)
+        zeros_GO = from_words(stored["qzeros"], scheme.bits) + (1 if self.version == "gptq" else 0)
+        groups = stored["g_idx"].long()
+        zero_OI, scale_OI = zeros_GO.T[:, groups], stored["scales"].T[:, groups]
+        return ((codes_OI - zero_OI).float() * scale_OI.float()).to(dtype)
+
+    def config(self) -> dict[str, Any]:
+        """One description of all layers."""
+        layout: Layout = next(iter(self.schemes.values()))
+        only = {} if self.only is None else {"modules_in_block_to_quantize": [self.only]}
+        return {
+            "quant_method": "gptq", "bits": layout.bits, "group_size": layout.group or -1, "sym": self.symmetric,
+            "desc_act": False, "checkpoint_format": self.version, "lm_head": False, **only,
+        }  # fmt: skip
+
+    def note(self, rounding: float) -> str:
+        """What loads it."""
+        del rounding
+        return f"exact ({self.version}); transformers loads it with optimum and gptqmodel, in float16 or bfloat16"
+
+
+def described(layout: Layout) -> str:
+    """`4 bits by 64`."""
+    return f"{layout.bits} bits by {layout.group or 'row'}"
+
+
+def block_of(name: str) -> int | None:
+    """The first number in a dotted name, which counts the blocks."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def end_of(name: str) -> str:
+    """What follows the number of the block, such as `mlp.up_proj`; the whole name outside of blocks."""
+    parts = name.split(".")
+    return ".".join(parts[next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0) :])

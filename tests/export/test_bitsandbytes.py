@@ -1,0 +1,90 @@
+"""bitsandbytes: what stock transformers loads decodes to the artifact's matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compress
+from compress import RTN, Magnitude, UnsupportedWeight
+from compress.artifact import Artifact
+from compress.export import export
+from compress.passes import NF4, Int8
+
+pytest.importorskip("bitsandbytes")
+BNB = "bitsandbytes"
+pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")  # of the library, at each call
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested", "by row"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nf4_decodes_bit_for_bit(
+    kind: str, dtype: str, leaves: Any, small: Any, artifact_of: Any, stock: Any, tmp_path: Path
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    step = leaves(kind="nf4-row") if kind == "by row" else NF4(double=kind == "nested")
+    artifact = artifact_of([step], small(dtype=dtype))
+    done = export(artifact, BNB, tmp_path / "out")
+    model, meant = stock(done.out), Artifact(artifact)
+    assert done.rounding == 0.0
+    assert model.get_submodule("model.layers.0.mlp.up_proj").weight.quant_state.nested == (kind == "nested")
+    for site in meant.specs:
+        weight = model.get_submodule(site).weight
+        assert torch.equal(dequantize_4bit(weight.data, weight.quant_state), meant.matrix(site))
+
+
+def test_nf4_computes_the_same(artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any) -> None:
+    """On CPUs that multiply in bfloat16 the library does, whatever the model's dtype; then it loses what that loses."""
+    artifact = artifact_of([NF4()])
+    out = export(artifact, BNB, tmp_path / "out").out
+    exact, coarse = (logits(compress.load(artifact, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+    loss = float((coarse - exact).norm() / exact.norm())
+    assert loss < 0.05
+    assert_close("logits", logits(stock(out)), exact, 2 * loss)
+
+
+def test_int8_keeps_its_integers_and_rounds_inputs(
+    artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    artifact = artifact_of([Int8(inputs="int8")])
+    done = export(artifact, BNB, tmp_path / "out")
+    model, site = stock(done.out), "model.layers.1.mlp.down_proj"
+    codes = Artifact(artifact).expression(site).codes  # type: ignore[attr-defined]
+    assert torch.equal(model.get_submodule(site).weight.data.int() + 128, codes.int())
+    assert done.rounding < 1e-6
+    assert "rounds inputs" in done.note
+    assert_close("logits", logits(model), logits(compress.load(artifact)), 0.1)
+
+
+def test_modules_left_plain_are_named(artifact_of: Any, stock: Any, tmp_path: Path) -> None:
+    artifact = artifact_of([NF4(sites="*mlp*"), Magnitude(sites="*attn*")])
+    model = stock(export(artifact, BNB, tmp_path / "out").out)
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "int4": ([RTN(bits=4, group=32)], "nf4 by blocks and symmetric 8-bit integers by row"),
+    "int8 by group": ([RTN(bits=8, group=32, symmetric=True)], "use group: 0"),
+    "int8 with fp8 inputs": ([Int8(inputs="fp8")], "round inputs to int8"),
+    "nf4 with rounded inputs": ([NF4(inputs="int8")], "do not round inputs"),
+    "two kinds": ([NF4(sites="*mlp*"), Int8(sites="*attn*")], "all layers are of 4 bits or all of 8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_cannot_say_is_refused_by_name(case: str, artifact_of: Any, tmp_path: Path) -> None:
+    passes, match = REFUSED[case]
+    artifact = artifact_of(passes)
+    with pytest.raises(UnsupportedWeight, match=match):
+        export(artifact, BNB, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_blocks_are_refused(leaves: Any, artifact_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedWeight, match="no blocks of 16"):
+        export(artifact_of([leaves(kind="nf4-16")]), BNB, tmp_path / "out")
