@@ -32,6 +32,7 @@ from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.travellers import Travellers, batched
 from compress.model.walk import Walk
 from compress.model.whole import Whole
+from compress.passes.base import needs_twins, windows_at_once
 from compress.passes.budget import allocations
 from compress.passes.manager import PassManager, ignore
 from compress.plan import check_disk, check_tensors, check_values, free_place, outline, plan, tokens_for, usable
@@ -159,9 +160,9 @@ class Job:
         budgets = allocations(recipe.passes, Whole(walk, self.tokens.windows, self.tokens.probe_NT))
         writer.add({}, self.entries(walk.anatomy.frame()))
         measured = any(step.requires for step in recipe.weight_passes)
-        batches = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows if measured else ())]
-        paired = any(kind.paired for step in recipe.weight_passes for kind in step.requires)
-        twins = [walk.enter(ids, stored=True) for ids in batched(self.tokens.windows if paired else ())]
+        windows, most = self.tokens.windows if measured else (), windows_at_once(recipe.passes)
+        batches = [walk.enter(ids, stored=True) for ids in batched(windows, most)]
+        twins = [walk.enter(ids, stored=True) for ids in batched(windows if needs_twins(recipe.passes) else (), most)]
         probe, dense = walk.enter(self.tokens.probe_NT), walk.enter(self.tokens.probe_NT)
         walk.drop_frame()
         ledger: dict[str, Any] = {}

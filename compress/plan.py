@@ -22,7 +22,7 @@ from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
-from compress.passes.base import Pass, WeightPass
+from compress.passes.base import Pass, SitePass
 from compress.recipe import Calibration, Recipe
 from compress.stats import finite
 
@@ -146,7 +146,7 @@ def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
     for site in sites:
         form = "dense"
         for i, step in enumerate(passes):
-            if not isinstance(step, WeightPass) or not fnmatchcase(site, step.sites):
+            if not isinstance(step, SitePass) or not fnmatchcase(site, step.sites):
                 continue
             if form and step.takes and form not in step.takes:
                 raise RecipeError(
@@ -159,7 +159,7 @@ def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:
     """Raise RecipeError for the first pass that selects no site, or refuses the shape of one."""
     reachable = walk.anatomy.places
     for i, step in enumerate(passes):
-        if not isinstance(step, WeightPass):
+        if not isinstance(step, SitePass):
             continue
         chosen = [place for name, place in reachable.items() if fnmatchcase(name, step.sites)]
         if not chosen:

@@ -20,7 +20,7 @@ from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEv
 from compress.errors import RecipeError, nearest
 from compress.kv import KV
 from compress.options import build, check_options
-from compress.passes import PASSES, Pass, Reshape, WeightPass, governed, load_plugins
+from compress.passes import PASSES, Pass, Reshape, SitePass, governed, load_plugins, windows_at_once
 
 LARGEST = 64 * 1024
 DEEPEST = 8
@@ -114,6 +114,7 @@ class Recipe:
             )
         self._check_order()
         governed(self.passes)
+        windows_at_once(self.passes)
 
     def _check_order(self) -> None:
         """Raise RecipeError for a pass that changes the model's shape behind one that does not."""
@@ -137,9 +138,9 @@ class Recipe:
         return tuple(step for step in self.passes if isinstance(step, Reshape))
 
     @property
-    def weight_passes(self) -> tuple[WeightPass, ...]:
+    def weight_passes(self) -> tuple[SitePass, ...]:
         """The passes that rewrite weights, in order."""
-        return tuple(step for step in self.passes if isinstance(step, WeightPass))
+        return tuple(step for step in self.passes if isinstance(step, SitePass))
 
     def needs_data(self) -> bool:
         """Whether any pass measures the model on calibration tokens."""

@@ -18,6 +18,7 @@ import compress.weights.expr
 import compress.weights.leaves
 from compress.passes import (
     PASSES,
+    BlockPass,
     BlockQuantizer,
     Budget,
     Equalizer,
@@ -27,6 +28,7 @@ from compress.passes import (
     Quantizer,
     Refiner,
     Reshape,
+    SitePass,
     StructuredPruner,
     WeightPass,
 )
@@ -105,19 +107,8 @@ def test_every_concrete_pass_class_is_registered() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
-    abstract = {
-        Pass,
-        WeightPass,
-        Pruner,
-        Quantizer,
-        BlockQuantizer,
-        GridQuantizer,
-        Refiner,
-        Budget,
-        Reshape,
-        StructuredPruner,
-        Equalizer,
-    }
+    abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer}
+    abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, StructuredPruner}
     assert ours - set(PASSES.values()) == abstract
 
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import UnsupportedWeight
 from compress.model.family import (
@@ -52,6 +52,12 @@ class Place:
     peers: str = ""
     stacked: bool = False  # the tensor of the file holds the matrices of all experts
     turned: bool = False  # and holds them the other way round than the model does
+
+    def within(self, parameter: Tensor) -> Tensor:
+        """The matrix [out, in] of this place in the parameter that holds it, or in its gradient; shares its memory."""
+        w = parameter if self.expert is None else parameter[self.expert]
+        w = w.T if self.transposed else w
+        return w if self.rows is None else w[self.rows[0] : self.rows[1]]
 
 
 class Anatomy:

@@ -54,7 +54,7 @@ class Block:
     ) -> None:
         """`dense` is the probe on its way through the dense model; it is moved through this block at once.
 
-        `twins` are the batches once more, on their way through the dense model, for statistics that are paired.
+        `twins` are the batches once more, on their way through the dense model, for what compares the two.
         A `live` block is of a model that stays in memory and goes on computing as it was made to.
         """
         self.twins, self.live = twins, live
@@ -187,6 +187,11 @@ class Block:
         with self.as_original(), self._listening(wanted, heard), suppress(Stop):
             self.twins[index].through(self.module, self.index)
         return found
+
+    def targets(self) -> list[Tensor]:
+        """What the dense block makes of each batch's twin, [B, T, D]; costs a copy of the hidden states."""
+        with self.as_original():
+            return [twin.through(self.module, self.index) for twin in self.twins]
 
     @contextmanager
     def as_original(self) -> Iterator[None]:

@@ -59,11 +59,7 @@ class Site:
 
     def view(self) -> Tensor:
         """What the module computes with now, as [out, in], sharing its memory."""
-        place = self.place
-        w: Tensor = getattr(self.module, place.parameter).data
-        w = w if place.expert is None else w[place.expert]
-        w = w.T if place.transposed else w
-        return w if place.rows is None else w[place.rows[0] : place.rows[1]]
+        return self.place.within(getattr(self.module, self.place.parameter).data)
 
     @property
     def weight(self) -> Weight:

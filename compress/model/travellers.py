@@ -22,10 +22,13 @@ KEPT = 16  # different recorded tensors of one shape that are compared before an
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def batched(windows: Iterable[Tensor]) -> list[Tensor]:
-    """Token windows [N, T], one tensor for each length, in batches of about BATCH_TOKENS tokens."""
+def batched(windows: Iterable[Tensor], most: int | None = None) -> list[Tensor]:
+    """Token windows [N, T], one tensor for each length, in batches of `most`, or of about BATCH_TOKENS tokens."""
     return [
-        batch for ids_NT in windows if len(ids_NT) for batch in ids_NT.split(max(1, BATCH_TOKENS // ids_NT.shape[1]))
+        batch
+        for ids_NT in windows
+        if len(ids_NT)
+        for batch in ids_NT.split(most or max(1, BATCH_TOKENS // ids_NT.shape[1]))
     ]
 
 
@@ -76,11 +79,32 @@ class Travellers:
         if self.store is not None:
             self.store.unlink(missing_ok=True)
 
-    def through(self, module: nn.Module, index: int, hidden_BTD: Tensor | None = None) -> Tensor:
-        """The output [B, T, D] of block `index` on `hidden_BTD`, by default the present state."""
-        args, kwargs = self.calls[index]
-        out = module(self.hidden_BTD if hidden_BTD is None else hidden_BTD, *args, **kwargs)
+    def through(
+        self, module: nn.Module, index: int, hidden_BTD: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The output [B, T, D] of block `index` on `hidden_BTD`, by default the present state.
+
+        With `dtype`, every float that the block is called with is given in that.
+        """
+        entering_BTD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
+        entering_BTD, args, kwargs = cast((entering_BTD, *self.calls[index]), dtype)
+        out = module(entering_BTD, *args, **kwargs)
         return torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out)  # a tuple before transformers 4.57
+
+
+def cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """A value, or what lies in tuples and mappings of them, with floats in `dtype` if it is given."""
+    if dtype is None:
+        return value
+    match value:
+        case Tensor() if value.is_floating_point():
+            return value.to(dtype)
+        case tuple():
+            return tuple(cast(v, dtype) for v in value)
+        case dict():
+            return {name: cast(v, dtype) for name, v in value.items()}
+        case _:
+            return value
 
 
 class Shared:

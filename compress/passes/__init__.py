@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 from compress.passes.base import (
     PASSES,
+    BlockPass,
     BlockQuantizer,
     Budget,
     GridQuantizer,
@@ -14,7 +15,9 @@ from compress.passes.base import (
     Quantizer,
     Refiner,
     Reshape,
+    SitePass,
     WeightPass,
+    windows_at_once,
 )
 from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
@@ -60,6 +63,7 @@ __all__ = [
     "PASSES",
     "RIA",
     "RTN",
+    "BlockPass",
     "BlockQuantizer",
     "Budget",
     "DSnoT",
@@ -80,6 +84,7 @@ __all__ = [
     "Rotate",
     "Sensitivity",
     "ShortGPT",
+    "SitePass",
     "SliceGPT",
     "SmoothQuant",
     "SparseGPT",
@@ -90,6 +95,7 @@ __all__ = [
     "WeightPass",
     "governed",
     "load_plugins",
+    "windows_at_once",
 ]  # fmt: skip
 
 

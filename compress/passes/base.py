@@ -2,13 +2,13 @@
 
 A pass never touches files, devices, modules or progress bars. Its dataclass fields are the recipe's options,
 typed and described by `Annotated[type, Field(...)]`; its class statement registers it under a name. A `WeightPass`
-rewrites one site at a time; a `Budget` looks at the whole dense model first and says how sparse each site becomes; a
-`Reshape` comes before both and makes a model of another shape.
+rewrites one site at a time, a `BlockPass` all sites of a block together; a `Budget` looks at the whole dense model
+first and says how sparse each site becomes; a `Reshape` comes before them and makes a model of another shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,13 +16,14 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.errors import RecipeError, UnsupportedWeight
+from compress.model.block import Block
 from compress.model.reshaped import Reshaped
 from compress.model.site import Site
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.options import check_options
-from compress.stats import Gram, Statistic
+from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import (
     Dense,
     Diagonal,
@@ -74,8 +75,8 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightPass(Pass):
-    """A rewrite of one site's weight at a time."""
+class SitePass(Pass):
+    """A rewrite of weights at the sites that it selects; a `WeightPass` or a `BlockPass`."""
 
     unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
     takes: ClassVar[
@@ -87,6 +88,11 @@ class WeightPass(Pass):
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if a weight of `shape` at `site` cannot be handled; called before any work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightPass(SitePass):
+    """A rewrite of one site's weight at a time."""
 
     def rewrite(self, site: Site) -> Weight:
         """The new expression for the site's weight."""
@@ -101,6 +107,38 @@ class WeightPass(Pass):
             f"{self.name}: only {site.stats.tokens} tokens reach {site.name}, {site.needed} are needed; "
             "give more calibration samples or deselect it"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPass(SitePass):
+    """A rewrite of all selected weights of a block together, by what the block computes.
+
+    Passes before it have then rewritten every site of the block. `block.batches` are the hidden states that the
+    compressed blocks before it make of the calibration windows, `block.targets()` what the dense model makes of them
+    behind this block. An expert that too few tokens reach is left as it was.
+    """
+
+    requires = (ColumnNorm,)  # nothing more: it tells how many tokens reach each expert
+    unfed: ClassVar[str] = "left as it was"
+
+    batch: Annotated[int, Field(ge=1, description="calibration windows seen at once")] = 4
+
+    def rewrite(self, block: Block, sites: Sequence[Site]) -> Mapping[str, Weight]:
+        """The new expression for the weight of each of `sites`, by name."""
+        raise NotImplementedError
+
+
+def needs_twins(passes: Iterable[Pass]) -> bool:
+    """Whether the calibration windows also go through the dense model."""
+    return any(isinstance(step, BlockPass) or any(kind.paired for kind in step.requires) for step in passes)
+
+
+def windows_at_once(passes: Iterable[Pass]) -> int | None:
+    """Calibration windows of a batch, where a pass says how many; raises RecipeError if two differ."""
+    asked = {step.batch: step.name for step in passes if isinstance(step, BlockPass)}
+    if len(asked) > 1:
+        raise RecipeError(f"passes: {' and '.join(f'{asked[n]}.batch is {n}' for n in sorted(asked))}; make them equal")
+    return next(iter(asked), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from compress.errors import RecipeError
 from compress.model.whole import Whole
-from compress.passes.base import Budget, GridQuantizer, Pass, Pruner, Sparsity, WeightPass
+from compress.passes.base import Budget, GridQuantizer, Pass, Pruner, SitePass, Sparsity, WeightPass
 
 Budgets = dict[int, dict[str, Sparsity]]
 HALVINGS = 60  # of an interval of width 2: to the precision of a float64
@@ -34,7 +34,7 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
                 else "pruner follows whose sparsity"
             )
             raise RecipeError(f"passes[{i}].{step.name}: no {what} it could set")
-        index = sum(isinstance(other, WeightPass) for other in passes[:after])
+        index = sum(isinstance(other, SitePass) for other in passes[:after])
         if any(index == taken for _, taken in found):
             raise RecipeError(f"passes[{i}].{step.name}: passes[{after}].{passes[after].name} has a budget already")
         taker = passes[after]
@@ -49,7 +49,7 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
 
 def allocations(passes: Sequence[Pass], model: Whole) -> Budgets:
     """Number of a weight pass -> the sparsity or bits of each of its sites, for those that a budget governs."""
-    steps = [step for step in passes if isinstance(step, WeightPass)]
+    steps = [step for step in passes if isinstance(step, SitePass)]
     return {index: budget.allocate(model, steps[index]) for budget, index in governed(passes)}
 
 

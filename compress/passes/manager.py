@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +20,19 @@ from compress.model.site import Site
 from compress.model.travellers import batched, unpadded
 from compress.model.walk import LiveWalk
 from compress.model.whole import Whole
-from compress.passes.base import Budget, GridQuantizer, Pass, Pruner, Reshape, Sparsity, WeightPass
+from compress.passes.base import (
+    BlockPass,
+    Budget,
+    GridQuantizer,
+    Pass,
+    Pruner,
+    Reshape,
+    SitePass,
+    Sparsity,
+    WeightPass,
+    needs_twins,
+    windows_at_once,
+)
 from compress.passes.budget import allocations
 from compress.passes.masks import mask_statistics
 from compress.stats import Statistic, finite
@@ -31,7 +45,7 @@ def ignore(event: Event) -> None:
 
 
 class PassManager:
-    """Runs `passes` in order on every site of every block.
+    """Runs `passes` in order on every site of every block; one that takes the block whole parts those before and after.
 
     `ordering` is `site` (statistics of each distinct input are taken after everything before it was rewritten),
     `block` (all statistics of a block from one forward of its dense weights, as published code does) or `dense` (the
@@ -49,10 +63,12 @@ class PassManager:
         if ordering not in ("site", "block", "dense"):
             raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block, dense")
         self.all_passes = tuple(passes)
-        self.passes = tuple(step for step in passes if isinstance(step, WeightPass))
+        self.passes = tuple(step for step in passes if isinstance(step, SitePass))
+        self.parts = parts(self.passes)
+        self.part = range(0)
         self.emit, self.ordering, self.given = emit, ordering, budgets
         self.budgets: Mapping[int, Mapping[str, Sparsity]] = budgets or {}
-        self.chosen: dict[str, list[WeightPass]] = {}
+        self.chosen: dict[str, dict[int, SitePass]] = {}
 
     @torch.no_grad()  # not inference_mode: what is made here may end in a user's model, which may be trained
     def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
@@ -60,13 +76,14 @@ class PassManager:
         if self.given is None and not self.budgets and any(isinstance(step, Budget) for step in self.all_passes):
             raise RecipeError("budgets: run needs what `allocations` gives for these passes; apply finds it itself")
         for block in blocks:
+            for part in self.parts:
+                self.part = part
+                self.rewrite_block(block)
             if self.ordering == "dense":
-                self.measure(block, self.selected(block))
-                block.move(block.batches)
-                self.rewrite_groups(self.selected(block))
+                with block.as_original():
+                    block.move(block.batches)
                 block.advance(())
             else:
-                self.rewrite_block(block)
                 block.advance()
             yield block
 
@@ -97,21 +114,29 @@ class PassManager:
             if self.given is None:
                 self.budgets = allocations(self.all_passes, Whole(walk, windows, windows[0][:1]))
             self.chosen = {}
-            batches = [walk.enter(ids_BT) for ids_BT in batched(windows)]
-            paired = any(kind.paired for step in self.passes for kind in step.requires)
-            twins = [walk.enter(ids_BT) for ids_BT in batched(windows if paired else ())]
+            most = windows_at_once(self.passes)
+            batches = [walk.enter(ids_BT) for ids_BT in batched(windows, most)]
+            twins = [walk.enter(ids_BT) for ids_BT in batched(windows if needs_twins(self.passes) else (), most)]
             for block in self.run(walk.visit(batches, walk.enter(windows[0][:1]), twins=twins)):
                 found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
         model.train(training)
         return found
 
     def rewrite_block(self, block: Block) -> None:
-        """Rewrite the selected sites of a block, stage by stage."""
+        """Do the present part of the passes to a block: to its sites stage by stage, or to all at once."""
         groups = self.selected(block)
-        stages = block.stages(groups, self.nbytes) if self.ordering == "site" else [groups] if groups else []
+        whole = next(
+            (step for step in self.passes[self.part.start : self.part.stop] if isinstance(step, BlockPass)), None
+        )
+        apart = self.ordering == "site" and whole is None
+        stages = block.stages(groups, self.nbytes) if apart else [groups] if groups else []
         for stage in stages:
-            self.measure(block, stage)
-            self.rewrite_groups(stage)
+            with nullcontext() if self.ordering == "site" else block.as_original():
+                self.measure(block, stage)
+            if whole is None:
+                self.rewrite_groups(stage)
+            else:
+                self.rewrite_together(whole, block, [site for group in stage for site in group if self.steps(site)])
 
     def selected(self, block: Block) -> list[list[Site]]:
         """The groups of a block of which any pass selects a site."""
@@ -134,22 +159,33 @@ class PassManager:
         for group in groups:
             for site in group:
                 for step in self.steps(site):
-                    self.rewrite(step, site)
+                    if isinstance(step, WeightPass):
+                        self.rewrite(step, site)
             group[0].stats.forget()  # a Gram and its factor are the largest things in memory
 
-    def steps(self, site: Site) -> list[WeightPass]:
-        """The passes that select this site, with the sparsity that a budget gave it."""
-        return self.steps_for(site.name)
+    def rewrite_together(self, step: BlockPass, block: Block, sites: Sequence[Site]) -> None:
+        """Apply a pass to these sites of a block and report each; raises like `rewrite`."""
+        if not block.batches or len(block.batches) != len(block.twins):
+            raise CalibrationError(
+                f"{step.name}: {block.name}: needs calibration windows, and each once more as a twin"
+            )
+        for site in sites:
+            step.check(site.name, site.shape)
+        fed = [site for site in sites if not self.starves(step, site)]
+        known = {site.name: len(site.fallbacks) for site in fed}
+        made = step.rewrite(block, fed) if fed else {}
+        for site in fed:
+            self.put(step, site, made[site.name], known[site.name])
+            site.stats.forget()
 
-    def steps_for(self, name: str) -> list[WeightPass]:
-        """The passes that select the site of this full name, with the sparsity that a budget gave it."""
-        if name not in self.chosen:
-            self.chosen[name] = [
-                self.tuned(i, name) for i, step in enumerate(self.passes) if fnmatchcase(name, step.sites)
-            ]
-        return self.chosen[name]
+    def steps(self, site: Site) -> list[SitePass]:
+        """The passes of the present part that select this site, with the sparsity that a budget gave it."""
+        if site.name not in self.chosen:
+            chosen = [i for i, step in enumerate(self.passes) if fnmatchcase(site.name, step.sites)]
+            self.chosen[site.name] = {i: self.tuned(i, site.name) for i in chosen}
+        return [step for i, step in self.chosen[site.name].items() if i in self.part]
 
-    def tuned(self, index: int, name: str) -> WeightPass:
+    def tuned(self, index: int, name: str) -> SitePass:
         """A pass as it is for this site."""
         step, given = self.passes[index], self.budgets.get(index, {})
         if name not in given:
@@ -170,12 +206,18 @@ class PassManager:
         """Apply one pass to one site and report it; raises CompressError if the result is not finite."""
         step.check(site.name, site.shape)
         known = len(site.fallbacks)
-        if site.starved and step.requires:
-            site.starving.append(f"{step.name}: {step.unfed}")
-            self.emit(Starved(site=site.name, step=step.name, tokens=site.stats.tokens, needed=site.needed))
-            weight = step.rewrite_unfed(site)
-        else:
-            weight = step.rewrite(site)
+        self.put(step, site, step.rewrite_unfed(site) if self.starves(step, site) else step.rewrite(site), known)
+
+    def starves(self, step: SitePass, site: Site) -> bool:
+        """Whether too few tokens reach a site for a pass; it is then recorded and reported."""
+        if not site.starved or not step.requires:
+            return False
+        site.starving.append(f"{step.name}: {step.unfed}")
+        self.emit(Starved(site=site.name, step=step.name, tokens=site.stats.tokens, needed=site.needed))
+        return True
+
+    def put(self, step: SitePass, site: Site, weight: Weight, known: int) -> None:
+        """Give a site its new weight and report it, with the fallbacks after the first `known`."""
         site.weight = weight
         if not finite(site.view()):
             raise CompressError(f"{step.name}: {site.name}: the rewritten weight is not finite")
@@ -193,3 +235,10 @@ class PassManager:
                 output_error=site.output_error,
             )
         )
+
+
+def parts(passes: Sequence[SitePass]) -> list[range]:
+    """The numbers of the passes in runs: one that takes the block whole is alone, those between go site by site."""
+    cuts = [i + behind for i, step in enumerate(passes) if isinstance(step, BlockPass) for behind in (0, 1)]
+    edges = sorted({0, *cuts, len(passes)})
+    return [range(start, stop) for start, stop in pairwise(edges)]

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import RTN, Dense, Magnitude, PassManager, Site, Wanda, Weight, WeightPass
+from compress import RTN, Dense, Magnitude, Masked, PassManager, Site, Wanda, Weight, WeightPass
 from compress.errors import CompressError, RecipeError
 from compress.events import Event, Fallback, StatisticsCollected, WeightRewritten
+from compress.model.block import Block
+from compress.passes import BlockPass
+from compress.passes.manager import parts
 
 FIRST = "model.layers.0.self_attn.q_proj"
 
@@ -109,6 +112,52 @@ def test_an_overflow_of_the_model_dtype_is_refused(model_folder: Any, walk_of: A
 
     with pytest.raises(CompressError, match=r"loud: .* is not finite"):
         events_of(walk_of(model_folder("llama", "float16")), [Loud()], ids)
+
+
+# -- passes that take a block whole ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeing(BlockPass):
+    """Keeps what it is given, and changes nothing."""
+
+    name = "seeing"
+
+    def rewrite(self, block: Block, sites: Sequence[Site]) -> dict[str, Weight]:
+        inputs, targets = torch.cat([batch.hidden_BTD for batch in block.batches]), torch.cat(block.targets())
+        SEEN.append((inputs.clone(), targets.clone(), [type(site.weight) for site in sites]))
+        return {site.name: site.weight for site in sites}
+
+
+SEEN: list[tuple[Tensor, Tensor, list[type[Weight]]]] = []
+
+
+@pytest.mark.parametrize("ordering", ["site", "block", "dense"])
+def test_a_block_is_given_with_what_enters_it_and_what_should_leave_it(
+    ordering: str, tiny_llama: Path, hugging_face: Any, ids: Tensor, assert_close: Any
+) -> None:
+    SEEN.clear()
+    model, dense = hugging_face(tiny_llama), hugging_face(tiny_llama)
+    PassManager([Magnitude(), Seeing(batch=2), RTN(group=8)], ordering=ordering).apply(model, ids)
+    hidden = []
+    layers = (dense if ordering == "dense" else model).model.layers[1], dense.model.layers[0]
+    layers[0].register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    layers[1].register_forward_hook(lambda _, args, out: hidden.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        dense(ids)
+        if ordering != "dense":
+            model(ids)
+    leaving, entering = hidden[0], hidden[-1]
+    assert_close("entering the second block", SEEN[1][0], entering, 1e-5)
+    assert_close("leaving the first", SEEN[0][1], leaving, 1e-5)
+    assert SEEN[0][2] == [Masked] * 7
+
+
+def test_a_block_pass_parts_what_goes_site_by_site() -> None:
+    steps = [Magnitude(), RTN(), Seeing(), Wanda(), Seeing()]
+    assert parts(steps) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+    assert parts(steps[:2]) == [range(2)]
+    assert parts(steps[2:3]) == [range(1)]
 
 
 def test_an_unknown_ordering_is_refused() -> None:
