@@ -276,7 +276,7 @@ def pass_weight() -> Tensor:
     return normal(33, WIDTH)
 
 
-def pass_tokens() -> Tensor:
+def pass_tokens(count: int = 300) -> Tensor:
     """Correlated inputs with channels of different loudness."""
     mixing = torch.eye(WIDTH) + 0.5 * normal(WIDTH, WIDTH, seed=1) / WIDTH**0.5
-    return normal(300, WIDTH, seed=2) @ mixing * normal(WIDTH, seed=3).exp()
+    return normal(count, WIDTH, seed=2) @ mixing * normal(WIDTH, seed=3).exp()

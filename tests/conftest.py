@@ -23,8 +23,11 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from compress import GPTQ, Calibration, Recipe, Wanda, run
+from compress.model.anatomy import Place
+from compress.model.block import Block
 from compress.model.site import Site
 from compress.model.source import Checkpoint, dtype_of
+from compress.model.travellers import Travellers
 from compress.model.walk import Walk
 from compress.passes import PASSES
 from compress.stats import Collector, ColumnNorm, Cross, Gram, Moments, Statistics
@@ -256,6 +259,32 @@ def site_of() -> Callable[..., Site]:
         if gram_II is not None:
             site.stats = Statistics({Gram: gram_II}, tokens=1)
         return site
+
+    return make
+
+
+@pytest.fixture
+def block_of() -> Callable[..., Block]:
+    """`block_of(module, x, dense=None, batch=4)`: a block with a site for each linear map of a module.
+
+    x [windows, T, in] are the hidden states behind compressed blocks, `dense` those of the dense model.
+    """
+
+    def make(module: nn.Module, x_NTD: Tensor, dense_NTD: Tensor | None = None, batch: int = 4) -> Block:
+        module.requires_grad_(False)
+        linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+        places = [
+            Place(site=f"blocks.0.{n}", tensor=f"blocks.0.{n}.weight", module=f"blocks.0.{n}", shape=part.weight.shape)
+            for n, part in linear.items()
+        ]
+
+        def travelling(hidden_NTD: Tensor) -> list[Travellers]:
+            return [Travellers(part[..., 0], part, [((), {})]) for part in hidden_NTD.split(batch)]
+
+        probe, dense = (travelling(x_NTD[:1])[0] for _ in range(2))
+        twins = travelling(x_NTD if dense_NTD is None else dense_NTD)
+        with torch.no_grad():
+            return Block("blocks.0", 0, module, places, travelling(x_NTD), probe, dense, twins=twins)
 
     return make
 

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import compress.weights.expr
 import compress.weights.leaves
 from compress.passes import (
     PASSES,
+    RTN,
     BlockPass,
     BlockQuantizer,
     Budget,
@@ -32,6 +34,7 @@ from compress.passes import (
     StructuredPruner,
     WeightPass,
 )
+from compress.passes.learned import Learned
 from compress.weights import Dense, Masked, Weight, pack, pattern
 
 spec = importlib.util.spec_from_file_location("compress_tests_conformance", Path(__file__).parent / "conformance.py")
@@ -108,40 +111,60 @@ def test_every_concrete_pass_class_is_registered() -> None:
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
     abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer}
-    abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, StructuredPruner}
+    abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, Learned, StructuredPruner}
     assert ours - set(PASSES.values()) == abstract
 
 
 # -- passes ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=sorted(name for name, kind in PASSES.items() if issubclass(kind, WeightPass)))
-def step(request: pytest.FixtureRequest) -> WeightPass:
+@pytest.fixture(params=sorted(name for name, kind in PASSES.items() if issubclass(kind, SitePass)))
+def step(request: pytest.FixtureRequest) -> Any:
     return PASSES[request.param]()
 
 
-@pytest.fixture
-def start(step: WeightPass, site_of: Callable[..., Any]) -> Callable[..., Any]:
-    """`start(dtype)`: a site as the pass may find it; what refines a mask finds that of magnitude."""
+@dataclass
+class Start:
+    """A site as a pass may find it, and what the pass makes of its weight."""
 
-    def make(dtype: torch.dtype = torch.float32) -> Any:
+    site: Any
+    rewrite: Callable[[], Weight]
+
+
+@pytest.fixture
+def start(step: Any, site_of: Callable[..., Any], block_of: Callable[..., Any]) -> Callable[..., Start]:
+    """`start(dtype)`: what refines a mask finds that of magnitude, what learns a block a rounded matrix."""
+
+    def make(dtype: torch.dtype = torch.float32) -> Start:
+        if isinstance(step, BlockPass):
+            return learner(dtype)
         x_TI = suite.pass_tokens()
         drifted_TI = x_TI + 0.1 * suite.normal(*x_TI.shape, seed=4)
         site = site_of(suite.pass_weight().to(dtype), drifted_TI.to(dtype), dense_TI=x_TI.to(dtype))
         if isinstance(step, Refiner):
             kept = pattern(0.5).keep(suite.pass_weight().abs())
             site.weight = Masked(site.original, kept, "50%")
-        return site
+        return Start(site, lambda: step.rewrite(site))
+
+    def learner(dtype: torch.dtype) -> Start:
+        x_NTD = suite.pass_tokens(480).to(dtype).unflatten(0, (24, -1))
+        module = torch.nn.Sequential()
+        module.add_module("proj", torch.nn.Linear(suite.WIDTH, 33, bias=False, dtype=dtype))
+        module.proj.weight.data = suite.pass_weight().to(dtype)
+        block = block_of(module, x_NTD)
+        site = block.sites["blocks.0.proj"]
+        site.weight = RTN().rewrite(site)
+        return Start(site, lambda: step.rewrite(block, [site])[site.name])
 
     return make
 
 
 @pytest.fixture
-def rewritten(step: WeightPass, start: Callable[..., Any]) -> Callable[[], Weight]:
-    return lambda: step.rewrite(start())
+def rewritten(start: Callable[..., Start]) -> Callable[[], Weight]:
+    return lambda: start().rewrite()
 
 
-def test_a_pass_accepts_the_shape_it_is_checked_on(step: WeightPass) -> None:
+def test_a_pass_accepts_the_shape_it_is_checked_on(step: Any) -> None:
     step.check("blocks.0.proj", (33, suite.WIDTH))
 
 
@@ -153,7 +176,7 @@ def test_a_pass_gives_the_same_bytes_for_the_same_seed(rewritten: Callable[[], W
     assert suite.as_bytes(pack(rewritten())) == suite.as_bytes(pack(rewritten()))
 
 
-def test_a_pass_makes_the_weight_smaller(step: WeightPass, rewritten: Callable[[], Weight]) -> None:
+def test_a_pass_makes_the_weight_smaller(step: Any, rewritten: Callable[[], Weight]) -> None:
     only_moves = step.gives in ("dense", "rotated")  # a target, or outliers; what follows makes it smaller
     assert rewritten().nbytes() < suite.pass_weight().nbytes or only_moves
 
@@ -164,15 +187,16 @@ def test_the_result_of_a_pass_is_lossless_on_disk(rewritten: Callable[[], Weight
     suite.weighs_what_its_file_weighs(weight, tmp_path)
 
 
-def test_a_pass_leaves_the_original_alone(step: WeightPass, start: Callable[..., Any]) -> None:
-    site = start()
-    site.weight = step.rewrite(site)
-    assert torch.equal(site.original.data, suite.pass_weight())
+def test_a_pass_leaves_the_original_alone(start: Callable[..., Start]) -> None:
+    begun = start()
+    begun.site.weight = begun.rewrite()
+    assert torch.equal(begun.site.original.data, suite.pass_weight())
 
 
-def test_a_pass_reads_low_precision_weights(step: WeightPass, start: Callable[..., Any]) -> None:
-    site = start(torch.bfloat16)
-    site.weight = step.rewrite(site)
+def test_a_pass_reads_low_precision_weights(start: Callable[..., Start]) -> None:
+    begun = start(torch.bfloat16)
+    site = begun.site
+    site.weight = begun.rewrite()
     assert site.module.weight.dtype == torch.bfloat16
     site.measure()
     assert 0 < site.weight_error < 1

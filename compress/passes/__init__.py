@@ -40,10 +40,12 @@ from compress.passes.pruning.wanda import Wanda
 from compress.passes.pruning.wanda_sp import WandaSP
 from compress.passes.quantization.awq import AWQ
 from compress.passes.quantization.bnb import NF4, Int8
+from compress.passes.quantization.flexround import FlexRound
 from compress.passes.quantization.fp4 import MXFP4, NVFP4
 from compress.passes.quantization.fp8 import FP8
 from compress.passes.quantization.gptq import GPTQ
 from compress.passes.quantization.hqq import HQQ
+from compress.passes.quantization.lrq import LRQ
 from compress.passes.quantization.rotate import QuaRot, Rotate
 from compress.passes.quantization.rtn import RTN
 from compress.passes.quantization.smoothquant import SmoothQuant
@@ -56,6 +58,7 @@ __all__ = [
     "FP8",
     "GPTQ",
     "HQQ",
+    "LRQ",
     "MXFP4",
     "NF4",
     "NVFP4",
@@ -68,6 +71,7 @@ __all__ = [
     "Budget",
     "DSnoT",
     "Equalizer",
+    "FlexRound",
     "Global",
     "GridQuantizer",
     "Int8",

@@ -19,7 +19,17 @@ E4M3 = 448.0
 
 
 def rounded_inputs(x: Tensor, kind: str) -> Tensor:
-    """x [..., in] with each token on the grid of `kind`, in its dtype; float32 arithmetic."""
+    """x [..., in] with each token on the grid of `kind`, in its dtype; float32 arithmetic.
+
+    Its gradient is that of x, as if nothing were rounded.
+    """
+    with torch.no_grad():
+        rounded = on_grid(x, kind)
+    return rounded + (x - x.detach()) if x.requires_grad else rounded
+
+
+def on_grid(x: Tensor, kind: str) -> Tensor:
+    """The same, without a gradient."""
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True).clamp(min=FLOOR)
     if kind == "int8":

@@ -1,0 +1,283 @@
+"""Learned rounding: which values of their grids the weights of a block take, and the steps, by the block's output.
+
+Shared by FlexRound and LRQ, which differ in what D is. Both refine what a quantizer made, whichever it was, and keep
+its bits, groups and zeros. What D divides is the matrix that lies nearest to the original among those that round to
+the codes as they are: behind rounding to nearest that is the original itself, as in the papers, and behind error
+feedback the start is what that found. Shape suffixes: O out, I in, G groups, S inputs of a group, B batch, T tokens,
+D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.errors import CalibrationError, UnsupportedWeight
+from compress.model.block import Block
+from compress.model.site import Site
+from compress.model.transform import undone
+from compress.passes.base import BlockPass
+from compress.weights import Dense, Diagonal, Hadamard, Masked, Permutation, Product, Quantized, Weight
+from compress.weights.grid import narrowed, stored_scale
+
+EDGE = 1e-3  # of a step: how far inside its cell an entry lies at least at the start
+LOOKS = 10  # at the held-out windows, evenly spaced over the steps
+
+
+# -- one matrix ------------------------------------------------------------------------------------
+
+
+class Snapped(torch.autograd.Function):
+    """step * (clip(round(W / step / exp(D) + zero)) - zero), [out, groups, size].
+
+    Round has the gradient of the identity; what is clipped has none for D, and that of its code for the step.
+    Source: Lee et al., FlexRound, ICML 2023, equation 2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w_OGS: Tensor, step_OG: Tensor, d_OGS: Tensor, zero: Tensor | float, top: int) -> Tensor:
+        """The values on the grid."""
+        at, codes = divided(w_OGS, step_OG, d_OGS, zero, top)
+        ctx.save_for_backward(at, codes, step_OG)
+        ctx.zero = zero
+        return (codes - zero) * step_OG[..., None]
+
+    @staticmethod
+    def backward(ctx: Any, g_OGS: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        """For the steps and for D."""
+        at, codes, step_OG = ctx.saved_tensors
+        moved = torch.where((at - codes).abs() <= 0.5, at - ctx.zero, 0.0)
+        per_step = (g_OGS * (codes - ctx.zero - moved)).sum(-1).sum_to_size(step_OG.shape)
+        return None, per_step, moved.mul_(g_OGS).mul_(-step_OG[..., None]), None, None
+
+
+def divided(w_OGS: Tensor, step_OG: Tensor, d_OGS: Tensor, zero: Tensor | float, top: int) -> tuple[Tensor, Tensor]:
+    """Where the divided weights lie among codes 0 to `top`, and the codes that are nearest."""
+    at = torch.exp(-d_OGS).mul_(w_OGS).div_(step_OG[..., None]).add_(zero)
+    return at, at.round().clamp_(0, top)
+
+
+class Kept(torch.autograd.Function):
+    """Steps as they are stored, with the gradient of what they are rounded from."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor) -> Tensor:
+        """The stored steps, float32."""
+        del ctx
+        return stored_scale(step)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Handed on."""
+        del ctx
+        return gradient
+
+
+class Rounder(nn.Module):
+    """The matrix W' that `now` becomes with D, a module that gives [out, in], and with other steps; float32."""
+
+    def __init__(self, now: Quantized, w_OI: Tensor, d: nn.Module) -> None:
+        super().__init__()
+        self.now, self.d, self.top = now, d, 2**now.bits - 1
+        self.zero = zero_of(now)
+        self.w_OGS = in_cells(now, w_OI) * now.scale.float()[..., None]
+        self.log_step = nn.Parameter(now.scale.float().log())
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | float, int]:
+        """What W' is made of."""
+        d_OGS = self.d().unflatten(1, (self.w_OGS.shape[1], -1))
+        step: Tensor = Kept.apply(self.log_step.exp())  # type: ignore[no-untyped-call]  # torch has no types for it
+        return self.w_OGS, step, d_OGS, self.zero, self.top
+
+    def forward(self) -> Tensor:
+        """W' [out, in]."""
+        values_OGS: Tensor = Snapped.apply(*self.parts())  # type: ignore[no-untyped-call]
+        return values_OGS.flatten(1)
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized:
+        """Codes and steps that denote exactly W'."""
+        parts = self.parts()
+        codes_OI = divided(*parts)[1].flatten(1).to(torch.uint8)
+        return Quantized(codes_OI, narrowed(parts[1]), self.now.zero, self.now.bits)
+
+
+def zero_of(now: Quantized) -> Tensor | float:
+    """The code of zero, which may lie between codes."""
+    return 2.0 ** (now.bits - 1) if now.zero is None else now.zero.float()[..., None]
+
+
+def in_cells(now: Quantized, w_OI: Tensor) -> Tensor:
+    """W in steps from its zero, [out, groups, size], each entry moved no further than it takes to round to its code."""
+    codes_OGS = now.codes.float().unflatten(1, (now.scale.shape[1], -1))
+    low = torch.where(codes_OGS == 0, -torch.inf, codes_OGS - 0.5 + EDGE)
+    high = torch.where(codes_OGS == 2**now.bits - 1, torch.inf, codes_OGS + 0.5 - EDGE)
+    w_OGS: Tensor = w_OI.float().unflatten(1, (now.scale.shape[1], -1))
+    at = w_OGS / now.scale.float()[..., None] + zero_of(now)
+    return at.clamp(low, high) - zero_of(now)
+
+
+def aim(weight: Weight, w_OI: Tensor, site: str) -> tuple[Quantized, Tensor]:
+    """The grid in an expression, and what it is to approximate if the expression is to approximate W.
+
+    Raises UnsupportedWeight if there is none, or if it is not alone.
+    """
+    match weight:
+        case Quantized():
+            return weight, w_OI
+        case Masked(Quantized() as values, mask_OI, _):
+            return values, w_OI.masked_fill(~mask_OI, 0)
+        case Product(left, Permutation() | Hadamard() | Diagonal() as right):
+            return aim(left, undone(w_OI, right), site)
+        case _:
+            raise UnsupportedWeight(f"the rounding of {site} cannot be learned: it is {weight.describe()}")
+
+
+def refilled(weight: Weight, values: Weight) -> Weight:
+    """An expression that `aim` knows, with other values in place of its grid."""
+    match weight:
+        case Masked(_, mask_OI, name):
+            return Masked(values, mask_OI, name)
+        case Product(left, right):
+            return Product(refilled(left, values), right)
+        case _:
+            return values
+
+
+# -- one block -------------------------------------------------------------------------------------
+
+
+class Trainee:
+    """A copy of a block that computes with the matrices of `rounders`, by site, and knows what it should compute.
+
+    It computes in bfloat16 where the model does, which is fast and what counts in the end, else in float32.
+    """
+
+    def __init__(self, block: Block, sites: Sequence[Site], rounders: Mapping[str, Rounder]) -> None:
+        self.block, self.sites, self.rounders = block, sites, rounders
+        narrow = all(site.original.data.dtype == torch.bfloat16 for site in sites)
+        self.dtype = None if narrow else torch.float32
+        self.module = deepcopy(block.module) if narrow else deepcopy(block.module).float()
+        inside = {f"{block.name}.{path}".rstrip("."): part for path, part in self.module.named_modules()}
+        self.held = {site.name: getattr(inside[site.place.module], site.place.parameter) for site in sites}
+        for parameter in self.held.values():
+            parameter.requires_grad_(True)
+        self.targets = block.targets()
+
+    def matrices(self) -> list[Tensor]:
+        """The matrix of each site, which the copy computes with from now on."""
+        made = [refilled(site.weight, Dense(self.rounders[site.name]())).dense() for site in self.sites]
+        with torch.no_grad():
+            for site, w_OI in zip(self.sites, made, strict=True):
+                site.place.within(self.held[site.name]).copy_(w_OI)
+        return made
+
+    def error(self, index: int) -> Tensor:
+        """The mean squared distance of a batch's output from that of the dense block on the dense hidden states."""
+        out_BTD = self.block.batches[index].through(self.module, self.block.index, dtype=self.dtype)
+        return (out_BTD.float() - self.targets[index].float()).square().mean()
+
+    def learn(self, index: int, unit: float) -> None:
+        """Add the gradients of the error on a batch, in `unit`, to the parameters of the rounders."""
+        made = self.matrices()
+        self.module.zero_grad()
+        (self.error(index) / unit).backward()
+        reached = [(w_OI, site) for w_OI, site in zip(made, self.sites, strict=True) if self.gradient(site) is not None]
+        torch.autograd.backward([w_OI for w_OI, _ in reached], [self.gradient(site) for _, site in reached])
+
+    def gradient(self, site: Site) -> Tensor | None:
+        """Of the matrix of a site, float32; None if it was not used, as an expert may be."""
+        whole = self.held[site.name].grad
+        return None if whole is None else site.place.within(whole).float()
+
+    @torch.no_grad()
+    def look(self, indices: Sequence[int]) -> float:
+        """The mean error over batches."""
+        self.matrices()
+        return math.fsum(float(self.error(i)) for i in indices) / len(indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(BlockPass):
+    """Learn how the weights of a block are rounded; a subclass says what D is.
+
+    Adam at a rate that falls to 0 with a cosine; batches in random order. Of the start and LOOKS later states, that
+    which is best on windows that are not learned from is kept. Costs a copy of the block, a third copy of the
+    calibration activations, and `steps` forwards and backwards of `batch` windows a block.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("quantized",)
+    gives: ClassVar[str] = "quantized"
+
+    steps: Annotated[int, Field(ge=1, description="of Adam, a block")] = 300
+    lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, of D and of the logs of steps")] = 2e-2
+    held_out: Annotated[int, Field(ge=1, description="calibration windows that only choose the best state")] = 16
+    seed: Annotated[int, Field(ge=0, description="of the order of windows, and of what starts random")] = 0
+
+    def divisor(self, shape: tuple[int, int], generator: torch.Generator) -> nn.Module:
+        """D [out, in], 0 at first."""
+        raise NotImplementedError
+
+    def rewrite(self, block: Block, sites: Sequence[Site]) -> Mapping[str, Weight]:
+        """The same grids with learned steps and codes."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rounders: dict[str, Rounder] = {}
+        for site in sites:
+            now, w_OI = aim(site.weight, site.target.data.float(), site.name)
+            rounders[site.name] = Rounder(now, w_OI, self.divisor(now.shape, generator)).to(w_OI.device)
+        trainee = Trainee(block, sites, rounders)
+        before, after = self.train(trainee)
+        for site in sites:
+            site.ledger["learned"] = {"before": before, "after": after}
+        return {site.name: refilled(site.weight, rounders[site.name].quantized()) for site in sites}
+
+    def train(self, trainee: Trainee) -> tuple[float, float]:
+        """Leave the best state in the rounders; the error on held-out windows at the start and of that state."""
+        generator = torch.Generator().manual_seed(self.seed)
+        held, seen = self.divide(len(trainee.targets), generator)
+        rounders = nn.ModuleList(trainee.rounders.values())
+        with torch.enable_grad():
+            adam = torch.optim.Adam(rounders.parameters(), lr=self.lr)
+            falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: (1 + math.cos(math.pi * t / self.steps)) / 2)
+            before = after = trainee.look(held)
+            best = saved(rounders)
+            for t, index in zip(range(1, self.steps + 1), shuffled(seen, generator), strict=False):
+                adam.zero_grad()
+                trainee.learn(index, max(before, 1e-30))
+                adam.step()
+                falling.step()
+                if t % max(1, self.steps // LOOKS) == 0 or t == self.steps:
+                    error = trainee.look(held)
+                    if error < after:
+                        after, best = error, saved(rounders)
+            rounders.load_state_dict(best)
+        return before, after
+
+    def divide(self, batches: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+        """Batches that are held out, and those that are learned from, at random; raises CalibrationError if too few."""
+        order = torch.randperm(batches, generator=generator).tolist()
+        few = math.ceil(self.held_out / self.batch)
+        if few >= batches:
+            raise CalibrationError(
+                f"{self.name}: held_out: {self.held_out} of {batches} batches of {self.batch} windows leave none to "
+                "learn from; give more samples"
+            )
+        return order[:few], order[few:]
+
+
+def saved(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def shuffled(items: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+    """The items over and over, each time in another order."""
+    while True:
+        yield from (items[i] for i in torch.randperm(len(items), generator=generator).tolist())
