@@ -50,6 +50,12 @@ def grid(*before: str, by: str = "gptq", **options: Any) -> Method:
     return Method(lambda b, g: [*({name: {}} for name in before), {by: {"bits": b, "group": g, **options}}])
 
 
+def learned(name: str, options: dict[str, Any], *before: str, by: str = "gptq", **others: Any) -> Method:
+    """A pipeline whose rounding is then learned block by block."""
+    first = grid(*before, by=by, **others).steps
+    return Method(lambda b, g: [*first(b, g), {name: options}])
+
+
 def fixed(bits: int, group: int, *steps: dict[str, Any]) -> Method:
     """A pipeline of one format."""
     return Method(lambda b, g: list(steps), (bits,), (group,))
@@ -73,8 +79,10 @@ METHODS: dict[str, Method] = {
     "rotate, gptq gar search": grid("rotate", order="groups", search=True),
     "realign, rotate, gptq": grid("realign", "rotate"),
     "realign, rotate, gptq gar search": grid("realign", "rotate", order="groups", search=True),
-    "flexround": grid(by="flexround"),
-    "lrq": grid(by="lrq"),
+    "rtn, flexround": learned("flexround", {}, by="rtn"),
+    "gptq act, flexround": learned("flexround", {}, order="activation"),
+    "gptq act, lrq": learned("lrq", {"rank": 64}, order="activation"),
+    "realign, gptq act, flexround": learned("flexround", {}, "realign", order="activation"),
     "sensitivity, gptq": replace(grid("sensitivity"), bits=(4, 3)),  # a mean of 8 or 2 leaves nothing to share out
     "vq-kmeans": Method(lambda b, g: [{"vq-kmeans": {"bits": b}}], (4, 3, 2), (0,)),
     "vq-e8p": Method(lambda b, g: [{"vq-e8p": {"bits": b}}], (4, 2), (0,)),
@@ -90,7 +98,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 # from worst to best: no method of a step should have a higher KL than one of the step before
-LADDER = (("rtn",), ("hqq", "awq"), ("gptq",), ("rotate, gptq", "lrq", "vq-kmeans", "vq-e8p"))
+LADDER = (("rtn",), ("hqq", "awq"), ("gptq",), ("rotate, gptq", "gptq act, lrq", "vq-kmeans", "vq-e8p"))
 HEAD = f"""# Every way to quantize, on the built-in model
 
 Printed by `python -m compress_evals.quantization`; one row a run of `compress.run`, calibrated on {SAMPLES} x {LENGTH}
