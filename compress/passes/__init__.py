@@ -49,6 +49,7 @@ from compress.passes.quantization.lrq import LRQ
 from compress.passes.quantization.rotate import QuaRot, Rotate
 from compress.passes.quantization.rtn import RTN
 from compress.passes.quantization.smoothquant import SmoothQuant
+from compress.passes.quantization.vq import VQ
 from compress.passes.structured import StructuredPruner
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "PASSES",
     "RIA",
     "RTN",
+    "VQ",
     "BlockPass",
     "BlockQuantizer",
     "Budget",
