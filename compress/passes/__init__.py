@@ -22,6 +22,7 @@ from compress.passes.base import (
 from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
 from compress.passes.hybrid.realign import Realign
+from compress.passes.hybrid.reallm import ReALLM
 from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
 from compress.passes.pruning.dsnot import DSnoT
@@ -83,6 +84,7 @@ __all__ = [
     "Pruner",
     "QuaRot",
     "Quantizer",
+    "ReALLM",
     "Realign",
     "Reconstruct",
     "Refiner",
