@@ -75,10 +75,10 @@ def test_bits_saved_are_the_bits_that_the_output_gains(site_of: SiteMaker, naive
 # -- the pass --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factors", ["half", "int8"])
-def test_factors_fitted_again_are_never_worse(factors: str, site_of: SiteMaker, naive: ModuleType) -> None:
+@pytest.mark.parametrize("precision", ["half", "int8"])
+def test_factors_fitted_again_are_never_worse(precision: str, site_of: SiteMaker, naive: ModuleType) -> None:
     w, gram = weight(), gram_of(96)
-    step = ReALLM(rank=4, factors=factors)
+    step = ReALLM(rank=4, precision=precision)
     first = step.fitted(w, torch.eye(96)).dense()
     coded = step.coder(site_of(w, gram_II=gram))(w - first).dense()
     again = step.fitted(w - coded, gram).dense()
@@ -94,17 +94,17 @@ def test_more_rounds_are_never_worse(site_of: SiteMaker, naive: ModuleType) -> N
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"factors": "int8"}, {"book": "kmeans", "rotate": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"book": "kmeans", "rotate": False}], ids=str)
 def test_what_is_stored_is_what_was_fitted(options: dict[str, Any], site_of: SiteMaker, naive: ModuleType) -> None:
     w, gram = weight(), gram_of(96)
     result = ReALLM(rank=4, always=True, **options).rewrite(site_of(w, gram_II=gram))
     assert isinstance(result, Sum)
     codes, factors = result.terms
     assert isinstance(factors, Product)
-    assert isinstance(factors.left, Quantized) == (options.get("factors") == "int8")
+    assert isinstance(factors.left, Quantized) == (options.get("precision") == "int8")
     again = unpack(specify(result), pack(result))
     assert torch.equal(again.dense(), codes.dense() + factors.dense())
-    plain = {name: value for name, value in options.items() if name != "factors"}
+    plain = {name: value for name, value in options.items() if name != "precision"}
     coded = VQ(**plain).rewrite(site_of(w, gram_II=gram))
     assert naive.proxy_loss(w, again.dense(), gram) < naive.proxy_loss(w, coded.dense(), gram)
 

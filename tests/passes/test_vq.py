@@ -328,3 +328,13 @@ def test_a_sum_of_which_nothing_is_plain_is_refused(site_of: SiteMaker) -> None:
     site.weight = VQ(bits=3, rotate=False).rewrite(site)
     with pytest.raises(UnsupportedWeight, match=r"gptq cannot quantize blocks\.0\.proj: it is e8prow \+ e8row"):
         GPTQ(group=8).rewrite(site)
+
+
+def test_low_rank_factors_can_be_coded_too(site_of: SiteMaker) -> None:
+    site = site_of(normal(16, 48), tokens())
+    site.weight = Dense(normal(16, 48)) + Product(Dense(normal(16, 8)), Dense(normal(8, 48)))
+    factors = VQ(factors=True).rewrite(site).terms[1]
+    assert (factors.left.describe(), factors.right.describe()) == ("e8prow", "e8prow")
+    site.weight = Dense(normal(16, 48)) + Product(Dense(normal(16, 4)), Dense(normal(4, 48)))
+    with pytest.raises(UnsupportedWeight, match=r"vq: blocks\.0\.proj: vectors of 8 do not divide a rank of 4"):
+        VQ(factors=True).rewrite(site)
