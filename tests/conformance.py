@@ -82,6 +82,11 @@ def table(name: str, scale: Weight, columns: int = 24) -> Codebook:
     return Codebook(integers(16, 7, columns), BOOKS[name], scale, name)
 
 
+def lattice(name: str, bits: int) -> Codebook:
+    """Random codes of a lattice's points, a scale a row."""
+    return Codebook(integers(2**bits, 7, 3), BOOKS[name], Dense(normal(7, 1).half()), name)
+
+
 def small(dtype: torch.dtype, *tile: int, rows: int = 7, columns: int = 24) -> Scaled:
     """Random small floats."""
     scale = normal(-(-rows // tile[0]), -(-columns // tile[1])).abs() + 0.5
@@ -121,6 +126,11 @@ def other_rows() -> Iterator[Row]:
     yield Row(name="codebook-256", make=lambda: codebook(256, 8))
     yield Row(name="codebook-4096", make=lambda: codebook(4096, 4, scales=5))
     yield Row(name="codebook-100", make=lambda: codebook(100, 3))
+    yield Row(name="e8p", make=lambda: lattice("e8p", 16))
+    yield Row(name="e8p-rotated", make=lambda: lattice("e8p", 16) @ Hadamard(normal(24) > 0))
+    yield Row(name="e8p-3-bit", make=lambda: lattice("e8p", 16) + lattice("e8", 8))
+    yield Row(name="e8p-4-bit", make=lambda: (lattice("e8p", 16) + lattice("e8p", 16)) @ Hadamard(normal(24) > 0))
+    yield Row(name="masked-e8", make=lambda: Masked(lattice("e8", 8), mask(0.5), "50%"))
     yield Row(name="real-zero", make=lambda: replace(quantized(4, 8, False), zero=normal(7, 3).half()))
     yield Row(
         name="masked-real-zero",
@@ -267,7 +277,8 @@ def as_bytes(packed: dict[str, Tensor]) -> dict[str, tuple[str, bytes]]:
 # -- rows of every pass ----------------------------------------------------------------------------
 
 QUANTIZERS = tuple(name for name, kind in PASSES.items() if issubclass(kind, Quantizer))
-EXACT_ZERO = tuple(name for name in QUANTIZERS if name != "hqq")  # its zero is a real number, seldom on the grid
+MASKED = tuple(name for name in QUANTIZERS if "pruned" in PASSES[name].takes)
+EXACT_ZERO = tuple(name for name in MASKED if name != "hqq")  # its zero is a real number, seldom on the grid
 WIDTH = 128  # the default group of 64 must divide it
 
 

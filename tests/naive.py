@@ -386,3 +386,43 @@ def kivi(x_TD: Tensor, kv: Any, keys: bool) -> Tensor:
             group = x_TD[t : t + rows, d : d + columns]
             seen_TD[t : t + rows, d : d + columns] = rounded_group(group.reshape(-1), kv.bits).view(group.shape)
     return seen_TD
+
+
+# -- vector codes ----------------------------------------------------------------------------------
+
+
+def block_ldl(gram_II: Tensor, width: int) -> tuple[Tensor, list[Tensor]]:
+    """(L, [D_k]) with G = L D Lᵀ, L unit lower triangular by blocks: eliminate one block of inputs after the other."""
+    rest, size = gram_II.double().clone(), len(gram_II)
+    lower, blocks = torch.eye(size).double(), []
+    for start in range(0, size, width):
+        own = slice(start, start + width)
+        block = rest[own, own].clone()
+        lower[start:, own] = rest[start:, own] @ torch.linalg.inv(block)
+        rest = rest - lower[:, own] @ block @ lower[:, own].T
+        blocks.append(block)
+    return lower, blocks
+
+
+def block_ldlq(w_OI: Tensor, gram_II: Tensor, book_KD: Tensor) -> Tensor:
+    """Q by the equation of lowrank_quant_delta.md section 7.1, blocks from last to first.
+
+    Each entry is the one of least (x - b) D (x - b)ᵀ.
+    """
+    w, book = w_OI.double(), book_KD.double()
+    width = book.shape[1]
+    lower, blocks = block_ldl(gram_II, width)
+    q = w.clone()
+    for k in reversed(range(w.shape[1] // width)):
+        own, after = slice(k * width, (k + 1) * width), slice((k + 1) * width, None)
+        x = w[:, own] + (w - q)[:, after] @ lower[after, own]
+        for row in range(len(w)):
+            change = x[row] - book
+            q[row, own] = book[int(((change @ blocks[k]) * change).sum(1).argmin())]
+    return q
+
+
+def in_e8(point: list[float]) -> bool:
+    """Whether a point is in the lattice E8: all whole or all halves, with an even sum."""
+    kinds = {x % 1 for x in point}
+    return kinds in ({0.0}, {0.5}) and sum(point) % 2 == 0

@@ -203,7 +203,7 @@ def test_a_pass_reads_low_precision_weights(start: Callable[..., Start]) -> None
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", 0.5], ids=["2:4", "50%"])
-@pytest.mark.parametrize("name", suite.QUANTIZERS)
+@pytest.mark.parametrize("name", suite.MASKED)
 def test_a_mask_survives_every_quantizer(name: str, sparsity: float | str, site_of: Callable[..., Any]) -> None:
     site = site_of(suite.pass_weight(), suite.pass_tokens())
     chosen = pattern(sparsity)
@@ -236,6 +236,6 @@ def test_a_quantizer_leaves_low_rank_terms_alone(name: str, site_of: Callable[..
 def test_a_quantizer_refuses_what_is_quantized(name: str, site_of: Callable[..., Any]) -> None:
     site = site_of(suite.pass_weight(), suite.pass_tokens())
     site.weight = PASSES[name]().rewrite(site)
-    done = site.weight.describe()
+    done = site.weight.describe().partition("@")[0]
     with pytest.raises(compress.UnsupportedWeight, match=rf"{name} cannot quantize blocks\.0\.proj: it is {done}"):
         PASSES[name]().rewrite(site)

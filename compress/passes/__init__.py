@@ -22,6 +22,7 @@ from compress.passes.base import (
 from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
 from compress.passes.hybrid.realign import Realign
+from compress.passes.hybrid.reallm import ReALLM
 from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
 from compress.passes.pruning.dsnot import DSnoT
@@ -49,6 +50,7 @@ from compress.passes.quantization.lrq import LRQ
 from compress.passes.quantization.rotate import QuaRot, Rotate
 from compress.passes.quantization.rtn import RTN
 from compress.passes.quantization.smoothquant import SmoothQuant
+from compress.passes.quantization.vq import VQ
 from compress.passes.structured import StructuredPruner
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "PASSES",
     "RIA",
     "RTN",
+    "VQ",
     "BlockPass",
     "BlockQuantizer",
     "Budget",
@@ -81,6 +84,7 @@ __all__ = [
     "Pruner",
     "QuaRot",
     "Quantizer",
+    "ReALLM",
     "Realign",
     "Reconstruct",
     "Refiner",

@@ -297,7 +297,7 @@ class Quantizer(WeightPass):
                 return Product(self.visit(left, site.behind(right, left), quantize), right)
             case Product(Dense(left_OR), Dense(right_RI)) if self.factors:
                 return Product(self.round_factor(left_OR, site), self.round_factor(right_RI, site))
-            case Sum(terms):
+            case Sum(terms) if any(map(self.wants, terms)):
                 return Sum(tuple(self.visit(t, site, quantize) if self.wants(t) else t for t in terms))
             case _:
                 raise UnsupportedWeight(f"{self.name} cannot quantize {site.name}: it is {weight.describe()}")

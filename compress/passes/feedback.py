@@ -1,8 +1,9 @@
 """Error feedback: change columns one by one, pushing each error onto the columns not yet done.
 
 One loop serves GPTQ (what changes a column is a grid), SparseGPT (a mask that is chosen on the way), both at once, and
-the compensation of a mask that is given. Inside a block it works on the transposed weight, where a column lies
-contiguous, in strips: rank-1 updates stay within a strip, a product carries them over the rest of the block.
+the compensation of a mask that is given; and vectors of columns that are rounded together. Inside a block it works on
+the transposed weight, where a column lies contiguous, in strips: small updates stay within a strip, a product carries
+them over the rest of the block.
 Shape suffixes: O out, I in, B columns of a block.
 """
 
@@ -20,12 +21,16 @@ STRIP = 16  # columns; two rows of floats of a few thousand outputs then stay in
 
 
 class Rounding(Protocol):
-    """What a column becomes."""
+    """What a column becomes, or `width` of them beside each other."""
 
-    aligned: int  # columns that must be up to date when the first of them is rounded
+    aligned: int  # columns that must be up to date when the first of them is rounded, a multiple of `width`
+    width: int  # columns rounded together
 
     def round(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> Tensor:
-        """The column's new values [out]; `ahead_BO` holds it and the rest of its block, `keep_BO` their mask."""
+        """The new values [out] or [width, out]; `ahead_BO` holds the columns and the rest of their block.
+
+        `keep_BO` is the mask of all these.
+        """
 
 
 class Mask(Protocol):
@@ -44,6 +49,7 @@ class Unrounded:
     """Kept weights stay as they are by then."""
 
     aligned = 1
+    width = 1
 
     def round(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> Tensor:
         """The column, 0 where it is cut."""
@@ -108,8 +114,10 @@ def feed_back(
 
     `upper_II` is the factor of the inverse Gram (`inverse_factor`), in the column order of `w_OI`. The loss, sum of
     e² / 2, equals tr(D H Dᵀ) / 2 exactly for the damped H and D = W' - W. Given the mask, the result does not depend on
-    `block`, which is made to hold whole groups of `rounding` and `mask`.
-    Source: Frantar et al., GPTQ, ICLR 2023, algorithm 1; Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1.
+    `block`, which is made to hold whole groups of `rounding` and `mask`. A vector of columns leaves the error
+    (w - q) U_vv^-1: that is block-LDL, whose unit factor is U_vv^-1 U.
+    Source: Frantar et al., GPTQ, ICLR 2023, algorithm 1; Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1;
+    Tseng et al., QuIP#, ICML 2024, section 4.1 (there from last to first).
     """
     group = lcm(rounding.aligned, mask.aligned if mask else 1)
     block = max(group, block // group * group)
@@ -127,13 +135,14 @@ def feed_back(
         e_BO = torch.empty_like(w_BO)
         for first in range(0, end - start, strip):
             last = min(first + strip, end - start)
-            for j in range(first, last):
+            for j in range(first, last, rounding.width):
                 if mask and keep_BO is not None:
                     mask.reach(j, w_BO, diagonal_B, keep_BO)
-                q_O = rounding.round(start + j, w_BO[j:], None if keep_BO is None else keep_BO[j:])
-                torch.sub(w_BO[j], q_O, out=e_BO[j]).div_(diagonal_B[j])
-                w_BO[j] = q_O
-                w_BO[j + 1 : last].addr_(u_BB[j, j + 1 : last], e_BO[j], alpha=-1)
+                now, after = slice(j, j + rounding.width), slice(j + rounding.width, last)
+                q_BO = rounding.round(start + j, w_BO[j:], None if keep_BO is None else keep_BO[j:])
+                e_BO[now] = left_by(w_BO[now] - q_BO, u_BB[now, now])
+                w_BO[now] = q_BO
+                w_BO[after].addmm_(u_BB[now, after].T, e_BO[now], alpha=-1)
             w_BO[last:].addmm_(u_BB[first:last, last:].T, e_BO[first:last], alpha=-1)
         w[:, start:end] = w_BO.T
         if keep_OI is not None and keep_BO is not None:
@@ -141,3 +150,11 @@ def feed_back(
         loss += float(e_BO.square().sum(dtype=torch.float64)) / 2
         w[:, end:].addmm_(e_BO.T, upper_II[start:end, end:], alpha=-1)
     return w, keep_OI, loss
+
+
+def left_by(change_BO: Tensor, u_BB: Tensor) -> Tensor:
+    """The errors that a change of these columns leaves to those after them, U^-ᵀ (w - q)."""
+    if len(u_BB) == 1:
+        return change_BO / u_BB
+    errors_BO: Tensor = torch.linalg.solve_triangular(u_BB.T, change_BO, upper=False)
+    return errors_BO

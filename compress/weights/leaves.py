@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.errors import UnsupportedWeight
 from compress.weights.expr import Weight
+from compress.weights.lattice import E8, E8P
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +151,12 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-BOOKS = {  # the tables of formats, in the order of their codes, [entries, 1]
+BOOKS = {  # the tables of formats, in the order of their codes, [entries, inputs that one covers]
     "nf4": torch.tensor(NF4)[:, None],  # quantiles of a normal; Dettmers et al., QLoRA, 2023, appendix E
     "mxfp4": torch.tensor(E2M1)[:, None],  # OCP Microscaling Formats 1.0, table 5; scales are powers of two
     "nvfp4": torch.tensor(E2M1)[:, None],  # the same values; scales are e4m3 numbers
+    "e8p": E8P,
+    "e8": E8,
 }
 
 

@@ -109,6 +109,7 @@ WHOLE: dict[str, Weight] = {
     "codebook": Codebook(torch.randint(10, (6, 4)), normal(10, 4), Dense(normal(6, 1))),
     "nf4": Codebook(torch.randint(16, (6, 16)), BOOKS["nf4"], Dense(normal(6, 2)), "nf4"),
     "nested": Nested(torch.randint(256, (6, 50), dtype=torch.uint8), normal(2), normal(1)),
+    "e8p": Codebook(torch.randint(1 << 16, (6, 2)), BOOKS["e8p"], Dense(normal(6, 1)), "e8p"),
     "scaled": Scaled(normal(6, 16).to(torch.float8_e4m3fn), normal(3, 2), 2, 8),
     "masked": Masked(Dense(normal(6, 16)), mask(), "50%"),
     "masked-quantized": Masked(Grid(bits=4, group=8).quantize(normal(6, 16)), mask(), "50%"),

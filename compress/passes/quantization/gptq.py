@@ -25,6 +25,7 @@ class Grids:
     """Rounding to grids; collects the codes of the columns it has rounded."""
 
     aligned = 1
+    width = 1
 
     def __init__(self, grid: Grid, w_OI: Tensor) -> None:
         self.grid = grid
