@@ -84,9 +84,12 @@ METHODS: dict[str, Method] = {
     "gptq act, lrq": learned("lrq", {"rank": 64}, order="activation"),
     "realign, gptq act, flexround": learned("flexround", {}, "realign", order="activation"),
     "sensitivity, gptq": replace(grid("sensitivity"), bits=(4, 3)),  # a mean of 8 or 2 leaves nothing to share out
-    "vq-kmeans": Method(lambda b, g: [{"vq-kmeans": {"bits": b}}], (4, 3, 2), (0,)),
-    "vq-e8p": Method(lambda b, g: [{"vq-e8p": {"bits": b}}], (4, 2), (0,)),
-    "reallm": Method(lambda b, g: [{"reallm": {"bits": b}}], (4, 3, 2), (0,)),
+    "vq kmeans": Method(lambda b, g: [{"vq": {"book": "kmeans", "bits": b, "dims": 2, "rotate": False}}], (3, 2), (0,)),
+    "vq e8p": Method(lambda b, g: [{"vq": {"bits": b}}], (4, 3, 2), (0,)),
+    "realign, vq e8p": Method(lambda b, g: [{"realign": {}}, {"vq": {"bits": b}}], (4, 3, 2), (0,)),
+    "reallm": Method(
+        lambda b, g: [{"reallm": {"bits": b, "rank": 8, "precision": "int8", "always": True}}], (2,), (0,)
+    ),
     "nf4": fixed(4, 64, {"nf4": {}}),
     "nf4 double": fixed(4, 64, {"nf4": {"double": True}}),
     "mxfp4": fixed(4, 32, {"mxfp4": {}}),
@@ -98,7 +101,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 # from worst to best: no method of a step should have a higher KL than one of the step before
-LADDER = (("rtn",), ("hqq", "awq"), ("gptq",), ("rotate, gptq", "gptq act, lrq", "vq-kmeans", "vq-e8p"))
+LADDER = (("rtn",), ("hqq", "awq"), ("gptq",), ("rotate, gptq", "gptq act, lrq", "vq kmeans", "vq e8p"))
 HEAD = f"""# Every way to quantize, on the built-in model
 
 Printed by `python -m compress_evals.quantization`; one row a run of `compress.run`, calibrated on {SAMPLES} x {LENGTH}
