@@ -79,10 +79,10 @@ METHODS: dict[str, Method] = {
     "rotate, gptq gar search": grid("rotate", order="groups", search=True),
     "realign, rotate, gptq": grid("realign", "rotate"),
     "realign, rotate, gptq gar search": grid("realign", "rotate", order="groups", search=True),
-    "rtn, flexround": learned("flexround", {}, by="rtn"),
+    "rtn output, flexround": learned("flexround", {}, by="rtn", search="output"),
     "gptq act, flexround": learned("flexround", {}, order="activation"),
     "gptq act, lrq": learned("lrq", {"rank": 64}, order="activation"),
-    "realign, gptq act, flexround": learned("flexround", {}, "realign", order="activation"),
+    "rotate, rtn output, flexround": learned("flexround", {}, "rotate", by="rtn", search="output"),
     "sensitivity, gptq": replace(grid("sensitivity"), bits=(4, 3)),  # a mean of 8 or 2 leaves nothing to share out
     "vq kmeans": Method(lambda b, g: [{"vq": {"book": "kmeans", "bits": b, "dims": 2, "rotate": False}}], (3, 2), (0,)),
     "vq e8p": Method(lambda b, g: [{"vq": {"bits": b}}], (4, 3, 2), (0,)),
