@@ -34,7 +34,7 @@ from compress.model.divergence import mean_kl as kl
 from compress.passes import Budget, Pass, Pruner
 from compress.passes.budget import as_asked, centred, density, governed
 from compress.passes.pruning.owl import keep_by_outliers
-from compress.passes.pruning.sensitivity import FINE, Part, curve, spend
+from compress.passes.pruning.sensitivity import FINE, Part, cheapest_cut, curve, spend
 
 SITES, BLOCKS = 14, 2
 BUDGETS = (OWL(), Sensitivity())
@@ -181,7 +181,10 @@ def test_no_other_choice_that_keeps_as_little_costs_less(
 ) -> None:
     """On rising curves, convex or not: what is chosen is the cheapest of all that cut as much."""
     found = parts([sorted(cost) for cost in costs], sizes[: len(costs)])
-    kept, cost = kept_and_cost(spend(found, keep), found)
+    kept, cost = kept_and_cost(cheapest_cut(found, keep), found)
+    final_kept, final_cost = kept_and_cost(spend(found, keep), found)
+    assert kept <= final_kept <= keep + 1e-6
+    assert final_cost <= cost
     shares_of = [[density(option) for option in OPTIONS]] * len(found)
     least = naive.cheapest([list(p.costs) for p in found], shares_of, [p.size for p in found], kept)
     assert kept <= keep + 1e-6

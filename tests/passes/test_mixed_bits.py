@@ -73,6 +73,18 @@ def test_a_mean_at_the_quantizers_own_bits_is_never_worse_by_its_measure() -> No
     assert spend(parts, 3.0) == [4, 2]  # 0.13 against 0.22
 
 
+def test_what_the_last_step_cut_too_much_is_given_back() -> None:
+    parts = [
+        Part(sites=("large",), size=30, options=(4, 3, 2), costs=(0.0, 0.1, 9.0)),
+        Part(sites=("small",), size=10, options=(4, 3, 2), costs=(0.0, 1.0, 3.0)),
+    ]
+    # cutting a bit of the large part costs least and cuts 10 parameter bits too much; the small one keeps its 4 bits
+    assert spend(parts, 3.5) == [3, 4]
+    # here the small one was cut first, and what the large one cut too much pays for having it back
+    cheap = [Part(sites=("s",), size=10, options=(4, 3, 2), costs=(0.0, 0.01, 9.0)), parts[0]]
+    assert spend(cheap, 3.5) == [4, 3]
+
+
 def test_both_measures_rank_the_parts_of_the_built_in_model_alike(tmp_path: Path) -> None:
     """The cheap measure against the true KL of rounding each part alone, 16 parts at three widths."""
     costs = {measure: costs_of(measure) for measure in ("kl", "gram")}

@@ -180,8 +180,22 @@ def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: S
 def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
     """The option of each part at which their costs sum to the least, and `keep` is their mean over parameters.
 
+    What `cheapest_cut` cuts too much is given back where it fits.
+    """
+    chosen = cheapest_cut(parts, keep)
+    if any(isinstance(option, float) for option in chosen):
+        return chosen  # fractions meet the mean
+    at = [p.options.index(option) for p, option in zip(parts, chosen, strict=True)]
+    kept = sum(p.size * amount(option) for p, option in zip(parts, chosen, strict=True))
+    give_back(parts, at, keep * sum(p.size for p in parts) - kept)
+    return [p.options[i] for p, i in zip(parts, at, strict=True)]
+
+
+def cheapest_cut(parts: Sequence[Part], keep: float) -> list[Sparsity]:
+    """The cheapest choice of all that keep as little as it does, which is `keep` or a step of one part less.
+
     Greedy along the lower convex hull of each curve, which is exact there; the last step of a fraction is cut short, so
-    that the share kept is met; with n:m and bits at most one step of one part too much is cut.
+    that the share kept is met.
     """
     at = [0] * len(parts)
     total = sum(p.size for p in parts)
@@ -199,6 +213,22 @@ def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
             return [round(last, 4) if k == i else q.options[at[k]] for k, q in enumerate(parts)]
         at[i], surplus = j, surplus - gain
     return [p.options[at[i]] for i, p in enumerate(parts)]
+
+
+def give_back(parts: Sequence[Part], at: list[int], spare: float) -> None:
+    """Move `at` back to denser options where what was cut too much allows it, the best use of it first."""
+    while True:
+        fits = []
+        for i, p in enumerate(parts):
+            for j in range(at[i]):
+                wanted = p.size * (amount(p.options[j]) - amount(p.options[at[i]]))
+                saved = p.costs[at[i]] - p.costs[j]
+                if 0 < wanted <= spare and saved > 0:
+                    fits.append((saved / wanted, i, j, wanted))
+        if not fits:
+            return
+        _, i, j, wanted = max(fits)
+        at[i], spare = j, spare - wanted
 
 
 def next_step(p: Part, at: int) -> tuple[float, int]:
