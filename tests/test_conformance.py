@@ -34,7 +34,7 @@ from compress.passes import (
     StructuredPruner,
     WeightPass,
 )
-from compress.passes.learned import Learned
+from compress.passes.learned import Learned, Trainer
 from compress.weights import Dense, Masked, Weight, pack, pattern
 
 spec = importlib.util.spec_from_file_location("compress_tests_conformance", Path(__file__).parent / "conformance.py")
@@ -111,7 +111,7 @@ def test_every_concrete_pass_class_is_registered() -> None:
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
     abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer}
-    abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, Learned, StructuredPruner}
+    abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, Trainer, Learned, StructuredPruner}
     assert ours - set(PASSES.values()) == abstract
 
 

@@ -21,6 +21,7 @@ from compress.passes.base import (
 )
 from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
+from compress.passes.hybrid.finetune import FineTune
 from compress.passes.hybrid.realign import Realign
 from compress.passes.hybrid.reallm import ReALLM
 from compress.passes.manager import PassManager
@@ -74,6 +75,7 @@ __all__ = [
     "Budget",
     "DSnoT",
     "Equalizer",
+    "FineTune",
     "FlexRound",
     "Global",
     "GridQuantizer",

@@ -1,6 +1,7 @@
-"""Learned rounding: which values of their grids the weights of a block take, and the steps, by the block's output.
+"""Learning the weights of a block by its output; and learned rounding: which values of their grids they take.
 
-Shared by FlexRound and LRQ, which differ in what D is. Both refine what a quantizer made, whichever it was, and keep
+The trainer serves anything that has parameters and makes a matrix. Learned rounding is shared by FlexRound and LRQ,
+which differ in what D is. Both refine what a quantizer made, whichever it was, and keep
 its bits, groups and zeros. What D divides is the matrix that lies nearest to the original among those that round to
 the codes as they are: behind rounding to nearest that is the original itself, as in the papers, and behind error
 feedback the start is what that found. Shape suffixes: O out, I in, G groups, S inputs of a group, B batch, T tokens,
@@ -151,17 +152,41 @@ def refilled(weight: Weight, values: Weight) -> Weight:
             return values
 
 
+class Learner(nn.Module):
+    """What learns the matrix [out, in] of a site: `forward` gives it."""
+
+    def result(self) -> Weight:
+        """The expression that denotes exactly what `forward` gives."""
+        raise NotImplementedError
+
+
+class Refilled(Learner):
+    """An expression whose grid is that of a rounder."""
+
+    def __init__(self, weight: Weight, rounder: Rounder) -> None:
+        super().__init__()
+        self.weight, self.rounder = weight, rounder
+
+    def forward(self) -> Tensor:
+        """The matrix of the expression."""
+        return refilled(self.weight, Dense(self.rounder())).dense()
+
+    def result(self) -> Weight:
+        """With codes."""
+        return refilled(self.weight, self.rounder.quantized())
+
+
 # -- one block -------------------------------------------------------------------------------------
 
 
 class Trainee:
-    """A copy of a block that computes with the matrices of `rounders`, by site, and knows what it should compute.
+    """A copy of a block that computes with the matrices of `learners`, by site, and knows what it should compute.
 
     It computes in bfloat16 where the model does, which is fast and what counts in the end, else in float32.
     """
 
-    def __init__(self, block: Block, sites: Sequence[Site], rounders: Mapping[str, Rounder]) -> None:
-        self.block, self.sites, self.rounders = block, sites, rounders
+    def __init__(self, block: Block, sites: Sequence[Site], learners: Mapping[str, Learner]) -> None:
+        self.block, self.sites, self.learners = block, sites, learners
         narrow = all(site.original.data.dtype == torch.bfloat16 for site in sites)
         self.dtype = None if narrow else torch.float32
         self.module = deepcopy(block.module) if narrow else deepcopy(block.module).float()
@@ -173,7 +198,7 @@ class Trainee:
 
     def matrices(self) -> list[Tensor]:
         """The matrix of each site, which the copy computes with from now on."""
-        made = [refilled(site.weight, Dense(self.rounders[site.name]())).dense() for site in self.sites]
+        made = [self.learners[site.name]() for site in self.sites]
         with torch.no_grad():
             for site, w_OI in zip(self.sites, made, strict=True):
                 site.place.within(self.held[site.name]).copy_(w_OI)
@@ -185,7 +210,7 @@ class Trainee:
         return (out_BTD.float() - self.targets[index].float()).square().mean()
 
     def learn(self, index: int, unit: float) -> None:
-        """Add the gradients of the error on a batch, in `unit`, to the parameters of the rounders."""
+        """Add the gradients of the error on a batch, in `unit`, to the parameters of the learners."""
         made = self.matrices()
         self.module.zero_grad()
         (self.error(index) / unit).backward()
@@ -205,8 +230,8 @@ class Trainee:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learned(BlockPass):
-    """Learn how the weights of a block are rounded; a subclass says what D is.
+class Trainer(BlockPass):
+    """Learn the weights of a block by its output; a subclass says what is learned of each.
 
     Adam at a rate that falls to 0 with a cosine; batches in random order. Of the start and LOOKS later states, that
     which is best on windows that are not learned from is kept. Costs a copy of the block, a third copy of the
@@ -217,37 +242,33 @@ class Learned(BlockPass):
     gives: ClassVar[str] = "quantized"
 
     steps: Annotated[int, Field(ge=1, description="of Adam, a block")] = 300
-    lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, of D and of the logs of steps")] = 2e-2
+    lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first")] = 2e-2
     held_out: Annotated[int, Field(ge=1, description="calibration windows that only choose the best state")] = 16
     seed: Annotated[int, Field(ge=0, description="of the order of windows, and of what starts random")] = 0
 
-    def divisor(self, shape: tuple[int, int], generator: torch.Generator) -> nn.Module:
-        """D [out, in], 0 at first."""
+    def learner(self, site: Site, generator: torch.Generator) -> Learner:
+        """What is learned of a site, denoting its weight as it is at first."""
         raise NotImplementedError
 
     def rewrite(self, block: Block, sites: Sequence[Site]) -> Mapping[str, Weight]:
-        """The same grids with learned steps and codes."""
+        """What was learned."""
         generator = torch.Generator().manual_seed(self.seed)
-        rounders: dict[str, Rounder] = {}
-        for site in sites:
-            now, w_OI = aim(site.weight, site.target.data.float(), site.name)
-            rounders[site.name] = Rounder(now, w_OI, self.divisor(now.shape, generator)).to(w_OI.device)
-        trainee = Trainee(block, sites, rounders)
-        before, after = self.train(trainee)
+        learners = {site.name: self.learner(site, generator).to(site.original.data.device) for site in sites}
+        before, after = self.train(Trainee(block, sites, learners))
         for site in sites:
             site.ledger["learned"] = {"before": before, "after": after}
-        return {site.name: refilled(site.weight, rounders[site.name].quantized()) for site in sites}
+        return {site.name: learners[site.name].result() for site in sites}
 
     def train(self, trainee: Trainee) -> tuple[float, float]:
-        """Leave the best state in the rounders; the error on held-out windows at the start and of that state."""
+        """Leave the best state in the learners; the error on held-out windows at the start and of that state."""
         generator = torch.Generator().manual_seed(self.seed)
         held, seen = self.divide(len(trainee.targets), generator)
-        rounders = nn.ModuleList(trainee.rounders.values())
+        learners = nn.ModuleList(trainee.learners.values())
         with torch.enable_grad():
-            adam = torch.optim.Adam(rounders.parameters(), lr=self.lr)
+            adam = torch.optim.Adam(learners.parameters(), lr=self.lr)
             falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: (1 + math.cos(math.pi * t / self.steps)) / 2)
             before = after = trainee.look(held)
-            best = saved(rounders)
+            best = saved(learners)
             for t, index in zip(range(1, self.steps + 1), shuffled(seen, generator), strict=False):
                 adam.zero_grad()
                 trainee.learn(index, max(before, 1e-30))
@@ -256,8 +277,8 @@ class Learned(BlockPass):
                 if t % max(1, self.steps // LOOKS) == 0 or t == self.steps:
                     error = trainee.look(held)
                     if error < after:
-                        after, best = error, saved(rounders)
-            rounders.load_state_dict(best)
+                        after, best = error, saved(learners)
+            learners.load_state_dict(best)
         return before, after
 
     def divide(self, batches: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
@@ -270,6 +291,20 @@ class Learned(BlockPass):
                 "learn from; give more samples"
             )
         return order[:few], order[few:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(Trainer):
+    """Learn how the weights of a block are rounded, and the steps; a subclass says what D is."""
+
+    def divisor(self, shape: tuple[int, int], generator: torch.Generator) -> nn.Module:
+        """D [out, in], 0 at first."""
+        raise NotImplementedError
+
+    def learner(self, site: Site, generator: torch.Generator) -> Learner:
+        """The same grid with other steps and codes."""
+        now, w_OI = aim(site.weight, site.target.data.float(), site.name)
+        return Refilled(site.weight, Rounder(now, w_OI, self.divisor(now.shape, generator)))
 
 
 def saved(module: nn.Module) -> dict[str, Tensor]:

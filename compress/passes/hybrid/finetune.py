@@ -1,0 +1,107 @@
+"""Fine-tuning behind a quantizer: codes stay, the real numbers beside them are learned by the block's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.errors import UnsupportedWeight
+from compress.model.site import Site
+from compress.passes.learned import Learner, Trainer
+from compress.weights import (
+    Codebook,
+    Dense,
+    Diagonal,
+    Hadamard,
+    Masked,
+    Permutation,
+    Product,
+    Quantized,
+    Signs,
+    Sum,
+    Weight,
+)
+
+REAL = (torch.float32, torch.bfloat16, torch.float16)  # scales of eight bits stay: a small step does not move them
+
+
+def with_reals(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
+    """The expression with each tensor of real numbers that it stores changed: scales, fitted books, factors, diagonals.
+
+    Raises UnsupportedWeight for a node that is not known.
+    """
+
+    def changed(held: Tensor) -> Tensor:
+        return change(held) if held.dtype in REAL else held
+
+    match weight:
+        case Dense(data):
+            return Dense(changed(data))
+        case Diagonal(diagonal):
+            return Diagonal(changed(diagonal))
+        case Quantized() | Signs():
+            return replace(weight, scale=changed(weight.scale))
+        case Codebook(book=book, scale=scale, name=name):
+            return replace(weight, book=book if name else changed(book), scale=with_reals(scale, change))
+        case Masked(values):
+            return replace(weight, values=with_reals(values, change))
+        case Sum(terms):
+            return Sum(tuple(with_reals(term, change) for term in terms))
+        case Product(left, right):
+            return Product(with_reals(left, change), with_reals(right, change))
+        case Permutation() | Hadamard():
+            return weight
+        case _:
+            raise UnsupportedWeight(f"the real numbers of {weight.describe()} cannot be learned")
+
+
+class Reals(Learner):
+    """An expression whose real numbers move, each tensor in units of its root mean square; rounded as it is stored."""
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__()
+        self.weight, found = weight, list[Tensor]()
+        with_reals(weight, lambda held: found.append(held) or held)  # type: ignore[func-returns-value]
+        self.units = [float(held.float().square().mean().sqrt()) for held in found]
+        self.moved = nn.ParameterList(torch.zeros_like(held, dtype=torch.float32) for held in found)
+
+    def expression(self) -> Weight:
+        """The expression as it is now."""
+        moves = iter(zip(self.units, self.moved, strict=True))
+
+        def change(held: Tensor) -> Tensor:
+            unit, moved = next(moves)
+            now: Tensor = (held.float() + unit * moved).to(held.dtype)  # rounding hands the gradient on unchanged
+            return now
+
+        return with_reals(self.weight, change)
+
+    def forward(self) -> Tensor:
+        """Its matrix, float32."""
+        return self.expression().dense().float()
+
+    @torch.no_grad()
+    def result(self) -> Weight:
+        """It, without gradients."""
+        return with_reals(self.expression(), torch.Tensor.detach)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune(Trainer, name="finetune"):
+    """Learn scales, fitted books and low-rank factors so that the block's output is right; codes and masks stay.
+
+    Source: Tseng et al., "QuIP#", ICML 2024, section 5 (fine-tuning within a block; there also sign vectors and
+    norms); Leconte et al., "ReALLM", 2024, for factors.
+    """
+
+    lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, in units of each tensor's size")] = 1e-2
+
+    def learner(self, site: Site, generator: torch.Generator) -> Learner:
+        """All real numbers of the expression."""
+        del generator
+        return Reals(site.weight)
