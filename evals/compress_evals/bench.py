@@ -127,7 +127,23 @@ def colour(name: str) -> str:
     """Blue for quantized, orange for pruned, purple for both, grey for dense."""
     if name == "dense":
         return "#555555"
-    if name.startswith(("rtn", "gptq", "quickstart", "hqq", "nf4", "fp8", "mxfp4", "nvfp4", "flexround", "lrq")):
+    if name.startswith(
+        (
+            "rtn",
+            "gptq",
+            "vq",
+            "kmeans",
+            "reallm",
+            "quickstart",
+            "hqq",
+            "nf4",
+            "fp8",
+            "mxfp4",
+            "nvfp4",
+            "flexround",
+            "lrq",
+        )
+    ):
         return "#1f6fb4"
     return "#7b3fa0" if "int" in name else "#d5641c"
 
