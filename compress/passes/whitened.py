@@ -5,7 +5,7 @@ Shape suffixes: O out, I in, R rank.
 
 from __future__ import annotations
 
-from math import log
+from math import floor, log
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ def output_basis(w_OI: Tensor, gram_II: Tensor, rank: int) -> Tensor:
     basis_II = torch.linalg.eigh(root_OI.T @ root_OI).eigenvectors
     basis_OR: Tensor = torch.linalg.qr(root_OI @ basis_II[:, -rank:].flip(1)).Q
     return basis_OR
+
+
+def rank_within(share: float, shape: tuple[int, int]) -> int:
+    """The largest rank whose two factors hold at most `share` of the parameters of a matrix [out, in]."""
+    rows, columns = shape
+    return floor(share * rows * columns / (rows + columns) + 1e-9)
 
 
 def bits_saved(was_OI: Tensor, left_OI: Tensor) -> float:
