@@ -30,13 +30,15 @@ PROVENANCE = "compress.json"
 def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
     """Tree path -> key in the file; the first payload keeps the key of the source.
 
-    Of a tensor that held a stack of experts, only expert 0 can keep it; the others add their number.
+    Of a tensor that held a stack of experts, only expert 0 can keep it; the others add their number. A payload that
+    another site of the block holds too, bit for bit, is stored under that site's key only.
     """
     base = tensor_of(site, spec)
     if spec.get("expert"):
         base = f"{base}.{spec['expert']}"
     paths = [path for path, _, _ in spec["tensors"]]
-    return {path: base if i == 0 else f"{base}_{path.replace('.', '_')}" for i, path in enumerate(paths)}
+    own = {path: base if i == 0 else f"{base}_{path.replace('.', '_')}" for i, path in enumerate(paths)}
+    return {**own, **spec.get("shared", {})}
 
 
 def tensor_of(site: str, spec: Mapping[str, Any]) -> str:

@@ -171,8 +171,10 @@ class Job:
         since = time.monotonic()
         for block in manager.run(self.opened(batches, probe, dense, twins)):
             nbytes = writer.add(*self.divide(block))
-            ledger |= {site.name: record(site) for site in block.sites.values() if site.weight is not site.original}
-            stored += sum(site.weight.nbytes() for site in block.sites.values())
+            sizes = {site.name: writer.nbytes(site.name, site.weight) for site in block.sites.values()}
+            rewritten = [site for site in block.sites.values() if site.weight is not site.original]
+            ledger |= {site.name: record(site, sizes[site.name]) for site in rewritten}
+            stored += sum(sizes.values())
             weights += sum(site.shape[0] * site.shape[1] for site in block.sites.values())
             self.check_limits(ledger)
             self.finish_block(block, nbytes, time.monotonic() - since)
@@ -342,11 +344,11 @@ class Job:
         }  # fmt: skip
 
 
-def record(site: Any) -> dict[str, Any]:
-    """What is kept about a site in compress.json."""
+def record(site: Any, nbytes: int) -> dict[str, Any]:
+    """What is kept about a site in compress.json; it takes `nbytes` of the file."""
     return {
         "weight": site.weight.describe(),
-        "bytes": site.weight.nbytes(),
+        "bytes": nbytes,
         "weight_error": site.weight_error,
         "output_error": site.output_error,
         "tokens": site.stats.tokens,

@@ -26,7 +26,7 @@ class SiteSpec(TypedDict):
     """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out].
 
     `tensor` of the source, if it is not `<site>.weight`; `expert` of it, if that tensor holds a stack of them;
-    `inputs`, what the module rounds what it is given to.
+    `inputs`, what the module rounds what it is given to; `shared`, by path, the keys of another site's tensors.
     """
 
     tree: Tree
@@ -36,6 +36,7 @@ class SiteSpec(TypedDict):
     tensor: NotRequired[str]
     expert: NotRequired[int]
     inputs: NotRequired[Literal["int8", "fp8"]]
+    shared: NotRequired[dict[str, str]]
 
 
 class SiteRecord(TypedDict):

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,6 +28,7 @@ from compress.weights import Dense, Weight, pack, specify, unpack
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
 REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
 NOT_COPIED = ("config.json", INDEX, PROVENANCE)
+SMALLEST = 256  # bytes of a tensor worth finding twice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class ArtifactWriter:
     specs: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     size: int = 0
+    spared: dict[str, int] = field(default_factory=dict)  # bytes of a site that another one keeps
 
     def __post_init__(self) -> None:
         self.partial = self.out.parent / f"{self.out.name}.partial-{uuid4().hex[:8]}"
@@ -110,14 +113,21 @@ class ArtifactWriter:
         Raises VerificationError if a file does not hold what was meant.
         """
         entries, packed = list(plain), {}
+        known: dict[Any, str] = {}
         for site, stored in sites.items():
             if isinstance(stored.weight, Dense) and not stored.part:
                 kept = stored.weight.data.T if stored.transposed else stored.weight.data
                 entries.append(Entry.of(stored.tensor, kept))
                 continue
             packed[site] = pack(stored.weight)
-            self.specs[site] = site_spec(site, stored, packed[site])
-            entries += [Entry.of(key, packed[site][path]) for path, key in keys(site, self.specs[site]).items()]
+            self.specs[site] = spec = site_spec(site, stored, packed[site])
+            shared = {} if stored.part else share(packed[site], keys(site, spec), known)
+            entries += [
+                Entry.of(key, packed[site][path]) for path, key in keys(site, spec).items() if path not in shared
+            ]
+            if shared:
+                spec["shared"] = shared
+                self.spared[site] = sum(packed[site][path].nbytes for path in shared)
         for part in split(entries, self.shard_size):
             path = self.partial / f"part-{len(self.digests) + 1:05d}.safetensors"
             self.digests[path.name] = write_shard(path, part)
@@ -126,6 +136,10 @@ class ArtifactWriter:
         size = sum(entry.nbytes for entry in entries)
         self.size += size
         return size
+
+    def nbytes(self, site: str, weight: Weight) -> int:
+        """Bytes that a site takes of what was written; what another site keeps for it is not its own."""
+        return weight.nbytes() - self.spared.get(site, 0)
 
     def _check(self, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
@@ -194,6 +208,21 @@ class ArtifactWriter:
             raise
         flush(self.out.parent)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[Any, str]) -> dict[str, str]:
+    """Path -> key of each of these tensors that `known` has already; the others are added to it.
+
+    Never the first, whose key must be the site's own. What is no larger than its entry in a header is left.
+    """
+    found: dict[str, str] = {}
+    for path, tensor in list(packed.items())[1:]:
+        if tensor.nbytes >= SMALLEST:
+            content = sha256(as_bytes(tensor.cpu()).numpy().tobytes()).digest()
+            key = known.setdefault((tensor.dtype, tuple(tensor.shape), content), names[path])
+            if key != names[path]:
+                found[path] = key
+    return found
 
 
 def copy_companions(source: Path, target: Path) -> None:

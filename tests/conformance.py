@@ -277,7 +277,7 @@ def as_bytes(packed: dict[str, Tensor]) -> dict[str, tuple[str, bytes]]:
 # -- rows of every pass ----------------------------------------------------------------------------
 
 QUANTIZERS = tuple(name for name, kind in PASSES.items() if issubclass(kind, Quantizer))
-MASKED = tuple(name for name in QUANTIZERS if "pruned" in PASSES[name].takes)
+MASKED = tuple(name for name in QUANTIZERS if "pruned" in PASSES[name]().takes)
 EXACT_ZERO = tuple(name for name in MASKED if name != "hqq")  # its zero is a real number, seldom on the grid
 WIDTH = 128  # the default group of 64 must divide it
 

@@ -21,9 +21,15 @@ from compress.passes.base import (
 )
 from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
+from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
 from compress.passes.hybrid.realign import Realign
 from compress.passes.hybrid.reallm import ReALLM
+from compress.passes.lowrank.asvd import ASVD
+from compress.passes.lowrank.greedy_ranks import Ranks
+from compress.passes.lowrank.svd import SVD
+from compress.passes.lowrank.svd_llm import SVDLLM
+from compress.passes.lowrank.welore import WeLore
 from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
 from compress.passes.pruning.dsnot import DSnoT
@@ -56,6 +62,7 @@ from compress.passes.structured import StructuredPruner
 
 __all__ = [
     "ALPS",
+    "ASVD",
     "AWQ",
     "FLAP",
     "FP8",
@@ -69,12 +76,15 @@ __all__ = [
     "PASSES",
     "RIA",
     "RTN",
+    "SVD",
+    "SVDLLM",
     "VQ",
     "BlockPass",
     "BlockQuantizer",
     "Budget",
     "DSnoT",
     "Equalizer",
+    "Factorizer",
     "FineTune",
     "FlexRound",
     "Global",
@@ -86,6 +96,7 @@ __all__ = [
     "Pruner",
     "QuaRot",
     "Quantizer",
+    "Ranks",
     "ReALLM",
     "Realign",
     "Reconstruct",
@@ -102,6 +113,7 @@ __all__ = [
     "Swaps",
     "Wanda",
     "WandaSP",
+    "WeLore",
     "WeightPass",
     "governed",
     "load_plugins",

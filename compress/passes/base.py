@@ -92,11 +92,20 @@ class SitePass(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPass(SitePass):
-    """A rewrite of one site's weight at a time."""
+    """A rewrite of one site's weight at a time, or of those that read one input.
+
+    `shared_out` names the option that a budget may set a value of its own for at each site; empty if there is none.
+    """
+
+    shared_out: ClassVar[str] = ""
 
     def rewrite(self, site: Site) -> Weight:
         """The new expression for the site's weight."""
         raise NotImplementedError
+
+    def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
+        """The new expression for each of the sites, by name, that read one input; by default each for itself."""
+        return {site.name: self.rewrite(site) for site in sites}
 
     def rewrite_unfed(self, site: Site) -> Weight:
         """The new expression for an expert that too few calibration tokens reached, without its statistics.
@@ -145,6 +154,7 @@ def windows_at_once(passes: Iterable[Pass]) -> int | None:
 class Pruner(WeightPass):
     """Keep the best-scored weights, unchanged; a subclass says what is worth keeping."""
 
+    shared_out = "sparsity"
     unfed: ClassVar[str] = "pruned by magnitude"
     takes: ClassVar[tuple[str, ...]] = ("dense",)
     gives: ClassVar[str] = "pruned"
@@ -228,13 +238,13 @@ class Refiner(WeightPass):
 class Budget(Pass):
     """Decides, before anything is rewritten, how much the next pass that it governs leaves of each site."""
 
-    bits_too: ClassVar[bool] = False  # whether it can give bits to a quantizer, not only sparsity to a pruner
+    options_set: ClassVar[tuple[str, ...]] = ("sparsity",)  # of which it can give each site a value
 
     def check(self, step: WeightPass) -> None:
         """Raise RecipeError if it can say nothing of this pass."""
 
     def allocate(self, model: Whole, step: Any) -> dict[str, Sparsity]:
-        """The sparsity, or for a quantizer the bits, of each site that `step` selects.
+        """The value of the option `step.shared_out` for each site that `step` selects.
 
         On average what `step` asks for, over parameters.
         """
@@ -268,13 +278,17 @@ class Quantizer(WeightPass):
     """Put weights on a grid of few values, respecting masks; a subclass says on which and how they are rounded."""
 
     unfed: ClassVar[str] = "rounded to nearest"
-    takes: ClassVar[tuple[str, ...]] = ("dense", "pruned", "permuted", "rotated")
     gives: ClassVar[str] = "quantized"
 
     inputs: Annotated[
         Literal["full", "int8", "fp8"], Field(description="what the layer's input is rounded to, one scale a token")
     ] = "full"
-    factors: Annotated[bool, Field(description="round the factors of low-rank terms too, each to nearest")] = False
+    factors: Annotated[bool, Field(description="round low-rank factors too")] = False
+
+    @property
+    def takes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """All but what is quantized; factors if told."""
+        return "dense", "pruned", "permuted", "rotated", *(("factored",) if self.factors else ())
 
     def rewrite(self, site: Site) -> Weight:
         """The weight with its dense parts quantized."""
@@ -349,6 +363,8 @@ class BlockQuantizer(Quantizer):
 @dataclass(frozen=True, kw_only=True)
 class GridQuantizer(Quantizer):
     """Put weights on uniform integer grids."""
+
+    shared_out = "bits"
 
     bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
     group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from compress.errors import RecipeError
 from compress.model.whole import Whole
-from compress.passes.base import Budget, GridQuantizer, Pass, Pruner, SitePass, Sparsity, WeightPass
+from compress.passes.base import Budget, Pass, SitePass, Sparsity, WeightPass
 
 Budgets = dict[int, dict[str, Sparsity]]
 HALVINGS = 60  # of an interval of width 2: to the precision of a float64
 
 
 def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
-    """Each budget with the number, among weight passes, of the pruner or quantizer that follows it.
+    """Each budget with the number, among the passes on sites, of the next one that has an option it can set.
 
     Raises RecipeError if none follows, or if it has a budget already.
     """
@@ -25,15 +25,10 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
     for i, step in enumerate(passes):
         if not isinstance(step, Budget):
             continue
-        kinds = (Pruner, GridQuantizer) if step.bits_too else (Pruner,)
-        after = next((j for j in range(i + 1, len(passes)) if isinstance(passes[j], kinds)), None)
+        after = next((j for j in range(i + 1, len(passes)) if option_of(passes[j]) in step.options_set), None)
         if after is None:
-            what = (
-                "pruner or quantizer follows whose sparsity or bits"
-                if step.bits_too
-                else "pruner follows whose sparsity"
-            )
-            raise RecipeError(f"passes[{i}].{step.name}: no {what} it could set")
+            what = " or ".join(step.options_set)
+            raise RecipeError(f"passes[{i}].{step.name}: no pass follows whose {what} it could set")
         index = sum(isinstance(other, SitePass) for other in passes[:after])
         if any(index == taken for _, taken in found):
             raise RecipeError(f"passes[{i}].{step.name}: passes[{after}].{passes[after].name} has a budget already")
@@ -47,8 +42,13 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
     return found
 
 
+def option_of(step: Pass) -> str | None:
+    """The option of a pass that a budget may set, if it has one."""
+    return (step.shared_out or None) if isinstance(step, WeightPass) else None
+
+
 def allocations(passes: Sequence[Pass], model: Whole) -> Budgets:
-    """Number of a weight pass -> the sparsity or bits of each of its sites, for those that a budget governs."""
+    """Number of a pass on sites -> the option of each of its sites that a budget sets, for those that one governs."""
     steps = [step for step in passes if isinstance(step, SitePass)]
     return {index: budget.allocate(model, steps[index]) for budget, index in governed(passes)}
 

@@ -23,9 +23,7 @@ from compress.model.whole import Whole
 from compress.passes.base import (
     BlockPass,
     Budget,
-    GridQuantizer,
     Pass,
-    Pruner,
     Reshape,
     SitePass,
     Sparsity,
@@ -155,12 +153,16 @@ class PassManager:
                 self.emit(StatisticsCollected(sites=names, statistics=kind_names, tokens=tokens))
 
     def rewrite_groups(self, groups: list[list[Site]]) -> None:
-        """Rewrite the sites of `groups` one after the other, and forget their statistics."""
+        """Rewrite the sites of `groups`, group after group and pass after pass, and forget their statistics."""
         for group in groups:
-            for site in group:
-                for step in self.steps(site):
+            for i in self.part:
+                peers: dict[SitePass, list[Site]] = {}
+                for site in group:
+                    if i in self.chosen_for(site):
+                        peers.setdefault(self.chosen_for(site)[i], []).append(site)
+                for step, sites in peers.items():
                     if isinstance(step, WeightPass):
-                        self.rewrite(step, site)
+                        self.rewrite(step, sites)
             group[0].stats.forget()  # a Gram and its factor are the largest things in memory
 
     def rewrite_together(self, step: BlockPass, block: Block, sites: Sequence[Site]) -> None:
@@ -179,20 +181,23 @@ class PassManager:
             site.stats.forget()
 
     def steps(self, site: Site) -> list[SitePass]:
-        """The passes of the present part that select this site, with the sparsity that a budget gave it."""
+        """The passes of the present part that select this site."""
+        return [step for i, step in self.chosen_for(site).items() if i in self.part]
+
+    def chosen_for(self, site: Site) -> dict[int, SitePass]:
+        """The passes that select this site by their number, each with the option that a budget gave it here."""
         if site.name not in self.chosen:
             chosen = [i for i, step in enumerate(self.passes) if fnmatchcase(site.name, step.sites)]
             self.chosen[site.name] = {i: self.tuned(i, site.name) for i in chosen}
-        return [step for i, step in self.chosen[site.name].items() if i in self.part]
+        return self.chosen[site.name]
 
     def tuned(self, index: int, name: str) -> SitePass:
         """A pass as it is for this site."""
         step, given = self.passes[index], self.budgets.get(index, {})
-        if name not in given:
+        if name not in given or not isinstance(step, WeightPass):
             return step
-        if isinstance(step, GridQuantizer):
-            return replace(step, bits=int(given[name]))
-        return replace(step, sparsity=given[name]) if isinstance(step, Pruner) else step
+        options: dict[str, Any] = {step.shared_out: given[name]}
+        return replace(step, **options)
 
     def nbytes(self, group: Sequence[Site]) -> int:
         """Bytes of the statistics that these sites need of their one input."""
@@ -202,11 +207,16 @@ class PassManager:
         """What the passes on these sites need of their input."""
         return tuple(dict.fromkeys(kind for site in group for step in self.steps(site) for kind in step.requires))
 
-    def rewrite(self, step: WeightPass, site: Site) -> None:
-        """Apply one pass to one site and report it; raises CompressError if the result is not finite."""
-        step.check(site.name, site.shape)
-        known = len(site.fallbacks)
-        self.put(step, site, step.rewrite_unfed(site) if self.starves(step, site) else step.rewrite(site), known)
+    def rewrite(self, step: WeightPass, sites: Sequence[Site]) -> None:
+        """Apply one pass to sites of one input and report each; raises CompressError if a result is not finite."""
+        known = {site.name: len(site.fallbacks) for site in sites}
+        for site in sites:
+            step.check(site.name, site.shape)
+        fed = [site for site in sites if not self.starves(step, site)]
+        made = step.rewrite_peers(fed) if fed else {}
+        for site in sites:
+            weight = made[site.name] if site.name in made else step.rewrite_unfed(site)
+            self.put(step, site, weight, known[site.name])
 
     def starves(self, step: SitePass, site: Site) -> bool:
         """Whether too few tokens reach a site for a pass; it is then recorded and reported."""

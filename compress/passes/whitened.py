@@ -1,5 +1,6 @@
 """The best low-rank matrix for a given input, and when its factors are worth their bits.
 
+An input is given by its Gram [in, in], by the mean squares of independent features [in], or not at all: white.
 Shape suffixes: O out, I in, R rank.
 """
 
@@ -15,20 +16,41 @@ from compress.passes.hessian import damp
 DAMPING = 1e-6  # of the factor of a Gram that is not of full rank, where there are more outputs than inputs
 
 
-def output_basis(w_OI: Tensor, gram_II: Tensor, rank: int) -> Tensor:
-    """Orthonormal U [out, R]; of all matrices of that rank U Uᵀ W is the one of least tr((W - A) G (W - A)ᵀ).
+def principal(w_OI: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Orthonormal U [out, R] and the energies [R] of W along it, falling, for the full R = min(out, in).
 
-    The eigenvectors of W G Wᵀ, found by those of the smaller Cᵀ Wᵀ W C with G = C Cᵀ if there are more outputs than
-    inputs; the rank is at most the smaller of the two. With G = 1 this is the plain singular value decomposition.
+    The eigenvectors and eigenvalues of W G Wᵀ, of which the first r hold as much of the output as any r directions
+    can: tr((W - A) G (W - A)ᵀ) of A = U Uᵀ W is the sum of the energies that are left out, and least for its rank. If
+    there are more outputs than inputs they are found by those of the smaller Cᵀ Wᵀ W C with G = C Cᵀ. In float32 an
+    energy below a part in 10^6 of the largest is noise. With a white input this is the singular value decomposition.
     Source: Wang et al., SVD-LLM, ICLR 2025, theorem 1, without its inverse: S S^-1 cancels in U Uᵀ W.
     """
     if w_OI.shape[0] <= w_OI.shape[1]:
-        basis_OO: Tensor = torch.linalg.eigh(w_OI @ gram_II @ w_OI.T).eigenvectors
-        return basis_OO[:, -rank:].flip(1)
-    root_OI = w_OI @ torch.linalg.cholesky(damp(gram_II, DAMPING))
-    basis_II = torch.linalg.eigh(root_OI.T @ root_OI).eigenvectors
-    basis_OR: Tensor = torch.linalg.qr(root_OI @ basis_II[:, -rank:].flip(1)).Q
-    return basis_OR
+        values_R, basis_OR = torch.linalg.eigh(weighed(w_OI, metric) @ w_OI.T)
+        return values_R.flip(0).clamp(min=0), basis_OR.flip(1)
+    root_OI = rooted(w_OI, metric)
+    values_R, basis_IR = torch.linalg.eigh(root_OI.T @ root_OI)
+    basis_OR = torch.linalg.qr(root_OI @ basis_IR.flip(1)).Q
+    return values_R.flip(0).clamp(min=0), basis_OR
+
+
+def weighed(w_OI: Tensor, metric: Tensor | None) -> Tensor:
+    """W G."""
+    if metric is None:
+        return w_OI
+    return w_OI @ metric if metric.ndim == 2 else w_OI * metric
+
+
+def rooted(w_OI: Tensor, metric: Tensor | None) -> Tensor:
+    """W C with G = C Cᵀ."""
+    if metric is None:
+        return w_OI
+    return w_OI @ torch.linalg.cholesky(damp(metric, DAMPING)) if metric.ndim == 2 else w_OI * metric.sqrt()
+
+
+def output_basis(w_OI: Tensor, metric: Tensor | None, rank: int) -> Tensor:
+    """The first `rank` columns of what `principal` finds, [out, R]; fewer where the matrix has fewer."""
+    return principal(w_OI, metric)[1][:, :rank]
 
 
 def rank_within(share: float, shape: tuple[int, int]) -> int:

@@ -34,7 +34,8 @@ class StoredWeight(nn.Module):
             kind = getattr(torch, str(dtype), None)
             if not isinstance(kind, torch.dtype):
                 raise ArtifactError(f"quantization_config: {path} has the unknown dtype {dtype!r}")
-            self.register_buffer(self.names[path], torch.empty(shape, dtype=kind, device="meta"))
+            own = path not in spec.get("shared", {})  # else it is another module's, and saved with that one
+            self.register_buffer(self.names[path], torch.empty(shape, dtype=kind, device="meta"), persistent=own)
 
     @property
     def expression(self) -> Weight:

@@ -64,6 +64,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         places = Anatomy(model, plain_shapes(specs)).places
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         self.table: dict[str, str] = {}
+        self.shared: dict[str, str] = {}
         stacked: dict[str, list[tuple[Place, dict[str, Any]]]] = {}
         for site in specs:
             spec, place = specs[site], places.get(site)
@@ -84,7 +85,10 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
     def _enter(self, site: str, spec: dict[str, Any], module: str) -> None:
         """Note which buffers of `module` the stored tensors of a site go to."""
         held = buffers(spec)
-        self.table |= {key: f"{module}.{held[path]}" for path, key in keys(site, spec).items()}
+        named = {path: (key, f"{module}.{held[path]}") for path, key in keys(site, spec).items()}
+        others = spec.get("shared", {})
+        self.table |= dict(pair for path, pair in named.items() if path not in others)
+        self.shared |= {buffer: key for path, (key, buffer) in named.items() if path in others}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """The family's rules, after a lookup of what we stored."""
@@ -93,6 +97,9 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         return [StoredNames(self.table, renamings), *others]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for buffer, key in self.shared.items():
+            place, name = buffer.rsplit(".", 1)
+            model.get_submodule(place).register_buffer(name, model.get_buffer(self.table[key]), persistent=False)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         if not self.quantization_config.low_memory:
             with torch.inference_mode(False), torch.no_grad():

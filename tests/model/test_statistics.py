@@ -40,9 +40,9 @@ def measured(
     found: dict[str, Statistics] = {}
 
     class Recording(PassManager):
-        def rewrite(self, step: WeightPass, site: Site) -> None:
-            found[site.name] = Statistics(dict(site.stats.values), site.stats.tokens)
-            super().rewrite(step, site)
+        def rewrite(self, step: WeightPass, sites: Sequence[Site]) -> None:
+            found.update((site.name, Statistics(dict(site.stats.values), site.stats.tokens)) for site in sites)
+            super().rewrite(step, sites)
 
     with torch.inference_mode():
         travellers = [walk.enter(ids) for ids in batches]

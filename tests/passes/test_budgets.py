@@ -284,7 +284,7 @@ def test_without_budgets_nothing_is_governed() -> None:
 
 @pytest.mark.parametrize("steps", [(Wanda(), OWL()), (OWL(), RTN(group=8)), (OWL(),)], ids=str)
 def test_a_budget_needs_a_pruner_after_it(steps: tuple[Pass, ...]) -> None:
-    with pytest.raises(RecipeError, match=r"passes\[\d\]\.owl: no pruner follows whose sparsity it could set"):
+    with pytest.raises(RecipeError, match=r"passes\[\d\]\.owl: no pass follows whose sparsity it could set"):
         governed(steps)
 
 

@@ -130,9 +130,9 @@ def test_a_mean_of_bits_is_only_for_quantizers() -> None:
 def test_a_sensitivity_governs_the_next_pruner_or_quantizer() -> None:
     steps = (Sensitivity(), Wanda(), Sensitivity(), GPTQ())
     assert governed(steps) == [(steps[0], 0), (steps[2], 1)]
-    with pytest.raises(RecipeError, match="no pruner or quantizer follows whose sparsity or bits"):
+    with pytest.raises(RecipeError, match="no pass follows whose sparsity or bits or removed"):
         governed((Wanda(), Sensitivity()))
-    with pytest.raises(RecipeError, match="no pruner follows whose sparsity"):
+    with pytest.raises(RecipeError, match="no pass follows whose sparsity"):
         governed((OWL(), GPTQ()))
 
 

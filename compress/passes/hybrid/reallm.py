@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -48,7 +47,7 @@ class ReALLM(VQ, name="reallm"):
         """Codes and factors, or codes alone."""
         w_OI, gram_II = w_OI.float(), site.stats[Gram]
         code = self.coder(site)
-        factors = self.fitted(w_OI, torch.eye(len(gram_II), device=w_OI.device))
+        factors = self.fitted(w_OI, None)
         saved = bits_saved(w_OI, w_OI - factors.dense())
         cost = 8 * factors.nbytes() / w_OI.numel()
         site.ledger["low_rank"] = {"saves_bits": saved, "costs_bits": cost}
@@ -64,7 +63,7 @@ class ReALLM(VQ, name="reallm"):
             factors = refitted
         return min(tried, key=lambda pair: pair[0])[1]
 
-    def fitted(self, w_OI: Tensor, gram_II: Tensor) -> Product:
+    def fitted(self, w_OI: Tensor, gram_II: Tensor | None) -> Product:
         """The factors of W as they are stored; the first has orthonormal columns, so one scale serves all of it."""
         left_OR = output_basis(w_OI, gram_II, self.rank)
         right_RI = left_OR.T @ w_OI

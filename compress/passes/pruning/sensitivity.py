@@ -1,4 +1,4 @@
-"""Sparsity and bits where they cost least: what it costs to prune or round each part of the model alone, measured.
+"""Sparsity, bits and ranks where they cost least: what rewriting each part of the model alone costs, measured.
 
 Shape suffixes: B batch, T tokens, D hidden, V vocabulary.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -23,11 +23,13 @@ from compress.model.travellers import Travellers
 from compress.model.whole import Whole
 from compress.passes.base import Budget, GridQuantizer, Pruner, Sparsity, WeightPass
 from compress.passes.budget import density
+from compress.passes.factorizer import Factorizer
 from compress.stats import Gram
 
-Governed = Pruner | GridQuantizer
+Governed = Pruner | GridQuantizer | Factorizer
 FURTHEST = 2  # bits from the mean
 FINE = 16  # steps between two measured fractions
+MOST_REMOVED = 0.95  # of a matrix that is factored: a rank of at least one is left of all but the smallest
 LEAST = 1e-9  # nats; a part whose pruning cannot be seen
 
 
@@ -56,7 +58,7 @@ class Sensitivity(Budget, name="sensitivity"):
     "Efficient Bit Allocation for an Arbitrary Set of Quantizers", 1988; measuring the costs in this way is ours.
     """
 
-    bits_too = True
+    options_set = ("sparsity", "bits", "removed")
 
     spread: Annotated[
         float, Field(ge=0.01, le=0.5, description="furthest that a part may be from the mean sparsity")
@@ -100,7 +102,7 @@ class Sensitivity(Budget, name="sensitivity"):
             curve(names, size, tried, costs[i * len(tried) : (i + 1) * len(tried)])
             for i, (names, size) in enumerate(found)
         ]
-        mean = (self.bits or step.bits) if isinstance(step, GridQuantizer) else density(step.sparsity)
+        mean = (self.bits or step.bits) if isinstance(step, GridQuantizer) else density(asked(step))
         chosen = spend(parts, mean)
         return {site: option for part, option in zip(parts, chosen, strict=True) for site in part.sites}
 
@@ -109,18 +111,27 @@ class Sensitivity(Budget, name="sensitivity"):
         if isinstance(step, GridQuantizer):
             mean = self.bits or step.bits
             return tuple(bits for bits in range(8, 1, -1) if abs(bits - mean) <= FURTHEST)
-        if isinstance(step.sparsity, str):
-            kept, of = map(int, step.sparsity.split(":"))
+        wanted = asked(step)
+        if isinstance(wanted, str):
+            kept, of = map(int, wanted.split(":"))
             near = [n for n in range(of - 1, 0, -1) if abs(n - kept) <= max(1.0, self.spread * of)]
             return tuple(f"{n}:{of}" for n in near)
-        ends = (max(0.0, step.sparsity - self.spread), step.sparsity, min(1.0, step.sparsity + self.spread))
+        most = MOST_REMOVED if isinstance(step, Factorizer) else 1.0
+        ends = (max(0.0, wanted - self.spread), wanted, max(wanted, min(most, wanted + self.spread)))
         fractions = tuple(dict.fromkeys(round(float(end), 4) for end in ends))
-        return fractions if 0 < step.sparsity < 1 else (float(step.sparsity),)
+        return fractions if 0 < wanted < 1 else (float(wanted),)
 
 
 def with_option(step: Governed, option: Sparsity) -> Governed:
-    """The pass with another sparsity or other bits."""
-    return replace(step, bits=int(option)) if isinstance(step, GridQuantizer) else replace(step, sparsity=option)
+    """The pass with another sparsity, other bits or another share removed."""
+    changed: dict[str, Any] = {step.shared_out: option}
+    return replace(step, **changed)
+
+
+def asked(step: Governed) -> Sparsity:
+    """What a recipe asks the pass for, on average."""
+    wanted: Sparsity = getattr(step, step.shared_out)
+    return wanted
 
 
 def amount(option: Sparsity) -> float:

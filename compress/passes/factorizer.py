@@ -1,0 +1,93 @@
+"""Low rank: a matrix as the product of two thin ones, with the directions of the output that a metric says to keep.
+
+Low rank is metric x rank budget. A subclass is a metric; the budget is one share for all (`removed`), or one for each
+matrix from a budget that stands before it in the recipe (`ranks`, `welore`, `sensitivity`).
+Shape suffixes: O out, I in, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.errors import RecipeError
+from compress.model.site import Site
+from compress.passes.base import WeightPass
+from compress.passes.whitened import principal, rank_within
+from compress.weights import Dense, Product, Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorizer(WeightPass):
+    """W = A B with A = U of the first r directions of the output and B = Uᵀ W, in the dtype of the model.
+
+    Of all matrices of that rank U Uᵀ W loses least in the metric of the subclass. A has orthonormal columns, so one
+    scale serves all of it when it is rounded later.
+    """
+
+    unfed = "factored by its weights alone"
+    takes = ("dense",)
+    gives = "factored"
+    shared_out = "removed"
+
+    removed: Annotated[
+        float, Field(ge=0, lt=1, description="share of a matrix's parameters removed; 0 leaves it as it is")
+    ] = 0.2
+    shared: Annotated[bool, Field(description="one B for all matrices that read an input, such as q, k, v")] = False
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """A rank of one at least must be left."""
+        if rank_within(1 - self.removed, shape) < 1:
+            raise RecipeError(
+                f"{self.name}: {site}: {1 - self.removed:g} of {shape[0]}x{shape[1]} buys no rank; remove less"
+            )
+
+    def metric(self, site: Site) -> Tensor | None:
+        """How much each input, or each pair, counts: [in], [in, in] or None if all count alike."""
+        raise NotImplementedError
+
+    def rewrite(self, site: Site) -> Weight:
+        """Its own two factors."""
+        return self.factored([site], self.metric(site))[site.name]
+
+    def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
+        """Each its own factors, or all one B that is stored once."""
+        if not self.shared:
+            return super().rewrite_peers(sites)
+        return self.factored(sites, self.metric(sites[0]))
+
+    def rewrite_unfed(self, site: Site) -> Weight:
+        """Factors in no metric: nothing is known of its input."""
+        return self.factored([site], None)[site.name]
+
+    def factored(self, sites: Sequence[Site], metric: Tensor | None) -> dict[str, Weight]:
+        """The matrices, one above the other, as one product; or as they are if nothing is to be removed."""
+        whole = {site.name: site.expect(Dense, by=self.name) for site in sites}
+        if not self.removed:
+            for site in sites:
+                site.ledger["rank"] = "dense"
+            return dict(whole)
+        w_OI = torch.cat([dense.data for dense in whole.values()]).float()
+        rank = rank_within(1 - self.removed, (w_OI.shape[0], w_OI.shape[1]))
+        energy_R, basis_OO = principal(w_OI, metric)
+        left_OR = basis_OO[:, :rank]
+        right = Dense((left_OR.T @ w_OI).to(sites[0].original.data.dtype))
+        parts = left_OR.split([site.shape[0] for site in sites])
+        lost = float(energy_R[rank:].sum() / energy_R.sum().clamp(min=1e-30))
+        for site in sites:
+            site.ledger |= {"rank": rank, "energy_lost": lost}
+        return {
+            site.name: Product(Dense(part.contiguous().to(right.data.dtype)), right)
+            for site, part in zip(sites, parts, strict=True)
+        }
+
+    def spectrum(self, sites: Sequence[Site]) -> Tensor:
+        """The energies, falling, of what `factored` would cut of these matrices taken together."""
+        fed = not sites[0].starved or not self.requires
+        w_OI = torch.cat([site.weight.dense() for site in sites]).float()
+        return principal(w_OI, self.metric(sites[0]) if fed else None)[0]

@@ -1,0 +1,111 @@
+"""The arithmetic of sharing out ranks: parts of the model with falling energies, one number of parameters for all.
+
+A part is a matrix, or those that share a right factor, one above the other. Of a part either the first r directions
+are kept, at out + in parameters each, or all of it, at out x in: whatever is no shorter as factors stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from compress.model.site import Site
+from compress.model.whole import Whole
+from compress.passes.factorizer import Factorizer
+from compress.passes.whitened import rank_within
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Sites that are factored together, the shape of them all, and a falling number for each direction, float64."""
+
+    sites: tuple[str, ...]
+    shape: tuple[int, int]
+    falling: Tensor
+
+    @property
+    def size(self) -> int:
+        """Its parameters, whole."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def step(self) -> int:
+        """The parameters of one more rank."""
+        return sum(self.shape)
+
+    @property
+    def most(self) -> int:
+        """The largest rank that is shorter than the whole."""
+        return (self.size - 1) // self.step
+
+    def removed(self, rank: int | None) -> float:
+        """The share of its parameters that this rank removes; None is the whole."""
+        return 0.0 if rank is None else 1 - rank * self.step / self.size
+
+
+def parts_of(model: Whole, step: Factorizer, measure: Callable[[Sequence[Site]], Tensor]) -> Iterator[Part]:
+    """The parts that `step` will make of the model, each with what `measure` says of its sites, on the CPU."""
+    for block in model.blocks(step.requires, step.sites):
+        for group in block.groups:
+            chosen = [site for site in group if fnmatchcase(site.name, step.sites)]
+            for sites in [chosen] if step.shared and chosen else [[site] for site in chosen]:
+                shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
+                yield Part(sites=tuple(site.name for site in sites), shape=shape, falling=measure(sites).double().cpu())
+
+
+def cheapest(parts: Sequence[Part], budget: int) -> list[int | None]:
+    """The rank of each part, None for the whole, that keeps most of the sum of `falling` within `budget` parameters.
+
+    The best ratio of energy to parameters first, over all directions of all parts: exact for parts that are factored,
+    because energies fall. A part that would come to need no fewer parameters than the whole stays whole, and what that
+    spares is shared out again. At least one direction of each is kept.
+    """
+    whole: set[int] = set()
+    while True:
+        left = budget - sum(parts[i].size for i in whole)
+        ranks = shared_out([part for i, part in enumerate(parts) if i not in whole], left)
+        given = iter(ranks)
+        found = [None if i in whole else next(given) for i in range(len(parts))]
+        full = {i for i, rank in enumerate(found) if rank is not None and rank > parts[i].most}
+        if not full:
+            return found
+        whole.add(max(full, key=lambda i: (found[i] or 0) / parts[i].most))
+
+
+def shared_out(parts: Sequence[Part], budget: int) -> list[int]:
+    """Ranks by falling ratio of energy to parameters, at least one each, while they fit."""
+    if not parts:
+        return []
+    gains = torch.cat([part.falling / part.step for part in parts])
+    owner = torch.cat([torch.full((len(part.falling),), i) for i, part in enumerate(parts)])
+    first = torch.cat([torch.arange(len(part.falling)) == 0 for part in parts])
+    order = torch.argsort(torch.where(first, torch.inf, gains), descending=True, stable=True)
+    steps = torch.tensor([part.step for part in parts])[owner[order]]
+    fits = steps.cumsum(0) <= budget
+    taken = torch.bincount(owner[order][fits], minlength=len(parts)).clamp(min=1)
+    return [int(n) for n in taken]
+
+
+def above(parts: Sequence[Part], level: float) -> list[int | None]:
+    """The rank of each part that keeps what lies at or above `level`, None where that is no shorter than the whole."""
+    counts = [max(1, int((part.falling >= level).sum())) for part in parts]
+    return [None if count > part.most else count for count, part in zip(counts, parts, strict=True)]
+
+
+def parameters(parts: Sequence[Part], ranks: Sequence[int | None]) -> int:
+    """Parameters of all parts at these ranks."""
+    return sum(p.size if rank is None else rank * p.step for p, rank in zip(parts, ranks, strict=True))
+
+
+def given(parts: Sequence[Part], ranks: Sequence[int | None]) -> dict[str, float]:
+    """The share removed, of each site."""
+    return {site: p.removed(rank) for p, rank in zip(parts, ranks, strict=True) for site in p.sites}
+
+
+def budget_of(parts: Sequence[Part], removed: float) -> int:
+    """The parameters that are left of all parts if each loses this share and is cut to whole ranks."""
+    return sum(p.size if not removed else rank_within(1 - removed, p.shape) * p.step for p in parts)
