@@ -30,7 +30,7 @@ from compress.model.source import Checkpoint, dtype_of
 from compress.model.travellers import Travellers
 from compress.model.walk import Walk
 from compress.passes import PASSES
-from compress.stats import Collector, ColumnNorm, Cross, Gram, Moments, Statistics
+from compress.stats import AbsMean, Collector, ColumnNorm, Cross, Gram, Moments, Statistics
 
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma")
 SIZES: dict[str, Any] = {
@@ -253,7 +253,7 @@ def site_of() -> Callable[..., Site]:
         linear.requires_grad_(False)
         site = Site("blocks.0.proj", linear)
         if x_TI is not None:
-            collector = Collector((ColumnNorm, Cross, Gram, Moments), w_OI.shape[1], w_OI.device)
+            collector = Collector((AbsMean, ColumnNorm, Cross, Gram, Moments), w_OI.shape[1], w_OI.device)
             collector.update(x_TI, dense_TI)
             site.stats = collector.finish(site.name)
         if gram_II is not None:

@@ -39,14 +39,22 @@ def golden_correlated() -> tuple[Tensor, Tensor]:
     return w, 2 * x.T @ x / len(x)
 
 
-def golden_inputs() -> tuple[Tensor, Tensor]:
+def golden_inputs(rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
     """(W [256, 256], X [4096, 256]) of the GPTQ fixture: Toeplitz-correlated inputs with log-normal channels."""
-    rng = np.random.default_rng(0)
+    rng = rng or np.random.default_rng(0)
     w = rng.standard_normal((256, 256))
     channel = np.exp(rng.standard_normal(256))
     toeplitz = 0.9 ** np.abs(np.subtract.outer(np.arange(256), np.arange(256)))
     x = (rng.standard_normal((4096, 256)) @ np.linalg.cholesky(toeplitz).T) * channel
     return torch.from_numpy(w), torch.from_numpy(x)
+
+
+def golden_spectrum() -> tuple[Tensor, Tensor]:
+    """(W [256, 256] with the singular values i**-0.5, X of the GPTQ fixture), the next draws of the same generator."""
+    rng = np.random.default_rng(0)
+    x = golden_inputs(rng)[1]
+    left, right = (np.linalg.qr(rng.standard_normal((256, 256)))[0] for _ in range(2))
+    return torch.from_numpy((left * np.arange(1, 257.0) ** -0.5) @ right.T), x
 
 
 # -- measures --------------------------------------------------------------------------------------
@@ -389,6 +397,23 @@ def kivi(x_TD: Tensor, kv: Any, keys: bool) -> Tensor:
 
 
 # -- vector codes ----------------------------------------------------------------------------------
+
+
+def svd_llm(w_OI: Tensor, root_II: Tensor, rank: int) -> Tensor:
+    """The matrix of SVD-LLM from any square root of the Gram: SVD_r(W S) S^-1."""
+    u, s, v = torch.linalg.svd(w_OI @ root_II, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root_II)
+
+
+def best_ranks(energies: list[list[float]], sizes: list[tuple[int, int]], budget: int) -> float:
+    """The least total energy lost by ranks, or whole matrices, within `budget` parameters, of all choices."""
+    options = [
+        [(sum(energy[rank:]), rank * (m + n)) for rank in range(1, (m * n - 1) // (m + n) + 1)] + [(0.0, m * n)]
+        for energy, (m, n) in zip(energies, sizes, strict=True)
+    ]
+    return min(
+        sum(lost for lost, _ in chosen) for chosen in product(*options) if sum(size for _, size in chosen) <= budget
+    )
 
 
 def block_ldl(gram_II: Tensor, width: int) -> tuple[Tensor, list[Tensor]]:

@@ -24,6 +24,7 @@ from compress.passes import (
     BlockQuantizer,
     Budget,
     Equalizer,
+    Factorizer,
     GridQuantizer,
     Pass,
     Pruner,
@@ -110,7 +111,7 @@ def test_every_concrete_pass_class_is_registered() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
-    abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer}
+    abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer, Factorizer}
     abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, Trainer, Learned, StructuredPruner}
     assert ours - set(PASSES.values()) == abstract
 

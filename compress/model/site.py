@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.errors import UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.family import is_transposed
-from compress.model.transform import statistics_behind, undone
+from compress.model.transform import statistics_after, statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
 from compress.weights import Dense, Weight, rounded_for
 
@@ -155,6 +155,14 @@ class Site:
         other.target = other.original if self.target is self.original else Dense(undone(self.target.data, transform))
         other.stats = statistics_behind(self.stats, transform)
         return other
+
+    def factors(self, left_OR: Tensor, right_RI: Tensor) -> tuple[Site, Site]:
+        """This site as two in a row, of `left` and of `right`; the input of the first is what the second puts out."""
+        outer, inner = copy(self), copy(self)
+        outer.stats = statistics_after(self.stats, right_RI)
+        for site, factor in ((outer, left_OR), (inner, right_RI)):
+            site._weight = site.original = site.target = Dense(factor)
+        return outer, inner
 
     def expect(self, kind: type[Dense], by: str) -> Dense:
         """The weight, if it still is of `kind`; raises UnsupportedWeight naming the pass otherwise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 from compress.errors import UnsupportedWeight
 from compress.stats import ColumnNorm, Statistics
@@ -32,3 +33,10 @@ def statistics_behind(stats: Statistics, transform: Weight) -> Statistics:
         case _:
             moved = {}
     return Statistics(moved | square, stats.tokens)
+
+
+def statistics_after(stats: Statistics, w_OI: Tensor) -> Statistics:
+    """The statistics of W x that follow from those of x: W S Wᵀ of square ones."""
+    w_OI = w_OI.float()
+    square = {k: linear(linear(v, w_OI).T, w_OI).T for k, v in stats.values.items() if k.square}
+    return Statistics(dict(square), stats.tokens)

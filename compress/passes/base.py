@@ -310,7 +310,8 @@ class Quantizer(WeightPass):
             case Product(left, Permutation() | Hadamard() | Diagonal() as right):
                 return Product(self.visit(left, site.behind(right, left), quantize), right)
             case Product(Dense(left_OR), Dense(right_RI)) if self.factors:
-                return Product(self.round_factor(left_OR, site), self.round_factor(right_RI, site))
+                outer, inner = site.factors(left_OR, right_RI)
+                return Product(self.round_factor(left_OR, outer), self.round_factor(right_RI, inner))
             case Sum(terms) if any(map(self.wants, terms)):
                 return Sum(tuple(self.visit(t, site, quantize) if self.wants(t) else t for t in terms))
             case _:
@@ -327,7 +328,7 @@ class Quantizer(WeightPass):
                 return False
 
     def round_factor(self, factor: Tensor, site: Site) -> Weight:
-        """A low-rank factor to nearest; its statistics are not those of the site."""
+        """A low-rank factor, by default to nearest; `site` is one whose weight it is."""
         return self.round(factor, None, site)
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.errors import RecipeError
 from compress.model.site import Site
 from compress.passes.base import WeightPass
-from compress.passes.whitened import principal, rank_within
+from compress.passes.whitened import principal, rank_within, weighed
 from compress.weights import Dense, Product, Weight
 
 
@@ -72,7 +72,8 @@ class Factorizer(WeightPass):
             for site in sites:
                 site.ledger["rank"] = "dense"
             return dict(whole)
-        w_OI = torch.cat([dense.data for dense in whole.values()]).float()
+        units = [unit(dense.data.float(), metric) if len(sites) > 1 else 1.0 for dense in whole.values()]
+        w_OI = torch.cat([dense.data.float() / u for dense, u in zip(whole.values(), units, strict=True)])
         rank = rank_within(1 - self.removed, (w_OI.shape[0], w_OI.shape[1]))
         energy_R, basis_OO = principal(w_OI, metric)
         left_OR = basis_OO[:, :rank]
@@ -82,12 +83,18 @@ class Factorizer(WeightPass):
         for site in sites:
             site.ledger |= {"rank": rank, "energy_lost": lost}
         return {
-            site.name: Product(Dense(part.contiguous().to(right.data.dtype)), right)
-            for site, part in zip(sites, parts, strict=True)
+            site.name: Product(Dense((part * u).to(right.data.dtype)), right)
+            for site, part, u in zip(sites, parts, units, strict=True)
         }
 
     def spectrum(self, sites: Sequence[Site]) -> Tensor:
         """The energies, falling, of what `factored` would cut of these matrices taken together."""
-        fed = not sites[0].starved or not self.requires
-        w_OI = torch.cat([site.weight.dense() for site in sites]).float()
-        return principal(w_OI, self.metric(sites[0]) if fed else None)[0]
+        metric = None if sites[0].starved and self.requires else self.metric(sites[0])
+        matrices = [site.weight.dense().float() for site in sites]
+        units = [unit(w_OI, metric) if len(sites) > 1 else 1.0 for w_OI in matrices]
+        return principal(torch.cat([w_OI / u for w_OI, u in zip(matrices, units, strict=True)]), metric)[0]
+
+
+def unit(w_OI: Tensor, metric: Tensor | None) -> float:
+    """The norm of its output, tr(W G Wᵀ) ** 0.5: matrices that share a factor count alike whatever their size."""
+    return float((weighed(w_OI, metric) * w_OI).sum().clamp(min=1e-30).sqrt())

@@ -6,15 +6,15 @@ are kept, at out + in parameters each, or all of it, at out x in: whatever is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from compress.model.block import Block
 from compress.model.site import Site
-from compress.model.whole import Whole
 from compress.passes.factorizer import Factorizer
 from compress.passes.whitened import rank_within
 
@@ -47,14 +47,17 @@ class Part:
         return 0.0 if rank is None else 1 - rank * self.step / self.size
 
 
-def parts_of(model: Whole, step: Factorizer, measure: Callable[[Sequence[Site]], Tensor]) -> Iterator[Part]:
-    """The parts that `step` will make of the model, each with what `measure` says of its sites, on the CPU."""
-    for block in model.blocks(step.requires, step.sites):
-        for group in block.groups:
-            chosen = [site for site in group if fnmatchcase(site.name, step.sites)]
-            for sites in [chosen] if step.shared and chosen else [[site] for site in chosen]:
-                shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
-                yield Part(sites=tuple(site.name for site in sites), shape=shape, falling=measure(sites).double().cpu())
+def factored_together(block: Block, step: Factorizer) -> Iterator[list[Site]]:
+    """The sites of a block that `step` selects, one by one or by what they read."""
+    for group in block.groups:
+        chosen = [site for site in group if fnmatchcase(site.name, step.sites)]
+        yield from ([chosen] if chosen else []) if step.shared else ([site] for site in chosen)
+
+
+def part_of(sites: Sequence[Site], falling: Tensor) -> Part:
+    """Sites with the number of each direction, wherever it was computed."""
+    shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
+    return Part(sites=tuple(site.name for site in sites), shape=shape, falling=falling.double().cpu())
 
 
 def cheapest(parts: Sequence[Part], budget: int) -> list[int | None]:

@@ -2,36 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from compress.model.site import Site
+from compress.errors import CalibrationError
 from compress.model.whole import Whole
 from compress.passes.base import Budget, Sparsity
 from compress.passes.factorizer import Factorizer
-from compress.passes.ranks import budget_of, cheapest, given, parts_of
+from compress.passes.probes import Probes, rewritten
+from compress.passes.ranks import Part, budget_of, cheapest, factored_together, given, part_of
+from compress.passes.whitened import rank_within
+
+TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks(Budget, name="ranks"):
-    """Minimise the sum over matrices of the share of output energy lost, at the parameters the next pass asks for.
+    """Minimise the sum over matrices of the output energy lost, at the parameters that the next pass asks for.
 
     In that pass's own metric. Energies fall, so taking the best energy for a parameter first is exact, but for
-    matrices that come out no shorter than they are: these stay whole.
+    matrices that come out no shorter than they are: these stay whole. By `energy` a matrix counts by the share of its
+    output's energy; by `kl` by what cutting it alone, to what the pass asks for, does to the logits, for each share of
+    energy that this loses: a few tokens of huge activations may hold nearly all energy of an output and little of what
+    later blocks make of it.
     Source: Shoham and Gersho, "Efficient Bit Allocation for an Arbitrary Set of Quantizers", 1988, for convex losses;
-    truncation loss as the loss, Wang et al., SVD-LLM V2, NAACL 2025.
+    truncation loss as the loss, Wang et al., SVD-LLM V2, NAACL 2025; weighing it by KL is ours.
     """
 
     options_set = ("removed",)
 
+    measure: Annotated[Literal["kl", "energy"], Field(description="how a matrix's lost energy counts")] = "kl"
+
     def allocate(self, model: Whole, step: Factorizer) -> dict[str, Sparsity]:
         """The share removed of each matrix that `step` selects."""
+        parts: list[Part] = []
+        probes = Probes(model)
+        for block in model.blocks(step.requires, step.sites):
+            probes.follow(block)
+            for sites in factored_together(block, step):
+                parts.append(part_of(sites, step.spectrum(sites)))
+                if self.measure == "kl" and step.removed:
+                    with rewritten(sites, step):
+                        probes.take(block)
+        costs: Sequence[float | None] = probes.costs() or [None] * len(parts)
+        units = [weight(part, cost, step.removed) for part, cost in zip(parts, costs, strict=True)]
+        weighed = [replace(part, falling=part.falling * unit) for part, unit in zip(parts, units, strict=True)]
+        return dict(given(parts, cheapest(weighed, budget_of(parts, step.removed))))
 
-        def shares(sites: Sequence[Site]) -> Tensor:
-            energy_R = step.spectrum(sites).double()
-            return energy_R / energy_R.sum().clamp(min=1e-300)
 
-        parts = list(parts_of(model, step, shares))
-        return dict(given(parts, cheapest(parts, budget_of(parts, step.removed))))
+def weight(part: Part, cost: float | None, removed: float) -> float:
+    """What a unit of its energy counts: 1 / all of it, or the `cost` of losing what lies behind the rank asked for.
+
+    Raises CalibrationError if that cost is not finite.
+    """
+    total = max(TINY, float(part.falling.sum()))
+    if cost is None:
+        return 1 / total
+    if not math.isfinite(cost):
+        raise CalibrationError(f"ranks: factoring {part.sites[0]} alone makes the logits not finite")
+    lost = float(part.falling[rank_within(1 - removed, part.shape) :].sum())
+    return cost / max(lost, 1e-6 * total)

@@ -11,7 +11,7 @@ from compress.model.site import Site
 from compress.model.whole import Whole
 from compress.passes.base import Budget, Sparsity
 from compress.passes.factorizer import Factorizer
-from compress.passes.ranks import above, budget_of, given, parameters, parts_of
+from compress.passes.ranks import above, budget_of, factored_together, given, parameters, part_of
 
 HALVINGS = 60
 
@@ -31,7 +31,11 @@ class WeLore(Budget, name="welore"):
 
     def allocate(self, model: Whole, step: Factorizer) -> dict[str, Sparsity]:
         """The share removed of each matrix that `step` selects."""
-        parts = list(parts_of(model, step, lambda sites: stretched(step, sites)))
+        parts = [
+            part_of(sites, stretched(step, sites))
+            for block in model.blocks(step.requires, step.sites)
+            for sites in factored_together(block, step)
+        ]
         budget = budget_of(parts, step.removed)
         low, high = 0.0, 1.0 + 1e-9
         for _ in range(HALVINGS):

@@ -1,36 +1,29 @@
-"""Sparsity, bits and ranks where they cost least: what rewriting each part of the model alone costs, measured.
-
-Shape suffixes: B batch, T tokens, D hidden, V vocabulary.
-"""
+"""Sparsity, bits and ranks where they cost least: what rewriting each part of the model alone costs, measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from compress.errors import CalibrationError, RecipeError
 from compress.model.block import Block, peers_of
-from compress.model.divergence import mean_kl
-from compress.model.site import Site, energy
-from compress.model.travellers import Travellers
+from compress.model.site import Site
 from compress.model.whole import Whole
 from compress.passes.base import Budget, GridQuantizer, Pruner, Sparsity, WeightPass
 from compress.passes.budget import density
 from compress.passes.factorizer import Factorizer
+from compress.passes.probes import LEAST, Probes, output_cost, rewritten
 from compress.stats import Gram
 
 Governed = Pruner | GridQuantizer | Factorizer
 FURTHEST = 2  # bits from the mean
 FINE = 16  # steps between two measured fractions
 MOST_REMOVED = 0.95  # of a matrix that is factored: a rank of at least one is left of all but the smallest
-LEAST = 1e-9  # nats; a part whose pruning cannot be seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +71,10 @@ class Sensitivity(Budget, name="sensitivity"):
         tried = self.options_for(step)
         found: list[tuple[tuple[str, ...], int]] = []
         costs: list[float] = []
-        probes: list[Tensor] = []  # of each part, one for each option tried
-        batch = model.walk.enter(model.probe_NT)
+        probes = Probes(model)
         kinds = {*step.requires, *((Gram,) if self.measure == "gram" else ())}
         for block in model.blocks(kinds, step.sites):
-            probes = [batch.through(block.module, block.index, hidden) for hidden in probes]
+            probes.follow(block)
             for sites in parts_of(block, step.sites):
                 found.append((tuple(s.name for s in sites), sum(s.shape[0] * s.shape[1] for s in sites)))
                 for option in tried:
@@ -90,10 +82,10 @@ class Sensitivity(Budget, name="sensitivity"):
                         if self.measure == "gram":
                             costs.append(max(LEAST, sum(map(output_cost, sites))))
                         else:
-                            probes.append(block.probe.through(block.module, block.index))
+                            probes.take(block)
                 for site in sites:
                     site.stats.forget()
-        costs += [logit_cost(model, batch, hidden) for hidden in probes]
+        costs += probes.costs()
         for i, cost in enumerate(costs):
             if not math.isfinite(cost):
                 first = found[i // len(tried)][0][0]
@@ -145,33 +137,6 @@ def parts_of(block: Block, glob: str) -> list[list[Site]]:
     for group in block.groups:
         parts.setdefault(peers_of(group), []).extend(site for site in group if fnmatchcase(site.name, glob))
     return [sites for sites in parts.values() if sites]
-
-
-@contextmanager
-def rewritten(sites: Sequence[Site], step: Governed) -> Iterator[None]:
-    """These sites are rewritten by `step` for a while."""
-    for site in sites:
-        site.weight = step.rewrite_unfed(site) if site.starved and step.requires else step.rewrite(site)
-    try:
-        yield
-    finally:
-        for site in sites:
-            site.weight, site.inputs = site.original, ""
-
-
-def output_cost(site: Site) -> float:
-    """tr(D G Dᵀ) / tr(W G Wᵀ); 0 for an expert that too few tokens reached."""
-    if Gram not in site.stats or not site.stats.tokens:
-        return 0.0
-    gram_II, w_OI = site.stats[Gram], site.original.data.float()
-    return float(energy(site.weight.dense().float() - w_OI, gram_II) / energy(w_OI, gram_II).clamp(min=1e-30))
-
-
-def logit_cost(model: Whole, batch: Travellers, hidden_BTD: Tensor) -> float:
-    """KL of the logits that come of a hidden state behind the last block, in nats."""
-    batch.hidden_BTD = hidden_BTD
-    cost = mean_kl(model.walk.dense_logits, model.walk.leave(batch))
-    return max(LEAST, cost) if math.isfinite(cost) else cost
 
 
 def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Sequence[float]) -> Part:
