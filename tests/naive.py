@@ -364,6 +364,24 @@ def ldlq(w_OI: Tensor, gram_II: Tensor, scale_O: Tensor, zero_O: Tensor, bits: i
     return codes
 
 
+def gptaq(
+    w_OI: Tensor, upper_II: Tensor, shift_II: Tensor, scale_O: Tensor, zero_O: Tensor, bits: int, alpha: float
+) -> Tensor:
+    """GPTQ with GPTAQ's correction of a drifted input, a column at a time; `shift_II` is the mean of (x - x') x'ᵀ.
+
+    Source: Li et al., "GPTAQ", 2025, algorithm 1: P = alpha (shift Uᵀ, strictly upper) U, w_j -= e U_ij - w_i P_ij.
+    """
+    w, upper = w_OI.double().clone(), upper_II.double()
+    pull = alpha * (shift_II.double() @ upper.T).triu(1) @ upper
+    out = torch.zeros_like(w)
+    for i in range(w.shape[1]):
+        column = w[:, i].clone()
+        out[:, i] = round_to_grid(column, scale_O.double(), zero_O.double(), bits)
+        error = (column - out[:, i]) / upper[i, i]
+        w[:, i:] -= torch.outer(error, upper[i, i:]) - torch.outer(column, pull[i, i:])
+    return out
+
+
 def pack_stream(values: list[int], bits: int) -> bytes:
     """Values end to end in one little-endian bit stream; above 8 bits the low bytes first, then the rest."""
     if bits > 8:
