@@ -8,7 +8,7 @@ Shape suffixes: O out, I in, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -71,7 +71,7 @@ class Factorizer(WeightPass):
         if not self.removed:
             for site in sites:
                 site.ledger["rank"] = "dense"
-            return dict(whole)
+            return {name: replace(dense) for name, dense in whole.items()}  # another object: it is on record
         units = [unit(dense.data.float(), metric) if len(sites) > 1 else 1.0 for dense in whole.values()]
         w_OI = torch.cat([dense.data.float() / u for dense, u in zip(whole.values(), units, strict=True)])
         rank = rank_within(1 - self.removed, (w_OI.shape[0], w_OI.shape[1]))
