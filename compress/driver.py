@@ -20,7 +20,7 @@ from torch import Tensor
 from compress import __version__
 from compress.calibration import Tokens
 from compress.card import card
-from compress.errors import AcceptanceError, CompressError, UnsupportedWeight
+from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight
 from compress.events import BlockFinished, BlockStarted, Event, ModelReshaped, RunFinished, RunStarted
 from compress.model.anatomy import Coverage
 from compress.model.architecture import without_code
@@ -287,6 +287,8 @@ class Job:
 
     def conclude(self, writer: ArtifactWriter, ledger: dict[str, Any], bits: float, probe: Travellers) -> Report:
         """Write the descriptions, verify the whole folder, and report."""
+        if not ledger and not self.reshaped:
+            raise RecipeError("the passes left every weight as it was; there is nothing to write")
         logits = self.walk.leave(probe)
         self.walk.drop_frame()
         kl = mean_kl(self.walk.dense_logits if self.dense_logits is None else self.dense_logits, logits)

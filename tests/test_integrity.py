@@ -157,6 +157,20 @@ def test_a_crash_leaves_nothing(tiny_llama: Path, tmp_path: Path, error: type[Ba
     assert list(tmp_path.iterdir()) == []
 
 
+@dataclass(frozen=True, kw_only=True)
+class Idle(WeightPass):
+    """Leaves every weight as it is."""
+
+    def rewrite(self, site: Site) -> Weight:
+        return site.weight
+
+
+def test_a_run_that_changes_nothing_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the passes left every weight as it was; there is nothing to write"):
+        compress.run(tiny_llama, [Idle()], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_crash_leaves_the_old_output_alone(tiny_llama: Path, own_artifact: Path) -> None:
     before = files(own_artifact)
     with pytest.raises(ValueError, match="on purpose"):

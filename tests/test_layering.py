@@ -100,6 +100,7 @@ READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compr
 BENCHES = {
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
     "compress_evals.kv": ("compress.runtime.kv",),
+    "compress_evals.matrices": ("compress.stats",),
 }
 
 

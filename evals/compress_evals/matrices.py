@@ -1,0 +1,110 @@
+"""`python -m compress_evals.matrices`: what quantizers do to each matrix alone, before anything else has changed.
+
+Two tables, by kind of matrix: how much louder the loudest inputs are than the median one, and the squared output error
+tr(D G D') / tr(W G W') of each quantizer as a mean over all matrices, with the statistics of the dense model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compress
+from compress import HQQ, RTN, Calibration, Dense, Quantizer, Recipe, Weight, WeightPass
+from compress.stats import Gram
+
+BITS, GROUPS = (2, 3, 4), (32, 64, 128, 0)
+QUANTIZERS: dict[str, Any] = {
+    "rtn": lambda bits, group: RTN(bits=bits, group=group),
+    "rtn search": lambda bits, group: RTN(bits=bits, group=group, search=True),
+    "rtn output": lambda bits, group: RTN(bits=bits, group=group, search="output"),
+    "hqq": lambda bits, group: HQQ(bits=bits, group=group),
+}
+FOUND: list[Looked] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """One matrix: its leaf name, loudest and 99th percentile input over the median (root mean squares), and errors."""
+
+    leaf: str
+    loudest: float
+    percentile: float
+    errors: dict[tuple[str, int, int], float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(WeightPass):
+    """Leaves every matrix as it is, and notes what quantizers would make of it."""
+
+    requires = (Gram,)
+
+    def rewrite(self, site: Any) -> Weight:
+        """The weight as it is."""
+        gram_II, w_OI = site.stats[Gram], site.original.data.float()
+        rms_I = gram_II.diagonal().clamp(min=0).sqrt()
+        whole = float(((w_OI @ gram_II) * w_OI).sum())
+        errors = {}
+        for name, make in QUANTIZERS.items():
+            for bits in BITS:
+                for group in GROUPS:
+                    if group == 0 or w_OI.shape[1] % group == 0:
+                        step: Quantizer = make(bits, group)
+                        change_OI = step.rewrite(site).dense().float() - w_OI
+                        errors[name, bits, group] = float(((change_OI @ gram_II) * change_OI).sum()) / whole
+        middle = float(rms_I.median())
+        loudest, percentile = float(rms_I.max()) / middle, float(torch.quantile(rms_I, 0.99)) / middle
+        FOUND.append(Looked(leaf=site.name.rpartition(".")[2], loudest=loudest, percentile=percentile, errors=errors))
+        return Dense(site.original.data)
+
+
+def loudness(found: Sequence[Looked]) -> str:
+    """Markdown: by kind of matrix, the range over blocks."""
+    lines = ["| input of | loudest / median | 99th percentile / median |", "|---|---|---|"]
+    for leaf in dict.fromkeys(one.leaf for one in found):
+        same = [one for one in found if one.leaf == leaf]
+        cells = []
+        for values in ([one.loudest for one in same], [one.percentile for one in same]):
+            cells.append(f"{min(values):.1f} to {max(values):.1f}")
+        lines.append(f"| {leaf} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def losses(found: Sequence[Looked]) -> str:
+    """Markdown: the mean over all matrices of the squared output error."""
+    lines = ["| bits | method | " + " | ".join(f"g{group}" if group else "row" for group in GROUPS) + " |"]
+    lines.append("|" + "---|" * (2 + len(GROUPS)))
+    for bits in BITS:
+        for name in QUANTIZERS:
+            cells = []
+            for group in GROUPS:
+                values = [one.errors[name, bits, group] for one in found if (name, bits, group) in one.errors]
+                cells.append(f"{sum(values) / len(values):.4f}" if values else "")
+            lines.append(f"| {bits} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Look at every matrix of a model and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
+    arguments = parser.parse_args()
+    calibration = Calibration(data="mixed", samples=arguments.samples, length=arguments.length, seed=0)
+    recipe = Recipe(passes=(Look(),), calibration=calibration, ordering="dense")
+    with tempfile.TemporaryDirectory() as folder:
+        compress.run(arguments.model, recipe, Path(folder) / "out")
+    head = f"{arguments.samples} x {arguments.length} tokens of mixed, cpu, {len(FOUND)} matrices"
+    sys.stdout.write("\n".join([head, "", loudness(FOUND), "", losses(FOUND)]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
