@@ -7,7 +7,6 @@ effect is that transformers will know the quantization method `compress`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -147,26 +146,27 @@ def load(
     path: str | Path,
     *,
     low_memory: bool = False,
-    kv: KV | Mapping[str, Any] | Literal["recipe"] | None = "recipe",
+    kv: KV | Mapping[str, Any] | Literal["recipe", "latent"] | None = "recipe",
     **options: Any,
 ) -> Any:
     """The compressed model in `path` as a transformers model, ready to run.
 
     By default each weight is decoded once, for speed: memory is that of the dense model plus the stored bits. With
     `low_memory` only the stored bits are kept and each weight is decoded when used. `kv` are the options of a quantized
-    key-value cache, such as {"bits": 4}: by default the recipe's; None for a plain cache. `options` go to
-    `from_pretrained` of the Auto class that builds the architecture. Raises ArtifactError if the folder cannot be
-    loaded, or is pickled, RecipeError if `kv` is unfit.
+    key-value cache, such as {"bits": 4}, or "latent" where keys and values are factored: by default the recipe's; None
+    for a plain cache. `options` go to `from_pretrained` of the Auto class that builds the architecture. Raises
+    ArtifactError if the folder cannot be loaded, or is pickled, RecipeError if `kv` is unfit.
     """
     from transformers import AutoConfig
 
     from compress.artifact import Artifact, is_artifact
+    from compress.kv import read_kept, written
     from compress.model.architecture import auto_class, without_code
     from compress.model.source import locate, read_json
     from compress.runtime.hf import register
     from compress.runtime.kv import attach
 
-    cache = kv if kv is None or kv == "recipe" else KV.of(kv)
+    cache = kv if kv is None or kv == "recipe" else read_kept(kv)
     register()
     folder = locate(path)
     raw = {k: v for k, v in read_json(folder / "config.json", "config.json").items() if k != "auto_map"}
@@ -179,14 +179,14 @@ def load(
         if packed:
             config.quantization_config["low_memory"] = low_memory
             if cache != "recipe":
-                config.quantization_config["kv"] = asdict(cache) if cache else None
+                config.quantization_config["kv"] = written(cache) if cache else None
         model = auto_class(config).from_pretrained(folder, config=config, local_files_only=True, **options)
     except CompressError:
         raise
     except Exception as error:  # a damaged folder breaks transformers and safetensors in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ArtifactError(f"{folder}: cannot be loaded: {reason}") from error
-    if not packed and isinstance(cache, KV):
+    if not packed and cache and cache != "recipe":
         attach(model, cache)
     return model.eval()
 

@@ -7,7 +7,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib.metadata import version
 from math import prod
@@ -22,6 +23,7 @@ from compress.calibration import Tokens
 from compress.card import card
 from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight
 from compress.events import BlockFinished, BlockStarted, Event, ModelReshaped, RunFinished, RunStarted
+from compress.kv import written
 from compress.model.anatomy import Coverage
 from compress.model.architecture import without_code
 from compress.model.block import Block
@@ -38,6 +40,7 @@ from compress.passes.manager import PassManager, ignore
 from compress.plan import check_disk, check_tensors, check_values, free_place, outline, plan, tokens_for, usable
 from compress.recipe import Calibration, Recipe
 from compress.runtime.kv import check as check_cache
+from compress.runtime.latent import is_factored
 from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
 from compress.texts import HUB
@@ -92,7 +95,7 @@ def compress(
         check_disk(target, shaped)
         covered = plan(planned, recipe)
         if recipe.kv:
-            check_cache(planned.model, recipe.kv)
+            check_cache(planned.model, recipe.kv, to_factor(planned, recipe))
         tokens = tokens_for(walk, source.path, recipe)
         check_values(walk, source)
         if offload:
@@ -116,6 +119,12 @@ def compress(
         )
     )
     return report
+
+
+def to_factor(walk: Walk, recipe: Recipe) -> set[str]:
+    """The modules whose weights some pass means to factor."""
+    globs = [step.sites for step in recipe.weight_passes if step.gives == "factored"]
+    return {p.module for p in walk.anatomy.places.values() if any(fnmatchcase(p.site, glob) for glob in globs)}
 
 
 def prove(walk: Walk, tokens: Tokens) -> None:
@@ -299,7 +308,11 @@ class Job:
         }
         provenance = self.provenance(ledger, sizes, kl)
         config = {k: v for k, v in without_code(self.source.config).items() if k != "quantization_config"}
-        kv = asdict(self.recipe.kv) if self.recipe.kv else None
+        kv = written(self.recipe.kv) if self.recipe.kv else None
+        if kv == "latent":  # a budget, or a rank that saves nothing, may have left all of them whole
+            places = self.walk.anatomy.places
+            done = {places[site].module for site, spec in writer.specs.items() if is_factored(spec)}
+            check_cache(self.walk.model, "latent", done)
         writer.describe(self.source.path, config, provenance, card(provenance), kv)
         check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits)
         return Report(

@@ -1,13 +1,13 @@
-"""The options of a quantized key-value cache, as a recipe or `load` gives them.
+"""How a key-value cache is kept, as a recipe or `load` says it: the options of a quantized one, or the word `latent`.
 
-Not here: the cache itself (`runtime/kv.py`). A recipe only records the options; nothing in the stored weights depends
-on them, and `load` may choose others.
+Not here: the caches themselves (`runtime/kv.py`, `runtime/latent.py`). A recipe only records the choice; nothing in the
+stored weights depends on it, and `load` may choose otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -50,3 +50,20 @@ class KV:
             fitting = [g for g in range(4, min(size, self.group) + 1, 4) if size % g == 0]
             allowed = f"divide it, such as {max(fitting)}" if fitting else "divide it, and no multiple of 4 does"
             raise RecipeError(f"kv.group: {self.group} does not fit heads of {size} channels; it must {allowed}")
+
+
+Kept = KV | Literal["latent"]  # `latent`: what factored key and value projections make keys and values of
+
+
+def read_kept(given: Any, where: str = "kv") -> Kept:
+    """The choice from `latent` or from a mapping of options; raises RecipeError for anything else."""
+    if given == "latent":
+        return "latent"
+    if isinstance(given, str):
+        raise RecipeError(f"{where}: {given!r} is not allowed; it must be latent, or options such as `bits: 4`")
+    return KV.of(given, where)
+
+
+def written(kept: Kept) -> dict[str, Any] | str:
+    """The choice as plain data."""
+    return asdict(kept) if isinstance(kept, KV) else kept

@@ -18,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
 from compress.errors import RecipeError, nearest
-from compress.kv import KV
+from compress.kv import Kept, read_kept, written
 from compress.options import build, check_options
 from compress.passes import PASSES, Pass, Reshape, SitePass, governed, load_plugins, windows_at_once
 
@@ -98,7 +98,7 @@ class Recipe:
     ] = "site"
     limits: Limits = field(default_factory=Limits)
     accept: Accept | None = None
-    kv: KV | None = None
+    kv: Kept | None = None
 
     def __post_init__(self) -> None:
         if not self.passes:
@@ -112,6 +112,8 @@ class Recipe:
             raise RecipeError(
                 "kv: needs a pass that rewrites weights, else the folder names no method; give it to compress.load"
             )
+        if self.kv == "latent" and not any(step.gives == "factored" for step in self.weight_passes):
+            raise RecipeError("kv: latent: needs a pass that factors keys and values, such as transmla or svd-llm")
         self._check_order()
         governed(self.passes)
         windows_at_once(self.passes)
@@ -152,7 +154,7 @@ class Recipe:
         data |= {"calibration": asdict(self.calibration)} if self.needs_data() else {}
         data |= {"ordering": self.ordering, "passes": [{step.name: step.options()} for step in self.passes]}
         data["limits"] = asdict(self.limits)
-        data |= {"kv": asdict(self.kv)} if self.kv else {}
+        data |= {"kv": written(self.kv)} if self.kv else {}
         return data | ({"accept": asdict(self.accept)} if self.accept else {})
 
     def to_yaml(self) -> str:
@@ -209,9 +211,11 @@ def from_dict(data: Any) -> Recipe:
         raise RecipeError(f"model: expected a folder or `builtin`, got {model!r}")
     parts: dict[str, Any] = {
         key: build(kind, data[key], key)
-        for key, kind in (("calibration", Calibration), ("limits", Limits), ("accept", Accept), ("kv", KV))
+        for key, kind in (("calibration", Calibration), ("limits", Limits), ("accept", Accept))
         if data.get(key) is not None
     }
+    if data.get("kv") is not None:
+        parts["kv"] = read_kept(data["kv"])
     if "ordering" in data:
         parts["ordering"] = data["ordering"]
     return Recipe(passes=tuple(read_pass(step, f"passes[{i}]") for i, step in enumerate(steps)), model=model, **parts)

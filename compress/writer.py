@@ -171,11 +171,11 @@ class ArtifactWriter:
         config: Mapping[str, Any],
         provenance: Mapping[str, Any],
         card: str,
-        kv: Mapping[str, Any] | None = None,
+        kv: Mapping[str, Any] | str | None = None,
     ) -> None:
         """Write everything that is not weights; a folder without rewritten sites is plain and names no method.
 
-        `kv` are the options of the cache that the model shall have once loaded.
+        `kv` is how the model shall keep its cache once loaded.
         """
         shutil.rmtree(self.partial / "scratch", ignore_errors=True)
         self._number()

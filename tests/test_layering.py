@@ -99,7 +99,8 @@ READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compr
 # a bench that times the inner loops of passes enters them, one of caches makes them itself
 BENCHES = {
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
-    "compress_evals.kv": ("compress.runtime.kv",),
+    "compress_evals.kv": ("compress.runtime.kv", "compress.runtime.latent"),
+    "compress_evals.latent": ("compress.runtime.kv",),
     "compress_evals.matrices": ("compress.stats",),
 }
 

@@ -29,6 +29,7 @@ from compress.passes.lowrank.asvd import ASVD
 from compress.passes.lowrank.greedy_ranks import Ranks
 from compress.passes.lowrank.svd import SVD
 from compress.passes.lowrank.svd_llm import SVDLLM
+from compress.passes.lowrank.transmla import TransMLA
 from compress.passes.lowrank.welore import WeLore
 from compress.passes.manager import PassManager
 from compress.passes.pruning.alps import ALPS
@@ -111,6 +112,7 @@ __all__ = [
     "SparseGPT",
     "StructuredPruner",
     "Swaps",
+    "TransMLA",
     "Wanda",
     "WandaSP",
     "WeLore",

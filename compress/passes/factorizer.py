@@ -72,20 +72,8 @@ class Factorizer(WeightPass):
             for site in sites:
                 site.ledger["rank"] = "dense"
             return {name: replace(dense) for name, dense in whole.items()}  # another object: it is on record
-        units = [unit(dense.data.float(), metric) if len(sites) > 1 else 1.0 for dense in whole.values()]
-        w_OI = torch.cat([dense.data.float() / u for dense, u in zip(whole.values(), units, strict=True)])
-        rank = rank_within(1 - self.removed, (w_OI.shape[0], w_OI.shape[1]))
-        energy_R, basis_OO = principal(w_OI, metric)
-        left_OR = basis_OO[:, :rank]
-        right = Dense((left_OR.T @ w_OI).to(sites[0].original.data.dtype))
-        parts = left_OR.split([site.shape[0] for site in sites])
-        lost = float(energy_R[rank:].sum() / energy_R.sum().clamp(min=1e-30))
-        for site in sites:
-            site.ledger |= {"rank": rank, "energy_lost": lost}
-        return {
-            site.name: Product(Dense((part * u).to(right.data.dtype)), right)
-            for site, part, u in zip(sites, parts, units, strict=True)
-        }
+        shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
+        return joined(sites, list(whole.values()), metric, rank_within(1 - self.removed, shape))
 
     def spectrum(self, sites: Sequence[Site]) -> Tensor:
         """The energies, falling, of what `factored` would cut of these matrices taken together."""
@@ -93,6 +81,23 @@ class Factorizer(WeightPass):
         matrices = [site.weight.dense().float() for site in sites]
         units = [unit(w_OI, metric) if len(sites) > 1 else 1.0 for w_OI in matrices]
         return principal(torch.cat([w_OI / u for w_OI, u in zip(matrices, units, strict=True)]), metric)[0]
+
+
+def joined(sites: Sequence[Site], whole: Sequence[Dense], metric: Tensor | None, rank: int) -> dict[str, Weight]:
+    """Matrices that read one input, each as its own left factor and one right factor of this rank for all."""
+    units = [unit(dense.data.float(), metric) if len(sites) > 1 else 1.0 for dense in whole]
+    w_OI = torch.cat([dense.data.float() / u for dense, u in zip(whole, units, strict=True)])
+    energy_R, basis_OO = principal(w_OI, metric)
+    left_OR = basis_OO[:, :rank]
+    right = Dense((left_OR.T @ w_OI).to(sites[0].original.data.dtype))
+    parts = left_OR.split([site.shape[0] for site in sites])
+    lost = float(energy_R[rank:].sum() / energy_R.sum().clamp(min=1e-30))
+    for site in sites:
+        site.ledger |= {"rank": rank, "energy_lost": lost}
+    return {
+        site.name: Product(Dense((part * u).to(right.data.dtype)), right)
+        for site, part, u in zip(sites, parts, units, strict=True)
+    }
 
 
 def unit(w_OI: Tensor, metric: Tensor | None) -> float:

@@ -1,4 +1,4 @@
-"""A key-value cache that keeps old tokens in 8, 4 or 2 bits, for any model of transformers.
+"""A key-value cache that keeps old tokens in 8, 4 or 2 bits, and how a model is given that or a latent one for good.
 
 Codes are packed in memory, not only rounded. Nothing is fused: each step decodes the whole cache to the model's dtype,
 layer by layer, so it saves memory between steps, not time.
@@ -8,7 +8,7 @@ D channels of a head, G numbers of a group, N groups or tokens, C channels or gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from inspect import signature
@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from compress.errors import RecipeError
-from compress.kv import KV
+from compress.kv import KV, Kept, read_kept
+from compress.runtime import latent
 from compress.weights.pack import pack_bits, unpack_bits
 
 Rows = Callable[[Tensor], Tensor]
@@ -223,31 +224,46 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         return sum(layer.nbytes() for layer in self.layers if isinstance(layer, QuantizedLayer))
 
 
-def check(model: Any, kv: KV) -> None:
-    """Raise RecipeError if the model has no cache of keys and values, or its heads do not divide into groups."""
+def check(model: Any, kept: Kept, factored: Collection[str] = ()) -> None:
+    """Raise RecipeError if the model cannot have such a cache, once the modules named in `factored` are low-rank."""
+    check_decoder(model)
+    if kept == "latent":
+        latent.check(model, factored)
+        return
+    QuantizedCache(model.config, **asdict(kept))
+    config = model.config.get_text_config(decoder=True)
+    size = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    kept.check_head(size or config.hidden_size // config.num_attention_heads)
+
+
+def check_decoder(model: Any) -> None:
+    """Raise RecipeError if the model has no cache of keys and values."""
     cached = "past_key_values" in signature(model.forward).parameters
     if not (cached and model.can_generate()) or model.config.is_encoder_decoder:
         raise RecipeError(f"kv: {type(model).__name__} is not a decoder that generates from a key-value cache")
-    QuantizedCache(model.config, **asdict(kv))
-    config = model.config.get_text_config(decoder=True)
-    size = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
-    kv.check_head(size or config.hidden_size // config.num_attention_heads)
 
 
-def attach(model: Any, kv: KV | Mapping[str, Any]) -> None:
-    """Let `model` make a quantized cache wherever it would make a plain one: in `generate` and in its forward.
+def attach(model: Any, kept: Kept | Mapping[str, Any]) -> None:
+    """Let `model` make such a cache wherever it would make a plain one: in `generate` and in its forward.
 
     A cache that the caller gives or names is left alone. Raises RecipeError if the model cannot have one.
     """
-    kv = KV.of(kv)
-    check(model, kv)
-    new = partial(QuantizedCache, model.config, **asdict(kv))
+    new = maker(model, read_kept(kept))
     model.register_forward_pre_hook(partial(_enter, new), with_kwargs=True)
     model.generate = partial(_generate, model.generate, model.generation_config, new)
 
 
+def maker(model: Any, kept: Kept) -> Callable[[], Cache]:
+    """What makes a new cache for the model; raises RecipeError if it cannot have one."""
+    if kept == "latent":
+        check_decoder(model)
+        return latent.prepared(model)
+    check(model, kept)
+    return partial(QuantizedCache, model.config, **asdict(kept))
+
+
 def _enter(
-    new: Callable[[], QuantizedCache], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    new: Callable[[], Cache], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Add a new cache to the arguments of a forward that would make its own."""
     given = signature(model.forward).bind_partial(*args, **kwargs).arguments
@@ -259,9 +275,7 @@ def _enter(
     return None
 
 
-def _generate(
-    generate: Callable[..., Any], usual: Any, new: Callable[[], QuantizedCache], *args: Any, **kwargs: Any
-) -> Any:
+def _generate(generate: Callable[..., Any], usual: Any, new: Callable[[], Cache], *args: Any, **kwargs: Any) -> Any:
     """`generate` with a new cache, unless the caller gives one, names a kind, or wants none."""
     config = signature(generate).bind_partial(*args, **kwargs).arguments.get("generation_config") or usual
     used = kwargs.get("use_cache", config.use_cache) is not False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.artifact import METHOD, VERSION, keys, plain_shapes
 from compress.errors import ArtifactError, RecipeError
-from compress.kv import KV
+from compress.kv import read_kept, written
 from compress.model.anatomy import Anatomy, Place
 from compress.runtime.experts import CompressedExperts, compress_experts
 from compress.runtime.kv import attach
@@ -31,7 +30,7 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         weights: dict[str, Any] | None = None,
         version: int = VERSION,
         low_memory: bool = False,
-        kv: dict[str, Any] | None = None,
+        kv: dict[str, Any] | str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -39,13 +38,13 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if version != VERSION:
             raise ArtifactError(f"quantization_config: format version {version}, this program reads {VERSION}")
         try:
-            self.kv = None if kv is None else KV.of(kv)
+            self.kv = None if kv is None else read_kept(kv)
         except RecipeError as error:
             raise ArtifactError(f"quantization_config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
-        kv = {"kv": asdict(self.kv)} if self.kv else {}
+        kv = {"kv": written(self.kv)} if self.kv else {}
         return {"quant_method": METHOD, "version": self.version, "weights": self.weights, **kv}
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from compress.builtin.documents import closed_book, in_context
 from compress.builtin.facts import facts
 from compress.model.source import locate
 from compress.runtime.kv import QuantizedCache
+from compress.runtime.latent import LatentCache
 from compress_evals import stats
 from compress_evals.fidelity import (
     Estimate,
@@ -113,21 +114,21 @@ class Bench:
         self.tasks = (closed, told)
         self.plain: list[Tensor] = []
 
-    def measure(self, name: str, make: Make) -> Row:
-        """One kind of cache; the first one measured is what the others are compared with."""
-        began = time.monotonic()
-        logits = scored_logits(self.model, self.texts, make, self.chunk)
+    def measure(self, name: str, make: Make, model: Any = None) -> Row:
+        """One kind of cache, of another model if given; what is measured first the others are compared with."""
+        began, model = time.monotonic(), model or self.model
+        logits = scored_logits(model, self.texts, make, self.chunk)
         self.plain = self.plain or logits
         kl = mean_kl(distances(self.texts, self.plain, logits), 10000, 0)
-        answers = [right(task, scored_logits(self.model, task, make, self.chunk)) for task in self.tasks]
-        return Row(name=name, kl=kl, right=answers, nbytes=self.nbytes(make()), seconds=time.monotonic() - began)
+        answers = [right(task, scored_logits(model, task, make, self.chunk)) for task in self.tasks]
+        return Row(name=name, kl=kl, right=answers, nbytes=self.nbytes(model, make()), seconds=time.monotonic() - began)
 
     @torch.inference_mode()
-    def nbytes(self, cache: Any) -> int:
+    def nbytes(self, model: Any, cache: Any) -> int:
         """Bytes of a cache that holds one window."""
-        ids_BT = torch.tensor([self.texts[0].ids], device=self.model.device)
-        self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
-        if isinstance(cache, QuantizedCache):
+        ids_BT = torch.tensor([self.texts[0].ids], device=model.device)
+        model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
+        if isinstance(cache, (QuantizedCache, LatentCache)):
             return cache.nbytes()
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
 

@@ -1,0 +1,80 @@
+"""TransMLA: keys and values as two readings of one latent, which is then all that a cache needs to keep of a token.
+
+Not here: the cache itself (`runtime/latent.py`; a recipe asks for it with `kv: latent`). What a reader would question:
+at full rank nothing is lost and nothing is won, so the pass has no lossless default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Annotated
+
+from pydantic import Field
+
+from compress.errors import RecipeError, UnsupportedWeight
+from compress.model.site import Site
+from compress.passes.base import WeightPass
+from compress.passes.factorizer import joined
+from compress.stats import Gram
+from compress.weights import Dense, Weight
+
+PAIR = ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransMLA(WeightPass, name="transmla"):
+    """W_k = A_k B and W_v = A_v B, with B of the principal directions of keys and values together, balanced.
+
+    Keys and values are first divided by the root of their own output energy: else keys, which are louder, take all
+    directions. At `kept: 1` the model computes what it did, with no fewer numbers to keep of a token; fewer than that
+    are the closest for their count, in that norm and without training, which is not close: see the recipe's numbers.
+    Source: Meng et al., "TransMLA: Multi-Head Latent Attention Is All You Need", 2025, section 4 (joint, balanced
+    principal components of keys and values). Deviation: no RoRoPE, FreqFold or decoupled rotary key; a key comes
+    of the latent whole and is rotated when it is read. So nothing else is kept, but attention is not computed in it.
+    """
+
+    requires = (Gram,)
+    unfed = ""
+    takes = ("dense",)
+    gives = "factored"
+
+    sites: Annotated[str, Field(description="glob over full site names; keys with their values only")] = "*.[kv]_proj"
+    kept: Annotated[
+        float, Field(gt=0, le=1, description="numbers of a latent as a share of those of a token's key and value")
+    ] = 0.5
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """A rank of one at least must be left."""
+        if self.rank(2 * shape[0], shape[1]) < 1:
+            raise RecipeError(f"{self.name}: {site}: {self.kept:g} of {2 * shape[0]} numbers is none; keep more")
+
+    def rank(self, outputs: int, inputs: int) -> int:
+        """Numbers of a latent; more than there are inputs tell nothing more."""
+        return min(floor(self.kept * outputs + 1e-9), inputs)
+
+    def rewrite(self, site: Site) -> Weight:
+        """A latent of its own."""
+        return self.of_one([site])[site.name]
+
+    def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
+        """One latent for the key and the value of each attention; raises UnsupportedWeight for anything else."""
+        attentions: dict[str, list[Site]] = {}
+        for site in sites:
+            attentions.setdefault(site.name.rpartition(".")[0], []).append(site)
+        found: dict[str, Weight] = {}
+        for within, pair in attentions.items():
+            leaves = [site.name.rpartition(".")[2] for site in pair]
+            if tuple(sorted(leaves)) != PAIR:
+                raise UnsupportedWeight(
+                    f"{self.name} needs {' and '.join(PAIR)} of one input; {within} has {', '.join(leaves)} there"
+                )
+            found |= self.of_one(pair)
+        return found
+
+    def of_one(self, sites: Sequence[Site]) -> dict[str, Weight]:
+        """These weights as readings of one latent."""
+        whole = [site.expect(Dense, by=self.name) for site in sites]
+        rank = self.rank(sum(site.shape[0] for site in sites), sites[0].shape[1])
+        return joined(sites, whole, sites[0].stats[Gram], rank)
