@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress import GPTQ, KV, RTN, Accept, Calibration, Limits, Magnitude, Recipe, RecipeError, Wanda, WeightPass
+from compress import GPTQ, KV, RTN, SVD, Accept, Calibration, Limits, Magnitude, Recipe, RecipeError, Wanda, WeightPass
 from compress.passes import PASSES, Pass
 from compress.recipe import DEEPEST, LARGEST, apply_change, find, from_dict, load, packaged_folder, parse
 
@@ -277,7 +277,7 @@ def test_every_packaged_recipe_reads_and_writes(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", PASSES.values(), ids=PASSES)
 def test_every_pass_survives_the_way_to_yaml_and_back(kind: type[Pass]) -> None:
-    recipe = Recipe(passes=(kind(), Wanda(sites="*.mlp.*"), RTN()))
+    recipe = Recipe(passes=(kind(), Wanda(sites="*.mlp.*"), SVD(sites="*.o_proj"), RTN()))
     assert read(recipe.to_yaml()) == recipe
 
 
