@@ -37,6 +37,8 @@ bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, 
 	$(BIN)/python -m compress_evals.quantization --check
 	$(BIN)/python -m compress_evals.kv
 	$(BIN)/python -m compress_evals.latent
+	$(BIN)/python -m compress_evals.lowrank --out out/lowrank
+	$(BIN)/python -m compress_evals.matrices
 	$(BIN)/python -m compress_evals.bench --out out/bench
 
 format: $(READY)  ## rewrite the code in the house's form
