@@ -107,12 +107,16 @@ def cpu_int8(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
 
 @rule
 def factored(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
-    """Sums and products of which the factors are cheaper than the whole."""
+    """Products of which the factors are cheaper than the whole, and sums of such and of packed terms.
+
+    A sum with a term that would be decoded to the whole matrix is decoded with it: one product instead of three.
+    """
     match weight:
         case Product(left, right) if sum(map(_cost, (left, right))) < weight.shape[0] * weight.shape[1]:
             return nn.Sequential(lower(right, dtype), lower(left, dtype))
         case Sum(terms) if any(isinstance(term, Product) for term in terms):
-            return Parallel([lower(term, dtype) for term in terms])
+            parts = [lower(term, dtype) for term in terms]
+            return None if any(isinstance(part, Matrix) for part in parts) else Parallel(parts)
         case _:
             return None
 
