@@ -23,6 +23,7 @@ from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
+from compress.passes.hybrid.oats import OATS
 from compress.passes.hybrid.realign import Realign
 from compress.passes.hybrid.reallm import ReALLM
 from compress.passes.lowrank.asvd import ASVD
@@ -73,6 +74,7 @@ __all__ = [
     "MXFP4",
     "NF4",
     "NVFP4",
+    "OATS",
     "OWL",
     "PASSES",
     "RIA",
