@@ -26,6 +26,7 @@ from compress.passes.hybrid.finetune import FineTune
 from compress.passes.hybrid.oats import OATS
 from compress.passes.hybrid.realign import Realign
 from compress.passes.hybrid.reallm import ReALLM
+from compress.passes.hybrid.rpca import RPCA
 from compress.passes.lowrank.asvd import ASVD
 from compress.passes.lowrank.greedy_ranks import Ranks
 from compress.passes.lowrank.svd import SVD
@@ -78,6 +79,7 @@ __all__ = [
     "OWL",
     "PASSES",
     "RIA",
+    "RPCA",
     "RTN",
     "SVD",
     "SVDLLM",

@@ -42,6 +42,7 @@ class OATS(Pruner, name="oats"):
     """
 
     unfed = "split by its weights alone"
+    gives = "split"
 
     rank_share: Annotated[float, Field(ge=0, lt=1, description="share of what is kept that the factors hold")] = 0.25
     iterations: Annotated[int, Field(ge=1, le=10000, description="of fitting A B, then S")] = 80
@@ -93,35 +94,41 @@ class OATS(Pruner, name="oats"):
             return self.cut(site, self.score)
         w_OI, norm_I = site.expect(Dense, by=self.name).data.float(), loudness(site.stats[ColumnNorm])
         left_OR, right_RI, mask_OI = self.split(w_OI * norm_I)
+        name = self.remainder(site.shape).name
         if not self.refit:
-            return self.stored(site, left_OR, right_RI / norm_I, mask_OI)
+            return stored(site, left_OR, right_RI / norm_I, mask_OI, name)
         factors_OI, gram_II = left_OR @ (right_RI / norm_I), damp(site.stats[Gram], DAMPING)
         sparse_OI, _ = least_squares(w_OI - factors_OI, mask_OI, gram_II, (w_OI - factors_OI) * mask_OI)
         left_OR = output_basis(w_OI - sparse_OI, gram_II, left_OR.shape[1])
-        return self.stored(site, left_OR, left_OR.T @ (w_OI - sparse_OI), mask_OI, sparse_OI)
+        return stored(site, left_OR, left_OR.T @ (w_OI - sparse_OI), mask_OI, name, sparse_OI)
 
     def rewrite_unfed(self, site: Site) -> Weight:
         """The same, all inputs as loud as each other, and nothing refitted."""
         if not self.rank(site.shape):
             return super().rewrite_unfed(site)
-        return self.stored(site, *self.split(site.expect(Dense, by=self.name).data.float()))
+        w_OI = site.expect(Dense, by=self.name).data.float()
+        return stored(site, *self.split(w_OI), self.remainder(site.shape).name)
 
     def split(self, a_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(A, B, mask of S) for a matrix of which all entries count the same."""
         shape = a_OI.shape[0], a_OI.shape[1]
         return by_turns(a_OI, self.rank(shape), self.remainder(shape), self.iterations)
 
-    def stored(
-        self, site: Site, left_OR: Tensor, right_RI: Tensor, mask_OI: Tensor, sparse_OI: Tensor | None = None
-    ) -> Sum:
-        """Both terms in the dtype of the model; where it is not given, S is what the factors leave of the weight."""
-        kind = site.original.data.dtype
-        factors = Product(Dense(left_OR.contiguous().to(kind)), Dense(right_RI.to(kind)))
-        if sparse_OI is None:
-            sparse_OI = site.weight.dense().float() - factors.left.dense().float() @ factors.right.dense().float()
-        site.ledger["rank"] = left_OR.shape[1]
-        values = Dense((sparse_OI * mask_OI).to(kind))
-        return Sum((Masked(values, mask_OI, self.remainder(site.shape).name), factors))
+
+def stored(
+    site: Site, left_OR: Tensor, right_RI: Tensor, mask_OI: Tensor, name: str, sparse_OI: Tensor | None = None
+) -> Weight:
+    """Both terms in the dtype of the model, or S alone if the rank is 0.
+
+    S is what the factors, so rounded, leave of the weight if it is not given.
+    """
+    kind = site.original.data.dtype
+    left, right = Dense(left_OR.contiguous().to(kind)), Dense(right_RI.to(kind))
+    if sparse_OI is None:
+        sparse_OI = site.weight.dense().float() - left.data.float() @ right.data.float()
+    site.ledger["rank"] = left_OR.shape[1]
+    sparse = Masked(Dense((sparse_OI * mask_OI).to(kind)), mask_OI, name)
+    return Sum((sparse, Product(left, right))) if left_OR.shape[1] else sparse
 
 
 def by_turns(a_OI: Tensor, rank: int, chosen: Pattern, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
