@@ -298,14 +298,20 @@ def test_a_quantizer_rounds_the_sparse_term_alone(step: Any, site_of: SiteMaker)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_is_stored_and_computed_as_its_terms(dtype: torch.dtype, site_of: SiteMaker, assert_close: Close) -> None:
+@pytest.mark.parametrize("scope", ["row", "1x96"])
+def test_it_is_stored_and_computed_as_its_terms(
+    scope: str, dtype: torch.dtype, site_of: SiteMaker, assert_close: Close
+) -> None:
+    """Blocks of 1x96 are whole neurons, the form of LoSparse."""
     w, x = falling(64, 96).to(dtype), tokens(96).to(dtype)
-    weight = OATS().rewrite(site_of(w, x))
+    weight = OATS(scope=scope).rewrite(site_of(w, x))
     again = unpack(specify(weight), pack(weight))
     assert torch.equal(again.dense(), weight.dense())
     assert explain(weight, dtype) == "factored"
     assert_close("lowered", lower(weight, dtype)(x[:5]), weight.linear(x[:5]), 4 * torch.finfo(dtype).eps)
     assert weight.nbytes() == dtype.itemsize * parameters(weight) + w.numel() // 8
+    rows = terms(weight)[0].mask_OI.float().mean(1)
+    assert set(rows.tolist()) == {0.0, 1.0} if scope == "1x96" else len(set(rows.tolist())) == 1
 
 
 @pytest.mark.parametrize("budget", [OWL(spread=0.2), Sensitivity(), Global()], ids=lambda b: b.name)
