@@ -287,6 +287,11 @@ def pass_weight() -> Tensor:
     return normal(33, WIDTH)
 
 
+def split_weight() -> Tensor:
+    """A weight of rank 2 and a few large entries: what finds both leaves any other whole."""
+    return normal(33, 2) @ normal(2, WIDTH, seed=5) + 5 * normal(33, WIDTH, seed=6) * (normal(33, WIDTH, seed=7) > 2)
+
+
 def pass_tokens(count: int = 300) -> Tensor:
     """Correlated inputs with channels of different loudness."""
     mixing = torch.eye(WIDTH) + 0.5 * normal(WIDTH, WIDTH, seed=1) / WIDTH**0.5

@@ -469,3 +469,24 @@ def in_e8(point: list[float]) -> bool:
     """Whether a point is in the lattice E8: all whole or all halves, with an even sum."""
     kinds = {x % 1 for x in point}
     return kinds in ({0.0}, {0.5}) and sum(point) % 2 == 0
+
+
+# -- sparse plus low rank --------------------------------------------------------------------------
+
+
+def oats(a_OI: Tensor, rank: int, kept: int, turns: int) -> tuple[Tensor, Tensor]:
+    """(L, S): by turns the best matrix of that rank and the `kept` largest entries of each row of what it leaves.
+
+    A whole decomposition each time; pruning.md section 15.
+    """
+    a = a_OI.double()
+    sparse = torch.zeros_like(a)
+    for _ in range(turns):
+        u, s, v = torch.linalg.svd(a - sparse, full_matrices=False)
+        low = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
+        rest = a - low
+        sparse = torch.zeros_like(a)
+        for row, out in zip(rest, sparse, strict=True):
+            largest = row.abs().argsort(descending=True)[:kept]
+            out[largest] = row[largest]
+    return low, sparse

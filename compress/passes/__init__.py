@@ -23,8 +23,10 @@ from compress.passes.budget import governed
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
+from compress.passes.hybrid.oats import OATS
 from compress.passes.hybrid.realign import Realign
 from compress.passes.hybrid.reallm import ReALLM
+from compress.passes.hybrid.rpca import RPCA
 from compress.passes.lowrank.asvd import ASVD
 from compress.passes.lowrank.greedy_ranks import Ranks
 from compress.passes.lowrank.svd import SVD
@@ -73,9 +75,11 @@ __all__ = [
     "MXFP4",
     "NF4",
     "NVFP4",
+    "OATS",
     "OWL",
     "PASSES",
     "RIA",
+    "RPCA",
     "RTN",
     "SVD",
     "SVDLLM",

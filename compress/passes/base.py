@@ -81,7 +81,7 @@ class SitePass(Pass):
     unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
     takes: ClassVar[
         tuple[str, ...]
-    ] = ()  # of dense, pruned, permuted, rotated and quantized, what it can rewrite; () is found out there
+    ] = ()  # of dense, pruned, split, permuted, rotated and quantized, what it can rewrite; () is found out there
     gives: ClassVar[str] = ""  # what it makes of it; "" is not said
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
@@ -288,7 +288,7 @@ class Quantizer(WeightPass):
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
         """All but what is quantized; factors if told."""
-        return "dense", "pruned", "permuted", "rotated", *(("factored",) if self.factors else ())
+        return "dense", "pruned", "split", "permuted", "rotated", *(("factored",) if self.factors else ())
 
     def rewrite(self, site: Site) -> Weight:
         """The weight with its dense parts quantized."""

@@ -1,8 +1,9 @@
 """`python -m compress_evals.speed`: seconds of each method for one block, beside a plain loop of the same.
 
 The block has the shapes of a 1.1 B Llama (hidden 2048, inner 5632, 256 for keys and values) with random weights and
-correlated inputs. The loops are how the method reads in its paper, a column or a row at a time; those over rows are
-timed on a few rows of one matrix and scaled, which the table says. Nothing here is used to compress.
+correlated inputs. The loops are how the method reads in its paper, a column, a row or a whole decomposition at a time;
+those over rows are timed on a few rows of one matrix and scaled, those of decompositions on the first of them, which
+the table says. Nothing here is used to compress.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from compress import (
     Swaps,
     Wanda,
 )
+from compress.passes import OATS
 from compress.stats import Collector, ColumnNorm, Gram, Moments, Statistics
 
 INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
@@ -182,6 +184,18 @@ def solve_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor) -> Tensor:
     return after
 
 
+def turns_loop(a_OI: Tensor, rank: int, kept: int, turns: int) -> Tensor:
+    """OATS with a whole singular value decomposition a turn; the sum of both terms."""
+    sparse_OI = torch.zeros_like(a_OI)
+    for _ in range(turns):
+        left, values, right = torch.linalg.svd(a_OI - sparse_OI, full_matrices=False)
+        rest_OI = a_OI - left[:, :rank] * values[:rank] @ right[:rank]
+        largest = rest_OI.abs().topk(kept, 1).indices
+        sparse_OI = torch.zeros_like(a_OI).scatter_(1, largest, rest_OI.gather(1, largest))
+    both_OI: Tensor = a_OI - rest_OI + sparse_OI
+    return both_OI
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
@@ -208,8 +222,8 @@ def block_seconds(shapes: Shapes, stats: dict[int, Statistics]) -> list[tuple[st
     return rows[1:]
 
 
-def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list[tuple[str, float, float, int]]:
-    """(method, seconds, seconds of the plain loop, rows it was timed on) for the q matrix alone."""
+def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list[tuple[str, float, float, str]]:
+    """(method, seconds, seconds of the plain loop, what it was timed on) for the q matrix alone."""
     from compress.passes.feedback import Chosen, Unrounded, feed_back
     from compress.passes.hessian import damp, inverse_factor
     from compress.passes.pruning.dsnot import dsnot
@@ -226,21 +240,33 @@ def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list
     if found is None:
         raise RuntimeError("the synthetic Gram is indefinite")
     upper, damped, some, share = found[0], damp(gram, 0.01), slice(0, rows), len(w) / rows
-    values = w * keep
+    values, few, whole = w * keep, f"{rows} rows", f"{len(w)} rows"
     return [
         ("sparsegpt 50 %", clock(lambda: feed_back(w, upper, Unrounded(), Chosen(half)))[0],
-         clock(lambda: column_loop(w, upper, 0.5))[0], len(w)),
+         clock(lambda: column_loop(w, upper, 0.5))[0], whole),
         ("gptq int4 g64", clock(lambda: gptq(w, upper, Grid(bits=4, group=64)))[0],
-         clock(lambda: rounded_loop(w, upper, 4, 64))[0], len(w)),
+         clock(lambda: rounded_loop(w, upper, 4, 64))[0], whole),
         ("wanda 2:4, the mask", clock(lambda: pattern("2:4").keep(w.abs() * norm))[0],
-         clock(lambda: group_loop(w.abs() * norm, 4, 2))[0], len(w)),
+         clock(lambda: group_loop(w.abs() * norm, 4, 2))[0], whole),
         ("dsnot 50 %", clock(lambda: dsnot(w, keep, mean, within, norm))[0],
-         clock(lambda: dsnot_loop(w[some], keep[some], mean, within, norm))[0] * share, rows),
+         clock(lambda: dsnot_loop(w[some], keep[some], mean, within, norm))[0] * share, few),
         ("swaps 50 %", clock(lambda: swap(w, values, keep, gram))[0],
-         clock(lambda: swaps_loop(w[some], keep[some], gram))[0] * share, rows),
+         clock(lambda: swaps_loop(w[some], keep[some], gram))[0] * share, few),
         ("reconstruct 50 %", clock(lambda: least_squares(w, keep, damped, values))[0],
-         clock(lambda: solve_loop(w[some], keep[some], damped))[0] * share, rows),
+         clock(lambda: solve_loop(w[some], keep[some], damped))[0] * share, few),
     ]  # fmt: skip
+
+
+def by_turns_row(shapes: Shapes, stats: dict[int, Statistics]) -> tuple[str, float, float, str]:
+    """(method, seconds, seconds of the loop over decompositions, what it was timed on) for the down matrix."""
+    from compress.passes.hybrid.oats import by_turns
+
+    step, down = OATS(), site("down", shapes.of()["down"], stats[INPUTS["down"]])
+    a_OI = down.original.data * down.stats[ColumnNorm]
+    rank, chosen = step.rank(down.shape), step.remainder(down.shape)
+    ours = clock(lambda: by_turns(a_OI, rank, chosen, step.iterations))[0]
+    first = clock(lambda: turns_loop(a_OI, rank, round(a_OI.shape[1] * 3 / 8), 1))[0]
+    return "oats 50 %, down", ours, first * step.iterations, f"1 of {step.iterations} turns"
 
 
 def main() -> None:
@@ -275,8 +301,8 @@ def main() -> None:
         sys.stdout.write("\n".join(lines) + "\n")
         return
     lines += ["", "| inner loop, one matrix | seconds | plain loop | ratio | loop timed on |", "|---|---|---|---|---|"]
-    for name, ours, loop, rows in inner_loops(shapes, stats, arguments.rows):
-        lines.append(f"| {name} | {ours:.2f} | {loop:.1f} | {loop / ours:.1f} | {rows} rows |")
+    for name, ours, loop, on in (*inner_loops(shapes, stats, arguments.rows), by_turns_row(shapes, stats)):
+        lines.append(f"| {name} | {ours:.2f} | {loop:.1f} | {loop / ours:.1f} | {on} |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from compress.passes.feedback import Chosen, Unrounded, feed_back
 from compress.passes.hessian import damp, inverse_factor
+from compress.passes.hybrid.oats import by_turns
 from compress.passes.pruning.dsnot import dsnot
 from compress.passes.pruning.reconstruct import least_squares
 from compress.passes.pruning.swaps import swap
@@ -52,6 +53,19 @@ def test_the_loop_over_columns_is_gptq(parts: dict[str, Any], assert_close: Any)
     assert found is not None
     got, _ = gptq(parts["w"], found[0], Grid(bits=4, group=16), block=32)
     assert_close("weights", got.dense(), speed.rounded_loop(parts["w"], found[0], 4, 16), 1e-4)
+
+
+def test_the_loop_over_decompositions_is_oats(parts: dict[str, Any], assert_close: Any) -> None:
+    """The first turn is the same; later ones come as near by another way."""
+    a = parts["w"] * parts["norm"]
+
+    def ours(turns: int) -> torch.Tensor:
+        left, right, mask = by_turns(a, 2, pattern(0.75), turns)
+        return torch.where(mask, a, left @ right)
+
+    assert_close("first turn", ours(1), speed.turns_loop(a, 2, 16, 1), 1e-4)
+    errors = [float((a - found).norm()) for found in (ours(80), speed.turns_loop(a, 2, 16, 80))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
 def test_the_loop_over_groups_is_the_pattern(parts: dict[str, Any]) -> None:
