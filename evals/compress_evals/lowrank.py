@@ -61,8 +61,11 @@ METHODS: dict[str, Callable[[float], Steps]] = {
     "ranks, realign, svd-llm shared": factored("ranks", "realign", shared=True),
     "wanda": pruned(by="wanda"),
     "sparsegpt": pruned(by="sparsegpt"),
-    "realign, sparsegpt": pruned("realign", by="sparsegpt"),
-    "sensitivity, realign, sparsegpt": pruned("sensitivity", "realign", by="sparsegpt"),
+    "alps": pruned(by="alps"),
+    "sensitivity, realign, alps, reconstruct": pruned("sensitivity", "realign", by="alps", after=("reconstruct",)),
+    "oats": pruned(by="oats"),
+    "oats refit": pruned(by="oats", rank_share=0.1, refit=True),
+    "sensitivity, realign, oats refit": pruned("sensitivity", "realign", by="oats", rank_share=0.1, refit=True),
 }
 QUANTIZED: dict[float, Steps] = {  # whole bits of a weight, and the least scales: at most the bytes of the others
     0.4: [{"gptq": {"bits": 8, "group": 0}}],

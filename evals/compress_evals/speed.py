@@ -31,7 +31,6 @@ from compress import (
     Swaps,
     Wanda,
 )
-from compress.passes import OATS
 from compress.stats import Collector, ColumnNorm, Gram, Moments, Statistics
 
 INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
