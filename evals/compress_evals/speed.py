@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compress import (
     ALPS,
     GPTQ,
+    OATS,
     RIA,
     DSnoT,
     Magnitude,
