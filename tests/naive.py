@@ -490,3 +490,30 @@ def oats(a_OI: Tensor, rank: int, kept: int, turns: int) -> tuple[Tensor, Tensor
             largest = row.abs().argsort(descending=True)[:kept]
             out[largest] = row[largest]
     return low, sparse
+
+
+# -- low-rank corrections --------------------------------------------------------------------------
+
+
+def eora(error_OI: Tensor, gram_II: Tensor, rank: int) -> Tensor:
+    """A B of EoRA with a root of the Gram and its pseudo-inverse; lowrank_quant_delta.md section 2.4."""
+    values, vectors = torch.linalg.eigh(gram_II.double())
+    kept = values > 1e-6 * values.max()
+    root = vectors[:, kept] * values[kept].sqrt()
+    u, s, vt = torch.linalg.svd(error_OI.double() @ root, full_matrices=False)
+    left = u[:, :rank] * s[:rank].sqrt()
+    right = s[:rank].sqrt()[:, None] * vt[:rank]
+    return left @ right @ torch.linalg.pinv(root)
+
+
+def clipped_error(w_OI: Tensor, clip: float, bits: int) -> float:
+    """Sum of (w - w')² on signed codes of step clip / (2**(bits-1) - 1); pruning.md section 9."""
+    levels = 2 ** (bits - 1)
+    step = clip / (levels - 1)
+    return float(((w_OI.double() / step).round().clamp(-levels, levels - 1) * step - w_OI.double()).square().sum())
+
+
+def least_clipped_error(w_OI: Tensor, bits: int, tries: int) -> float:
+    """The least of all clips up to the largest |w|, evenly spaced."""
+    top = float(w_OI.abs().max())
+    return min(clipped_error(w_OI, top * (i + 1) / tries, bits) for i in range(tries))

@@ -24,6 +24,7 @@ from compress.passes import (
     BlockPass,
     BlockQuantizer,
     Budget,
+    Corrector,
     Equalizer,
     Factorizer,
     GridQuantizer,
@@ -31,6 +32,7 @@ from compress.passes import (
     Pruner,
     Quantizer,
     Refiner,
+    Repair,
     Reshape,
     SitePass,
     StructuredPruner,
@@ -112,7 +114,7 @@ def test_every_concrete_pass_class_is_registered() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
-    abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer, Factorizer}
+    abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer, Factorizer, Corrector}
     abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, Trainer, Learned, StructuredPruner}
     assert ours - set(PASSES.values()) == abstract
 
@@ -135,7 +137,7 @@ class Start:
 
 @pytest.fixture
 def start(step: Any, site_of: Callable[..., Any], block_of: Callable[..., Any]) -> Callable[..., Start]:
-    """`start(dtype)`: what refines a mask finds that of magnitude, what learns a block a rounded one.
+    """`start(dtype)`: what refines a mask finds that of magnitude, what corrects or learns a rounded one.
 
     RPCA finds what it can split.
     """
@@ -150,6 +152,8 @@ def start(step: Any, site_of: Callable[..., Any], block_of: Callable[..., Any]) 
         if isinstance(step, Refiner):
             kept = pattern(0.5).keep(suite.pass_weight().abs())
             site.weight = Masked(site.original, kept, "50%")
+        if isinstance(step, Repair):
+            site.weight = RTN(bits=2).rewrite(site)
         return Start(site, lambda: step.rewrite(site))
 
     def learner(dtype: torch.dtype) -> Start:

@@ -20,13 +20,16 @@ from compress.passes.base import (
     windows_at_once,
 )
 from compress.passes.budget import governed
+from compress.passes.corrector import Corrector
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
 from compress.passes.hybrid.oats import OATS
 from compress.passes.hybrid.realign import Realign
 from compress.passes.hybrid.reallm import ReALLM
+from compress.passes.hybrid.repair import Repair
 from compress.passes.hybrid.rpca import RPCA
+from compress.passes.hybrid.slim import SLiM
 from compress.passes.lowrank.asvd import ASVD
 from compress.passes.lowrank.greedy_ranks import Ranks
 from compress.passes.lowrank.svd import SVD
@@ -87,6 +90,7 @@ __all__ = [
     "BlockPass",
     "BlockQuantizer",
     "Budget",
+    "Corrector",
     "DSnoT",
     "Equalizer",
     "Factorizer",
@@ -106,8 +110,10 @@ __all__ = [
     "Realign",
     "Reconstruct",
     "Refiner",
+    "Repair",
     "Reshape",
     "Rotate",
+    "SLiM",
     "Sensitivity",
     "ShortGPT",
     "SitePass",

@@ -105,9 +105,9 @@ class Product(Weight):
         return self.left.shape[0], self.right.shape[1]
 
     def dense(self) -> Tensor:
-        """The matrix product."""
+        """The matrix product, float32 at least: two float16 factors do not make a float16 matrix."""
         left, right = self.left.dense(), self.right.dense()
-        dtype = torch.promote_types(left.dtype, right.dtype)
+        dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
         return left.to(dtype) @ right.to(dtype)
 
     def linear(self, x_TI: Tensor) -> Tensor:

@@ -94,14 +94,16 @@ def test_more_rounds_are_never_worse(site_of: SiteMaker, naive: ModuleType) -> N
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "int8"}, {"book": "kmeans", "rotate": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "int8"}, {"precision": "int4"}, {"book": "kmeans", "rotate": False}], ids=str
+)
 def test_what_is_stored_is_what_was_fitted(options: dict[str, Any], site_of: SiteMaker, naive: ModuleType) -> None:
     w, gram = weight(), gram_of(96)
     result = ReALLM(rank=4, always=True, **options).rewrite(site_of(w, gram_II=gram))
     assert isinstance(result, Sum)
     codes, factors = result.terms
     assert isinstance(factors, Product)
-    assert isinstance(factors.left, Quantized) == (options.get("precision") == "int8")
+    assert isinstance(factors.left, Quantized) == ("precision" in options)
     again = unpack(specify(result), pack(result))
     assert torch.equal(again.dense(), codes.dense() + factors.dense())
     plain = {name: value for name, value in options.items() if name != "precision"}

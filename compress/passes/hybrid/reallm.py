@@ -9,17 +9,18 @@ many. Shape suffixes: O out, I in, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.model.site import Site, energy
+from compress.passes.corrector import Precision, stored
 from compress.passes.quantization.vq import VQ
 from compress.passes.whitened import bits_saved, output_basis
 from compress.stats import Gram
-from compress.weights import Dense, Grid, Product, Sum, Weight
+from compress.weights import Product, Sum, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class ReALLM(VQ, name="reallm"):
     """
 
     rank: Annotated[int, Field(ge=1, le=512, description="of L1 L2")] = 16
-    precision: Annotated[Literal["half", "int8"], Field(description="how L1 and L2 are stored")] = "half"
+    precision: Annotated[Precision, Field(description="how L1 and L2 are stored")] = "half"
     rounds: Annotated[int, Field(ge=1, le=8, description="of coding what is left and fitting the factors again")] = 2
     always: Annotated[bool, Field(description="factors also where they cost more bits than they save")] = False
 
@@ -64,10 +65,6 @@ class ReALLM(VQ, name="reallm"):
         return min(tried, key=lambda pair: pair[0])[1]
 
     def fitted(self, w_OI: Tensor, gram_II: Tensor | None) -> Product:
-        """The factors of W as they are stored; the first has orthonormal columns, so one scale serves all of it."""
+        """The factors of W as they are stored."""
         left_OR = output_basis(w_OI, gram_II, self.rank)
-        right_RI = left_OR.T @ w_OI
-        if self.precision == "half":
-            return Product(Dense(left_OR.half()), Dense(right_RI.half()))
-        left = Grid(bits=8, group=-1, symmetric=True).quantize(left_OR)
-        return Product(left, Grid(bits=8, group=0, symmetric=True).quantize(right_RI))
+        return stored(left_OR, left_OR.T @ w_OI, self.precision)

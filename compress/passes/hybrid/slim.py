@@ -1,0 +1,233 @@
+"""SLiM: a mask, a grid and two thin matrices, each made for what the others leave.
+
+What a reader would question: the defaults are not the paper's. Its mask (Wanda), rounding (to nearest) and metric (the
+diagonal) are the options `nearest` and `diagonal`; choosing mask and codes in one sweep of error feedback, the full
+Gram and several rounds leave half of its error (recipes/slim-2of4-int4.yaml).
+Shape suffixes: O out, I in, N any size, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.errors import RecipeError, UnsupportedWeight
+from compress.model.site import Site, energy
+from compress.passes.base import Sparsity
+from compress.passes.corrector import Corrector
+from compress.passes.feedback import Chosen, feed_back
+from compress.passes.hessian import shared_factor
+from compress.passes.quantization.gptq import FittedGrids, FixedGrids, Ranges, gptq
+from compress.stats import ColumnNorm, Gram, Statistic
+from compress.weights import Dense, Grid, Masked, Pattern, Quantized, Sum, Weight, pattern
+from compress.weights.grid import narrowed, stored_scale
+
+COARSE = 11  # clips tried first, as in the released code
+FEWEST, MOST = 512, 20000  # bins of its histogram, one for a thousand weights between these
+FINE = 32  # bins that a step of the grid covers at least: below a few the costs of clips are noise
+AT_ONCE = 1 << 22  # errors worked on together
+Coder = Callable[[Tensor], Weight]
+
+
+def best_clip(w_OI: Tensor, bits: int) -> float:
+    """The |w| above which to clip: of all edges of a histogram the one that costs the least squared error.
+
+    Each bin stands for its middle, rounded to the step clip / (2**(bits-1) - 1) with codes from -2**(bits-1). Eleven
+    edges are tried, then all between the neighbours of the best.
+    Source: Mozaffari et al., "SLiM", 2024, arXiv 2410.09615, SLiM-Quant. Deviations: signs are kept, because codes
+    reach one step further down than up; the rounding error is that of the step itself, where the paper takes
+    x - floor(x / h) h for half of it, the same in the mean.
+    """
+    top, levels = float(w_OI.abs().max()), 2 ** (bits - 1)
+    if top == 0:
+        return 1.0
+    bins = min(max(w_OI.numel() // 1000, FEWEST, FINE * levels), MOST)
+    count_N = torch.histc(w_OI.float(), 2 * bins, -top, top)
+    edge_N = torch.arange(1, bins + 1, device=w_OI.device) * (top / bins)
+    middle_N = torch.cat((-edge_N.flip(0), edge_N - top / bins)) + top / bins / 2
+
+    def cost(clip_C: Tensor) -> Tensor:
+        step_C1 = clip_C[:, None] / (levels - 1)
+        nearest_CN = (middle_N / step_C1).round_().clamp_(-levels, levels - 1).mul_(step_C1)
+        total_C: Tensor = (nearest_CN.sub_(middle_N).square_() * count_N).sum(1)
+        return total_C
+
+    coarse_C = torch.linspace(0, bins - 1, COARSE, device=w_OI.device).long()
+    at = int(cost(edge_N[coarse_C]).argmin())
+    fine_C = edge_N[int(coarse_C[max(at - 1, 0)]) : int(coarse_C[min(at + 1, COARSE - 1)]) + 1]
+    costs = torch.cat([cost(part_C) for part_C in fine_C.split(max(1, AT_ONCE // len(count_N)))])
+    return float(fine_C[int(costs.argmin())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedGrid(Grid):
+    """One symmetric grid for the whole matrix, of the range that `best_clip` finds."""
+
+    group: int = -1
+    symmetric: bool = True
+
+    def fit(
+        self, w_OI: Tensor, *, search: bool = False, norm: float = 2, gram_II: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale [1, 1]."""
+        del search, norm, gram_II
+        step = best_clip(w_OI, self.bits) / (2 ** (self.bits - 1) - 1)
+        return narrowed(stored_scale(torch.full((1, 1), step, device=w_OI.device))), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLiM(Corrector, name="slim"):
+    """W' + A B: W' masked and on a grid, A B the correction of what that lost, then W' made again for W - A B.
+
+    Mask, codes and factors are made in turn, each for what the others leave; the best by output error is kept, so
+    more rounds are never worse. `feedback` chooses mask and codes as SparseGPT and GPTQ do, anew in each round;
+    `nearest` rounds under the mask of Wanda. A mask that a pass before chose stays, and the values under it are made
+    anew. The mask stands outside the grid and under the factors: W' is exactly 0 where it cuts, the sum is not.
+    Source: Mozaffari et al., "SLiM", 2024, arXiv 2410.09615; the paper is `rounding: nearest`, `metric: diagonal`,
+    `group: -1`, `rounds: 1`, without the refit that follows the last codes. Wanda's norms of 0 are raised to the
+    smallest above 0, as there. Deviation: factors of 4 bits have one scale a row, not tiles of 128.
+    """
+
+    unfed = "masked by magnitude, rounded to nearest and corrected by its weights alone"
+    takes = ("dense", "pruned")
+    gives = "quantized"
+
+    sparsity: Annotated[
+        Sparsity | None,
+        Field(description="fraction dropped, or n:m with n KEPT of every m inputs; null = no mask of its own"),
+    ] = None
+    bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
+    group: Annotated[
+        int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix, by SLiM-Quant")
+    ] = 64
+    search: Annotated[bool, Field(description="shrink the range of each group to the least |w - w'|**2.4")] = False
+    rounding: Annotated[
+        Literal["feedback", "nearest"], Field(description="errors pushed onto the columns to come, or left")
+    ] = "feedback"
+    rounds: Annotated[int, Field(ge=1, le=32, description="of making W' for W - A B and A B for W - W'")] = 4
+    damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
+
+    @property
+    def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
+        """The norms of Wanda and of the diagonal metric, and the Gram by which results are compared."""
+        return ColumnNorm, Gram
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            self.pattern()
+        except RecipeError as error:
+            raise RecipeError(f"{self.name}.{error}") from error
+        if self.search and self.group < 0:
+            raise RecipeError(f"{self.name}.search: SLiM-Quant searches by itself; give a group of 0 or more")
+
+    def pattern(self) -> Pattern | None:
+        """The pattern that `sparsity` means; SparseGPT's blocks of all rows compete where it chooses a fraction."""
+        if self.sparsity is None:
+            return None
+        return pattern(self.sparsity, "matrix" if self.rounding == "feedback" else "row")
+
+    def check(self, site: str, shape: tuple[int, int]) -> None:
+        """Factors must be smaller than the matrix; the pattern and the group must fit it."""
+        super().check(site, shape)
+        chosen = self.pattern()
+        reason = chosen.check(shape) if chosen else None
+        if reason:
+            raise RecipeError(f"{self.name}: {site}: {reason}")
+        if self.group > 0 and shape[1] % self.group:
+            raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of its options."""
+        return ClippedGrid(bits=self.bits) if self.group < 0 else Grid(bits=self.bits, group=self.group)
+
+    def rewrite(self, site: Site) -> Weight:
+        """The best of all rounds by output error."""
+        gram_II, w_OI = site.stats[Gram], site.target.data.float()
+        code = self.by_feedback(site) if self.rounding == "feedback" else None
+        errors: list[float] = []
+
+        def error(result: Weight) -> float:
+            errors.append(float(energy(result.dense().float() - w_OI, gram_II)))
+            return errors[-1]
+
+        norm_I = site.stats[ColumnNorm]
+        code = code or self.to_nearest(site, w_OI.abs() * raised(norm_I))
+        best = min(self.tried(w_OI, code, self.weighing(site)), key=error)
+        full = float(energy(w_OI, gram_II).clamp(min=1e-30))
+        site.ledger["rounds"] = [(each / full) ** 0.5 for each in errors]
+        return best
+
+    def rewrite_unfed(self, site: Site) -> Weight:
+        """Nothing of the input: magnitudes, nearest codes and the factors of what they lose."""
+        w_OI = site.target.data.float()
+        made = self.tried(w_OI, self.to_nearest(site, w_OI.abs()), None)
+        return min(made, key=lambda result: float((result.dense().float() - w_OI).square().sum()))
+
+    def tried(self, w_OI: Tensor, code: Coder, metric: Tensor | None) -> Iterator[Weight]:
+        """Codes for what the factors leave, factors for what the codes leave; what each step makes."""
+        coded = code(w_OI)
+        factors, _ = self.correction(w_OI - coded.dense().float(), metric)
+        yield Sum((coded, factors))
+        for _ in range(self.rounds):
+            coded = code(w_OI - factors.dense().float())
+            yield Sum((coded, factors))
+            factors, _ = self.correction(w_OI - coded.dense().float(), metric)
+            yield Sum((coded, factors))
+
+    def masked(self, site: Site) -> Masked | None:
+        """The weight if a pass before has masked it, None if it is dense; raises UnsupportedWeight for others."""
+        match site.weight:
+            case Masked(Dense()) as weight if self.sparsity is None:
+                return weight
+            case Masked(Dense()):
+                raise UnsupportedWeight(
+                    f"{self.name}: {site.name} is already {site.weight.describe()}; leave out its sparsity to keep that"
+                )
+            case _:
+                site.expect(Dense, by=self.name)
+                return None
+
+    def to_nearest(self, site: Site, score_OI: Tensor) -> Coder:
+        """Rounding to nearest, under the mask that is there or that of the highest scores."""
+        given, chosen = self.masked(site), self.pattern()
+        if given is not None:
+            mask_OI, name = given.mask_OI, given.pattern
+        elif chosen is not None:
+            mask_OI, name = chosen.keep(score_OI), chosen.name
+        else:
+            return lambda w_OI: self.grid.quantize(w_OI, search=self.search)
+        return lambda w_OI: Masked(self.grid.quantize(w_OI * mask_OI, search=self.search), mask_OI, name)
+
+    def by_feedback(self, site: Site) -> Coder | None:
+        """GPTQ's sweep under the mask that is there or none, or SparseGPT's; None and a fallback without a factor."""
+        given, chosen = self.masked(site), self.pattern()
+        upper_II = shared_factor(site, self.damping, self.name, "rounded to nearest")
+        if upper_II is None:
+            return None
+        dead_I, ranges = site.stats[Gram].diagonal() == 0, Ranges(search=self.search)
+
+        def sweep(w_OI: Tensor) -> Weight:
+            if chosen is None:
+                keep_OI = None if given is None else given.mask_OI
+                quantized, _ = gptq(w_OI, upper_II, self.grid, keep_OI, ranges=ranges)
+                return quantized if given is None else Masked(quantized, given.mask_OI, given.pattern)
+            fixed = self.group < 0
+            grids = FixedGrids(self.grid, w_OI, None, ranges) if fixed else FittedGrids(self.grid, w_OI, ranges)
+            _, keep_OI, _ = feed_back(w_OI, upper_II, grids, Chosen(chosen, dead_I))
+            scale, zero = grids.result()
+            return Masked(Quantized(grids.codes_OI, scale, zero, self.bits), torch.as_tensor(keep_OI), chosen.name)
+
+        return sweep
+
+
+def raised(norm_I: Tensor) -> Tensor:
+    """Norms with those of 0 raised to the smallest above, so that weights of silent inputs still differ."""
+    heard_I = norm_I[norm_I > 0]
+    return norm_I.clamp(min=float(heard_I.min()) if len(heard_I) else 1.0)
