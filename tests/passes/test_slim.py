@@ -124,7 +124,7 @@ def test_more_rounds_are_never_worse(rounding: str, site: Site, loss: Callable[[
 
 def test_the_best_of_the_rounds_is_kept(site: Site, loss: Callable[[Weight], float]) -> None:
     result = SLiM(sparsity="2:4", rounds=3).rewrite(site)
-    errors = site.ledger["rounds"]
+    errors = site.ledger["output_errors"]
     assert len(errors) == 7
     assert min(errors) == pytest.approx(loss(result) ** 0.5, rel=1e-4)
 

@@ -2,7 +2,7 @@
 
 What a reader would question: the defaults are not the paper's. Its mask (Wanda), rounding (to nearest) and metric (the
 diagonal) are the options `nearest` and `diagonal`; choosing mask and codes in one sweep of error feedback, the full
-Gram and several rounds leave half of its error (recipes/slim-2of4-int4.yaml).
+Gram and several rounds halve the divergence that it leaves (recipes/slim-2of4-int4.yaml).
 Shape suffixes: O out, I in, N any size, C candidates.
 """
 
@@ -161,7 +161,7 @@ class SLiM(Corrector, name="slim"):
         code = code or self.to_nearest(site, w_OI.abs() * raised(norm_I))
         best = min(self.tried(w_OI, code, self.weighing(site)), key=error)
         full = float(energy(w_OI, gram_II).clamp(min=1e-30))
-        site.ledger["rounds"] = [(each / full) ** 0.5 for each in errors]
+        site.ledger["output_errors"] = [(each / full) ** 0.5 for each in errors]
         return best
 
     def rewrite_unfed(self, site: Site) -> Weight:
