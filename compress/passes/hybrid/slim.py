@@ -39,7 +39,7 @@ def best_clip(w_OI: Tensor, bits: int) -> float:
 
     Each bin stands for its middle, rounded to the step clip / (2**(bits-1) - 1) with codes from -2**(bits-1). Eleven
     edges are tried, then all between the neighbours of the best.
-    Source: Mozaffari et al., "SLiM", 2024, arXiv 2410.09615, SLiM-Quant. Deviations: signs are kept, because codes
+    Source: Mozaffari et al., "SLiM", ICML 2025, SLiM-Quant. Deviations: signs are kept, because codes
     reach one step further down than up; the rounding error is that of the step itself, where the paper takes
     x - floor(x / h) h for half of it, the same in the mean.
     """
@@ -88,7 +88,7 @@ class SLiM(Corrector, name="slim"):
     more rounds are never worse. `feedback` chooses mask and codes as SparseGPT and GPTQ do, anew in each round;
     `nearest` rounds under the mask of Wanda. A mask that a pass before chose stays, and the values under it are made
     anew. The mask stands outside the grid and under the factors: W' is exactly 0 where it cuts, the sum is not.
-    Source: Mozaffari et al., "SLiM", 2024, arXiv 2410.09615; the paper is `rounding: nearest`, `metric: diagonal`,
+    Source: Mozaffari et al., "SLiM", ICML 2025; the paper is `rounding: nearest`, `metric: diagonal`,
     `group: -1`, `rounds: 1`, without the refit that follows the last codes. Wanda's norms of 0 are raised to the
     smallest above 0, as there. Deviation: factors of 4 bits have one scale a row, not tiles of 128.
     """
