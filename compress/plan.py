@@ -149,8 +149,9 @@ def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
             if not isinstance(step, SitePass) or not fnmatchcase(site, step.sites):
                 continue
             if form and step.takes and form not in step.takes:
+                hint = "; set factors: true" if form == "factored" and hasattr(step, "factors") else ""
                 raise RecipeError(
-                    f"passes[{i}].{step.name}: takes a {' or '.join(step.takes)} weight; {site} is {form} by then"
+                    f"passes[{i}].{step.name}: takes a {' or '.join(step.takes)} weight; {site} is {form} by then{hint}"
                 )
             form = step.gives
 

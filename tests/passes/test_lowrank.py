@@ -171,7 +171,9 @@ def test_the_input_of_the_left_factor_is_what_the_right_one_puts_out(site_of: Si
 
 def test_factors_are_refused_unless_told(tiny_llama: Path, tmp_path: Path) -> None:
     steps = (SVDLLM(removed=0.4), RTN(group=8))
-    with pytest.raises(RecipeError, match=r"passes\[1\]\.rtn: takes a .* weight; .* is factored by then"):
+    with pytest.raises(
+        RecipeError, match=r"passes\[1\]\.rtn: takes a .* weight; .* is factored by then; set factors: true"
+    ):
         compress.run(tiny_llama, Recipe(passes=steps, calibration=FEW), tmp_path / "out")
 
 
