@@ -254,10 +254,14 @@ class Trainer(BlockPass):
         """What was learned."""
         generator = torch.Generator().manual_seed(self.seed)
         learners = {site.name: self.learner(site, generator).to(site.original.data.device) for site in sites}
+        self.tie(sites, learners)
         before, after = self.train(Trainee(block, sites, learners))
         for site in sites:
             site.ledger["learned"] = {"before": before, "after": after}
         return {site.name: learners[site.name].result() for site in sites}
+
+    def tie(self, sites: Sequence[Site], learners: Mapping[str, Learner]) -> None:
+        """Let learners of several sites learn one and the same thing; by default each learns its own."""
 
     def train(self, trainee: Trainee) -> tuple[float, float]:
         """Leave the best state in the learners; the error on held-out windows at the start and of that state."""

@@ -48,6 +48,11 @@ def pruned(*before: str, by: str, after: Sequence[str] = (), **options: Any) -> 
     ]
 
 
+def tuned(first: Callable[[float], Steps]) -> Callable[[float], Steps]:
+    """A pipeline whose numbers are then learned by the blocks' outputs."""
+    return lambda removed: [*first(removed), {"finetune": {}}]
+
+
 METHODS: dict[str, Callable[[float], Steps]] = {
     "svd": factored(by="svd"),
     "asvd": factored(by="asvd"),
@@ -59,13 +64,16 @@ METHODS: dict[str, Callable[[float], Steps]] = {
     "sensitivity, svd-llm": factored("sensitivity"),
     "realign, svd-llm": factored("realign"),
     "ranks, realign, svd-llm shared": factored("ranks", "realign", shared=True),
+    "ranks, realign, svd-llm, finetune": tuned(factored("ranks", "realign")),
     "wanda": pruned(by="wanda"),
     "sparsegpt": pruned(by="sparsegpt"),
     "alps": pruned(by="alps"),
     "sensitivity, realign, alps, reconstruct": pruned("sensitivity", "realign", by="alps", after=("reconstruct",)),
+    "realign, alps, finetune": tuned(pruned("realign", by="alps")),
     "oats": pruned(by="oats"),
     "oats refit": pruned(by="oats", rank_share=0.1, refit=True),
     "sensitivity, realign, oats refit": pruned("sensitivity", "realign", by="oats", rank_share=0.1, refit=True),
+    "realign, oats refit, finetune": tuned(pruned("realign", by="oats", rank_share=0.1, refit=True)),
 }
 QUANTIZED: dict[float, Steps] = {  # whole bits of a weight, and the least scales: at most the bytes of the others
     0.4: [{"gptq": {"bits": 8, "group": 0}}],

@@ -21,7 +21,7 @@ import compress
 from compress import Calibration, Dense, Product, Recipe, RecipeError
 from compress.artifact import Artifact, keys, verify
 from compress.model.site import Site
-from compress.passes import ASVD, GPTQ, RTN, SVD, SVDLLM, Factorizer, Ranks, Realign, Sensitivity, WeLore
+from compress.passes import ASVD, GPTQ, RTN, SVD, SVDLLM, Factorizer, FineTune, Ranks, Realign, Sensitivity, WeLore
 from compress.passes.ranks import Part, above, budget_of, cheapest, given, parameters
 from compress.passes.whitened import principal, rank_within
 from compress.stats import Gram
@@ -372,3 +372,21 @@ def test_a_dense_left_factor_is_of_the_models_dtype(site_of: SiteMaker) -> None:
     assert isinstance(product, Product)
     assert isinstance(product.left, Dense)
     assert product.left.data.dtype == product.right.data.dtype == torch.bfloat16  # type: ignore[attr-defined]
+
+
+# -- fine-tuned factors ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["each", "shared"])
+def test_fine_tuning_brings_factors_nearer_and_keeps_what_they_share(
+    share: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    few = Calibration(samples=24, length=32)
+    step = SVDLLM(removed=0.5, shared=share)
+    tune = FineTune(steps=40, held_out=4, batch=4)
+    plain = compress.run(tiny_llama, Recipe(passes=(step,), calibration=few), tmp_path / "plain")
+    tuned = compress.run(tiny_llama, Recipe(passes=(step, tune), calibration=few), tmp_path / "tuned")
+    assert tuned.kl < plain.kl
+    assert tuned.artifact_bytes == plain.artifact_bytes
+    learned = [site["learned"] for site in Artifact(tuned.out).provenance["sites"].values()]
+    assert any(one["after"] < 0.9 * one["before"] for one in learned)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -65,10 +65,11 @@ class Reals(Learner):
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
-        self.weight, found = weight, list[Tensor]()
-        with_reals(weight, lambda held: found.append(held) or held)  # type: ignore[func-returns-value]
-        self.units = [float(held.float().square().mean().sqrt()) for held in found]
-        self.moved = nn.ParameterList(torch.zeros_like(held, dtype=torch.float32) for held in found)
+        self.weight = weight
+        self.held: list[Tensor] = []
+        with_reals(weight, lambda held: self.held.append(held) or held)  # type: ignore[func-returns-value]
+        self.units = [float(held.float().square().mean().sqrt()) for held in self.held]
+        self.moved = nn.ParameterList(torch.zeros_like(held, dtype=torch.float32) for held in self.held)
 
     def expression(self) -> Weight:
         """The expression as it is now."""
@@ -93,11 +94,15 @@ class Reals(Learner):
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Trainer, name="finetune"):
-    """Learn scales, fitted books and low-rank factors so that the block's output is right; codes and masks stay.
+    """Learn scales, fitted books, low-rank factors and kept weights by the block's output; codes and masks stay.
 
+    A right factor that sites of one input share stays one factor.
     Source: Tseng et al., "QuIP#", ICML 2024, section 5 (fine-tuning within a block; there also sign vectors and
     norms); Leconte et al., "ReALLM", 2024, for factors.
     """
+
+    takes = ("pruned", "quantized", "factored", "split")
+    gives = ""  # what it was
 
     lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, in units of each tensor's size")] = 1e-2
 
@@ -105,3 +110,14 @@ class FineTune(Trainer, name="finetune"):
         """All real numbers of the expression."""
         del generator
         return Reals(site.weight)
+
+    def tie(self, sites: Sequence[Site], learners: Mapping[str, Learner]) -> None:
+        """Tensors that several sites hold bit for bit, which are stored once, are learned as one."""
+        known: list[tuple[Tensor, nn.Parameter]] = []
+        for site in sites:
+            reals = learners[site.name]
+            if isinstance(reals, Reals):
+                for i, held in enumerate(reals.held):
+                    same = (moved for other, moved in known if other.shape == held.shape and torch.equal(other, held))
+                    reals.moved[i] = next(same, reals.moved[i])
+                known += zip(reals.held, reals.moved, strict=True)
