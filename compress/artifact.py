@@ -8,7 +8,7 @@ its companions are `<site>.weight_<path>`. Here it is read and verified; `writer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.errors import ArtifactError, VerificationError
+from compress.errors import ArtifactError, RecipeError, VerificationError
 from compress.model.source import Checkpoint, Held, digest, dtype_of, read_json
 from compress.schema import PROVENANCES, SPECS, checked
 from compress.shards import NAMES, Entry
@@ -163,6 +163,24 @@ def is_plain(path: Path) -> bool:
         return False
     told = read_json(path / PROVENANCE, "the provenance file")
     return bool(told.get("reshaped")) and told.get("sites") == {}
+
+
+def recorded_base(folder: Path) -> str:
+    """The model an artifact was made from; raises RecipeError if it must be named."""
+    if is_artifact(folder) and (folder / PROVENANCE).is_file():
+        name = str(Artifact(folder).provenance.get("source", {}).get("name"))
+        if name == "builtin":
+            return name
+    raise RecipeError(f"--base: name the dense model that {folder.name} was made from")
+
+
+def check_base(folders: Sequence[Path], base: Path) -> None:
+    """Raise ArtifactError if an artifact was made from other weights than those of `base`."""
+    known = set(Checkpoint(base).digests().values())
+    for folder in filter(is_artifact, folders):
+        made = set(Artifact(folder).provenance["source"]["sha256"].values())
+        if made != known:
+            raise ArtifactError(f"{folder}: was made from other weights than those of {base}; name its own --base")
 
 
 def verify(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import compress
 from compress import RTN, ArtifactError, Calibration, VerificationError, WandaSP
-from compress.artifact import Artifact, is_artifact, verify
+from compress.artifact import Artifact, check_base, is_artifact, verify
 from compress.cli import main
 from compress.export.dense import export_dense
 from compress.model.source import Checkpoint
@@ -112,7 +112,7 @@ def test_its_card_says_what_is_gone(narrow: Path) -> None:
 
 
 def test_an_evaluation_knows_where_it_comes_from(narrow: Path, tiny_llama: Path) -> None:
-    from compress_evals.folders import check_base, describe, opened
+    from compress_evals.folders import describe, opened
 
     check_base([narrow], tiny_llama)
     model, _ = opened(narrow, "cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import compress
-from compress.artifact import PROVENANCE, Artifact, is_artifact
+from compress.artifact import Artifact, check_base, is_artifact, recorded_base
 from compress.errors import ArtifactError, RecipeError
 from compress.model.source import Checkpoint, locate
 from compress.plan import usable
@@ -119,15 +119,6 @@ def joined(digests: dict[str, str]) -> str:
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
-def recorded_base(folder: Path) -> str:
-    """The model an artifact was made from; raises RecipeError if it must be named."""
-    if is_artifact(folder) and (folder / PROVENANCE).is_file():
-        name = str(Artifact(folder).provenance.get("source", {}).get("name"))
-        if name == "builtin":
-            return name
-    raise RecipeError(f"--base: name the dense model that {folder.name} was made from")
-
-
 def distinct_names(folders: Sequence[Path], base: str) -> list[str]:
     """Folder names, with the parent's where two are alike; raises RecipeError if that is not enough."""
     short = [folder.resolve().name for folder in folders]
@@ -136,15 +127,6 @@ def distinct_names(folders: Sequence[Path], base: str) -> list[str]:
     if len({*names, base}) <= len(names):
         raise RecipeError(f"folders to evaluate need distinct names, got {', '.join([base, *names])}")
     return names
-
-
-def check_base(folders: Sequence[Path], base: Path) -> None:
-    """Raise ArtifactError if an artifact was made from other weights than those of `base`."""
-    known = set(Checkpoint(base).digests().values())
-    for folder in filter(is_artifact, folders):
-        made = set(Artifact(folder).provenance["source"]["sha256"].values())
-        if made != known:
-            raise ArtifactError(f"{folder}: was made from other weights than those of {base}; name its own --base")
 
 
 def make(out: Path) -> None:
