@@ -219,6 +219,69 @@ def verify(folder: Annotated[Path, typer.Argument(help="a compressed model folde
 
 
 @app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
+    rows: Annotated[str, typer.Option(help="rows of x, as tokens at once, with commas between")] = "1,8,64",
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="also time modules that keep only the stored bits")
+    ] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="also time greedy generation, batch 1")] = False,
+    base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="with --generate: tokens before those generated")] = 64,
+    new: Annotated[int, typer.Option(min=1, help="with --generate: tokens generated")] = 128,
+    runs: Annotated[int, typer.Option(min=1, help="with --generate: generations of each model, in turn")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time each kind of layer, and generation, beside the dense model: what is faster, what is slower and why."""
+    from compress.artifact import Artifact
+    from compress.console import generation_table, layers_table
+    from compress.model.source import locate
+    from compress.runtime import bench as timing
+
+    if base is not None and not generate:
+        raise RecipeError("--base: only --generate runs whole models; add it, or leave --base out")
+    quiet_loading()
+    place, counts = locate(folder), row_counts(rows)
+    with screen().status("timing"):
+        generated = []
+        if generate:
+            Artifact(place)  # says whether it is one before models are loaded
+            loaded = models_to_time(place, base, low_memory)
+            generated = timing.measure_generation(loaded, prompt=prompt, new=new, runs=runs)
+            del loaded  # before the layers need memory
+        layers = timing.measure_layers(place, counts, low_memory=low_memory)
+    conditions, notes = timing.conditions(place), timing.layer_sentences(layers)
+    value = {"folder": str(folder), "conditions": conditions, "layers": [asdict(row) for row in layers], "notes": notes}
+    shown = layers_table(layers, notes)
+    if generate:
+        notes = timing.generation_sentences(generated)
+        models = [asdict(row) for row in generated]
+        value["generation"] = {"prompt": prompt, "new": new, "runs": runs, "models": models, "notes": notes}
+        shown += generation_table(generated, f"{prompt} + {new} tokens, medians of {runs} runs in turn", notes)
+    result(value, as_json, *shown, f"[dim]{', '.join(f'{k} {v}' for k, v in conditions.items())}[/]")
+
+
+def row_counts(text: str) -> list[int]:
+    """The numbers of `1,8,64`; raises RecipeError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", part) for part in parts):
+        raise RecipeError(f"--rows: {text!r} is not a list of whole numbers from 1 to 999999 such as 1,8,64")
+    return [int(part) for part in parts]
+
+
+def models_to_time(folder: Path, base: str | None, low_memory: bool) -> dict[str, Any]:
+    """The dense model that an artifact was made from, and the artifact as it is loaded, by name."""
+    import compress
+    from compress.artifact import check_base, recorded_base
+    from compress.model.source import locate
+
+    source = base if base is not None else recorded_base(folder)
+    check_base([folder], locate(source))
+    models = {"dense": compress.load(locate(source)), "compressed": compress.load(folder)}
+    return models | ({"compressed, low memory": compress.load(folder, low_memory=True)} if low_memory else {})
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
     to: Annotated[

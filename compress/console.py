@@ -151,6 +151,63 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
     return [*([table] if view["sites"] else []), *lines]
 
 
+def layers_table(timings: list[Any], notes: list[str]) -> list[Any]:
+    """compress.runtime.bench.LayerTiming row by row, and sentences on what is slower."""
+    if not timings:
+        return ["no site was rewritten: every layer is dense"]
+    table = Table(title="layers, dense against compressed")
+    left = ("sites", "weight", "rule", "computed")
+    for name in ("sites", "weight", "out x in", "dense", "stored", "rule", "rows", "computed", "memory", "dense time",
+                 "time", "dense/ours"):  # fmt: skip
+        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    before = None
+    for row in timings:
+        table.add_row(
+            *(layer_cells(row.layer) if row.layer is not before else [""] * 6), str(row.rows), row.path,
+            size(row.held_bytes), duration(row.dense.median), duration(row.compressed.median), ratio(row.speedup),
+        )  # fmt: skip
+        before = row.layer
+    rounds = " to ".join(str(n) for n in sorted({min(r.rounds for r in timings), max(r.rounds for r in timings)}))
+    lines = [
+        "dense, stored: bytes of all these sites; memory: what the module of one keeps; times: medians of one call, "
+        f"dense and compressed in turn; dense/ours: median of {rounds} pairs (their middle half), above 1 is faster",
+        *(f"[yellow]{escape(note)}[/]" for note in notes),
+    ]
+    return [table, *lines]
+
+
+def layer_cells(layer: Any) -> list[str]:
+    """What all rows of one compress.runtime.bench.Layer share."""
+    return [
+        f"{len(layer.sites)} x {escape(', '.join(layer.names))}", escape(layer.weight),
+        " x ".join(map(str, layer.shape)), size(layer.dense_bytes), size(layer.stored_bytes), layer.rule,
+    ]  # fmt: skip
+
+
+def generation_table(timings: list[Any], title: str, notes: list[str]) -> list[Any]:
+    """compress.runtime.bench.GenerationTiming row by row, the dense model first, and sentences on what is worse."""
+    table = Table(title=f"greedy generation, {title}")
+    for column in ("model", "tokens/s (range)", "ours/dense", "memory of weights"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in timings:
+        speed = row.tokens_per_second
+        table.add_row(
+            row.name, f"{speed.median:.4g} ({speed.low:.4g}-{speed.high:.4g})",
+            "-" if row is timings[0] else ratio(row.speedup), size(row.held_bytes),
+        )  # fmt: skip
+    return [table, *(f"[yellow]{escape(note)}[/]" for note in notes)]
+
+
+def ratio(found: Any) -> str:
+    """A compress.runtime.bench.Spread of ratios."""
+    return f"{found.median:.2f}x ({found.low:.2f}-{found.high:.2f})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
 def mask_notes(mask: dict[str, Any]) -> list[str]:
     """How much a mask keeps, how unevenly, and what it left empty."""
     low, high = mask["row"]

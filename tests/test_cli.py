@@ -93,6 +93,47 @@ def test_verify_exits_4_on_a_flipped_byte(cli: Run, recipe: Path, tiny_llama: Pa
     assert shard.name in err
 
 
+def test_bench_puts_dense_and_compressed_side_by_side(cli: Run, llama_artifact: Path) -> None:
+    code, out, _ = cli("bench", llama_artifact, "--rows", "1,2", "--low-memory")
+    assert code == 0
+    assert "4 x q_proj, o_proj" in out
+    assert "decoded at each call" in out
+    assert "threads 1, dtype float32" in out
+    assert "greedy generation" not in out
+
+
+def test_bench_generates_with_the_named_base(cli: Run, llama_artifact: Path, tiny_llama: Path) -> None:
+    sizes = ["--prompt", 4, "--new", 6, "--runs", 2, "--rows", "1"]
+    view = json.loads(cli("bench", llama_artifact, "--generate", "--base", tiny_llama, *sizes, "--json")[1])
+    assert [row["name"] for row in view["generation"]["models"]] == ["dense", "compressed"]
+    assert len(view["layers"]) == 4
+    out = cli("bench", llama_artifact, "--generate", "--base", tiny_llama, *sizes, "--low-memory")[1]
+    assert "4 + 6 tokens, medians of 2 runs" in out
+    assert "compressed, low memory" in out
+
+
+BENCH = {
+    "no folder": (["nowhere"], "no model folder at 'nowhere'"),
+    "not ours": (["{dense}"], "not a Compress artifact"),
+    "rows as words": (["{ours}", "--rows", "1,few"], "--rows: '1,few' is not a list of whole numbers"),
+    "no rows": (["{ours}", "--rows", "0"], "--rows: '0' is not"),
+    "base alone": (["{ours}", "--base", "{dense}"], "--base: only --generate"),
+    "no base": (["{ours}", "--generate"], "--base: name the dense model"),
+    "another base": (["{ours}", "--generate", "--base", "builtin"], "other weights"),
+    "not ours, generating": (["{dense}", "--generate", "--base", "{dense}"], "not a Compress artifact"),
+    "too long": (["{ours}", "--generate", "--base", "{dense}"], "takes 128 at most"),
+    "no tokens": (["{ours}", "--generate", "--new", "0"], "--new"),
+}
+
+
+@pytest.mark.parametrize("case", BENCH)
+def test_bench_refuses_in_one_line(case: str, cli: Run, llama_artifact: Path, tiny_llama: Path) -> None:
+    line, expected = BENCH[case]
+    code, out, err = cli("bench", *(part.format(ours=llama_artifact, dense=tiny_llama) for part in line))
+    assert expected in err
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+
+
 def test_passes_lists_options_defaults_and_source(cli: Run) -> None:
     rows = {row["name"]: row for row in json.loads(cli("passes", "--json")[1])["passes"]}
     assert {"magnitude", "wanda", "rtn", "gptq"} <= rows.keys()

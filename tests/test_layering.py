@@ -64,7 +64,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "compress.export": ("compress.export", "compress.artifact", "compress.weights", "compress.model.source",
                         "compress.plan", "compress.shards", "compress.writer", "compress.errors"),
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
-                         "compress.kv", "compress.model.anatomy", "compress_kernels"),
+                         "compress.kv", "compress.model.anatomy", "compress.model.architecture", "compress_kernels"),
     "compress.builtin": ("compress.builtin", "compress.errors"),
     "compress.calibration": ("compress.builtin", "compress.recipe", "compress.texts", "compress.errors"),
     "compress.texts": ("compress.errors",),

@@ -136,4 +136,19 @@ def explain(weight: Weight, dtype: torch.dtype) -> str:
     return next(found.__name__ for found in RULES if found(weight, dtype) is not None)
 
 
-__all__ = ["FewRows", "Matrix", "Parallel", "explain", "lower", "rule"]
+def path(module: nn.Module, rows: int) -> str:
+    """How a lowered module computes for so many rows of x on the CPU, such as `packed + decoded @ decoded`."""
+    match module:
+        case FewRows():
+            return "packed" if rows <= cpu.FEW_ROWS else "decoded"
+        case Matrix():
+            return "decoded"
+        case nn.Sequential():  # the right factor comes first
+            return " @ ".join(path(part, rows) for part in reversed(list(module)))
+        case Parallel():
+            return " + ".join(path(part, rows) for part in module.parts)
+        case _:
+            return type(module).__name__.lower()
+
+
+__all__ = ["FewRows", "Matrix", "Parallel", "explain", "lower", "path", "rule"]

@@ -1,0 +1,369 @@
+"""How long compressed layers and models take beside dense ones, measured in turn so that other load meets both alike.
+
+Not here: loading models and printing. A layer is timed on several of its sites in turn, so that no weight stays in a
+cache which it would leave in the model; the dense side is the `nn.Linear` that a dense model would run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import Artifact, keys, plain_shapes, tensor_of
+from compress.errors import ArtifactError, RecipeError
+from compress.model.anatomy import Anatomy
+from compress.model.architecture import skeleton
+from compress.runtime.experts import CompressedExperts
+from compress.runtime.linear import CompressedLinear
+from compress.runtime.lower import FewRows, Matrix, explain, path
+
+ROTATED = 1 << 28  # bytes of dense matrices that take turns: more than the last cache of a server
+FEWEST, MOST = 9, 400  # rounds
+PREPARED, LOW_MEMORY = "prepared", "low memory"
+EXPERTS = "experts"  # in place of a rule: no rule is asked, their stacks are decoded
+REASONS = {  # path -> why it may be slower
+    "decoded": "the matrix is decoded once and multiplied as dense, and the module around it costs some microseconds; "
+    "it saves disk, not time",
+    "packed": "the packed product does not beat the plain one at this size here; it saves disk, not time",
+    "decoded at each call": "the matrix is decoded at each call; it saves memory, not time",
+}
+SEVERAL = "its parts are multiplied one by one, and together cost more than one plain product"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A median and what lies around it: the middle half of many values, or the range of few."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Sites that compute alike: one shape [out, in], one form of the weight; bytes are of all of them together."""
+
+    sites: tuple[str, ...]
+    names: tuple[str, ...]
+    weight: str
+    shape: tuple[int, int]
+    rule: str
+    dense_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTiming:
+    """One layer at so many rows of x: seconds a call (quartiles); `speedup` is dense / compressed, pair by pair.
+
+    `held_bytes` is what one site's module keeps in memory, `path` how it computes for this many rows.
+    """
+
+    layer: Layer
+    rows: int
+    mode: str
+    path: str
+    held_bytes: int
+    rounds: int
+    dense: Spread
+    compressed: Spread
+    speedup: Spread
+
+    @property
+    def slower(self) -> bool:
+        """Whether dense won in three of four pairs at least."""
+        return self.speedup.high < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationTiming:
+    """A model that generated greedily: medians and ranges; `speedup` is to the first model, pair by pair."""
+
+    name: str
+    tokens_per_second: Spread
+    speedup: Spread
+    held_bytes: int
+
+
+def measure_layers(
+    folder: Path, rows: Sequence[int] = (1, 8, 64), *, low_memory: bool = False, seconds: float = 0.5
+) -> list[LayerTiming]:
+    """Every kind of layer of an artifact at every number of rows of x, on the CPU.
+
+    About `seconds` are spent on each. `low_memory` also times modules that keep only the stored bits. Raises
+    ArtifactError if the folder is not ours.
+    """
+    artifact = Artifact(folder)
+    modes = (PREPARED, LOW_MEMORY) if low_memory else (PREPARED,)
+    return [t for layer in layers(artifact) for t in measure_layer(artifact, layer, rows, modes, seconds)]
+
+
+def conditions(folder: Path) -> dict[str, str]:
+    """What timings of an artifact depend on beside it."""
+    return {
+        "device": "cpu",
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(Artifact(folder).dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def layers(artifact: Artifact) -> list[Layer]:
+    """The sites of an artifact, those that compute alike together."""
+    alike: dict[Any, list[str]] = {}
+    stacked = in_stacks(artifact)
+    for site, spec in artifact.specs.items():
+        alike.setdefault((structure(spec["tree"]), spec.get("inputs"), site in stacked), []).append(site)
+    return [described(artifact, sites, sites[0] in stacked) for sites in alike.values()]
+
+
+def in_stacks(artifact: Artifact) -> set[str]:
+    """The sites whose matrices a model keeps in stacks of experts, whatever its file does."""
+    if not artifact.specs:
+        return set()
+    model = skeleton(artifact.config, artifact.dtype)
+    places = Anatomy(model, plain_shapes(artifact.specs)).places
+    missing = artifact.specs.keys() - places.keys()
+    if missing:
+        raise ArtifactError(f"quantization_config: the model has no site {min(missing)!r}")
+    return {site for site in artifact.specs if places[site].expert is not None}
+
+
+def structure(tree: Any) -> Any:
+    """A specification without the count of what a mask kept, which computes alike; hashable."""
+    match tree:
+        case dict():
+            return tuple((key, structure(value)) for key, value in tree.items() if key != "kept")
+        case list():
+            return tuple(map(structure, tree))
+        case _:
+            return tree
+
+
+def described(artifact: Artifact, sites: list[str], stacked: bool) -> Layer:
+    """What sites that compute alike are."""
+    first = artifact.specs[sites[0]]
+    out, inputs = (int(n) for n in first["tree"]["shape"])
+    held = {key for site in sites for key in keys(site, artifact.specs[site]).values()}
+    return Layer(
+        sites=tuple(sites),
+        names=tuple(dict.fromkeys(site.rpartition(".")[2] for site in sites)),
+        weight=first["name"] + (f", inputs {first['inputs']}" if "inputs" in first else ""),
+        shape=(out, inputs),
+        rule=EXPERTS if stacked else explain(artifact.expression(sites[0]), artifact.dtype),
+        dense_bytes=len(sites) * out * inputs * artifact.dtype.itemsize,
+        stored_bytes=sum(artifact.stored_headers[key].nbytes for key in held),
+    )
+
+
+def measure_layer(
+    artifact: Artifact, layer: Layer, rows: Sequence[int], modes: Sequence[str], seconds: float
+) -> Iterator[LayerTiming]:
+    """The timings of one layer: every mode against dense, each alone, since one leaves its traces in the caches."""
+    each = layer.dense_bytes // len(layer.sites)
+    chosen = layer.sites[: max(1, ROTATED // each)]
+    dense = [dense_module(artifact, site) for site in chosen]
+    modules = {mode: [site_module(artifact, site, mode, layer.rule == EXPERTS) for site in chosen] for mode in modes}
+    for count in rows:
+        x = torch.randn(count, layer.shape[1], generator=torch.Generator().manual_seed(0)).to(artifact.dtype)
+        for mode, maps in modules.items():
+            with torch.inference_mode():
+                base, times = race((rotating(dense, x), rotating(maps, x)), warm=len(chosen) + 1, seconds=seconds)
+            yield LayerTiming(
+                layer=layer,
+                rows=count,
+                mode=mode,
+                path=path_of(maps[0], count),
+                held_bytes=held_bytes(maps[0]),
+                rounds=len(times),
+                dense=quartiles(base),
+                compressed=quartiles(times),
+                speedup=quartiles([d / t for d, t in zip(base, times, strict=True)]),
+            )
+
+
+def dense_module(artifact: Artifact, site: str) -> nn.Linear:
+    """The site as a dense model would hold it."""
+    matrix, bias = artifact.expression(site).dense().to(artifact.dtype), bias_of(artifact, site)
+    module = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None, device="meta")
+    module.weight, module.bias = nn.Parameter(matrix.contiguous(), requires_grad=False), bias  # type: ignore[assignment]
+    return module
+
+
+def site_module(artifact: Artifact, site: str, mode: str, stacked: bool = False) -> nn.Module:
+    """The site as `compress.load` makes it; of a stack of experts, one prepared matrix as the family slices it."""
+    spec = artifact.specs[site]
+    if stacked and mode == PREPARED:
+        return Matrix(artifact.expression(site).dense().to(artifact.dtype))
+    module = CompressedLinear(spec, bias_of(artifact, site), artifact.dtype)
+    module.fill({path: artifact.stored_tensor(key) for path, key in keys(site, spec).items()})
+    if mode == PREPARED:
+        module.prepare(artifact.dtype)
+    return module
+
+
+def bias_of(artifact: Artifact, site: str) -> nn.Parameter | None:
+    """The bias beside a site's weight, if there is one."""
+    name = tensor_of(site, artifact.specs[site]).removesuffix("weight") + "bias"
+    if name not in artifact:
+        return None
+    return nn.Parameter(artifact.tensor(name).to(artifact.dtype), requires_grad=False)
+
+
+def path_of(module: nn.Module, rows: int) -> str:
+    """How a site's module computes for so many rows of x."""
+    lowered = module.lowered if isinstance(module, CompressedLinear) else module
+    return "decoded at each call" if lowered is None else path(lowered, rows)
+
+
+def rotating(maps: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:
+    """A function that applies the next map at each call."""
+    turn = cycle(maps)
+    return lambda: next(turn)(x)
+
+
+def race(
+    runners: Sequence[Callable[[], object]],
+    *,
+    warm: int = 1,
+    seconds: float = 0.0,
+    fewest: int = FEWEST,
+    most: int = MOST,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Seconds of each call of each runner; all run once a round, in turn, until `seconds` are over.
+
+    Between `fewest` and `most` rounds, after `warm` that do not count. Every other round goes backwards: what a call
+    leaves in the caches for the next one then favours nobody.
+    """
+    for _ in range(warm):
+        for run in runners:
+            run()
+    times: list[list[float]] = [[] for _ in runners]
+    started = clock()
+    done = 0
+    while done < fewest or (done < most and clock() - started < seconds):
+        order = range(len(runners))
+        for i in order if done % 2 == 0 else reversed(order):
+            began = clock()
+            runners[i]()
+            times[i].append(clock() - began)
+        done += 1
+    return times
+
+
+def quartiles(values: Sequence[float]) -> Spread:
+    """The median and the middle half."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median=median, low=low, high=high)
+
+
+def extent(values: Sequence[float]) -> Spread:
+    """The median and the range."""
+    return Spread(median=statistics.median(values), low=min(values), high=max(values))
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes in memory of a loaded model or layer: parameters, buffers and packed copies, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for part in model.modules():
+        if isinstance(part, FewRows):
+            tensors += [value for value in vars(part.packed).values() if isinstance(value, Tensor)]
+        if isinstance(part, CompressedExperts):
+            tensors += part.decoded.values()
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def layer_sentences(timings: Sequence[LayerTiming]) -> list[str]:
+    """One for each layer and reason for which compressed is slower than dense."""
+    found: dict[tuple[str, str], list[LayerTiming]] = {}
+    for timing in filter(lambda timing: timing.slower, timings):
+        size = " x ".join(map(str, timing.layer.shape))
+        who = f"{', '.join(timing.layer.names)} ({timing.layer.weight}, {size})"
+        found.setdefault((who, reason(timing)), []).append(timing)
+    return [
+        f"{who}: slower than dense at {', '.join(f'{t.rows} ({1 / t.speedup.median:.2f}x)' for t in slow)} "
+        f"row{'s' if [t.rows for t in slow] != [1] else ''}: {why}"
+        for (who, why), slow in found.items()
+    ]
+
+
+def reason(timing: LayerTiming) -> str:
+    """Why this path may cost more than a plain product."""
+    rounded = "; inputs are rounded first" if ", inputs " in timing.layer.weight else ""
+    return REASONS.get(timing.path, SEVERAL) + rounded
+
+
+def measure_generation(
+    models: Mapping[str, Any], *, prompt: int = 64, new: int = 128, runs: int = 5
+) -> list[GenerationTiming]:
+    """Greedy generation of `new` tokens behind `prompt` random ones, batch 1, by each model in turn, `runs` times.
+
+    New tokens a second count the time of the prompt too. Raises RecipeError if a model cannot do that.
+    """
+    for name, model in models.items():
+        check_generates(name, model, prompt + new)
+    runners = [generating(model, prompt, new) for model in models.values()]
+    times = race(runners, fewest=runs, most=runs)
+    return [
+        GenerationTiming(
+            name=name,
+            tokens_per_second=extent([new / t for t in taken]),
+            speedup=extent([d / t for d, t in zip(times[0], taken, strict=True)]),
+            held_bytes=held_bytes(model),
+        )
+        for (name, model), taken in zip(models.items(), times, strict=True)
+    ]
+
+
+def generation_sentences(timings: Sequence[GenerationTiming]) -> list[str]:
+    """What each model has worse than the first: speed in every pair of runs, or memory."""
+    dense, *others = timings
+    lines = []
+    for found in others:
+        if found.speedup.high < 1:
+            lines.append(f"{found.name}: slower than dense in every pair of runs, {1 / found.speedup.median:.2f}x")
+        if found.held_bytes > dense.held_bytes:
+            lines.append(
+                f"{found.name}: holds {found.held_bytes / dense.held_bytes:.2f}x the memory of dense: what is computed "
+                "with is kept beside the stored bits; low memory keeps those only"
+            )
+    return lines
+
+
+def check_generates(name: str, model: Any, tokens: int) -> None:
+    """Raise RecipeError if a model cannot generate, or not as far."""
+    if not model.can_generate():
+        raise RecipeError(f"--generate: {name} is a {type(model).__name__}, which generates no text")
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise RecipeError(f"--generate: {tokens} tokens of prompt and answer; {name} takes {longest} at most")
+
+
+def generating(model: Any, prompt: int, new: int) -> Callable[[], object]:
+    """A function that generates exactly `new` tokens; the mask says that no random token is padding."""
+    words = model.config.get_text_config(decoder=True).vocab_size
+    ids_BT = torch.randint(words, (1, prompt), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+
+    @torch.inference_mode()
+    def run() -> object:
+        return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
+
+    return run
+
+
+__all__ = [
+    "GenerationTiming", "Layer", "LayerTiming", "Spread", "conditions", "generation_sentences", "layer_sentences",
+    "measure_generation", "measure_layers",
+    ]  # fmt: skip
