@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.errors import RecipeError
 from compress.model.site import Site
 from compress.passes.base import WeightPass
-from compress.passes.whitened import principal
+from compress.passes.whitened import most_rank, principal
 from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import Dense, Grid, Product
 
@@ -59,13 +59,12 @@ class Corrector(WeightPass):
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """There must be a rank, and its factors must have fewer numbers than the matrix."""
-        rank, (rows, columns) = self.rank_of(shape), shape
+        rank, most, (rows, columns) = self.rank_of(shape), most_rank(shape), shape
         if rank < 1:
             raise RecipeError(
                 f"{self.name}: {site}: a share of {self.share:g} of {rows}x{columns} is no rank; raise it"
             )
-        if rank * (rows + columns) >= rows * columns:
-            most = (rows * columns - 1) // (rows + columns)
+        if rank > most:
             raise RecipeError(
                 f"{self.name}: {site}: factors of rank {rank} are no smaller than the {rows}x{columns} matrix itself; "
                 f"at most {most} is"

@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.model.block import Block
 from compress.model.site import Site
 from compress.passes.factorizer import Factorizer
-from compress.passes.whitened import rank_within
+from compress.passes.whitened import most_rank, rank_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Part:
     @property
     def most(self) -> int:
         """The largest rank that is shorter than the whole."""
-        return (self.size - 1) // self.step
+        return most_rank(self.shape)
 
     def removed(self, rank: int | None) -> float:
         """The share of its parameters that this rank removes; None is the whole."""

@@ -59,6 +59,12 @@ def rank_within(share: float, shape: tuple[int, int]) -> int:
     return floor(share * rows * columns / (rows + columns) + 1e-9)
 
 
+def most_rank(shape: tuple[int, int]) -> int:
+    """The largest rank whose two factors have fewer numbers than the matrix [out, in] itself."""
+    rows, columns = shape
+    return (rows * columns - 1) // (rows + columns)
+
+
 def bits_saved(was_OI: Tensor, left_OI: Tensor) -> float:
     """Bits a weight by which codes of what is left may be shorter for the same output error, log4(|W|² / |R|²).
 
