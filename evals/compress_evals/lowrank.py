@@ -18,7 +18,19 @@ from typing import Any
 from compress import Calibration, Recipe
 from compress.errors import RecipeError
 from compress.recipe import read_pass
-from compress_evals.table import Bench, Scored, append, bold, foreign, kl_p, paired, percent, read
+from compress_evals.table import (
+    Bench,
+    Scored,
+    append,
+    bold,
+    foreign,
+    kl_p,
+    paired,
+    percent,
+    read,
+    recipe_key,
+    recipe_key_of,
+)
 
 FACTS, CONTEXT = TASKS = ("facts_trained", "facts_context3")
 SAMPLES, LENGTH = 128, 256
@@ -75,6 +87,7 @@ METHODS: dict[str, Callable[[float], Steps]] = {
     "sensitivity, realign, oats refit": pruned("sensitivity", "realign", by="oats", rank_share=0.1, refit=True),
     "realign, oats refit, finetune": tuned(pruned("realign", by="oats", rank_share=0.1, refit=True)),
 }
+SUM, PURE = "oats refit", ("wanda", "sparsegpt", "svd-llm")
 QUANTIZED: dict[float, Steps] = {  # whole bits of a weight, and the least scales: at most the bytes of the others
     0.4: [{"gptq": {"bits": 8, "group": 0}}],
     0.5: [{"gptq": {"bits": 7, "group": 0}}],
@@ -126,11 +139,11 @@ def fill(bench: Bench, path: Path, methods: Sequence[str], shares: Sequence[floa
     if all(row.recipe for row in rows):
         dense = bench.scored(bench.dense, "dense", 0.0)
         append(path, Measured(**dense, removed=0.0, recipe={}, bits_per_weight=float(PLAIN)))
-    done = [row.recipe for row in rows]
+    done = {recipe_key_of(row.recipe) for row in rows}
     for removed in shares:
         for method in methods:
             recipe = recipe_of(method, removed)
-            if recipe is not None and recipe.to_dict() not in done:
+            if recipe is not None and recipe_key(recipe) not in done:
                 sys.stderr.write(f"{method}, {removed:.0%} removed\n")
                 append(path, measure(bench, method, removed, recipe))
 
@@ -155,26 +168,28 @@ def table(rows: Sequence[Measured], dense: Measured) -> str:
 
 
 def checks(rows: Sequence[Measured]) -> list[str]:
-    """At each share: the best sum of sparse and low rank against the best of each pure form, on the same windows."""
+    """At each share, on the same windows: a published sum against each pure form, and the best against the best."""
     lines = []
     for removed in sorted({row.removed for row in rows}):
-        same = [row for row in rows if row.removed == removed and "gptq" not in row.method]
-        sums = [row for row in same if "oats" in row.method]
-        pure = {
-            "sparse": [row for row in same if row not in sums and "sparsity" in str(row.recipe)],
-            "low rank": [row for row in same if row not in sums and "removed" in str(row.recipe)],
-        }
-        for name, others in pure.items():
-            if not sums or not others:
-                continue
-            one, other = (min(group, key=lambda row: row.mean_kl) for group in (sums, others))
-            p = kl_p(one, other)
-            verdict = "tie" if p >= 0.05 else "better" if one.mean_kl < other.mean_kl else "WORSE"
-            lines.append(
-                f"{removed:.0%}: {one.method} {one.mean_kl:.4f} against the best {name}, {other.method} "
-                f"{other.mean_kl:.4f} (p = {p:.2g}): {verdict}"
-            )
+        same = {row.method: row for row in rows if row.removed == removed and row.method != "gptq"}
+        if SUM in same:
+            lines += [against(same[SUM], same[name], name) for name in PURE if name in same]
+        sums = [row for name, row in same.items() if "oats" in name]
+        sparse = [row for name, row in same.items() if "oats" not in name and "sparsity" in str(row.recipe)]
+        factored = [row for row in same.values() if "sparsity" not in str(row.recipe)]
+        for kind, others in (("sparse", sparse), ("low rank", factored)):
+            if sums and others:
+                one, other = (min(group, key=lambda row: row.mean_kl) for group in (sums, others))
+                lines.append(against(one, other, f"the best {kind}, {other.method}"))
     return lines
+
+
+def against(one: Measured, other: Measured, name: str) -> str:
+    """How a sum compares with a pure form."""
+    p = kl_p(one, other)
+    verdict = "tie" if p >= 0.05 else "better" if one.mean_kl < other.mean_kl else "WORSE"
+    figures = f"{one.mean_kl:.4f} against {name} {other.mean_kl:.4f} (p = {p:.2g})"
+    return f"- {one.removed:.0%}: {one.method} {figures}: {verdict}"
 
 
 def document(rows: Sequence[Measured]) -> str:

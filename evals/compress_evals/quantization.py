@@ -23,9 +23,21 @@ import torch
 
 from compress import Calibration, Recipe
 from compress.errors import RecipeError
-from compress.recipe import from_dict, read_pass
+from compress.recipe import read_pass
 from compress_evals.stats import verdict_text
-from compress_evals.table import Bench, Scored, append, bold, foreign, kl_p, paired, percent, read
+from compress_evals.table import (
+    Bench,
+    Scored,
+    append,
+    bold,
+    foreign,
+    kl_p,
+    paired,
+    percent,
+    read,
+    recipe_key,
+    recipe_key_of,
+)
 
 FACTS, CONTEXT = TASKS = ("facts_trained", "facts_context3")
 SAMPLES, LENGTH = 128, 256
@@ -176,27 +188,13 @@ def wanted(methods: Sequence[str], bits: Sequence[int], groups: Sequence[int]) -
     ]
 
 
-def key(recipe: Recipe) -> str:
-    """A recipe with every option written out: two that do the same have the same."""
-    return json.dumps(recipe.to_dict(), sort_keys=True)
-
-
-def measured_key(row: Measured) -> str:
-    """The key of the recipe that made a row; empty for dense, or if there is no longer such a recipe.
-
-    An option that is newer than the row takes its default, so only a recipe that sets it is measured again.
-    """
-    try:
-        return key(from_dict(row.recipe)) if row.recipe else ""
-    except RecipeError:
-        return ""
-
-
 def chosen(rows: Sequence[Measured], places: Sequence[Wanted]) -> list[Measured]:
     """The dense row and those of the places, in their order, as far as measured."""
-    found = {measured_key(row): row for row in rows if row.recipe}
+    found = {recipe_key_of(row.recipe): row for row in rows if row.recipe}
     dense = [row for row in rows if not row.recipe]
-    return dense + [replace(found[k], method=place.method) for place in places if (k := key(place.recipe)) in found]
+    return dense + [
+        replace(found[k], method=place.method) for place in places if (k := recipe_key(place.recipe)) in found
+    ]
 
 
 class LayerBench(Bench):
@@ -396,9 +394,9 @@ def fill(bench: LayerBench, path: Path, places: Sequence[Wanted]) -> None:
     rows = read(path, Measured)
     if all(row.recipe for row in rows):
         append(path, dense_row(bench))
-    done = {measured_key(row) for row in rows}
+    done = {recipe_key_of(row.recipe) for row in rows}
     for place in places:
-        if key(place.recipe) not in done:
+        if recipe_key(place.recipe) not in done:
             sys.stderr.write(f"{place.method}, {place.bits} bits, {group_name(place.group)}\n")
             append(path, measure(bench, place))
 

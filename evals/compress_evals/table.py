@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 import compress
 from compress import Recipe
+from compress.errors import RecipeError
 from compress.model.source import locate
+from compress.recipe import from_dict
 from compress_evals import stats
 from compress_evals.fidelity import compare_windows, evaluation_text, text_windows
 from compress_evals.folders import model_name, opened
@@ -105,6 +107,22 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
     if not path.exists():
         return []
     return [kind(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """A recipe with every option written out: two that do the same have the same."""
+    return json.dumps(recipe.to_dict(), sort_keys=True)
+
+
+def recipe_key_of(recipe: dict[str, Any]) -> str:
+    """The key of the recipe that made a row; empty for dense, or if there is no longer such a recipe.
+
+    An option that is newer than the row takes its default, so only a recipe that sets it is measured again.
+    """
+    try:
+        return recipe_key(from_dict(recipe)) if recipe else ""
+    except RecipeError:
+        return ""
 
 
 def append(path: Path, row: Scored) -> None:

@@ -12,7 +12,7 @@ import pytest
 from compress.errors import RecipeError
 from compress_evals import quantization
 from compress_evals.quantization import METHODS, Measured, Wanted, recipe_of
-from compress_evals.table import read
+from compress_evals.table import read, recipe_key, recipe_key_of
 
 DENSE = Measured(
     method="dense", source="m", kl=[0.0] * 8, loss=[8.0] * 8, dense_loss=[8.0] * 8, tokens=8, seconds=0.0,
@@ -58,7 +58,7 @@ def test_every_pipeline_gives_plain_passes_and_the_ladder_names_only_pipelines()
 def test_no_two_rows_of_the_table_have_one_recipe() -> None:
     here = [name for name in METHODS if quantization.missing(name) is None]
     places = quantization.wanted(here, quantization.BITS, quantization.GROUPS)
-    assert len({quantization.key(place.recipe) for place in places}) == len(places)
+    assert len({recipe_key(place.recipe) for place in places}) == len(places)
     assert {"rtn", "gptq", "gptq act", "int8 w8a8"} <= set(here)
 
 
@@ -98,13 +98,13 @@ def test_a_row_is_measured_once_and_again_when_its_recipe_changes(tmp_path: Path
 def test_an_option_newer_than_a_row_takes_its_default() -> None:
     old = row("gptq", 4, 64, 0.1)
     del old.recipe["passes"][0]["gptq"]["order"]
-    assert quantization.measured_key(old) == quantization.key(recipe_of("gptq", 4, 64))
-    assert quantization.measured_key(old) != quantization.key(recipe_of("gptq act", 4, 64))
+    assert recipe_key_of(old.recipe) == recipe_key(recipe_of("gptq", 4, 64))
+    assert recipe_key_of(old.recipe) != recipe_key(recipe_of("gptq act", 4, 64))
 
 
 def test_rows_of_a_recipe_that_is_no_more_are_left_alone() -> None:
     gone = replace(DENSE, recipe={"passes": [{"gone": {}}]})
-    assert quantization.measured_key(gone) == ""
+    assert recipe_key_of(gone.recipe) == ""
     assert quantization.chosen([DENSE, gone], quantization.wanted(["rtn"], (4,), (64,))) == [DENSE]
 
 
