@@ -86,6 +86,11 @@ class SitePass(Pass):
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 
+    @property
+    def joint(self) -> bool:
+        """Whether it must see the sites that read one input together."""
+        return False
+
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if a weight of `shape` at `site` cannot be handled; called before any work."""
 
@@ -104,7 +109,10 @@ class WeightPass(SitePass):
         raise NotImplementedError
 
     def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
-        """The new expression for each of the sites, by name, that read one input; by default each for itself."""
+        """The new expression for each of the sites, by name, that read one input; by default each for itself.
+
+        Only a pass that is `joint` is given more than one at a time.
+        """
         return {site.name: self.rewrite(site) for site in sites}
 
     def rewrite_unfed(self, site: Site) -> Weight:

@@ -47,6 +47,11 @@ class Factorizer(WeightPass):
                 f"{self.name}: {site}: {1 - self.removed:g} of {shape[0]}x{shape[1]} buys no rank; remove less"
             )
 
+    @property
+    def joint(self) -> bool:
+        """If they share a factor."""
+        return self.shared
+
     def metric(self, site: Site) -> Tensor | None:
         """How much each input, or each pair, counts: [in], [in, in] or None if all count alike."""
         raise NotImplementedError

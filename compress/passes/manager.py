@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -153,17 +153,28 @@ class PassManager:
                 self.emit(StatisticsCollected(sites=names, statistics=kind_names, tokens=tokens))
 
     def rewrite_groups(self, groups: list[list[Site]]) -> None:
-        """Rewrite the sites of `groups`, group after group and pass after pass, and forget their statistics."""
+        """Rewrite the sites of `groups` and forget their statistics.
+
+        All passes on a site, then the next site; a pass that takes the sites of an input together parts those before
+        and after it.
+        """
         for group in groups:
-            for i in self.part:
-                peers: dict[SitePass, list[Site]] = {}
-                for site in group:
-                    if i in self.chosen_for(site):
-                        peers.setdefault(self.chosen_for(site)[i], []).append(site)
-                for step, sites in peers.items():
-                    if isinstance(step, WeightPass):
-                        self.rewrite(step, sites)
+            for joint, run in groupby(self.part, lambda i: self.passes[i].joint):
+                numbers = list(run)
+                for sites in [group] if joint else [[site] for site in group]:
+                    for i in numbers:
+                        self.rewrite_peers(i, sites)
             group[0].stats.forget()  # a Gram and its factor are the largest things in memory
+
+    def rewrite_peers(self, index: int, sites: Sequence[Site]) -> None:
+        """Apply a pass to those of these sites of one input that it selects, together where it is the same on them."""
+        peers: dict[SitePass, list[Site]] = {}
+        for site in sites:
+            if index in self.chosen_for(site):
+                peers.setdefault(self.chosen_for(site)[index], []).append(site)
+        for step, same in peers.items():
+            if isinstance(step, WeightPass):
+                self.rewrite(step, same)
 
     def rewrite_together(self, step: BlockPass, block: Block, sites: Sequence[Site]) -> None:
         """Apply a pass to these sites of a block and report each; raises like `rewrite`."""

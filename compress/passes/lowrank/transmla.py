@@ -45,6 +45,11 @@ class TransMLA(WeightPass, name="transmla"):
         float, Field(gt=0, le=1, description="numbers of a latent as a share of those of a token's key and value")
     ] = 0.5
 
+    @property
+    def joint(self) -> bool:
+        """Keys with their values."""
+        return True
+
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """A rank of one at least must be left."""
         if self.rank(2 * shape[0], shape[1]) < 1:
