@@ -124,28 +124,18 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
 
 
 def colour(name: str) -> str:
-    """Blue for quantized, orange for pruned, purple for both, grey for dense."""
+    """Blue for quantized, green for low rank, orange for all else that is smaller, purple for quantized and more.
+
+    Grey for dense. Told by what the passes of the recipe of that name make.
+    """
     if name == "dense":
         return "#555555"
-    if name.startswith(
-        (
-            "rtn",
-            "gptq",
-            "vq",
-            "kmeans",
-            "reallm",
-            "quickstart",
-            "hqq",
-            "nf4",
-            "fp8",
-            "mxfp4",
-            "nvfp4",
-            "flexround",
-            "lrq",
-        )
-    ):
-        return "#1f6fb4"
-    return "#7b3fa0" if "int" in name else "#d5641c"
+    steps = load(packaged_folder() / f"{name}.yaml").passes
+    made = {str(getattr(step, "gives", "")) for step in steps}
+    masked = any(getattr(step, "sparsity", None) is not None for step in steps)
+    if "quantized" in made:
+        return "#7b3fa0" if masked or made & {"factored", "split"} else "#1f6fb4"
+    return "#2e8540" if "factored" in made else "#d5641c"
 
 
 def spread_labels(points: Sequence[tuple[str, float, float, float, float]]) -> list[float]:
