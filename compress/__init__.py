@@ -84,7 +84,7 @@ from compress.passes import (
     WeightPass,
     WeLore,
 )
-from compress.recipe import Accept, Calibration, Limits, Recipe
+from compress.recipe import Accept, Calibration, Delta, Limits, Recipe
 from compress.runtime.hf import register_when_needed
 from compress.weights import (
     NM,
@@ -157,6 +157,7 @@ def run(
 def load(
     path: str | Path,
     *,
+    base: str | Path | None = None,
     low_memory: bool = False,
     kv: KV | Mapping[str, Any] | Literal["recipe", "latent"] | None = "recipe",
     **options: Any,
@@ -166,33 +167,40 @@ def load(
     By default each weight is decoded once, for speed: memory is that of the dense model plus the stored bits. With
     `low_memory` only the stored bits are kept and each weight is decoded when used. `kv` are the options of a quantized
     key-value cache, such as {"bits": 4}, or "latent" where keys and values are factored: by default the recipe's; None
-    for a plain cache. `options` go to `from_pretrained` of the Auto class that builds the architecture. Raises
-    ArtifactError if the folder cannot be loaded, or is pickled, RecipeError if `kv` is unfit.
+    for a plain cache. A delta needs its `base`, unless that is the built-in model, and is loaded as the plain
+    fine-tuned model. `options` go to `from_pretrained` of the Auto class that builds the architecture. Raises
+    ArtifactError if the folder cannot be loaded, is pickled or lacks its base, RecipeError if `kv` is unfit.
     """
     from transformers import AutoConfig
 
-    from compress.artifact import Artifact, is_artifact
+    from compress.artifact import Artifact, base_of, is_artifact
     from compress.kv import read_kept, written
     from compress.model.architecture import auto_class, without_code
-    from compress.model.source import locate, read_json
+    from compress.model.source import BUILTIN, locate, read_json
+    from compress.runtime.delta import fine_tuned
     from compress.runtime.hf import register
     from compress.runtime.kv import attach
 
     cache = kv if kv is None or kv == "recipe" else read_kept(kv)
     register()
     folder = locate(path)
+    below = base_of(folder, None if base is None else locate(base), BUILTIN)
     raw = {k: v for k, v in read_json(folder / "config.json", "config.json").items() if k != "auto_map"}
     if raw != without_code(raw):
         raise ArtifactError(f"{folder}: its config.json names an attention or experts implementation; remove it")
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        packed = is_artifact(folder) and Artifact(folder).packed  # says what is wrong before transformers meets it
-        if packed:
-            config.quantization_config["low_memory"] = low_memory
-            if cache != "recipe":
-                config.quantization_config["kv"] = written(cache) if cache else None
-        model = auto_class(config).from_pretrained(folder, config=config, local_files_only=True, **options)
+        read = Artifact(folder, below) if is_artifact(folder) else None  # says what is wrong before transformers does
+        packed = read is not None and read.packed and not read.is_delta
+        if read is not None and read.is_delta:
+            model = fine_tuned(read, options)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if packed:
+                config.quantization_config["low_memory"] = low_memory
+                if cache != "recipe":
+                    config.quantization_config["kv"] = written(cache) if cache else None
+            model = auto_class(config).from_pretrained(folder, config=config, local_files_only=True, **options)
     except CompressError:
         raise
     except Exception as error:  # a damaged folder breaks transformers and safetensors in many ways
@@ -266,6 +274,7 @@ __all__ = [
     "CompressError",
     "Corrector",
     "DSnoT",
+    "Delta",
     "Dense",
     "Diagonal",
     "Event",

@@ -8,19 +8,21 @@ its companions are `<site>.weight_<path>`. Here it is read and verified; `writer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from compress.errors import ArtifactError, RecipeError, VerificationError
 from compress.model.source import Checkpoint, Held, digest, dtype_of, read_json
-from compress.schema import PROVENANCES, SPECS, checked
-from compress.shards import NAMES, Entry
-from compress.weights import Weight, unpack
+from compress.schema import PINS, PROVENANCES, SPECS, checked
+from compress.shards import NAMES, Entry, chunks
+from compress.weights import External, Sum, Weight, unpack
 
 METHOD = "compress"
 VERSION = 1
@@ -60,11 +62,15 @@ def plain_shapes(specs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 class Artifact(Checkpoint):
-    """A compressed folder read as the plain model it denotes: sites are decoded on the way out."""
+    """A compressed folder read as the plain model it denotes: sites are decoded on the way out.
+
+    Where that is a delta, what it denotes needs its `base`; without, only what is stored can be read.
+    """
 
     decoded_from = METHOD
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, base: Path | None = None) -> None:
+        """Raises ArtifactError if the folder is not an artifact, or `base` not the model that it is a delta of."""
         super().__init__(path)
         quantization = self.config.get("quantization_config")
         self.packed = not (quantization is None and is_plain(path))  # whether sites are stored as expressions
@@ -76,6 +82,28 @@ class Artifact(Checkpoint):
             raise ArtifactError(f"{path}: format version {quantization.get('version')}, this program reads {VERSION}")
         self.specs: dict[str, Any] = checked(SPECS, quantization.get("weights"), f"{path}: quantization_config.weights")
         self.dtype = dtype_of(self.config)
+        told = quantization.get("base")
+        self.pin: dict[str, Any] | None = None if told is None else checked(PINS, told, f"{path}: base")
+        if base is not None and self.pin is None:
+            raise ArtifactError(f"{path}: is a whole model, not a delta; it has no base")
+        self.base = None if base is None else self._base(base)
+
+    def _base(self, path: Path) -> Checkpoint:
+        """The model that this is a delta of, proved to be it."""
+        base = Checkpoint(path)
+        if fingerprint(base) != (self.pin or {}).get("sha256"):
+            raise ArtifactError(f"{path}: is not the base of {self.path}, which is a delta of {self.pin_name}")
+        return base
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether only the difference from a base is stored."""
+        return self.pin is not None
+
+    @property
+    def pin_name(self) -> str:
+        """What the base was called."""
+        return str((self.pin or {}).get("name"))
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -96,13 +124,19 @@ class Artifact(Checkpoint):
             held.setdefault(tensor_of(site, spec), []).append(site)
         return {name: sorted(sites, key=lambda s: self.specs[s].get("expert") or 0) for name, sites in held.items()}
 
+    def changed(self) -> list[str]:
+        """The names of the tensors that are stored plainly, sorted; of a delta, those that differ from its base."""
+        return sorted(name for name in self.files if name not in self.payloads)
+
     def names(self) -> list[str]:
-        """The names of the plain model's tensors, sorted."""
-        return sorted({name for name in self.files if name not in self.payloads} | self.holders.keys())
+        """The names of the plain model's tensors, sorted; of a delta without its base, those it says something of."""
+        return sorted(self.headers)
 
     def tensor(self, name: str) -> Tensor:
         """One plain tensor, decoded and in the model's dtype if it is a site's weight."""
         sites = self.holders.get(name)
+        if sites is None and self.base is not None and name not in self.files:
+            return self.base.tensor(name)
         if sites is None:
             return super().tensor(name)
         if "expert" not in self.specs[sites[0]]:
@@ -120,6 +154,8 @@ class Artifact(Checkpoint):
     def shard_of(self, name: str) -> str:
         """The file that holds a plain tensor, or its first expert."""
         sites = self.holders.get(name)
+        if sites is None and self.base is not None and name not in self.files:
+            return self.base.files[name].name
         return self.files[next(iter(keys(sites[0], self.specs[sites[0]]).values())) if sites else name].name
 
     def matrix(self, site: str) -> Tensor:
@@ -132,9 +168,35 @@ class Artifact(Checkpoint):
         return {key: self.stored_tensor(key) for key in keys(site, self.specs[site]).values()}
 
     def expression(self, site: str) -> Weight:
-        """The stored expression of a site."""
-        stored, paths = self.stored(site), keys(site, self.specs[site])
-        return unpack(self.specs[site]["tree"], {path: stored[key] for path, key in paths.items()})
+        """The stored expression of a site; raises ArtifactError for that of a delta without its base."""
+        return self._unpacked(site, self._base_matrix)
+
+    def difference(self, site: str) -> Weight:
+        """What a delta adds to its base at a site."""
+        found = self._unpacked(site, self._no_matrix)
+        match found:
+            case Sum((External(), Weight() as difference)):
+                return difference
+            case _:
+                raise ArtifactError(f"{self.path}: {site} is {found.describe()}, not a difference from a base")
+
+    def _unpacked(self, site: str, matrix: Callable[[str], Tensor]) -> Weight:
+        stored, spec = self.stored(site), self.specs[site]
+        tensors = {path: stored[key] for path, key in keys(site, spec).items()}
+        return unpack(spec["tree"], tensors, resolve=lambda source, tensor: matrix(site))
+
+    def _no_matrix(self, site: str) -> Tensor:
+        """The shape of a site's base; of no values."""
+        return torch.empty([int(n) for n in self.specs[site]["tree"]["shape"]], device="meta")
+
+    def _base_matrix(self, site: str) -> Tensor:
+        """The base's matrix [out, in] of a site; rows that only the fine-tuned model has are 0."""
+        spec, shape = self.specs[site], [int(n) for n in self.specs[site]["tree"]["shape"]]
+        if self.base is None:
+            raise ArtifactError(f"{self.path}: is a delta of {self.pin_name}; give its base")
+        found = self.base.tensor(tensor_of(site, spec))
+        found = found if spec.get("expert") is None else found[spec["expert"]]
+        return padded(found.T if spec["transposed"] else found, shape[0])
 
     @cached_property
     def plain(self) -> dict[str, tuple[int, ...]]:
@@ -145,7 +207,35 @@ class Artifact(Checkpoint):
     def headers(self) -> dict[str, Held]:
         """What the plain model's tensors are."""
         found = {name: held for name, held in self.stored_headers.items() if name not in self.payloads}
-        return found | {name: Held(NAMES[self.dtype], shape) for name, shape in self.plain.items()}
+        found |= {name: Held(NAMES[self.dtype], shape) for name, shape in self.plain.items()}
+        if self.base is not None:
+            found |= {n: self.base.headers[n] for n in self.provenance["tensors"] if n not in found and n in self.base}
+        return found
+
+
+def padded(matrix: Tensor, rows: int) -> Tensor:
+    """A matrix with rows of 0 below, `rows` in all."""
+    return matrix if len(matrix) >= rows else F.pad(matrix, (0, 0, 0, rows - len(matrix)))
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """One sha256 of all tensors of a model: names, dtypes, shapes and bytes, however they are spread over files.
+
+    Reads the model once; then it is remembered for as long as the files stay as they are.
+    """
+    shards = sorted(set(checkpoint.files.values()))
+    return _fingerprint(checkpoint.path, tuple((str(s), s.stat().st_mtime_ns, s.stat().st_size) for s in shards))
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+    del stamps
+    checkpoint, whole = Checkpoint(path), sha256()
+    for name, held in sorted(checkpoint.headers.items()):
+        whole.update(f"{name} {held.dtype} {list(held.shape)} ".encode())
+        for piece in chunks(checkpoint.tensor(name)):
+            whole.update(piece)
+    return whole.hexdigest()
 
 
 def is_artifact(path: Path) -> bool:
@@ -183,13 +273,26 @@ def check_base(folders: Sequence[Path], base: Path) -> None:
             raise ArtifactError(f"{folder}: was made from other weights than those of {base}; name its own --base")
 
 
-def verify(path: Path) -> list[str]:
+def base_of(path: Path, given: Path | None = None, builtin: Path | None = None) -> Path | None:
+    """The base of a delta: the one given, or the built-in model if that is it; None for what is no delta.
+
+    Raises ArtifactError if it must be named.
+    """
+    if given is not None or not is_artifact(path) or not (delta := Artifact(path)).is_delta:
+        return given
+    if delta.pin_name == "builtin" and builtin is not None:
+        return builtin
+    raise ArtifactError(f"{path}: is a delta of {delta.pin_name}; give that model as its base")
+
+
+def verify(path: Path, base: Path | None = None) -> list[str]:
     """What was checked, one line each.
 
     Every file against its recorded sha256, every site decoded and finite, every name and shape against the
-    source's. Raises VerificationError at the first difference, ArtifactError if the folder is not ours.
+    source's. Of a delta without its base only the difference is decoded, and no shapes are compared.
+    Raises VerificationError at the first difference, ArtifactError if the folder is not ours.
     """
-    artifact = Artifact(path)
+    artifact = Artifact(path, base)
     recorded = artifact.provenance["files"]
     for name, known in sorted(recorded.items()):
         file = path / name
@@ -203,18 +306,22 @@ def verify(path: Path) -> list[str]:
         raise VerificationError(f"{path}: {sorted(extra)[0]} is not a recorded file")
     for site in artifact.specs:
         try:
-            finite = bool(torch.isfinite(artifact.expression(site).dense()).all())
+            alone = artifact.is_delta and base is None
+            held = artifact.difference(site) if alone else artifact.expression(site)
+            finite = bool(torch.isfinite(held.dense()).all())
         except ArtifactError as error:
             raise VerificationError(f"{path}: {site}: {error}") from error
         if not finite:
             raise VerificationError(f"{path}: {site} decodes to values that are not finite")
+    checks = [
+        f"{len(recorded)} files match their sha256",
+        f"{len(artifact.specs)} compressed sites decode to finite values",
+    ]
+    if artifact.is_delta and base is None:
+        return [*checks, f"not checked against {artifact.pin_name}: give --base"]
     shapes = {name: list(shape) for name, shape in artifact.shapes().items()}
     wanted = artifact.provenance["tensors"]
     for name in sorted(set(shapes) | set(wanted)):
         if shapes.get(name) != wanted.get(name):
             raise VerificationError(f"{path}: {name} is {shapes.get(name)}, the source had {wanted.get(name)}")
-    return [
-        f"{len(recorded)} files match their sha256",
-        f"{len(artifact.specs)} compressed sites decode to finite values",
-        f"{len(shapes)} tensors have the names and shapes of the source",
-    ]
+    return [*checks, f"{len(shapes)} tensors have the names and shapes of the source"]

@@ -12,12 +12,17 @@ from compress.model.anatomy import by_reason
 TEMPLATE = """\
 ---
 library_name: transformers
-base_model: "{{ source.name }}"
+base_model: "{{ base.name if base else source.name }}"
 tags: ["{{ tags | join('", "') }}"]
 ---
 # {{ source.name }}, compressed
 
 Made from `{{ source.name }}` by Compress {{ versions.compress }}.
+{% if base %}
+It is a delta: the difference of `{{ source.name }}` from its base `{{ base.name }}`, whose tensors together have the
+fingerprint `{{ base.sha256 }}`. Without that base it is nothing; another one is refused. Errors below are relative to
+the difference.
+{% endif -%}
 {% for step in reshaped -%}
 It is {{ step.change }} ({{ step.step }}).
 {% endfor -%}
@@ -27,7 +32,13 @@ all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}"
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
 {{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
 
-{% if sites -%}
+{% if base -%}
+```python
+import compress
+
+model = compress.load("this folder", base="the folder of {{ base.name }}")
+```
+{% elif sites -%}
 ```python
 import compress
 
@@ -68,5 +79,5 @@ def card(provenance: Mapping[str, Any]) -> str:
     kept = ", ".join(f"{size:,} parameters ({reason})" for reason, size in reasons.items()) or "nothing"
     starved = sum(bool(row.get("starved")) for row in provenance["sites"].values())
     return environment.from_string(TEMPLATE).render(
-        **{**provenance, "reshaped": reshaped}, tags=tags, kept=kept, starved=starved
+        **{**provenance, "reshaped": reshaped, "base": provenance.get("base")}, tags=tags, kept=kept, starved=starved
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 from compress import __version__
 from compress.calibration import Tokens
 from compress.card import card
+from compress.deltas import Against, against
 from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight
 from compress.events import BlockFinished, BlockStarted, Event, ModelReshaped, RunFinished, RunStarted
 from compress.kv import written
@@ -91,6 +92,10 @@ def compress(
     with ArtifactWriter(target, shard_size) as writer:  # first of all: a place that cannot be written costs no time
         walk = Walk(source.config, source, dtype_of(source.config), usable(device))
         check_tensors(walk, source)
+        beside = against(recipe.delta, source, walk) if recipe.delta else None
+        if beside:
+            free_place(target, beside.base.path, force)
+            walk.base = beside.base
         planned, shaped = outline(walk, source, recipe)
         check_disk(target, shaped)
         covered = plan(planned, recipe)
@@ -98,11 +103,13 @@ def compress(
             check_cache(planned.model, recipe.kv, to_factor(planned, recipe))
         tokens = tokens_for(walk, source.path, recipe)
         check_values(walk, source)
+        if beside:
+            check_values(walk, beside.base)
         if offload:
             walk.store = writer.scratch()
         if str(source.config.get("model_type")) not in TESTED:
             prove(walk, tokens)
-        job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit)
+        job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, beside=beside)
         report = job.run(writer)
         writer.commit()
     emit(
@@ -155,6 +162,7 @@ class Job:
     tokens: Tokens
     covered: Coverage
     emit: Callable[[Event], None]
+    beside: Against | None = None  # the base, if only the difference from it is compressed
 
     def __post_init__(self) -> None:
         self.dense_bytes = self.source.nbytes()
@@ -165,22 +173,24 @@ class Job:
         """Reshape, walk, rewrite, write and verify; the artifact is complete but not yet in place."""
         self.announce()
         self.reshape()
+        self.settle()
         walk, recipe = self.walk, self.recipe
         budgets = allocations(recipe.passes, Whole(walk, self.tokens.windows, self.tokens.probe_NT))
-        writer.add({}, self.entries(walk.anatomy.frame()))
+        ledger = self.write_frame(writer)
         measured = any(step.requires for step in recipe.weight_passes)
         windows, most = self.tokens.windows if measured else (), windows_at_once(recipe.passes)
         batches = [walk.enter(ids, stored=True) for ids in batched(windows, most)]
         twins = [walk.enter(ids, stored=True) for ids in batched(windows if needs_twins(recipe.passes) else (), most)]
         probe, dense = walk.enter(self.tokens.probe_NT), walk.enter(self.tokens.probe_NT)
         walk.drop_frame()
-        ledger: dict[str, Any] = {}
         stored = weights = 0
         manager = PassManager(recipe.passes, self.emit, recipe.ordering, budgets)
         since = time.monotonic()
         for block in manager.run(self.opened(batches, probe, dense, twins)):
             nbytes = writer.add(*self.divide(block))
-            sizes = {site.name: writer.nbytes(site.name, site.weight) for site in block.sites.values()}
+            sizes = {
+                site.name: 0 if site.idle else writer.nbytes(site.name, site.weight) for site in block.sites.values()
+            }
             rewritten = [site for site in block.sites.values() if site.weight is not site.original]
             ledger |= {site.name: record(site, sizes[site.name]) for site in rewritten}
             stored += sum(sizes.values())
@@ -206,6 +216,26 @@ class Job:
             self.walk.drop_frame()  # tensors of the new model are made by what may hold on to this walk
             self.source, self.walk = made, walk
         self.covered = plan(self.walk, self.recipe)
+
+    def settle(self) -> None:
+        """Put the model of what a delta keeps in the place of the fine-tuned one, whose logits are kept."""
+        if self.beside is None or self.beside.lossless:
+            return
+        self.dense_logits = self.walk.replay(self.walk.enter(self.tokens.probe_NT))
+        kept = self.beside.kept()
+        walk = walk_over(kept, self.walk)
+        walk.base = self.walk.base
+        self.walk.drop_frame()
+        self.source, self.walk = kept, walk
+
+    def write_frame(self, writer: ArtifactWriter) -> dict[str, Any]:
+        """Write what lies in no block; the ledger of the tables that are rewritten, as a delta may have it."""
+        frame = self.walk.anatomy.frame()
+        coded = self.beside.coded_of(frame) if self.beside else {}
+        sites = {name.removesuffix(".weight"): Stored(weight=weight, tensor=name) for name, weight in coded.items()}
+        writer.add(sites, self.entries([name for name in frame if name not in coded]))
+        rows = {name: self.beside.record(name, weight) for name, weight in coded.items()} if self.beside else {}
+        return {name.removesuffix(".weight"): row for name, row in rows.items()}
 
     def check_limits(self, ledger: dict[str, Any]) -> None:
         """Raise AcceptanceError as soon as the run can no longer stay within the recipe's limits."""
@@ -254,7 +284,7 @@ class Job:
         opened = {places[name].module for name in rewritten if places[name].expert is not None}
         sites = {
             site.name: Stored(
-                weight=site.weight,
+                weight=site.stored,
                 tensor=site.place.tensor,
                 transposed=site.transposed != site.place.turned,
                 inputs=site.inputs,
@@ -268,8 +298,10 @@ class Job:
         return sites, self.entries([n for n in self.walk.anatomy.tensors_of(block.index) if n not in taken])
 
     def entries(self, names: list[str]) -> list[Entry]:
-        """The source's own tensors, to be copied as they are."""
+        """The source's own tensors, to be copied as they are; of a delta, those that its base does not give."""
         headers = self.source.headers
+        if self.beside:
+            names = self.beside.own(names)
         return [
             Entry(
                 name=name,
@@ -297,6 +329,10 @@ class Job:
     def conclude(self, writer: ArtifactWriter, ledger: dict[str, Any], bits: float, probe: Travellers) -> Report:
         """Write the descriptions, verify the whole folder, and report."""
         if not ledger and not self.reshaped:
+            if self.beside:
+                raise RecipeError(
+                    f"no pass changed a difference from {self.beside.base.path}; there is nothing to write"
+                )
             raise RecipeError("the passes left every weight as it was; there is nothing to write")
         logits = self.walk.leave(probe)
         self.walk.drop_frame()
@@ -313,8 +349,9 @@ class Job:
             places = self.walk.anatomy.places
             done = {places[site].module for site, spec in writer.specs.items() if is_factored(spec)}
             check_cache(self.walk.model, "latent", done)
-        writer.describe(self.source.path, config, provenance, card(provenance), kv)
-        check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits)
+        pin, base = (self.beside.pin, self.beside.base.path) if self.beside else (None, None)
+        writer.describe(self.source.path, config, provenance, card(provenance), kv, pin, base)
+        check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits, base)
         return Report(
             out=writer.out,
             source_bytes=sizes["source_bytes"],
@@ -325,6 +362,12 @@ class Job:
             starved=sum(bool(row["starved"]) for row in ledger.values()),
             coverage=self.covered,
         )
+
+    def named_recipe(self) -> Recipe:
+        """The recipe without the places where models and files lie."""
+        delta = self.recipe.delta
+        named = replace(delta, base=display_name(locate(delta.base))) if delta else None
+        return replace(self.recipe, model=display_name(self.source.path), calibration=self.named(), delta=named)
 
     def named(self) -> Calibration:
         """The calibration without the place where a file of the user's lies."""
@@ -346,13 +389,14 @@ class Job:
             },
             "machine": {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
                         "device": self.walk.device.type},
-            "recipe": replace(self.recipe, model=display_name(self.source.path), calibration=self.named()).to_yaml(),
+            "recipe": self.named_recipe().to_yaml(),
             "calibration": {
                 "name": self.tokens.name, "sha256": self.tokens.sha256, "tokens": self.tokens.count,
             },
             "sizes": sizes,
             "probe": {"tokens": self.tokens.probe_NT.numel(), "kl": kl},
             **({"reshaped": self.reshaped} if self.reshaped else {}),
+            **({"base": self.beside.pin} if self.beside else {}),
             "sites": ledger,
             "untouched": self.covered.untouched,
             "tensors": self.source.shapes(),

@@ -86,6 +86,33 @@ class Accept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delta:
+    """The model that the given one was fine-tuned from: only the difference is then compressed and stored.
+
+    Its `base` is not stored. What no pass rewrites is stored whole where it differs from the base's, if not told
+    otherwise.
+    """
+
+    base: Annotated[str, Field(min_length=1, description="model folder, or `builtin`")]
+    embeddings: Annotated[
+        Literal["own", "int8", "base"],
+        Field(description="as fine-tuned; the difference in 8 bits, a scale a row; or the base's"),
+    ] = "own"
+    head: Annotated[
+        Literal["own", "int8", "base"], Field(description="the same, of an output head that is no embedding")
+    ] = "own"
+    others: Annotated[Literal["own", "base"], Field(description="norms, biases and all else that no pass rewrites")] = (
+        "own"
+    )
+    vocabulary: Annotated[
+        Literal["keep", "refuse"], Field(description="what to do with more tokens than the base has")
+    ] = "keep"
+
+    def __post_init__(self) -> None:
+        check_options(self, "delta")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The passes in order, with their calibration and limits."""
 
@@ -99,6 +126,7 @@ class Recipe:
     limits: Limits = field(default_factory=Limits)
     accept: Accept | None = None
     kv: Kept | None = None
+    delta: Delta | None = None
 
     def __post_init__(self) -> None:
         if not self.passes:
@@ -115,6 +143,7 @@ class Recipe:
         if self.kv == "latent" and not any(step.gives == "factored" for step in self.weight_passes):
             raise RecipeError("kv: latent: needs a pass that factors keys and values, such as transmla or svd-llm")
         self._check_order()
+        self._check_delta()
         governed(self.passes)
         windows_at_once(self.passes)
 
@@ -133,6 +162,16 @@ class Recipe:
                     f"passes[{i}].{step.name}: it changes the shape of the model and must come before "
                     f"passes[{first}].{self.passes[first].name}"
                 )
+
+    def _check_delta(self) -> None:
+        """Raise RecipeError for what cannot be done to a difference."""
+        for i, step in enumerate(self.passes if self.delta else ()):
+            if isinstance(step, Reshape) or (isinstance(step, SitePass) and not step.on_differences):
+                raise RecipeError(f"passes[{i}].{step.name}: cannot be done to the difference from a base")
+            if getattr(step, "inputs", "full") != "full":
+                raise RecipeError(f"passes[{i}].{step.name}.inputs: the base reads the same input; it must be full")
+        if self.delta and self.kv:
+            raise RecipeError("kv: a delta has no cache of its own; leave it out")
 
     @property
     def reshapes(self) -> tuple[Reshape, ...]:
@@ -155,6 +194,7 @@ class Recipe:
         data |= {"ordering": self.ordering, "passes": [{step.name: step.options()} for step in self.passes]}
         data["limits"] = asdict(self.limits)
         data |= {"kv": written(self.kv)} if self.kv else {}
+        data |= {"delta": asdict(self.delta)} if self.delta else {}
         return data | ({"accept": asdict(self.accept)} if self.accept else {})
 
     def to_yaml(self) -> str:
@@ -165,6 +205,14 @@ class Recipe:
         text = io.StringIO()
         yaml.dump(self.to_dict(), text)
         return text.getvalue()
+
+
+KEYS: tuple[tuple[str, Any], ...] = (
+    ("calibration", Calibration),
+    ("limits", Limits),
+    ("accept", Accept),
+    ("delta", Delta),
+)
 
 
 def parse(text: str, where: str = "recipe") -> Any:
@@ -209,11 +257,7 @@ def from_dict(data: Any) -> Recipe:
     model = data.get("model")
     if model is not None and not isinstance(model, str):
         raise RecipeError(f"model: expected a folder or `builtin`, got {model!r}")
-    parts: dict[str, Any] = {
-        key: build(kind, data[key], key)
-        for key, kind in (("calibration", Calibration), ("limits", Limits), ("accept", Accept))
-        if data.get(key) is not None
-    }
+    parts: dict[str, Any] = {key: build(kind, data[key], key) for key, kind in KEYS if data.get(key) is not None}
     if data.get("kv") is not None:
         parts["kv"] = read_kept(data["kv"])
     if "ordering" in data:

@@ -39,6 +39,13 @@ class SiteSpec(TypedDict):
     shared: NotRequired[dict[str, str]]
 
 
+class Pin(TypedDict):
+    """What config.json holds of the model that a delta belongs to: how it was called, and its fingerprint."""
+
+    name: str
+    sha256: str
+
+
 class SiteRecord(TypedDict):
     """What compress.json holds of one site; passes may add more."""
 
@@ -116,6 +123,7 @@ class Provenance(TypedDict):
     sizes: Sizes
     probe: Probe
     reshaped: NotRequired[list[Reshaping]]
+    base: NotRequired[Pin]
     sites: dict[str, SiteRecord]
     untouched: dict[str, tuple[int, str]]
     tensors: dict[str, list[int]]
@@ -123,6 +131,7 @@ class Provenance(TypedDict):
 
 
 SPECS = TypeAdapter(dict[str, SiteSpec])
+PINS = TypeAdapter(Pin)
 PROVENANCES = TypeAdapter(Provenance)
 
 

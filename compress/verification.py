@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from compress.artifact import Artifact, keys
 from compress.errors import CompressError, VerificationError
 from compress.model.memory import give_back
+from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk, forget
 from compress.runtime.experts import CompressedExperts, compress_experts
@@ -79,17 +80,20 @@ class RuntimeWalk(Walk):
         give_back()
 
 
-def check_whole(folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, logits: Tensor) -> None:
+def check_whole(
+    folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, logits: Tensor, base: Path | None = None
+) -> None:
     """Read the artifact back block by block; its names, untouched tensors and logits must be the intended ones.
 
-    Raises VerificationError at the first difference.
+    A delta is read beside its `base`, as the plain model it denotes. Raises VerificationError at the first difference.
     """
-    artifact = Artifact(folder)
+    artifact = Artifact(folder, base)
     if set(artifact.names()) != set(source.names()):
         raise VerificationError(f"tensors differ from the source: {set(artifact.names()) ^ set(source.names())}")
-    check_runtime(artifact, walk)
+    if base is None:
+        check_runtime(artifact, walk)
     try:
-        replay = RuntimeWalk(artifact, walk)
+        replay = RuntimeWalk(artifact, walk) if base is None else walk_over(artifact, walk)
         probe = replay.enter(probe_NT)
         replay.drop_frame()
         again = replay.replay(probe)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from compress.artifact import METHOD, PROVENANCE, VERSION, keys
 from compress.errors import ArtifactError, VerificationError
 from compress.model.source import INDEX, digest
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
-from compress.weights import Dense, Weight, pack, specify, unpack
+from compress.weights import Dense, External, Weight, pack, specify, unpack
 
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
 REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
@@ -132,7 +133,7 @@ class ArtifactWriter:
             path = self.partial / f"part-{len(self.digests) + 1:05d}.safetensors"
             self.digests[path.name] = write_shard(path, part)
             self.weight_map |= {entry.name: path.name for entry in part}
-        self._check(packed)
+        self._check(packed, {site: sites[site].weight for site in packed})
         size = sum(entry.nbytes for entry in entries)
         self.size += size
         return size
@@ -141,11 +142,11 @@ class ArtifactWriter:
         """Bytes that a site takes of what was written; what another site keeps for it is not its own."""
         return weight.nbytes() - self.spared.get(site, 0)
 
-    def _check(self, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _check(self, packed: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Weight]) -> None:
         """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
         for site, meant in packed.items():
             stored = {p: self._read(key) for p, key in keys(site, self.specs[site]).items()}
-            again = pack(unpack(self.specs[site]["tree"], stored))
+            again = pack(unpack(self.specs[site]["tree"], stored, resolve=partial(base_in, weights[site])))
             if any(not torch.equal(as_bytes(again[p]), as_bytes(t.cpu())) for p, t in meant.items()):
                 raise VerificationError(f"{site} decodes differently from what was meant")
 
@@ -172,19 +173,23 @@ class ArtifactWriter:
         provenance: Mapping[str, Any],
         card: str,
         kv: Mapping[str, Any] | str | None = None,
+        pin: Mapping[str, str] | None = None,
+        base: Path | None = None,
     ) -> None:
         """Write everything that is not weights; a folder without rewritten sites is plain and names no method.
 
-        `kv` is how the model shall keep its cache once loaded.
+        `kv` is how the model shall keep its cache once loaded. A delta names its base by `pin`, and leaves out the
+        files that the folder `base` has alike.
         """
         shutil.rmtree(self.partial / "scratch", ignore_errors=True)
         self._number()
-        copy_companions(source, self.partial)
+        copy_companions(source, self.partial, base)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_json(self.partial / INDEX, index)
         quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
         quantization |= {"kv": kv} if kv else {}
-        named = {"quantization_config": quantization} if provenance["sites"] else {}
+        quantization |= {"base": dict(pin)} if pin else {}
+        named = {"quantization_config": quantization} if provenance["sites"] or pin else {}
         write_json(self.partial / "config.json", {**config, **named})
         (self.partial / "README.md").write_text(card, encoding="utf-8")
         others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
@@ -210,6 +215,14 @@ class ArtifactWriter:
         shutil.rmtree(before, ignore_errors=True)
 
 
+def base_in(weight: Weight, source: str, tensor: str) -> Tensor:
+    """The matrix of a base model in the expression of a delta."""
+    for leaf in (weight, *weight.children()):
+        if isinstance(leaf, External) and (leaf.source, leaf.tensor) == (source, tensor):
+            return leaf.data
+    raise ArtifactError(f"no {tensor} of {source} in {weight.describe()}")
+
+
 def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[Any, str]) -> dict[str, str]:
     """Path -> key of each of these tensors that `known` has already; the others are added to it.
 
@@ -225,9 +238,14 @@ def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[An
     return found
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself."""
+def copy_companions(source: Path, target: Path, base: Path | None = None) -> None:
+    """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself.
+
+    Not those either that the folder `base` has, byte for byte.
+    """
     for file in sorted(source.iterdir()):
+        if base is not None and file.is_file() and same_file(file, base / file.name):
+            continue
         licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         wanted = file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.endswith("index.json")
         if file.is_file() and (wanted or licence):
@@ -235,6 +253,12 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
             except OSError as error:
                 raise WriteError(str(target / file.name)) from error
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes; reads them only if they are of one size."""
+    alike = other.is_file() and one.stat().st_size == other.stat().st_size
+    return alike and digest(one) == digest(other)
 
 
 def flush(path: Path) -> None:

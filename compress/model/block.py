@@ -8,7 +8,7 @@ Shape suffixes: B batch, T tokens, D hidden, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from compress.errors import CalibrationError, UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.experts import Products
-from compress.model.site import Site
+from compress.model.site import DeltaSite, Site
 from compress.model.travellers import Travellers
 from compress.stats import Collector, Statistic, Statistics
+from compress.weights import External
 
 TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; one may be larger
 Group = list[Site]
@@ -51,18 +52,25 @@ class Block:
         last: bool = False,
         twins: Sequence[Travellers] = (),
         live: bool = False,
+        base: Mapping[str, External] | None = None,
     ) -> None:
         """`dense` is the probe on its way through the dense model; it is moved through this block at once.
 
         `twins` are the batches once more, on their way through the dense model, for what compares the two.
-        A `live` block is of a model that stays in memory and goes on computing as it was made to.
+        A `live` block is of a model that stays in memory and goes on computing as it was made to. `base` holds, by
+        site, the matrices of the model that this one was fine-tuned from: then only the differences are rewritten.
         """
         self.twins, self.live = twins, live
         self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense = batches, probe, dense
         self.drift = 0.0
         inside = {f"{name}.{path}".rstrip("."): part for path, part in module.named_modules()}
-        self.sites = {p.site: Site(p.site, inside[p.module], p) for p in places}
+        self.sites = {
+            p.site: Site(p.site, inside[p.module], p)
+            if base is None
+            else DeltaSite(p.site, inside[p.module], p, base[p.site])
+            for p in places
+        }
         self.stacks = {p.peers: getattr(inside[p.module], p.parameter).data for p in places if p.expert is not None}
         self.turned = {p.peers: p.transposed for p in places if p.expert is not None}
         self.keyed: dict[str, Group] = {}  # by what tells an input from others: a module, or an expert of a stack

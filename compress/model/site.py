@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from compress.model.anatomy import Place
 from compress.model.family import is_transposed
 from compress.model.transform import statistics_after, statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
-from compress.weights import Dense, Weight, rounded_for
+from compress.weights import Dense, External, Sum, Weight, rounded_for
 
 FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of its inputs if that is more
 
@@ -74,7 +75,11 @@ class Site:
         if isinstance(weight, Dense) and weight.data.dtype != dtype:
             weight = Dense(weight.data.to(dtype))  # a plain matrix is stored as the model stores its own
         self._weight = weight
-        self._show(weight.dense().to(dtype))
+        self._show(self.computed(weight.dense()))
+
+    def computed(self, w_OI: Tensor) -> Tensor:
+        """What the module computes with where the weight denotes `w_OI`, in the model's dtype."""
+        return w_OI.to(self.original.data.dtype)
 
     def _show(self, plain: Tensor) -> None:
         """Make the module compute with this matrix [out, in]."""
@@ -118,7 +123,7 @@ class Site:
             yield
             return
         before = self.view() if self.whole else self.view().clone()
-        self._show(self.original.data)
+        self._show(self.computed(self.original.data))
         self._exact = True
         try:
             yield
@@ -130,6 +135,16 @@ class Site:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self._weight.shape
+
+    @property
+    def stored(self) -> Weight:
+        """The expression that an artifact keeps."""
+        return self._weight
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to rewrite."""
+        return False
 
     @property
     def needed(self) -> int:
@@ -191,6 +206,36 @@ class Site:
             target = self.target.data.float()
             full = energy(target, gram).clamp(min=1e-30)
             self.output_error = float((energy(self._weight.dense().float() - target, gram) / full).sqrt())
+
+
+class DeltaSite(Site):
+    """A matrix of a fine-tuned model, of which only the difference from the `base` model's is rewritten.
+
+    Weight, original and target denote the difference, in the model's dtype; the module computes with base plus weight.
+    Statistics are of its input, as for every site.
+    """
+
+    def __init__(self, name: str, module: Any, place: Place, base: External) -> None:
+        super().__init__(name, module, place)
+        self.base, self.own = base, self.original.data
+        difference = self.own.float() - base.data.float()
+        self.original = self.target = self._weight = Dense(difference.to(self.own.dtype))
+
+    def computed(self, w_OI: Tensor) -> Tensor:
+        """Base plus difference, added in float32; exactly the fine-tuned matrix for the difference as it was."""
+        if w_OI is self.original.data:
+            return self.own
+        return (self.base.data.float() + w_OI.float()).to(self.own.dtype)
+
+    @cached_property
+    def idle(self) -> bool:
+        """Whether fine-tuning left the matrix as it was."""
+        return not bool(self.original.data.any())
+
+    @property
+    def stored(self) -> Weight:
+        """The expression that an artifact keeps: the difference beside its base."""
+        return Sum((self.base, self._weight))
 
 
 def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:

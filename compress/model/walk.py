@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,9 @@ from compress.model.block import Block
 from compress.model.layout import Shape
 from compress.model.memory import give_back
 from compress.model.travellers import Call, Shared, Travellers
+from compress.weights import External
 
+BASE = "base"  # how the expressions of a delta call the model they belong to
 REPLAYED = 2e-2  # relative: a replay computes the same products, so even bf16 stays far below
 
 
@@ -42,6 +45,7 @@ class Walk:
     """A model whose blocks are visited in order by batches of tokens; `store` is a folder for hidden states."""
 
     live = False  # whether the model stays in memory, with what was done to it
+    base: Source | None = None  # the model that this one was fine-tuned from, if only the differences are rewritten
 
     def __init__(
         self,
@@ -103,9 +107,9 @@ class Walk:
         except RuntimeError as error:
             raise ArtifactError(f"the checkpoint does not fit the architecture: {first_mismatch(error)}") from error
 
-    def tensor(self, name: str, parameter: str) -> Tensor:
+    def tensor(self, name: str, parameter: str, source: Source | None = None) -> Tensor:
         """One tensor on the device, floats in the dtype in which transformers loads this parameter."""
-        found = self.source.tensor(name)
+        found = (source or self.source).tensor(name)
         if not found.is_floating_point():
             return found.to(self.device)
         wide = any(re.search(part, parameter) for part in self.kept_wide)
@@ -123,6 +127,16 @@ class Walk:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         block.requires_grad_(False)
+
+    def base_of(self, index: int) -> dict[str, External] | None:
+        """The base model's matrix [out, in] of each site of a block, on the device; None without a base."""
+        if self.base is None:
+            return None
+        places = self.anatomy.of_block(index)
+        held = [f"{place.module}.{place.parameter}" for place in places]
+        state = self.anatomy.layout.state(held, partial(self.tensor, source=self.base))
+        matrices = {place: place.within(state[name]) for place, name in zip(places, held, strict=True)}
+        return {place.site: External(w_OI.contiguous(), BASE, place.tensor) for place, w_OI in matrices.items()}
 
     def drop_block(self, index: int) -> None:
         """Forget one block's parameters and give their memory back; buffers stay, some are in no file."""
@@ -213,7 +227,8 @@ class Walk:
         for index, module in enumerate(self.blocks):
             self.load_block(index)
             places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
-            block = Block(f"{self.path}.{index}", index, module, places, batches, probe, dense, last, twins, self.live)
+            base, name = self.base_of(index), f"{self.path}.{index}"
+            block = Block(name, index, module, places, batches, probe, dense, last, twins, self.live, base)
             yield block
             block.close()
             self.drop_block(index)

@@ -83,6 +83,7 @@ class SitePass(Pass):
         tuple[str, ...]
     ] = ()  # of dense, pruned, split, permuted, rotated and quantized, what it can rewrite; () is found out there
     gives: ClassVar[str] = ""  # what it makes of it; "" is not said
+    on_differences: ClassVar[bool] = True  # whether it can be done to the difference from a base
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 

@@ -201,7 +201,7 @@ class Trainee:
         made = [self.learners[site.name]() for site in self.sites]
         with torch.no_grad():
             for site, w_OI in zip(self.sites, made, strict=True):
-                site.place.within(self.held[site.name]).copy_(w_OI)
+                site.place.within(self.held[site.name]).copy_(site.computed(w_OI))
         return made
 
     def error(self, index: int) -> Tensor:

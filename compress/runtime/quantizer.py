@@ -31,12 +31,15 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = VERSION,
         low_memory: bool = False,
         kv: dict[str, Any] | str | None = None,
+        base: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version, self.weights, self.low_memory = version, weights or {}, low_memory
         if version != VERSION:
             raise ArtifactError(f"quantization_config: format version {version}, this program reads {VERSION}")
+        if base is not None:
+            raise ArtifactError(f"quantization_config: a delta of {base.get('name')}; compress.load takes its base")
         try:
             self.kv = None if kv is None else read_kept(kv)
         except RecipeError as error:

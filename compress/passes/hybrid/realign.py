@@ -32,6 +32,7 @@ class Realign(WeightPass, name="realign"):
     unfed = "left as it was"
     takes = ("dense",)
     gives = "dense"
+    on_differences = False  # what the dense model computes is no matter of the difference alone
 
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) that holds to the original")] = 0.01
 

@@ -1,0 +1,164 @@
+"""What a delta keeps of a fine-tuned model beside the matrices that passes rewrite, and against what base.
+
+A tensor that no pass rewrites is the base's own, or stored whole, or as the difference in eight bits: as the recipe
+says for embeddings, the head and the rest. Here the model is made that the stored tensors will denote, so that
+statistics are those of what will be served; the driver writes it. Shape suffixes: O out, I in, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.artifact import fingerprint, padded
+from compress.errors import ArtifactError, RecipeError
+from compress.model.anatomy import Anatomy
+from compress.model.reshaped import FLOATS, Made, Reshaped, unchanged
+from compress.model.source import Checkpoint, display_name, locate
+from compress.model.walk import BASE, Walk
+from compress.recipe import Delta
+from compress.sources import open_source
+from compress.weights import External, Grid, Sum, Weight
+
+EIGHT = Grid(bits=8, group=0, symmetric=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """A base with what a recipe says about the tensors that no pass rewrites."""
+
+    base: Checkpoint
+    options: Delta
+    anatomy: Anatomy
+    source: Checkpoint
+
+    @property
+    def pin(self) -> dict[str, str]:
+        """What a delta says of its base."""
+        return {"name": display_name(self.base.path), "sha256": fingerprint(self.base)}
+
+    @cached_property
+    def sites(self) -> set[str]:
+        """The tensors of the file that hold sites."""
+        return {place.tensor for place in self.anatomy.places.values()}
+
+    @cached_property
+    def tables(self) -> dict[str, str]:
+        """The tensors of embeddings and of the head, each with the name of the option that governs it."""
+        modules, layout = self.anatomy.modules, self.anatomy.layout
+        outside = [n for n, m in modules.items() if isinstance(m, nn.Embedding) and not self.anatomy.in_block(n)]
+        embedded = {f"{name}.weight" for name in outside}
+        heads = {name for name in self.anatomy.heads if name.endswith(".weight")}
+        found: dict[str, str] = {}
+        for name, slot in layout.slots.items():
+            same = {slot.parameter, layout.tied.get(slot.parameter, slot.parameter)}
+            if same & embedded:
+                found[name] = "embeddings"
+            elif same & heads:
+                found[name] = "head"
+        return found
+
+    def policy(self, name: str) -> str:
+        """`own`, `int8` or `base`, of a tensor that no pass rewrites."""
+        if name in self.sites or name in self.anatomy.layout.unknown:
+            return "own"
+        return str(getattr(self.options, self.tables.get(name, "others")))
+
+    def same(self, name: str) -> bool:
+        """Whether a tensor of the fine-tuned model is the base's, bit for bit; reads both."""
+        if name not in self.base or self.base.headers[name] != self.source.headers[name]:
+            return False
+        return bool(torch.equal(self.base.tensor(name), self.source.tensor(name)))
+
+    def check(self) -> None:
+        """Raise ArtifactError or RecipeError if the two models are not of one architecture, or a policy cannot be kept.
+
+        Names and shapes must be the same; only embeddings and the head may have more rows.
+        """
+        for name, held in self.source.headers.items():
+            policy = self.policy(name)
+            there = self.base.headers.get(name)
+            if there is None and (name in self.sites or policy != "own"):
+                raise ArtifactError(f"{self.base.path}: no tensor {name!r}, which {self.source.path} has")
+            if there is None or there.shape == held.shape:
+                continue
+            if name not in self.tables or there.shape[1:] != held.shape[1:]:
+                raise ArtifactError(
+                    f"{name} has shape {held.shape}, in the base {there.shape}: {self.source.path} was not fine-tuned "
+                    f"from {self.base.path}"
+                )
+            self.check_grown(name, held.shape[0] - there.shape[0], policy)
+
+    def check_grown(self, name: str, more: int, policy: str) -> None:
+        """Raise RecipeError if a vocabulary of another size than the base's is not to be kept, or cannot."""
+        if self.options.vocabulary == "refuse":
+            raise RecipeError(f"delta.vocabulary: {name} has {more:+} rows beside the base's, and refuse was asked for")
+        if policy == "base" or (policy == "int8" and more < 0):
+            raise RecipeError(f"delta.{self.tables[name]}: {name} has {more:+} rows beside the base's; it must be own")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every tensor that no pass rewrites is kept as it is."""
+        return {self.options.embeddings, self.options.head, self.options.others} == {"own"}
+
+    def own(self, names: Sequence[str]) -> list[str]:
+        """Those of these tensors that are stored whole."""
+        return [name for name in names if self.policy(name) == "own" and not self.same(name)]
+
+    def coded_of(self, names: Sequence[str]) -> dict[str, Weight]:
+        """The expression of each of these tensors whose difference is stored in eight bits."""
+        return {name: self.coded(name) for name in names if self.policy(name) == "int8" and not self.same(name)}
+
+    def coded(self, name: str) -> Weight:
+        """The expression of a table whose difference is stored in eight bits."""
+        own = self.source.tensor(name)
+        beside = External(padded(self.base.tensor(name), len(own)), BASE, name)
+        return Sum((beside, EIGHT.quantize(own.float() - beside.data.float())))
+
+    def record(self, name: str, weight: Weight) -> dict[str, Any]:
+        """What compress.json holds of such a table; its error is relative to the difference."""
+        own = self.source.tensor(name).float()
+        difference = own - padded(self.base.tensor(name), len(own)).float()
+        error = (weight.dense().float() - own).norm() / difference.norm().clamp(min=1e-30)
+        return {
+            "weight": weight.describe(), "bytes": weight.nbytes(), "weight_error": float(error), "output_error": None,
+            "tokens": 0, "fallbacks": [],
+        }  # fmt: skip
+
+    def read_back(self, name: str) -> Tensor:
+        """What `coded` denotes, in the tensor's dtype."""
+        return self.coded(name).dense().to(FLOATS[self.source.headers[name].dtype])
+
+    def kept(self) -> Reshaped:
+        """The fine-tuned model with the tensors that no pass rewrites as they will be stored."""
+        made: dict[str, Made] = {}
+        for name in self.source.names():
+            as_it_is = unchanged(self.source, name)
+            match self.policy(name):
+                case "base":
+                    made[name] = Made(shape=as_it_is.shape, like=name, make=partial(self.base.tensor, name))
+                case "int8":
+                    made[name] = Made(shape=as_it_is.shape, like=name, make=partial(self.read_back, name))
+                case _:
+                    made[name] = as_it_is
+        return Reshaped(self.source, self.source.config, made, "beside its base")
+
+
+def against(delta: Delta, source: Checkpoint, walk: Walk) -> Against:
+    """The base that a recipe names, checked against the fine-tuned model `source`.
+
+    Raises ArtifactError if it cannot be read or is another architecture, RecipeError for a policy that cannot be kept.
+    """
+    base = open_source(locate(delta.base))
+    if base.path.resolve() == source.path.resolve():
+        raise RecipeError(f"delta.base: {base.path} is the model itself; name what it was fine-tuned from")
+    if base.decoded_from:
+        raise RecipeError(f"delta.base: {base.path} is stored as {base.decoded_from}; a base must be plain")
+    found = Against(base=base, options=delta, anatomy=walk.anatomy, source=source)
+    found.check()
+    return found
