@@ -154,8 +154,6 @@ class Artifact(Checkpoint):
     def shard_of(self, name: str) -> str:
         """The file that holds a plain tensor, or its first expert."""
         sites = self.holders.get(name)
-        if sites is None and self.base is not None and name not in self.files:
-            return self.base.files[name].name
         return self.files[next(iter(keys(sites[0], self.specs[sites[0]]).values())) if sites else name].name
 
     def matrix(self, site: str) -> Tensor:

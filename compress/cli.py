@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 
 from compress import __version__
+from compress.commands import delta
+from compress.commands.output import Json, Out, result, screen
 from compress.errors import CompressError, RecipeError
 
 app = typer.Typer(
@@ -27,10 +29,8 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+app.add_typer(delta.app)
 UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of click that typer carries since 0.2x
-
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
-Out = Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")]
 
 
 def show_version(value: bool) -> None:
@@ -46,22 +46,6 @@ def options(
 ) -> None:
     """Compress Hugging Face language models and prove what was lost."""
     del version
-
-
-def screen() -> Console:
-    """The console for progress; wide enough for paths when it is not a terminal."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    return console
-
-
-def result(value: Any, as_json: bool, *renderables: Any) -> None:
-    """Print a result for programs or for people."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=1, default=str))
-        return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    for renderable in renderables:
-        console.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
 @app.command()
@@ -209,12 +193,16 @@ def inspect(folder: Annotated[Path, typer.Argument(help="any model folder")], as
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="a compressed model folder")], as_json: Json = False) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
+    base: Annotated[str | None, typer.Option(help="of a delta: the model it belongs to")] = None,
+    as_json: Json = False,
+) -> None:
     """Check every byte of a compressed model: hashes, decoding, names and shapes."""
     from compress.artifact import verify as check
     from compress.model.source import locate
 
-    checks = check(locate(folder))
+    checks = check(locate(folder), None if base is None else locate(base))
     result({"folder": str(folder), "ok": True, "checks": checks}, as_json, *checks, "[green]verified[/]")
 
 

@@ -78,8 +78,11 @@ class Against:
     def check(self) -> None:
         """Raise ArtifactError or RecipeError if the two models are not of one architecture, or a policy cannot be kept.
 
-        Names and shapes must be the same; only embeddings and the head may have more rows.
+        Family, names and shapes must be the same; only embeddings and the head may have more rows.
         """
+        kinds = [str(model.config.get("model_type")) for model in (self.source, self.base)]
+        if kinds[0] != kinds[1]:
+            raise ArtifactError(f"{self.source.path} is a {kinds[0]}, its base {self.base.path} a {kinds[1]}")
         for name, held in self.source.headers.items():
             policy = self.policy(name)
             there = self.base.headers.get(name)
@@ -127,7 +130,7 @@ class Against:
         error = (weight.dense().float() - own).norm() / difference.norm().clamp(min=1e-30)
         return {
             "weight": weight.describe(), "bytes": weight.nbytes(), "weight_error": float(error), "output_error": None,
-            "tokens": 0, "fallbacks": [],
+            "tokens": 0, "fallbacks": [], "starved": [],
         }  # fmt: skip
 
     def read_back(self, name: str) -> Tensor:

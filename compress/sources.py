@@ -34,6 +34,13 @@ def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
     """
     plain = Checkpoint(path)
     quantization = plain.config.get("quantization_config") or {}
+    if (
+        isinstance(quantization, dict)
+        and (pin := quantization.get("base"))
+        and quantization.get("quant_method") == METHOD
+    ):
+        name = pin.get("name") if isinstance(pin, dict) else pin
+        raise ArtifactError(f"{path}: is a delta of {name}; `compress delta apply` makes a model of it")
     method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
     float8 = sorted(name for name, held in plain.headers.items() if held.dtype in FLOAT8)
     if quantization and method not in DECODED and not (float8 and only_float8(plain)):

@@ -11,15 +11,16 @@ from compress.export.folder import Exported, put_in_place, write_shards
 from compress.writer import copy_companions, write_json
 
 
-def export_dense(path: Path, out: Path) -> Exported:
-    """Write the plain model that the artifact at `path` denotes to `out`.
+def export_dense(path: Path, out: Path, base: Path | None = None) -> Exported:
+    """Write the plain model that the artifact at `path` denotes to `out`, one tensor in memory at a time.
 
-    The artifact is verified first. Raises RecipeError if `out` exists or lies in the artifact, ArtifactError if `path`
-    is not an artifact, VerificationError if it was changed.
+    A delta is added to its `base`. The artifact is verified first. Raises RecipeError if `out` exists or lies in the
+    artifact, ArtifactError if `path` is not an artifact or `base` not its base, VerificationError if it was changed.
     """
-    with put_in_place(path, out) as (artifact, partial):
+    with put_in_place(path, out, base) as (artifact, partial):
         size = write_shards(artifact, partial, lambda name: [artifact.entry(name)])
-        copy_companions(path, partial)
+        for folder in (path,) if base is None else (base, path):  # a delta's own files come last
+            copy_companions(folder, partial)
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         write_json(partial / "config.json", config)
     note = "loads without Compress, and is as large as any dense one"

@@ -22,7 +22,7 @@ from compress.errors import ArtifactError, RecipeError, VerificationError
 from compress.export.leaf import Leaf, leaf, leaves
 from compress.model.source import INDEX, Checkpoint
 from compress.plan import free_place
-from compress.shards import Entry, WriteError, write_shard
+from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
 from compress.writer import copy_companions, write_json
 
 EXPERTS = ".experts."  # in the names of the experts of a mixture
@@ -134,14 +134,19 @@ def mask_note(artifact: Artifact) -> str:
 
 
 @contextmanager
-def put_in_place(path: Path, out: Path) -> Iterator[tuple[Artifact, Path]]:
-    """The verified artifact at `path`, and an empty folder that becomes `out` if nothing fails."""
+def put_in_place(path: Path, out: Path, base: Path | None = None) -> Iterator[tuple[Artifact, Path]]:
+    """The verified artifact at `path`, a delta beside its `base`, and an empty folder that becomes `out` at the end."""
     out = free_place(out, path, force=False)
-    verify(path)
+    if base is not None:
+        free_place(out, base, force=False)
+    artifact = Artifact(path, base)
+    if artifact.is_delta and base is None:
+        raise ArtifactError(f"{path}: is a delta of {artifact.pin_name}; give its base, or apply it first")
+    verify(path, base)
     partial = out.parent / f"{out.name}.partial-{uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
-        yield Artifact(path), partial
+        yield artifact, partial
         partial.rename(out)
     except (OSError, WriteError) as error:
         raise ArtifactError(f"{out}: cannot be written: {error.__cause__ or error}") from error
@@ -151,9 +156,7 @@ def put_in_place(path: Path, out: Path) -> Iterator[tuple[Artifact, Path]]:
 
 def write_shards(artifact: Artifact, folder: Path, entries: Any) -> int:
     """One output shard for each of the artifact's, in which `entries` stand for a plain tensor; tensor bytes."""
-    held: dict[str, list[str]] = {}
-    for name in artifact.names():
-        held.setdefault(artifact.shard_of(name), []).append(name)
+    held = shards_of(artifact)
     weight_map: dict[str, str] = {}
     size = 0
     for shard, names in sorted(held.items()):
@@ -163,6 +166,19 @@ def write_shards(artifact: Artifact, folder: Path, entries: Any) -> int:
         size += sum(entry.nbytes for entry in written)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
     return size
+
+
+def shards_of(artifact: Artifact) -> dict[str, list[str]]:
+    """The plain tensors of each shard to write: as the artifact's lie, those of a delta by their size."""
+    held: dict[str, list[str]] = {}
+    if artifact.base is None:
+        for name in artifact.names():
+            held.setdefault(artifact.shard_of(name), []).append(name)
+        return held
+    parts = list(split([artifact.entry(name) for name in artifact.names()], SHARD_SIZE))
+    for i, part in enumerate(parts, 1):
+        held[f"model-{i:05d}-of-{len(parts):05d}.safetensors"] = [entry.name for entry in part]
+    return held
 
 
 def compare(form: Form, written: Checkpoint) -> float:

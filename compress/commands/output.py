@@ -1,0 +1,30 @@
+"""Where commands print: results to stdout, for people or programs; progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+Out = Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")]
+
+
+def screen() -> Console:
+    """The console for progress; wide enough for paths when it is not a terminal."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return console
+
+
+def result(value: Any, as_json: bool, *renderables: Any) -> None:
+    """Print a result for programs or for people."""
+    if as_json:
+        typer.echo(json.dumps(value, indent=1, default=str))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    for renderable in renderables:
+        console.print(renderable, soft_wrap=isinstance(renderable, str))

@@ -1,0 +1,413 @@
+"""A delta: the difference of a fine-tuned model from its base, compressed, pinned, applied and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+from compress import (
+    GPTQ,
+    RTN,
+    SVDLLM,
+    ArtifactError,
+    Calibration,
+    Delta,
+    FineTune,
+    Magnitude,
+    Realign,
+    Recipe,
+    RecipeError,
+    Sensitivity,
+    SmoothQuant,
+    SparseGPT,
+    VerificationError,
+)
+from compress.artifact import Artifact, fingerprint, verify
+from compress.export.dense import export_dense
+from compress.model.source import Checkpoint
+from compress.sources import open_source
+from compress.weights import External, Masked, Sum
+
+Run = Callable[..., tuple[int, str, str]]
+FEW = Calibration(samples=6, length=32)
+
+
+def tuned(base: Path, out: Path, tables: bool = False, grow: int = 0, only: str = "") -> Path:
+    """A copy of a model that was 'fine-tuned': blocks and final norm moved, by a little; `only` modules named so."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype="auto")
+    if grow:
+        model.resize_token_embeddings(model.config.vocab_size + grow, mean_resizing=False)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            moved = tables or not ("embed" in name or "lm_head" in name)
+            step = torch.randn(parameter.shape, generator=generator) * 0.02
+            if moved and only in name:
+                parameter.add_(step.to(parameter.dtype))
+    model.save_pretrained(out)
+    for file in base.iterdir():
+        if file.name.startswith("tokenizer"):
+            shutil.copy(file, out / file.name)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuned(tiny_llama, tmp_path_factory.mktemp("tuned") / "tuned")
+
+
+@pytest.fixture(scope="module")
+def zipped(tiny_llama: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeltaZip: 2:4 with error feedback, then four bits."""
+    recipe = Recipe(
+        passes=(SparseGPT(sparsity="2:4"), GPTQ(group=8)), calibration=FEW, delta=Delta(base=str(tiny_llama))
+    )
+    return compress.run(finetuned, recipe, tmp_path_factory.mktemp("delta") / "zipped").out
+
+
+def delta_of(
+    model: Path, base: Path, out: Path, *passes: Any, calibration: Calibration = FEW, **options: Any
+) -> compress.driver.Report:  # type: ignore[name-defined]
+    steps = passes or (RTN(bits=4, group=0),)
+    recipe = Recipe(passes=steps, calibration=calibration, delta=Delta(base=str(base), **options))
+    return compress.run(model, recipe, out)
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=ids, use_cache=False).logits)
+
+
+# -- what is stored --------------------------------------------------------------------------------
+
+
+def test_a_delta_is_expressions_on_its_base(zipped: Path, tiny_llama: Path, finetuned: Path) -> None:
+    delta, base, own = Artifact(zipped, tiny_llama), Checkpoint(tiny_llama), Checkpoint(finetuned)
+    for site in delta.specs:
+        match delta.expression(site):
+            case Sum((External(w_OI), Masked() as difference)):
+                assert torch.equal(w_OI, base.tensor(f"{site}.weight"))
+                assert torch.equal(difference.dense(), delta.difference(site).dense())
+            case other:
+                pytest.fail(f"{site} is {other.describe()}")
+        change = own.tensor(f"{site}.weight") - base.tensor(f"{site}.weight")
+        assert (delta.difference(site).dense() - change).norm() < change.norm()
+        assert (delta.tensor(f"{site}.weight") - own.tensor(f"{site}.weight")).norm() < change.norm()
+
+
+def test_what_no_pass_rewrites_is_exact_and_stored_only_where_it_differs(
+    zipped: Path, tiny_llama: Path, finetuned: Path
+) -> None:
+    delta, own = Artifact(zipped, tiny_llama), Checkpoint(finetuned)
+    assert delta.names() == own.names()
+    assert {name.split(".")[-2] for name in delta.changed()} == {"input_layernorm", "post_attention_layernorm", "norm"}
+    sites = {f"{site}.weight" for site in delta.specs}
+    assert all(torch.equal(delta.tensor(name), own.tensor(name)) for name in own.names() if name not in sites)
+
+
+def test_the_folder_is_as_small_as_it_says(zipped: Path, finetuned: Path) -> None:
+    held = Artifact(zipped)
+    on_disk = sum(file.stat().st_size for file in zipped.glob("*.safetensors"))
+    assert held.provenance["sizes"]["bytes"] < on_disk < held.provenance["sizes"]["bytes"] + 40_000  # headers
+    assert not (zipped / "tokenizer.json").exists()  # the base has it
+    assert held.provenance["base"]["sha256"] == held.pin["sha256"] if held.pin else False
+
+
+def test_a_matrix_that_fine_tuning_left_alone_costs_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    partly = tuned(tiny_llama, tmp_path / "partly", only="mlp")
+    report = delta_of(partly, tiny_llama, tmp_path / "d")
+    delta = Artifact(report.out, tiny_llama)
+    assert delta.specs and all(".mlp." in site for site in delta.specs)
+    assert delta.changed() == []
+    assert delta.names() == Checkpoint(partly).names()
+
+
+def test_nothing_to_store_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    same = shutil.copytree(tiny_llama, tmp_path / "same")
+    with pytest.raises(RecipeError, match="no pass changed a difference"):
+        delta_of(same, tiny_llama, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+# -- every pass works on differences ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (Magnitude(sparsity=0.9, scope="matrix"),),
+        (SVDLLM(removed=0.8), GPTQ(bits=8, group=0, factors=True)),
+        (Magnitude(sparsity=0.5), FineTune(steps=4, held_out=2, batch=2)),
+        (Sensitivity(), RTN(bits=4, group=0)),
+    ],
+)
+def test_a_pass_rewrites_the_difference_alone(
+    tiny_llama: Path, finetuned: Path, tmp_path: Path, passes: tuple[Any, ...]
+) -> None:
+    report = delta_of(finetuned, tiny_llama, tmp_path / "d", *passes)
+    delta, base, own = Artifact(report.out, tiny_llama), Checkpoint(tiny_llama), Checkpoint(finetuned)
+    for site in delta.specs:
+        change = own.tensor(f"{site}.weight") - base.tensor(f"{site}.weight")
+        assert (delta.difference(site).dense() - change).norm() < change.norm()
+
+
+def test_its_errors_are_those_of_the_difference(tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
+    report = delta_of(finetuned, tiny_llama, tmp_path / "d", Magnitude(sparsity=0.9))
+    rows = Artifact(report.out).provenance["sites"]
+    assert all(0.5 < row["weight_error"] < 1 for row in rows.values())  # of the whole matrix it is near 0.1
+
+
+def test_the_finer_the_nearer_to_the_fine_tuned_model(
+    tiny_llama: Path, finetuned: Path, tmp_path: Path, hugging_face: Any, ids: Tensor
+) -> None:
+    kl = [delta_of(finetuned, tiny_llama, tmp_path / f"{b}", RTN(bits=b, group=0)).kl for b in (2, 4, 8)]
+    assert kl[0] > kl[1] > kl[2]
+    near = logits(compress.load(tmp_path / "8", base=tiny_llama), ids)
+    wanted = logits(hugging_face(finetuned), ids)
+    assert (near - wanted).norm() < 1e-2 * (wanted - logits(hugging_face(tiny_llama), ids)).norm()
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ((Realign(), RTN()), "realign: cannot be done to the difference"),
+        ((SmoothQuant(), RTN()), "smoothquant: cannot be done to the difference"),
+        ((RTN(inputs="int8"),), "the base reads the same input"),
+    ],
+)
+def test_what_means_nothing_for_a_difference_is_refused(passes: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(passes=passes, delta=Delta(base="builtin"))
+
+
+# -- applying, loading, verifying ------------------------------------------------------------------
+
+
+def test_applied_and_loaded_are_one_model(zipped: Path, tiny_llama: Path, tmp_path: Path, ids: Tensor) -> None:
+    export_dense(zipped, tmp_path / "applied", tiny_llama)
+    assert (tmp_path / "applied" / "tokenizer.json").read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
+    applied = compress.load(tmp_path / "applied")
+    assert torch.equal(logits(applied, ids), logits(compress.load(zipped, base=tiny_llama), ids))
+
+
+def test_the_wrong_base_is_refused(zipped: Path, finetuned: Path, tmp_path: Path) -> None:
+    for attempt in (
+        lambda: compress.load(zipped, base=finetuned),
+        lambda: export_dense(zipped, tmp_path / "x", finetuned),
+        lambda: verify(zipped, finetuned),
+    ):
+        with pytest.raises(ArtifactError, match="is not the base of"):
+            attempt()
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_base_is_known_by_its_tensors_not_its_files(zipped: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, local_files_only=True, dtype="auto")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert fingerprint(Checkpoint(tmp_path / "sharded")) == fingerprint(Checkpoint(tiny_llama))
+    assert len(verify(zipped, tmp_path / "sharded")) == 3
+
+
+def test_a_base_with_one_other_bit_is_another(tiny_llama: Path, zipped: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
+    file = other / "model.safetensors"
+    held = bytearray(file.read_bytes())
+    held[-1] ^= 1
+    file.write_bytes(held)
+    with pytest.raises(ArtifactError, match="is not the base of"):
+        Artifact(zipped, other)
+
+
+def test_without_its_base_it_is_nothing(zipped: Path, hugging_face: Any) -> None:
+    with pytest.raises(ArtifactError, match="is a delta of"):
+        compress.load(zipped)
+    with pytest.raises(ArtifactError, match="compress delta apply"):
+        open_source(zipped, dequantize=True)
+    with pytest.raises(ArtifactError, match="takes its base"):
+        hugging_face(zipped)
+    assert "not checked against" in verify(zipped)[-1]
+
+
+def test_a_changed_byte_is_found(zipped: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(zipped, tmp_path / "damaged"))
+    shard = max(damaged.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    held = bytearray(shard.read_bytes())
+    held[-5] ^= 4
+    shard.write_bytes(held)
+    with pytest.raises(VerificationError, match="sha256"):
+        export_dense(damaged, tmp_path / "x", tiny_llama)
+
+
+def test_a_whole_model_takes_no_base(llama_artifact: Path, tiny_llama: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a delta"):
+        compress.load(llama_artifact, base=tiny_llama)
+
+
+# -- tables, norms and vocabularies ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_tables(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuned(tiny_llama, tmp_path_factory.mktemp("tables") / "tables", tables=True)
+
+
+def test_tables_are_kept_exactly_by_default(with_tables: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    delta = Artifact(delta_of(with_tables, tiny_llama, tmp_path / "d").out, tiny_llama)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(delta.tensor(name), Checkpoint(with_tables).tensor(name))
+
+
+def test_a_table_in_eight_bits_is_near_and_smaller(with_tables: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    whole = delta_of(with_tables, tiny_llama, tmp_path / "own")
+    small = delta_of(with_tables, tiny_llama, tmp_path / "int8", embeddings="int8", head="int8")
+    delta, own, base = Artifact(small.out, tiny_llama), Checkpoint(with_tables), Checkpoint(tiny_llama)
+    name = "model.embed_tokens.weight"
+    change = own.tensor(name) - base.tensor(name)
+    assert (delta.tensor(name) - own.tensor(name)).norm() < 0.01 * change.norm()
+    assert delta.provenance["sites"]["model.embed_tokens"]["weight_error"] < 0.01
+    assert whole.artifact_bytes - small.artifact_bytes > 2 * own.tensor(name).numel()  # of float32 tables
+
+
+def test_the_base_of_a_table_costs_nothing_and_counts_as_lost(
+    with_tables: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    kept = delta_of(with_tables, tiny_llama, tmp_path / "own", RTN(bits=8, group=0))
+    lost = delta_of(
+        with_tables, tiny_llama, tmp_path / "base", RTN(bits=8, group=0), embeddings="base", head="base", others="base"
+    )
+    delta = Artifact(lost.out, tiny_llama)
+    assert delta.changed() == []
+    assert all(
+        torch.equal(delta.tensor(n), Checkpoint(tiny_llama).tensor(n)) for n in ("lm_head.weight", "model.norm.weight")
+    )
+    assert lost.kl > 10 * kept.kl > 0
+
+
+def test_a_tied_table_follows_the_embeddings(model_folder: Any, tmp_path: Path, ids: Tensor) -> None:
+    base = model_folder("llama_tied")
+    moved = tuned(base, tmp_path / "tied", tables=True)
+    report = delta_of(moved, base, tmp_path / "d", embeddings="int8")
+    loaded = compress.load(report.out, base=base)
+    assert "model.embed_tokens" in Artifact(report.out).specs
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_grown_vocabulary_is_kept_or_refused(
+    tiny_llama: Path, tmp_path: Path, ids: Tensor, hugging_face: Any
+) -> None:
+    grown = tuned(tiny_llama, tmp_path / "grown", tables=True, grow=5)
+    for embeddings in ("own", "int8"):
+        report = delta_of(
+            grown, tiny_llama, tmp_path / embeddings, RTN(bits=8, group=0), embeddings=embeddings, head=embeddings
+        )
+        got, wanted = logits(compress.load(report.out, base=tiny_llama), ids), logits(hugging_face(grown), ids)
+        assert got.shape == wanted.shape
+        assert (got - wanted).norm() < 0.02 * wanted.norm()
+    with pytest.raises(RecipeError, match="refuse was asked for"):
+        delta_of(grown, tiny_llama, tmp_path / "x", vocabulary="refuse")
+    with pytest.raises(RecipeError, match=r"delta.embeddings.*it must be own"):
+        delta_of(grown, tiny_llama, tmp_path / "x", embeddings="base")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("family", "sites"), [("gpt2", 8), ("mixtral", 0)])
+def test_other_layouts(family: str, sites: int, tmp_path: Path, ids: Tensor, hugging_face: Any) -> None:
+    """Matrices kept as [in, out], and experts stored one by one of which the model makes a stack."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 211},
+        "mixtral": {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "num_local_experts": 3, "vocab_size": 211},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes[family])).save_pretrained(tmp_path / "base")
+    moved = tuned(tmp_path / "base", tmp_path / "moved")
+    report = delta_of(moved, tmp_path / "base", tmp_path / "d", RTN(bits=8, group=0))
+    delta = Artifact(report.out, tmp_path / "base")
+    assert delta.specs and (not sites or len(delta.specs) == sites)
+    got, wanted = logits(compress.load(report.out, base=tmp_path / "base"), ids), logits(hugging_face(moved), ids)
+    assert (got - wanted).norm() < 0.02 * (wanted - logits(hugging_face(tmp_path / "base"), ids)).norm()
+
+
+# -- refusals and the command line -----------------------------------------------------------------
+
+
+def test_another_architecture_is_refused(tiny_llama: Path, model_folder: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is a qwen2, its base"):
+        delta_of(model_folder("qwen2"), tiny_llama, tmp_path / "d")
+    with pytest.raises(RecipeError, match="is the model itself"):
+        delta_of(tiny_llama, tiny_llama, tmp_path / "d")
+    with pytest.raises(ArtifactError, match="no model folder"):
+        delta_of(tiny_llama, tmp_path / "nowhere", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_base_that_is_not_finite_is_refused(tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(tiny_llama, tmp_path / "broken"))
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"up_proj.weight holds NaN"):
+        delta_of(finetuned, broken, tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"), [("x", "base"), ({"name": 3}, "base"), ({"name": "n", "sha256": "0"}, "is not the base")]
+)
+def test_a_hostile_pin_is_refused(zipped: Path, tiny_llama: Path, tmp_path: Path, pin: Any, message: str) -> None:
+    hostile = Path(shutil.copytree(zipped, tmp_path / "hostile"))
+    config = json.loads((hostile / "config.json").read_text())
+    config["quantization_config"]["base"] = pin
+    (hostile / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=message):
+        compress.load(hostile, base=tiny_llama)
+
+
+def test_the_command_line(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
+    out, applied = tmp_path / "d", tmp_path / "applied"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("passes: [{rtn: {bits: 4, group: 0}}]\n")
+    code, printed, _ = cli(
+        "delta", "extract", finetuned, "--base", tiny_llama, "--recipe", recipe, "--out", out, "--json"
+    )
+    assert code == 0
+    assert json.loads(printed)["share"] < 0.5
+    assert cli("verify", out, "--base", tiny_llama)[0] == 0
+    assert cli("inspect", out)[0] == 0
+    code, printed, _ = cli("delta", "apply", out, "--base", tiny_llama, "--out", applied)
+    assert code == 0 and "loads without Compress" in printed
+    assert Checkpoint(applied).names() == Checkpoint(finetuned).names()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "zip"), "--method: 'zip' is unknown"),
+        (("--bits", "0"), "--bits: 0.0 is not allowed"),
+        (("--method", "bitdelta", "--bits", "0.5"), "--bits: 0.5 is less than"),
+        (("--method", "deltazip", "--bits", "1"), "--bits: deltazip takes 2 or 3"),
+        (("--recipe", "nowhere.yaml"), "no recipe file"),
+    ],
+)
+def test_bad_methods_are_one_line(
+    cli: Run, finetuned: Path, tiny_llama: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, said = cli("delta", "extract", finetuned, "--base", tiny_llama, "--out", tmp_path / "o", *arguments)
+    assert code == 2
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "o").exists()
