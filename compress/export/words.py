@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.weights.pack import pack_bits
+from compress.weights.bits import pack_bits
 
 WORD = 32
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from compress.errors import RecipeError
 from compress.kv import KV, Kept, read_kept
 from compress.runtime import latent
-from compress.weights.pack import pack_bits, unpack_bits
+from compress.weights.bits import pack_bits, unpack_bits
 
 Rows = Callable[[Tensor], Tensor]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compress.errors import ArtifactError, UnsupportedWeight
+from compress.weights.bits import pack_bits, packed_size, unpack_bits
 from compress.weights.expr import Masked, Product, Sum, Weight
 from compress.weights.leaves import (
     BOOKS,
@@ -33,56 +33,6 @@ from compress.weights.leaves import (
 Spec = dict[str, Any]
 Resolve = Callable[[str, str], Tensor]  # (source, tensor name) -> the base model's tensor
 FLOATS = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
-
-
-def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """A flat uint8 tensor holding `values` (below 2**bits) end to end, `bits` each, lowest bit first."""
-    flat = values.reshape(-1)
-    if bits == 8:
-        return flat.to(torch.uint8)
-    if bits > 8:  # two planes: the low bytes, then the rest
-        wide = flat.long()
-        return torch.cat((pack_bits(wide & 255, 8), pack_bits(wide >> 8, bits - 8)))
-    if 8 % bits == 0:
-        per = 8 // bits
-        some = F.pad(flat.to(torch.uint8), (0, -len(flat) % per)).view(-1, per)
-        shifts = torch.arange(per, dtype=torch.uint8, device=flat.device) * bits
-        joined: Tensor = (some << shifts).sum(1, dtype=torch.uint8)
-        return joined
-    eights = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8).long()
-    words = torch.sum(eights << (torch.arange(8, device=flat.device) * bits), 1)  # 8 * bits <= 56 bits
-    octets: Tensor = (words[:, None] >> (torch.arange(bits, device=flat.device) * 8)) & 255
-    packed: Tensor = octets.to(torch.uint8).reshape(-1)[: packed_size(len(flat), bits)]
-    return packed.contiguous()
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes that `count` values of `bits` bits take."""
-    return count + packed_size(count, bits - 8) if bits > 8 else -(-count * bits // 8)
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` values of a stream made by `pack_bits`: uint8, or int32 above 8 bits.
-
-    Raises ArtifactError if the stream has another length.
-    """
-    if packed.dtype != torch.uint8 or packed.numel() != packed_size(count, bits):
-        raise ArtifactError(
-            f"a packed tensor holds {packed.numel()} {packed.dtype} entries; expected {packed_size(count, bits)} uint8"
-        )
-    if bits == 8:
-        return packed.clone()
-    if bits > 8:
-        low, high = unpack_bits(packed[:count], 8, count), unpack_bits(packed[count:], bits - 8, count)
-        return low.int() | (high.int() << 8)
-    if 8 % bits == 0:
-        shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
-        small: Tensor = (packed[:, None] >> shifts) & (2**bits - 1)
-        return small.reshape(-1)[:count].contiguous()
-    octets = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()
-    words = (octets << (torch.arange(bits, device=packed.device) * 8)).sum(1)
-    values: Tensor = (words[:, None] >> (torch.arange(8, device=packed.device) * bits)) & (2**bits - 1)
-    return values.to(torch.uint8).reshape(-1)[:count].contiguous()
 
 
 def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[str, Tensor]:

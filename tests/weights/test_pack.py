@@ -33,7 +33,7 @@ from compress.weights import (
     specify,
     unpack,
 )  # fmt: skip
-from compress.weights.pack import pack_bits, packed_size, unpack_bits
+from compress.weights.bits import pack_bits, packed_size, unpack_bits
 
 LENGTHS = (0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 100, 4097)
 
