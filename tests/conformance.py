@@ -39,6 +39,7 @@ from compress.weights import (
     specify,
     unpack,
 )  # fmt: skip
+from compress.weights.chance import regenerated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Close = Callable[[str, Tensor, Tensor, float], None]
@@ -70,6 +71,13 @@ def quantized(bits: int, group: int, symmetric: bool, rows: int = 7, columns: in
 def mask(sparsity: float | str, rows: int = 7, columns: int = 24) -> Tensor:
     """The mask of a random score, independent of the values it will cover."""
     return pattern(sparsity).keep(normal(rows, columns, seed=9))
+
+
+def by_name(values: Weight) -> Masked:
+    """Values under a mask that its name determines."""
+    mask_OI = regenerated("rand0.3@5", values.shape, torch.device("cpu"))
+    assert mask_OI is not None
+    return Masked(values, mask_OI, "rand0.3@5")
 
 
 def codebook(entries: int, width: int, scales: int = 1) -> Codebook:
@@ -118,6 +126,9 @@ def other_rows() -> Iterator[Row]:
     yield Row(name="masked-dense-2:4", make=lambda: Masked(Dense(normal(7, 24)), mask("2:4"), "2:4"))
     yield Row(name="masked-dense-50%", make=lambda: Masked(Dense(normal(7, 13)), mask(0.5, 7, 13), "50%"))
     yield Row(name="masked-dense-bf16", make=lambda: Masked(Dense(normal(7, 24).bfloat16()), mask("2:4"), "2:4"))
+    yield Row(name="masked-90%", make=lambda: Masked(Dense(normal(7, 96)), mask(0.9, 7, 96), "90%"))
+    yield Row(name="masked-by-name", make=lambda: by_name(Dense(normal(7, 24))))
+    yield Row(name="masked-by-name-int4", make=lambda: by_name(quantized(4, 8, False)))
     yield Row(name="masked-all", make=lambda: Masked(Dense(normal(3, 5)), torch.zeros(3, 5, dtype=torch.bool), "100%"))
     yield Row(name="signs-row", make=lambda: Signs(normal(7, 13) > 0, normal(7, 1).abs()))
     yield Row(name="signs-matrix", make=lambda: Signs(normal(7, 13) > 0, normal(1, 1).abs()))

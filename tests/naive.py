@@ -390,6 +390,30 @@ def pack_stream(values: list[int], bits: int) -> bytes:
     return stream.to_bytes(-(-len(values) * bits // 8), "little")
 
 
+def pack_gaps(mask: list[bool], width: int) -> bytes:
+    """Of each gap before a kept entry the low bits, end to end; then for each the rest in zeros, and a one."""
+    gaps, gap = [], 0
+    for kept in mask:
+        gap += 1
+        if kept:
+            gaps.append(gap - 1)
+            gap = 0
+    unary = [bit for gap in gaps for bit in [0] * (gap >> width) + [1]]
+    return pack_stream([gap & (2**width - 1) for gap in gaps], width) + pack_stream(unary, 1)
+
+
+def number(index: int, seed: int) -> int:
+    """The number of a counter, for masks that are not stored."""
+
+    def scrambled(x: int) -> int:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x21F0AAAD), (17, 0x31848BAB)):
+            x = (x ^ (x >> shift)) * factor % 2**32
+        return x ^ (x >> 15)
+
+    once = scrambled(index % 2**32 ^ seed)
+    return scrambled(once ^ index // 2**32 ^ scrambled(seed ^ 0x5BD1E995))
+
+
 # -- the key-value cache ---------------------------------------------------------------------------
 
 

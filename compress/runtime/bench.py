@@ -140,10 +140,12 @@ def in_stacks(artifact: Artifact) -> set[str]:
 
 
 def structure(tree: Any) -> Any:
-    """A specification without the count of what a mask kept, which computes alike; hashable."""
+    """A specification without what tells one mask from another of its rule, which computes alike; hashable."""
     match tree:
         case dict():
-            return tuple((key, structure(value)) for key, value in tree.items() if key != "kept")
+            rule = str(tree.get("pattern", "")).partition("@")[0]
+            parts = {key: value for key, value in tree.items() if key not in ("kept", "mask", "pattern")}
+            return rule, tuple((key, structure(value)) for key, value in parts.items())
         case list():
             return tuple(map(structure, tree))
         case _:

@@ -122,7 +122,10 @@ class Product(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Masked(Weight):
-    """`values` where the mask is True, exactly zero elsewhere; `pattern` names the mask's rule."""
+    """`values` where the mask is True, exactly zero elsewhere; `pattern` names the mask's rule.
+
+    What stands behind an `@` makes the same rule give each matrix a mask of its own.
+    """
 
     values: Weight
     mask_OI: Tensor
@@ -143,5 +146,5 @@ class Masked(Weight):
 
     def describe(self) -> str:
         """The pattern, then what the values are unless plain: `2:4·int4g128`."""
-        values = self.values.describe()
-        return self.pattern if values == "dense" else f"{self.pattern}·{values}"
+        values, rule = self.values.describe(), self.pattern.partition("@")[0]
+        return rule if values == "dense" else f"{rule}·{values}"

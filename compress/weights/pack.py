@@ -1,6 +1,6 @@
 """The codec at the disk boundary: expression <-> named tensors plus a JSON specification.
 
-What is stored: codes as a little-endian bit stream, masks as bitmaps, pruned entries not at all. Payloads
+What is stored: codes as a little-endian bit stream, masks as `masks.py` says, pruned entries not at all. Payloads
 are flat on purpose: a loader that does not know this format meets a shape it cannot assign and stops,
 instead of silently reading codes as weights.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError, UnsupportedWeight
 from compress.weights.bits import pack_bits, packed_size, unpack_bits
+from compress.weights.chance import regenerated
 from compress.weights.expr import Masked, Product, Sum, Weight
 from compress.weights.leaves import (
     BOOKS,
@@ -29,6 +30,7 @@ from compress.weights.leaves import (
     Scaled,
     Signs,
 )
+from compress.weights.masks import BY_NAME, form_of, mask_bytes, pack_mask, unpack_mask
 
 Spec = dict[str, Any]
 Resolve = Callable[[str, str], Tensor]  # (source, tensor name) -> the base model's tensor
@@ -57,8 +59,9 @@ def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[st
             return {f"{at}codes": pack_bits(chosen, weight.bits), **held, **pack(scale, f"{at}scale.")}
         case Nested(codes, absmax, offset):
             return {f"{at}codes": kept(codes), f"{at}absmax": absmax, f"{at}offset": offset}
-        case Masked(values, mask_OI):
-            return {**pack(values, f"{at}values.", mask_OI), f"{at}mask": pack_bits(mask_OI, 1)}
+        case Masked(values, mask_OI, pattern):
+            mask = pack_mask(mask_OI, form_of(mask_OI, pattern))
+            return {**pack(values, f"{at}values.", mask_OI), **({} if mask is None else {f"{at}mask": mask})}
         case Sum(terms):
             return {k: v for i, term in enumerate(terms) for k, v in pack(term, f"{at}terms.{i}.").items()}
         case Product(left, right):
@@ -93,8 +96,8 @@ def packed_bytes(weight: Weight, kept: int | None = None) -> int:
             return packed_size(codes_held, weight.bits) + (0 if name else book.nbytes) + packed_bytes(scale)
         case Nested(_, absmax, offset):
             return count + absmax.nbytes + offset.nbytes
-        case Masked(values, mask_OI):
-            return packed_bytes(values, int(mask_OI.sum())) + packed_size(mask_OI.numel(), 1)
+        case Masked(values, mask_OI, pattern):
+            return packed_bytes(values, int(mask_OI.sum())) + mask_bytes(mask_OI, form_of(mask_OI, pattern))
         case Sum(terms):
             return sum(packed_bytes(term) for term in terms)
         case Product(left, right):
@@ -128,8 +131,9 @@ def specify(weight: Weight) -> Spec:
             return {"kind": "codebook", "shape": shape, "codes": list(codes.shape), "book": name or list(book.shape),
                     "scale": specify(scale)}  # fmt: skip
         case Masked(values, mask_OI, pattern):
+            form = form_of(mask_OI, pattern)
             return {"kind": "masked", "shape": shape, "pattern": pattern, "kept": int(mask_OI.sum()),
-                    "values": specify(values)}  # fmt: skip
+                    **({} if form is None else {"mask": form}), "values": specify(values)}  # fmt: skip
         case Sum(terms):
             return {"kind": "sum", "shape": shape, "terms": [specify(term) for term in terms]}
         case Product(left, right):
@@ -211,7 +215,7 @@ def _unpack(
             )
             return Nested(codes, sized(tensors[f"{at}absmax"], (blocks,)), sized(tensors[f"{at}offset"], (1,)))
         case "masked":
-            mask_OI = unpack_bits(tensors[f"{at}mask"], 1, rows * columns).bool().view(rows, columns)
+            mask_OI = _unpack_mask(spec, tensors, at, (rows, columns))
             if [int(n) for n in spec["values"]["shape"]] != [rows, columns]:
                 raise ArtifactError(f"values of {spec['values']['shape']} do not fit a mask of {rows}x{columns}")
             return Masked(below(spec["values"], "values", mask_OI), mask_OI, str(spec["pattern"]))
@@ -256,6 +260,17 @@ def _unpack_codebook(
         spread[keep_OI] = codes
         codes = spread
     return Codebook(codes.view(rows, width), book, scale, spec["book"] if named else "")
+
+
+def _unpack_mask(spec: Spec, tensors: Mapping[str, Tensor], at: str, shape: tuple[int, int]) -> Tensor:
+    form, kept = spec.get("mask"), int(spec["kept"])
+    if form != BY_NAME:
+        return unpack_mask(tensors[f"{at}mask"], form, shape, kept)
+    device = next((t.device for name, t in tensors.items() if name.startswith(at)), torch.device("cpu"))
+    mask_OI = regenerated(str(spec["pattern"]), shape, device)
+    if mask_OI is None or int(mask_OI.sum()) != kept:
+        raise ArtifactError(f"no mask of {kept} entries is called {spec['pattern']!r}")
+    return mask_OI
 
 
 def is_real(zero: Tensor) -> bool:

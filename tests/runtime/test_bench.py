@@ -66,7 +66,9 @@ def test_rows_of_unequal_counts_are_alike_and_other_forms_are_not(tiny_llama: Pa
     made = artifact(tiny_llama, [Magnitude(scope="matrix", sites="*.0.*.q_proj")], tmp_path / "o")
     assert [layer.sites for layer in bench.layers(Artifact(made))] == [("model.layers.0.self_attn.q_proj",)]
     tree = {"kind": "masked", "shape": [4, 4], "kept": 5, "values": {"kind": "dense", "shape": [4, 4]}}
-    assert bench.structure(tree) == bench.structure(tree | {"kept": 6})
+    assert bench.structure(tree) == bench.structure(tree | {"kept": 6, "mask": 3})
+    assert bench.structure(tree | {"pattern": "rand0.1@3"}) == bench.structure(tree | {"pattern": "rand0.1@4"})
+    assert bench.structure(tree | {"pattern": "rand0.1@3"}) != bench.structure(tree | {"pattern": "50%"})
     assert bench.structure(tree) != bench.structure(tree | {"pattern": "2:4"})
 
 

@@ -34,6 +34,7 @@ from compress.weights import (
     unpack,
 )  # fmt: skip
 from compress.weights.bits import pack_bits, packed_size, unpack_bits
+from compress.weights.chance import regenerated
 
 LENGTHS = (0, 1, 2, 3, 7, 8, 9, 63, 64, 65, 100, 4097)
 
@@ -100,6 +101,12 @@ def mask() -> Tensor:
     return normal(6, 16) > 0
 
 
+def by_name() -> Masked:
+    mask_OI = regenerated("rand0.3@5", (6, 16), torch.device("cpu"))
+    assert mask_OI is not None
+    return Masked(Dense(normal(6, 16)), mask_OI, "rand0.3@5")
+
+
 WHOLE: dict[str, Weight] = {
     "dense": Dense(normal(6, 16)),
     "quantized": Grid(bits=4, group=8).quantize(normal(6, 16)),
@@ -112,6 +119,8 @@ WHOLE: dict[str, Weight] = {
     "e8p": Codebook(torch.randint(1 << 16, (6, 2)), BOOKS["e8p"], Dense(normal(6, 1)), "e8p"),
     "scaled": Scaled(normal(6, 16).to(torch.float8_e4m3fn), normal(3, 2), 2, 8),
     "masked": Masked(Dense(normal(6, 16)), mask(), "50%"),
+    "masked-few": Masked(Dense(normal(6, 16)), normal(6, 16) > 1.3, "85%"),
+    "masked-by-name": by_name(),
     "masked-quantized": Masked(Grid(bits=4, group=8).quantize(normal(6, 16)), mask(), "50%"),
     "product": Dense(normal(6, 2)) @ Dense(normal(2, 16)),
     "sum": Dense(normal(6, 16)) + Signs(normal(6, 16) > 0, normal(1, 1)),
