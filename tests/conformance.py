@@ -289,7 +289,7 @@ def as_bytes(packed: dict[str, Tensor]) -> dict[str, tuple[str, bytes]]:
 
 QUANTIZERS = tuple(name for name, kind in PASSES.items() if issubclass(kind, Quantizer))
 MASKED = tuple(name for name in QUANTIZERS if "pruned" in PASSES[name]().takes)
-EXACT_ZERO = tuple(name for name in MASKED if name != "hqq")  # its zero is a real number, seldom on the grid
+EXACT_ZERO = tuple(name for name in MASKED if name not in ("hqq", "bitdelta"))  # a real zero, seldom on the grid; none
 WIDTH = 128  # the default group of 64 must divide it
 
 

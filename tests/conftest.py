@@ -31,6 +31,7 @@ from compress.model.travellers import Travellers
 from compress.model.walk import Walk
 from compress.passes import PASSES
 from compress.stats import AbsMean, Collector, ColumnNorm, Cross, Gram, Moments, Statistics
+from compress.weights import External
 
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma")
 SIZES: dict[str, Any] = {
@@ -267,10 +268,17 @@ def site_of() -> Callable[..., Site]:
 def block_of() -> Callable[..., Block]:
     """`block_of(module, x, dense=None, batch=4)`: a block with a site for each linear map of a module.
 
-    x [windows, T, in] are the hidden states behind compressed blocks, `dense` those of the dense model.
+    x [windows, T, in] are the hidden states behind compressed blocks, `dense` those of the dense model. With a `base`,
+    by site, only the differences from it are rewritten.
     """
 
-    def make(module: nn.Module, x_NTD: Tensor, dense_NTD: Tensor | None = None, batch: int = 4) -> Block:
+    def make(
+        module: nn.Module,
+        x_NTD: Tensor,
+        dense_NTD: Tensor | None = None,
+        batch: int = 4,
+        base: dict[str, External] | None = None,
+    ) -> Block:
         module.requires_grad_(False)
         linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
         places = [
@@ -284,7 +292,7 @@ def block_of() -> Callable[..., Block]:
         probe, dense = (travelling(x_NTD[:1])[0] for _ in range(2))
         twins = travelling(x_NTD if dense_NTD is None else dense_NTD)
         with torch.no_grad():
-            return Block("blocks.0", 0, module, places, travelling(x_NTD), probe, dense, twins=twins)
+            return Block("blocks.0", 0, module, places, travelling(x_NTD), probe, dense, twins=twins, base=base)
 
     return make
 

@@ -204,13 +204,14 @@ def test_a_pass_leaves_the_original_alone(start: Callable[..., Start]) -> None:
     assert torch.equal(begun.site.original.data, before)
 
 
-def test_a_pass_reads_low_precision_weights(start: Callable[..., Start]) -> None:
+def test_a_pass_reads_low_precision_weights(step: Any, start: Callable[..., Start]) -> None:
     begun = start(torch.bfloat16)
     site = begun.site
     site.weight = begun.rewrite()
     assert site.module.weight.dtype == torch.bfloat16
     site.measure()
-    assert 0 < site.weight_error < 1
+    unbiased = step.name == "dare"  # then what is lost is noise: sqrt((1 - q) / q) = 3 with a tenth kept
+    assert 0 < site.weight_error < (4 if unbiased else 1)
 
 
 @pytest.mark.parametrize("sparsity", ["2:4", 0.5], ids=["2:4", "50%"])

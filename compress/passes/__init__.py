@@ -21,6 +21,7 @@ from compress.passes.base import (
 )
 from compress.passes.budget import governed
 from compress.passes.corrector import Corrector
+from compress.passes.delta.bitdelta import BitDelta
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
@@ -87,6 +88,7 @@ __all__ = [
     "SVD",
     "SVDLLM",
     "VQ",
+    "BitDelta",
     "BlockPass",
     "BlockQuantizer",
     "Budget",

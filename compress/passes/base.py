@@ -79,9 +79,9 @@ class SitePass(Pass):
     """A rewrite of weights at the sites that it selects; a `WeightPass` or a `BlockPass`."""
 
     unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
-    takes: ClassVar[
-        tuple[str, ...]
-    ] = ()  # of dense, pruned, split, permuted, rotated and quantized, what it can rewrite; () is found out there
+    # of dense, pruned, split, factored, permuted, rotated, quantized and signed, what it can rewrite; () is found out
+    # there
+    takes: ClassVar[tuple[str, ...]] = ()
     gives: ClassVar[str] = ""  # what it makes of it; "" is not said
     on_differences: ClassVar[bool] = True  # whether it can be done to the difference from a base
 

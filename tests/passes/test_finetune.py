@@ -25,7 +25,7 @@ from compress import (
     Weight,
     pattern,
 )
-from compress.passes import VQ, FineTune
+from compress.passes import VQ, BitDelta, FineTune
 from compress.passes.hybrid.finetune import Reals, with_reals
 from compress.weights import pack
 
@@ -58,6 +58,7 @@ EVERY: dict[str, tuple[Weight, int]] = {  # the expression, how many tensors of 
     "codes and factors": (lattice() + Dense(normal(6, 2).half()) @ Dense(normal(2, 16).half()), 3),
     "masked": (Masked(Grid(bits=4).quantize(normal(6, 16)), normal(6, 16) > 0, "50%"), 1),
     "signs": (Signs(normal(6, 16) > 0, normal(6, 1).abs()), 1),
+    "two levels of signs": (BitDelta(levels=2).signs(normal(6, 16), None, None), 2),
     "scales of a power of two": (
         Codebook(torch.zeros(6, 16).long(), normal(4, 1), Dense(normal(6, 1).exp().to(torch.float8_e8m0fnu))),
         1,
@@ -154,6 +155,8 @@ MAKERS: dict[str, Callable[[Any], Weight]] = {
     "lattice": lambda site: VQ().rewrite_unfed(site),
     "kmeans": lambda site: VQ(book="kmeans", rotate=False).rewrite_unfed(site),
     "codes and factors": with_factors,
+    "signs": lambda site: BitDelta(fit="mean").rewrite(site),
+    "three levels of signs": lambda site: BitDelta(fit="mean", levels=3).rewrite(site),
     "2 bits": lambda site: RTN(bits=2, group=8).rewrite(site),
 }
 
@@ -184,3 +187,34 @@ def test_a_mask_survives(block_of: BlockMaker) -> None:
         assert isinstance(weight, Masked)
         assert torch.equal(weight.mask_OI, masks[site])
         assert int(weight.dense()[~masks[site]].count_nonzero()) == 0
+
+
+def distance(block: Any) -> float:
+    """Of what the block computes now from what it should, over all windows."""
+    outputs = [batch.through(block.module, 0) for batch in block.batches]
+    pairs = zip(outputs, block.targets(), strict=True)
+    return sum(float((out.float() - target.float()).square().mean()) for out, target in pairs)
+
+
+def test_of_a_difference_the_scales_alone_are_learned(block_of: BlockMaker) -> None:
+    """The signs denote the difference, the block computes with base plus difference, before and after."""
+    base = {
+        f"blocks.0.{name}": External(part.weight.data.clone(), "base", name) for name, part in Two().named_children()
+    }
+    tuned = Two()
+    with torch.no_grad():
+        for i, part in enumerate(tuned.children()):
+            part.weight += 0.05 * normal(*part.weight.shape, seed=10 + i)
+    x = normal(40, 10, 48, seed=1) @ (torch.eye(48) + normal(48, 48, seed=2) / 48**0.5)
+    block = block_of(tuned, x, batch=2, base=base)
+    for site in block.sites.values():
+        site.weight = BitDelta(fit="mean").rewrite(site)
+    signs = {name: site.weight.positive for name, site in block.sites.items()}
+    before = distance(block)
+    made = FineTune(**QUICK).rewrite(block, list(block.sites.values()))
+    for name, site in block.sites.items():
+        assert isinstance(made[name], Signs)
+        assert torch.equal(made[name].positive, signs[name])
+        site.weight = made[name]
+        torch.testing.assert_close(site.view(), base[name].data + made[name].dense())
+    assert distance(block) < 0.98 * before

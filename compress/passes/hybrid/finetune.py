@@ -101,7 +101,7 @@ class FineTune(Trainer, name="finetune"):
     norms); Leconte et al., "ReALLM", 2024, for factors.
     """
 
-    takes = ("pruned", "quantized", "factored", "split")
+    takes = ("pruned", "quantized", "signed", "factored", "split")
     gives = ""  # what it was
 
     lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, in units of each tensor's size")] = 1e-2

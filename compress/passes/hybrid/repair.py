@@ -27,7 +27,7 @@ class Repair(Corrector, name="repair"):
     """
 
     unfed = "corrected by its weights alone"
-    takes = ("pruned", "permuted", "quantized", "factored")
+    takes = ("pruned", "permuted", "quantized", "signed", "factored")
 
     def rewrite(self, site: Site) -> Weight:
         """The weight and its correction."""

@@ -1,0 +1,1 @@
+"""Coding what fine-tuning changed; every pass works on plain weights too: one file = one paper."""

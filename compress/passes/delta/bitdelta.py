@@ -1,0 +1,94 @@
+"""BitDelta: the signs of a matrix under few scales; one bit a weight, or one more for each level.
+
+Shape suffixes: O out, I in, L levels, S matrices that have scales of their own (one, or one a row).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.model.site import Site
+from compress.passes.base import Quantizer
+from compress.stats import Gram, Statistic
+from compress.weights import Signs, Sum, Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitDelta(Quantizer, name="bitdelta"):
+    """W' = the sum over levels of scale * sign(what the levels before left of W); the sign of 0 is +.
+
+    With one level and one scale, `fit: mean` is mean |W|, nearest to W. The scales of all levels are solved for
+    together, by weights or, as `output`, by tr((W' - W) G (W' - W)ᵀ); scales are stored in bfloat16. To learn them by
+    the output of a block instead, let `finetune` follow.
+    Source: Liu et al., "BitDelta", NeurIPS 2024, section 3. There are one scale a matrix, one level, and a distillation
+    of all scales by the logits, in the released code of embeddings and norms too.
+    """
+
+    unfed: ClassVar[str] = "scaled by its weights alone"
+    gives: ClassVar[str] = "signed"
+
+    scale: Annotated[Literal["matrix", "row"], Field(description="what shares a scale")] = "row"
+    levels: Annotated[int, Field(ge=1, le=4, description="bits of a weight; each codes what those before left")] = 1
+    fit: Annotated[
+        Literal["mean", "output"], Field(description="scales of least error of the weights, or of the output")
+    ] = "output"
+
+    @property
+    def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
+        """The Gram, if scales are fitted to the output."""
+        return (Gram,) if self.fit == "output" else ()
+
+    def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
+        """Scales by the weights alone."""
+        del site
+        return self.signs(w_OI.float(), keep_OI, None)
+
+    def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
+        """Scales by what `fit` says."""
+        return self.signs(w_OI.float(), keep_OI, site.stats[Gram] if self.fit == "output" else None)
+
+    def signs(self, w_OI: Tensor, keep_OI: Tensor | None, gram_II: Tensor | None) -> Weight:
+        """One `Signs` a level, those of one matrix under the scales that fit it best."""
+        positive = self.levelled(w_OI, keep_OI)
+        signed = [signs_of(level_OI, keep_OI) for level_OI in positive]
+        scale_SL = best_scales(w_OI, signed, gram_II, self.scale == "matrix").bfloat16()
+        terms = tuple(Signs(p, s[:, None].contiguous()) for p, s in zip(positive, scale_SL.unbind(1), strict=True))
+        return terms[0] if len(terms) == 1 else Sum(terms)
+
+    def levelled(self, w_OI: Tensor, keep_OI: Tensor | None) -> list[Tensor]:
+        """Where each level is positive: the signs of what is left of W by the levels before under their own means."""
+        left_OI, found = w_OI, []
+        for _ in range(self.levels):
+            found.append(left_OI >= 0)
+            signed_OI = signs_of(found[-1], keep_OI)
+            scale_S1 = best_scales(left_OI, [signed_OI], None, self.scale == "matrix")
+            left_OI = left_OI - scale_S1 * signed_OI
+        return found
+
+
+def signs_of(positive: Tensor, keep_OI: Tensor | None) -> Tensor:
+    """+1 and -1, and 0 where a mask cuts, float32."""
+    signed_OI = torch.where(positive, 1.0, -1.0)
+    return signed_OI if keep_OI is None else signed_OI.masked_fill(~keep_OI, 0)
+
+
+def best_scales(w_OI: Tensor, signed: list[Tensor], gram_II: Tensor | None, whole: bool) -> Tensor:
+    """The scales [S, L] with which the sum of these sign matrices comes nearest to W; float32, by way of float64.
+
+    Nearest by its output if a Gram is given that is not 0, else by its entries. What they do not depend on is 0.
+    Of one matrix of signs s that is tr(W G sᵀ) / tr(s G sᵀ).
+    """
+    seen = [s_OI if gram_II is None or not bool(gram_II.any()) else s_OI @ gram_II for s_OI in signed]
+    right_OL = torch.stack([(w_OI * seen_OI).sum(1) for seen_OI in seen], -1).double()
+    rows = [torch.stack([(s_OI * seen_OI).sum(1) for s_OI in signed], -1) for seen_OI in seen]
+    left_OLL = torch.stack(rows, -1).double()
+    if whole:
+        right_OL, left_OLL = right_OL.sum(0, keepdim=True), left_OLL.sum(0, keepdim=True)
+    inverse_SLL = torch.linalg.pinv(left_OLL, rtol=1e-6, hermitian=True)
+    scale_SL: Tensor = (inverse_SLL @ right_OL[..., None])[..., 0].float()
+    return scale_SL
