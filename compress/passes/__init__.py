@@ -22,6 +22,7 @@ from compress.passes.base import (
 from compress.passes.budget import governed
 from compress.passes.corrector import Corrector
 from compress.passes.delta.bitdelta import BitDelta
+from compress.passes.delta.dare import DARE
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
@@ -71,6 +72,7 @@ __all__ = [
     "ALPS",
     "ASVD",
     "AWQ",
+    "DARE",
     "FLAP",
     "FP8",
     "GPTQ",
