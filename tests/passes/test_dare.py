@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from compress import Masked, Recipe, RecipeError, Wanda
+from compress import Masked, Recipe, RecipeError, Wanda, load, run
+from compress.artifact import Artifact
 from compress.model.site import Site
 from compress.passes import DARE, RTN, Magnitude
 from compress.passes.delta.dare import probabilities
@@ -209,3 +211,20 @@ def test_what_it_takes_and_gives() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="dare"):
         DARE(**options)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_model_under_random_masks_is_loaded_as_it_was_meant(
+    low_memory: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    out = run(tiny_llama, Recipe(passes=(DARE(density=0.3), RTN(bits=4, group=8))), tmp_path / "out").out
+    artifact = Artifact(out)
+    assert not any(key.endswith("mask") for key in artifact.stored_headers)
+    model = load(out, low_memory=low_memory)
+    names = [name for name in artifact.specs if "layers.0" in name]
+    patterns = {artifact.specs[name]["tree"]["pattern"] for name in names}
+    assert len(patterns) == len(names) == 7
+    for name in names:
+        meant = artifact.expression(name).dense()
+        assert 0.2 < float((meant != 0).float().mean()) < 0.4
+        assert torch.equal(model.get_submodule(name).weight, meant)
