@@ -21,6 +21,7 @@ from compress.passes.base import (
 )
 from compress.passes.budget import governed
 from compress.passes.corrector import Corrector
+from compress.passes.delta.delta_come import DeltaCoMe
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
@@ -92,6 +93,7 @@ __all__ = [
     "Budget",
     "Corrector",
     "DSnoT",
+    "DeltaCoMe",
     "Equalizer",
     "Factorizer",
     "FineTune",

@@ -1,0 +1,1 @@
+"""Passes made for differences of two models, though they take any dense weight."""
