@@ -235,6 +235,14 @@ def answer(rest_OI: Tensor, right_RI: Tensor, gram: Tensor | None) -> tuple[Tens
     return solved(rest_OI @ seen_RI.T, z_RR), z_RR
 
 
+def taken(w_OI: Tensor, band: Product, gram: Tensor | None) -> float:
+    """By how much tr(W G Wᵀ) falls if the band is subtracted; nothing larger than the factors meets the Gram."""
+    left_OR, right_RI = band.left.dense().float(), band.right.dense().float()
+    seen_RI = weighed(right_RI, gram)
+    both_OR = 2 * (w_OI @ seen_RI.T) - left_OR @ (right_RI @ seen_RI.T)
+    return float((left_OR * both_OR).sum(dtype=torch.float64))
+
+
 def bands_of(w_OI: Tensor, basis_OR: Tensor, bits_R: Tensor, heard: Heard, rounds: int) -> tuple[Product, ...]:
     """W in bands from the most bits to the fewest, each made of what those before it left, then each again.
 
@@ -251,9 +259,8 @@ def bands_of(w_OI: Tensor, basis_OR: Tensor, bits_R: Tensor, heard: Heard, round
             left_OR = made[i].left.dense().float()
             right_RI = solved(own_OI.T @ left_OR, left_OR.T @ left_OR).T
             again = band_of(own_OI, right_RI, bits, heard)
-            after_OI = own_OI - again.dense()
-            if energy_of(after_OI, heard.gram).sum() < energy_of(rest_OI, heard.gram).sum():
-                rest_OI, made[i] = after_OI, again
+            if taken(own_OI, again, heard.gram) > taken(own_OI, made[i], heard.gram):
+                rest_OI, made[i] = own_OI - again.dense(), again
     return tuple(made)
 
 
@@ -288,7 +295,7 @@ class DeltaCoMe(WeightPass, name="delta-come"):
     rounding: Annotated[
         Literal["gptq", "nearest"], Field(description="errors pushed onto the columns to come, or left")
     ] = "gptq"
-    rounds: Annotated[int, Field(ge=0, le=8, description="of making each band again, given the others")] = 2
+    rounds: Annotated[int, Field(ge=0, le=8, description="of making each band again, given the others")] = 1
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
