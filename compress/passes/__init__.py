@@ -23,6 +23,7 @@ from compress.passes.budget import governed
 from compress.passes.corrector import Corrector
 from compress.passes.delta.bitdelta import BitDelta
 from compress.passes.delta.dare import DARE
+from compress.passes.delta.delta_come import DeltaCoMe
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
@@ -96,6 +97,7 @@ __all__ = [
     "Budget",
     "Corrector",
     "DSnoT",
+    "DeltaCoMe",
     "Equalizer",
     "Factorizer",
     "FineTune",

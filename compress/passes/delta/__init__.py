@@ -1,1 +1,1 @@
-"""Coding what fine-tuning changed; every pass works on plain weights too: one file = one paper."""
+"""Passes made for the difference of two models, though they take any dense weight: one file = one paper."""
