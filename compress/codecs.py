@@ -6,17 +6,17 @@ A method is a list of passes like any other; it is here so that people need not 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import floor, log2
+from math import floor
 from typing import Any
 
 from compress.errors import RecipeError, nearest
 from compress.passes import Pass
+from compress.passes.delta.codec import kept_within
 from compress.recipe import read_pass
 
 PLAIN = 16  # bits of a stored number
-CODED = 4  # bits of a kept value of a sparse delta
-SPARE = 1.7  # bits that the position of a kept value takes beyond log2 of their distance
-HALVINGS = 50
+CODED = 2  # bits of a kept value of a sparse delta
+ROOM = 0.95  # of the bits of a sparse delta; the rest is for the scales of its rows
 Steps = list[dict[str, dict[str, Any]]]
 
 
@@ -43,18 +43,9 @@ def lowrank(bits: float) -> Steps:
 
 
 def sparse(bits: float) -> Steps:
-    """The entries that count most on the calibration tokens, in four bits, with their positions."""
-    return [{"wanda": {"sparsity": round(1 - kept(bits), 5), "scope": "matrix"}}, {"rtn": {"bits": CODED, "group": 0}}]
-
-
-def kept(bits: float) -> float:
-    """The share p of entries of which value and position take `bits` a weight: p (4 + log2(1/p) + spare)."""
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        p = (low + high) / 2
-        position = min(1 / p, log2(1 / p) + SPARE)  # a bitmap, where that is smaller
-        low, high = (p, high) if p * (CODED + position) < bits else (low, p)
-    return low
+    """Few entries of two bits at any place, the others making up for what is cut, with their positions."""
+    share = kept_within(bits * ROOM, CODED)
+    return [{"sparsegpt": {"sparsity": round(1 - share, 5), "bits": CODED, "group": 0}}]
 
 
 def deltazip(bits: float) -> Steps:
@@ -65,8 +56,8 @@ def deltazip(bits: float) -> Steps:
 
 
 def auto(bits: float) -> Steps:
-    """For each matrix the method whose output errs least within the bits."""
-    return [{"auto": {"bits": bits}}]
+    """More bits for matrices that matter more; for each the method whose output then errs least."""
+    return [{"sensitivity": {}}, {"auto": {"bits": bits}}]
 
 
 METHODS: dict[str, Callable[[float], Steps]] = {

@@ -70,6 +70,9 @@ OWN: dict[str, tuple[str, ...]] = {
     "compress.texts": ("compress.errors",),
     "compress.sources": ("compress.artifact", "compress.foreign", "compress.model.source", "compress.shards",
                          "compress.errors"),
+    "compress.deltas": ("compress.artifact", "compress.model", "compress.recipe", "compress.sources",
+                        "compress.weights", "compress.errors"),
+    "compress.codecs": ("compress.passes", "compress.recipe", "compress.errors"),
     "compress_kernels": ("compress_kernels",),
     "compress_evals": ("compress_evals", "compress", "compress.builtin", "compress.errors"),
 }  # fmt: skip

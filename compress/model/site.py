@@ -159,6 +159,18 @@ class Site:
         """Whether this is an expert that too few calibration tokens reached."""
         return self.place.routed and self.stats.tokens < self.needed
 
+    def apart(self, weight: Weight, keep: bool = False) -> Site:
+        """This site with another weight, for trying: the module and what this site records stay as they are.
+
+        With `keep` the other records what this one has recorded so far, else nothing.
+        """
+        other = copy(self)
+        other._weight = weight
+        other.ledger = dict(self.ledger) if keep else {}
+        other.fallbacks = list(self.fallbacks) if keep else []
+        other.starving = list(self.starving) if keep else []
+        return other
+
     def behind(self, transform: Weight, weight: Weight) -> Site:
         """This site as one whose input is `transform` of it, with `weight` of that; what it records is shared.
 

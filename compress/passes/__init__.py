@@ -21,7 +21,9 @@ from compress.passes.base import (
 )
 from compress.passes.budget import governed
 from compress.passes.corrector import Corrector
+from compress.passes.delta.auto import Auto
 from compress.passes.delta.bitdelta import BitDelta
+from compress.passes.delta.codec import Codec
 from compress.passes.delta.dare import DARE
 from compress.passes.delta.delta_come import DeltaCoMe
 from compress.passes.equalizer import Equalizer
@@ -91,10 +93,12 @@ __all__ = [
     "SVD",
     "SVDLLM",
     "VQ",
+    "Auto",
     "BitDelta",
     "BlockPass",
     "BlockQuantizer",
     "Budget",
+    "Codec",
     "Corrector",
     "DSnoT",
     "DeltaCoMe",

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from compress.errors import CalibrationError, RecipeError
 from compress.model.site import Site
-from compress.passes.base import WeightPass
+from compress.passes.delta.codec import Codec
 from compress.passes.feedback import feed_back
 from compress.passes.hessian import inverse_factor, shared_factor
 from compress.passes.whitened import principal, weighed
 from compress.stats import Gram, Statistic
 from compress.weights import Dense, Product, Quantized, Sum, Weight
-from compress.weights.pack import packed_size
+from compress.weights.bits import packed_size
 
 # the mean squared error of a normal variable of variance 1 on the best 2**bits evenly spaced levels; at 16 bits, what
 # rounding to bfloat16 costs at most. Source: Max, "Quantizing for minimum distortion", IRE 1960, table II (to 5 bits);
@@ -268,7 +268,7 @@ def bands_of(w_OI: Tensor, basis_OR: Tensor, bits_R: Tensor, heard: Heard, round
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaCoMe(WeightPass, name="delta-come"):
+class DeltaCoMe(Codec, name="delta-come"):
     """W = sum of Q_b(U) Q_b(S Vᵀ): bands of singular pairs, many bits for the first and few or none for the last.
 
     U is that of W G Wᵀ unless `whitened` is off. The bits are `published`, 8, 3 and 2 by number of pair, or
@@ -287,10 +287,6 @@ class DeltaCoMe(WeightPass, name="delta-come"):
     """
 
     unfed = "factored and rounded to nearest by its weights alone"
-    takes = ("dense",)
-    gives = "quantized"
-
-    bits: Annotated[float, Field(gt=0, le=16, description="a weight, of all that is stored; never more")] = 1.0
     bands: Annotated[
         Literal["lagrangian", "published"],
         Field(description="bits of pairs by what they are worth, or 8 for 2, 3 for 32, 2 for the rest (of 4096)"),
@@ -317,10 +313,6 @@ class DeltaCoMe(WeightPass, name="delta-come"):
                 f"{self.name}: {site}: {self.bits:g} bits a weight of {shape[0]}x{shape[1]} are {self.budget(shape)} "
                 f"bytes; one pair of singular vectors takes {least}"
             )
-
-    def budget(self, shape: tuple[int, int]) -> int:
-        """Bytes for a matrix."""
-        return int(self.bits * shape[0] * shape[1] / 8)
 
     def rewrite(self, site: Site) -> Weight:
         """Its bands, by the Gram of its input if one is needed."""

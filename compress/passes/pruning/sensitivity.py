@@ -16,11 +16,13 @@ from compress.model.site import Site
 from compress.model.whole import Whole
 from compress.passes.base import Budget, GridQuantizer, Pruner, Sparsity, WeightPass
 from compress.passes.budget import density
+from compress.passes.delta.codec import Codec
 from compress.passes.factorizer import Factorizer
 from compress.passes.probes import LEAST, Probes, output_cost, rewritten
 from compress.stats import Gram
 
-Governed = Pruner | GridQuantizer | Factorizer
+Governed = Pruner | GridQuantizer | Factorizer | Codec
+PLAIN = 16  # bits of a weight of which a codec leaves `bits`: the share removed is what the two differ by
 FURTHEST = 2  # bits from the mean
 FINE = 16  # steps between two measured fractions
 MOST_REMOVED = 0.95  # of a matrix that is factored: a rank of at least one is left of all but the smallest
@@ -96,7 +98,8 @@ class Sensitivity(Budget, name="sensitivity"):
         ]
         mean = (self.bits or step.bits) if isinstance(step, GridQuantizer) else density(asked(step))
         chosen = spend(parts, mean)
-        return {site: option for part, option in zip(parts, chosen, strict=True) for site in part.sites}
+        pairs = zip(parts, chosen, strict=True)
+        return {site: own_option(step, option) for part, option in pairs for site in part.sites}
 
     def options_for(self, step: Governed) -> tuple[Sparsity, ...]:
         """The options to measure, from the densest: bits, a fraction and both ends of its spread, or every n in it."""
@@ -108,6 +111,8 @@ class Sensitivity(Budget, name="sensitivity"):
             kept, of = map(int, wanted.split(":"))
             near = [n for n in range(of - 1, 0, -1) if abs(n - kept) <= max(1.0, self.spread * of)]
             return tuple(f"{n}:{of}" for n in near)
+        if isinstance(step, Codec):
+            return tuple(1 - bits / PLAIN for bits in (min(PLAIN / 2, 2 * step.bits), step.bits, step.bits / 2))
         most = MOST_REMOVED if isinstance(step, Factorizer) else 1.0
         ends = (max(0.0, wanted - self.spread), wanted, max(wanted, min(most, wanted + self.spread)))
         fractions = tuple(dict.fromkeys(round(float(end), 4) for end in ends))
@@ -116,12 +121,19 @@ class Sensitivity(Budget, name="sensitivity"):
 
 def with_option(step: Governed, option: Sparsity) -> Governed:
     """The pass with another sparsity, other bits or another share removed."""
-    changed: dict[str, Any] = {step.shared_out: option}
+    changed: dict[str, Any] = {step.shared_out: own_option(step, option)}
     return replace(step, **changed)
+
+
+def own_option(step: Governed, option: Sparsity) -> Sparsity:
+    """What the pass itself calls an option: of a codec the share removed is its bits."""
+    return PLAIN * (1 - option) if isinstance(step, Codec) and isinstance(option, float) else option
 
 
 def asked(step: Governed) -> Sparsity:
     """What a recipe asks the pass for, on average."""
+    if isinstance(step, Codec):
+        return 1 - step.bits / PLAIN
     wanted: Sparsity = getattr(step, step.shared_out)
     return wanted
 
