@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands.output import result, screen
+from compress.commands.output import Json, result, screen
 from compress.errors import RecipeError
 
 Number = float | None  # of an option that only some methods have
@@ -37,7 +37,7 @@ def merge(
     samples: Annotated[int | None, typer.Option(help="regmean: calibration windows of each model")] = None,
     length: Annotated[int | None, typer.Option(help="regmean: tokens a window")] = None,
     device: Annotated[str, typer.Option(help="regmean: where the models run: cpu, cuda, cuda:1")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")] = False,
+    as_json: Json = False,
 ) -> None:
     """Merge fine-tunes of one base into an ordinary model folder, tensor by tensor."""
     from compress.merging import merge as run

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.artifact import METHOD, Artifact, is_artifact
 from compress.errors import ArtifactError, RecipeError
 from compress.model.source import Checkpoint, Held, digest, display_name, locate
 from compress.plan import FLOATS
@@ -86,13 +87,13 @@ def checked(source: Checkpoint, name: str) -> Tensor:
 
 
 def open_inputs(base: str | Path, models: Mapping[str, str | Path] | Sequence[str | Path]) -> Inputs:
-    """The base and the models, by label or called like their folders.
+    """The base and the models, by label or called like their folders; a delta of the base is what it decodes to.
 
-    Raises RecipeError for labels that are missing or used twice, ArtifactError for a folder that is not a plain model
-    of the base's architecture.
+    Raises RecipeError for labels that are missing or used twice, ArtifactError for a folder that is no plain model
+    of the base's architecture and no delta of the base.
     """
     opened, folders = open_source(locate(base)), labelled(models)
-    members = sorted(members_of(folders), key=lambda m: m.key)
+    members = sorted(members_of(folders, opened.path), key=lambda m: m.key)
     for member in members:
         compare(opened, member)
     growers = grown(opened, members)
@@ -118,11 +119,12 @@ def labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
     return found
 
 
-def members_of(folders: Mapping[str, Path]) -> Iterator[Member]:
+def members_of(folders: Mapping[str, Path], base: Path) -> Iterator[Member]:
     """The opened models; equal ones get different keys."""
     seen: dict[str, int] = {}
     for label, path in folders.items():
-        source = open_source(path)
+        delta = is_artifact(path) and Artifact(path).is_delta
+        source = Artifact(path, base) if delta else open_source(path)
         digests = source.digests()
         whole = sha256("".join(digests.values()).encode()).hexdigest()
         seen[whole] = seen.get(whole, 0) + 1
@@ -175,7 +177,7 @@ def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
     for other in found[1:]:
         first = found[0]
         same = other.source.shapes() == first.source.shapes()
-        if not same or tokenizer(first.source.path) != tokenizer(other.source.path):
+        if not same or tokenizer(first, base) != tokenizer(other, base):
             raise ArtifactError(
                 f"{first.label} and {other.label} both add to the base's vocabulary, with different tokenizers: what "
                 "their new entries mean differs; merge one of them only"
@@ -183,6 +185,8 @@ def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
     return tuple(found)
 
 
-def tokenizer(folder: Path) -> dict[str, str]:
-    """The hashes of a folder's tokenizer files."""
-    return {name: digest(folder / name) for name in TOKENIZERS if (folder / name).is_file()}
+def tokenizer(member: Member, base: Checkpoint) -> dict[str, str]:
+    """The hashes of a model's tokenizer files; those that a delta has in common with its base lie there."""
+    folders = [member.source.path, *([base.path] if member.source.decoded_from == METHOD else [])]
+    held = {name: [f / name for f in folders if (f / name).is_file()] for name in TOKENIZERS}
+    return {name: digest(files[0]) for name, files in held.items() if files}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.options import check_options
 
-AT_ONCE = 1 << 20  # entries of a part
+AT_ONCE = 1 << 16  # entries of a part: some dozen of them fit a cache, and no allocator maps pages for one
 Sieve = Callable[[Tensor], Tensor]
 Scale = Annotated[
     float, Field(gt=0, le=100, allow_inf_nan=False, description="multiplies the merged change; lambda in the papers")

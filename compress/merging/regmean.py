@@ -22,7 +22,7 @@ from compress.merging.method import Method, total
 from compress.merging.stream import Stream, finite_in
 from compress.model.block import Block
 from compress.model.site import Site
-from compress.model.source import dtype_of
+from compress.model.source import Checkpoint, dtype_of
 from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.plan import check_tensors, longest_window, tokenizer_of
@@ -89,7 +89,9 @@ class SideBySide:
             for name in inputs.names():
                 member.tensor(name)
         self.walks = {m.label: walk_through(m, device) for m in inputs.members}
-        self.tokens = {m.label: tokens_of(self.walks[m.label], m, calibrations[m.label]) for m in inputs.members}
+        self.tokens = {
+            m.label: tokens_of(self.walks[m.label], m, inputs.base, calibrations[m.label]) for m in inputs.members
+        }
         self.regressed: list[str] = []
 
     def parts(self) -> Iterator[list[Entry]]:
@@ -145,9 +147,12 @@ def walk_through(member: Member, device: torch.device) -> Walk:
     return walk
 
 
-def tokens_of(walk: Walk, member: Member, calibration: Calibration) -> Tokens:
-    """The calibration tokens of a model, by its own tokenizer."""
-    tokenizer = tokenizer_of(member.source.path)
+def tokens_of(walk: Walk, member: Member, base: Checkpoint, calibration: Calibration) -> Tokens:
+    """The calibration tokens of a model, by its own tokenizer, or the base's if it has none: a delta may leave it out.
+
+    Raises CalibrationError if neither can be loaded, data cannot be had, or a token is unknown to the model.
+    """
+    tokenizer = tokenizer_of(member.source.path) or tokenizer_of(base.path)
     if tokenizer is None:
         raise CalibrationError(f"{member.label}: no tokenizer can be loaded, and regmean needs one")
     tokens = draw(calibration, tokenizer, longest_window(walk))
