@@ -21,14 +21,14 @@ from compress.merging.breadcrumbs import Breadcrumbs
 from compress.merging.dare import DareLinear, DareTies
 from compress.merging.della import Della
 from compress.merging.describe import card, provenance
-from compress.merging.inputs import Inputs, open_inputs
+from compress.merging.inputs import Inputs, labelled, open_inputs
 from compress.merging.method import Method
 from compress.merging.regmean import RegMean, SideBySide
 from compress.merging.shares import Weights, shares
 from compress.merging.stream import Stream
 from compress.merging.ties import Ties
 from compress.model.architecture import without_code
-from compress.model.source import Checkpoint
+from compress.model.source import Checkpoint, locate
 from compress.options import build
 from compress.plan import check_disk, free_place, usable
 from compress.recipe import Calibration
@@ -77,17 +77,19 @@ def merge(
     if method not in METHODS:
         raise RecipeError(f"merge: {method!r} is not a method{nearest(str(method), METHODS)}")
     chosen = build(METHODS[method], options, f"merge.{method}")
-    inputs = open_inputs(base, models)
+    folders, root = labelled(models), locate(base)
+    for folder in (root, *folders.values()):  # before anything that takes time
+        target = free_place(Path(out), folder, force=False)
+    calibrations = by_label(calibration, list(folders), chosen)
+    where = usable(device)
+    inputs = open_inputs(root, folders)
     told = shares(weights or {}, inputs.order, inputs.names(), chosen)
-    calibrations = by_label(calibration, inputs.order, chosen)
-    for source in (inputs.base, *(member.source for member in inputs.members)):
-        target = free_place(Path(out), source.path, force=False)
     check_disk(target, inputs.base)
     with ArtifactWriter(target, shard_size) as writer:
         stream = Stream(inputs, chosen, told)
         work: Work = Whole(stream)
         if isinstance(chosen, RegMean):
-            work = SideBySide(inputs, stream, chosen, calibrations, usable(device))
+            work = SideBySide(inputs, stream, chosen, calibrations, where)
         for entries in work.parts():
             writer.add({}, [announced(entry, on_progress) for entry in entries])
         finish(writer, inputs, provenance(inputs, chosen, told, stream.tally, work.facts()))

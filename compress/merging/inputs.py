@@ -68,9 +68,9 @@ class Inputs:
         """All tensors, sorted."""
         return sorted(self.base.headers)
 
-    def floats(self) -> list[str]:
-        """The tensors that are merged; the others are the same in every model."""
-        return [name for name in self.names() if self.base.headers[name].dtype in FLOATS]
+    def merges(self, name: str) -> bool:
+        """Whether a tensor holds floating-point numbers; the others are the same in every model."""
+        return self.base.headers[name].dtype in FLOATS
 
     def header(self, name: str) -> Held:
         """What the merged tensor is: the base's dtype, and as many rows as any model has."""
@@ -86,22 +86,36 @@ def checked(source: Checkpoint, name: str) -> Tensor:
     return found
 
 
-def open_inputs(base: str | Path, models: Mapping[str, str | Path] | Sequence[str | Path]) -> Inputs:
-    """The base and the models, by label or called like their folders; a delta of the base is what it decodes to.
+def open_inputs(base: Path, folders: Mapping[str, Path]) -> Inputs:
+    """The base and the models by label; a delta of the base is what it decodes to.
 
-    Raises RecipeError for labels that are missing or used twice, ArtifactError for a folder that is no plain model
-    of the base's architecture and no delta of the base.
+    Everything is compared before the files are hashed. Raises ArtifactError for a folder that is no plain model of the
+    base's architecture and no delta of the base.
     """
-    opened, folders = open_source(locate(base)), labelled(models)
-    members = sorted(members_of(folders, opened.path), key=lambda m: m.key)
-    for member in members:
-        compare(opened, member)
-    growers = grown(opened, members)
-    return Inputs(base=opened, sha256=opened.digests(), members=tuple(members), order=tuple(folders), growers=growers)
+    opened = open_source(base)
+    sources = {label: open_model(path, base) for label, path in folders.items()}
+    for label, source in sources.items():
+        compare(opened, label, source)
+    members = sorted(members_of(sources), key=lambda m: m.key)
+    return Inputs(
+        base=opened,
+        sha256=opened.digests(),
+        members=tuple(members),
+        order=tuple(folders),
+        growers=grown(opened, members),
+    )
+
+
+def open_model(path: Path, base: Path) -> Checkpoint:
+    """A fine-tuned model, or what a delta of the base decodes to."""
+    return Artifact(path, base) if is_artifact(path) and Artifact(path).is_delta else open_source(path)
 
 
 def labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
-    """Label -> folder."""
+    """Label -> folder, called as it is where no label is given.
+
+    Raises RecipeError for labels that are unfit or used twice, ArtifactError for what is no model folder.
+    """
     if isinstance(models, str) or not isinstance(models, (Mapping, Sequence)) or not models:
         raise RecipeError(
             f"models: {models!r} is not a list of folders, or a mapping of names to them, of at least one"
@@ -119,22 +133,20 @@ def labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
     return found
 
 
-def members_of(folders: Mapping[str, Path], base: Path) -> Iterator[Member]:
-    """The opened models; equal ones get different keys."""
+def members_of(sources: Mapping[str, Checkpoint]) -> Iterator[Member]:
+    """The opened models, hashed; equal ones get different keys."""
     seen: dict[str, int] = {}
-    for label, path in folders.items():
-        delta = is_artifact(path) and Artifact(path).is_delta
-        source = Artifact(path, base) if delta else open_source(path)
+    for label, source in sources.items():
         digests = source.digests()
         whole = sha256("".join(digests.values()).encode()).hexdigest()
         seen[whole] = seen.get(whole, 0) + 1
         yield Member(label=label, source=source, sha256=digests, key=f"{whole}.{seen[whole]}")
 
 
-def compare(base: Checkpoint, member: Member) -> None:
-    """Raise ArtifactError for the first difference in architecture of a model from the base."""
-    where, mine, theirs = member.label, member.source.headers, base.headers
-    for key, want, got in differences(base.config, member.source.config):
+def compare(base: Checkpoint, where: str, model: Checkpoint) -> None:
+    """Raise ArtifactError for the first difference in architecture of the model called `where` from the base."""
+    mine, theirs = model.headers, base.headers
+    for key, want, got in differences(base.config, model.config):
         raise ArtifactError(f"{where}: config.json says {key} {got!r}, the base's {want!r}; they cannot be merged")
     for name in sorted(mine.keys() ^ theirs.keys()):
         has, lacks = (where, "the base") if name in mine else ("the base", where)
@@ -147,7 +159,7 @@ def compare(base: Checkpoint, member: Member) -> None:
             raise ArtifactError(f"{where}: {name} is {list(found.shape)}, the base's {list(held.shape)}")
         if (found.dtype in FLOATS) != (held.dtype in FLOATS):
             raise ArtifactError(f"{where}: {name} holds {found.dtype}, the base's {held.dtype}")
-        if held.dtype not in FLOATS and not torch.equal(base.tensor(name), member.source.tensor(name)):
+        if held.dtype not in FLOATS and not torch.equal(base.tensor(name), model.tensor(name)):
             raise ArtifactError(f"{where}: {name} holds {held.dtype} and differs from the base's; it cannot be merged")
 
 

@@ -28,12 +28,13 @@ class Stream:
     def __init__(self, inputs: Inputs, method: Method, shares: Mapping[str, Share]) -> None:
         self.inputs, self.method, self.shares = inputs, method, shares
         self.tally = {member.label: [0, 0] for member in inputs.members}
-        size = sum(prod(inputs.base.headers[name].shape) for name in inputs.floats())
+        self.names = [name for name in inputs.names() if inputs.merges(name)]
+        size = sum(prod(inputs.base.headers[name].shape) for name in self.names)
         self.known = method.survey({m.key: partial(self.magnitudes, m) for m in inputs.members}, size)
 
     def magnitudes(self, member: Member) -> Iterator[Tensor]:
         """|D| of a whole model in parts."""
-        for name in self.inputs.floats():
+        for name in self.names:
             yield from self.change(member, name, checked(self.inputs.base, name)).magnitudes()
 
     def change(self, member: Member, name: str, base: Tensor) -> Change:
@@ -51,7 +52,7 @@ class Stream:
         """The merged tensor, in the base's dtype; raises ArtifactError if it is not finite."""
         base = checked(self.inputs.base, name)
         weights = self.weights(name)
-        if name not in self.inputs.floats() or not base.numel() or not weights:
+        if not self.inputs.merges(name) or not base.numel() or not weights:
             return self.with_new_rows(name, base)
         changes = [self.change(m, name, base) for m in self.inputs.members if m.label in weights]
         merged = self.fused(changes, list(weights), list(weights.values()))

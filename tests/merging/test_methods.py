@@ -270,7 +270,7 @@ def test_della_is_its_specification(odd: Odd, read: Read, tmp_path: Path) -> Non
     """Ranks row by row from the draws of the change; signs and means as in TIES."""
     from compress.merging.inputs import open_inputs
 
-    inputs, base = open_inputs(odd("base"), [odd("a"), odd("b")]), read(odd("base"))
+    inputs, base = open_inputs(odd("base"), {name: odd(name) for name in "ab"}), read(odd("base"))
     merge(odd("base"), [odd("a"), odd("b")], tmp_path / "o", method="della", density=0.6, epsilon=0.3, seed=7)
     got = read(tmp_path / "o")
     for name in ("layers.0.up.weight", "norm.weight", "scalar"):
