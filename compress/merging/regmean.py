@@ -124,12 +124,13 @@ class SideBySide:
         for label, change in zip(weights, changes, strict=True):
             self.stream.count(label, change, change)
         grams = [s.stats[Gram] for s in sites.values() if s is not None]
-        moved_OI = regression(changes, grams, list(weights.values()), self.method.shrink)
+        there = [change.to(grams[0].device) for change in changes]
+        moved_OI = regression(there, grams, list(weights.values()), self.method.shrink)
         if moved_OI is None:
             raise CalibrationError(
                 f"{site.name}: the Grams of its inputs are not positive definite; raise shrink or give more samples"
             )
-        merged_OI = (base_OI + moved_OI).to(base.dtype)
+        merged_OI = (base_OI + moved_OI.cpu()).to(base.dtype)
         return finite_in((merged_OI.T if turned else merged_OI).contiguous(), base.dtype, name)
 
 

@@ -171,6 +171,18 @@ def test_other_families_are_merged(
         assert_close(name, made.tensor(name), want.T if turned else want, 1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_is_the_same(
+    tiny_llama: Path, tuned_llamas: dict[str, Path], tmp_path: Path, assert_close: Any
+) -> None:
+    for device in ("cpu", "cuda"):
+        merge(tiny_llama, tuned_llamas, tmp_path / device, method="regmean", calibration=CALIBRATIONS, device=device)
+    made = {device: Checkpoint(tmp_path / device) for device in ("cpu", "cuda")}
+    for name in made["cpu"].names():
+        assert_close(name, made["cuda"].tensor(name), made["cpu"].tensor(name), 1e-3)
+
+
 def test_only_regmean_reads_tokens(tiny_llama: Path, tuned_llamas: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"calibration: ties reads no tokens; only regmean does"):
         merge(tiny_llama, tuned_llamas, tmp_path / "o", method="ties", calibration=CALIBRATIONS["left"])
