@@ -18,6 +18,7 @@ from rich.console import Console
 
 from compress import __version__
 from compress.commands import delta
+from compress.commands.merge import merge
 from compress.commands.output import Json, Out, result, screen
 from compress.errors import CompressError, RecipeError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 app.add_typer(delta.app)
+app.command()(merge)
 UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of click that typer carries since 0.2x
 
 

@@ -1,0 +1,113 @@
+"""`compress merge`: several fine-tunes of one base become one ordinary model folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.commands.output import Json, result, screen
+from compress.errors import RecipeError
+
+Number = float | None  # of an option that only some methods have
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="the model that all were tuned from, or `builtin`")],
+    models: Annotated[list[str], typer.Argument(help="fine-tunes or compressed deltas: FOLDER, or NAME=FOLDER")],
+    out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")],
+    method: Annotated[
+        str, typer.Option(help="average, breadcrumbs, dare-linear, dare-ties, della, regmean, task-arithmetic, ties")
+    ] = "task-arithmetic",
+    weights: Annotated[
+        list[str] | None, typer.Option("--weights", help="NAME=0.5, or NAME:GLOB=0.5 for some tensors; the last counts")
+    ] = None,
+    scale: Annotated[Number, typer.Option("--scale", help="of the merged change; lambda in the papers")] = None,
+    density: Annotated[Number, typer.Option(help="share of each change that is kept")] = None,
+    scope: Annotated[str | None, typer.Option(help="ties: entries compete in the `model` or in a `tensor`")] = None,
+    epsilon: Annotated[Number, typer.Option(help="della: half the range of densities")] = None,
+    gamma: Annotated[Number, typer.Option(help="breadcrumbs: share of largest entries dropped")] = None,
+    shrink: Annotated[Number, typer.Option(help="regmean: what is taken off what is off the diagonal")] = None,
+    seed: Annotated[int | None, typer.Option(help="of what is dropped at random")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="regmean: calibration text, or NAME=text of one model")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="regmean: calibration windows of each model")] = None,
+    length: Annotated[int | None, typer.Option(help="regmean: tokens a window")] = None,
+    device: Annotated[str, typer.Option(help="regmean: where the models run: cpu, cuda, cuda:1")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Merge fine-tunes of one base into an ordinary model folder, tensor by tensor."""
+    from compress.merging import merge as run
+    from compress.model.memory import release_early
+
+    release_early()
+    given: dict[str, Any] = {"scale": scale, "density": density, "scope": scope, "epsilon": epsilon, "gamma": gamma,
+             "shrink": shrink, "seed": seed}  # fmt: skip
+    named = folders(models)
+    console = screen()
+    with console.status("opening") as status:
+        done = run(
+            base,
+            named,
+            out,
+            method=method,
+            weights=weights_of(weights or []),
+            calibration=calibrations(data or [], samples, length, list(named)),
+            device=device,
+            on_progress=status.update if console.is_terminal else lambda text: None,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    kept = ", ".join(f"{name} {done.kept[name]:,} of {changed:,}" for name, changed in done.changed.items())
+    result({**asdict(done), "out": str(done.out)}, as_json, f"{done.out}: {done.bytes:,} bytes; entries kept: {kept}")
+
+
+def folders(models: list[str]) -> dict[str, str]:
+    """Name -> folder of what the command line lists; raises RecipeError if two have one name."""
+    from compress.model.source import display_name, locate
+
+    found: dict[str, str] = {}
+    for text in models:
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name or Path(text).exists():
+            name, folder = display_name(locate(text)), text
+        if name in found:
+            raise RecipeError(f"models: two are called {name!r}; name them, as in one=FOLDER two=FOLDER")
+        found[name] = folder
+    return found
+
+
+def weights_of(texts: list[str]) -> dict[str, dict[str, float]]:
+    """The weights by model and glob that `NAME=0.5` and `NAME:GLOB=0.5` say; raises RecipeError for anything else."""
+    found: dict[str, dict[str, float]] = {}
+    for text in texts:
+        left, _, number = text.rpartition("=")
+        name, colon, glob = left.partition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            name = ""
+        if not name or (colon and not glob):
+            raise RecipeError(f"--weights: {text!r} is not NAME=NUMBER or NAME:GLOB=NUMBER")
+        rules = found.setdefault(name, {})
+        rules.pop(glob or "*", None)  # the last counts
+        rules[glob or "*"] = weight
+    return found
+
+
+def calibrations(data: list[str], samples: int | None, length: int | None, names: list[str]) -> Any:
+    """The calibration of all models, or by name; None if nothing was said."""
+    from compress.recipe import Calibration
+
+    if not data and samples is None and length is None:
+        return None
+    said: dict[str, Any] = {"samples": samples, "length": length}
+    common = {key: value for key, value in said.items() if value is not None}
+    found = dict.fromkeys(names, Calibration(**common))
+    for text in data:
+        name, equals, source = text.partition("=")
+        for each in [name] if equals else names:
+            found[each] = Calibration(data=source if equals else text, **common)
+    return found

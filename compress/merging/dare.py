@@ -1,0 +1,68 @@
+"""DARE: drop entries of a change at random and enlarge the others, so that its expectation stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.merging.method import Change, Density, Method, Scale, Seed, Sieve, elected, total
+
+
+def thinned(change: Change, density: float, seed: int) -> Sieve:
+    """Keep each entry with probability `density`, divided by it."""
+    generator = change.generator(seed)
+
+    def sieve(part_RN: Tensor) -> Tensor:
+        return torch.where(torch.rand(part_RN.shape, generator=generator) < density, part_RN / density, 0)
+
+    return sieve
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareLinear(Method):
+    """W0 + scale * sum_k w_k DARE(D_k).
+
+    Source: Yu et al., "Language Models are Super Mario", ICML 2024, section 3.2; by default with the drop rate of 0.2
+    at which the authors merge large models. mergekit rescales by the ratio of L1 norms instead.
+    """
+
+    name = "dare-linear"
+    signed = True
+    density: Density = 0.8
+    seed: Seed = 0
+    scale: Scale = 1.0
+
+    def sieve(self, change: Change, known: float | None) -> Sieve:
+        """Drop at random."""
+        del known
+        return thinned(change, self.density, self.seed)
+
+    def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The weighted sum."""
+        return total(changes, weights).mul_(self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareTies(Method):
+    """DARE in the place of the trimming of TIES: drop at random, elect signs, average.
+
+    Source: Yu et al., "Language Models are Super Mario", ICML 2024, section 3.3, with TIES-Merging's steps 2 and 3.
+    The mean is over those who have the elected sign, as there; mergekit sums by default.
+    """
+
+    name = "dare-ties"
+    density: Density = 0.8
+    seed: Seed = 0
+    scale: Scale = 1.0
+
+    def sieve(self, change: Change, known: float | None) -> Sieve:
+        """Drop at random."""
+        del known
+        return thinned(change, self.density, self.seed)
+
+    def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The mean of those who have the elected sign."""
+        return elected(changes, weights).mul_(self.scale)

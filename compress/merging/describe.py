@@ -1,0 +1,91 @@
+"""What a merged folder says of itself: compress.json and the model card, made of the same facts."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from compress import __version__
+from compress.merging.inputs import Inputs, Member
+from compress.merging.method import Method
+from compress.merging.shares import Share
+from compress.model.source import display_name
+
+
+def provenance(
+    inputs: Inputs,
+    method: Method,
+    shares: Mapping[str, Share],
+    tally: Mapping[str, list[int]],
+    how: Mapping[str, Any],
+) -> dict[str, Any]:
+    """compress.json without the hashes of what was written; `how` is what else the method says."""
+    members = {member.label: member for member in inputs.members}
+    packages = {name: version(name) for name in ("torch", "safetensors")}
+    return {
+        "versions": {"compress": __version__, "python": platform.python_version(), **packages},
+        "merge": {
+            "method": method.name,
+            "options": method.options(),
+            "base": {"name": display_name(inputs.base.path), "sha256": inputs.sha256},
+            "models": {label: of_model(members[label], shares[label], tally[label]) for label in inputs.order},
+            "vocabulary": [member.label for member in inputs.growers],
+            **how,
+        },
+        "sites": {},
+        "tensors": {name: list(inputs.header(name).shape) for name in inputs.names()},
+    }
+
+
+def of_model(member: Member, share: Share, tally: list[int]) -> dict[str, Any]:
+    """What is kept of one model: where entries were dropped, how many it had changed and how many were kept."""
+    return {
+        "name": display_name(member.source.path),
+        "sha256": member.sha256,
+        "decoded_from": member.source.decoded_from,
+        "weights": dict(share.rules) or {"*": 1.0},
+        "changed": tally[0],
+        "kept": tally[1],
+    }
+
+
+def card(facts: Mapping[str, Any]) -> str:
+    """The Markdown of a merged folder."""
+    merge = facts["merge"]
+    named = [merge["base"]["name"], *(model["name"] for model in merge["models"].values())]
+    options = ", ".join(f"{key} {value}" for key, value in merge["options"].items())
+    rows = [
+        f"| {label} | {model['name']} | {weights_of(model)} | {model['changed']:,} | {model['kept']:,} |"
+        for label, model in merge["models"].items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "base_model:",
+            *(f"- {json.dumps(name)}" for name in dict.fromkeys(named)),
+            'tags: ["compress", "merge"]',
+            "---",
+            f"# {' + '.join(merge['models'])}, merged",
+            "",
+            f"Merged from fine-tunes of `{named[0]}` by Compress {facts['versions']['compress']}, method "
+            f"`{merge['method']}`{f' ({options})' if options else ''}. It is an ordinary model folder:",
+            "`AutoModelForCausalLM.from_pretrained` loads it.",
+            "",
+            "| model | folder | weight | entries changed | of those merged |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "Nothing here says how well it works: run `compress eval` on the tasks that matter.",
+            "",
+        ]
+    )
+
+
+def weights_of(model: Mapping[str, Any]) -> str:
+    """The weights of a model in one cell."""
+    weights = model["weights"]
+    return ", ".join(f"{weight:g}" if glob == "*" else f"{weight:g} in `{glob}`" for glob, weight in weights.items())

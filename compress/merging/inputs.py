@@ -1,0 +1,204 @@
+"""The base and the models that are merged: opened, named, and checked to be one architecture before any work.
+
+All have the base's tensors. Only the tables over the vocabulary may have more rows: what a fine-tune added. Those rows
+come from the one model that has them; of several, their mean, if their tokenizers are the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artifact import METHOD, Artifact, is_artifact
+from compress.errors import ArtifactError, RecipeError
+from compress.model.source import Checkpoint, Held, digest, display_name, locate
+from compress.plan import FLOATS
+from compress.sources import open_source
+from compress.stats import finite
+
+COMPUTED = {  # what a config says that changes what a model computes with equal tensors
+    "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
+    "intermediate_size", "hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps",
+    "layer_norm_epsilon", "rope_theta", "partial_rotary_factor", "tie_word_embeddings", "layer_types",
+    "num_experts_per_tok", "num_local_experts", "scale_attn_weights", "logit_scale", "final_logit_softcapping",
+    "attn_logit_softcapping", "query_pre_attn_scalar",
+}  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """A model to merge. `key` is made of its bytes: the order and the draws of a merge depend on it, not on labels."""
+
+    label: str
+    source: Checkpoint
+    sha256: dict[str, str]
+    key: str
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor; raises ArtifactError if it is not finite."""
+        return checked(self.source, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What is merged; `members` in an order that does not depend on the user's, `order` is theirs.
+
+    `teller` is whose config and tokenizer the result gets: the base, or a model with a larger vocabulary.
+    """
+
+    base: Checkpoint
+    sha256: dict[str, str]
+    members: tuple[Member, ...]
+    order: tuple[str, ...]
+    growers: tuple[Member, ...]
+
+    @property
+    def teller(self) -> Checkpoint:
+        """Whose config and companions the result gets."""
+        return self.growers[0].source if self.growers else self.base
+
+    def names(self) -> list[str]:
+        """All tensors, sorted."""
+        return sorted(self.base.headers)
+
+    def merges(self, name: str) -> bool:
+        """Whether a tensor holds floating-point numbers; the others are the same in every model."""
+        return self.base.headers[name].dtype in FLOATS
+
+    def header(self, name: str) -> Held:
+        """What the merged tensor is: the base's dtype, and as many rows as any model has."""
+        held = self.base.headers[name]
+        return held._replace(shape=max([held.shape, *(m.source.headers[name].shape for m in self.growers)]))
+
+
+def checked(source: Checkpoint, name: str) -> Tensor:
+    """One tensor; raises ArtifactError if it holds NaN or infinite values."""
+    found = source.tensor(name)
+    if found.is_floating_point() and not finite(found):
+        raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
+    return found
+
+
+def open_inputs(base: Path, folders: Mapping[str, Path]) -> Inputs:
+    """The base and the models by label; a delta of the base is what it decodes to.
+
+    Everything is compared before the files are hashed. Raises ArtifactError for a folder that is no plain model of the
+    base's architecture and no delta of the base.
+    """
+    opened = open_source(base)
+    sources = {label: open_model(path, base) for label, path in folders.items()}
+    for label, source in sources.items():
+        compare(opened, label, source)
+    members = sorted(members_of(sources), key=lambda m: m.key)
+    return Inputs(
+        base=opened,
+        sha256=opened.digests(),
+        members=tuple(members),
+        order=tuple(folders),
+        growers=grown(opened, members),
+    )
+
+
+def open_model(path: Path, base: Path) -> Checkpoint:
+    """A fine-tuned model, or what a delta of the base decodes to."""
+    return Artifact(path, base) if is_artifact(path) and Artifact(path).is_delta else open_source(path)
+
+
+def labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
+    """Label -> folder, called as it is where no label is given.
+
+    Raises RecipeError for labels that are unfit or used twice, ArtifactError for what is no model folder.
+    """
+    if isinstance(models, str) or not isinstance(models, (Mapping, Sequence)) or not models:
+        raise RecipeError(
+            f"models: {models!r} is not a list of folders, or a mapping of names to them, of at least one"
+        )
+    pairs = list(models.items()) if isinstance(models, Mapping) else [("", model) for model in models]
+    found: dict[str, Path] = {}
+    for label, model in pairs:
+        path = locate(model)
+        name = label or display_name(path)
+        if not isinstance(name, str) or set(name) & set(":=,*\n"):
+            raise RecipeError(f"models: {name!r} is not a usable name; it must have none of : = , *")
+        if name in found:
+            raise RecipeError(f"models: two are called {name!r}; name them, as in one=FOLDER two=FOLDER")
+        found[name] = path
+    return found
+
+
+def members_of(sources: Mapping[str, Checkpoint]) -> Iterator[Member]:
+    """The opened models, hashed; equal ones get different keys."""
+    seen: dict[str, int] = {}
+    for label, source in sources.items():
+        digests = source.digests()
+        whole = sha256("".join(digests.values()).encode()).hexdigest()
+        seen[whole] = seen.get(whole, 0) + 1
+        yield Member(label=label, source=source, sha256=digests, key=f"{whole}.{seen[whole]}")
+
+
+def compare(base: Checkpoint, where: str, model: Checkpoint) -> None:
+    """Raise ArtifactError for the first difference in architecture of the model called `where` from the base."""
+    mine, theirs = model.headers, base.headers
+    for key, want, got in differences(base.config, model.config):
+        raise ArtifactError(f"{where}: config.json says {key} {got!r}, the base's {want!r}; they cannot be merged")
+    for name in sorted(mine.keys() ^ theirs.keys()):
+        has, lacks = (where, "the base") if name in mine else ("the base", where)
+        raise ArtifactError(f"{where}: {has} has {name}, {lacks} has not; they cannot be merged")
+    entries = vocabulary(base.config)
+    for name, held in sorted(theirs.items()):
+        found = mine[name]
+        grew = found.shape[:1] > held.shape[:1] == (entries,) and found.shape[1:] == held.shape[1:]
+        if found.shape != held.shape and not grew:
+            raise ArtifactError(f"{where}: {name} is {list(found.shape)}, the base's {list(held.shape)}")
+        if (found.dtype in FLOATS) != (held.dtype in FLOATS):
+            raise ArtifactError(f"{where}: {name} holds {found.dtype}, the base's {held.dtype}")
+        if held.dtype not in FLOATS and not torch.equal(base.tensor(name), model.tensor(name)):
+            raise ArtifactError(f"{where}: {name} holds {held.dtype} and differs from the base's; it cannot be merged")
+
+
+def differences(base: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, the base's value, the other's) of what both configs say differently and a model computes with."""
+    for key in sorted(base.keys() & other.keys()):
+        where, want, got = f"{path}{key}", base[key], other[key]
+        if isinstance(want, dict) and isinstance(got, dict):
+            yield from differences(want, got, f"{where}.")
+        elif want != got and (key in COMPUTED or "rope_" in where):
+            yield where, want, got
+
+
+def vocabulary(config: Mapping[str, Any]) -> int | None:
+    """The entries of the vocabulary that a config names, at its top or for its language part."""
+    told = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return told if isinstance(told, int) else None
+
+
+def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
+    """The models with more rows than the base in some table.
+
+    Raises ArtifactError if there are several and their new rows need not mean the same.
+    """
+    sizes = base.shapes()
+    found = [m for m in members if m.source.shapes() != sizes]
+    for other in found[1:]:
+        first = found[0]
+        same = other.source.shapes() == first.source.shapes()
+        if not same or tokenizer(first, base) != tokenizer(other, base):
+            raise ArtifactError(
+                f"{first.label} and {other.label} both add to the base's vocabulary, with different tokenizers: what "
+                "their new entries mean differs; merge one of them only"
+            )
+    return tuple(found)
+
+
+def tokenizer(member: Member, base: Checkpoint) -> dict[str, str]:
+    """The hashes of a model's tokenizer files; those that a delta has in common with its base lie there."""
+    folders = [member.source.path, *([base.path] if member.source.decoded_from == METHOD else [])]
+    held = {name: [f / name for f in folders if (f / name).is_file()] for name in TOKENIZERS}
+    return {name: digest(files[0]) for name, files in held.items() if files}

@@ -1,0 +1,164 @@
+"""RegMean: the weight whose outputs on every model's own inputs are nearest to that model's; the rest is averaged.
+
+The models walk side by side, a block of each in memory, every one over its own calibration tokens; the merged block is
+written before the next is loaded. A site is any linear map of a block but an expert that a router chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.calibration import Tokens, draw
+from compress.errors import CalibrationError
+from compress.merging.inputs import Inputs, Member, checked
+from compress.merging.method import Method, total
+from compress.merging.stream import Stream, finite_in
+from compress.model.block import Block
+from compress.model.site import Site
+from compress.model.source import Checkpoint, dtype_of
+from compress.model.walk import Walk
+from compress.model.whole import Whole
+from compress.plan import check_tensors, longest_window, tokenizer_of
+from compress.recipe import Calibration
+from compress.shards import Entry
+from compress.stats import Gram
+
+DAMPING = 1e-6  # of the mean of the diagonal; float32 Grams are not positive definite to their last digits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegMean(Method):
+    """W = (sum_k w_k W_k G_k) (sum_k w_k G_k)^-1, G_k the mean x xᵀ of model k's inputs, off the diagonal shrunk.
+
+    Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, eq. 2, and
+    section 3.3 for the shrinking, where alpha is 1 - shrink. Deviations: G is a mean, so that models count by their
+    weight and not by their tokens; 1e-6 of its mean diagonal is added to it.
+    """
+
+    name = "regmean"
+    shared = True
+    shrink: Annotated[
+        float, Field(ge=0, le=1, allow_inf_nan=False, description="share taken off what is off the Gram's diagonal")
+    ] = 0.1
+
+    def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The weighted mean, of what is no site."""
+        return total(changes, weights).div_(sum(weights))
+
+
+def regression(
+    changes: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], shrink: float
+) -> Tensor | None:
+    """The merged change [out, in] of those of models whose inputs have these Grams [in, in], float64.
+
+    None if the sum of the Grams is not positive definite. One change alone is itself.
+    """
+    if len(changes) == 1:
+        return changes[0]
+    left_OI, right_II = torch.zeros_like(changes[0]), torch.zeros_like(grams[0], dtype=torch.float64)
+    for change_OI, gram_II, weight in zip(changes, grams, weights, strict=True):
+        shrunk_II = gram_II.double() * ((1 - shrink) * weight)
+        diagonal_I = gram_II.diagonal().double() * weight
+        shrunk_II.diagonal().copy_(diagonal_I + DAMPING * diagonal_I.mean().clamp(min=1e-30))
+        left_OI.addmm_(change_OI, shrunk_II)
+        right_II += shrunk_II
+    factor_II, failed = torch.linalg.cholesky_ex(right_II)
+    return None if int(failed) else torch.cholesky_solve(left_OI.T, factor_II).T
+
+
+class SideBySide:
+    """The merged tensors of a model in the order of its blocks, each model walked over its own calibration."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        stream: Stream,
+        method: RegMean,
+        calibrations: Mapping[str, Calibration],
+        device: torch.device,
+    ) -> None:
+        self.inputs, self.stream, self.method = inputs, stream, method
+        for member in inputs.members:  # a walk would only say that its output is not finite
+            for name in inputs.names():
+                member.tensor(name)
+        self.walks = {m.label: walk_through(m, device) for m in inputs.members}
+        self.tokens = {
+            m.label: tokens_of(self.walks[m.label], m, inputs.base, calibrations[m.label]) for m in inputs.members
+        }
+        self.regressed: list[str] = []
+
+    def parts(self) -> Iterator[list[Entry]]:
+        """What is to be written, a block at a time, each before the next is asked for."""
+        anatomy = next(iter(self.walks.values())).anatomy
+        yield self.stream.entries(anatomy.frame())
+        wholes = [Whole(w, self.tokens[label].windows, self.tokens[label].probe_NT) for label, w in self.walks.items()]
+        for blocks in zip(*(whole.blocks((Gram,)) for whole in wholes), strict=True):
+            present = dict(zip(self.walks, blocks, strict=True))
+            yield self.stream.entries(anatomy.tensors_of(blocks[0].index), partial(self.merged, blocks=present))
+
+    def facts(self) -> dict[str, Any]:
+        """The tokens of each model, and the tensors that are no mean."""
+        named = {label: {"name": tokens.name, "sha256": tokens.sha256} for label, tokens in self.tokens.items()}
+        return {"calibration": named, "regressed": sorted(self.regressed)}
+
+    def merged(self, name: str, blocks: Mapping[str, Block]) -> Tensor:
+        """One tensor of a block: by regression if it is a site of which every model has a Gram, averaged otherwise."""
+        weights = self.stream.weights(name)
+        sites = {label: site_of(blocks[label], name) for label in weights}
+        if len(weights) == 1 or not all(site is not None and Gram in site.stats for site in sites.values()):
+            return self.stream.tensor(name)
+        self.regressed.append(name)
+        site, base = next(s for s in sites.values() if s is not None), checked(self.inputs.base, name)
+        turned = site.transposed != site.place.turned
+        base_OI = base.T.double() if turned else base.double()
+        members = [m for m in self.inputs.members if m.label in weights]
+        owns = [m.tensor(name).double() for m in members]
+        changes = [(own.T if turned else own) - base_OI for own in owns]
+        for label, change in zip(weights, changes, strict=True):
+            self.stream.count(label, change, change)
+        grams = [s.stats[Gram] for s in sites.values() if s is not None]
+        there = [change.to(grams[0].device) for change in changes]
+        moved_OI = regression(there, grams, list(weights.values()), self.method.shrink)
+        if moved_OI is None:
+            raise CalibrationError(
+                f"{site.name}: the Grams of its inputs are not positive definite; raise shrink or give more samples"
+            )
+        merged_OI = (base_OI + moved_OI.cpu()).to(base.dtype)
+        return finite_in((merged_OI.T if turned else merged_OI).contiguous(), base.dtype, name)
+
+
+def site_of(block: Block, name: str) -> Site | None:
+    """The site that is all of a tensor of the file and sees every token, or None."""
+    found = [site for site in block.sites.values() if site.place.tensor == name]
+    return found[0] if len(found) == 1 and found[0].whole and not found[0].place.routed else None
+
+
+def walk_through(member: Member, device: torch.device) -> Walk:
+    """A walk through a model; raises ArtifactError if its files do not fit its config."""
+    source = member.source
+    walk = Walk(source.config, source, dtype_of(source.config), device)
+    check_tensors(walk, source)
+    return walk
+
+
+def tokens_of(walk: Walk, member: Member, base: Checkpoint, calibration: Calibration) -> Tokens:
+    """The calibration tokens of a model, by its own tokenizer, or the base's if it has none: a delta may leave it out.
+
+    Raises CalibrationError if neither can be loaded, data cannot be had, or a token is unknown to the model.
+    """
+    tokenizer = tokenizer_of(member.source.path) or tokenizer_of(base.path)
+    if tokenizer is None:
+        raise CalibrationError(f"{member.label}: no tokenizer can be loaded, and regmean needs one")
+    tokens = draw(calibration, tokenizer, longest_window(walk))
+    known = int(walk.model.get_input_embeddings().num_embeddings)
+    largest = int(max(ids.max() for ids in (*tokens.windows, tokens.probe_NT) if ids.numel()))
+    if largest >= known:
+        raise CalibrationError(f"{member.label}: the tokenizer yields token {largest}, the model knows {known}")
+    return tokens
