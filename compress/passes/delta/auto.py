@@ -19,10 +19,12 @@ from compress.passes.quantization.gptq import GPTQ
 from compress.passes.quantization.rtn import RTN
 from compress.stats import Gram
 from compress.weights import Weight
+from compress.weights.bits import packed_size
 
 WIDTHS = (2, 3, 4)  # bits of a code
 PLAIN = 16  # of a stored number
-Pipeline = tuple[WeightPass, ...]
+TRIES = 3  # of a codec that takes more than it was asked for, because its positions do
+MARGIN = 0.97
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,44 +44,46 @@ class Auto(Codec, name="auto"):
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Some codec must fit."""
-        if not any(fits(pipeline, site, shape) for pipeline in self.pipelines(shape)):
+        if not any(fits(step, site, shape) for step in self.codecs(shape, self.bits)):
             raise RecipeError(
                 f"{self.name}: {site}: no codec stores {shape[0]}x{shape[1]} in {self.bits:g} bits a weight"
             )
 
-    def pipelines(self, shape: tuple[int, int]) -> Iterator[Pipeline]:
-        """What may fit."""
-        yield (DeltaCoMe(bits=self.bits),)
-        if self.bits >= 1:
-            for scale in ("row", "matrix"):
-                yield (BitDelta(levels=min(4, floor(self.bits)), scale=scale),)
+    def codecs(self, shape: tuple[int, int], bits: float) -> Iterator[WeightPass]:
+        """What may fit in `bits` a weight, in an order that does not depend on them."""
+        yield DeltaCoMe(bits=bits)
+        for scale in ("row", "matrix"):
+            yield BitDelta(levels=min(4, max(1, floor(bits))), scale=scale)
         for width in WIDTHS:
+            yield GPTQ(bits=width, group=0, search=True)
+            yield SparseGPT(sparsity="2:4", bits=width, group=0)
             row = (PLAIN + width) / shape[1]  # bits a weight of a scale and a zero for each row
-            if self.bits > row:
-                yield (SparseGPT(sparsity=1 - kept_within(self.bits - row, width), bits=width, group=0),)
-            if self.bits > width + row:
-                yield (GPTQ(bits=width, group=0, search=True),)
-            if self.bits > 1 + width / 2 + row:
-                yield (SparseGPT(sparsity="2:4", bits=width, group=0),)
+            yield SparseGPT(sparsity=1 - kept_within(max(0.0, bits - row), width), bits=width, group=0)
 
     def rewrite(self, site: Site) -> Weight:
         """The best of all within the budget."""
-        tried: dict[str, float] = {}
-        best: Site | None = None
-        for pipeline in self.pipelines(site.shape):
-            if not fits(pipeline, site.name, site.shape):
-                continue
-            trial = attempt(site, pipeline)
-            if trial.weight.nbytes() > self.budget(site.shape):
-                continue
-            tried[named(pipeline)] = error = output_cost(trial)
-            if best is None or error < output_cost(best):
-                best = trial
-        if best is None:
+        made = [self.within(site, i) for i in range(len(list(self.codecs(site.shape, self.bits))))]
+        found = [(output_cost(trial), str(step), trial) for step, trial in filter(None, made)]
+        if not found:
             raise RecipeError(f"{self.name}: {site.name}: no codec stored it in {self.bits:g} bits a weight")
+        best = min(found, key=lambda row: row[0])[2]
         site.fallbacks += best.fallbacks
-        site.ledger |= best.ledger | {"codecs": tried}
+        site.ledger |= best.ledger | {"codecs": {name: cost for cost, name, _ in found}}
         return best.weight
+
+    def within(self, site: Site, index: int) -> tuple[WeightPass, Site] | None:
+        """What a codec makes of a site, asked for fewer bits if it took too many; None if it cannot."""
+        asked, aim, budget = None, self.bits, self.budget(site.shape)
+        for _ in range(TRIES):
+            step = list(self.codecs(site.shape, aim))[index]
+            if step == asked or least_bytes(step, site.shape) > budget or not fits(step, site.name, site.shape):
+                return None
+            trial = site.apart(site.weight)
+            trial = trial.apart(step.rewrite(trial), keep=True)
+            if trial.weight.nbytes() <= budget:
+                return step, trial
+            asked, aim = step, aim * MARGIN * budget / trial.weight.nbytes()
+        return None
 
     def rewrite_unfed(self, site: Site) -> Weight:
         """What needs no statistics."""
@@ -88,28 +92,26 @@ class Auto(Codec, name="auto"):
             return sign
         width = 4
         largest = Magnitude(sparsity=1 - kept_within(self.bits, width), scope="matrix")
-        return attempt(site, (largest, RTN(bits=width, group=-1))).weight
+        pruned = site.apart(largest.rewrite_unfed(site))
+        return RTN(bits=width, group=-1).rewrite_unfed(pruned)
 
 
-def attempt(site: Site, pipeline: Pipeline) -> Site:
-    """What passes in a row make of a site, beside it; the module and what the site records stay as they are."""
-    trial = site.apart(site.weight)
-    for step in pipeline:
-        weight = step.rewrite(trial)
-        trial = trial.apart(weight, keep=True)
-    return trial
+def least_bytes(step: WeightPass, shape: tuple[int, int]) -> int:
+    """Bytes that a codec takes at least, its codes alone: what is larger need not be made."""
+    entries = shape[0] * shape[1]
+    match step:
+        case BitDelta(levels=bits) | GPTQ(bits=bits):
+            return packed_size(entries, bits)
+        case SparseGPT(sparsity=str(), bits=int(bits)):
+            return packed_size(entries // 2, bits) + packed_size(entries, 1)
+        case _:
+            return 0
 
 
-def fits(pipeline: Pipeline, site: str, shape: tuple[int, int]) -> bool:
-    """Whether every pass can handle a matrix of this shape."""
+def fits(step: WeightPass, site: str, shape: tuple[int, int]) -> bool:
+    """Whether a codec can handle a matrix of this shape."""
     try:
-        for step in pipeline:
-            step.check(site, shape)
+        step.check(site, shape)
     except RecipeError:
         return False
     return True
-
-
-def named(pipeline: Pipeline) -> str:
-    """What a pipeline is called in records."""
-    return " + ".join(str(step) for step in pipeline)

@@ -11,7 +11,7 @@ from pydantic import Field
 from compress.passes.base import WeightPass
 
 HALVINGS = 50
-CODING = 0.15  # bits by which the position of a kept entry exceeds its entropy, with some to spare
+CODING = 0.2  # bits by which the position of a kept entry exceeds its entropy, with some to spare
 
 
 @dataclass(frozen=True, kw_only=True)
