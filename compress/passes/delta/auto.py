@@ -25,6 +25,7 @@ WIDTHS = (2, 3, 4)  # bits of a code
 PLAIN = 16  # of a stored number
 TRIES = 3  # of a codec that takes more than it was asked for, because its positions do
 MARGIN = 0.97
+SCALE = 2  # bytes of a scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,8 @@ class Auto(Codec, name="auto"):
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Some codec must fit."""
-        if not any(fits(step, site, shape) for step in self.codecs(shape, self.bits)):
+        codecs, budget = self.codecs(shape, self.bits), self.budget(shape)
+        if not any(least_bytes(step, shape) <= budget and fits(step, site, shape) for step in codecs):
             raise RecipeError(
                 f"{self.name}: {site}: no codec stores {shape[0]}x{shape[1]} in {self.bits:g} bits a weight"
             )
@@ -97,13 +99,15 @@ class Auto(Codec, name="auto"):
 
 
 def least_bytes(step: WeightPass, shape: tuple[int, int]) -> int:
-    """Bytes that a codec takes at least, its codes alone: what is larger need not be made."""
+    """Bytes that a codec takes at least, its codes or its scales alone: what is larger need not be made."""
     entries = shape[0] * shape[1]
     match step:
         case BitDelta(levels=bits) | GPTQ(bits=bits):
             return packed_size(entries, bits)
         case SparseGPT(sparsity=str(), bits=int(bits)):
             return packed_size(entries // 2, bits) + packed_size(entries, 1)
+        case SparseGPT():
+            return SCALE * shape[0]
         case _:
             return 0
 
