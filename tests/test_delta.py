@@ -33,6 +33,7 @@ from compress import (
 from compress.artifact import Artifact, fingerprint, verify
 from compress.export.dense import export_dense
 from compress.model.source import Checkpoint
+from compress.passes import DARE, BitDelta
 from compress.sources import open_source
 from compress.weights import External, Masked, Sum
 
@@ -149,6 +150,10 @@ def test_nothing_to_store_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
         (SVDLLM(removed=0.8), GPTQ(bits=8, group=0, factors=True)),
         (Magnitude(sparsity=0.5), FineTune(steps=4, held_out=2, batch=2)),
         (Sensitivity(), RTN(bits=4, group=0)),
+        (BitDelta(levels=2), FineTune(steps=4, held_out=2, batch=2)),
+        (Magnitude(sparsity=0.8), BitDelta(fit="mean")),
+        (DARE(density=0.9), RTN(bits=8, group=0)),
+        (DARE(density=0.7, keep="importance"),),
     ],
 )
 def test_a_pass_rewrites_the_difference_alone(

@@ -96,7 +96,8 @@ class Reals(Learner):
 class FineTune(Trainer, name="finetune"):
     """Learn scales, fitted books, low-rank factors and kept weights by the block's output; codes and masks stay.
 
-    A right factor that sites of one input share stays one factor.
+    A right factor that sites of one input share stays one factor. Of signs the scales alone are learned: the
+    distillation of BitDelta, there by the logits.
     Source: Tseng et al., "QuIP#", ICML 2024, section 5 (fine-tuning within a block; there also sign vectors and
     norms); Leconte et al., "ReALLM", 2024, for factors.
     """
