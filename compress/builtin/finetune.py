@@ -165,7 +165,7 @@ def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
     report = {**options, "seconds": round(seconds), "scores": scores(model, tokenizer, task)}
     report |= {
         "missed": missed(report["scores"], task),
-        "difference": difference(before, dict(model.named_parameters())),
+        "difference": difference(before, model.state_dict()),
     }
     (arguments.out / "finetune.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
