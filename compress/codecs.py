@@ -47,13 +47,13 @@ def sparse(bits: float) -> Steps:
     return [{"wanda": {"sparsity": round(1 - kept(bits), 5), "scope": "matrix"}}, {"rtn": {"bits": CODED, "group": 0}}]
 
 
-def kept(bits: float) -> float:
-    """The share p of entries of which value and position take `bits` a weight: p (4 + log2(1/p) + spare)."""
+def kept(bits: float, coded: int = CODED) -> float:
+    """The share p of entries of which value and position take `bits` a weight: p (coded + log2(1/p) + spare)."""
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         p = (low + high) / 2
         position = min(1 / p, log2(1 / p) + SPARE)  # a bitmap, where that is smaller
-        low, high = (p, high) if p * (CODED + position) < bits else (low, p)
+        low, high = (p, high) if p * (coded + position) < bits else (low, p)
     return low
 
 

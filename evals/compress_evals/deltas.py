@@ -26,6 +26,7 @@ from compress.builtin.abilities import Ability, ability
 from compress.builtin.finetune import replay
 from compress.builtin.gates import exact_match
 from compress.codecs import METHODS as SHIPPED
+from compress.codecs import kept as share_kept
 from compress.errors import CompressError, RecipeError
 from compress.model.source import locate, read_json
 from compress.recipe import read_pass
@@ -97,8 +98,21 @@ def quantized(bits: float) -> Steps | None:
     return [{"gptq": {"bits": 2, "group": 0}}] if bits == 2 else None
 
 
+def sampled(bits: float) -> Steps:
+    """Unbiased like dare, but of what counts: positions are stored."""
+    return [{"dare": {"density": round(share_kept(bits, PLAIN), 5), "keep": "importance"}}]
+
+
+def published_signs(bits: float) -> Steps | None:
+    """One scale a matrix, the mean magnitude."""
+    return [{"bitdelta": {"scale": "matrix", "fit": "mean"}}] if bits == 1 else None
+
+
 METHODS: dict[str, Method] = {
     **{name: shipped(name) for name in SHIPPED},
+    "bitdelta as published": published_signs,
+    "delta-come as published": lambda bits: [{"delta-come": {"bits": bits, "bands": "published", "whitened": False}}],
+    "dare importance": sampled,
     "svd": lambda bits: [{"svd": {"removed": 1 - bits / PLAIN}}],
     "svd-llm, gptq": coded_factors,
     "magnitude, rtn": largest,

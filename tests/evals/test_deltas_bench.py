@@ -17,8 +17,9 @@ from compress_evals import deltas
 from compress_evals.deltas import BUDGETS, METHODS, DeltaBench, Measured, recipe_of
 from compress_evals.table import read
 
-ARE_HERE = ("deltazip", "lowrank", "sparse", "svd", "svd-llm, gptq", "magnitude, rtn", "gptq")
-SIZES = {"lowrank": (2.0, 1.0, 0.5), "gptq": (2.0,), "deltazip": (2.0,), "bitdelta": (2.0, 1.0)}
+ARE_HERE = [name for name in METHODS if name != "auto"]
+SIZES = {"lowrank": (2.0, 1.0, 0.5), "gptq": (2.0,), "deltazip": (2.0,), "bitdelta": (2.0, 1.0),
+         "bitdelta as published": (1.0,)}  # fmt: skip
 TRUE = Measured(
     method=deltas.TRUE, source="m", kl=[0.0] * 16, loss=[8.0] * 16, dense_loss=[8.0] * 16, tokens=16, seconds=0.0,
     right={deltas.OWN: "1" * 100, deltas.FACTS: "1" * 100},
