@@ -15,7 +15,6 @@ from compress.passes.delta.codec import kept_within
 from compress.recipe import read_pass
 
 PLAIN = 16  # bits of a stored number
-CODED = 2  # bits of a kept value of a sparse delta
 ROOM = 0.95  # of the bits of a sparse delta; the rest is for the scales of its rows
 Steps = list[dict[str, dict[str, Any]]]
 
@@ -43,9 +42,9 @@ def lowrank(bits: float) -> Steps:
 
 
 def sparse(bits: float) -> Steps:
-    """Few entries of two bits at any place, the others making up for what is cut, with their positions."""
-    share = kept_within(bits * ROOM, CODED)
-    return [{"sparsegpt": {"sparsity": round(1 - share, 5), "bits": CODED, "group": 0}}]
+    """The signs of few entries at any place, the others making up for what is cut, with their positions."""
+    share = kept_within(bits * ROOM, 1)
+    return [{"sparsegpt": {"sparsity": round(1 - share, 5)}}, {"bitdelta": {}}]
 
 
 def deltazip(bits: float) -> Steps:
@@ -73,3 +72,6 @@ def passes_of(method: str, bits: float) -> tuple[Pass, ...]:
     if not 0 < bits < PLAIN:
         raise RecipeError(f"--bits: {bits} is not allowed; give more than 0 and less than {PLAIN}")
     return tuple(read_pass(step, method) for step in METHODS[method](bits))
+
+
+__all__ = ["METHODS", "kept_within", "passes_of"]
