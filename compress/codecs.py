@@ -15,7 +15,8 @@ from compress.passes.delta.codec import kept_within
 from compress.recipe import read_pass
 
 PLAIN = 16  # bits of a stored number
-ROOM = 0.95  # of the bits of a sparse delta; the rest is for the scales of its rows
+CODED = 4  # bits of an entry that chance has kept
+ROOM = 0.95  # of the bits of a sparse delta; the rest is for scales, and for chance
 Steps = list[dict[str, dict[str, Any]]]
 
 
@@ -32,8 +33,8 @@ def delta_come(bits: float) -> Steps:
 
 
 def dare(bits: float) -> Steps:
-    """A random share in full; which it is costs nothing."""
-    return [{"dare": {"density": min(1.0, bits / PLAIN)}}]
+    """A random share in four bits; which it is costs nothing."""
+    return [{"dare": {"density": min(1.0, bits * ROOM / CODED)}}, {"rtn": {"bits": CODED, "group": -1}}]
 
 
 def lowrank(bits: float) -> Steps:

@@ -126,7 +126,7 @@ METHODS: dict[str, Method] = {
     "magnitude, rtn": partial(few, "magnitude"),
     "wanda, rtn": partial(few, "wanda"),
     "sparsegpt, 2 bits": coded_sparse,
-    "dare, rtn": lambda bits: [{"dare": {"density": bits / CODED}}, {"rtn": {"bits": CODED, "group": -1}}],
+    "dare as published": lambda bits: [{"dare": {"density": bits / PLAIN}}],
     "gptq": quantized,
 }
 
