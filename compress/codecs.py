@@ -34,7 +34,7 @@ def delta_come(bits: float) -> Steps:
 
 def dare(bits: float) -> Steps:
     """A random share in four bits; which it is costs nothing."""
-    return [{"dare": {"density": min(1.0, bits * ROOM / CODED)}}, {"rtn": {"bits": CODED, "group": -1}}]
+    return [{"dare": {"density": min(1.0, round(bits * ROOM / CODED, 5))}}, {"rtn": {"bits": CODED, "group": -1}}]
 
 
 def lowrank(bits: float) -> Steps:
@@ -43,9 +43,15 @@ def lowrank(bits: float) -> Steps:
 
 
 def sparse(bits: float) -> Steps:
-    """The signs of few entries at any place, the others making up for what is cut, with their positions."""
-    share = kept_within(bits * ROOM, 1)
-    return [{"sparsegpt": {"sparsity": round(1 - share, 5)}}, {"bitdelta": {}}]
+    """Few entries at any place, the others making up for what is cut, with their positions.
+
+    Of up to a bit and a half a weight it is their signs that are kept, above that two bits of each, then four.
+    """
+    width = 1 if bits < 1.5 else 2 if bits < 2.5 else 4
+    sparsity = round(1 - kept_within(bits * ROOM, width), 5)
+    if width == 1:
+        return [{"sparsegpt": {"sparsity": sparsity}}, {"bitdelta": {}}]
+    return [{"sparsegpt": {"sparsity": sparsity, "bits": width, "group": 0}}]
 
 
 def deltazip(bits: float) -> Steps:
