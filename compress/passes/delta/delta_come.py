@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -103,14 +104,19 @@ def lagrangian(energy_R: Tensor, noise_R: Tensor, shape: tuple[int, int], budget
     return torch.cat((more_R[:first], less_R[first:]))
 
 
+def fits_in(budget: int, bits: int, shape: tuple[int, int], pairs: int) -> bool:
+    """Whether a band does."""
+    return band_bytes(pairs, bits, shape) <= budget
+
+
 def published(pairs: int, shape: tuple[int, int], budget: int) -> Tensor:
     """2 pairs of 8 bits and 32 of 3 for a side of 4096, in proportion for others; the rest has 2 bits; int64 [R]."""
     part = min(shape) / SIDE
     counts: dict[int, int] = {}
     for bits, wanted in ((8, max(1, round(2 * part))), (3, max(1, round(32 * part))), (2, pairs)):
-        left = min(wanted, pairs - sum(counts.values()))
-        before = dict(counts)
-        counts[bits] = most(left, lambda n, b=bits, c=before: plan_bytes({**c, b: n}, shape) <= budget)  # type: ignore[misc]
+        left = budget - plan_bytes(counts, shape)
+        fits = partial(fits_in, left, bits, shape)
+        counts[bits] = most(min(wanted, pairs - sum(counts.values())), fits)
     listed = [bits for bits, number in counts.items() for _ in range(number)]
     return torch.tensor(listed + [0] * (pairs - len(listed)))
 
