@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.errors import RecipeError, nearest
 from compress.passes import Pass
-from compress.passes.delta.codec import kept_within
+from compress.passes.codec import kept_within
 from compress.recipe import read_pass
 
 PLAIN = 16  # bits of a stored number

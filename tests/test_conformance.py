@@ -24,6 +24,7 @@ from compress.passes import (
     BlockPass,
     BlockQuantizer,
     Budget,
+    Codec,
     Corrector,
     Equalizer,
     Factorizer,
@@ -114,7 +115,7 @@ def test_every_concrete_pass_class_is_registered() -> None:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
-    abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer, Factorizer, Corrector}
+    abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer, Factorizer, Corrector, Codec}
     abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, Trainer, Learned, StructuredPruner}
     assert ours - set(PASSES.values()) == abstract
 

@@ -20,10 +20,10 @@ from compress.passes.base import (
     windows_at_once,
 )
 from compress.passes.budget import governed
+from compress.passes.codec import Codec
 from compress.passes.corrector import Corrector
 from compress.passes.delta.auto import Auto
 from compress.passes.delta.bitdelta import BitDelta
-from compress.passes.delta.codec import Codec
 from compress.passes.delta.dare import DARE
 from compress.passes.delta.delta_come import DeltaCoMe
 from compress.passes.equalizer import Equalizer

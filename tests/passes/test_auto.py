@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress import Auto, BitDelta, DeltaCoMe, Product, RecipeError, Site, Sum
-from compress.passes.delta.codec import kept_within
+from compress.passes.codec import kept_within
 from compress.passes.probes import output_cost
 from compress.weights import Masked, Quantized, Signs
 

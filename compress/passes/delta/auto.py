@@ -9,8 +9,8 @@ from math import floor
 from compress.errors import RecipeError
 from compress.model.site import Site
 from compress.passes.base import WeightPass
+from compress.passes.codec import Codec, kept_within
 from compress.passes.delta.bitdelta import BitDelta
-from compress.passes.delta.codec import Codec, kept_within
 from compress.passes.delta.delta_come import DeltaCoMe
 from compress.passes.probes import output_cost
 from compress.passes.pruning.magnitude import Magnitude

@@ -16,7 +16,7 @@ from compress.model.site import Site
 from compress.model.whole import Whole
 from compress.passes.base import Budget, GridQuantizer, Pruner, Sparsity, WeightPass
 from compress.passes.budget import density
-from compress.passes.delta.codec import Codec
+from compress.passes.codec import Codec
 from compress.passes.factorizer import Factorizer
 from compress.passes.probes import LEAST, Probes, output_cost, rewritten
 from compress.stats import Gram
