@@ -161,11 +161,15 @@ def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
     model.to(torch.bfloat16).save_pretrained(arguments.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BASE / name, arguments.out / name)
+    saved = AutoModelForCausalLM.from_pretrained(arguments.out, local_files_only=True, dtype="auto")
     options = {name: value for name, value in vars(arguments).items() if name != "out"}
-    report = {**options, "seconds": round(seconds), "scores": scores(model, tokenizer, task)}
-    report |= {
-        "missed": missed(report["scores"], task),
-        "difference": difference(before, model.state_dict()),
+    found = scores(saved, tokenizer, task)
+    report = {
+        **options,
+        "seconds": round(seconds),
+        "scores": found,
+        "missed": missed(found, task),
+        "difference": difference(before, saved.state_dict()),
     }
     (arguments.out / "finetune.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
