@@ -95,10 +95,10 @@ def few(by: str, bits: float) -> Steps:
     return [{by: {"sparsity": round(1 - share, 5), "scope": "matrix"}}, {"rtn": {"bits": CODED, "group": -1}}]
 
 
-def coded_sparse(bits: float) -> Steps:
-    """The shipped sparse delta, but fewer entries, of two bits."""
+def coded_sparse(bits: float) -> Steps | None:
+    """Where the shipped sparse delta keeps signs: fewer entries, of two bits."""
     share = kept_within(0.95 * bits, 2)
-    return [{"sparsegpt": {"sparsity": round(1 - share, 5), "bits": 2, "group": 0}}]
+    return [{"sparsegpt": {"sparsity": round(1 - share, 5), "bits": 2, "group": 0}}] if bits < 1.5 else None
 
 
 def quantized(bits: float) -> Steps | None:

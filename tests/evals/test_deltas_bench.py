@@ -17,7 +17,6 @@ from compress_evals import deltas
 from compress_evals.deltas import BUDGETS, METHODS, DeltaBench, Measured, recipe_of
 from compress_evals.table import read
 
-ARE_HERE = [name for name in METHODS if name != "auto"]
 SIZES = {"lowrank": (2.0, 1.0, 0.5), "gptq": (2.0,), "deltazip": (2.0,), "bitdelta": (2.0, 1.0),
          "bitdelta as published": (1.0,)}  # fmt: skip
 TRUE = Measured(
@@ -111,8 +110,8 @@ def test_calibration_is_what_the_model_was_tuned_on(bench: DeltaBench, tmp_path:
 
 
 def test_every_row_has_a_recipe_of_its_own() -> None:
-    found = [deltas.recipe_key(r) for m in ARE_HERE for b in BUDGETS if (r := recipe_of(m, b)) is not None]
-    assert len(set(found)) == len(found) > 2 * len(ARE_HERE)
+    found = [deltas.recipe_key(r) for m in METHODS for b in BUDGETS if (r := recipe_of(m, b)) is not None]
+    assert len(set(found)) == len(found) > 2 * len(METHODS)
 
 
 @pytest.mark.parametrize("method", SIZES)
