@@ -113,6 +113,7 @@ from compress.weights import (
 
 if TYPE_CHECKING:
     from compress.driver import Report
+    from compress.merging import Merged
 
 register_when_needed()
 
@@ -214,6 +215,15 @@ def load(
     if not packed and cache and cache != "recipe":
         attach(model, cache)
     return model.eval()
+
+
+def merge(
+    base: str | Path, models: Mapping[str, str | Path] | Sequence[str | Path], out: str | Path, **options: Any
+) -> Merged:
+    """Merge fine-tunes of `base`, whole or as deltas of it, into the folder `out`; see `compress.merging.merge`."""
+    from compress.merging import merge as run
+
+    return run(base, models, out, **options)
 
 
 def require_evals() -> None:
@@ -343,6 +353,7 @@ __all__ = [
     "accept",
     "evaluate",
     "load",
+    "merge",
     "pattern",
     "run",
 ]  # fmt: skip
