@@ -19,7 +19,7 @@ from rich.console import Console
 from compress import __version__
 from compress.commands import delta
 from compress.commands.merge import merge
-from compress.commands.output import Json, Out, result, screen
+from compress.commands.output import Json, Out, bytes_of, result, screen
 from compress.errors import CompressError, RecipeError
 
 app = typer.Typer(
@@ -86,22 +86,13 @@ def run(
         emit=events.fan_out(sinks),
         device=device,
         force=force,
-        shard_size=bytes_of(shard_size),
+        shard_size=bytes_of(shard_size, "--shard-size"),
         offload=offload,
         dequantize=dequantize,
     )
     touched = sum(report.coverage.touched.values())
     coverage = {"touched": touched, "missed": report.coverage.missed, "untouched": report.coverage.reasons()}
     result({**{k: v for k, v in asdict(report).items() if k != "coverage"}, "coverage": coverage}, as_json)
-
-
-def bytes_of(text: str) -> int:
-    """The bytes a size such as `500MB` means; raises RecipeError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
-    if not 1 <= size <= 2**63:
-        raise RecipeError(f"--shard-size: {text!r} is not a size; give a number with KB, MB, GB or TB")
-    return int(size)
 
 
 @app.command("eval")
@@ -189,7 +180,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="any model folder")], as
         "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],
         "calibration": made["calibration"]["name"], "sizes": made["sizes"], "probe": made["probe"],
         "recipe": made["recipe"], "untouched": by_reason(made["untouched"].values()),
-        "reshaped": made.get("reshaped", []), "sites": made["sites"],
+        "reshaped": made.get("reshaped", []), "base": made.get("base"), "sites": made["sites"],
     }  # fmt: skip
     result(view, as_json, *inspect_table(view))
 

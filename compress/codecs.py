@@ -72,13 +72,19 @@ METHODS: dict[str, Callable[[float], Steps]] = {
 }  # fmt: skip
 
 
-def passes_of(method: str, bits: float) -> tuple[Pass, ...]:
-    """The passes of a method at so many bits a weight; raises RecipeError for one that cannot be that small."""
+def passes_of(method: str, bits: float, distill: int = 0) -> tuple[Pass, ...]:
+    """The passes of a method at so many bits a weight, of signs with so many steps of learning their scales.
+
+    Raises RecipeError for one that cannot be that small, or has no scales to learn.
+    """
     if method not in METHODS:
         raise RecipeError(f"--method: {method!r} is unknown{nearest(method, METHODS)}")
     if not 0 < bits < PLAIN:
         raise RecipeError(f"--bits: {bits} is not allowed; give more than 0 and less than {PLAIN}")
-    return tuple(read_pass(step, method) for step in METHODS[method](bits))
+    if distill and method != "bitdelta":
+        raise RecipeError(f"--distill: {method} has no scales that could be learned alone; use bitdelta")
+    learned: Steps = [{"finetune": {"steps": distill}}] if distill else []
+    return tuple(read_pass(step, method) for step in METHODS[method](bits) + learned)
 
 
 __all__ = ["METHODS", "kept_within", "passes_of"]

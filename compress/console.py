@@ -147,6 +147,8 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         f"{sizes['bits_per_weight']:.2f} bits a block weight; probe KL {view['probe']['kl']:.4g} nats",
         "untouched: " + ", ".join(f"{n:,} ({escape(reason)})" for reason, n in view["untouched"].items()),
     ]
+    if view.get("base"):
+        lines.insert(1, f"a delta of {escape(view['base']['name'])}; errors are relative to the difference")
     lines[1:1] = [f"{step['change']} ({step['step']})" for step in view["reshaped"]]
     return [*([table] if view["sites"] else []), *lines]
 

@@ -31,11 +31,12 @@ from compress import (
     VerificationError,
 )
 from compress.artifact import Artifact, fingerprint, verify
+from compress.codecs import passes_of
 from compress.export.dense import export_dense
 from compress.model.source import Checkpoint
 from compress.passes import DARE, BitDelta
 from compress.sources import open_source
-from compress.weights import External, Masked, Sum
+from compress.weights import External, Masked, Signs, Sum
 
 Run = Callable[..., tuple[int, str, str]]
 FEW = Calibration(samples=6, length=32)
@@ -399,6 +400,47 @@ def test_the_command_line(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path:
     assert Checkpoint(applied).names() == Checkpoint(finetuned).names()
 
 
+@pytest.mark.parametrize("method", ["auto", "dare", "delta-come", "lowrank", "sparse"])
+def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any, tmp_path: Path, method: str) -> None:
+    base = model_folder("llama", "bfloat16")
+    asked = ("--base", base, "--method", method, "--size", "9KB", "--out", tmp_path / "d", "--json")
+    code, _, said = cli("delta", "extract", tuned(base, tmp_path / "tuned"), *asked)
+    assert code == 0, said
+    stored = sum(row["bytes"] for row in Artifact(tmp_path / "d").provenance["sites"].values())
+    assert 5_000 < stored <= 9_900  # scales of rows of 48 weigh much, chance keeps a few more
+
+
+@pytest.mark.parametrize(("method", "bits"), [("bitdelta", "2"), ("deltazip", "3")])
+def test_other_methods_have_their_own_sizes(
+    cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path, method: str, bits: str
+) -> None:
+    asked = ("--base", tiny_llama, "--method", method, "--bits", bits, "--out", tmp_path / "d", "--json")
+    code, printed, said = cli("delta", "extract", finetuned, *asked)
+    assert code == 0, said
+    assert json.loads(printed)["bits_per_weight"] < float(bits) + 1.2  # scales of rows of 48 weigh much
+
+
+def test_scales_alone_are_distilled(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
+    asked = ("--base", tiny_llama, "--method", "bitdelta", "--json")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "passes: [bitdelta, {finetune: {steps: 8, held_out: 2}}]\ncalibration: {samples: 12, length: 32}\n"
+    )
+    plain = tmp_path / "p.yaml"
+    plain.write_text("passes: [bitdelta]\ncalibration: {samples: 12, length: 32}\n")
+    for file, out in ((recipe, "learned"), (plain, "plain")):
+        assert cli("delta", "extract", finetuned, *asked, "--recipe", file, "--out", tmp_path / out)[0] == 0
+    one, other = Artifact(tmp_path / "learned"), Artifact(tmp_path / "plain")
+    assert passes_of("bitdelta", 1.0, 8)[1] == FineTune(steps=8)
+    for site in one.specs:
+        match one.difference(site), other.difference(site):
+            case Signs(learned), Signs(first):
+                if "layers.0" in site:  # later blocks see another input, and start from other scales
+                    assert torch.equal(learned, first)
+            case _:
+                pytest.fail(site)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -407,6 +449,9 @@ def test_the_command_line(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path:
         (("--method", "bitdelta", "--bits", "0.5"), "--bits: 0.5 is less than"),
         (("--method", "deltazip", "--bits", "1"), "--bits: deltazip takes 2 or 3"),
         (("--recipe", "nowhere.yaml"), "no recipe file"),
+        (("--method", "sparse", "--distill", "5"), "--distill: sparse has no scales"),
+        (("--bits", "1", "--size", "1MB"), "--size: says what --bits says"),
+        (("--size", "much"), "--size: 'much' is not a size"),
     ],
 )
 def test_bad_methods_are_one_line(

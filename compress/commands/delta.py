@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from compress.commands.output import Json, Out, result, screen
+from compress.commands.output import Json, Out, bytes_of, result, screen
+from compress.errors import RecipeError
 
 app = typer.Typer(name="delta", help="Store fine-tuned models as small differences from one base.")
 Base = Annotated[str, typer.Option("--base", help="the model that was fine-tuned: a folder, or `builtin`")]
@@ -22,7 +23,15 @@ def extract(
     method: Annotated[
         str, typer.Option(help="auto, bitdelta, dare, delta-come, deltazip, lowrank or sparse; see also --recipe")
     ] = "auto",
-    bits: Annotated[float, typer.Option(help="bits a weight; 1 is a sixteenth of the model's own")] = 1.0,
+    bits: Annotated[
+        float | None, typer.Option(help="bits a weight; default: 1, a sixteenth of the model's own")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="instead of --bits: bytes of all rewritten matrices, such as 40MB")
+    ] = None,
+    distill: Annotated[
+        int, typer.Option(min=0, help="bitdelta: steps in which each block learns the scales of its signs")
+    ] = 0,
     recipe: Annotated[str | None, typer.Option(help="instead of --method: a recipe, done to the difference")] = None,
     out: Out = None,
     data: Annotated[
@@ -44,7 +53,11 @@ def extract(
     from compress.codecs import passes_of
     from compress.console import Progress
 
-    made = recipes.load(recipe) if recipe is not None else compress.Recipe(passes=passes_of(method, bits))
+    if bits is not None and size is not None:
+        raise RecipeError("--size: says what --bits says; give one of both")
+    wanted = 1.0 if bits is None else bits
+    wanted = wanted if size is None else bits_within(bytes_of(size, "--size"), finetuned)
+    made = recipes.load(recipe) if recipe else compress.Recipe(passes=passes_of(method, wanted, distill))
     delta = compress.Delta(base=base, embeddings=embeddings, head=head, others=others, vocabulary=vocabulary)
     calibration = made.calibration if data is None else replace(made.calibration, data=data)
     made = replace(made, delta=delta, calibration=calibration)
@@ -52,6 +65,15 @@ def extract(
     report = compress.run(finetuned, made, target, emit=Progress(screen()), device=device, force=force)
     value = {**{k: v for k, v in asdict(report).items() if k != "coverage"}, "share": share(report)}
     result(value, as_json)
+
+
+def bits_within(size: int, model: str) -> float:
+    """Bits a weight with which the matrices of a model take `size` bytes."""
+    from compress.model.source import locate
+    from compress.survey import survey
+
+    parameters: int = sum(row["parameters"] for row in survey(locate(model))["sites"])
+    return 8 * size / parameters
 
 
 def share(report: object) -> float:

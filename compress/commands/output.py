@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from compress.errors import RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Out = Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")]
@@ -28,3 +31,12 @@ def result(value: Any, as_json: bool, *renderables: Any) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for renderable in renderables:
         console.print(renderable, soft_wrap=isinstance(renderable, str))
+
+
+def bytes_of(text: str, option: str) -> int:
+    """The bytes a size such as `500MB` means; raises RecipeError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
+    if not 1 <= size <= 2**63:
+        raise RecipeError(f"{option}: {text!r} is not a size; give a number with KB, MB, GB or TB")
+    return int(size)
