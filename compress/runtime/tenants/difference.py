@@ -1,0 +1,36 @@
+"""What a fine-tune differs by from its base: what there is, and how to get it, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from compress.weights import Weight
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Difference:
+    """`weight(site)` is added to the matrix [out, in] of a site; `tensor(name)` is the fine-tune's own.
+
+    `nbytes` are the bytes of the stored form of all of them.
+    """
+
+    sites: Sequence[str]
+    weight: Callable[[str], Weight]
+    names: Sequence[str]
+    tensor: Callable[[str], Tensor]
+    nbytes: int
+
+    @staticmethod
+    def of(weights: Mapping[str, Weight], own: Mapping[str, Tensor] | None = None) -> Difference:
+        """One whose expressions and tensors are at hand."""
+        own = own or {}
+        return Difference(
+            sites=tuple(weights),
+            weight=weights.__getitem__,
+            names=tuple(own),
+            tensor=own.__getitem__,
+            nbytes=sum(w.nbytes() for w in weights.values()) + sum(int(t.nbytes) for t in own.values()),
+        )

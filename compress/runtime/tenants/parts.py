@@ -1,0 +1,173 @@
+"""From a weight expression to the form in which it stays in memory: packed as it is stored, computed with as it is.
+
+What no part knows is kept as `pack` stores it and unpacked at every call. All products are float32.
+Shapes: N tokens, O out, I in, K tenants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress.runtime.tenants.coded import PIECES, Codes
+from compress.runtime.tenants.part import Part, apart
+from compress.weights import Dense, Product, Quantized, Signs, Sum, Weight, pack, specify, unpack
+
+
+@dataclass(frozen=True, eq=False)
+class Plain(Part):
+    """A matrix in the dtype it is stored in."""
+
+    data: Tensor
+
+    def tensors(self) -> Sequence[Tensor]:
+        """The matrix."""
+        return (self.data,)
+
+    @property
+    def kind(self) -> Hashable:
+        """Shape and dtype."""
+        return "plain", self.data.shape, self.data.dtype
+
+    @classmethod
+    def together(cls, parts: Sequence[Plain], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
+        """One batched product where all tenants have as many tokens, else one each."""
+        x_NI = x_NI.float()
+        if len(parts) > 1 and min(counts) == max(counts):
+            d_KIO = torch.stack([part.data for part in parts]).float().transpose(1, 2)
+            return torch.bmm(x_NI.view(len(parts), counts[0], -1), d_KIO).flatten(0, 1)
+        y = [F.linear(x, part.data.float()) for x, part in zip(apart(x_NI, counts), parts, strict=True)]
+        return torch.cat(y) if len(y) > 1 else y[0]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix."""
+        return self.data[ids].float()
+
+    def describe(self) -> str:
+        """`plain`."""
+        return "plain"
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Part):
+    """Two factors, the right one first."""
+
+    left: Part
+    right: Part
+    inputs: int
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Those of both factors."""
+        return (*self.left.tensors(), *self.right.tensors())
+
+    @property
+    def kind(self) -> Hashable:
+        """Those of both factors."""
+        return "chain", self.left.kind, self.right.kind
+
+    @classmethod
+    def together(cls, parts: Sequence[Chain], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
+        """Two products."""
+        inner = parts[0].right.together([part.right for part in parts], x_NI, counts)
+        return parts[0].left.together([part.left for part in parts], inner, counts)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the left factor times the right one, which is decoded for it."""
+        first = next(iter(self.right.tensors()))
+        return self.left.rows(ids) @ self.right.linear(torch.eye(self.inputs, device=first.device)).T
+
+    def describe(self) -> str:
+        """`plain @ plain`."""
+        return f"{self.left.describe()} @ {self.right.describe()}"
+
+
+@dataclass(frozen=True, eq=False)
+class Total(Part):
+    """The sum of parts."""
+
+    terms: tuple[Part, ...]
+
+    def tensors(self) -> Sequence[Tensor]:
+        """Those of all terms."""
+        return [tensor for term in self.terms for tensor in term.tensors()]
+
+    @property
+    def kind(self) -> Hashable:
+        """Those of all terms."""
+        return "total", *(term.kind for term in self.terms)
+
+    @classmethod
+    def together(cls, parts: Sequence[Total], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
+        """Each term applied, added."""
+        each = zip(*(part.terms for part in parts), strict=True)
+        y_NO: Tensor = reduce(add, (terms[0].together(terms, x_NI, counts) for terms in each))
+        return y_NO
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The terms' rows, added."""
+        found: Tensor = reduce(add, (term.rows(ids) for term in self.terms))
+        return found
+
+    def describe(self) -> str:
+        """The terms joined by ` + `."""
+        return " + ".join(term.describe() for term in self.terms)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Part):
+    """Any expression in its stored form, unpacked at every call: right, and slow."""
+
+    spec: dict[str, Any]
+    held: dict[str, Tensor]
+    name: str
+
+    def tensors(self) -> Sequence[Tensor]:
+        """The stored tensors."""
+        return list(self.held.values())
+
+    @property
+    def kind(self) -> Hashable:
+        """Its shape: each computes on its own anyway."""
+        return "stored", *self.spec["shape"]
+
+    @classmethod
+    def together(cls, parts: Sequence[Stored], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
+        """The expressions' own products."""
+        each = zip(apart(x_NI.float(), counts), parts, strict=True)
+        return torch.cat([unpack(part.spec, part.held).linear(x) for x, part in each])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the whole matrix, decoded for them."""
+        return unpack(self.spec, self.held).dense().float()[ids]
+
+    def describe(self) -> str:
+        """`unpacked 2:4·int4g64`."""
+        return f"unpacked {self.name}"
+
+
+def resident(weight: Weight) -> Part:
+    """The expression as it stays in memory, sharing none of its tensors.
+
+    Raises UnsupportedWeight for an expression that has no stored form.
+    """
+    match weight:
+        case Dense(data):
+            return Plain(data.clone())
+        case Signs(positive, scale):
+            return Codes.of(positive.byte(), 1, scale * 2, 0.5)
+        case Quantized(codes, scale, zero, bits) if bits in PIECES:
+            return Codes.of(codes, bits, scale.clone(), 2.0 ** (bits - 1) if zero is None else zero.clone())
+        case Product(left, right):
+            return Chain(resident(left), resident(right), right.shape[1])
+        case Sum(terms):
+            return Total(tuple(resident(term) for term in terms))
+        case _:
+            held = {path: tensor.clone() for path, tensor in pack(weight).items()}
+            return Stored(specify(weight), held, weight.describe())

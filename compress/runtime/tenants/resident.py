@@ -1,0 +1,127 @@
+"""One tenant in memory: its parts by the input that they share, and its own tensors by the module that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ArtifactError
+from compress.runtime.tenants.coded import Codes, coded, joined
+from compress.runtime.tenants.difference import Difference
+from compress.runtime.tenants.layout import Layout
+from compress.runtime.tenants.part import Part
+from compress.runtime.tenants.parts import resident
+from compress.runtime.tenants.rows import Batch, Rows
+
+Group = tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """The differences of the modules of one input: one for each, None where there is none; as one where they join."""
+
+    parts: tuple[Part | None, ...]
+    codes: Codes | None
+
+    @staticmethod
+    def of(parts: Sequence[Part | None]) -> Shared:
+        """These parts, joined if they can be."""
+        codes = joined(parts)
+        return Shared(tuple(parts) if codes is None else (None,) * len(parts), codes)
+
+    def held(self) -> list[Part]:
+        """The parts there are."""
+        return [self.codes] if self.codes is not None else [part for part in self.parts if part is not None]
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """What tenants must agree in to be computed together."""
+        return self.codes.kind if self.codes is not None else tuple(part and part.kind for part in self.parts)
+
+    @staticmethod
+    def together(each: Sequence[Shared], x_NI: Tensor, counts: Sequence[int]) -> Sequence[Tensor | None]:
+        """What is added to the output of each module for the tokens of tenants of one kind, [N, O]."""
+        codes = [shared.codes for shared in each if shared.codes is not None]
+        if codes:
+            return coded(codes, x_NI, counts)
+        sites = zip(*(shared.parts for shared in each), strict=True)
+        return [None if parts[0] is None else parts[0].together(parts, x_NI, counts) for parts in sites]
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """`shared` by the modules of an input, `looked_up` by embedding, `own` by module: parameter -> its own tensor."""
+
+    shared: Mapping[Group, Shared]
+    looked_up: Mapping[str, Part]
+    own: Mapping[str, Mapping[str, Tensor]]
+
+    def nbytes(self) -> int:
+        """Bytes that stay in memory; what two modules share counts once."""
+        parts = [part for shared in self.shared.values() for part in shared.held()] + list(self.looked_up.values())
+        held = [tensor for part in parts for tensor in part.tensors()]
+        held += [tensor for tensors in self.own.values() for tensor in tensors.values()]
+        return sum({id(tensor): int(tensor.nbytes) for tensor in held}.values())
+
+
+def make_resident(difference: Difference, layout: Layout, model: nn.Module) -> Resident:
+    """A tenant's difference in the form in which it stays in memory, made one tensor at a time.
+
+    Raises ArtifactError or UnsupportedWeight where it does not fit the base.
+    """
+    device = next(model.parameters()).device
+    parts: dict[str, Part] = {}
+    for site in difference.sites:
+        names = layout.of_site(site, model)
+        weight = difference.weight(site)
+        known = layout.holders.get(f"{site}.weight")
+        shape = sorted(weight.shape)
+        if known and sorted(getattr(model.get_submodule(names[0]), known[0][1]).shape) != shape:
+            raise ArtifactError(f"{site}: the tenant's difference is {weight.shape}, the base's matrix is not")
+        part = resident(weight)
+        parts |= dict.fromkeys(names, part)
+    own: dict[str, dict[str, Tensor]] = {}
+    for name in difference.names:
+        tensor = difference.tensor(name).detach()
+        holders = layout.of_tensor(name, tensor, model)
+        tensor = tensor.to(device, copy=True)
+        for module, parameter in holders:
+            own.setdefault(module, {})[parameter] = tensor
+    looked_up = {name: part for name, part in parts.items() if isinstance(model.get_submodule(name), nn.Embedding)}
+    groups = {layout.groups[name] for name in parts if name not in looked_up}
+    shared = {group: Shared.of([parts.get(name) for name in group]) for group in sorted(groups)}
+    return Resident(shared, looked_up, {module: dict(sorted(tensors.items())) for module, tensors in own.items()})
+
+
+Added = tuple[Rows, Tensor]  # rows, and what is added to them, float32 [n, S, O]
+
+
+@dataclass(frozen=True, eq=False)
+class Alike:
+    """Tenants whose differences for the modules of one input are of one kind, with their rows."""
+
+    rows: Rows
+    numbers: tuple[tuple[int, ...], ...]
+    each: tuple[Shared, ...]
+
+    def added(self, x_BSI: Tensor) -> list[Added | None]:
+        """For each module, what is added to its output; None if nothing."""
+        x_nSI = self.rows.take(x_BSI)
+        rows, tokens, _ = x_nSI.shape
+        products = Shared.together(self.each, x_nSI.reshape(rows * tokens, -1), [len(n) * tokens for n in self.numbers])
+        return [None if y_NO is None else (self.rows, y_NO.unflatten(0, (rows, tokens))) for y_NO in products]
+
+
+def alike(batch: Batch[Resident], group: Group, device: torch.device) -> list[Alike]:
+    """The tenants of a batch that differ in the modules of a group, by kind."""
+    kinds: dict[Hashable, dict[Shared, Sequence[int]]] = {}
+    for owner, numbers in zip(batch.owners, batch.numbers, strict=True):
+        shared = owner.shared.get(group)
+        if shared is not None:
+            kinds.setdefault(shared.kind, {})[shared] = numbers
+    found = [Batch.of(kind, device) for kind in kinds.values()]
+    return [Alike(some.rows, some.numbers, some.owners) for some in found]

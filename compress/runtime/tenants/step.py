@@ -1,0 +1,115 @@
+"""One forward pass over a mixed batch: what belongs to its rows, worked out once for all layers.
+
+Shapes: B rows of a batch, S tokens of a row, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UnsupportedWeight
+from compress.runtime.tenants.layout import Layout
+from compress.runtime.tenants.own import OwnOf, computed, holding, per_row
+from compress.runtime.tenants.resident import Added, Alike, Group, Resident, alike
+from compress.runtime.tenants.rows import Batch, Rows
+
+
+class Step:
+    """The tenants of a batch, worked out once and kept as long as batches are made of the same rows.
+
+    Results for an input are kept until all modules that share it have had theirs.
+    """
+
+    def __init__(self, tenants: Batch[Resident] | None, size: int, device: torch.device) -> None:
+        self.tenants, self.size, self.device = tenants, size, device
+        self.kinds: dict[Group, list[Alike]] = {}
+        self.results: dict[Group, tuple[Tensor, list[list[Added | None]]]] = {}
+        self.rowwise: list[tuple[nn.Module, dict[str, Tensor]]] = []
+
+    def each(self) -> Iterator[tuple[Resident, Rows, Sequence[int]]]:
+        """Every tenant with its rows."""
+        if self.tenants is not None:
+            yield from zip(self.tenants.owners, self.tenants.each, self.tenants.numbers, strict=True)
+
+    def added(self, group: Group, number: int, x_BSI: Tensor) -> list[Added | None]:
+        """What is added to the output of the module of this number in its group."""
+        if self.tenants is None:
+            return []
+        if group not in self.kinds:
+            self.kinds[group] = alike(self.tenants, group, self.device)
+        known = self.results.get(group)
+        if known is None or known[0] is not x_BSI:
+            known = self.results[group] = (x_BSI, [tenants.added(x_BSI) for tenants in self.kinds[group]])
+        return [each[number] for each in known[1]]
+
+    def stack(self, name: str, module: nn.Module, dimensions: int) -> None:
+        """Let a module hold one tensor a row, [B, 1, ..., D], for an input of so many dimensions."""
+        found: dict[str, list[Tensor]] = {}
+        for tenant, _, numbers in self.each():
+            for parameter, tensor in tenant.own.get(name, {}).items():
+                each = found.setdefault(parameter, [getattr(module, parameter)] * self.size)
+                for row in numbers:
+                    each[row] = tensor
+        self.rowwise.append((module, {parameter: per_row(each, dimensions) for parameter, each in found.items()}))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While this lasts, the modules hold what they hold by row; then results are forgotten."""
+        with ExitStack() as stack:
+            for module, tensors in self.rowwise:
+                stack.enter_context(holding(module, tensors))
+            yield
+        self.results.clear()
+
+
+def linear_hook(current: Callable[[], Step | None], layout: Layout, name: str) -> Any:
+    """Adds the tenants' differences to what a linear map puts out."""
+    group = layout.groups[name]
+    number = group.index(name)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        step = current()
+        if step is None:
+            return
+        x = args[0]
+        if x.ndim != 3 or len(x) != step.size:
+            raise UnsupportedWeight(f"{name} was given {tuple(x.shape)}, not the tokens of {step.size} rows")
+        for found in step.added(group, number, x):
+            if found is not None:
+                found[0].add(output, found[1])
+
+    return hook
+
+
+def lookup_hook(current: Callable[[], Step | None], name: str) -> Any:
+    """Adds the tenants' differences to the rows that an embedding looks up."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        step = current()
+        for tenant, rows, _ in step.each() if step is not None else ():
+            part = tenant.looked_up.get(name)
+            if part is not None:
+                rows.add(output, part.rows(rows.take(args[0])) * getattr(module, "embed_scale", 1.0))
+
+    return hook
+
+
+def own_hook(current: Callable[[], Step | None], name: str, ways: Mapping[OwnOf, str]) -> Any:
+    """Puts right what a module computed with the base's tensors where a tenant has its own."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        step = current()
+        for tenant, rows, _ in step.each() if step is not None else ():
+            own = tenant.own.get(name, {})
+            way = ways.get((name, *own)) if own else None
+            if way == "anew":
+                rows.put(output, computed(module, own, rows.take(args[0])))
+            elif way == "additive":
+                rows.add(output, own["bias"].float() - module.get_parameter("bias").float())
+
+    return hook

@@ -1,0 +1,275 @@
+"""Many fine-tunes of one base in one process: the base's products once a batch, then each tenant's difference.
+
+Deltas are loaded when they are first needed and stay packed; the least recently used leave when they do not fit the
+budget. A fine-tune's own tensors come before its differences: they replace what the base computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import PlanError, RecipeError, nearest
+from compress.runtime.tenants.difference import Difference
+from compress.runtime.tenants.layout import layout
+from compress.runtime.tenants.own import OwnOf, way_of
+from compress.runtime.tenants.resident import Resident, make_resident
+from compress.runtime.tenants.rows import Batch
+from compress.runtime.tenants.step import Step, linear_hook, lookup_hook, own_hook
+
+
+@dataclass
+class Entry:
+    """A registered tenant, and what of it is in memory."""
+
+    difference: Difference
+    resident: Resident | None = None
+    used: int = 0
+
+
+class Tenants:
+    """The fine-tunes of a model by name; `None` in a batch is the model itself.
+
+    `budget` are the bytes that deltas may take together; None for no limit. One forward pass runs at a time.
+    """
+
+    def __init__(self, model: Any, deltas: Mapping[str, Difference], budget: int | None = None) -> None:
+        self.model, self.budget = model, budget
+        self.layout = layout(model)
+        self.entries: dict[str, Entry] = {}
+        self.lock = RLock()
+        self.clock = 0
+        self.step: Step | None = None
+        self.last: tuple[tuple[Resident | None, ...], Step] | None = None  # the batch before, mostly the next one too
+        self.hooked: set[tuple[str, str]] = set()
+        self.ways: dict[OwnOf, str] = {}
+        for name, difference in deltas.items():
+            self.add(name, difference)
+
+    # -- who there is ---------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """The tenants, sorted."""
+        return sorted(self.entries)
+
+    def add(self, name: str, difference: Difference) -> None:
+        """Register a tenant; raises RecipeError if the name is taken, PlanError if it alone exceeds the budget."""
+        with self.lock:
+            if name in self.entries:
+                raise RecipeError(f"tenant {name!r} exists; drop it first")
+            if self.budget is not None and difference.nbytes > self.budget:
+                raise PlanError(f"tenant {name!r} takes {difference.nbytes} bytes, the budget is {self.budget}")
+            self.entries[name] = Entry(difference)
+
+    def drop(self, name: str) -> None:
+        """Forget a tenant; raises RecipeError if there is none of this name."""
+        with self.lock:
+            self.entry(name)
+            del self.entries[name]
+            self.last = None
+
+    def entry(self, name: str) -> Entry:
+        """The tenant of this name; raises RecipeError if there is none."""
+        if name not in self.entries:
+            raise RecipeError(f"no tenant {name!r}{nearest(name, self.entries)}")
+        return self.entries[name]
+
+    def loaded(self) -> list[str]:
+        """The tenants in memory, the least recently used first."""
+        found = [name for name, entry in self.entries.items() if entry.resident is not None]
+        return sorted(found, key=lambda name: self.entries[name].used)
+
+    def delta_bytes(self) -> int:
+        """Bytes of the deltas in memory."""
+        return sum(e.resident.nbytes() for e in self.entries.values() if e.resident is not None)
+
+    def nbytes(self) -> int:
+        """Bytes of the base and of the deltas in memory."""
+        held = {id(t): int(t.nbytes) for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(held.values()) + self.delta_bytes()
+
+    def fits(self, names: Sequence[str]) -> bool:
+        """Whether these tenants may be in memory together."""
+        return self.budget is None or sum(self.entry(name).difference.nbytes for name in set(names)) <= self.budget
+
+    def explain(self) -> dict[str, dict[str, str]]:
+        """For every tenant in memory: module -> how what it differs in is computed."""
+        return {name: self.explained(self.entries[name].resident) for name in self.loaded()}
+
+    def explained(self, resident: Resident | None) -> dict[str, str]:
+        """Module -> how it computes what a tenant differs in."""
+        if resident is None:
+            return {}
+        said: dict[str, str] = {}
+        for group, shared in resident.shared.items():
+            for module, part in zip(group, shared.parts, strict=True):
+                if shared.codes is not None or part is not None:
+                    said[module] = (shared.codes or part).describe()  # type: ignore[union-attr]
+        said |= {module: f"looked up in {part.describe()}" for module, part in resident.looked_up.items()}
+        for which, own in own_of(resident).items():
+            ways = f"own {' and '.join(own)}, {self.ways[which]}"
+            said[which[0]] = ", ".join(filter(None, (ways, said.get(which[0]))))
+        return said
+
+    # -- in and out of memory --------------------------------------------------------------------------
+
+    def load(self, names: Sequence[str]) -> dict[str, Resident]:
+        """These tenants, in memory; others leave if the budget asks for it.
+
+        Raises PlanError if they do not fit the budget together.
+        """
+        if not self.fits(names):
+            total = sum(self.entry(name).difference.nbytes for name in set(names))
+            raise PlanError(
+                f"the {len(set(names))} tenants of this batch take {total} bytes, the budget is {self.budget}"
+            )
+        self.clock += 1
+        for name in names:
+            self.entry(name).used = self.clock
+        found: dict[str, Resident] = {}
+        for name in names:
+            entry = self.entries[name]
+            if entry.resident is None:
+                self.make_room(entry.difference.nbytes, names)
+                entry.resident = make_resident(entry.difference, self.layout, self.model)
+                self.hook(entry.resident)
+            found[name] = entry.resident
+        return found
+
+    def make_room(self, nbytes: int, keep: Sequence[str]) -> None:
+        """Let the least recently used tenants leave until so many more bytes fit."""
+        if self.budget is None:
+            return
+        for name in self.loaded():
+            if self.delta_bytes() + nbytes <= self.budget:
+                return
+            if name not in keep:
+                self.entries[name].resident = self.last = None
+
+    def hook(self, resident: Resident) -> None:
+        """Make the modules that a tenant differs in ask the step what to add."""
+        for group in resident.shared:
+            for name in group:
+                self.hook_module(name, "linear", linear_hook(self.current, self.layout, name))
+        for name in resident.looked_up:
+            self.hook_module(name, "lookup", lookup_hook(self.current, name))
+        for which, own in own_of(resident).items():
+            name = which[0]
+            if which not in self.ways:
+                self.ways[which] = way_of(self.model.get_submodule(name), list(own), self.layout.given[name])
+            if self.ways[which] != "rowwise":
+                self.hook_module(name, "own", own_hook(self.current, name, self.ways))
+
+    def hook_module(self, name: str, kind: str, hook: Any) -> None:
+        """Register a hook once; what replaces an output comes before what adds to it."""
+        if (name, kind) not in self.hooked:
+            self.hooked.add((name, kind))
+            self.model.get_submodule(name).register_forward_hook(hook, prepend=kind == "own")
+
+    def current(self) -> Step | None:
+        """The forward pass that is running."""
+        return self.step
+
+    # -- computing -----------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        tenants: Sequence[str | None],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """What the model puts out for the rows of `input_ids` [B, S], each as its tenant would.
+
+        Positions follow from the mask [B, past + S] unless they are given. Raises RecipeError for unknown tenants.
+        """
+        if len(tenants) != len(input_ids):
+            raise RecipeError(f"tenants: {len(tenants)} names for {len(input_ids)} rows")
+        if attention_mask is not None and position_ids is None:
+            position_ids = positions(attention_mask)[:, -input_ids.shape[1] :]
+        with self.lock, torch.inference_mode(), self.stepping(tenants):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
+
+    @contextmanager
+    def stepping(self, tenants: Sequence[str | None]) -> Iterator[None]:
+        """While this lasts, the model computes the rows of these tenants."""
+        found = self.load([name for name in dict.fromkeys(tenants) if name is not None])
+        owners = tuple(None if name is None else found[name] for name in tenants)
+        if self.last is None or self.last[0] != owners:
+            self.last = (owners, self.planned(owners))
+        self.step = self.last[1]
+        try:
+            with self.step.running():
+                yield
+        finally:
+            self.step = None
+
+    def planned(self, owners: Sequence[Resident | None]) -> Step:
+        """What a batch of rows of these tenants needs; None for a row of the base."""
+        numbers: dict[Resident, list[int]] = {}
+        for row, owner in enumerate(owners):
+            if owner is not None:
+                numbers.setdefault(owner, []).append(row)
+        device = next(self.model.parameters()).device
+        step = Step(Batch.of(numbers, device) if numbers else None, len(owners), device)
+        own = {which for owner in numbers for which in own_of(owner)}
+        for name in sorted({which[0] for which in own if self.ways[which] == "rowwise"}):
+            step.stack(name, self.model.get_submodule(name), len(self.layout.given[name].shape))
+        return step
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tenants: Sequence[str | None],
+        max_new_tokens: int,
+        stop: int | None = None,
+    ) -> list[list[int]]:
+        """The likeliest next tokens for every prompt by its tenant, at most so many, without the token `stop`.
+
+        The rows are sorted by tenant first, so that all steps find each tenant's rows together.
+        """
+        order = sorted(range(len(prompts)), key=lambda row: (tenants[row] is not None, tenants[row] or ""))
+        names = [tenants[row] for row in order]
+        ids, mask = left_padded([list(prompts[row]) for row in order], next(self.model.parameters()).device)
+        cache, found = None, []
+        for _ in range(max_new_tokens):
+            out = self(ids, names, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            ids = out.logits[:, -1].argmax(-1, keepdim=True)
+            found.append(ids)
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+            if stop is not None and bool((torch.cat(found, 1) == stop).any(1).all()):
+                break
+        made = torch.cat(found, 1).tolist() if found else [[] for _ in prompts]
+        by_row = dict(zip(order, made, strict=True))
+        return [until(by_row[row], stop) for row in range(len(prompts))]
+
+
+def own_of(resident: Resident) -> dict[OwnOf, Mapping[str, Tensor]]:
+    """The tensors that a tenant has of its own, by module and parameters."""
+    return {(name, *own): own for name, own in resident.own.items()}
+
+
+def until(tokens: list[int], stop: int | None) -> list[int]:
+    """The tokens before the first `stop`."""
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+
+
+def positions(mask_BT: Tensor) -> Tensor:
+    """The position of every token, [B, T], counted from the first that is not padding."""
+    return (mask_BT.long().cumsum(1) - 1).clamp(min=0)
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of one length, filled with token 0 on the left, and the mask of what is no padding."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

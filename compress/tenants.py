@@ -1,0 +1,48 @@
+"""`load_tenants`: many fine-tunes of one base in one process, from their delta folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.artifact import Artifact
+from compress.errors import ArtifactError
+from compress.model.source import locate
+
+if TYPE_CHECKING:
+    from compress.runtime.tenants import Difference, Tenants
+
+
+def load_tenants(
+    base: str | Path, deltas: Mapping[str, str | Path], budget: int | None = None, **options: Any
+) -> Tenants:
+    """The base model, loaded once, and its fine-tunes by name, each loaded from its delta folder when first needed.
+
+    `budget` bounds the bytes of the deltas in memory; the least recently used leave. `options` go to `load`. Raises
+    ArtifactError for a delta of another base, PlanError for one that alone exceeds the budget.
+    """
+    import compress
+    from compress.runtime.tenants import Tenants
+
+    folder = locate(base)
+    found = {name: difference(path, folder) for name, path in deltas.items()}
+    return Tenants(compress.load(folder, **options), found, budget)
+
+
+def difference(folder: str | Path, base: str | Path) -> Difference:
+    """What a delta folder holds, to be read one tensor at a time; raises ArtifactError if `base` is not its base."""
+    from compress.runtime.tenants import Difference
+
+    path = locate(folder)
+    artifact = Artifact(path, locate(base))
+    experts = [site for site, spec in artifact.specs.items() if "expert" in spec]
+    if experts:
+        raise ArtifactError(f"{path}: {experts[0]} is one of a stack of experts, which are not served by tenant")
+    return Difference(
+        sites=tuple(artifact.specs),
+        weight=artifact.difference,
+        names=tuple(artifact.changed()),
+        tensor=artifact.stored_tensor,
+        nbytes=sum(held.nbytes for held in artifact.stored_headers.values()),
+    )
