@@ -1,0 +1,93 @@
+"""`compress serve`: one base model and many deltas of it behind an HTTP server that OpenAI's clients know."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.commands.output import screen
+from compress.errors import ArtifactError, RecipeError
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", re.IGNORECASE)
+
+
+def serve(
+    base: Annotated[str, typer.Argument(help="the model all deltas are of: a folder, or `builtin`")],
+    delta: Annotated[list[str] | None, typer.Option("--delta", help="name=FOLDER, once for each fine-tune")] = None,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 is open to the network")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="COMPRESS_API_KEY", help="what clients must send as bearer")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more get 429")] = 256,
+    max_batch: Annotated[int, typer.Option(min=1, help="sequences computed together")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens an answer may have")] = 1024,
+    max_body: Annotated[str, typer.Option(help="largest request, such as 1MB")] = "1MB",
+    budget: Annotated[str | None, typer.Option(help="bytes of deltas in memory, such as 2GB; default: all")] = None,
+    deadline: Annotated[int, typer.Option(min=1, help="seconds that running requests get at shutdown")] = 30,
+) -> None:
+    """Serve a base model and its fine-tunes: every request names its model, all share each step of computing."""
+    require_serving()
+    named = deltas_of(delta or [])
+    body, most = size_of(max_body, "--max-body"), None if budget is None else size_of(budget, "--budget")
+    if api_key is not None and not api_key.strip():
+        raise RecipeError("--api-key: is empty")
+
+    from compress.model.source import display_name, locate
+    from compress.serving.app import Limits, Server
+    from compress.serving.process import serve_forever
+    from compress.tenants import load_tenants
+
+    folder = locate(base)
+    name = display_name(folder)
+    if name in named:
+        raise RecipeError(f"--delta: {name!r} is the name of the base; give the delta another one")
+    limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
+    server = Server(load_tenants(folder, named, most), tokenizer_of(folder), name, limits)
+    screen().print(f"serving {', '.join(server.models())} at http://{host}:{port}")
+    serve_forever(server, host, port, deadline)
+
+
+def require_serving() -> None:
+    """Raise RecipeError if the extra `serve` is not installed."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"serving needs {', '.join(missing)}: pip install 'compress-llm[serve]'")
+
+
+def deltas_of(given: list[str]) -> dict[str, Path]:
+    """Name -> folder, of `name=FOLDER`; raises RecipeError for anything else."""
+    found: dict[str, Path] = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not equals or not folder or NAME.fullmatch(name) is None:
+            raise RecipeError(f"--delta: {one!r} is not name=FOLDER; a name is 1 to 64 of A-Z a-z 0-9 . _ -")
+        if name in found:
+            raise RecipeError(f"--delta: {name!r} is given twice")
+        found[name] = Path(folder)
+    return found
+
+
+def size_of(text: str, option: str) -> int:
+    """The bytes that a size such as `1MB` means; raises RecipeError for anything else."""
+    found = SIZE.fullmatch(text.strip())
+    size = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
+    if not 1 <= size <= 2**63:
+        raise RecipeError(f"{option}: {text!r} is not a size; give a number with KB, MB, GB or TB")
+    return int(size)
+
+
+def tokenizer_of(folder: Path) -> object:
+    """The tokenizer in a model folder; raises ArtifactError if there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a damaged folder breaks transformers in many ways
+        raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0][:200]}") from error

@@ -1,0 +1,262 @@
+"""The HTTP interface: what is asked is checked, queued, and answered as it is computed.
+
+`model` names the tenant; the base goes by its own name. Nothing is kept of what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from compress.runtime.tenants import Tenants
+from compress.serving.answers import Answer, event
+from compress.serving.engine import Closed, Engine, Full
+from compress.serving.errors import Refusal
+from compress.serving.metrics import Metrics
+from compress.serving.requests import Asked, Chat, Completion, body_of, parsed
+from compress.serving.running import Piece, Sequence
+from compress.serving.text import Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server takes: sequences that wait and run, tokens an answer, bytes a body; and the key it asks for."""
+
+    max_queue: int = 256
+    max_batch: int = 32
+    max_tokens: int = 1024
+    max_body: int = 1_000_000
+    api_key: str | None = None
+
+
+class Server:
+    """A base and its tenants behind an engine."""
+
+    def __init__(self, tenants: Tenants, tokenizer: Any, name: str, limits: Limits) -> None:
+        self.tenants, self.tokenizer, self.name, self.limits = tenants, tokenizer, name, limits
+        self.engine = Engine(tenants, max_batch=limits.max_batch, max_queue=limits.max_queue)
+        self.metrics = Metrics(self.engine, tenants)
+        self.context = int(tenants.model.config.get_text_config().max_position_embeddings)
+        self.ends = end_tokens(tenants.model, tokenizer)
+        self.started = int(time.time())
+
+    # -- from a request to a sequence ---------------------------------------------------------------------
+
+    def models(self) -> list[str]:
+        """The base, then the tenants."""
+        return [self.name, *self.tenants.names()]
+
+    def tenant(self, model: str) -> str | None:
+        """The tenant that a request names, None for the base; raises Refusal 404 for no model of this name."""
+        if model not in self.models():
+            raise Refusal(404, f"the model {model[:100]!r} does not exist", param="model", code="model_not_found")
+        return None if model == self.name else model
+
+    def tokens(self, asked: Asked) -> list[int]:
+        """The prompt as tokens; raises Refusal 400 if it cannot be one."""
+        if isinstance(asked, Chat):
+            return self.chat_tokens(asked)
+        prompt = asked.prompt if isinstance(asked, Completion) else ""
+        if isinstance(prompt, list) and not any(isinstance(one, str) for one in prompt):
+            rows = self.tenants.model.get_input_embeddings().num_embeddings
+            if not all(isinstance(token, int) and 0 <= token < rows for token in prompt):
+                raise Refusal(400, f"prompt: tokens are whole numbers from 0 to {rows - 1}", param="prompt")
+            return [int(token) for token in prompt]
+        text = prompt if isinstance(prompt, str) else "".join(map(str, prompt))
+        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+
+    def chat_tokens(self, asked: Chat) -> list[int]:
+        """A conversation as tokens, by the tokenizer's own template, which transformers runs in a sandbox."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise Refusal(400, f"the tokenizer of {self.name} has no chat template; use /v1/completions", param="model")
+        said = [message.model_dump() for message in asked.messages]
+        try:
+            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template refuses in its own words, with any kind of error
+            raise Refusal(400, "messages: the chat template does not take these", param="messages") from error
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def sequence(self, asked: Asked, emit: Callable[[Piece], None]) -> Sequence:
+        """What the engine is given; raises Refusal if it cannot be."""
+        tenant = self.tenant(asked.model)
+        prompt = self.tokens(asked)
+        place = "messages" if isinstance(asked, Chat) else "prompt"
+        if not prompt:
+            raise Refusal(400, f"{place}: is empty", param=place)
+        room = self.context - len(prompt)
+        if room < 1:
+            said = f"{place}: {len(prompt)} tokens leave no room in a context of {self.context}"
+            raise Refusal(400, said, param=place, code="context_length_exceeded")
+        wanted = asked.wanted()
+        if wanted is not None and wanted > self.limits.max_tokens:
+            raise Refusal(400, f"max_tokens: at most {self.limits.max_tokens} here", param="max_tokens")
+        return Sequence(
+            prompt=prompt,
+            tenant=tenant,
+            limit=min(room, wanted or self.limits.max_tokens),
+            sampling=asked.sampling(),
+            text=Text(self.tokenizer, asked.stops()),
+            ends=self.ends,
+            emit=emit,
+        )
+
+    # -- answering ----------------------------------------------------------------------------------------
+
+    async def answer(self, request: Request, kind: type[Asked]) -> Response:
+        """The answer to a request for text."""
+        body = await body_of(request, self.limits.max_body)
+        asked = parsed(body, kind)
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+
+        def emit(piece: Piece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        sequence = await asyncio.to_thread(self.sequence, asked, emit)
+        try:
+            self.engine.submit(sequence)
+        except Full as error:
+            self.metrics.requests.labels(asked.model, "refused").inc()
+            raise Refusal(429, "too many requests wait; try again soon", code="queue_full", retry=1) from error
+        except Closed as error:
+            raise Refusal(503, "the server is shutting down", retry=5) from error
+        self.metrics.tokens.labels(asked.model, "prompt").inc(len(sequence.prompt))
+        answer = Answer(asked.model, issubclass(kind, Chat), len(sequence.prompt))
+        if asked.stream:
+            told = asked.stream_options is not None and asked.stream_options.include_usage
+            made = self.stream(answer, sequence, pieces, told)
+            return StreamingResponse(made, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return await self.whole(request, answer, sequence, pieces)
+
+    async def whole(
+        self, request: Request, answer: Answer, sequence: Sequence, pieces: asyncio.Queue[Piece]
+    ) -> Response:
+        """All of an answer; the sequence is cancelled when the client goes away."""
+        gone = asyncio.create_task(disconnected(request))
+        text, start, last = [], time.monotonic(), Piece()
+        try:
+            while last.finish is None and last.error is None:
+                next_piece = asyncio.create_task(pieces.get())
+                done, _ = await asyncio.wait({next_piece, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if next_piece not in done:
+                    next_piece.cancel()
+                    last = Piece(error="the client went away")
+                    break
+                last = next_piece.result()
+                text.append(last.text)
+        finally:
+            gone.cancel()
+            sequence.cancelled = True
+            self.count(answer, sequence, last, start)
+        if last.error is not None:
+            raise Refusal(500, last.error)
+        return JSONResponse(answer.whole("".join(text), str(last.finish), last.tokens))
+
+    async def stream(
+        self, answer: Answer, sequence: Sequence, pieces: asyncio.Queue[Piece], told: bool
+    ) -> AsyncIterator[bytes]:
+        """The events of an answer; leaving off, as when the client goes away, cancels the sequence."""
+        first, start, last = True, time.monotonic(), Piece()
+        try:
+            while last.finish is None and last.error is None:
+                last = await pieces.get()
+                if last.error is not None:
+                    yield event(Refusal(500, last.error).body())
+                else:
+                    yield event(answer.chunk(last.text, last.finish, first))
+                first = False
+            if told and last.error is None:
+                yield event(answer.counted(last.tokens))
+            yield event("[DONE]")
+        finally:
+            sequence.cancelled = True
+            self.count(answer, sequence, last, start)
+
+    def count(self, answer: Answer, sequence: Sequence, last: Piece, start: float) -> None:
+        """Add a request that is over to the metrics."""
+        outcome = last.finish or ("failed" if last.error else "cancelled")
+        self.metrics.requests.labels(answer.model, outcome).inc()
+        self.metrics.tokens.labels(answer.model, "completion").inc(sequence.made)
+        self.metrics.seconds.observe(time.monotonic() - start)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, by the model's settings and the tokenizer's."""
+    found: set[int] = set()
+    for told in (getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        found |= set(told) if isinstance(told, (list, tuple)) else set() if told is None else {int(told)}
+    return frozenset(found)
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def authorised(request: Request, key: str | None) -> bool:
+    """Whether a request carries the key, compared in constant time; where no key is asked for, all do."""
+    if key is None:
+        return True
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
+
+
+def make_app(server: Server) -> FastAPI:
+    """The application; the engine runs as long as it does."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        server.engine.start()
+        yield
+        await asyncio.to_thread(server.engine.close)
+
+    app = FastAPI(title="compress serve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.middleware("http")
+    async def guard(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
+        if request.url.path != "/health" and not authorised(request, server.limits.api_key):
+            return Refusal(401, "wrong or missing API key", code="invalid_api_key").response()
+        return await proceed(request)
+
+    @app.exception_handler(Refusal)
+    async def refused(_: Request, refusal: Refusal) -> Response:
+        return refusal.response()
+
+    @app.exception_handler(HTTPException)
+    async def not_here(_: Request, error: HTTPException) -> Response:
+        return Refusal(error.status_code, str(error.detail)).response()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        if not server.engine.thread.is_alive():
+            raise Refusal(503, "the engine does not run")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        told = {"object": "model", "created": server.started, "owned_by": "compress"}
+        return {"object": "list", "data": [{"id": name, **told} for name in server.models()]}
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await server.answer(request, Completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await server.answer(request, Chat)
+
+    return app

@@ -1,0 +1,191 @@
+"""One thread that computes: sequences of all tenants share each step; new ones join between steps, done ones leave."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compress.runtime.tenants import Tenants
+from compress.runtime.tenants.tenants import left_padded
+from compress.serving.running import Piece, Running, Sequence, by_tenant, logits_of
+from compress.serving.sampling import choose
+
+LOG = logging.getLogger("compress.serving")
+FAILED = "the server failed while computing this answer"
+
+
+class Full(Exception):
+    """The queue is full."""
+
+
+class Closed(Exception):
+    """The engine takes no more sequences."""
+
+
+class Engine:
+    """Runs up to `max_batch` sequences at once; up to `max_queue` more wait.
+
+    Sequences are told apart by their rows alone: what a row's tenant is is asked anew at every step.
+    """
+
+    def __init__(self, tenants: Tenants, *, max_batch: int, max_queue: int) -> None:
+        self.tenants, self.max_batch, self.max_queue = tenants, max_batch, max_queue
+        self.waiting: deque[Sequence] = deque()
+        self.running: Running | None = None
+        self.changed = threading.Condition()
+        self.closed = False
+        self.observe: Callable[[int], None] = lambda rows: None  # called with the rows of every step
+        self.thread = threading.Thread(target=self._loop, name="compress-engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self.thread.start()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn; raises Full or Closed."""
+        with self.changed:
+            if self.closed:
+                raise Closed
+            self.waiting = deque(one for one in self.waiting if not one.cancelled)
+            if len(self.waiting) >= self.max_queue:
+                raise Full
+            self.waiting.append(sequence)
+            self.changed.notify()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Take no more, fail what is not done, and stop."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        if self.thread.is_alive():
+            self.thread.join(timeout)
+
+    @property
+    def active(self) -> int:
+        """Sequences that run."""
+        running = self.running
+        return 0 if running is None else len(running.sequences)
+
+    def _loop(self) -> None:
+        while True:
+            with self.changed:
+                while not self.closed and not self.waiting and self.running is None:
+                    self.changed.wait()
+                if self.closed:
+                    break
+                new = self._admitted()
+            if new:
+                self._admit(new)
+            self._advance()
+        left = [*(self.running.sequences if self.running else ()), *self.waiting]
+        self.running = None
+        fail(left, "the server is shutting down")
+
+    def _admitted(self) -> list[Sequence]:
+        """Those that wait and may run now: there is room for them, and their tenants fit in memory together."""
+        active = [] if self.running is None else self.running.sequences
+        names = {sequence.tenant for sequence in active if sequence.tenant is not None}
+        found: list[Sequence] = []
+        while self.waiting and len(active) + len(found) < self.max_batch:
+            following = self.waiting[0]
+            more = names if following.tenant is None else names | {following.tenant}
+            if not following.cancelled:
+                if (active or found) and not self._fits(more):
+                    break
+                names = more
+                found.append(following)
+            self.waiting.popleft()
+        return found
+
+    def _fits(self, names: set[str]) -> bool:
+        known = [name for name in names if name in self.tenants.entries]  # others fail when it is their turn
+        return self.tenants.fits(known)
+
+    def _admit(self, new: list[Sequence]) -> None:
+        """Let new sequences run; if they fail together, each is tried alone, so that none fails for another."""
+        try:
+            self._join(new)
+        except Exception:  # whatever it is, the requests it is about must hear of it and the others go on
+            unheard = [sequence for sequence in new if not sequence.made]
+            if len(new) > 1:
+                for sequence in unheard:
+                    self._admit([sequence])
+            else:
+                LOG.exception("a prompt of %d tokens failed", len(new[0].prompt))
+                fail(unheard, FAILED)
+            fail([sequence for sequence in new if sequence not in unheard and not self._runs(sequence)], FAILED)
+
+    def _runs(self, sequence: Sequence) -> bool:
+        return self.running is not None and sequence in self.running.sequences
+
+    def _advance(self) -> None:
+        """One more token for all that run; if that fails, so do they."""
+        sequences = [] if self.running is None else self.running.sequences
+        try:
+            self._step()
+        except Exception:  # as above; there is no telling whose fault it was
+            LOG.exception("a step of %d sequences failed", len(sequences))
+            self.running = None
+            fail(sequences, FAILED)
+
+    def _join(self, new: list[Sequence]) -> None:
+        """Compute the prompts of new sequences, then let them run with the others."""
+        new = [new[row] for row in by_tenant(new)]
+        device = next(self.tenants.model.parameters()).device
+        ids_BS, mask_BS = left_padded([sequence.prompt for sequence in new], device)
+        fresh = Running(new, ids_BS[:, :0], mask_BS, [])
+        left = self._advanced(fresh, ids_BS)
+        if left is not None:
+            self.running = left if self.running is None else self.running.joined(left)
+
+    def _step(self) -> None:
+        """One more token for every sequence."""
+        running = self.running
+        if running is None:
+            return
+        dropped = [
+            one for one in running.sequences if one.tenant is not None and one.tenant not in self.tenants.entries
+        ]
+        fail(dropped, "this model is no longer served")
+        if any(sequence.cancelled for sequence in running.sequences):
+            running = running.select([row for row, one in enumerate(running.sequences) if not one.cancelled])
+            self.running = running
+        if running is not None:
+            running.mask_BT = torch.cat((running.mask_BT, running.mask_BT.new_ones(len(running.sequences), 1)), 1)
+            self.running = self._advanced(running, running.last_B1)
+
+    def _advanced(self, running: Running, ids_BS: Tensor) -> Running | None:
+        """The sequences that go on after one more token each; None if none does."""
+        self.observe(len(running.sequences))
+        logits_BV = logits_of(self.tenants, running, ids_BS)
+        finite = torch.isfinite(logits_BV).all(1).tolist()
+        likeliest = logits_BV.argmax(1).tolist()
+        going, tokens = [], []
+        for row, sequence in enumerate(running.sequences):
+            if sequence.cancelled:
+                continue
+            if not finite[row]:
+                fail([sequence], "the model computed numbers that are not finite")
+                continue
+            greedy = sequence.sampling.temperature == 0
+            token = likeliest[row] if greedy else choose(logits_BV[row], sequence.sampling, sequence.generator)
+            tokens.append(token)
+            if not sequence.take(token):
+                going.append(row)
+            else:
+                tokens.pop()
+        running.last_B1 = logits_BV.new_zeros(len(running.sequences), 1, dtype=torch.long)
+        running.last_B1[going, 0] = torch.tensor(tokens, dtype=torch.long, device=logits_BV.device)
+        return running if len(going) == len(running.sequences) else running.select(going)
+
+
+def fail(sequences: list[Sequence], why: str) -> None:
+    """Tell sequences that they will not be answered."""
+    for sequence in sequences:
+        sequence.cancelled = True
+        sequence.emit(Piece(error=why))

@@ -1,0 +1,31 @@
+"""What is counted, for Prometheus; labels are tenants and outcomes, never what a client wrote."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from compress.runtime.tenants import Tenants
+from compress.serving.engine import Engine
+
+
+class Metrics:
+    """The counters of one server, in a registry of their own."""
+
+    def __init__(self, engine: Engine, tenants: Tenants) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "compress_requests", "Requests by model and outcome", ("model", "outcome"), registry=self.registry
+        )
+        self.tokens = Counter("compress_tokens", "Tokens by model and kind", ("model", "kind"), registry=self.registry)
+        self.seconds = Histogram("compress_request_seconds", "Time to the end of an answer", registry=self.registry)
+        self.batch = Histogram(
+            "compress_step_rows", "Sequences of a step", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=self.registry
+        )
+        gauges = {
+            "compress_waiting": ("Sequences that wait", lambda: len(engine.waiting)),
+            "compress_running": ("Sequences that run", lambda: engine.active),
+            "compress_delta_bytes": ("Bytes of deltas in memory", tenants.delta_bytes),
+        }
+        for name, (told, value) in gauges.items():
+            Gauge(name, told, registry=self.registry).set_function(value)
+        engine.observe = self.batch.observe

@@ -1,0 +1,38 @@
+"""Choosing the next token of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Temperature 0 is the likeliest token; `top_p` keeps the likeliest tokens that make up this share."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of one request."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    p_V = (logits_V.double().cpu() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1:
+        falling, order = p_V.sort(descending=True)
+        beyond = falling.cumsum(-1) - falling >= sampling.top_p  # the likeliest always stays
+        p_V = p_V.index_fill(0, order[beyond], 0.0)
+    return int(torch.multinomial(p_V, 1, generator=generator))

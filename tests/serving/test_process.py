@@ -1,0 +1,157 @@
+"""The server as a process: deltas from folders, real connections, clients that go away, and a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+import compress
+from compress import Calibration, Delta, Magnitude, Recipe, RecipeError
+from compress.commands.serve import deltas_of, size_of
+from compress.errors import ArtifactError
+from compress.tenants import load_tenants
+
+START = "import typer; from compress.commands.serve import serve; typer.run(serve)"
+FEW = Calibration(samples=2, length=16)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Deltas of two fine-tunes, and the whole fine-tunes under the same names with `-whole`."""
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path_factory.mktemp("deltas")
+    found = {}
+    for seed, name in enumerate("ab"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, local_files_only=True, dtype="auto")
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        model.save_pretrained(out / f"{name}-tuned")
+        recipe = Recipe(passes=(Magnitude(sparsity=0.5),), calibration=FEW, delta=Delta(base=str(tiny_llama)))
+        found[name] = compress.run(out / f"{name}-tuned", recipe, out / name).out
+        found[f"{name}-whole"] = out / f"{name}-tuned"
+    return found
+
+
+def test_folders_answer_as_the_models_they_denote(tiny_llama: Path, folders: dict[str, Path]) -> None:
+    tenants = load_tenants(tiny_llama, {name: folders[name] for name in "ab"})
+    ids = torch.tensor([[5, 9, 31, 7]] * 3)
+    got = tenants(ids, ["b", None, "a"]).logits
+    models = [compress.load(folders["b"], base=tiny_llama), compress.load(tiny_llama)]
+    models.append(compress.load(folders["a"], base=tiny_llama))
+    for row, model in enumerate(models):
+        with torch.inference_mode():
+            want = model(input_ids=ids[:1]).logits[0]
+        assert float((got[row] - want).norm() / want.norm()) < 1e-5
+
+
+def test_another_base_is_refused(folders: dict[str, Path], tiny_llama: Path) -> None:
+    with pytest.raises(ArtifactError, match="not the base"):
+        load_tenants(folders["a-whole"], {"a": folders["a"]})
+    with pytest.raises(ArtifactError, match="not a Compress artifact"):
+        load_tenants(tiny_llama, {"a": folders["a-whole"]})
+
+
+def test_names_and_sizes_on_the_command_line() -> None:
+    assert deltas_of(["a.b-c_1=x=y"]) == {"a.b-c_1": Path("x=y")}
+    for wrong in ("a", "=x", "a=", "a/b=x", "é=x", f"{'a' * 65}=x", "a\n=x"):
+        with pytest.raises(RecipeError, match="name=FOLDER"):
+            deltas_of([wrong])
+    with pytest.raises(RecipeError, match="twice"):
+        deltas_of(["a=x", "a=y"])
+    assert size_of("1.5MB", "--max-body") == 1_500_000
+    with pytest.raises(RecipeError, match="--budget"):
+        size_of("much", "--budget")
+
+
+# -- a real process ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(tiny_llama: Path, folders: dict[str, Path]) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str]]]:
+    """`process(*options)`: a running server and its address."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*options: str) -> tuple[subprocess.Popen[bytes], str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        deltas = [option for name in "ab" for option in ("--delta", f"{name}={folders[name]}")]
+        command = [sys.executable, "-c", START, str(tiny_llama), *deltas, "--port", str(port), *options]
+        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                if httpx.get(f"{address}/health", timeout=1).status_code == 200:
+                    return started[-1], address
+            except httpx.TransportError:
+                time.sleep(0.05)
+        raise TimeoutError("the server did not come up")
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
+def asked(model: str, **more: object) -> dict[str, object]:
+    return {"model": model, "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 100, **more}
+
+
+def running(address: str) -> float:
+    text = httpx.get(f"{address}/metrics").text
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("compress_running ")))
+
+
+def test_clients_go_away_lie_and_the_server_ends_what_runs(
+    process: Callable[..., tuple[subprocess.Popen[bytes], str]],
+) -> None:
+    server, address = process("--max-body", "100KB")
+    with httpx.stream("POST", f"{address}/v1/completions", json=asked("a", stream=True)) as response:
+        next(response.iter_lines())  # and goes away
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    body = json.dumps(asked("b")).encode()
+    with socket.create_connection((host, int(port))) as gone:
+        gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with socket.create_connection((host, int(port)), timeout=20) as lying:
+        lying.sendall(f"{head}Content-Length: 10000000\r\n\r\n".encode())
+        assert b" 413 " in lying.recv(1000)
+    with socket.create_connection((host, int(port)), timeout=20) as chunked:
+        chunked.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b"1d4c0\r\n" + b"x" * 120_000)
+        assert b" 413 " in chunked.recv(1000)
+    until = time.monotonic() + 20
+    while running(address) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert running(address) == 0
+    with httpx.stream("POST", f"{address}/v1/completions", json=asked("a", stream=True), timeout=20) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.wait(20) == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{address}/health", timeout=1)
+
+
+def test_an_interrupt_with_nothing_to_do_ends_at_once(
+    process: Callable[..., tuple[subprocess.Popen[bytes], str]],
+) -> None:
+    server, address = process("--api-key", "k")
+    assert httpx.get(f"{address}/v1/models").status_code == 401
+    assert httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200
+    server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0

@@ -1,0 +1,318 @@
+"""The server: every answer is its tenant's own, and everything wrong is said in one shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from compress import Dense
+from compress.runtime.tenants import Difference
+from compress.serving.app import Server
+
+MODELS = ("tiny", "a", "b", "c")
+Talk = Callable[..., Any]
+Make = Callable[..., Server]
+
+
+def ask(model: str = "a", prompt: Any = (5, 6, 7), **more: Any) -> dict[str, Any]:
+    """A request for a greedy completion."""
+    asked = {
+        "model": model,
+        "prompt": list(prompt) if isinstance(prompt, tuple) else prompt,
+        "temperature": 0,
+        "max_tokens": 8,
+    }
+    return {**asked, **more}
+
+
+def solo(server: Server, asked: dict[str, Any]) -> str:
+    """What the tenant says when it is alone."""
+    name = None if asked["model"] == "tiny" else asked["model"]
+    tokens = server.tenants.generate([asked["prompt"]], [name], asked["max_tokens"], stop=2)[0]
+    return str(server.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+async def streamed(client: httpx.AsyncClient, path: str, asked: dict[str, Any]) -> list[Any]:
+    """The objects of a stream, which must end with [DONE]."""
+    async with client.stream("POST", path, json={**asked, "stream": True}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_sixty_mixed_requests_get_their_own_answers(make_server: Make, talk: Talk) -> None:
+    server = make_server(max_batch=16)
+    prompts = [[int(t) for t in torch.randint(4, 200, (2 + n % 9,))] for n in range(60)]
+    asked = [ask(MODELS[n % 4], prompt, max_tokens=3 + n % 7) for n, prompt in enumerate(prompts)]
+    want = [solo(server, one) for one in asked]
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/completions", json=one) for one in asked))
+
+    answers = talk(server, act)
+    assert [a.status_code for a in answers] == [200] * 60
+    assert [a.json()["model"] for a in answers] == [one["model"] for one in asked]
+    assert [a.json()["choices"][0]["text"] for a in answers] == want
+    assert len(set(want)) > 30
+
+
+def test_tenants_answer_differently_and_take_turns_within_a_budget(make_server: Make, talk: Talk) -> None:
+    free = make_server()
+    one = free.tenants.entries["a"].difference.nbytes
+    server = make_server(budget=one)
+    asked = [ask(model) for model in MODELS for _ in range(3)]
+    want = [solo(free, each) for each in asked]
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/completions", json=each) for each in asked))
+
+    assert [a.json()["choices"][0]["text"] for a in talk(server, act)] == want
+    assert len(set(want)) == 4
+    assert server.tenants.delta_bytes() <= one
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("more", [{}, {"temperature": 1, "top_p": 0.8, "seed": 3}])
+def test_a_stream_says_what_the_whole_answer_says(
+    path: str, more: dict[str, Any], make_server: Make, talk: Talk
+) -> None:
+    chat = "chat" in path
+    asked = ask("b", max_tokens=12, **more)
+    if chat:
+        asked = {**asked, "messages": [{"role": "user", "content": "the king"}]}
+        del asked["prompt"]
+
+    async def act(client: httpx.AsyncClient) -> tuple[Any, list[Any], list[Any]]:
+        whole = (await client.post(path, json=asked)).json()
+        told = {**asked, "stream_options": {"include_usage": True}}
+        return whole, await streamed(client, path, asked), await streamed(client, path, told)
+
+    whole, chunks, told = talk(make_server(chat=True), act)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    text = "".join(c["delta"].get("content", "") if chat else c["text"] for c in choices)
+    assert text == (whole["choices"][0]["message"]["content"] if chat else whole["choices"][0]["text"]) != ""
+    assert [c["finish_reason"] for c in choices[:-1]] == [None] * (len(choices) - 1)
+    assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert told[-1]["usage"] == whole["usage"] and told[-1]["choices"] == []
+    assert whole["object"] == ("chat.completion" if chat else "text_completion")
+
+
+def test_a_seed_repeats_an_answer_and_another_changes_it(make_server: Make, talk: Talk) -> None:
+    async def act(client: httpx.AsyncClient) -> list[str]:
+        asked = [ask(temperature=1.5, seed=seed, max_tokens=16) for seed in (1, 1, 2)]
+        return [(await client.post("/v1/completions", json=a)).json()["choices"][0]["text"] for a in asked]
+
+    first, second, third = talk(make_server(), act)
+    assert first == second != third
+
+
+def test_usage_counts_and_the_reason_to_end(make_server: Make, talk: Talk) -> None:
+    server = make_server()
+    text = solo(server, ask(max_tokens=20))
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+
+    async def act(client: httpx.AsyncClient) -> list[Any]:
+        asked = (ask(max_tokens=4), ask(max_tokens=20, stop=stop), ask(max_tokens=20, stop=["@@", stop]))
+        return [(await client.post("/v1/completions", json=a)).json() for a in asked]
+
+    short, stopped, listed = talk(server, act)
+    assert short["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert short["choices"][0]["finish_reason"] == "length"
+    assert stopped["choices"][0] == listed["choices"][0]
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert stopped["choices"][0]["text"] == text[: text.index(stop)]
+
+
+def test_models_health_and_metrics(make_server: Make, talk: Talk) -> None:
+    async def act(client: httpx.AsyncClient) -> tuple[Any, ...]:
+        await client.post("/v1/completions", json=ask("c", max_tokens=5))
+        return tuple([await client.get(path) for path in ("/v1/models", "/health", "/metrics")])
+
+    models, health, metrics = talk(make_server(), act)
+    assert [m["id"] for m in models.json()["data"]] == list(MODELS)
+    assert health.json() == {"status": "ok"}
+    assert 'compress_requests_total{model="c",outcome="length"} 1.0' in metrics.text
+    assert 'compress_tokens_total{kind="completion",model="c"} 5.0' in metrics.text
+    assert "compress_delta_bytes" in metrics.text
+
+
+# -- what is refused --------------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "x"}]
+WRONG: dict[str, tuple[str, Any, int, str]] = {  # path, body, status, what is said
+    "unknown model": ("completions", ask("nobody"), 404, "does not exist"),
+    "no model": ("completions", {"prompt": "x"}, 400, "model"),
+    "not JSON": ("completions", b"{", 400, "not JSON"),
+    "deep JSON": ("completions", b"[" * 100_000, 400, "not JSON"),
+    "not UTF-8": ("completions", b"\xff\xfe{}", 400, "not JSON"),
+    "not an object": ("completions", b"[1]", 400, "not a JSON object"),
+    "empty body": ("completions", b"", 400, "not JSON"),
+    "empty prompt": ("completions", ask(prompt=[]), 400, "is empty"),
+    "two prompts": ("completions", ask(prompt=["x", "y"]), 400, "prompt"),
+    "token too large": ("completions", ask(prompt=[5, 10**9]), 400, "whole numbers"),
+    "prompt too long": ("completions", ask(prompt=[5] * 128), 400, "context of 128"),
+    "two answers": ("completions", ask(n=2), 400, "n:"),
+    "unknown field": ("completions", ask(logit_bias={"5": 1}), 400, "not supported"),
+    "negative": ("completions", ask(max_tokens=-1), 400, "max_tokens"),
+    "too many": ("completions", ask(max_tokens=10**6), 400, "at most 1024"),
+    "cold": ("completions", ask(temperature=-1), 400, "temperature"),
+    "no number": ("completions", b'{"model": "a", "prompt": "x", "temperature": NaN}', 400, "temperature"),
+    "wide": ("completions", ask(top_p=2), 400, "top_p"),
+    "no template": ("chat/completions", {"model": "a", "messages": HELLO}, 400, "no chat template"),
+    "no messages": ("chat/completions", {"model": "a", "messages": []}, 400, "messages"),
+    "role": ("chat/completions", {"model": "a", "messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_in_one_shape(case: str, make_server: Make, talk: Talk) -> None:
+    path, body, status, said = WRONG[case]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    async def act(client: httpx.AsyncClient) -> tuple[httpx.Response, httpx.Response]:
+        return await client.post(f"/v1/{path}", content=content), await client.post("/v1/completions", json=ask())
+
+    answer, after = talk(make_server(), act)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert after.status_code == 200
+
+
+def test_other_paths_and_methods_are_refused_in_the_same_shape(make_server: Make, talk: Talk) -> None:
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return [await client.get("/docs"), await client.get("/v1/completions")]
+
+    assert [(a.status_code, set(a.json())) for a in talk(make_server(), act)] == [(404, {"error"}), (405, {"error"})]
+
+
+def test_the_key_is_asked_for_everywhere_but_health(make_server: Make, talk: Talk) -> None:
+    async def act(client: httpx.AsyncClient) -> list[int]:
+        right, wrong = {"Authorization": "Bearer open sesame"}, {"Authorization": "Bearer open sesamf"}
+        calls = [
+            client.post("/v1/completions", json=ask(), headers=h) for h in (right, wrong, {}, {"Authorization": "x"})
+        ]
+        calls += [client.get("/v1/models"), client.get("/metrics"), client.get("/health")]
+        return [(await call).status_code for call in calls]
+
+    assert talk(make_server(api_key="open sesame"), act) == [200, 401, 401, 401, 401, 401, 200]
+
+
+@pytest.mark.parametrize("lies", ["none", "chunked"])
+def test_ten_megabytes_are_not_read(lies: str, make_server: Make, talk: Talk) -> None:
+    sent = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(160):
+            sent += 1
+            yield b"x" * 65536
+
+    async def act(client: httpx.AsyncClient) -> tuple[httpx.Response, httpx.Response]:
+        body = b'{"model": "a", "prompt": "' + b"x" * 10_000_000 + b'"}' if lies == "none" else chunks()
+        return await client.post("/v1/completions", content=body), await client.post("/v1/completions", json=ask())
+
+    answer, after = talk(make_server(), act)
+    assert answer.status_code == 413
+    assert "longer than 1000000 bytes" in answer.json()["error"]["message"]
+    assert sent < 40
+    assert after.status_code == 200
+
+
+def test_a_full_queue_says_when_to_come_again(make_server: Make, talk: Talk) -> None:
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        asked = [ask(max_tokens=60) for _ in range(40)]
+        return await asyncio.gather(*(client.post("/v1/completions", json=a) for a in asked))
+
+    answers = talk(make_server(max_queue=2, max_batch=1), act)
+    refused = [a for a in answers if a.status_code == 429]
+    assert len(refused) + sum(a.status_code == 200 for a in answers) == 40
+    assert len(refused) > 10
+    assert all(int(a.headers["retry-after"]) >= 1 for a in refused)
+
+
+# -- what goes wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_failing_step_fails_its_requests_and_no_others(
+    make_server: Make, talk: Talk, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = make_server()
+    server.tenants.add("broken", Difference.of({}, {"model.other": torch.zeros(1)}))
+    asked = [ask(model) for model in ("broken", "b", "a", "broken", "tiny")]
+    want = [solo(server, one) for one in asked if one["model"] != "broken"]
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/completions", json=one) for one in asked))
+
+    answers = talk(server, act)
+    assert [a.status_code for a in answers] == [500, 200, 200, 500, 200]
+    assert [a.json()["choices"][0]["text"] for a in answers if a.status_code == 200] == want
+    assert answers[0].json()["error"]["type"] == "server_error"
+    assert "failed" in caplog.text
+
+
+def test_a_dropped_tenant_is_unknown_and_the_others_go_on(make_server: Make, talk: Talk) -> None:
+    server = make_server()
+
+    async def act(client: httpx.AsyncClient) -> list[int]:
+        server.tenants.drop("a")
+        return [(await client.post("/v1/completions", json=ask(model))).status_code for model in ("a", "b")]
+
+    assert talk(server, act) == [404, 200]
+
+
+def test_numbers_that_are_not_finite_are_an_error(make_server: Make, talk: Talk) -> None:
+    server = make_server()
+    site = "model.layers.0.mlp.down_proj"
+    broken = torch.full((48, 72), float("inf"))
+    server.tenants.add("broken", Difference.of({site: Dense(broken)}))
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/completions", json=ask(m)) for m in ("broken", "b", "broken")))
+
+    answers = talk(server, act)
+    assert [a.status_code for a in answers] == [500, 200, 500]
+    assert "not finite" in answers[0].json()["error"]["message"]
+
+
+def test_a_tenant_dropped_while_it_answers_fails_alone(make_server: Make, talk: Talk) -> None:
+    server = make_server()
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        asked = (ask(model, max_tokens=100) for model in ("a", "b"))
+        both = [asyncio.create_task(client.post("/v1/completions", json=one)) for one in asked]
+        while server.engine.active < 2:
+            await asyncio.sleep(0.001)
+        server.tenants.drop("a")
+        return await asyncio.gather(*both)
+
+    answers = talk(server, act)
+    assert [a.status_code for a in answers] == [500, 200]
+    assert "no longer served" in answers[0].json()["error"]["message"]
+
+
+def test_a_cancelled_sequence_leaves_the_batch(make_server: Make, talk: Talk) -> None:
+    server = make_server()
+
+    async def act(client: httpx.AsyncClient) -> httpx.Response:
+        gone = asyncio.create_task(client.post("/v1/completions", json=ask("a", max_tokens=100)))
+        while server.engine.active < 1:
+            await asyncio.sleep(0.001)
+        gone.cancel()
+        answer = await client.post("/v1/completions", json=ask("b"))
+        while server.engine.active:
+            await asyncio.sleep(0.001)
+        return answer
+
+    assert talk(server, act).status_code == 200
+    counted = server.metrics.requests.labels("a", "cancelled")._value.get()
+    assert counted == 1
