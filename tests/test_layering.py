@@ -69,6 +69,11 @@ OWN: dict[str, tuple[str, ...]] = {
                          "compress.errors"),
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
                          "compress.kv", "compress.model.anatomy", "compress.model.architecture", "compress_kernels"),
+    "compress.runtime.tenants": ("compress.runtime.tenants", "compress.weights", "compress.errors",
+                                 "compress_kernels.planes"),
+    "compress.tenants": ("compress", "compress.artifact", "compress.model.source", "compress.runtime.tenants",
+                         "compress.errors"),
+    "compress.serving": ("compress.serving", "compress.runtime.tenants", "compress.errors"),
     "compress.builtin": ("compress.builtin", "compress.errors"),
     "compress.calibration": ("compress.builtin", "compress.recipe", "compress.texts", "compress.errors"),
     "compress.texts": ("compress.errors",),
@@ -94,6 +99,9 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.export": ("torch", "numpy", "compressed_tensors", "bitsandbytes", "gguf"),
     "compress.merging": ("torch", "pydantic"),
     "compress.runtime": ("torch", "transformers"),
+    "compress.runtime.tenants": ("torch",),
+    "compress.tenants": (),
+    "compress.serving": ("torch", "transformers", "fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"),
     "compress_kernels": ("torch", "triton"),
 }
 # what writes down which version of us made a folder
@@ -114,6 +122,7 @@ BENCHES = {
     "compress_evals.kv": ("compress.runtime.kv", "compress.runtime.latent"),
     "compress_evals.latent": ("compress.runtime.kv",),
     "compress_evals.matrices": ("compress.stats",),
+    "compress_evals.tenants": ("compress.codecs", "compress.tenants"),
 }
 
 

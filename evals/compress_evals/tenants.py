@@ -1,0 +1,171 @@
+"""Eight fine-tunes of the built-in model in one process: mixed batches against one model after another, and memory.
+
+`python -m compress_evals.tenants` makes a fine-tune (the built-in model with a random change of all blocks and norms, 5
+per cent of the size of each), stores its delta with each codec, and loads that delta eight times, as eight tenants. The
+rivals are eight resident dense models, each given the rows of its own. Both compute the same rows, in turns, in one
+process on one thread; what counts is the ratio of the medians. A random change says nothing of quality: none is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import compress
+from compress.codecs import passes_of
+from compress.tenants import load_tenants
+
+CODECS = {"1-bit signs": ("bitdelta", 1.0), "low rank": ("lowrank", 1.0), "2:4 int4": ("deltazip", 3.0),
+          "delta-come": ("delta-come", 1.0)}  # fmt: skip
+TENANTS = 8
+CONTEXT = 32  # tokens before the first that is decoded, and of a prompt
+CHANGE = 0.05
+FEW = compress.Calibration(samples=16, length=128)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times are medians in milliseconds: a decode step of one row a tenant, and a prompt of 32 tokens a tenant."""
+
+    codec: str
+    delta_bytes: int
+    share: float  # of the fine-tune's bytes
+    resident_bytes: int  # of all tenants, beyond the base
+    resident_growth: float  # resident / stored bytes
+    decode_alone: float
+    decode_mixed: float
+    prompt_alone: float
+    prompt_mixed: float
+
+    @property
+    def decode(self) -> float:
+        """Throughput of mixed batches over that of one after another."""
+        return self.decode_alone / self.decode_mixed
+
+    @property
+    def prompt(self) -> float:
+        """The same of prompts."""
+        return self.prompt_alone / self.prompt_mixed
+
+
+def fine_tune(out: Path) -> Path:
+    """The built-in model with a random change of everything but its tied embeddings."""
+    from transformers import AutoTokenizer
+
+    model = compress.load("builtin")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed" not in name:
+                change = torch.randn(parameter.shape, generator=generator) * parameter.float().pow(2).mean().sqrt()
+                parameter.add_((change * CHANGE).to(parameter.dtype))
+    model.save_pretrained(out)
+    from compress.model.source import locate
+
+    AutoTokenizer.from_pretrained(locate("builtin"), local_files_only=True).save_pretrained(out)
+    return out
+
+
+def decoding(forward: Callable[..., Any], rows: int) -> Callable[[], None]:
+    """One decode step of so many rows, again and again behind one context."""
+    out = forward(torch.randint(4, 4000, (rows, CONTEXT)), None)
+    token, cache = torch.full((rows, 1), 7), [out.past_key_values]
+
+    def step() -> None:
+        cache[0] = forward(token, cache[0]).past_key_values
+
+    return step
+
+
+def milliseconds(work: Callable[[], Any]) -> float:
+    """How long some work takes."""
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1000
+
+
+def in_turns(first: Callable[[], Any], second: Callable[[], Any], runs: int) -> tuple[float, float]:
+    """The median times of two pieces of work, done in turns."""
+    first(), second()
+    times = [(milliseconds(first), milliseconds(second)) for _ in range(runs)]
+    return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
+
+
+def measured(codec: str, folder: Path, runs: int) -> Row:
+    """One codec."""
+    dense = compress.load(folder, base="builtin")
+    models = [dense, *(copy.deepcopy(dense) for _ in range(TENANTS - 1))]
+    names = [f"tenant-{n}" for n in range(TENANTS)]
+    tenants = load_tenants("builtin", dict.fromkeys(names, folder))
+    before = tenants.nbytes()
+    prompts = torch.randint(4, 4000, (TENANTS, CONTEXT))
+    with torch.inference_mode():
+        tenants(prompts, names)
+
+        def alone(model: Any) -> Callable[[Tensor, Any], Any]:
+            return lambda ids, cache: model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+        steps = [decoding(alone(model), 1) for model in models]
+        mixed = decoding(lambda ids, cache: tenants(ids, names, past_key_values=cache, use_cache=True), TENANTS)
+        decode = in_turns(lambda: [step() for step in steps], mixed, runs)
+        pairs = list(zip(models, prompts.split(1), strict=True))
+        prompt = in_turns(
+            lambda: [model(input_ids=ids) for model, ids in pairs], lambda: tenants(prompts, names), max(3, runs // 4)
+        )
+    stored = tenants.entries[names[0]].difference.nbytes
+    grown = tenants.nbytes() - before
+    whole = sum(p.nbytes for p in dense.parameters())
+    return Row(codec, stored, stored / whole, grown, grown / (TENANTS * stored), *decode, *prompt)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for people."""
+    both = f"{'alone':>7}{'mixed':>8} {'ratio':>6}"
+    head = f"{'codec':<12} {'bytes':>9} {'share':>6} {'memory':>7} {both} {both}"
+    lines = [
+        f"{r.codec:<12} {r.delta_bytes:>9,} {r.share:>6.3f} {r.resident_growth:>7.3f} "
+        f"{r.decode_alone:>7.1f}{r.decode_mixed:>8.1f} {r.decode:>6.2f} "
+        f"{r.prompt_alone:>7.1f}{r.prompt_mixed:>8.1f} {r.prompt:>6.2f}"
+        for r in rows
+    ]
+    told = f"{TENANTS} tenants, one row each; {torch.get_num_threads()} thread; medians of runs in turns; memory is\n"
+    told += (
+        "resident / stored bytes; ms of a decode step, then of prompts: one dense model after another, one mixed batch"
+    )
+    return "\n".join([told, head, *lines])
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--codecs", nargs="*", default=list(CODECS), choices=list(CODECS))
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        tuned = fine_tune(Path(folder) / "tuned")
+        for codec in asked.codecs:
+            delta = compress.Delta(base="builtin", embeddings="base")
+            recipe = compress.Recipe(passes=passes_of(*CODECS[codec]), calibration=FEW, delta=delta)
+            out = compress.run(tuned, recipe, Path(folder) / codec.replace(":", "of").replace(" ", "-")).out
+            rows.append(measured(codec, out, asked.runs))
+    text = json.dumps([{**asdict(r), "decode": r.decode, "prompt": r.prompt} for r in rows], indent=1)
+    sys.stdout.write((text if asked.json else table(rows)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
