@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,7 @@ def load_tenants(
     from compress.runtime.tenants import Tenants
 
     folder = locate(base)
-    found = {name: difference(path, folder) for name, path in deltas.items()}
-    return Tenants(compress.load(folder, **options), found, budget)
+    return Tenants(compress.load(folder, **options), deltas, budget, partial(difference, base=folder))
 
 
 def difference(folder: str | Path, base: str | Path) -> Difference:

@@ -9,12 +9,11 @@ from typing import Annotated
 
 import typer
 
-from compress.commands.output import screen
+from compress.commands.output import bytes_of, screen
 from compress.errors import ArtifactError, RecipeError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", re.IGNORECASE)
 
 
 def serve(
@@ -35,7 +34,7 @@ def serve(
     """Serve a base model and its fine-tunes: every request names its model, all share each step of computing."""
     require_serving()
     named = deltas_of(delta or [])
-    body, most = size_of(max_body, "--max-body"), None if budget is None else size_of(budget, "--budget")
+    body, most = bytes_of(max_body, "--max-body"), None if budget is None else bytes_of(budget, "--budget")
     if api_key is not None and not api_key.strip():
         raise RecipeError("--api-key: is empty")
 
@@ -72,15 +71,6 @@ def deltas_of(given: list[str]) -> dict[str, Path]:
             raise RecipeError(f"--delta: {name!r} is given twice")
         found[name] = Path(folder)
     return found
-
-
-def size_of(text: str, option: str) -> int:
-    """The bytes that a size such as `1MB` means; raises RecipeError for anything else."""
-    found = SIZE.fullmatch(text.strip())
-    size = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
-    if not 1 <= size <= 2**63:
-        raise RecipeError(f"{option}: {text!r} is not a size; give a number with KB, MB, GB or TB")
-    return int(size)
 
 
 def tokenizer_of(folder: Path) -> object:

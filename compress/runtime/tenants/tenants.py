@@ -6,9 +6,10 @@ budget. A fine-tune's own tensors come before its differences: they replace what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -36,11 +37,18 @@ class Entry:
 class Tenants:
     """The fine-tunes of a model by name; `None` in a batch is the model itself.
 
-    `budget` are the bytes that deltas may take together; None for no limit. One forward pass runs at a time.
+    `budget` are the bytes that deltas may take together; None for no limit. `read` gives what a delta folder holds. One
+    forward pass runs at a time.
     """
 
-    def __init__(self, model: Any, deltas: Mapping[str, Difference], budget: int | None = None) -> None:
-        self.model, self.budget = model, budget
+    def __init__(
+        self,
+        model: Any,
+        deltas: Mapping[str, Difference | str | Path],
+        budget: int | None = None,
+        read: Callable[[str | Path], Difference] | None = None,
+    ) -> None:
+        self.model, self.budget, self.read = model, budget, read
         self.layout = layout(model)
         self.entries: dict[str, Entry] = {}
         self.lock = RLock()
@@ -49,8 +57,8 @@ class Tenants:
         self.last: tuple[tuple[Resident | None, ...], Step] | None = None  # the batch before, mostly the next one too
         self.hooked: set[tuple[str, str]] = set()
         self.ways: dict[OwnOf, str] = {}
-        for name, difference in deltas.items():
-            self.add(name, difference)
+        for name, delta in deltas.items():
+            self.add(name, delta)
 
     # -- who there is ---------------------------------------------------------------------------------
 
@@ -58,8 +66,20 @@ class Tenants:
         """The tenants, sorted."""
         return sorted(self.entries)
 
-    def add(self, name: str, difference: Difference) -> None:
-        """Register a tenant; raises RecipeError if the name is taken, PlanError if it alone exceeds the budget."""
+    def add(self, name: str, delta: Difference | str | Path) -> None:
+        """Register a tenant by its delta folder, or by what such a folder holds.
+
+        Raises RecipeError if the name is taken, PlanError if it alone exceeds the budget, ArtifactError if the folder
+        is no delta of this base.
+        """
+        if isinstance(delta, Difference):
+            difference = delta
+        elif self.read is not None:
+            difference = self.read(delta)
+        else:
+            raise RecipeError(
+                f"tenant {name!r}: this base was not loaded from a folder, so no folder is a delta of it"
+            )
         with self.lock:
             if name in self.entries:
                 raise RecipeError(f"tenant {name!r} exists; drop it first")
