@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 4  # of one tenant, up to which reading the bytes once a row is no slower
-AT_ONCE = 1 << 22  # bytes of masked codes made at a time; fewer, larger calls were faster, up to what caches hold
+AT_ONCE = 1 << 20  # bytes of masked codes made at a time, about a second-level cache; 2**18 to 2**22 were as fast
 TAIL = 8  # bytes behind each row, in which the kernel finds the row's scale and offset, as float32
 
 
@@ -73,27 +73,27 @@ def bags(x_NI: Tensor, counts: tuple[int, ...], words: Sequence[Tensor], bits: i
     """For a few rows: sums of masked bytes, weighted with x."""
     masks_P11 = masks_of(bits, x_NI.device)
     rows, outputs = words[0].shape
-    size = len(words) * len(masks_P11) * rows * (outputs + TAIL)
-    matrix = scratch(get_ident(), (size - 1).bit_length())[:size].view(len(words), -1, rows, outputs + TAIL)
-    matrix[..., outputs:] = tail()
-    torch.bitwise_and(torch.stack(list(words))[:, None], masks_P11, out=matrix[..., :outputs])
+    matrix = scratch(get_ident(), len(words), len(masks_P11), rows, outputs)
+    for words_JO, codes_PJO in zip(words, matrix[..., :outputs].unbind(), strict=True):
+        torch.bitwise_and(words_JO, masks_P11, out=codes_PJO)
     index, offsets = rows_of(counts, x_NI.shape[1], len(masks_P11) * rows, groups)
-    kernel = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-    y = kernel(matrix.view(-1, outputs + TAIL), index, offsets, False, 0, False, x_NI.view(-1), None, False)
+    y = KERNEL(matrix.view(-1, outputs + TAIL), index, offsets, False, 0, False, x_NI.view(-1), None, False)
     return torch.as_tensor(y).view(-1, groups, outputs)
 
 
+KERNEL = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
+
+
 @lru_cache(maxsize=8)
-def scratch(thread: int, bits: int) -> Tensor:
-    """2**bits bytes for one thread: fresh memory would be cleared by the system at every call."""
+def scratch(thread: int, tenants: int, per: int, rows: int, outputs: int) -> Tensor:
+    """Memory for masked codes [K, P, J, O + TAIL] of one thread, at most `AT_ONCE` bytes or one tenant's.
+
+    Every row ends in a scale of 1 and an offset of 0. It is kept, for to write these cost as much as to mask.
+    """
     with torch.inference_mode(False):  # else only inference could write to it
-        return torch.empty(1 << bits, dtype=torch.uint8)
-
-
-@lru_cache(maxsize=1)
-def tail() -> Tensor:
-    """A scale of 1 and an offset of 0, as bytes."""
-    return torch.tensor([1.0, 0.0]).view(torch.uint8)
+        matrix = torch.empty(tenants, per, rows, outputs + TAIL, dtype=torch.uint8)
+        matrix[..., outputs:] = torch.tensor([1.0, 0.0]).view(torch.uint8)
+        return matrix
 
 
 @lru_cache(maxsize=64)

@@ -77,9 +77,7 @@ class Tenants:
         elif self.read is not None:
             difference = self.read(delta)
         else:
-            raise RecipeError(
-                f"tenant {name!r}: this base was not loaded from a folder, so no folder is a delta of it"
-            )
+            raise RecipeError(f"tenant {name!r}: this base was not loaded from a folder, so no folder is a delta of it")
         with self.lock:
             if name in self.entries:
                 raise RecipeError(f"tenant {name!r} exists; drop it first")
