@@ -114,6 +114,7 @@ from compress.weights import (
 if TYPE_CHECKING:
     from compress.driver import Report
     from compress.merging import Merged
+    from compress.runtime.tenants import Tenants
 
 register_when_needed()
 
@@ -224,6 +225,15 @@ def merge(
     from compress.merging import merge as run
 
     return run(base, models, out, **options)
+
+
+def load_tenants(
+    base: str | Path, deltas: Mapping[str, str | Path], budget: int | None = None, **options: Any
+) -> Tenants:
+    """The base model with its fine-tunes by name, computed together; see `compress.tenants.load_tenants`."""
+    from compress.tenants import load_tenants as load_them
+
+    return load_them(base, deltas, budget, **options)
 
 
 def require_evals() -> None:
@@ -353,6 +363,7 @@ __all__ = [
     "accept",
     "evaluate",
     "load",
+    "load_tenants",
     "merge",
     "pattern",
     "run",

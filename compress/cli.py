@@ -20,6 +20,7 @@ from compress import __version__
 from compress.commands import delta
 from compress.commands.merge import merge
 from compress.commands.output import Json, Out, bytes_of, result, screen
+from compress.commands.serve import serve
 from compress.errors import CompressError, RecipeError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 app.add_typer(delta.app)
 app.command()(merge)
+app.command()(serve)
 UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of click that typer carries since 0.2x
 
 

@@ -50,10 +50,14 @@ def sparse(w: Tensor) -> Weight:
     return Masked(coded(4, 8)(w), pattern("2:4").keep(w.abs()), "2:4")
 
 
+def few(w: Tensor) -> Weight:
+    return Masked(coded(4)(w), pattern(0.9).keep(w.abs()), "90%")
+
+
 KINDS: dict[str, Callable[[Tensor], Weight]] = {
     "signs": bits, "signs by row": bits_by_row, "low rank": low_rank, "int4": coded(4), "int4 groups": coded(4, 8),
     "int3 asymmetric": coded(3, 8, False), "int8 tensor": coded(8, -1), "int5": coded(5), "bands": banded,
-    "2:4 int4": sparse, "dense": Dense,
+    "2:4 int4": sparse, "few int4": few, "dense": Dense,
 }  # fmt: skip
 
 
@@ -209,7 +213,7 @@ def test_embeddings_and_heads_of_its_own(kind: str, model_folder: Callable[..., 
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "gemma"])
-@pytest.mark.parametrize("codec", ["int8 tensor", "signs by row", "int5", "low rank", "2:4 int4", "dense"])
+@pytest.mark.parametrize("codec", ["int8 tensor", "signs by row", "int5", "low rank", "few int4", "dense"])
 def test_a_coded_embedding_is_looked_up(
     kind: str, codec: str, model_folder: Callable[..., Path], assert_close: Close
 ) -> None:
@@ -316,12 +320,20 @@ def test_one_delta_above_the_budget_is_refused(fresh: Any) -> None:
         Tenants(fresh, {"a": difference}, budget=difference.nbytes - 1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("int3 asymmetric", "bands")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("int3 asymmetric", "bands", "2:4 int4")])
 def test_memory_grows_by_the_stored_bytes_only(kind: str, fresh: Any) -> None:
     tenants = Tenants(fresh, {name: made(fresh, kind, seed) for seed, name in enumerate("ab")})
     before = tenants.nbytes()
     tenants(torch.zeros(2, 2, dtype=torch.long), ["a", "b"])
     assert tenants.nbytes() - before == sum(tenants.entries[name].difference.nbytes for name in "ab")
+
+
+def test_half_of_the_codes_stay_as_all_of_them(fresh: Any) -> None:
+    """Four bits an entry instead of four for half of them and a mask: many times faster for a third more."""
+    tenants = Tenants(fresh, {"a": made(fresh, "2:4 int4", 1)})
+    tenants(torch.zeros(1, 2, dtype=torch.long), ["a"])
+    entries = sum(matrix(fresh, site).numel() for site in linear_sites(fresh))
+    assert tenants.delta_bytes() - tenants.entries["a"].difference.nbytes == entries // 8
 
 
 def test_zeros_that_are_codes_take_a_byte_each(fresh: Any) -> None:
@@ -333,10 +345,13 @@ def test_zeros_that_are_codes_take_a_byte_each(fresh: Any) -> None:
 
 def test_explain_names_the_path_of_every_site(fresh: Any, tuned: dict[str, Difference]) -> None:
     tenants = Tenants(fresh, tuned)
-    tenants(torch.zeros(3, 2, dtype=torch.long), ["signs", "low rank", "2:4 int4"])
+    tenants(torch.zeros(4, 2, dtype=torch.long), ["signs", "low rank", "2:4 int4", "few int4"])
     site = "model.layers.0.mlp.down_proj"
     said = {name: ways[site] for name, ways in tenants.explain().items()}
-    assert said == {"signs": "packed 1-bit codes", "low rank": "plain @ plain", "2:4 int4": "unpacked 2:4·int4g8s"}
+    assert said == {
+        "signs": "packed 1-bit codes", "low rank": "plain @ plain", "2:4 int4": "packed 4-bit codes",
+        "few int4": "unpacked 90%·int4rows",
+    }  # fmt: skip
 
 
 # -- packed codes -----------------------------------------------------------------------------------------------
