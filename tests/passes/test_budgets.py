@@ -34,7 +34,7 @@ from compress.model.divergence import mean_kl as kl
 from compress.passes import Budget, Pass, Pruner
 from compress.passes.budget import as_asked, centred, density, governed
 from compress.passes.pruning.owl import keep_by_outliers
-from compress.passes.pruning.sensitivity import FINE, Part, cheapest_cut, curve, spend
+from compress.passes.pruning.sensitivity import FINE, Part, cheapest_cut, curve, law, spend
 
 SITES, BLOCKS = 14, 2
 BUDGETS = (OWL(), Sensitivity())
@@ -260,6 +260,20 @@ def test_marginal_costs_end_equal(ratio: float) -> None:
     step = (MEASURED[1] - MEASURED[0]) / FINE
     assert one - other == pytest.approx(math.log(ratio) / slope, abs=2 * step)
     assert one + other == pytest.approx(1.0, abs=6e-5)
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.0, 2.0])
+def test_the_bits_of_codecs_follow_a_power_law(bits: float) -> None:
+    """Of costs c b**-p, what spends least gives each part bits in proportion to c**(1 / (p + 1))."""
+    tried = tuple(1 - b / 16 for b in (1.0, 0.5, 0.25))
+    scales, power = {"a": 1e-3, "b": 4e-3, "c": 2e-3}, 2.5
+    parts = [law((name,), 4096, tried, [c * b**-power for b in (1.0, 0.5, 0.25)], bits) for name, c in scales.items()]
+    for part, c in zip(parts, scales.values(), strict=True):
+        assert part.costs == pytest.approx([c * (16 * (1 - float(o))) ** -power for o in part.options], rel=1e-2)
+    given = [16 * (1 - float(option)) for option in spend(parts, bits / 16)]
+    shares = [c ** (1 / (power + 1)) for c in scales.values()]
+    assert given == pytest.approx([3 * bits * share / sum(shares) for share in shares], rel=0.05)
+    assert sum(given) / 3 == pytest.approx(bits, rel=2e-3)
 
 
 def test_kl_is_that_of_its_definition() -> None:

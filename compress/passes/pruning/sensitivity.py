@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 
 from compress.errors import CalibrationError, RecipeError
@@ -22,6 +23,8 @@ from compress.passes.probes import LEAST, Probes, output_cost, rewritten
 from compress.stats import Gram
 
 Governed = Pruner | GridQuantizer | Factorizer | Codec
+SEEN = 0.5  # bits of a codec around which it is measured at most: with more its cost drowns in the model's own rounding
+LEAST_POWER = 0.25
 PLAIN = 16  # bits of a weight of which a codec leaves `bits`: the share removed is what the two differ by
 FURTHEST = 2  # bits from the mean
 FINE = 16  # steps between two measured fractions
@@ -47,8 +50,9 @@ class Sensitivity(Budget, name="sensitivity"):
     squared errors of the outputs are summed, tr(D G Dᵀ) / tr(W G Wᵀ), which needs no forward behind the part but does
     not know what later blocks make of it. Sparsities are measured at three values within `spread` and interpolated in
     the logarithm of the cost; n:m at each n within it, where an n above the pattern's loses its speed on hardware; bits
-    at each whole number within two of the mean, which `bits` may set to a fraction. Marginal costs are then made equal.
-    Takes as many times what the pass takes as it measures options.
+    of a grid at each whole number within two of the mean, which `bits` may set to a fraction. A codec is measured at
+    three numbers of bits up to one, and a power law fitted: with more bits its cost cannot be told from the rounding of
+    the model itself. Marginal costs are then made equal. Takes as many times what the pass takes as it tries options.
     Source: additive damage, LeCun et al., "Optimal Brain Damage", NeurIPS 1989; allocation, Shoham and Gersho,
     "Efficient Bit Allocation for an Arbitrary Set of Quantizers", 1988; measuring the costs in this way is ours.
     """
@@ -92,9 +96,10 @@ class Sensitivity(Budget, name="sensitivity"):
             if not math.isfinite(cost):
                 first = found[i // len(tried)][0][0]
                 raise CalibrationError(f"{self.name}: rewriting {first} alone makes the logits not finite")
+        measured = [costs[i : i + len(tried)] for i in range(0, len(costs), len(tried))]
         parts = [
-            curve(names, size, tried, costs[i * len(tried) : (i + 1) * len(tried)])
-            for i, (names, size) in enumerate(found)
+            law(*part, tried, each, step.bits) if isinstance(step, Codec) else curve(*part, tried, each)
+            for part, each in zip(found, measured, strict=True)
         ]
         mean = (self.bits or step.bits) if isinstance(step, GridQuantizer) else density(asked(step))
         chosen = spend(parts, mean)
@@ -112,7 +117,8 @@ class Sensitivity(Budget, name="sensitivity"):
             near = [n for n in range(of - 1, 0, -1) if abs(n - kept) <= max(1.0, self.spread * of)]
             return tuple(f"{n}:{of}" for n in near)
         if isinstance(step, Codec):
-            return tuple(1 - bits / PLAIN for bits in (min(PLAIN / 2, 2 * step.bits), step.bits, step.bits / 2))
+            middle = min(step.bits, SEEN)
+            return tuple(1 - bits / PLAIN for bits in (2 * middle, middle, middle / 2))
         most = MOST_REMOVED if isinstance(step, Factorizer) else 1.0
         ends = (max(0.0, wanted - self.spread), wanted, max(wanted, min(most, wanted + self.spread)))
         fractions = tuple(dict.fromkeys(round(float(end), 4) for end in ends))
@@ -163,6 +169,17 @@ def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: S
         options += [round(left + share * (right - left), 4) for share in shares]
         fine += [math.exp(low + share * (high - low)) for share in shares]
     return Part(sites=sites, size=size, options=tuple(options), costs=tuple(fine))
+
+
+def law(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Sequence[float], bits: float) -> Part:
+    """A part of which the cost falls as a power of the bits, fitted to what was measured; options around `bits`."""
+    log_bits = torch.tensor([PLAIN * density(option) for option in tried]).log()
+    log_costs = torch.tensor(costs).log()
+    centred = log_bits - log_bits.mean()
+    power = max(LEAST_POWER, -float((centred * log_costs).sum() / centred.square().sum()))
+    options = [bits * 2 ** (k / FINE) for k in range(FINE, -2 * FINE, -1)]  # from twice to a quarter
+    at = [math.exp(float(log_costs.mean()) - power * (math.log(b) - float(log_bits.mean()))) for b in options]
+    return Part(sites=sites, size=size, options=tuple(round(1 - b / PLAIN, 5) for b in options), costs=tuple(at))
 
 
 def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
