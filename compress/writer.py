@@ -185,15 +185,16 @@ class ArtifactWriter:
         self._number()
         copy_companions(source, self.partial, base)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
-        write_json(self.partial / INDEX, index)
+        write_json(self.partial / INDEX, index, small=bool(pin))
         quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
         quantization |= {"kv": kv} if kv else {}
         quantization |= {"base": dict(pin)} if pin else {}
         named = {"quantization_config": quantization} if provenance["sites"] or pin else {}
-        write_json(self.partial / "config.json", {**config, **named})
+        write_json(self.partial / "config.json", {**config, **named}, small=bool(pin))
         (self.partial / "README.md").write_text(card, encoding="utf-8")
         others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
-        write_json(self.partial / PROVENANCE, {**provenance, "files": {**self.digests, **others}})
+        files = {**self.digests, **others}
+        write_json(self.partial / PROVENANCE, {**provenance, "files": files}, small=bool(pin))
 
     def commit(self) -> None:
         """Flush every file and rename the folder into place; what was there before goes last, and stays on failure."""
@@ -270,10 +271,11 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON; raises WriteError if the disk refuses."""
+def write_json(path: Path, value: Any, small: bool = False) -> None:
+    """Write JSON, indented for people or as `small` as it can be; raises WriteError if the disk refuses."""
+    form: dict[str, Any] = {"separators": (",", ":")} if small else {"indent": 1}
     try:
-        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(value, ensure_ascii=False, **form) + "\n", encoding="utf-8")
     except OSError as error:
         raise WriteError(str(path)) from error
 
