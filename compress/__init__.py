@@ -157,7 +157,7 @@ def run(
         source, recipe, out, emit=emit or (lambda event: None), device=device, force=force, **options
     )
     if recipe.accept:
-        accept(report.out, source, recipe.accept, device)
+        accept(report.out, source, recipe.accept, device, recipe.delta.base if recipe.delta else None)
     return report
 
 
@@ -192,6 +192,8 @@ def load(
     register()
     folder = locate(path)
     below = base_of(folder, None if base is None else locate(base), BUILTIN)
+    if base is not None and below is None:
+        raise ArtifactError(f"{folder}: is a whole model, not a delta; it has no base")
     raw = {k: v for k, v in read_json(folder / "config.json", "config.json").items() if k != "auto_map"}
     if raw != without_code(raw):
         raise ArtifactError(f"{folder}: its config.json names an attention or experts implementation; remove it")
@@ -255,11 +257,14 @@ def evaluate(paths: str | Path | list[str | Path], base: str | Path | None = Non
     return evaluate_folders(paths if isinstance(paths, list) else [paths], base, **options)
 
 
-def accept(path: str | Path, base: str | Path, rule: Accept, device: str = "cpu") -> None:
-    """Raise AcceptanceError if the artifact may have lost more than `rule` allows."""
+def accept(
+    path: str | Path, base: str | Path, rule: Accept, device: str = "cpu", delta_base: str | Path | None = None
+) -> None:
+    """Raise AcceptanceError if the artifact may have lost more than `rule` allows; a delta has a `delta_base`."""
     from compress_evals import accept as broken
 
-    versus = evaluate(path, base, device=device)[1].vs
+    below = {} if delta_base is None else {"delta_base": delta_base}
+    versus = evaluate(path, base, device=device, **below)[1].vs
     failures = broken(versus, rule.max_drop, rule.confidence)
     if failures:
         raise AcceptanceError(f"{path} is kept but not accepted: {'; '.join(failures)}")

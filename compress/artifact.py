@@ -27,6 +27,7 @@ from compress.weights import External, Sum, Weight, unpack
 METHOD = "compress"
 VERSION = 1
 PROVENANCE = "compress.json"
+DTYPES = {name: kind for kind, name in NAMES.items()}  # by what a header calls them
 
 
 def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
@@ -136,7 +137,7 @@ class Artifact(Checkpoint):
         """One plain tensor, decoded and in the model's dtype if it is a site's weight."""
         sites = self.holders.get(name)
         if sites is None and self.base is not None and name not in self.files:
-            return self.base.tensor(name)
+            return cast_as(self.base.tensor(name), self.headers[name].dtype)
         if sites is None:
             return super().tensor(name)
         if "expert" not in self.specs[sites[0]]:
@@ -192,7 +193,7 @@ class Artifact(Checkpoint):
         spec, shape = self.specs[site], [int(n) for n in self.specs[site]["tree"]["shape"]]
         if self.base is None:
             raise ArtifactError(f"{self.path}: is a delta of {self.pin_name}; give its base")
-        found = self.base.tensor(tensor_of(site, spec))
+        found = self.base.tensor(tensor_of(site, spec)).to(self.dtype)
         found = found if spec.get("expert") is None else found[spec["expert"]]
         return padded(found.T if spec["transposed"] else found, shape[0])
 
@@ -207,8 +208,16 @@ class Artifact(Checkpoint):
         found = {name: held for name, held in self.stored_headers.items() if name not in self.payloads}
         found |= {name: Held(NAMES[self.dtype], shape) for name, shape in self.plain.items()}
         if self.base is not None:
-            found |= {n: self.base.headers[n] for n in self.provenance["tensors"] if n not in found and n in self.base}
+            told, cast = self.provenance["tensors"], self.provenance.get("cast", {})
+            given = {n: self.base.headers[n] for n in told if n not in found and n in self.base}
+            found |= {n: Held(cast.get(n, held.dtype), held.shape) for n, held in given.items()}
         return found
+
+
+def cast_as(tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor in the dtype that a header calls so; integers as they are."""
+    wanted = DTYPES.get(dtype)
+    return tensor if wanted is None or not tensor.is_floating_point() else tensor.to(wanted)
 
 
 def padded(matrix: Tensor, rows: int) -> Tensor:
@@ -276,11 +285,13 @@ def base_of(path: Path, given: Path | None = None, builtin: Path | None = None) 
 
     Raises ArtifactError if it must be named.
     """
-    if given is not None or not is_artifact(path) or not (delta := Artifact(path)).is_delta:
+    if not is_artifact(path) or not (delta := Artifact(path)).is_delta:
+        return None
+    if given is not None:
         return given
     if delta.pin_name == "builtin" and builtin is not None:
         return builtin
-    raise ArtifactError(f"{path}: is a delta of {delta.pin_name}; give that model as its base")
+    raise ArtifactError(f"{path}: is a delta of {delta.pin_name}; give its base, or apply it first")
 
 
 def verify(path: Path, base: Path | None = None) -> list[str]:

@@ -101,6 +101,9 @@ def run(
 def evaluate(
     folders: Annotated[list[Path], typer.Argument(help="compressed model folders")],
     base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
+    delta_base: Annotated[
+        str | None, typer.Option(help="what deltas among the folders are added to; default: builtin if they are of it")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="where results and report.html go; default: <folder>.eval")] = None,
     limit: Annotated[int | None, typer.Option(min=4, help="questions a task, a fixed sample")] = None,
     margin: Annotated[float, typer.Option(min=0, max=1, help="share of the dense score that still matches")] = 0.05,
@@ -126,6 +129,7 @@ def evaluate(
         results = evals.evaluate_folders(
             folders,
             base,
+            delta_base=delta_base,
             limit=limit,
             margin=margin,
             seed=seed,

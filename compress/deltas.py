@@ -8,14 +8,14 @@ statistics are those of what will be served; the driver writes it. Shape suffixe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.artifact import fingerprint, padded
+from compress.artifact import cast_as, fingerprint, padded
 from compress.errors import ArtifactError, RecipeError
 from compress.model.anatomy import Anatomy
 from compress.model.reshaped import FLOATS, Made, Reshaped, unchanged
@@ -36,6 +36,7 @@ class Against:
     options: Delta
     anatomy: Anatomy
     source: Checkpoint
+    tabled: dict[str, Weight] = field(default_factory=dict)  # coded once, held as codes
 
     @property
     def pin(self) -> dict[str, str]:
@@ -70,10 +71,20 @@ class Against:
         return str(getattr(self.options, self.tables.get(name, "others")))
 
     def same(self, name: str) -> bool:
-        """Whether a tensor of the fine-tuned model is the base's, bit for bit; reads both."""
-        if name not in self.base or self.base.headers[name] != self.source.headers[name]:
+        """Whether a tensor of the fine-tuned model is the base's, in the dtype of the former; reads both."""
+        if name not in self.base or self.base.headers[name].shape != self.source.headers[name].shape:
             return False
-        return bool(torch.equal(self.base.tensor(name), self.source.tensor(name)))
+        return bool(torch.equal(self.of_base(name), self.source.tensor(name)))
+
+    def of_base(self, name: str) -> Tensor:
+        """A tensor of the base in the dtype that the fine-tuned model has."""
+        return cast_as(self.base.tensor(name), self.source.headers[name].dtype)
+
+    @cached_property
+    def cast(self) -> dict[str, str]:
+        """The dtype, by name, of the tensors that the base holds in another one."""
+        own, base = self.source.headers, self.base.headers
+        return {name: held.dtype for name, held in own.items() if name in base and base[name].dtype != held.dtype}
 
     def check(self) -> None:
         """Raise ArtifactError or RecipeError if the two models are not of one architecture, or a policy cannot be kept.
@@ -86,8 +97,11 @@ class Against:
         for name, held in self.source.headers.items():
             policy = self.policy(name)
             there = self.base.headers.get(name)
-            if there is None and (name in self.sites or policy != "own"):
+            if there is None and name in self.sites:
                 raise ArtifactError(f"{self.base.path}: no tensor {name!r}, which {self.source.path} has")
+            if there is None and policy != "own":
+                option = self.tables.get(name, "others")
+                raise RecipeError(f"delta.{option}: {name} is not in the base {self.base.path}; it must be own")
             if there is None or there.shape == held.shape:
                 continue
             if name not in self.tables or there.shape[1:] != held.shape[1:]:
@@ -119,14 +133,16 @@ class Against:
 
     def coded(self, name: str) -> Weight:
         """The expression of a table whose difference is stored in eight bits."""
-        own = self.source.tensor(name)
-        beside = External(padded(self.base.tensor(name), len(own)), BASE, name)
-        return Sum((beside, EIGHT.quantize(own.float() - beside.data.float())))
+        if name not in self.tabled:
+            own = self.source.tensor(name)
+            beside = External(padded(self.of_base(name), len(own)), BASE, name)
+            self.tabled[name] = Sum((beside, EIGHT.quantize(own.float() - beside.data.float())))
+        return self.tabled[name]
 
     def record(self, name: str, weight: Weight) -> dict[str, Any]:
         """What compress.json holds of such a table; its error is relative to the difference."""
         own = self.source.tensor(name).float()
-        difference = own - padded(self.base.tensor(name), len(own)).float()
+        difference = own - padded(self.of_base(name), len(own)).float()
         error = (weight.dense().float() - own).norm() / difference.norm().clamp(min=1e-30)
         return {
             "weight": weight.describe(), "bytes": weight.nbytes(), "weight_error": float(error), "output_error": None,
@@ -144,7 +160,7 @@ class Against:
             as_it_is = unchanged(self.source, name)
             match self.policy(name):
                 case "base":
-                    made[name] = Made(shape=as_it_is.shape, like=name, make=partial(self.base.tensor, name))
+                    made[name] = Made(shape=as_it_is.shape, like=name, make=partial(self.of_base, name))
                 case "int8":
                     made[name] = Made(shape=as_it_is.shape, like=name, make=partial(self.read_back, name))
                 case _:

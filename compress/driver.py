@@ -187,12 +187,13 @@ class Job:
         manager = PassManager(recipe.passes, self.emit, recipe.ordering, budgets)
         since = time.monotonic()
         for block in manager.run(self.opened(batches, probe, dense, twins)):
-            nbytes = writer.add(*self.divide(block))
+            expressed, plain = self.divide(block)
+            nbytes = writer.add(expressed, plain)
+            kept = [block.sites[name] for name in expressed]
             sizes = {
                 site.name: 0 if site.idle else writer.nbytes(site.name, site.weight) for site in block.sites.values()
             }
-            rewritten = [site for site in block.sites.values() if site.weight is not site.original]
-            ledger |= {site.name: record(site, sizes[site.name]) for site in rewritten}
+            ledger |= {site.name: record(site, sizes[site.name]) for site in kept}
             stored += sum(sizes.values())
             weights += sum(site.shape[0] * site.shape[1] for site in block.sites.values())
             self.check_limits(ledger)
@@ -277,11 +278,14 @@ class Job:
     def divide(self, block: Block) -> tuple[dict[str, Stored], list[Entry]]:
         """What a block stores: its rewritten sites, and every other tensor as the source has it.
 
-        Experts whose stack was touched anywhere are stored one by one, also those that were left as they were.
+        Experts whose stack was touched anywhere are stored one by one, also those that were left as they were: of a
+        delta, whose modules nothing runs, only where they are one tensor of the file.
         """
         places = {site.name: site.place for site in block.sites.values()}
         rewritten = {s.name for s in block.sites.values() if s.weight is not s.original}
         opened = {places[name].module for name in rewritten if places[name].expert is not None}
+        if self.beside:
+            opened = {places[name].module for name in rewritten if places[name].stacked}
         sites = {
             site.name: Stored(
                 weight=site.stored,
@@ -328,11 +332,9 @@ class Job:
 
     def conclude(self, writer: ArtifactWriter, ledger: dict[str, Any], bits: float, probe: Travellers) -> Report:
         """Write the descriptions, verify the whole folder, and report."""
-        if not ledger and not self.reshaped:
-            if self.beside:
-                raise RecipeError(
-                    f"no pass changed a difference from {self.beside.base.path}; there is nothing to write"
-                )
+        if self.beside and not writer.weight_map:
+            raise RecipeError(f"{self.source.path} does not differ from {self.beside.base.path}; nothing to write")
+        if not ledger and not self.reshaped and not self.beside:
             raise RecipeError("the passes left every weight as it was; there is nothing to write")
         logits = self.walk.leave(probe)
         self.walk.drop_frame()
@@ -396,7 +398,7 @@ class Job:
             "sizes": sizes,
             "probe": {"tokens": self.tokens.probe_NT.numel(), "kl": kl},
             **({"reshaped": self.reshaped} if self.reshaped else {}),
-            **({"base": self.beside.pin} if self.beside else {}),
+            **({"base": self.beside.pin, "cast": self.beside.cast} if self.beside else {}),
             "sites": ledger,
             "untouched": self.covered.untouched,
             "tensors": self.source.shapes(),

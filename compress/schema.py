@@ -113,7 +113,10 @@ class Reshaping(TypedDict):
 
 
 class Provenance(TypedDict):
-    """compress.json: how the artifact was made, and the sha256 of every other file."""
+    """compress.json: how the artifact was made, and the sha256 of every other file.
+
+    Of a delta also its base, and the dtype of the tensors that the base holds in another one.
+    """
 
     versions: Versions
     source: Source
@@ -124,6 +127,7 @@ class Provenance(TypedDict):
     probe: Probe
     reshaped: NotRequired[list[Reshaping]]
     base: NotRequired[Pin]
+    cast: NotRequired[dict[str, str]]
     sites: dict[str, SiteRecord]
     untouched: dict[str, tuple[int, str]]
     tensors: dict[str, list[int]]

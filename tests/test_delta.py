@@ -21,6 +21,7 @@ from compress import (
     Calibration,
     Delta,
     FineTune,
+    Global,
     Magnitude,
     Realign,
     Recipe,
@@ -136,7 +137,7 @@ def test_a_matrix_that_fine_tuning_left_alone_costs_nothing(tiny_llama: Path, tm
 
 def test_nothing_to_store_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     same = shutil.copytree(tiny_llama, tmp_path / "same")
-    with pytest.raises(RecipeError, match="no pass changed a difference"):
+    with pytest.raises(RecipeError, match="does not differ from"):
         delta_of(same, tiny_llama, tmp_path / "d")
     assert not (tmp_path / "d").exists()
 
@@ -348,6 +349,108 @@ def test_other_layouts(family: str, sites: int, tmp_path: Path, ids: Tensor, hug
     assert (got - wanted).norm() < 0.02 * (wanted - logits(hugging_face(tmp_path / "base"), ids)).norm()
 
 
+# -- experts ---------------------------------------------------------------------------------------
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 3},
+    "gpt_oss": {
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "layer_types": ["full_attention"] * 2,
+    },
+}
+
+
+@pytest.mark.parametrize("family", list(MIXTURES))  # a tensor for each expert, and one for all of them
+@pytest.mark.parametrize("sites", ["*", "*experts*0"])
+def test_experts_that_were_not_rewritten_are_exact(
+    family: str, sites: str, tmp_path: Path, ids: Tensor, hugging_face: Any
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 211, "pad_token_id": 3}  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **MIXTURES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    moved = tuned(tmp_path / "base", tmp_path / "moved", only="layers.1.mlp")
+    step = RTN(bits=8, group=0) if sites == "*" else RTN(bits=8, group=0, sites="*layers.1*experts*0*")
+    report = delta_of(moved, tmp_path / "base", tmp_path / "d", step)
+    delta, own = Artifact(report.out, tmp_path / "base"), Checkpoint(moved)
+    assert len(verify(report.out, tmp_path / "base")) == 3
+    export_dense(report.out, tmp_path / "applied", tmp_path / "base")
+    rewritten = {name for name, row in delta.provenance["sites"].items() if row["weight_error"]}
+    touched = {delta.specs[site].get("tensor", f"{site}.weight") for site in rewritten}
+    assert touched and all("layers.1" in name for name in touched)
+    for name in set(own.names()) - touched:
+        assert torch.equal(delta.tensor(name), own.tensor(name)), name
+    got, wanted = logits(compress.load(report.out, base=tmp_path / "base"), ids), logits(hugging_face(moved), ids)
+    assert (got - wanted).norm() < 0.02 * (wanted - logits(hugging_face(tmp_path / "base"), ids)).norm()
+
+
+# -- dtypes and what else differs --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+)
+def test_a_base_of_another_dtype_is_read_in_that_of_the_fine_tune(
+    before: str, after: str, model_folder: Any, tmp_path: Path, ids: Tensor, hugging_face: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = model_folder("llama", before)
+    cast = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=getattr(torch, after))
+    cast.save_pretrained(tmp_path / "cast")
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "cast" / file.name)
+    moved = tuned(tmp_path / "cast", tmp_path / "moved", only="layers.1.mlp")
+    report = delta_of(moved, base, tmp_path / "d", RTN(bits=8, group=0), others="base")
+    delta, own = Artifact(report.out, base), Checkpoint(moved)
+    assert delta.changed() == [] and all(".1.mlp." in site for site in delta.specs)
+    assert delta.headers == own.headers
+    for site, row in delta.provenance["sites"].items():
+        change = own.tensor(f"{site}.weight").float() - cast.state_dict()[f"{site}.weight"].float()
+        error = (delta.tensor(f"{site}.weight").float() - own.tensor(f"{site}.weight").float()).norm() / change.norm()
+        assert error < 2 * row["weight_error"] + 2**-8 * 10  # and the rounding of the sum to a matrix ten times larger
+    assert export_dense(report.out, tmp_path / "applied", base).bytes == own.nbytes()
+
+
+def test_what_only_norms_learned_is_a_delta_too(tiny_llama: Path, tmp_path: Path) -> None:
+    moved = tuned(tiny_llama, tmp_path / "moved", only="norm")
+    delta = Artifact(delta_of(moved, tiny_llama, tmp_path / "d").out, tiny_llama)
+    assert delta.specs == {} and len(delta.changed()) == 5
+    assert all(torch.equal(delta.tensor(n), Checkpoint(moved).tensor(n)) for n in delta.names())
+    assert compress.load(tmp_path / "d", base=tiny_llama) is not None
+
+
+def test_a_budget_does_not_count_what_did_not_change(tiny_llama: Path, tmp_path: Path) -> None:
+    moved = tuned(tiny_llama, tmp_path / "moved", only="layers.1.mlp")
+    report = delta_of(moved, tiny_llama, tmp_path / "d", Global(), Magnitude(sparsity=0.5))
+    kept = [row["mask"]["kept"] for row in Artifact(report.out).provenance["sites"].values()]
+    assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.02)
+
+
+def test_options_of_a_recipe_stand_unless_they_are_given(
+    cli: Run, with_tables: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("passes: [{rtn: {bits: 4, group: 0}}]\ndelta: {base: builtin, embeddings: int8, head: base}\n")
+    asked = ("--base", tiny_llama, "--recipe", recipe, "--head", "int8", "--out", tmp_path / "d")
+    assert cli("delta", "extract", with_tables, *asked)[0] == 0
+    assert {"model.embed_tokens", "lm_head"} <= Artifact(tmp_path / "d").specs.keys()
+
+
+def test_more_bits_than_twice_fit_are_not_asked_for(
+    cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    asked = ("--base", tiny_llama, "--method", "auto", "--bits", "9", "--out", tmp_path / "d", "--json")
+    code, printed, said = cli("delta", "extract", finetuned, *asked)
+    assert code == 0, said
+    assert json.loads(printed)["bits_per_weight"] <= 9
+
+
 # -- refusals and the command line -----------------------------------------------------------------
 
 
@@ -400,6 +503,17 @@ def test_the_command_line(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path:
     assert Checkpoint(applied).names() == Checkpoint(finetuned).names()
 
 
+def test_a_delta_is_evaluated_beside_its_fine_tune(
+    cli: Run, zipped: Path, tiny_llama: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    asked = ("--base", finetuned, "--limit", 4, "--out", tmp_path / "e", "--json")
+    code, printed, said = cli("eval", zipped, "--delta-base", tiny_llama, *asked)
+    assert code == 0, said
+    assert json.loads(printed)["results"][1]["vs"]["fidelity"]["kl"]["value"] > 0
+    code, _, said = cli("eval", zipped, *asked)
+    assert code == 2 and "is a delta of" in said
+
+
 @pytest.mark.parametrize("method", ["auto", "dare", "delta-come", "lowrank", "sparse"])
 def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any, tmp_path: Path, method: str) -> None:
     base = model_folder("llama", "bfloat16")
@@ -421,7 +535,7 @@ def test_other_methods_have_their_own_sizes(
 
 
 def test_scales_alone_are_distilled(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
-    asked = ("--base", tiny_llama, "--method", "bitdelta", "--json")
+    asked = ("--base", tiny_llama, "--json")
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "passes: [bitdelta, {finetune: {steps: 8, held_out: 2}}]\ncalibration: {samples: 12, length: 32}\n"
@@ -449,6 +563,8 @@ def test_scales_alone_are_distilled(cli: Run, tiny_llama: Path, finetuned: Path,
         (("--method", "bitdelta", "--bits", "0.5"), "--bits: 0.5 is less than"),
         (("--method", "deltazip", "--bits", "1"), "--bits: deltazip takes 2 or 3"),
         (("--recipe", "nowhere.yaml"), "no recipe file"),
+        (("--recipe", "rtn-int4", "--bits", "2"), "--bits: the recipe says what is done"),
+        (("--size", "1GB"), "--size: 1GB is no less than"),
         (("--method", "sparse", "--distill", "5"), "--distill: sparse has no scales"),
         (("--bits", "1", "--size", "1MB"), "--size: says what --bits says"),
         (("--size", "much"), "--size: 'much' is not a size"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,8 +21,9 @@ def extract(
     finetuned: Annotated[str, typer.Argument(help="folder of the fine-tuned model")],
     base: Base,
     method: Annotated[
-        str, typer.Option(help="auto, bitdelta, dare, delta-come, deltazip, lowrank or sparse; see also --recipe")
-    ] = "auto",
+        str | None,
+        typer.Option(help="auto (the default), bitdelta, dare, delta-come, deltazip, lowrank or sparse"),
+    ] = None,
     bits: Annotated[
         float | None, typer.Option(help="bits a weight; default: 1, a sixteenth of the model's own")
     ] = None,
@@ -30,19 +31,23 @@ def extract(
         str | None, typer.Option(help="instead of --bits: bytes of all rewritten matrices, such as 40MB")
     ] = None,
     distill: Annotated[
-        int, typer.Option(min=0, help="bitdelta: steps in which each block learns the scales of its signs")
-    ] = 0,
+        int | None, typer.Option(min=1, help="bitdelta: steps in which each block learns the scales of its signs")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="instead of --method: a recipe, done to the difference")] = None,
     out: Out = None,
     data: Annotated[
         str | None, typer.Option(help="calibration text, best of what the model was tuned for; default: the recipe's")
     ] = None,
-    embeddings: Annotated[Table, typer.Option(help="as fine-tuned, difference in 8 bits, or the base's")] = "own",
-    head: Annotated[Table, typer.Option(help="the same of an output head of its own")] = "own",
-    others: Annotated[Literal["own", "base"], typer.Option(help="norms, biases, whatever no pass rewrites")] = "own",
+    embeddings: Annotated[
+        Table | None, typer.Option(help="own, as fine-tuned (the default); the difference in int8; or the base's")
+    ] = None,
+    head: Annotated[Table | None, typer.Option(help="the same of an output head of its own")] = None,
+    others: Annotated[
+        Literal["own", "base"] | None, typer.Option(help="the same of norms, biases, whatever no pass rewrites")
+    ] = None,
     vocabulary: Annotated[
-        Literal["keep", "refuse"], typer.Option(help="what to do with tokens that the base does not have")
-    ] = "keep",
+        Literal["keep", "refuse"] | None, typer.Option(help="what to do with tokens that the base does not have")
+    ] = None,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
     as_json: Json = False,
@@ -53,27 +58,45 @@ def extract(
     from compress.codecs import passes_of
     from compress.console import Progress
 
-    if bits is not None and size is not None:
-        raise RecipeError("--size: says what --bits says; give one of both")
-    wanted = 1.0 if bits is None else bits
-    wanted = wanted if size is None else bits_within(bytes_of(size, "--size"), finetuned)
-    made = recipes.load(recipe) if recipe else compress.Recipe(passes=passes_of(method, wanted, distill))
-    delta = compress.Delta(base=base, embeddings=embeddings, head=head, others=others, vocabulary=vocabulary)
+    told = {"--method": method, "--bits": bits, "--size": size, "--distill": distill}
+    if recipe is not None:
+        spare = [option for option, value in told.items() if value is not None]
+        if spare:
+            raise RecipeError(f"{spare[0]}: the recipe says what is done; give one of both")
+        made = recipes.load(recipe)
+    else:
+        wanted = bits_of(bits, size, finetuned)
+        made = compress.Recipe(passes=passes_of(method or "auto", wanted, distill or 0))
+    policies = {"embeddings": embeddings, "head": head, "others": others, "vocabulary": vocabulary}
+    chosen: Any = {key: value for key, value in policies.items() if value is not None}
+    delta = replace(made.delta or compress.Delta(base=base), base=base, **chosen)
     calibration = made.calibration if data is None else replace(made.calibration, data=data)
     made = replace(made, delta=delta, calibration=calibration)
-    target = out if out is not None else Path("out") / f"{Path(finetuned).resolve().name}-{method}"
+    name = Path(recipe).name.removesuffix(".yaml") if recipe is not None else method or "auto"
+    target = out if out is not None else Path("out") / f"{Path(finetuned).resolve().name}-{name}"
     report = compress.run(finetuned, made, target, emit=Progress(screen()), device=device, force=force)
     value = {**{k: v for k, v in asdict(report).items() if k != "coverage"}, "share": share(report)}
     result(value, as_json)
 
 
-def bits_within(size: int, model: str) -> float:
-    """Bits a weight with which the matrices of a model take `size` bytes."""
+def bits_of(bits: float | None, size: str | None, model: str) -> float:
+    """Bits a weight as they were given, or with which the matrices of a model take `size`; 1 by default.
+
+    Raises RecipeError for both, or for a size that is no difference's.
+    """
+    from compress.codecs import PLAIN
     from compress.model.source import locate
     from compress.survey import survey
 
+    if size is None:
+        return 1.0 if bits is None else bits
+    if bits is not None:
+        raise RecipeError("--size: says what --bits says; give one of both")
     parameters: int = sum(row["parameters"] for row in survey(locate(model))["sites"])
-    return 8 * size / parameters
+    found = 8 * bytes_of(size, "--size") / parameters
+    if found >= PLAIN:
+        raise RecipeError(f"--size: {size} is no less than the {parameters * PLAIN // 8:,} bytes of the matrices whole")
+    return found
 
 
 def share(report: object) -> float:

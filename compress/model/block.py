@@ -83,7 +83,7 @@ class Block:
     # -- who reads what ----------------------------------------------------------------------------
 
     def _groups(self) -> list[Group]:
-        """Sites that read the very same tensor, in the order the forward reaches them."""
+        """Sites that read the very same tensor, in the order the forward reaches them; without those that are idle."""
         seen: list[tuple[Tensor, Group]] = []
         placed: set[str] = set()
 
@@ -106,7 +106,9 @@ class Block:
         by_peers: dict[str, list[Group]] = {}
         for group in groups:  # what the first expert does second comes after what the last does first
             by_peers.setdefault(peers_of(group), []).append(group)
-        return [group for together in by_peers.values() for group in sorted(together, key=expert_of)]
+        ordered = [group for together in by_peers.values() for group in sorted(together, key=expert_of)]
+        busy = ([site for site in group if not site.idle] for group in ordered)
+        return [group for group in busy if group]
 
     @contextmanager
     def _listening(self, keys: Iterable[str], heard: Heard) -> Iterator[None]:

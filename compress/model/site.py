@@ -16,7 +16,7 @@ from compress.model.anatomy import Place
 from compress.model.family import is_transposed
 from compress.model.transform import statistics_after, statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
-from compress.weights import Dense, External, Sum, Weight, rounded_for
+from compress.weights import Dense, External, Masked, Sum, Weight, rounded_for
 
 FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of its inputs if that is more
 
@@ -246,8 +246,16 @@ class DeltaSite(Site):
 
     @property
     def stored(self) -> Weight:
-        """The expression that an artifact keeps: the difference beside its base."""
-        return Sum((self.base, self._weight))
+        """The expression that an artifact keeps: the difference beside its base.
+
+        As it was, if nothing rewrote it: nothing where there is none, else in float32, which loses nothing of bfloat16.
+        """
+        if self._weight is not self.original:
+            return Sum((self.base, self._weight))
+        if self.idle:
+            none_OI = torch.zeros_like(self.own, dtype=torch.bool)
+            return Sum((self.base, Masked(Dense(torch.zeros_like(self.own)), none_OI, "none")))
+        return Sum((self.base, Dense(self.own.float() - self.base.data.float())))
 
 
 def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class PassManager:
     def chosen_for(self, site: Site) -> dict[int, SitePass]:
         """The passes that select this site by their number, each with the option that a budget gave it here."""
         if site.name not in self.chosen:
-            chosen = [i for i, step in enumerate(self.passes) if fnmatchcase(site.name, step.sites) and not site.idle]
+            chosen = [i for i, step in enumerate(self.passes) if fnmatchcase(site.name, step.sites)]
             self.chosen[site.name] = {i: self.tuned(i, site.name) for i in chosen}
         return self.chosen[site.name]
 

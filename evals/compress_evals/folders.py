@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import compress
-from compress.artifact import Artifact, check_base, is_artifact, recorded_base
+from compress.artifact import Artifact, base_of, check_base, is_artifact, recorded_base
 from compress.errors import ArtifactError, RecipeError
-from compress.model.source import Checkpoint, locate
+from compress.model.source import BUILTIN, Checkpoint, locate
 from compress.plan import usable
 from compress_evals.comparison import compare
 from compress_evals.fidelity import measure_fidelity
@@ -29,6 +29,7 @@ def evaluate_folders(
     paths: Sequence[str | Path],
     base: str | Path | None = None,
     *,
+    delta_base: str | Path | None = None,
     limit: int | None = None,
     margin: float = 0.05,
     seed: int = 0,
@@ -39,7 +40,8 @@ def evaluate_folders(
 ) -> list[Results]:
     """The results of the dense base, then of each folder, compared with it.
 
-    `base` defaults to `builtin` where the first artifact was made from it. `text` is what bits per byte and KL are
+    `base` defaults to `builtin` where the first artifact was made from it; `delta_base` is what deltas among the
+    folders are added to, if that is not `builtin`. `text` is what bits per byte and KL are
     measured on, by default the built-in prose. With `out`, results, samples, `report.md` and `report.html` are
     written there. Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base.
     """
@@ -51,6 +53,7 @@ def evaluate_folders(
     if text is not None and len(text) < SHORTEST:
         raise RecipeError(f"--text: {len(text)} characters are too few to measure on; give at least {SHORTEST}")
     usable(device)
+    below = [base_of(folder, None if delta_base is None else locate(delta_base), BUILTIN) for folder in folders]
     dense_model, tokenizer = opened(locate(source), device)
     if out is not None:
         make(out)
@@ -59,8 +62,8 @@ def evaluate_folders(
         on_progress=lambda text: say(f"{model_name(source)}: {text}"),
     )  # fmt: skip
     results = [dense]
-    for name, folder in zip(names, folders, strict=True):
-        model, _ = opened(folder, device)
+    for name, folder, under in zip(names, folders, below, strict=True):
+        model = compress.load(folder, base=under).to(usable(device))
         found = evaluate(
             model, tokenizer, name=name, description=describe(folder), limit=limit, seed=seed,
             on_progress=lambda text, name=name: say(f"{name}: {text}"),  # type: ignore[misc]

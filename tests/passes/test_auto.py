@@ -93,7 +93,11 @@ def test_too_few_bits_are_refused(site_of: Callable[..., Site]) -> None:
         Auto(bits=0.001).check("blocks.0.proj", (OUT, IN))
 
 
-def test_without_its_input_it_still_fits(site_of: Callable[..., Site]) -> None:
-    for bits in (0.5, 1.5, 2.5):
-        weight = Auto(bits=bits).rewrite_unfed(site_of(flat()))
+def test_without_its_input_it_still_fits_and_uses_its_bits(site_of: Callable[..., Site]) -> None:
+    errors = []
+    for bits in (0.25, 0.5, 1.5, 2.5, 3.5, 4.7):
+        site = site_of(flat())
+        weight = Auto(bits=bits).rewrite_unfed(site)
         assert 8 * weight.nbytes() <= bits * OUT * IN
+        errors.append(float((weight.dense() - site.original.data).norm()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]

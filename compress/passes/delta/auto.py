@@ -88,14 +88,19 @@ class Auto(Codec, name="auto"):
         return None
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """What needs no statistics."""
-        sign = BitDelta(levels=1).rewrite_unfed(site)
-        if sign.nbytes() <= self.budget(site.shape):
-            return sign
-        width = 4
-        largest = Magnitude(sparsity=1 - kept_within(self.bits, width), scope="matrix")
-        pruned = site.apart(largest.rewrite_unfed(site))
-        return RTN(bits=width, group=-1).rewrite_unfed(pruned)
+        """What needs no statistics: signs in as many levels as fit, or as many of the largest weights as do."""
+        budget, levels = self.budget(site.shape), min(4, floor(self.bits))
+        for fewer in range(levels, 0, -1):
+            sign = BitDelta(levels=fewer).rewrite_unfed(site)
+            if sign.nbytes() <= budget:
+                return sign
+        aim, width = self.bits, 4
+        while True:
+            largest = Magnitude(sparsity=1 - kept_within(aim, width), scope="matrix")
+            coded = RTN(bits=width, group=-1).rewrite_unfed(site.apart(largest.rewrite_unfed(site)))
+            if coded.nbytes() <= budget or aim < self.bits / 100:
+                return coded
+            aim *= MARGIN * budget / coded.nbytes()
 
 
 def least_bytes(step: WeightPass, shape: tuple[int, int]) -> int:

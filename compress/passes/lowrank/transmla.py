@@ -39,6 +39,7 @@ class TransMLA(WeightPass, name="transmla"):
     unfed = ""
     takes = ("dense",)
     gives = "factored"
+    on_differences = False  # a latent is of keys and values, not of what was added to them
 
     sites: Annotated[str, Field(description="glob over full site names; keys with their values only")] = "*.[kv]_proj"
     kept: Annotated[

@@ -38,7 +38,11 @@ class Global(Budget, name="global"):
         counts: dict[str, Tensor] = {}
         for block in model.blocks(step.requires, step.sites):
             for site in block.sites.values():
-                if fnmatchcase(site.name, step.sites) and all(kind in site.stats for kind in step.requires):
+                if (
+                    not site.idle
+                    and fnmatchcase(site.name, step.sites)
+                    and all(kind in site.stats for kind in step.requires)
+                ):
                     counts[site.name] = bins(step.score(site))
         if not counts:
             return {}

@@ -38,7 +38,7 @@ class OWL(Budget, name="owl"):
         members: dict[str, list[str]] = {}
         sizes: dict[str, int] = {}
         for block in model.blocks(self.requires, step.sites):
-            sites = [site for site in block.sites.values() if fnmatchcase(site.name, step.sites)]
+            sites = [s for s in block.sites.values() if not s.idle and fnmatchcase(s.name, step.sites)]
             if sites:
                 members[block.name] = [site.name for site in sites]
                 sizes[block.name] = sum(site.shape[0] * site.shape[1] for site in sites)

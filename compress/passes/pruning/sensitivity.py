@@ -177,7 +177,8 @@ def law(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Seq
     log_costs = torch.tensor(costs).log()
     centred = log_bits - log_bits.mean()
     power = max(LEAST_POWER, -float((centred * log_costs).sum() / centred.square().sum()))
-    options = [bits * 2 ** (k / FINE) for k in range(FINE, -2 * FINE, -1)]  # from twice to a quarter
+    grid = [bits * 2 ** (k / FINE) for k in range(FINE, -2 * FINE, -1)]  # from twice to a quarter
+    options = [b for b in grid if b < PLAIN]
     at = [math.exp(float(log_costs.mean()) - power * (math.log(b) - float(log_bits.mean()))) for b in options]
     return Part(sites=sites, size=size, options=tuple(round(1 - b / PLAIN, 5) for b in options), costs=tuple(at))
 
