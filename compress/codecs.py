@@ -24,12 +24,12 @@ def bitdelta(bits: float) -> Steps:
     """Signs: a bit of them for every whole bit, each level on what the one before left."""
     if bits < 1:
         raise RecipeError(f"--bits: {bits} is less than the one that a sign takes; choose another method")
-    return [{"bitdelta": {"levels": min(4, floor(bits))}}]
+    return [{"bitdelta": {"levels": min(4, floor(bits)), "unbiased": True}}]
 
 
 def delta_come(bits: float) -> Steps:
     """Singular vectors, the first ones in many bits and the last in few."""
-    return [{"delta-come": {"bits": bits}}]
+    return [{"delta-come": {"bits": bits, "unbiased": True}}]
 
 
 def dare(bits: float) -> Steps:
@@ -50,7 +50,7 @@ def sparse(bits: float) -> Steps:
     width = 1 if bits < 1.5 else 2 if bits < 2.5 else 4
     sparsity = round(1 - kept_within(bits * ROOM, width), 5)
     if width == 1:
-        return [{"sparsegpt": {"sparsity": sparsity}}, {"bitdelta": {}}]
+        return [{"sparsegpt": {"sparsity": sparsity}}, {"bitdelta": {"unbiased": True}}]
     return [{"sparsegpt": {"sparsity": sparsity, "bits": width, "group": 0}}]
 
 

@@ -23,6 +23,9 @@ class Codec(WeightPass):
     gives: ClassVar[str] = "quantized"
 
     bits: Annotated[float, Field(gt=0, le=16, description="a weight, of all that is stored; never more")] = 1.0
+    unbiased: Annotated[
+        bool, Field(description="enlarge what is stored until its output holds all of the weight's, and errs aside")
+    ] = False
 
     def budget(self, shape: tuple[int, int]) -> int:
         """Bytes for a matrix."""

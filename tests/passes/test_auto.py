@@ -43,7 +43,7 @@ def test_it_stays_within_its_bits_and_is_the_best_it_tried(
     site_of: Callable[..., Site], bits: float, kind: Callable[[], Tensor]
 ) -> None:
     site = site_of(kind(), tokens())
-    site.weight = weight = Auto(bits=bits).rewrite(site)
+    site.weight = weight = Auto(bits=bits, unbiased=False).rewrite(site)
     assert 8 * weight.nbytes() <= bits * OUT * IN
     tried = site.ledger["codecs"]
     assert output_cost(site) == pytest.approx(min(tried.values()), rel=1e-5)
@@ -52,7 +52,7 @@ def test_it_stays_within_its_bits_and_is_the_best_it_tried(
 def test_the_spectrum_decides(site_of: Callable[..., Site]) -> None:
     """Signs for a flat spectrum, bands for a steep one, single weights where few are not zero."""
     kinds = (flat, steep, spiky)
-    made = {kind.__name__: Auto(bits=1.2).rewrite(site_of(kind(), tokens(mixed=0))) for kind in kinds}
+    made = {kind.__name__: Auto(bits=1.2, unbiased=False).rewrite(site_of(kind(), tokens(mixed=0))) for kind in kinds}
     assert isinstance(made["flat"], Signs)
     match made["steep"]:
         case Product(Quantized(), Quantized()) | Sum((Product(), *_)):
@@ -66,14 +66,14 @@ def test_the_spectrum_decides(site_of: Callable[..., Site]) -> None:
 def test_it_is_no_worse_than_a_fixed_codec(site_of: Callable[..., Site], step: DeltaCoMe | BitDelta) -> None:
     for kind in (flat, steep, spiky):
         alone, chosen = site_of(kind(), tokens()), site_of(kind(), tokens())
-        alone.weight, chosen.weight = step.rewrite(alone), Auto(bits=1.2).rewrite(chosen)
+        alone.weight, chosen.weight = step.rewrite(alone), Auto(bits=1.2, unbiased=False).rewrite(chosen)
         assert output_cost(chosen) <= output_cost(alone) * (1 + 1e-5)
 
 
 def test_trying_leaves_no_trace(site_of: Callable[..., Site]) -> None:
     site = site_of(flat(), tokens())
     before = site.view().clone()
-    Auto(bits=1.2).rewrite(site)
+    Auto(bits=1.2, unbiased=False).rewrite(site)
     assert torch.equal(site.view(), before)
     assert site.weight is site.original
     assert site.fallbacks == []
@@ -90,14 +90,14 @@ def test_the_share_kept_solves_its_equation(bits: float, width: int) -> None:
 
 def test_too_few_bits_are_refused(site_of: Callable[..., Site]) -> None:
     with pytest.raises(RecipeError, match="no codec stores 96x128"):
-        Auto(bits=0.001).check("blocks.0.proj", (OUT, IN))
+        Auto(bits=0.001, unbiased=False).check("blocks.0.proj", (OUT, IN))
 
 
 def test_without_its_input_it_still_fits_and_uses_its_bits(site_of: Callable[..., Site]) -> None:
     errors = []
     for bits in (0.25, 0.5, 1.5, 2.5, 3.5, 4.7):
         site = site_of(flat())
-        weight = Auto(bits=bits).rewrite_unfed(site)
+        weight = Auto(bits=bits, unbiased=False).rewrite_unfed(site)
         assert 8 * weight.nbytes() <= bits * OUT * IN
         errors.append(float((weight.dense() - site.original.data).norm()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import floor
+from typing import Annotated
+
+from pydantic import Field
 
 from compress.errors import RecipeError
 from compress.model.site import Site
@@ -17,6 +20,7 @@ from compress.passes.pruning.magnitude import Magnitude
 from compress.passes.pruning.sparsegpt import SparseGPT
 from compress.passes.quantization.gptq import GPTQ
 from compress.passes.quantization.rtn import RTN
+from compress.passes.unbiased import unbiased
 from compress.stats import Gram
 from compress.weights import Weight
 from compress.weights.bits import packed_size
@@ -39,6 +43,10 @@ class Auto(Codec, name="auto"):
     the cost. Preceded by `sensitivity`, matrices that matter more get more bits.
     Source: lowrank_quant_delta.md section 3.2, on choosing by the spectrum; the portfolio is ours.
     """
+
+    unbiased: Annotated[
+        bool, Field(description="enlarge what is chosen until its output holds all of the weight's, and errs aside")
+    ] = True
 
     requires = (Gram,)
     unfed = "signs with a scale a row, or the largest weights in four bits, by weights alone"
@@ -71,7 +79,9 @@ class Auto(Codec, name="auto"):
         best = min(found, key=lambda row: row[0])[2]
         site.fallbacks += best.fallbacks
         site.ledger |= best.ledger | {"codecs": {name: cost for cost, name, _ in found}}
-        return best.weight
+        if not self.unbiased:
+            return best.weight
+        return unbiased(best.weight, site.target.data, site.stats[Gram])
 
     def within(self, site: Site, index: int) -> tuple[WeightPass, Site] | None:
         """What a codec makes of a site, asked for fewer bits if it took too many; None if it cannot."""

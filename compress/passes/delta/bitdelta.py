@@ -14,8 +14,9 @@ from torch import Tensor
 
 from compress.model.site import Site
 from compress.passes.base import Quantizer
+from compress.passes.unbiased import unbiased
 from compress.stats import Gram, Statistic
-from compress.weights import Signs, Sum, Weight
+from compress.weights import Masked, Signs, Sum, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class BitDelta(Quantizer, name="bitdelta"):
         Literal["mean", "output"], Field(description="scales of least error of the weights, or of the output")
     ] = "output"
 
+    unbiased: Annotated[
+        bool, Field(description="enlarge the scales until the output holds all of the weight's, and errs aside")
+    ] = False
+
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
         """The Gram, if scales are fitted to the output."""
@@ -58,7 +63,12 @@ class BitDelta(Quantizer, name="bitdelta"):
         signed = [signs_of(level_OI, keep_OI) for level_OI in positive]
         scale_SL = best_scales(w_OI, signed, gram_II, self.scale == "matrix").bfloat16()
         terms = tuple(Signs(p, s[:, None].contiguous()) for p, s in zip(positive, scale_SL.unbind(1), strict=True))
-        return terms[0] if len(terms) == 1 else Sum(terms)
+        weight: Weight = terms[0] if len(terms) == 1 else Sum(terms)
+        if not self.unbiased:
+            return weight
+        held = weight if keep_OI is None else Masked(weight, keep_OI, "kept")
+        larger = unbiased(held, w_OI, gram_II)
+        return larger.values if isinstance(larger, Masked) else larger
 
     def levelled(self, w_OI: Tensor, keep_OI: Tensor | None) -> list[Tensor]:
         """Where each level is positive: the signs of what is left of W by the levels before under their own means."""

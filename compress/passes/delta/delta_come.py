@@ -25,6 +25,7 @@ from compress.model.site import Site
 from compress.passes.codec import Codec
 from compress.passes.feedback import feed_back
 from compress.passes.hessian import inverse_factor, shared_factor
+from compress.passes.unbiased import unbiased
 from compress.passes.whitened import principal, weighed
 from compress.stats import Gram, Statistic
 from compress.weights import Dense, Product, Quantized, Sum, Weight
@@ -344,7 +345,8 @@ class DeltaCoMe(Codec, name="delta-come"):
         bits_R = self.allotted(energy_R, energy_R + right_RI.square().sum(1) * heard.loud_I.mean(), site.shape)
         made = bands_of(w_OI, basis_OR, bits_R, heard, self.rounds)
         site.ledger["bands"] = {str(bits): pairs for bits, pairs in counted(bits_R).items()}
-        return made[0] if len(made) == 1 else Sum(made)
+        weight: Weight = made[0] if len(made) == 1 else Sum(made)
+        return unbiased(weight, w_OI, heard.gram) if self.unbiased else weight
 
     def allotted(self, energy_R: Tensor, noise_R: Tensor, shape: tuple[int, int]) -> Tensor:
         """The bits of each pair, at least one pair."""
