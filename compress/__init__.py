@@ -113,6 +113,7 @@ from compress.weights import (
 
 if TYPE_CHECKING:
     from compress.driver import Report
+    from compress.extraction import Extracted
     from compress.merging import Merged
     from compress.runtime.tenants import Tenants
 
@@ -218,6 +219,13 @@ def load(
     if not packed and cache and cache != "recipe":
         attach(model, cache)
     return model.eval()
+
+
+def extract(finetuned: str | Path, base: str | Path, out: str | Path, **options: Any) -> Extracted:
+    """Store the difference of a fine-tuned model from its base in `out`; see `compress.extraction.extract`."""
+    from compress.extraction import extract as run
+
+    return run(finetuned, base, out, **options)
 
 
 def merge(
@@ -367,6 +375,7 @@ __all__ = [
     "__version__",
     "accept",
     "evaluate",
+    "extract",
     "load",
     "load_tenants",
     "merge",

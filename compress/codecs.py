@@ -66,16 +66,22 @@ def auto(bits: float) -> Steps:
     return [{"sensitivity": {}}, {"auto": {"bits": bits}}]
 
 
+def nearest_auto(bits: float) -> Steps:
+    """The same, with the nearest matrices, which are too small: better where a size leaves little to lose."""
+    return [{"sensitivity": {}}, {"auto": {"bits": bits, "unbiased": False}}]
+
+
 METHODS: dict[str, Callable[[float], Steps]] = {
     "auto": auto, "bitdelta": bitdelta, "dare": dare, "delta-come": delta_come, "deltazip": deltazip,
     "lowrank": lowrank, "sparse": sparse,
 }  # fmt: skip
 
 
-def passes_of(method: str, bits: float, distill: int = 0) -> tuple[Pass, ...]:
+def recipes_of(method: str, bits: float, distill: int = 0) -> list[tuple[Pass, ...]]:
     """The passes of a method at so many bits a weight, of signs with so many steps of learning their scales.
 
-    Raises RecipeError for one that cannot be that small, or has no scales to learn.
+    More than one list where it is to be tried which is better. Raises RecipeError for a method that cannot be that
+    small, or has no scales to learn.
     """
     if method not in METHODS:
         raise RecipeError(f"--method: {method!r} is unknown{nearest(method, METHODS)}")
@@ -84,7 +90,8 @@ def passes_of(method: str, bits: float, distill: int = 0) -> tuple[Pass, ...]:
     if distill and method != "bitdelta":
         raise RecipeError(f"--distill: {method} has no scales that could be learned alone; use bitdelta")
     learned: Steps = [{"finetune": {"steps": distill}}] if distill else []
-    return tuple(read_pass(step, method) for step in METHODS[method](bits) + learned)
+    choices = [METHODS[method](bits), *([nearest_auto(bits)] if method == "auto" else [])]
+    return [tuple(read_pass(step, method) for step in steps + learned) for steps in choices]
 
 
-__all__ = ["METHODS", "kept_within", "passes_of"]
+__all__ = ["METHODS", "kept_within", "nearest_auto", "recipes_of"]

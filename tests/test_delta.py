@@ -32,7 +32,7 @@ from compress import (
     VerificationError,
 )
 from compress.artifact import Artifact, fingerprint, verify
-from compress.codecs import passes_of
+from compress.codecs import recipes_of
 from compress.export.dense import export_dense
 from compress.model.source import Checkpoint
 from compress.passes import DARE, BitDelta
@@ -534,6 +534,21 @@ def test_other_methods_have_their_own_sizes(
     assert json.loads(printed)["bits_per_weight"] < float(bits) + 1.2  # scales of rows of 48 weigh much
 
 
+def test_auto_keeps_the_better_of_what_it_makes(tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
+    found = compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0, calibration=FEW)
+    assert len(found.tried) == 2
+    assert found.report.kl == min(found.tried.values())
+    assert Artifact(tmp_path / "d").provenance["probe"]["kl"] == found.report.kl
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    again = compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0, calibration=FEW, force=True)
+    assert again.tried == found.tried
+    with pytest.raises(RecipeError, match="exists"):
+        compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0)
+    with pytest.raises(RecipeError, match="must be own|not allowed"):
+        compress.extract(finetuned, tiny_llama, tmp_path / "e", method="bitdelta", embeddings="half")
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
 def test_scales_alone_are_distilled(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
     asked = ("--base", tiny_llama, "--json")
     recipe = tmp_path / "r.yaml"
@@ -545,7 +560,7 @@ def test_scales_alone_are_distilled(cli: Run, tiny_llama: Path, finetuned: Path,
     for file, out in ((recipe, "learned"), (plain, "plain")):
         assert cli("delta", "extract", finetuned, *asked, "--recipe", file, "--out", tmp_path / out)[0] == 0
     one, other = Artifact(tmp_path / "learned"), Artifact(tmp_path / "plain")
-    assert passes_of("bitdelta", 1.0, 8)[1] == FineTune(steps=8)
+    assert recipes_of("bitdelta", 1.0, 8)[0][1] == FineTune(steps=8)
     for site in one.specs:
         match one.difference(site), other.difference(site):
             case Signs(learned), Signs(first):

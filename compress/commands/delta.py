@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from compress import recipe as recipes
 from compress.commands.output import Json, Out, bytes_of, result, screen
 from compress.errors import RecipeError
+from compress.recipe import Delta, Recipe
 
 app = typer.Typer(name="delta", help="Store fine-tuned models as small differences from one base.")
 Base = Annotated[str, typer.Option("--base", help="the model that was fine-tuned: a folder, or `builtin`")]
@@ -53,30 +55,31 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Store what fine-tuning changed, as small as asked, in a folder that is pinned to its base."""
-    import compress
-    from compress import recipe as recipes
-    from compress.codecs import passes_of
+    from compress.codecs import recipes_of
     from compress.console import Progress
+    from compress.extraction import best_of
 
     told = {"--method": method, "--bits": bits, "--size": size, "--distill": distill}
+    policies = {"embeddings": embeddings, "head": head, "others": others, "vocabulary": vocabulary}
+    chosen: Any = {"base": base, **{key: value for key, value in policies.items() if value is not None}}
     if recipe is not None:
         spare = [option for option, value in told.items() if value is not None]
         if spare:
             raise RecipeError(f"{spare[0]}: the recipe says what is done; give one of both")
-        made = recipes.load(recipe)
+        loaded = recipes.load(recipe)
+        made = [replace(loaded, delta=replace(loaded.delta or Delta(base=base), **chosen))]
     else:
-        wanted = bits_of(bits, size, finetuned)
-        made = compress.Recipe(passes=passes_of(method or "auto", wanted, distill or 0))
-    policies = {"embeddings": embeddings, "head": head, "others": others, "vocabulary": vocabulary}
-    chosen: Any = {key: value for key, value in policies.items() if value is not None}
-    delta = replace(made.delta or compress.Delta(base=base), base=base, **chosen)
-    calibration = made.calibration if data is None else replace(made.calibration, data=data)
-    made = replace(made, delta=delta, calibration=calibration)
+        lists = recipes_of(method or "auto", bits_of(bits, size, finetuned), distill or 0)
+        made = [Recipe(passes=passes, delta=Delta(**chosen)) for passes in lists]
+    if data is not None:
+        made = [replace(one, calibration=replace(one.calibration, data=data)) for one in made]
     name = Path(recipe).name.removesuffix(".yaml") if recipe is not None else method or "auto"
     target = out if out is not None else Path("out") / f"{Path(finetuned).resolve().name}-{name}"
-    report = compress.run(finetuned, made, target, emit=Progress(screen()), device=device, force=force)
+    found = best_of(finetuned, made, target, emit=Progress(screen()), device=device, force=force)
+    report = found.report
     value = {**{k: v for k, v in asdict(report).items() if k != "coverage"}, "share": share(report)}
-    result(value, as_json)
+    lines = [f"probe KL {kl:.4g} nats: {passes}" for passes, kl in found.tried.items()] if len(made) > 1 else []
+    result({**value, "tried": found.tried}, as_json, *lines)
 
 
 def bits_of(bits: float | None, size: str | None, model: str) -> float:

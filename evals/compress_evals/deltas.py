@@ -27,7 +27,7 @@ from compress.builtin.abilities import Ability, ability
 from compress.builtin.finetune import replay
 from compress.builtin.gates import exact_match
 from compress.codecs import METHODS as SHIPPED
-from compress.codecs import kept_within
+from compress.codecs import kept_within, nearest_auto
 from compress.errors import CompressError, RecipeError
 from compress.model.source import locate, read_json
 from compress.recipe import read_pass
@@ -71,6 +71,9 @@ fine-tune: on its own questions with their answers, and on 77 kB of unseen prose
 fine-tune answers, with a paired 95 % interval: the ability's own held-out questions, and 960 of the base's facts.
 Seconds are those of a run beside other work: orders of magnitude only.
 """
+
+
+AUTO, NEAREST = "auto, unbiased", "auto, nearest"  # of which `compress delta extract --method auto` keeps the better
 
 
 def shipped(name: str) -> Method:
@@ -123,10 +126,10 @@ def nearest_signs(bits: float) -> Steps | None:
 
 
 METHODS: dict[str, Method] = {
-    **{name: shipped(name) for name in SHIPPED},
+    **{AUTO if name == "auto" else name: shipped(name) for name in SHIPPED},
+    NEAREST: nearest_auto,
     "bitdelta, nearest": nearest_signs,
     "delta-come, nearest": lambda bits: [{"delta-come": {"bits": bits}}],
-    "auto, nearest": lambda bits: [{"sensitivity": {}}, {"auto": {"bits": bits, "unbiased": False}}],
     "bitdelta as published": published_signs,
     "delta-come as published": lambda bits: [{"delta-come": {"bits": bits, "bands": "published", "whitened": False}}],
     "dare importance": sampled,
@@ -151,6 +154,7 @@ class Measured(Scored):
     folder_bytes: int
     own_kl: list[float]
     own_tokens: int
+    probe_kl: float = float("nan")  # as the run itself measured it
 
     @property
     def mean_own_kl(self) -> float:
@@ -201,6 +205,7 @@ class DeltaBench(Bench):
                 bits_per_weight=made["sizes"]["bits_per_weight"],
                 bytes=sum(site["bytes"] for site in made["sites"].values()),
                 folder_bytes=sum(file.stat().st_size for file in out.iterdir()),
+                probe_kl=made["probe"]["kl"],
             )
 
     def scored(self, model: Any, method: str, seconds: float) -> dict[str, Any]:
@@ -257,6 +262,14 @@ def fill(bench: DeltaBench, path: Path, methods: Sequence[str], budgets: Sequenc
                 sys.stderr.write(f"{path.parent.name}: {method}, {bits:g} bits\n")
                 append(path, bench.delta(recipe, method, bits))
                 done.add(recipe_key(recipe))
+
+
+def chosen(rows: Sequence[Measured]) -> list[Measured]:
+    """What `--method auto` keeps at each budget: of the two it makes, that of the lesser KL on the run's probe."""
+    made = [row for row in rows if row.method in (AUTO, NEAREST)]
+    budgets = sorted({row.budget for row in made}, reverse=True)
+    pairs = [[row for row in made if row.budget == budget] for budget in budgets]
+    return [replace(min(pair, key=lambda row: row.probe_kl), method="auto") for pair in pairs if len(pair) == 2]
 
 
 def kept(row: Measured, true: Measured, task: str) -> str:
@@ -335,8 +348,8 @@ def section(name: str, rows: Sequence[Measured]) -> str:
     """One fine-tune as Markdown."""
     true = next(row for row in rows if row.method == TRUE)
     scores = f"{percent(true, OWN)} own, {percent(true, FACTS)} of the base's facts"
-    order = {method: i for i, method in enumerate(METHODS)}
-    rows = sorted(rows, key=lambda row: order.get(row.method, -1))
+    order = {method: i for i, method in enumerate(["auto", *METHODS])}
+    rows = sorted([*rows, *chosen(rows)], key=lambda row: order.get(row.method, -1))
     opening = f"## {name}\n\n{date.today()}, {true.source}, cpu; the true fine-tune: {scores}"
     return "\n\n".join([opening, table(rows, true), "\n".join(checks(rows))])
 
@@ -376,7 +389,7 @@ def main() -> int:
     text = "\n\n".join([HEAD, *(section(name, rows) for name, rows in found.items())]) + "\n"
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
-    return int(arguments.check and any(failed(checks(rows)) for rows in found.values()))
+    return int(arguments.check and any(failed(checks([*rows, *chosen(rows)])) for rows in found.values()))
 
 
 if __name__ == "__main__":

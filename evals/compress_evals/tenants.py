@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import compress
-from compress.codecs import passes_of
+from compress.codecs import recipes_of
 from compress.tenants import load_tenants
 
 CODECS = {"1-bit signs": ("bitdelta", 1.0), "low rank": ("lowrank", 1.0), "2:4 int4": ("deltazip", 3.0),
@@ -160,7 +160,7 @@ def main() -> None:
         tuned = fine_tune(Path(folder) / "tuned")
         for codec in asked.codecs:
             delta = compress.Delta(base="builtin", embeddings="base")
-            recipe = compress.Recipe(passes=passes_of(*CODECS[codec]), calibration=FEW, delta=delta)
+            recipe = compress.Recipe(passes=recipes_of(*CODECS[codec])[0], calibration=FEW, delta=delta)
             out = compress.run(tuned, recipe, Path(folder) / codec.replace(":", "of").replace(" ", "-")).out
             rows.append(measured(codec, out, asked.runs))
     text = json.dumps([{**asdict(r), "decode": r.decode, "prompt": r.prompt} for r in rows], indent=1)
