@@ -544,7 +544,7 @@ def test_auto_keeps_the_better_of_what_it_makes(tiny_llama: Path, finetuned: Pat
     assert again.tried == found.tried
     with pytest.raises(RecipeError, match="exists"):
         compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0)
-    with pytest.raises(RecipeError, match="must be own|not allowed"):
+    with pytest.raises(RecipeError, match="not allowed"):
         compress.extract(finetuned, tiny_llama, tmp_path / "e", method="bitdelta", embeddings="half")
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
