@@ -29,7 +29,7 @@ check: $(READY)  ## format, lint, types and the quick tests, to stay under three
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, caches, a 4 GB model, the recipes; takes hours
+bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, caches, deltas, a 4 GB model, the recipes; takes hours
 	$(BIN)/python -m compress_kernels.bench
 	$(BIN)/python -m compress_evals.speed
 	$(BIN)/python -m compress_evals.streaming
@@ -39,6 +39,10 @@ bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, 
 	$(BIN)/python -m compress_evals.latent
 	$(BIN)/python -m compress_evals.lowrank --out out/lowrank
 	$(BIN)/python -m compress_evals.matrices
+	$(BIN)/python -m compress.builtin.finetune --ability facts --out out/ft-facts
+	$(BIN)/python -m compress.builtin.finetune --ability arithmetic --out out/ft-arithmetic
+	$(BIN)/python -m compress_evals.deltas out/ft-facts out/ft-arithmetic --check
+	$(BIN)/python -m compress_evals.tenants
 	$(BIN)/python -m compress_evals.bench --out out/bench
 
 format: $(READY)  ## rewrite the code in the house's form
