@@ -18,7 +18,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 def block(language: str, containing: str) -> str:
     """The fenced block of a language that contains a text."""
-    return next(b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in b)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return next(text for kind, text in blocks if kind == language and containing in text)
 
 
 def test_the_recipe_in_the_readme_is_valid() -> None:
@@ -48,6 +49,7 @@ def test_the_pass_in_the_readme_runs_and_loads(tiny_llama: Path, tmp_path: Path)
 def test_each_command_in_the_readme_exists(line: str) -> None:
     command = line.split()[1]
     names = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback}
+    names |= {group.typer_instance.info.name for group in app.registered_groups if group.typer_instance}
     assert command in names
 
 
