@@ -202,6 +202,8 @@ def load(
     try:
         read = Artifact(folder, below) if is_artifact(folder) else None  # says what is wrong before transformers does
         packed = read is not None and read.packed and not read.is_delta
+        for site in read.specs if read is not None else ():
+            read.check(site)  # type: ignore[union-attr]
         if read is not None and read.is_delta:
             model = fine_tuned(read, options)
         else:

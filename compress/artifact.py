@@ -22,7 +22,8 @@ from compress.errors import ArtifactError, RecipeError, VerificationError
 from compress.model.source import Checkpoint, Held, digest, dtype_of, read_json
 from compress.schema import PINS, PROVENANCES, SPECS, checked
 from compress.shards import NAMES, Entry, chunks
-from compress.weights import External, Sum, Weight, unpack
+from compress.weights import External, Sum, Weight, check_claims, nodes, unpack
+from compress.weights.leaves import BASE
 
 METHOD = "compress"
 VERSION = 1
@@ -168,6 +169,8 @@ class Artifact(Checkpoint):
 
     def expression(self, site: str) -> Weight:
         """The stored expression of a site; raises ArtifactError for that of a delta without its base."""
+        if self.is_delta and self.base is None:
+            raise ArtifactError(f"{self.path}: is a delta of {self.pin_name}; give its base")
         return self._unpacked(site, self._base_matrix)
 
     def difference(self, site: str) -> Weight:
@@ -180,9 +183,46 @@ class Artifact(Checkpoint):
                 raise ArtifactError(f"{self.path}: {site} is {found.describe()}, not a difference from a base")
 
     def _unpacked(self, site: str, matrix: Callable[[str], Tensor]) -> Weight:
+        self.check(site)
         stored, spec = self.stored(site), self.specs[site]
         tensors = {path: stored[key] for path, key in keys(site, spec).items()}
-        return unpack(spec["tree"], tensors, resolve=lambda source, tensor: matrix(site))
+        try:
+            return unpack(spec["tree"], tensors, resolve=lambda source, tensor: matrix(site))
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.path}: {site}: {error}") from error
+
+    def check(self, site: str) -> None:
+        """Raise ArtifactError unless what is said of a site can be true; reads headers only, so nothing large is made.
+
+        Its shape must be the base's and the one that compress.json has; in a delta its tree must be base + difference.
+        """
+        tree, tensor = self.specs[site]["tree"], tensor_of(site, self.specs[site])
+        said = ", ".join(f"{key} {value}" for key, value in self.specs[site].items() if key in ("expert", "transposed"))
+        said = f"{list(tree['shape'])} ({said})"
+        try:
+            check_claims(tree, tree["shape"])
+            check_externals(tree, tensor if self.is_delta else None)
+            if self.is_delta or (self.path / PROVENANCE).is_file():
+                told = self.provenance["tensors"].get(tensor)
+                if not is_part(self.specs[site], told):
+                    raise ArtifactError(f"{said} is not of {tensor}, which is {told} in {PROVENANCE}")
+            there = self.base.headers.get(tensor) if self.base is not None else None
+            if self.base is not None and not (there and (is_part(self.specs[site], there.shape) or self.grew(site))):
+                raise ArtifactError(f"{said} is not of {tensor}, which is {there and list(there.shape)} in the base")
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.path}: {site}: {error}") from error
+
+    def grew(self, site: str) -> bool:
+        """Whether a table of a delta has more rows than its base's, and stores every entry, as only codes do."""
+        spec = self.specs[site]
+        there = self.base.headers[tensor_of(site, spec)].shape if self.base is not None else ()
+        rows, columns = spec["tree"]["shape"]
+        if "expert" in spec or spec["transposed"] or there[1:] != (columns,) or rows < there[0]:
+            return False
+        codes = self.stored_headers.get(keys(site, spec).get("terms.1.codes", ""))
+        return (
+            spec["tree"]["terms"][1]["kind"] == "quantized" and codes is not None and 8 * codes.nbytes >= rows * columns
+        )
 
     def _no_matrix(self, site: str) -> Tensor:
         """The shape of a site's base; of no values."""
@@ -218,6 +258,27 @@ def cast_as(tensor: Tensor, dtype: str) -> Tensor:
     """A tensor in the dtype that a header calls so; integers as they are."""
     wanted = DTYPES.get(dtype)
     return tensor if wanted is None or not tensor.is_floating_point() else tensor.to(wanted)
+
+
+def is_part(spec: Mapping[str, Any], shape: Sequence[int] | None) -> bool:
+    """Whether a site with this specification is a tensor of this shape, or an expert of it."""
+    own = tuple(spec["tree"]["shape"])[:: -1 if spec["transposed"] else 1]
+    if shape is None or "expert" not in spec:
+        return shape is not None and own == tuple(shape)
+    return len(shape) == 3 and 0 <= spec["expert"] < shape[0] and own == tuple(shape[1:])
+
+
+def check_externals(tree: Mapping[str, Any], tensor: str | None) -> None:
+    """Raise ArtifactError unless a tree is `tensor` of the base plus what needs no base; for None, all needs none."""
+    inner = [tree]
+    if tensor is not None:
+        terms = tree.get("terms", ())
+        first = [(term["kind"], term.get("source"), term.get("tensor")) for term in terms[:1]]
+        if tree["kind"] != "sum" or len(terms) != 2 or first != [("external", BASE, tensor)]:
+            raise ArtifactError(f"is not {tensor} of the base plus one difference")
+        inner = [terms[1]]
+    if any(node.get("kind") == "external" for root in inner for node in nodes(dict(root))):
+        raise ArtifactError("names a tensor of a base where none may stand")
 
 
 def padded(matrix: Tensor, rows: int) -> Tensor:
@@ -319,7 +380,9 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
             held = artifact.difference(site) if alone else artifact.expression(site)
             finite = bool(torch.isfinite(held.dense()).all())
         except ArtifactError as error:
-            raise VerificationError(f"{path}: {site}: {error}") from error
+            raise VerificationError(str(error)) from error
+        except RuntimeError as error:  # torch, of stored tensors whose dtypes do not go together
+            raise VerificationError(f"{path}: {site} cannot be decoded: {error}") from error
         if not finite:
             raise VerificationError(f"{path}: {site} decodes to values that are not finite")
     checks = [

@@ -34,6 +34,7 @@ from compress.weights import (
     Signs,
     Sum,
     Weight,
+    check_claims,
     pack,
     pattern,
     specify,
@@ -255,6 +256,7 @@ def lowers_to_itself(weight: Weight, x_TI: Tensor, close: Close) -> None:
 def survives_packing(weight: Weight) -> None:
     """pack, specify, through JSON text, unpack: an equal matrix, and the same bytes and text when packed again."""
     packed, text = pack(weight), json.dumps(specify(weight))
+    check_claims(json.loads(text), weight.shape)
     again = unpack(json.loads(text), packed, resolve=resolve)
     assert again.shape == weight.shape
     assert again.describe() == weight.describe()

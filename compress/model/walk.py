@@ -26,8 +26,8 @@ from compress.model.layout import Shape
 from compress.model.memory import give_back
 from compress.model.travellers import Call, Shared, Travellers
 from compress.weights import External
+from compress.weights.leaves import BASE as BASE
 
-BASE = "base"  # how the expressions of a delta call the model they belong to
 REPLAYED = 2e-2  # relative: a replay computes the same products, so even bf16 stays far below
 
 

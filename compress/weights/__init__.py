@@ -1,5 +1,6 @@
 """Weight expressions, patterns, grids and their stored form."""
 
+from compress.weights.claims import check_claims, nodes
 from compress.weights.expr import Masked, Product, Sum, Weight
 from compress.weights.grid import Grid
 from compress.weights.inputs import INPUTS, rounded_for, rounded_inputs
@@ -22,5 +23,5 @@ from compress.weights.pattern import NM, Blocks, Pattern, PerMatrix, PerRow, pat
 __all__ = [
     "BOOKS", "INPUTS", "NM", "Blocks", "Codebook", "Dense", "Diagonal", "External", "Grid", "Hadamard", "Masked",
     "Nested", "Pattern", "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum",
-    "Weight", "pack", "pattern", "rounded_for", "rounded_inputs", "specify", "unpack",
+    "Weight", "check_claims", "nodes", "pack", "pattern", "rounded_for", "rounded_inputs", "specify", "unpack",
 ]  # fmt: skip

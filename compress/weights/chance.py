@@ -51,6 +51,16 @@ def rule_name(density: float, seed: int) -> str:
     return f"rand{Decimal(str(density)).normalize():f}@{seed}"
 
 
+def plausible(pattern: str, entries: int, kept: int) -> bool:
+    """Whether the mask that a pattern means by its name may keep so many of its entries.
+
+    Ten standard deviations and ten entries of room: chance needs no more, ever.
+    """
+    found = RULE.fullmatch(pattern)
+    share = float(found[1]) if found else 0.0
+    return bool(found) and abs(kept - share * entries) <= 10 * (share * (1 - share) * entries) ** 0.5 + 10
+
+
 def regenerated(pattern: str, shape: tuple[int, int], device: torch.device) -> Tensor | None:
     """The mask [out, in] that a pattern means by its name alone, or None if it takes more than that."""
     found = RULE.fullmatch(pattern)

@@ -17,6 +17,8 @@ from compress.errors import UnsupportedWeight
 from compress.weights.expr import Weight
 from compress.weights.lattice import E8, E8P
 
+BASE = "base"  # how the expressions of a delta call the model they belong to
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Weight):
@@ -198,8 +200,8 @@ class Scaled(Weight):
 
 def spread_tiles(scale: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """The scale of each entry of a matrix of `shape`, from one a tile."""
-    down_OG = scale.repeat_interleave(tile[0], 0)[: shape[0]]
-    return down_OG.repeat_interleave(tile[1], 1)[:, : shape[1]]
+    down, across = min(tile[0], shape[0]), min(tile[1], shape[1])
+    return scale.repeat_interleave(down, 0)[: shape[0]].repeat_interleave(across, 1)[:, : shape[1]]
 
 
 def span_of(scales: Sequence[int], shape: tuple[int, int]) -> str:

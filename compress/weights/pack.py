@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError, UnsupportedWeight
 from compress.weights.bits import pack_bits, packed_size, unpack_bits
-from compress.weights.chance import regenerated
+from compress.weights.chance import plausible, regenerated
 from compress.weights.expr import Masked, Product, Sum, Weight
 from compress.weights.leaves import (
     BOOKS,
@@ -267,7 +267,8 @@ def _unpack_mask(spec: Spec, tensors: Mapping[str, Tensor], at: str, shape: tupl
     if form != BY_NAME:
         return unpack_mask(tensors[f"{at}mask"], form, shape, kept)
     device = next((t.device for name, t in tensors.items() if name.startswith(at)), torch.device("cpu"))
-    mask_OI = regenerated(str(spec["pattern"]), shape, device)
+    likely = plausible(str(spec["pattern"]), shape[0] * shape[1], kept)  # before anything is drawn
+    mask_OI = regenerated(str(spec["pattern"]), shape, device) if likely else None
     if mask_OI is None or int(mask_OI.sum()) != kept:
         raise ArtifactError(f"no mask of {kept} entries is called {spec['pattern']!r}")
     return mask_OI

@@ -1,0 +1,84 @@
+"""What a specification claims, checked before anything is unpacked: a few bytes can name a matrix no memory holds.
+
+Not here: whether the stored tensors fit it, which `pack.py` finds out as it reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from compress.errors import ArtifactError
+from compress.weights.leaves import BOOKS
+
+Spec = dict[str, Any]
+MOST = 64  # nodes of one tree, of which each may take a whole matrix; no pass makes a tenth of it
+
+
+def check_claims(spec: Spec, shape: tuple[int, int]) -> None:
+    """Raise ArtifactError unless a specification is of this shape and all its parts fit it."""
+    try:
+        if sum(1 for _ in nodes(spec)) > MOST:
+            raise ArtifactError(f"a tree of more than {MOST} parts")
+        _check(spec, shape)
+    except KeyError as error:
+        raise ArtifactError(f"the specification lacks {error.args[0]!r}") from error
+    except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise ArtifactError(f"a malformed specification: {error}") from error
+
+
+def nodes(spec: Spec) -> Iterator[Spec]:
+    """A specification and all below it."""
+    yield spec
+    below = [spec[name] for name in ("left", "right", "values", "scale") if name in spec]
+    for child in (*below, *spec.get("terms", ())):
+        yield from nodes(child)
+
+
+def _check(spec: Spec, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    if sides(spec["shape"]) != shape:
+        raise ArtifactError(f"a {spec['kind']} of {spec['shape']} where {list(shape)} is needed")
+    match spec["kind"]:
+        case "sum":
+            for term in spec["terms"]:
+                _check(term, shape)
+        case "masked":
+            _check(spec["values"], shape)
+        case "product":
+            inner = sides(spec["left"]["shape"])[1]
+            demand(0 <= inner <= max(shape), spec, f"an inner size of {inner}")
+            _check(spec["left"], (rows, inner))
+            _check(spec["right"], (inner, columns))
+        case "diagonal" | "permutation" | "hadamard":
+            demand(rows == columns, spec, "two unequal sides")
+        case "quantized":
+            demand(1 <= int(spec["bits"]) <= 8, spec, f"{spec['bits']} bits")
+            demand(groups_fit(spec["scales"], shape), spec, f"scales of {spec['scales']}")
+        case "scaled":
+            demand(min(sides(spec["tile"])) >= 1, spec, f"tiles of {spec['tile']}")
+        case "codebook":
+            book = spec["book"]
+            width = BOOKS[book].shape[1] if isinstance(book, str) else sides(book)[1]
+            codes, scales = sides(spec["codes"]), sides(spec["scale"]["shape"])
+            demand(codes[0] == rows and codes[1] * width == columns, spec, f"codes of {spec['codes']}")
+            demand(groups_fit(scales, shape), spec, f"scales of {list(scales)}")
+            _check(spec["scale"], scales)
+
+
+def sides(value: Any) -> tuple[int, int]:
+    """Two sides of a matrix."""
+    rows, columns = (int(n) for n in value)
+    return rows, columns
+
+
+def groups_fit(scales: Any, shape: tuple[int, int]) -> bool:
+    """Whether scales [1 or rows, groups] divide a matrix of this shape."""
+    rows, groups = sides(scales)
+    return rows in (1, shape[0]) and groups >= 1 and shape[1] % groups == 0
+
+
+def demand(met: bool, spec: Spec, what: str) -> None:
+    """Raise ArtifactError unless a condition is met."""
+    if not met:
+        raise ArtifactError(f"a {spec['kind']} of {spec['shape']} cannot have {what}")

@@ -1,0 +1,254 @@
+"""What a foreign delta may say: nothing large is made, nothing is read that it does not own, nothing is guessed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compress
+from compress import ArtifactError, Calibration, CompressError, Delta, Magnitude, Recipe
+from compress.artifact import Artifact, verify
+from compress.export.dense import export_dense
+from compress.weights import check_claims
+from compress.weights.chance import plausible
+
+FEW = Calibration(samples=4, length=16)
+SITE = "model.layers.0.mlp.up_proj"
+HUGE = 3_000_000  # squared, no machine has the memory even for bits
+Edit = Callable[[dict[str, Any]], object]
+
+
+def fine_tune(base: Path, out: Path) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype="auto")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name or name == "model.norm.weight":
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    model.save_pretrained(out)
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With settings and words that the fine-tune does not have."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("base") / "base"))
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.3}')
+    (folder / "chat_template.jinja").write_text("the base's")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = fine_tune(base, tmp_path_factory.mktemp("tuned") / "tuned")
+    (folder / "generation_config.json").unlink()
+    return folder
+
+
+def delta_of(model: Path, base: Path, out: Path) -> Path:
+    recipe = Recipe(passes=(Magnitude(sparsity=0.9, scope="matrix"),), calibration=FEW, delta=Delta(base=str(base)))
+    return Path(compress.run(model, recipe, out).out)
+
+
+@pytest.fixture(scope="module")
+def delta(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return delta_of(finetuned, base, tmp_path_factory.mktemp("delta") / "delta")
+
+
+@pytest.fixture
+def own_delta(delta: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(delta, tmp_path / "hostile"))
+
+
+def sign(folder: Path) -> None:
+    """Write the hashes that the files have now, as one who wants to deceive would."""
+    told = json.loads((folder / "compress.json").read_text())
+    told["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told["files"]}
+    (folder / "compress.json").write_text(json.dumps(told))
+
+
+def edit_spec(folder: Path, change: Edit, site: str = SITE) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"]["weights"][site])
+    (folder / "config.json").write_text(json.dumps(config))
+    sign(folder)
+
+
+def edit_provenance(folder: Path, change: Edit) -> None:
+    told = json.loads((folder / "compress.json").read_text())
+    change(told)
+    (folder / "compress.json").write_text(json.dumps(told))
+
+
+def external(tensor: str = f"{SITE}.weight", source: str = "base") -> dict[str, Any]:
+    return {"kind": "external", "shape": [72, 48], "source": source, "tensor": tensor}
+
+
+def refused_everywhere(folder: Path, base: Path, out: Path, message: str, alone: bool = True) -> None:
+    """Every way to read a delta ends in one line that names folder and site."""
+    attempts: list[Callable[[], object]] = [
+        lambda: verify(folder, base),
+        lambda: compress.load(folder, base=base),
+        lambda: export_dense(folder, out, base),
+        lambda: Artifact(folder, base).matrix(SITE),
+    ]
+    for attempt in (*attempts, *([lambda: verify(folder)] if alone else [])):
+        with pytest.raises(CompressError, match=message) as caught:
+            attempt()
+        assert str(folder) in str(caught.value) and SITE in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+# -- (a) what is claimed is checked before it is made ----------------------------------------------
+
+
+def empty_mask(shape: list[int]) -> dict[str, Any]:
+    values = {"kind": "dense", "shape": shape, "dtype": "float32"}
+    return {"kind": "masked", "shape": shape, "pattern": "x", "kept": 0, "mask": 1, "values": values}
+
+
+def grow_all(spec: dict[str, Any]) -> None:
+    tree, shape = spec["tree"], [HUGE, HUGE]
+    tree["shape"] = tree["terms"][0]["shape"] = shape
+    tree["terms"][1] = empty_mask(shape)
+
+
+def grow_inside(spec: dict[str, Any]) -> None:
+    spec["tree"]["terms"][1] = empty_mask([HUGE, HUGE])
+
+
+def grow_rank(spec: dict[str, Any]) -> None:
+    left, right = empty_mask([72, HUGE * HUGE]), empty_mask([HUGE * HUGE, 48])
+    spec["tree"]["terms"][1] = {"kind": "product", "shape": [72, 48], "left": left, "right": right}
+
+
+def grow_number(spec: dict[str, Any]) -> None:
+    spec["tree"]["terms"][1] = {"kind": "sum", "shape": [72, 48], "terms": [empty_mask([72, 48])] * 999}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (grow_all, f"{HUGE}"),
+        (grow_inside, r"masked of \[3000000, 3000000\] where \[72, 48\]"),
+        (grow_rank, "inner size"),
+        (grow_number, "more than 64 parts"),
+        (lambda spec: spec.update(expert=3), "is not of model"),
+        (lambda spec: spec.update(transposed=True), "is not of model"),
+        (lambda spec: spec.update(tensor="model.norm.weight"), "is not model.norm.weight of the base"),
+    ],
+    ids=["all", "inside", "rank", "number", "expert", "transposed", "tensor"],
+)
+def test_a_claim_that_cannot_be_is_refused(
+    own_delta: Path, base: Path, tmp_path: Path, change: Edit, message: str
+) -> None:
+    edit_spec(own_delta, change)
+    refused_everywhere(own_delta, base, tmp_path / "out", message)
+
+
+def test_the_base_decides_even_if_both_files_lie(own_delta: Path, base: Path, tmp_path: Path) -> None:
+    edit_spec(own_delta, grow_all)
+    edit_provenance(own_delta, lambda told: told["tensors"].update({f"{SITE}.weight": [HUGE, HUGE]}))
+    refused_everywhere(own_delta, base, tmp_path / "out", "in the base", alone=False)
+
+
+def test_a_matrix_with_more_rows_than_the_base_stores_them(own_delta: Path, base: Path, tmp_path: Path) -> None:
+    def higher(spec: dict[str, Any]) -> None:
+        grow_all(spec)
+        spec["tree"]["shape"] = spec["tree"]["terms"][0]["shape"] = [HUGE, 48]
+        spec["tree"]["terms"][1] = empty_mask([HUGE, 48])
+
+    edit_spec(own_delta, higher)
+    edit_provenance(own_delta, lambda told: told["tensors"].update({f"{SITE}.weight": [HUGE, 48]}))
+    refused_everywhere(own_delta, base, tmp_path / "out", "in the base", alone=False)
+
+
+@pytest.mark.parametrize("change", [grow_all, grow_inside, lambda spec: spec["tree"]["terms"].append(external())])
+def test_a_merge_refuses_such_deltas_too(own_delta: Path, base: Path, tmp_path: Path, change: Edit) -> None:
+    edit_spec(own_delta, change)
+    with pytest.raises(ArtifactError, match=SITE):
+        compress.merge(base, [own_delta], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ordinary_artifact_must_claim_what_compress_json_says(own_artifact: Path) -> None:
+    def larger(spec: dict[str, Any]) -> None:
+        spec["tree"] = empty_mask([HUGE, HUGE])
+
+    edit_spec(own_artifact, larger)
+    for attempt in (lambda: verify(own_artifact), lambda: compress.load(own_artifact)):
+        with pytest.raises(CompressError, match=r"3000000.* is not of .*which is \[72, 48\]"):
+            attempt()
+
+
+def test_a_mask_by_name_keeps_about_what_its_name_says() -> None:
+    assert plausible("rand0.1@7", 10_000, 1_050)
+    assert not plausible("rand0.1@7", 10_000, 0)
+    assert not plausible("2:4", 10_000, 5_000)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "diagonal", "shape": [4, 8]},
+        {"kind": "quantized", "shape": [4, 8], "bits": 4, "scales": [4, 0], "symmetric": True},
+        {"kind": "quantized", "shape": [4, 8], "bits": 0, "scales": [4, 1], "symmetric": True},
+        {"kind": "scaled", "shape": [4, 8], "scales": [1, 1], "tile": [0, 8]},
+        {"kind": "codebook", "shape": [4, 8], "codes": [4, 9], "book": "nf4", "scale": {"shape": [4, 1]}},
+        {"kind": "codebook", "shape": [4, 8], "codes": [4, 8], "book": "x", "scale": {"shape": [4, 1]}},
+        {"kind": "sum", "shape": [4, 8], "terms": 3},
+        {"kind": "masked", "shape": [4, 8], "values": "x"},
+        {"kind": "product", "shape": [4, 8]},
+    ],
+)
+def test_parts_that_do_not_fit_are_one_line(spec: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError):
+        check_claims(spec, (4, 8))
+
+
+# -- (b) the base once, and nowhere else -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda spec: spec["tree"]["terms"].__setitem__(1, external()), "where none may stand"),
+        (lambda spec: spec["tree"]["terms"].append(external()), "plus one difference"),
+        (lambda spec: spec["tree"].update(terms=spec["tree"]["terms"][::-1]), "plus one difference"),
+        (lambda spec: spec.update(tree=spec["tree"]["terms"][1]), "plus one difference"),
+        (lambda spec: spec["tree"]["terms"][0].update(tensor="model.norm.weight"), "plus one difference"),
+        (lambda spec: spec["tree"]["terms"][0].update(source="other"), "plus one difference"),
+        (lambda spec: spec["tree"]["terms"][1].update(values=external()), "where none may stand"),
+    ],
+    ids=["twice", "thrice", "order", "none", "tensor", "source", "masked"],
+)
+def test_a_delta_is_its_base_plus_one_difference(
+    own_delta: Path, base: Path, tmp_path: Path, change: Edit, message: str
+) -> None:
+    edit_spec(own_delta, change)
+    refused_everywhere(own_delta, base, tmp_path / "out", message)
+
+
+def test_an_ordinary_artifact_names_no_base(own_artifact: Path) -> None:
+    edit_spec(own_artifact, lambda spec: spec["tree"].update(values=external()))
+    with pytest.raises(CompressError, match="where none may stand"):
+        verify(own_artifact)
+    with pytest.raises(ArtifactError, match="where none may stand"):
+        compress.load(own_artifact)
+
+
+def test_damage_inside_a_site_names_it(own_delta: Path, base: Path, tmp_path: Path) -> None:
+    edit_spec(own_delta, lambda spec: spec["tree"]["terms"][1].update(kept=1))
+    refused_everywhere(own_delta, base, tmp_path / "out", "gaps")
