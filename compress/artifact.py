@@ -113,6 +113,21 @@ class Artifact(Checkpoint):
         found = read_json(self.path / PROVENANCE, "the provenance file")
         return checked(PROVENANCES, found, f"{self.path / PROVENANCE}")
 
+    def companion(self, name: str) -> Path | None:
+        """A recorded file beside the weights: the folder's own, or the base's where a delta leaves it to that.
+
+        None if the model has none; raises ArtifactError if the base's is not the one that was left to it.
+        """
+        if name in self.provenance["files"]:
+            return self.path / name
+        known = self.provenance.get("base_files", {}).get(name)
+        if known is None or self.base is None:
+            return None
+        file = self.base.path / name
+        if Path(name).name != name or not file.is_file() or digest(file) != known:
+            raise ArtifactError(f"{file}: {self.path} shares this file with its base; it was changed or is missing")
+        return file
+
     @cached_property
     def payloads(self) -> dict[str, str]:
         """Key in the file -> the site it belongs to."""

@@ -116,6 +116,7 @@ class Provenance(TypedDict):
     """compress.json: how the artifact was made, and the sha256 of every other file.
 
     Of a delta also its base, and the dtype of the tensors that the base holds in another one.
+    `base_files`, of a delta, are the companion files that it leaves to its base, which has them alike.
     """
 
     versions: Versions
@@ -128,6 +129,7 @@ class Provenance(TypedDict):
     reshaped: NotRequired[list[Reshaping]]
     base: NotRequired[Pin]
     cast: NotRequired[dict[str, str]]
+    base_files: NotRequired[dict[str, str]]
     sites: dict[str, SiteRecord]
     untouched: dict[str, tuple[int, str]]
     tensors: dict[str, list[int]]

@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from compress.artifact import METHOD, PROVENANCE, VERSION, keys
+from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys
 from compress.errors import ArtifactError, VerificationError
 from compress.model.source import INDEX, digest
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
@@ -183,7 +183,7 @@ class ArtifactWriter:
         """
         shutil.rmtree(self.partial / "scratch", ignore_errors=True)
         self._number()
-        copy_companions(source, self.partial, base)
+        shared = copy_companions(source, self.partial, base)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_json(self.partial / INDEX, index, small=bool(pin))
         quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
@@ -194,7 +194,8 @@ class ArtifactWriter:
         (self.partial / "README.md").write_text(card, encoding="utf-8")
         others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
         files = {**self.digests, **others}
-        write_json(self.partial / PROVENANCE, {**provenance, "files": files}, small=bool(pin))
+        told = {**provenance, **({"base_files": shared} if pin else {}), "files": files}
+        write_json(self.partial / PROVENANCE, told, small=bool(pin))
 
     def commit(self) -> None:
         """Flush every file and rename the folder into place; what was there before goes last, and stays on failure."""
@@ -239,21 +240,53 @@ def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[An
     return found
 
 
-def copy_companions(source: Path, target: Path, base: Path | None = None) -> None:
+def copy_companions(source: Path, target: Path, base: Path | None = None) -> dict[str, str]:
     """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself.
 
-    Not those either that the folder `base` has, byte for byte.
+    Not those either that the folder `base` has, byte for byte: their sha256 is returned. Raises ArtifactError for a
+    link that leads out of an artifact, which may come from anybody; of such a folder only recorded files are copied.
     """
+    recorded = Artifact(source).provenance["files"] if is_artifact(source) else None
+    shared: dict[str, str] = {}
     for file in sorted(source.iterdir()):
-        if base is not None and file.is_file() and same_file(file, base / file.name):
+        if not is_companion(file.name) or not file.is_file() or (recorded is not None and file.name not in recorded):
             continue
-        licence = file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        wanted = file.suffix in COPIED and file.name not in NOT_COPIED and not file.name.endswith("index.json")
-        if file.is_file() and (wanted or licence):
-            try:
-                shutil.copyfile(file, target / file.name)
-            except OSError as error:
-                raise WriteError(str(target / file.name)) from error
+        if recorded is not None and file.resolve().parent != source.resolve():
+            raise ArtifactError(f"{file}: is a link out of the folder; put the file itself there")
+        if base is not None and same_file(file, base / file.name):
+            shared[file.name] = digest(file)
+        else:
+            copy(file, target)
+    return shared
+
+
+def copy_shared(delta: Artifact, target: Path) -> None:
+    """Copy the companion files that a delta leaves to its base.
+
+    Raises ArtifactError if the base has other files of these names, or the delta names what is no such file.
+    """
+    for name in sorted(delta.provenance.get("base_files", {})):
+        file = delta.companion(name)
+        if file is None or not is_companion(name):
+            raise ArtifactError(
+                f"{delta.path / PROVENANCE}: base_files names {name!r}, which cannot be taken from a base"
+            )
+        copy(file, target)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name belongs beside the weights whatever the format."""
+    licence = name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    wanted = Path(name).suffix in COPIED and name not in NOT_COPIED and not name.endswith("index.json")
+    return wanted or licence
+
+
+def copy(file: Path, target: Path) -> None:
+    """Copy a file into a folder; raises WriteError if the disk refuses."""
+    try:
+        shutil.copyfile(file, target / file.name)
+    except OSError as error:
+        raise WriteError(str(target / file.name)) from error
 
 
 def same_file(one: Path, other: Path) -> bool:

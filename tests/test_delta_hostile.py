@@ -252,3 +252,70 @@ def test_an_ordinary_artifact_names_no_base(own_artifact: Path) -> None:
 def test_damage_inside_a_site_names_it(own_delta: Path, base: Path, tmp_path: Path) -> None:
     edit_spec(own_delta, lambda spec: spec["tree"]["terms"][1].update(kept=1))
     refused_everywhere(own_delta, base, tmp_path / "out", "gaps")
+
+
+# -- (c) companion files ---------------------------------------------------------------------------
+
+
+def test_the_files_left_to_the_base_are_recorded_and_no_others_come_back(
+    delta: Path, base: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    shared = Artifact(delta).provenance["base_files"]
+    assert sorted(shared) == sorted(file.name for file in finetuned.glob("tokenizer*"))
+    assert all(hashlib.sha256((base / name).read_bytes()).hexdigest() == sha for name, sha in shared.items())
+    export_dense(delta, tmp_path / "applied", base)
+    kept = {"config.json", *(file.name for file in finetuned.glob("tokenizer*"))}
+    assert {f.name for f in (tmp_path / "applied").iterdir() if "safetensors" not in f.name} == kept
+
+
+def test_settings_that_only_the_base_has_are_not_taken(
+    delta: Path, base: Path, finetuned: Path, hugging_face: Any
+) -> None:
+    loaded, wanted = compress.load(delta, base=base), hugging_face(finetuned)
+    assert loaded.generation_config.temperature == wanted.generation_config.temperature != 0.3
+
+
+def test_settings_shared_with_the_base_are_taken(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    same = Path(shutil.copytree(finetuned, tmp_path / "same"))
+    shutil.copy(base / "generation_config.json", same)
+    folder = delta_of(same, base, tmp_path / "d")
+    assert not (folder / "generation_config.json").exists()
+    assert compress.load(folder, base=base).generation_config.temperature == 0.3
+
+
+@pytest.mark.parametrize("change", [lambda f: f.write_text("{}"), lambda f: f.unlink()], ids=["changed", "missing"])
+def test_a_base_without_a_file_it_shares_is_refused(
+    delta: Path, base: Path, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    change(other / "tokenizer.json")
+    with pytest.raises(ArtifactError, match=r"tokenizer.json: .* was changed or is missing"):
+        export_dense(delta, tmp_path / "out", other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_companions_are_taken_from_a_base(own_delta: Path, base: Path, tmp_path: Path) -> None:
+    sha = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    edit_provenance(own_delta, lambda told: told["base_files"].update({"model.safetensors": sha}))
+    with pytest.raises(ArtifactError, match="cannot be taken from a base"):
+        export_dense(own_delta, tmp_path / "out", base)
+
+
+def test_what_nobody_recorded_is_not_copied(own_delta: Path, base: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    (own_delta / "notes.txt").symlink_to(secret)
+    (own_delta / "special_tokens_map.json").write_text("{}")
+    export_dense(own_delta, tmp_path / "out", base)
+    assert not {"notes.txt", "special_tokens_map.json"} & {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_link_out_of_a_delta_is_refused(own_delta: Path, base: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("mine")
+    (own_delta / "notes.txt").symlink_to(secret)
+    edit_provenance(own_delta, lambda told: told["files"].update({"notes.txt": ""}))
+    sign(own_delta)
+    with pytest.raises(ArtifactError, match=r"notes.txt: is a link out of the folder"):
+        export_dense(own_delta, tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()

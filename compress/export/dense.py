@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.export.folder import Exported, put_in_place, write_shards
-from compress.writer import copy_companions, write_json
+from compress.writer import copy_companions, copy_shared, write_json
 
 
 def export_dense(path: Path, out: Path, base: Path | None = None) -> Exported:
@@ -19,8 +19,8 @@ def export_dense(path: Path, out: Path, base: Path | None = None) -> Exported:
     """
     with put_in_place(path, out, base) as (artifact, partial):
         size = write_shards(artifact, partial, lambda name: [artifact.entry(name)])
-        for folder in (path,) if base is None else (base, path):  # a delta's own files come last
-            copy_companions(folder, partial)
+        copy_shared(artifact, partial)
+        copy_companions(path, partial)
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         write_json(partial / "config.json", config)
     note = "loads without Compress, and is as large as any dense one"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.artifact import METHOD
+from compress.artifact import Artifact
 from compress.errors import RecipeError, VerificationError, nearest
 from compress.merging.arithmetic import Average, TaskArithmetic
 from compress.merging.breadcrumbs import Breadcrumbs
@@ -33,7 +33,7 @@ from compress.options import build
 from compress.plan import check_disk, free_place, usable
 from compress.recipe import Calibration
 from compress.shards import SHARD_SIZE, Entry
-from compress.writer import ArtifactWriter, copy_companions
+from compress.writer import ArtifactWriter, copy_shared
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
@@ -157,8 +157,8 @@ def finish(writer: ArtifactWriter, inputs: Inputs, facts: dict[str, Any]) -> Non
     told = {key: value for key, value in without_code(inputs.teller.config).items() if key != "quantization_config"}
     kept = {key: inputs.base.config[key] for key in ("dtype", "torch_dtype") if key in inputs.base.config}
     config = {key: value for key, value in told.items() if key not in ("dtype", "torch_dtype")} | kept
-    if inputs.teller.decoded_from == METHOD:  # a delta leaves out what its base has alike
-        copy_companions(inputs.base.path, writer.partial)
+    if isinstance(inputs.teller, Artifact):  # a delta leaves out what its base has alike
+        copy_shared(inputs.teller, writer.partial)
     writer.describe(inputs.teller.path, config, facts, card(facts))
     written = Checkpoint(writer.partial).headers
     if written != {name: inputs.header(name) for name in inputs.names()}:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.artifact import METHOD, Artifact, is_artifact
+from compress.artifact import Artifact, is_artifact
 from compress.errors import ArtifactError, RecipeError
 from compress.model.source import Checkpoint, Held, digest, display_name, locate
 from compress.plan import FLOATS
@@ -189,7 +189,7 @@ def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
     for other in found[1:]:
         first = found[0]
         same = other.source.shapes() == first.source.shapes()
-        if not same or tokenizer(first, base) != tokenizer(other, base):
+        if not same or tokenizer(first) != tokenizer(other):
             raise ArtifactError(
                 f"{first.label} and {other.label} both add to the base's vocabulary, with different tokenizers: what "
                 "their new entries mean differs; merge one of them only"
@@ -197,8 +197,8 @@ def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
     return tuple(found)
 
 
-def tokenizer(member: Member, base: Checkpoint) -> dict[str, str]:
+def tokenizer(member: Member) -> dict[str, str]:
     """The hashes of a model's tokenizer files; those that a delta has in common with its base lie there."""
-    folders = [member.source.path, *([base.path] if member.source.decoded_from == METHOD else [])]
-    held = {name: [f / name for f in folders if (f / name).is_file()] for name in TOKENIZERS}
-    return {name: digest(files[0]) for name, files in held.items() if files}
+    source = member.source
+    held = {name: source.companion(name) if isinstance(source, Artifact) else source.path / name for name in TOKENIZERS}
+    return {name: digest(file) for name, file in held.items() if file is not None and file.is_file()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from compress.artifact import Artifact
@@ -25,12 +24,7 @@ def fine_tuned(delta: Artifact, options: dict[str, Any]) -> Any:
     state = {name: delta.tensor(name) for name in delta.names()}
     options = {"dtype": delta.dtype, **options}
     model = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
-    folder = first_with(GENERATION, (delta.path, delta.base.path))
-    if folder is not None and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    settings = delta.companion(GENERATION)
+    if settings is not None and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(settings.parent, local_files_only=True)
     return model
-
-
-def first_with(name: str, folders: tuple[Path, ...]) -> Path | None:
-    """The first of the folders that has a file of this name."""
-    return next((folder for folder in folders if (folder / name).is_file()), None)
