@@ -177,7 +177,8 @@ def load(
     key-value cache, such as {"bits": 4}, or "latent" where keys and values are factored: by default the recipe's; None
     for a plain cache. A delta needs its `base`, unless that is the built-in model, and is loaded as the plain
     fine-tuned model. `options` go to `from_pretrained` of the Auto class that builds the architecture. Raises
-    ArtifactError if the folder cannot be loaded, is pickled or lacks its base, RecipeError if `kv` is unfit.
+    ArtifactError if the folder cannot be loaded, is pickled or lacks its base, RecipeError if `kv` is unfit or
+    `low_memory` is asked of a delta.
     """
     from transformers import AutoConfig
 
@@ -205,6 +206,8 @@ def load(
         for site in read.specs if read is not None else ():
             read.check(site)  # type: ignore[union-attr]
         if read is not None and read.is_delta:
+            if low_memory:
+                raise RecipeError("low_memory: a delta is loaded as a plain model; `load_tenants` keeps it packed")
             model = fine_tuned(read, options)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

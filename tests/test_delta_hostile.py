@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import compress
-from compress import ArtifactError, Calibration, CompressError, Delta, Magnitude, Recipe
+from compress import RTN, ArtifactError, Calibration, CompressError, Delta, Magnitude, Recipe, RecipeError
 from compress.artifact import Artifact, verify
 from compress.export.dense import export_dense
 from compress.weights import check_claims
@@ -319,3 +319,30 @@ def test_a_link_out_of_a_delta_is_refused(own_delta: Path, base: Path, tmp_path:
     with pytest.raises(ArtifactError, match=r"notes.txt: is a link out of the folder"):
         export_dense(own_delta, tmp_path / "out", base)
     assert not (tmp_path / "out").exists()
+
+
+# -- (d) loading -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_a_tensor_that_nothing_names_is_missing(own_delta: Path, base: Path, name: str) -> None:
+    edit_provenance(own_delta, lambda told: told["tensors"].pop(name))
+    with pytest.raises(ArtifactError, match=f"missing, first {name}"):
+        compress.load(own_delta, base=base)
+
+
+def test_a_plain_folder_takes_no_base(finetuned: Path, base: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a delta"):
+        compress.load(finetuned, base=base)
+
+
+def test_a_delta_has_no_low_memory(delta: Path, base: Path) -> None:
+    with pytest.raises(RecipeError, match="low_memory: a delta"):
+        compress.load(delta, base=base, low_memory=True)
+
+
+def test_an_honest_delta_still_loads(delta: Path, base: Path, tmp_path: Path) -> None:
+    recipe = Recipe(passes=(RTN(bits=4, group=0),), calibration=FEW)
+    assert verify(compress.run(base, recipe, tmp_path / "o").out)
+    assert len(verify(delta, base)) == 3 and len(verify(delta)) == 3
+    assert next(compress.load(delta, base=base).parameters()) is not None

@@ -23,7 +23,11 @@ def fine_tuned(delta: Artifact, options: dict[str, Any]) -> Any:
     empty: Any = skeleton(delta.config, delta.dtype)
     state = {name: delta.tensor(name) for name in delta.names()}
     options = {"dtype": delta.dtype, **options}
-    model = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
+    options["output_loading_info"] = True
+    model, found = type(empty).from_pretrained(None, config=empty.config, state_dict=state, **options)
+    for what in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, found[f"{what}_keys"])):
+            raise ArtifactError(f"{delta.path}: {len(keys)} tensors are {what}, first {keys[0]}")
     settings = delta.companion(GENERATION)
     if settings is not None and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(settings.parent, local_files_only=True)
