@@ -82,9 +82,10 @@ class Against:
 
     @cached_property
     def cast(self) -> dict[str, str]:
-        """The dtype, by name, of the tensors that the base holds in another one."""
+        """The dtype, by name, of the tensors of floats that the base holds in another one."""
         own, base = self.source.headers, self.base.headers
-        return {name: held.dtype for name, held in own.items() if name in base and base[name].dtype != held.dtype}
+        both = {name: held.dtype for name, held in own.items() if name in base and held.dtype in FLOATS}
+        return {name: dtype for name, dtype in both.items() if base[name].dtype in FLOATS and base[name].dtype != dtype}
 
     def check(self) -> None:
         """Raise ArtifactError or RecipeError if the two models are not of one architecture, or a policy cannot be kept.

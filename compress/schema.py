@@ -128,7 +128,7 @@ class Provenance(TypedDict):
     probe: Probe
     reshaped: NotRequired[list[Reshaping]]
     base: NotRequired[Pin]
-    cast: NotRequired[dict[str, str]]
+    cast: NotRequired[dict[str, Literal["F64", "F32", "F16", "BF16"]]]
     base_files: NotRequired[dict[str, str]]
     sites: dict[str, SiteRecord]
     untouched: dict[str, tuple[int, str]]
