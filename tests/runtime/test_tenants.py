@@ -328,6 +328,16 @@ def test_memory_grows_by_the_stored_bytes_only(kind: str, fresh: Any) -> None:
     assert tenants.nbytes() - before == sum(tenants.entries[name].difference.nbytes for name in "ab")
 
 
+def test_the_builtin_model_computes_what_its_dense_fine_tunes_do(assert_close: Close) -> None:
+    model = compress.load("builtin").float()
+    kinds = {"a": "signs by row", "b": "low rank", "c": "2:4 int4"}
+    differences = {name: made(model, kind, seed, size=0.05) for seed, (name, kind) in enumerate(kinds.items())}
+    dense = {None: copy.deepcopy(model), **{name: dense_of(model, d) for name, d in differences.items()}}
+    tenants = Tenants(model, differences)
+    for names in (["a", "b", "c", None], ["c", "a", "c", "b"], [None, "b", "b", "a"]):
+        check(assert_close, tenants, dense, names)
+
+
 def test_half_of_the_codes_stay_as_all_of_them(fresh: Any) -> None:
     """Four bits an entry instead of four for half of them and a mask: many times faster for a third more."""
     tenants = Tenants(fresh, {"a": made(fresh, "2:4 int4", 1)})
