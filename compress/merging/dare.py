@@ -22,7 +22,21 @@ def thinned(change: Change, density: float, seed: int) -> Sieve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DareLinear(Method):
+class Dare(Method):
+    """Drop at random; a subclass says how what is left is put together."""
+
+    density: Density = 0.8
+    seed: Seed = 0
+    scale: Scale = 1.0
+
+    def sieve(self, change: Change, known: float | None) -> Sieve:
+        """Drop at random."""
+        del known
+        return thinned(change, self.density, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareLinear(Dare):
     """W0 + scale * sum_k w_k DARE(D_k).
 
     Source: Yu et al., "Language Models are Super Mario", ICML 2024, section 3.2; by default with the drop rate of 0.2
@@ -31,14 +45,6 @@ class DareLinear(Method):
 
     name = "dare-linear"
     signed = True
-    density: Density = 0.8
-    seed: Seed = 0
-    scale: Scale = 1.0
-
-    def sieve(self, change: Change, known: float | None) -> Sieve:
-        """Drop at random."""
-        del known
-        return thinned(change, self.density, self.seed)
 
     def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The weighted sum."""
@@ -46,7 +52,7 @@ class DareLinear(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DareTies(Method):
+class DareTies(Dare):
     """DARE in the place of the trimming of TIES: drop at random, elect signs, average.
 
     Source: Yu et al., "Language Models are Super Mario", ICML 2024, section 3.3, with TIES-Merging's steps 2 and 3.
@@ -54,14 +60,6 @@ class DareTies(Method):
     """
 
     name = "dare-ties"
-    density: Density = 0.8
-    seed: Seed = 0
-    scale: Scale = 1.0
-
-    def sieve(self, change: Change, known: float | None) -> Sieve:
-        """Drop at random."""
-        del known
-        return thinned(change, self.density, self.seed)
 
     def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The mean of those who have the elected sign."""
