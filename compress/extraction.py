@@ -17,6 +17,7 @@ from compress.model.source import locate
 from compress.passes.manager import ignore
 from compress.plan import free_place
 from compress.recipe import Calibration, Delta, Recipe
+from compress.writer import exchange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,7 @@ def best_of(
         reports = [compress(finetuned, r, folder / str(i), **options) for i, r in enumerate(recipes)]
         tried = {named(recipe): report.kl for recipe, report in zip(recipes, reports, strict=True)}
         best = min(reports, key=lambda report: report.kl)
-        before = target.with_name(f"{folder.name}-replaced")
-        replaced = target.exists()
-        if replaced:
-            target.rename(before)
-        best.out.rename(target)
-        shutil.rmtree(before, ignore_errors=True)
+        exchange(best.out, target)
     return Extracted(report=replace(best, out=target), tried=tried)
 
 

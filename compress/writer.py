@@ -201,20 +201,25 @@ class ArtifactWriter:
         """Flush every file and rename the folder into place; what was there before goes last, and stays on failure."""
         for path in (*self.partial.iterdir(), self.partial):
             flush(path)
-        before = self.partial.with_name(f"{self.partial.name}-replaced")
-        replaced = self.out.exists()
+        exchange(self.partial, self.out)
+
+
+def exchange(made: Path, out: Path) -> None:
+    """Rename a folder to `out`; what was there before goes last, and stays on failure."""
+    before = made.with_name(f"{made.name}-replaced")
+    replaced = out.exists()
+    if replaced:
+        out.rename(before)
+    try:
+        made.rename(out)
+    except BaseException as error:
         if replaced:
-            self.out.rename(before)
-        try:
-            self.partial.rename(self.out)
-        except BaseException as error:
-            if replaced:
-                before.rename(self.out)
-            if isinstance(error, OSError):
-                raise ArtifactError(f"{self.out}: cannot be put in place: {error}") from error
-            raise
-        flush(self.out.parent)
-        shutil.rmtree(before, ignore_errors=True)
+            before.rename(out)
+        if isinstance(error, OSError):
+            raise ArtifactError(f"{out}: cannot be put in place: {error}") from error
+        raise
+    flush(out.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def base_in(weight: Weight, source: str, tensor: str) -> Tensor:
