@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from compress.codecs import recipes_of
 from compress.driver import Report, compress
-from compress.events import Event
+from compress.events import Event, RunFinished
 from compress.model.source import locate
 from compress.passes.manager import ignore
 from compress.plan import free_place
@@ -64,8 +64,13 @@ def best_of(
     if len(recipes) == 1:
         report = compress(finetuned, recipes[0], target, force=force, **options)
         return Extracted(report=report, tried={named(recipes[0]): report.kl})
+    emit = options.pop("emit", ignore)
+
+    def told(event: Event) -> None:  # nobody is to look for what is about to be moved
+        emit(replace(event, out=str(target)) if isinstance(event, RunFinished) else event)
+
     with beside(target) as folder:
-        reports = [compress(finetuned, r, folder / str(i), **options) for i, r in enumerate(recipes)]
+        reports = [compress(finetuned, r, folder / str(i), emit=told, **options) for i, r in enumerate(recipes)]
         tried = {named(recipe): report.kl for recipe, report in zip(recipes, reports, strict=True)}
         best = min(reports, key=lambda report: report.kl)
         exchange(best.out, target)

@@ -33,6 +33,7 @@ from compress import (
 )
 from compress.artifact import Artifact, fingerprint, verify
 from compress.codecs import recipes_of
+from compress.events import RunFinished
 from compress.export.dense import export_dense
 from compress.model.source import Checkpoint
 from compress.passes import DARE, BitDelta
@@ -535,8 +536,10 @@ def test_other_methods_have_their_own_sizes(
 
 
 def test_auto_keeps_the_better_of_what_it_makes(tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
-    found = compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0, calibration=FEW)
+    told: list[Any] = []
+    found = compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0, calibration=FEW, emit=told.append)
     assert len(found.tried) == 2
+    assert {event.out for event in told if isinstance(event, RunFinished)} == {str(tmp_path / "d")}
     assert found.report.kl == min(found.tried.values())
     assert Artifact(tmp_path / "d").provenance["probe"]["kl"] == found.report.kl
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
