@@ -1,0 +1,86 @@
+"""The PTX of every inline-assembly decode, as text: two 16-bit lanes in each 32-bit register.
+
+Text, so that a test can run each string in an emulator on all words there are. Magic numbers: the bits of a code set
+into the mantissa of 1024 (float16, ten bits) or of 128 (bfloat16, seven) make that number plus the code, times two to
+the place where they were set; one fused multiply-add takes both away and is exact.
+"""
+
+from __future__ import annotations
+
+import struct
+
+MANTISSA = {"fp16": 10, "bf16": 7}
+MAGIC = {"fp16": 0x6400, "bf16": 0x4300}  # 1024 and 128
+
+
+def twice(half: int) -> str:
+    """A 16-bit constant in both lanes."""
+    return f"0x{half & 0xFFFF:04X}{half & 0xFFFF:04X}"
+
+
+def bits_of(value: float, kind: str) -> int:
+    """The bits of a number that `kind` represents exactly."""
+    if kind == "fp16":
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
+
+
+def setting(bits: int, plane: int, kind: str) -> tuple[int, int]:
+    """(shift, place): how far a word moves right, and where the code then lies inside the mantissa."""
+    at = bits * plane
+    for shift in (0, 8, at):
+        if 0 <= at - shift and at - shift + bits <= MANTISSA[kind]:
+            return shift, at - shift
+    raise ValueError(f"{bits} bits do not fit the mantissa of {kind}")
+
+
+def integer(bits: int, plane: int, kind: str) -> str:
+    """Code `plane` of the words $1, of 1, 2, 4 or 8 bits, minus 2**(bits - 1)."""
+    if bits == 8 and kind == "bf16":
+        return eight(plane)
+    shift, place = setting(bits, plane, kind)
+    moved = f"shr.u32 t,$1,{shift};" if shift else "mov.b32 t,$1;"
+    mask = twice(((1 << bits) - 1) << place)
+    return (
+        "{ .reg .b32 t,a,c; "
+        + moved
+        + f" lop3.b32 t,t,{mask},{twice(MAGIC[kind])},0xEA; "
+        + undo(place, kind, 1 << (bits - 1))
+    )
+
+
+def undo(place: int, kind: str, less: int) -> str:
+    """From a magic number to the code minus `less`: the end of an asm, of $0 from t."""
+    scale, magic = 0.5**place, 2.0 ** MANTISSA[kind]
+    taken = -(magic * scale + less)
+    return (
+        f"mov.b32 a,{twice(bits_of(scale, kind))}; mov.b32 c,{twice(bits_of(taken, kind))}; "
+        f"fma.rn.{kind.replace('fp', 'f')}x2 $0,t,a,c; }}"
+    )
+
+
+def three(plane: int, kind: str) -> str:
+    """Code `plane` of three bits minus 4: two bits in the words $1 (plane modulo 8), the third in the words $2."""
+    shift, place = setting(2, plane % 8, kind)
+    if place + 3 > MANTISSA[kind]:
+        shift, place = 2 * (plane % 8), 0
+    low = f"shr.u32 t,$1,{shift};" if shift else "mov.b32 t,$1;"
+    up = plane - (place + 2)
+    high = f"shr.u32 u,$2,{up};" if up > 0 else f"shl.b32 u,$2,{-up};"
+    return (
+        "{ .reg .b32 t,u,a,c; " + low + " " + high
+        + f" lop3.b32 t,t,{twice(3 << place)},{twice(MAGIC[kind])},0xEA; lop3.b32 t,u,{twice(4 << place)},t,0xEA; "
+        + undo(place, kind, 4)
+    )  # fmt: skip
+
+
+def eight(plane: int) -> str:
+    """Code `plane` of eight bits minus 128, in bf16, of which no magic number holds eight bits.
+
+    128 + seven bits, minus 128 or 256 by the eighth, which in `code ^ 128` is the sign of `code - 128`; all are exact.
+    """
+    moved = "shr.u32 t,$1,8;" if plane else "mov.b32 t,$1;"
+    return (
+        "{ .reg .b32 t,u,a; " + moved + f" xor.b32 t,t,{twice(0x80)}; lop3.b32 u,t,{twice(0x80)},{twice(0x4300)},0xEA; "
+        f"lop3.b32 t,t,{twice(0x7F)},{twice(0x4300)},0xEA; mov.b32 a,{twice(0xBF80)}; fma.rn.bf16x2 $0,u,a,t; }}"
+    )

@@ -1,0 +1,44 @@
+"""What the products share: y^T = W x^T, so that decoded weights are the first operand of every multiplication.
+
+Also the end of a program: partial sums of programs that split the inputs are added by the last of them to arrive, in
+the order of their numbers, so that the same inputs give the same bits; then the low-rank term, the bias, the store.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_x(p_x, o_m, o_k, M, K, EVEN: tl.constexpr):
+    """A tile of x [M, K], transposed [k, m]; zero outside."""
+    mask = (o_m < M)[None, :]
+    if not EVEN:
+        mask = mask & (o_k < K)[:, None]
+    return tl.load(p_x + o_m[None, :] * K + o_k[:, None], mask=mask, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS: tl.constexpr, SPLITS: tl.constexpr):
+    """Store acc [n, m] transposed into y [M, N]; with several SPLITS, the last program to arrive adds all of them.
+
+    `p_work` holds SPLITS x M x N floats of any value, fewer than 2**31; `p_count` a zero for every tile, left zero.
+    """
+    m_y = (o_n < N)[:, None] & (o_m < M)[None, :]
+    o_y = o_m[None, :] * N + o_n[:, None]
+    last = True
+    if SPLITS > 1:
+        p_tile = p_count + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(p_work + tl.program_id(2) * M * N + o_y, acc, mask=m_y)
+        tl.debug_barrier()
+        last = tl.atomic_add(p_tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            acc = tl.zeros_like(acc)
+            for i in range(SPLITS):
+                acc += tl.load(p_work + i * M * N + o_y, mask=m_y, other=0.0, cache_modifier=".cg")
+            tl.store(p_count + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), 0)
+        if BIAS:
+            acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_y)

@@ -1,0 +1,65 @@
+"""What a launch needs beside tensors: tile sizes and splits for a shape, workspaces, whether we are interpreted."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BUSY = 2  # programs for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
+MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
+COUNTERS = 1 << 16  # tiles of one launch that may split the inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile of rows of x and of outputs, programs that share one tile, warps, stages of the pipeline."""
+
+    rows: int
+    outputs: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+
+
+def heuristic(m: int, n: int, blocks: int, device: torch.device) -> Config:
+    """A fair configuration for x of `m` rows, `n` outputs and so many blocks of inputs, without measuring."""
+    rows = next((tile for tile in (8, 16, 32, 64) if m <= tile), 64)
+    outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
+    tiles = -(-n // outputs) * -(-m // rows)
+    splits = 1
+    while splits < 16 and tiles * splits * 2 <= BUSY * multiprocessors(device) and splits * 2 <= blocks:
+        splits *= 2
+    return Config(rows=rows, outputs=outputs, splits=splits if tiles <= COUNTERS else 1)
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the H200's where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which knows no inline assembly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def workspace(config: Config, m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for the partial sums of one launch, and counters that are zero before and after every launch.
+
+    The counters belong to the stream: two launches that run at once must not share them. Partial sums come from
+    torch's allocator, which CUDA graphs know.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    parts = config.splits * m * n if config.splits > 1 else 1
+    return torch.empty(parts, dtype=torch.float32, device=device), counters(device, stream)
+
+
+@lru_cache(maxsize=256)
+def counters(device: torch.device, stream: int) -> Tensor:
+    """The counters of a stream."""
+    with torch.inference_mode(False):
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

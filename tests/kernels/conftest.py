@@ -1,0 +1,47 @@
+"""Kernels are tested in Triton's interpreter, or, where there is one, on the GPU: the same tests.
+
+The interpreter is chosen when a kernel's module is imported, so this process cannot also compile for a GPU; the tests
+of compiled code (`test_aot.py`) run a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def load_here(name: str) -> ModuleType:
+    """The helper module `tests/kernels/<name>.py`; tests is not a package, so it is loaded by path."""
+    qualified = f"compress_tests_kernels_{name}"
+    if qualified not in sys.modules:
+        spec = importlib.util.spec_from_file_location(qualified, Path(__file__).parent / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[qualified] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[qualified])
+    return sys.modules[qualified]
+
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    load_here("interpreter").install()
+
+
+@pytest.fixture(scope="session")
+def load_helper() -> Callable[[str], ModuleType]:
+    """`load_helper(name)`: the module `tests/kernels/<name>.py`."""
+    return load_here
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: on a GPU, or as the interpreter does, on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
