@@ -31,6 +31,9 @@ check: $(READY)  ## format, lint, types and the quick tests, to stay under three
 
 bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, caches, deltas, a 4 GB model, the recipes; takes hours
 	$(BIN)/python -m compress_kernels.bench
+	$(BIN)/python -m compress_kernels.gpu.aot
+	$(BIN)/python -m compress_kernels.bench.gpu --out out/kernels/lines.jsonl
+	$(BIN)/python -m compress_kernels.bench.plot out/kernels/lines.jsonl out/kernels/speedup.png
 	$(BIN)/python -m compress_evals.speed
 	$(BIN)/python -m compress_evals.streaming
 	$(BIN)/python -m compress_evals.pruning

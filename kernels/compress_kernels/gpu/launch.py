@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 BUSY = 2  # programs for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
 MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
-COUNTERS = 1 << 16  # tiles of one launch that may split the inputs
+COUNTERS = 1 << 14  # tiles of one launch that may split the inputs
+STREAMS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +51,24 @@ def interpreted() -> bool:
 def workspace(config: Config, m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for the partial sums of one launch, and counters that are zero before and after every launch.
 
-    The counters belong to the stream: two launches that run at once must not share them. Partial sums come from
-    torch's allocator, which CUDA graphs know.
+    Partial sums come from torch's allocator, which CUDA graphs know. Raises RuntimeError if the first launch on a
+    device is being captured.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     parts = config.splits * m * n if config.splits > 1 else 1
-    return torch.empty(parts, dtype=torch.float32, device=device), counters(device, stream)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch.empty(parts, dtype=torch.float32, device=device), counters(device)[slot(stream)]
 
 
-@lru_cache(maxsize=256)
-def counters(device: torch.device, stream: int) -> Tensor:
-    """The counters of a stream."""
+@lru_cache(maxsize=16)
+def counters(device: torch.device) -> Tensor:
+    """Zeros for `STREAMS` streams, made once: within a graph, they would be made at its first replay only."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the first launch on a device cannot be captured in a CUDA graph: run the model once before")
     with torch.inference_mode(False):
-        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        return torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
+
+
+@cache
+def slot(stream: int) -> int:
+    """The counters of a stream: launches that run at once must not share them. The 33rd shares those of the first."""
+    return slot.cache_info().currsize % STREAMS

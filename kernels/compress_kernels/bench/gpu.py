@@ -1,0 +1,173 @@
+"""`python -m compress_kernels.bench.gpu`: every format and its peers over shapes and rows of x, as JSON lines.
+
+Weights rotate through enough copies to leave the last cache; on a GPU the rotation is one CUDA graph, so no launch is
+timed. Every line says what it was measured on, how far the result was from float64, and what share of the measured
+memory bandwidth it reached. On a CPU it runs the same code with the ops' reference: a test of this command, no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_kernels.bench.subjects import Made, Subject, ours, peers
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))  # [out, in] of models of 8 and 70 billion
+ROWS = (1, 8, 16, 64, 256)
+ROTATED = 1 << 28  # bytes of weights that take turns: four times the last cache of an H200
+REPLAYS = 30
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    found: dict[str, Any] = {"device": device.type, "torch": torch.__version__, "date": date.today().isoformat()}
+    if device.type == "cuda":
+        import triton
+
+        found |= {
+            "device": torch.cuda.get_device_name(device),
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+        }
+        found["clocks"] = clocks()
+    return found
+
+
+def clocks() -> str | None:
+    """Current and highest clocks, by the driver's own tool, if it is there."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.draw,driver_version"
+    done = subprocess.run([tool, query, "--format=csv,noheader"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def spans(calls: Sequence[Callable[[], object]], device: torch.device, replays: int) -> list[float]:
+    """Seconds of one call, once a replay of all of them."""
+    for call in calls:
+        call()
+    if device.type != "cuda":
+        return [elapsed(calls) / len(calls) for _ in range(replays)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    taken = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return taken
+
+
+def elapsed(calls: Sequence[Callable[[], object]]) -> float:
+    """Seconds of all calls by the clock."""
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - began
+
+
+def bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
+    """Bytes a second that a copy moves, read and written: the measured roof."""
+    source = torch.empty(nbytes if device.type == "cuda" else nbytes >> 4, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(spans([lambda: target.copy_(source)], device, 10))
+
+
+def weights(shape: tuple[int, int], subject: Subject, device: torch.device, dtype: torch.dtype) -> Iterator[Made]:
+    """Copies of one subject that together exceed the last cache."""
+    generator = torch.Generator(device).manual_seed(0)
+    total = 0
+    while total < (ROTATED if device.type == "cuda" else 1):
+        made = subject.make(torch.randn(shape, generator=generator, device=device).to(dtype) / shape[1] ** 0.5)
+        total += made.nbytes
+        yield made
+
+
+def measure(
+    subject: Subject, shape: tuple[int, int], rows: Sequence[int], device: torch.device, dtype: torch.dtype, roof: float
+) -> Iterator[dict[str, Any]]:
+    """One line for each number of rows."""
+    copies = list(weights(shape, subject, device, dtype))
+    for m in rows:
+        x = torch.randn(m, shape[1], generator=torch.Generator(device).manual_seed(m), device=device).to(dtype)
+        taken = spans([partial(made.product, x) for made in copies], device, REPLAYS)
+        low, _, high = (statistics.quantiles(taken, n=10)[i] for i in (0, 4, 8))
+        median = statistics.median(taken)
+        yield {
+            "format": subject.name, "out": shape[0], "in": shape[1], "rows": m, "dtype": str(dtype).partition(".")[2],
+            "seconds": median, "p10": low, "p90": high, "replays": REPLAYS, "copies": len(copies),
+            "bytes": copies[0].nbytes, "bytes_per_second": copies[0].nbytes / median,
+            "of_roof": copies[0].nbytes / median / roof, "error": error(copies[0], x),
+        }  # fmt: skip
+
+
+def error(made: Made, x: Tensor) -> float:
+    """Relative distance of a product from float64 on the matrix that the weight denotes."""
+    want = x[:16].double() @ made.matrix.double().T
+    return float((made.product(x)[:16].double() - want).norm() / want.norm())
+
+
+def lines(
+    shapes: Sequence[tuple[int, int]], rows: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """The conditions, then every measurement or why there is none."""
+    roof = bandwidth(device)
+    yield {"conditions": conditions(device), "roof_bytes_per_second": roof}
+    for shape in shapes:
+        for subject in (*peers(device), *ours()):
+            if subject.missing:
+                yield {"format": subject.name, "out": shape[0], "in": shape[1], "missing": subject.missing}
+                continue
+            try:
+                yield from measure(subject, shape, rows, device, dtype, roof)
+            except (RuntimeError, ValueError, AttributeError, TypeError) as problem:  # a peer's own failure is a result
+                yield {"format": subject.name, "out": shape[0], "in": shape[1], "failed": str(problem)[:300]}
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """`4096x14336` as (out, in)."""
+    out, _, inputs = text.partition("x")
+    return int(out), int(inputs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the lines, to a file if one is named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="a file for the lines; default: the terminal")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=list(SHAPES), metavar="OUTxIN")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    text = (json.dumps(line) + "\n" for line in lines(given.shapes, given.rows, device, getattr(torch, given.dtype)))
+    if given.out is None:
+        sys.stdout.writelines(text)
+        return
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with given.out.open("w", encoding="utf-8") as file:
+        for line in text:
+            file.write(line)
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()
