@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress_kernels.bench import gpu, plot, subjects
+from compress_kernels import wq
+from compress_kernels.bench import first, gpu, plot, subjects
 from compress_kernels.dispatch import DEVICES, Format, known, most_rows, predict
 
 CPU = torch.device("cpu")
@@ -65,3 +66,11 @@ def test_prediction_is_the_roofline(device: object) -> None:
 def test_an_unknown_device_is_taken_for_the_slowest() -> None:
     assert known("NVIDIA H200").kind == "H200"
     assert known("GeForce").bandwidth == min(device.bandwidth for device in DEVICES)
+
+
+def test_the_first_questions_are_answered_yes_by_the_interpreter(device: torch.device) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton")
+    found = list(first.answers(device, shape=(64, 256), runs=3))
+
+    assert [answer["question"] for answer in found if not answer["yes"]] == []
+    assert len(found) == 6 + 2 * len(wq.BITS) + 2

@@ -17,13 +17,22 @@ STREAMS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tile of rows of x and of outputs, programs that share one tile, warps, stages of the pipeline."""
+    """Tile of rows of x and of outputs, programs that share one tile, warps, stages of the pipeline.
+
+    Without `assembly` decoding is plain Triton: slower, for comparison.
+    """
 
     rows: int
     outputs: int
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    assembly: bool = True
+
+    @property
+    def inline(self) -> bool:
+        """Whether to decode in inline assembly, which the interpreter does not know."""
+        return self.assembly and not interpreted()
 
 
 def heuristic(m: int, n: int, blocks: int, device: torch.device) -> Config:

@@ -72,7 +72,7 @@ def linear(
         x_MI, words, words if high is None else high, scale, scale if bias is None else bias, y_MN, work, count,
         m, n, k, words.shape[1],
         BITS=bits, GROUP=group, BM=chosen.rows, BN=chosen.outputs, SPLITS=chosen.splits,
-        BIAS=bias is not None, EVEN=k % width == 0, ASM=not launch.interpreted(),
+        BIAS=bias is not None, EVEN=k % width == 0, ASM=chosen.inline,
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y_MN

@@ -1,0 +1,124 @@
+"""`python -m compress_kernels.bench.first`: what must be true of a GPU before its speed is worth measuring.
+
+Subnormal float16 inputs count in the tensor cores, as either operand and in tiles of every size (the fastest decode
+rests on it); inline assembly gives the bits that plain Triton gives; a thousand runs that split the inputs, while
+another stream keeps the GPU busy, give the same bits and leave their counters zero. One JSON line a question; exit
+code 1 if one is answered no. In Triton's interpreter the same code runs as a test of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress_kernels import wq
+
+RUNS = 1000
+
+
+def subnormals(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Products of numbers below the smallest normal one with ordinary ones, either way round, against float64."""
+    from compress_kernels.gpu.probes import bits_product
+
+    for rows, columns in ((16, 16), (64, 16), (128, 64)):
+        small = torch.arange(rows * 32, device=device).remainder(1 << 10).to(torch.int16).view(rows, 32)
+        plain = torch.randn(columns, 32, generator=torch.Generator(device).manual_seed(0), device=device).half()
+        want = small.view(torch.float16).double() @ plain.double().T
+        for name, got in (
+            ("first", bits_product(small, plain.view(torch.int16))),
+            ("second", bits_product(plain.view(torch.int16), small).T),
+        ):
+            distance = float((got.double() - want).norm() / want.norm())
+            yield {
+                "question": f"subnormals as {name} operand, {rows}x{columns}",
+                "yes": distance < 1e-5,
+                "error": distance,
+            }
+
+
+def weights(bits: int, group: int, shape: tuple[int, int], device: torch.device) -> wq.Packed:
+    """Random codes."""
+    generator = torch.Generator(device).manual_seed(bits)
+    codes = torch.randint(2**bits, shape, generator=generator, device=device, dtype=torch.uint8)
+    scale = torch.rand(shape[0], shape[1] // group if group else 1, generator=generator, device=device).half()
+    return wq.pack(codes, scale / 64, bits)
+
+
+def assembly(device: torch.device, shape: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Inline assembly and plain Triton, bit for bit."""
+    from compress_kernels.gpu.launch import Config
+
+    for bits in wq.BITS:
+        for dtype in (torch.float16, torch.bfloat16):
+            packed = weights(bits, 128, shape, device)
+            x = torch.randn(8, shape[1], generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+            config = Config(rows=8, outputs=64)
+            one, two = (product(packed, x, replace(config, assembly=on)) for on in (True, False))
+            yield {"question": f"assembly is plain Triton, int{bits} {dtype}", "yes": torch.equal(one, two)}
+
+
+def product(packed: wq.Packed, x: Tensor, config: Any) -> Tensor:
+    """One launch of a given configuration."""
+    from compress_kernels.gpu import wq as gpu
+
+    return gpu.linear(
+        x, packed.words, packed.high, packed.scale, None, packed.bits, packed.group, packed.shape[0], config
+    )
+
+
+def splits(device: torch.device, shape: tuple[int, int], runs: int) -> Iterator[dict[str, Any]]:
+    """Programs that split the inputs under contention: the same bits every time, counters left zero."""
+    from compress_kernels.gpu.launch import Config, workspace
+
+    packed = weights(4, 128, shape, device)
+    x = torch.randn(8, shape[1], generator=torch.Generator(device).manual_seed(2), device=device).half()
+    for count in (2, 8):
+        config = Config(rows=8, outputs=64, splits=count)
+        first = product(packed, x, config)
+        whole = product(packed, x, replace(config, splits=1))
+        keep_busy(device)
+        same = sum(torch.equal(product(packed, x, config), first) for _ in range(runs))
+        close = float((first.double() - whole.double()).norm() / whole.double().norm())
+        zero = not bool(workspace(config, 8, shape[0], device)[1].any())
+        yield {
+            "question": f"{count} splits, {runs} runs", "yes": same == runs and zero and close < 1e-3,
+            "same": same, "counters_zero": zero, "error": close,
+        }  # fmt: skip
+
+
+def keep_busy(device: torch.device) -> None:
+    """Queue products on another stream, to compete for the GPU."""
+    if device.type == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
+            for _ in range(2000):
+                a = torch.nn.functional.normalize(a @ a)
+
+
+def answers(device: torch.device, shape: tuple[int, int] = (4096, 4096), runs: int = RUNS) -> Iterator[dict[str, Any]]:
+    """Every question and its answer."""
+    yield from subnormals(device)
+    yield from assembly(device, shape)
+    yield from splits(device, shape, runs)
+
+
+def main() -> None:
+    """Print the answers."""
+    if not torch.cuda.is_available():
+        sys.exit("compress_kernels.bench.first: there is no GPU here; it answers what only a GPU can")
+    found = []
+    for answer in answers(torch.device("cuda")):
+        found.append(answer)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    sys.exit(0 if all(answer["yes"] for answer in found) else 1)
+
+
+if __name__ == "__main__":
+    main()
