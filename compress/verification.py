@@ -52,7 +52,7 @@ class RuntimeWalk(Walk):
             old = self.model.get_submodule(place.module)
             module = CompressedLinear(self.artifact.specs[place.site], getattr(old, "bias", None), self.dtype)
             self._fill(module, place.site)
-            module.prepare(self.dtype)
+            module.prepare(self.dtype, floats=True)
             parent, _, leaf = place.module.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, module)
         for path, stored in stacked.items():

@@ -24,7 +24,8 @@ from compress.model.anatomy import Anatomy
 from compress.model.architecture import skeleton
 from compress.runtime.experts import CompressedExperts
 from compress.runtime.linear import CompressedLinear
-from compress.runtime.lower import FewRows, Matrix, explain, path
+from compress.runtime.lower import FewRows, IntegerProduct, Matrix, path, rule_of
+from compress_kernels.cpu import nbytes
 
 ROTATED = 1 << 28  # bytes of dense matrices that take turns: more than the last cache of a server
 FEWEST, MOST = 9, 400  # rounds
@@ -162,7 +163,7 @@ def described(artifact: Artifact, sites: list[str], stacked: bool) -> Layer:
         names=tuple(dict.fromkeys(site.rpartition(".")[2] for site in sites)),
         weight=first["name"] + (f", inputs {first['inputs']}" if "inputs" in first else ""),
         shape=(out, inputs),
-        rule=EXPERTS if stacked else explain(artifact.expression(sites[0]), artifact.dtype),
+        rule=EXPERTS if stacked else rule_of(artifact.expression(sites[0]), artifact.dtype, first.get("inputs", "")),
         dense_bytes=len(sites) * out * inputs * artifact.dtype.itemsize,
         stored_bytes=sum(artifact.stored_headers[key].nbytes for key in held),
     )
@@ -277,13 +278,13 @@ def extent(values: Sequence[float]) -> Spread:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes in memory of a loaded model or layer: parameters, buffers and packed copies, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors, packed = [*model.parameters(), *model.buffers()], 0
     for part in model.modules():
-        if isinstance(part, FewRows):
-            tensors += [value for value in vars(part.packed).values() if isinstance(value, Tensor)]
+        if isinstance(part, (FewRows, IntegerProduct)):
+            packed += nbytes(part.packed)
         if isinstance(part, CompressedExperts):
             tensors += part.decoded.values()
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    return packed + sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def layer_sentences(timings: Sequence[LayerTiming]) -> list[str]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError
-from compress.runtime.lower import FewRows, Matrix, lower
-from compress.weights import Dense, Diagonal, Hadamard, Product, Weight, rounded_for, unpack
+from compress.runtime.lower import IntegerProduct, applied, differentiated, lower
+from compress.weights import Weight, rounded_for, unpack
 
 
 def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -74,20 +74,25 @@ class CompressedLinear(StoredWeight):
         self.bias = bias
         self.dtype = dtype
         self.lowered: nn.Module | None = None
-        self.transform: Weight | None = None  # once prepared, what matters to how inputs are rounded
 
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Decode once into the fastest module for inputs of `dtype`."""
+    def prepare(self, dtype: torch.dtype, *, floats: bool = False) -> None:
+        """Decode once into the fastest module for inputs of `dtype`, or the one that computes as passes do (`floats`).
+
+        The two agree to the last bits, but such a bit may send the next layer's input to another step of its grid.
+        """
         self.dtype = dtype
-        expression = self.expression
-        self.lowered = lower(expression, dtype)
-        self.transform = kept_transform(expression)
+        self.lowered = lower(self.expression, dtype, self.spec.get("inputs", ""), floats=floats)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
-        """Move with the module what tells how inputs are rounded."""
+        """Move the stored tensors; what was lowered for another device or dtype is lowered again."""
+        lowered, self.lowered = self.lowered, None
+        before = next(self.buffers(recurse=False)).device
         super()._apply(fn, recurse)
-        if self.transform is not None and "inputs" in self.spec:
-            self.transform = kept_transform(self.expression)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=before))
+        if lowered is not None and (probe.device, probe.dtype) != (before, self.dtype):
+            self.prepare(probe.dtype)
+        else:
+            self.dtype, self.lowered = probe.dtype, lowered
         return self
 
     @property
@@ -104,18 +109,9 @@ class CompressedLinear(StoredWeight):
         """[..., in] -> [..., out]; raises TypeError for x of integers, as a plain linear map would."""
         if not x.is_floating_point():
             raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
-        if "inputs" in self.spec:
-            x = rounded_for(self.expression if self.transform is None else self.transform, x, self.spec["inputs"])
-        if isinstance(self.lowered, (Matrix, FewRows)):
-            return torch.as_tensor(self.lowered(x, self.bias))
-        y: Tensor = self.expression.linear(x) if self.lowered is None else self.lowered(x)
+        inputs = self.spec.get("inputs", "")
+        if self.lowered is not None and not (isinstance(self.lowered, IntegerProduct) and differentiated(x)):
+            return applied(self.lowered, x, self.bias)
+        expression = self.expression
+        y = expression.linear(rounded_for(expression, x, inputs) if inputs else x)
         return y if self.bias is None else y + self.bias
-
-
-def kept_transform(expression: Weight) -> Weight:
-    """A weight of the same transform at the input, that holds nothing else."""
-    match expression:
-        case Product(left, Hadamard() | Diagonal() as right):
-            return Product(Dense(torch.empty(0, left.shape[1])), right)
-        case _:
-            return Dense(torch.empty(0, expression.shape[1]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.weights import Product, Quantized, Sum, Weight
+from compress.weights import Dense, Diagonal, Hadamard, Masked, Product, Quantized, Sum, Weight, rounded_for
 from compress_kernels import cpu
 
 Rule = Callable[[Weight, torch.dtype], nn.Module | None]
@@ -25,12 +25,40 @@ def rule(function: Rule) -> Rule:
     return function
 
 
-def lower(weight: Weight, dtype: torch.dtype) -> nn.Module:
-    """The module that computes `x @ weight.T` for x of `dtype`, on the device of the expression's tensors."""
+def lower(weight: Weight, dtype: torch.dtype, inputs: str = "", *, floats: bool = False) -> nn.Module:
+    """The module that computes `x @ weight.T` for x of `dtype`, on the device of the expression's tensors.
+
+    With `inputs`, one of compress.weights.INPUTS, x is rounded first, behind a transform at the input if there is one;
+    with `floats`, it is computed with in floating point even where integers are faster.
+    """
+    if inputs:
+        product = None if floats else integers(weight, inputs)
+        return product or RoundedFirst(lower(weight, dtype), weight, inputs)
     return next(module for found in RULES if (module := found(weight, dtype)) is not None)
 
 
-class Matrix(nn.Module):
+class Biased(nn.Module):
+    """A map that takes a bias with x, and so rounds once as a plain linear map does."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ W.T + b`."""
+        raise NotImplementedError
+
+
+def applied(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`module` of x, and the bias added."""
+    if isinstance(module, Biased):
+        return torch.as_tensor(module(x, bias))
+    y: Tensor = module(x)
+    return y if bias is None else y + bias
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether a gradient of x is wanted, which packed products do not have."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+class Matrix(Biased):
     """A decoded matrix; buffers are not saved, the packed form is."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -43,7 +71,7 @@ class Matrix(nn.Module):
         return F.linear(x, self.matrix, bias)
 
 
-class FewRows(nn.Module):
+class FewRows(Biased):
     """A packed CPU product for up to `cpu.FEW_ROWS` rows of x, a decoded matrix above."""
 
     def __init__(self, packed: cpu.Int4 | cpu.Int8, matrix: Tensor) -> None:
@@ -51,11 +79,46 @@ class FewRows(nn.Module):
         self.packed, self.many = packed, Matrix(matrix)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + b`; the packed form stays on the CPU and serves only there."""
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= cpu.FEW_ROWS:
+        """`x @ W.T + b`; the packed form serves bf16 x without a gradient."""
+        if x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= cpu.FEW_ROWS and not differentiated(x):
             y = self.packed.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return torch.as_tensor(self.many(x, bias))
+
+
+class IntegerProduct(Biased):
+    """Int8 inputs times int8 weights, exactly, behind the transform at the input; x has no gradient."""
+
+    def __init__(self, packed: cpu.Integers, transform: Weight | None) -> None:
+        super().__init__()
+        self.packed, self.transform = packed, transform
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`round(T x) @ W.T + b`, rounded once to the dtype of x."""
+        x_MI = x.reshape(-1, x.shape[-1])
+        y = self.packed.linear(x_MI if self.transform is None else self.transform.linear(x_MI.float()))
+        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class RoundedFirst(Biased):
+    """Inputs rounded, and computed with in floating point."""
+
+    def __init__(self, product: nn.Module, weight: Weight, inputs: str) -> None:
+        super().__init__()
+        self.product, self.inputs, self.transform = product, inputs, kept_transform(weight)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product of the rounded x, and the bias."""
+        return applied(self.product, rounded_for(self.transform, x, self.inputs), bias)
+
+
+def kept_transform(weight: Weight) -> Weight:
+    """A weight of the same transform at the input, that holds nothing else."""
+    match weight:
+        case Product(left, Hadamard() | Diagonal() as right):
+            return Product(Dense(torch.empty(0, left.shape[1])), right)
+        case _:
+            return Dense(torch.empty(0, weight.shape[1]))
 
 
 class Parallel(nn.Module):
@@ -105,6 +168,27 @@ def cpu_int8(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
             return None
 
 
+def integers(weight: Weight, inputs: str) -> nn.Module | None:
+    """Int8 inputs, and a weight of at most 8 bits with one scale a row, on a CPU that multiplies integers exactly."""
+    match weight:
+        case _ if inputs != "int8":
+            return None
+        case Product(left, Hadamard() | Diagonal() as transform):
+            inner = integers(left, inputs)
+            return IntegerProduct(inner.packed, transform) if isinstance(inner, IntegerProduct) else None
+        case Quantized(codes, scale, zero, bits) if (
+            codes.device.type == "cpu" and scale.shape[1] == 1 and codes.shape[1] <= cpu.WIDEST
+        ) and cpu.multiplies_integers():
+            middle = 2 ** (bits - 1)
+            signed = (codes.short() - middle).to(torch.int8)
+            offset = None if zero is None else (middle - zero.float()).expand(len(codes), 1)[:, 0]
+            return IntegerProduct(cpu.Integers.pack(signed, scale.expand(len(codes), 1)[:, 0], offset), None)
+        case Masked(Quantized(codes, scale, None, bits) as values, mask_OI):
+            return integers(Quantized(codes.where(mask_OI, 2 ** (bits - 1)), scale, None, values.bits), inputs)
+        case _:
+            return None
+
+
 @rule
 def factored(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
     """Products of which the factors are cheaper than the whole, and sums of such and of packed terms.
@@ -131,8 +215,10 @@ def decoded(weight: Weight, dtype: torch.dtype) -> nn.Module:
     return Matrix(weight.dense().to(dtype))
 
 
-def explain(weight: Weight, dtype: torch.dtype) -> str:
+def rule_of(weight: Weight, dtype: torch.dtype, inputs: str = "") -> str:
     """Which rule answers for a weight, by name."""
+    if inputs and integers(weight, inputs) is not None:
+        return integers.__name__
     return next(found.__name__ for found in RULES if found(weight, dtype) is not None)
 
 
@@ -143,6 +229,10 @@ def path(module: nn.Module, rows: int) -> str:
             return "packed" if rows <= cpu.FEW_ROWS else "decoded"
         case Matrix():
             return "decoded"
+        case IntegerProduct():
+            return "integers"
+        case RoundedFirst():
+            return f"rounded, {path(module.product, rows)}"
         case nn.Sequential():  # the right factor comes first
             return " @ ".join(path(part, rows) for part in reversed(list(module)))
         case Parallel():
@@ -151,4 +241,7 @@ def path(module: nn.Module, rows: int) -> str:
             return type(module).__name__.lower()
 
 
-__all__ = ["FewRows", "Matrix", "Parallel", "explain", "lower", "path", "rule"]
+__all__ = [
+    "Biased", "FewRows", "IntegerProduct", "Matrix", "Parallel", "RoundedFirst", "applied", "differentiated", "lower",
+    "path", "rule", "rule_of",
+    ]  # fmt: skip

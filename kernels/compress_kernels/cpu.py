@@ -1,13 +1,16 @@
-"""Weight-only int4 and int8 on the CPU through ATen's packed GEMMs, with their plain-torch specification.
+"""Low-bit products on the CPU through what torch ships, with their plain-torch specification.
 
-The fast forms win only for a few rows of x (decoding): they stream a quarter or half of the bytes but do not
-block for reuse. `worth_packing` and `FEW_ROWS` hold the measured rule; `python -m compress_kernels.bench` measures.
+Weight-only int4 and int8 (`Int4`, `Int8`) win only for a few rows of x (decoding): they stream a quarter or half of
+the bytes but do not block for reuse. `worth_packing` and `FEW_ROWS` hold the measured rule. Int8 weights for inputs
+that are rounded to int8 too (`Integers`) win at every number of rows, since the product itself is one of integers.
+`python -m compress_kernels.bench` measures.
 Shape suffixes: M rows of x, O out, I in, G groups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,10 @@ from torch import Tensor
 FEW_ROWS = 8  # rows of x up to which a packed product beat the bf16 one
 SMALLEST = 1 << 16  # weights; the smallest size measured, where it still wins
 GROUPS = (32, 64, 128, 256)  # what ATen's int4 kernel takes
+BLOCKED_FROM = 1 << 19  # weights from which the blocked copy beat `_int_mm`, which blocks the weight at each call
+WIDEST = 1 << 16  # inputs whose products of bytes, 255 * 128 at most, still fit the int32 that sums them
+FLOOR, LEVELS = 1e-5, 127.0  # as compress.weights.inputs rounds: the least largest entry of a token, its levels
+ZERO = 128  # of bytes that hold signed codes
 
 
 def reference(codes_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
@@ -27,6 +34,11 @@ def reference(codes_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
 def worth_packing(out_features: int, in_features: int) -> bool:
     """Whether a packed copy of a weight of this size is worth its memory."""
     return out_features * in_features >= SMALLEST and out_features % 16 == 0
+
+
+def nbytes(packed: Any) -> int:
+    """Bytes that a packed weight holds."""
+    return sum(value.nbytes for value in vars(packed).values() if isinstance(value, Tensor))
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,72 @@ class Int8:
     def linear(self, x_MI: Tensor) -> Tensor:
         """`x @ W.T` for bf16 x."""
         return torch.as_tensor(torch.ops.aten._weight_int8pack_mm(x_MI, self.codes, self.scales))
+
+
+def multiplies_integers() -> bool:
+    """Whether this CPU sums products of bytes in 32 bits (VNNI); older ones saturate at 16, and give wrong sums."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+def rounded(x_MI: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127 and their scale [M, 1], both float32, for the rows of x; see `LEVELS`."""
+    wide = x_MI.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp_(min=FLOOR).div_(LEVELS)
+    return (wide / scale).round_(), scale
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A weight `scale * (code + offset)` by row, codes from -128 to 127, for inputs rounded to int8 row by row.
+
+    The sums are exact, so only scales round. A large weight is kept blocked for oneDNN, as `_int_mm` would block it at
+    every call.
+    """
+
+    codes: Tensor  # int8: [out, in], or opaque and blocked
+    scales: Tensor  # float32 [out]
+    offset: Tensor | None  # float32 [out]
+    zeros: Tensor | None  # int32 [out], of the blocked form only
+
+    @staticmethod
+    def pack(codes_OI: Tensor, scale_O: Tensor, offset_O: Tensor | None = None) -> Integers:
+        """Pack int8 codes; raises ValueError for more than `WIDEST` inputs."""
+        if codes_OI.shape[1] > WIDEST:
+            raise ValueError(f"{codes_OI.shape[1]} inputs: sums of more than {WIDEST} products may not fit int32")
+        scale, codes = scale_O.float().contiguous(), codes_OI.contiguous()
+        offset = None if offset_O is None else offset_O.float().contiguous()
+        if codes.numel() < BLOCKED_FROM:
+            return Integers(codes, scale, offset, None)
+        return Integers(torch.ops.onednn.qlinear_prepack(codes, None), scale, offset, torch.zeros_like(scale).int())
+
+    def linear(self, x_MI: Tensor) -> Tensor:
+        """`round(x) @ W.T`, float32."""
+        codes_MI, scale_M1 = rounded(x_MI)
+        if not len(codes_MI):
+            return codes_MI.new_zeros(0, len(self.scales))
+        sums_M1 = None if self.offset is None else codes_MI.sum(-1, keepdim=True)  # whole and below 2**24: exact
+        if self.zeros is None:
+            y_MO = torch._int_mm(codes_MI.to(torch.int8), self.codes.T).float().mul_(self.scales)
+        else:
+            places_MI = codes_MI.add_(ZERO).to(torch.uint8)
+            multiply = torch.ops.onednn.qlinear_pointwise  # of x86 builds only
+            y_MO = multiply(places_MI, 1.0, ZERO, self.codes, self.scales, self.zeros, *PLAIN)
+        if sums_M1 is not None and self.offset is not None:
+            y_MO.addcmul_(sums_M1, self.offset * self.scales)
+        return torch.as_tensor(y_MO.mul_(scale_M1))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Integers:
+        """Itself: it never changes, and what is blocked cannot be copied."""
+        return self
+
+
+PLAIN: tuple[Any, ...] = (
+    None,
+    1.0,
+    0,
+    torch.float32,
+    "none",
+    [],
+    "",
+)  # no bias, no scale or zero of the output, float32, no function

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from compress.runtime.lower import FewRows, Matrix, explain, lower
-from compress.weights import Grid
+from compress.runtime.lower import FewRows, IntegerProduct, Matrix, RoundedFirst, applied, lower, rule_of
+from compress.weights import Diagonal, Grid, Hadamard, Masked, Product, Weight, rounded_for, rounded_inputs
 from compress_kernels import cpu
 
 Close = Callable[[str, Tensor, Tensor, float], None]
@@ -126,8 +127,8 @@ def test_the_specification_is_the_weight_expression(symmetric: bool, group: int)
 )
 def test_a_packed_product_is_chosen_where_it_pays(rule: str, grid: Grid, shape: tuple[int, int]) -> None:
     quantized = grid.quantize(normal(*shape))
-    assert explain(quantized, torch.bfloat16) == rule
-    assert explain(quantized, torch.float32) == "decoded"
+    assert rule_of(quantized, torch.bfloat16) == rule
+    assert rule_of(quantized, torch.float32) == "decoded"
 
 
 @pytest.mark.parametrize("rows", [1, cpu.FEW_ROWS, cpu.FEW_ROWS + 1, 9])
@@ -137,3 +138,122 @@ def test_few_rows_and_many_rows_agree(rows: int, assert_close: Close) -> None:
     module = lower(quantized, torch.bfloat16)
     assert isinstance(module, FewRows)
     assert_close("rows", module(x[None])[0], Matrix(quantized.dense())(x.float()), RATIO)
+
+
+# -- int8 inputs -------------------------------------------------------------------------------------
+
+VNNI = pytest.mark.skipif(not cpu.multiplies_integers(), reason="this CPU cannot sum products of bytes exactly")
+LARGE = (cpu.BLOCKED_FROM // 512, 512)  # the smallest that is kept blocked
+FLOAT = 4 * torch.finfo(torch.float32).eps  # integers are exact; scales are multiplied in two steps
+
+
+def signed(out: int, columns: int) -> Tensor:
+    return (codes(8, out, columns).short() - 128).to(torch.int8)
+
+
+@pytest.mark.parametrize(("out", "columns"), [(16, 32), (63, 100), (97, 31), LARGE])
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 65])
+@pytest.mark.parametrize("offset", [False, True])
+@VNNI
+def test_integers_are_the_product_of_what_was_rounded(
+    offset: bool, rows: int, out: int, columns: int, assert_close: Close
+) -> None:
+    code, scale, x = signed(out, columns), scales(out, 1)[:, 0], normal(rows, columns)
+    x[0] = 0  # its scale is that of FLOOR
+    shift = torch.linspace(-3, 3, out) if offset else None
+    want = (
+        rounded_inputs(x, "int8").double()
+        @ ((code.double() + (0 if shift is None else shift[:, None])) * scale[:, None]).T
+    )
+    got = cpu.Integers.pack(code, scale, shift).linear(x)
+    assert_close("integers", got, want, FLOAT)
+    assert not got[0].any()
+
+
+def test_the_kernel_rounds_as_the_weights_package_does() -> None:
+    x = torch.cat((normal(5, 64), torch.zeros(1, 64), normal(1, 64) * 1e-9))
+    code, scale = cpu.rounded(x)
+    assert torch.equal(code * scale, rounded_inputs(x, "int8"))
+
+
+@pytest.mark.parametrize("columns", [512, cpu.WIDEST])
+@VNNI
+def test_the_largest_sums_of_integers_are_exact(columns: int) -> None:
+    code = torch.full((cpu.BLOCKED_FROM // 512, columns), -128, dtype=torch.int8)
+    for rows in (code, code[:1]):  # blocked, and plain if it is small
+        got = cpu.Integers.pack(rows, torch.ones(len(rows))).linear(torch.full((2, columns), 127.0))
+        assert torch.equal(got, torch.full((2, len(rows)), -127.0 * 128 * columns))
+
+
+def test_sums_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="65537 inputs"):
+        cpu.Integers.pack(torch.zeros(1, cpu.WIDEST + 1, dtype=torch.int8), torch.ones(1))
+
+
+@VNNI
+def test_no_rows_give_no_rows() -> None:
+    for shape in ((16, 32), LARGE):
+        assert cpu.Integers.pack(signed(*shape), torch.ones(shape[0])).linear(torch.zeros(0, shape[1])).shape == (
+            0,
+            shape[0],
+        )
+
+
+@VNNI
+def test_a_copy_of_a_module_shares_what_is_packed() -> None:
+    module = lower(Grid(bits=8, symmetric=True).quantize(normal(*LARGE)), torch.float32, "int8")
+    x = normal(2, LARGE[1])
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    assert cpu.nbytes(module.packed) == LARGE[0] * LARGE[1] + 2 * 4 * LARGE[0]
+
+
+QUANTIZED = [
+    Grid(bits=8, symmetric=True), Grid(bits=8), Grid(bits=4), Grid(bits=2, symmetric=True), Grid(bits=8, group=-1)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", ["", "turned", "scaled", "masked"])
+@pytest.mark.parametrize("grid", QUANTIZED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@VNNI
+def test_integers_answer_for_rounded_inputs(
+    dtype: torch.dtype, grid: Grid, transform: str, assert_close: Close
+) -> None:
+    weight: Weight = grid.quantize(normal(96, 64))
+    if transform == "masked":
+        weight = Masked(weight, normal(96, 64) > 0, "50%")
+    elif transform:
+        at_input = Hadamard(normal(64) > 0) if transform == "turned" else Diagonal(normal(64).abs() + 0.5)
+        weight = Product(weight, at_input)
+    x, bias = normal(2, 3, 64).to(dtype), normal(96).to(dtype)
+    module = lower(weight, dtype, "int8")
+    asymmetric = isinstance(weight, Masked) and not grid.symmetric  # a masked entry has no code that denotes 0
+    assert isinstance(module, RoundedFirst if asymmetric else IntegerProduct)
+    want = rounded_for(weight, x.float(), "int8").double() @ weight.dense().double().T + bias.double()
+    got = applied(module, x, bias)
+    assert got.dtype == dtype
+    assert_close("rounded", got, want, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("grid", "inputs", "rule"),
+    [(Grid(bits=8), "int8", "integers"), (Grid(bits=8), "fp8", "decoded"), (Grid(bits=8, group=32), "int8", "decoded"),
+     (Grid(bits=4, group=32), "int8", "decoded")],
+)  # fmt: skip
+@VNNI
+def test_integers_need_one_scale_a_row(grid: Grid, inputs: str, rule: str) -> None:
+    weight = grid.quantize(normal(96, 64))
+    assert rule_of(weight, torch.float32, inputs) == rule
+    assert isinstance(lower(weight, torch.float32, inputs, floats=True), RoundedFirst)
+
+
+def test_a_cpu_that_saturates_multiplies_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert isinstance(lower(Grid(bits=8).quantize(normal(96, 64)), torch.float32, "int8"), RoundedFirst)
+
+
+def test_a_gradient_is_that_of_the_decoded_matrix(assert_close: Close) -> None:
+    quantized = Grid(bits=4, group=64).quantize(normal(1024, 1024))
+    x = normal(1, 1024).bfloat16().requires_grad_()
+    lower(quantized, torch.bfloat16)(x).sum().backward()
+    assert_close("gradient", x.grad, quantized.dense().bfloat16().sum(0, keepdim=True), RATIO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +80,22 @@ def test_a_rotated_layer_rounds_the_rotated_input(low_memory: bool, tiny_llama: 
     left, turn = layer.expression.children()
     want = rounded_inputs(turn.linear(x), "int8") @ left.dense().T
     torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pair", [[], [Rotate()]], ids=["plain", "rotated"])
+def test_a_gradient_passes_the_rounding_as_if_there_were_none(
+    pair: list[Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    out = compress.run(tiny_llama, [*pair, RTN(**W8A8, inputs="int8")], tmp_path / "out").out
+    layer = compress.load(out, dtype=torch.float32).model.layers[0].mlp.down_proj
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand_as(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_cast_model_computes_in_its_new_dtype(tiny_llama: Path, tmp_path: Path) -> None:
+    out = compress.run(tiny_llama, [RTN(**W8A8, inputs="fp8")], tmp_path / "out").out
+    layer = compress.load(out, dtype=torch.bfloat16).model.layers[0].mlp.down_proj.float()
+    fresh = compress.load(out, dtype=torch.float32).model.layers[0].mlp.down_proj
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x), fresh(x))  # decoded again, not a rounded matrix made wide

@@ -35,7 +35,7 @@ from compress.passes import OATS, SVD, Budget, subspace
 from compress.passes.hybrid.oats import by_turns, loudness
 from compress.passes.subspace import Subspace
 from compress.passes.whitened import rank_within
-from compress.runtime.lower import explain, lower
+from compress.runtime.lower import lower, rule_of
 from compress.weights import Weight, pack, pattern, specify, unpack
 
 SiteMaker = Callable[..., Site]
@@ -307,7 +307,7 @@ def test_it_is_stored_and_computed_as_its_terms(
     weight = OATS(scope=scope).rewrite(site_of(w, x))
     again = unpack(specify(weight), pack(weight))
     assert torch.equal(again.dense(), weight.dense())
-    assert explain(weight, dtype) == "decoded"  # with the whole matrix, the factors cost nothing
+    assert rule_of(weight, dtype) == "decoded"  # with the whole matrix, the factors cost nothing
     assert_close("lowered", lower(weight, dtype)(x[:5]), weight.linear(x[:5]), 4 * torch.finfo(dtype).eps)
     assert weight.nbytes() == dtype.itemsize * parameters(weight) + w.numel() // 8
     rows = terms(weight)[0].mask_OI.float().mean(1)

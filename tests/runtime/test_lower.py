@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress import Dense, Grid, Masked, Product, Weight, pattern
-from compress.runtime.lower import Matrix, Parallel, explain, lower
+from compress.runtime.lower import Matrix, Parallel, lower, rule_of
 
 WIDTH = 256
 
@@ -27,7 +27,7 @@ def masked() -> Weight:
 
 @pytest.mark.parametrize(("rank", "rule"), [(32, "factored"), (127, "factored"), (128, "decoded"), (200, "decoded")])
 def test_a_product_stays_factored_while_that_is_cheaper(rank: int, rule: str) -> None:
-    assert explain(factors(rank), torch.float32) == rule
+    assert rule_of(factors(rank), torch.float32) == rule
 
 
 def test_a_sum_with_a_term_as_large_as_the_whole_is_one_matrix() -> None:
