@@ -7,7 +7,6 @@ cache which it would leave in the model; the dense side is the `nn.Linear` that 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -25,10 +24,10 @@ from compress.model.architecture import skeleton
 from compress.runtime.experts import CompressedExperts
 from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import FewRows, IntegerProduct, Matrix, path, rule_of
+from compress_kernels.bench.clock import FEWEST, race
 from compress_kernels.cpu import nbytes
 
 ROTATED = 1 << 28  # bytes of dense matrices that take turns: more than the last cache of a server
-FEWEST, MOST = 9, 400  # rounds
 PREPARED, LOW_MEMORY = "prepared", "low memory"
 EXPERTS = "experts"  # in place of a rule: no rule is asked, their stacks are decoded
 REASONS = {  # path -> why it may be slower
@@ -235,36 +234,6 @@ def rotating(maps: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:
     return lambda: next(turn)(x)
 
 
-def race(
-    runners: Sequence[Callable[[], object]],
-    *,
-    warm: int = 1,
-    seconds: float = 0.0,
-    fewest: int = FEWEST,
-    most: int = MOST,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[list[float]]:
-    """Seconds of each call of each runner; all run once a round, in turn, until `seconds` are over.
-
-    Between `fewest` and `most` rounds, after `warm` that do not count. Every other round goes backwards: what a call
-    leaves in the caches for the next one then favours nobody.
-    """
-    for _ in range(warm):
-        for run in runners:
-            run()
-    times: list[list[float]] = [[] for _ in runners]
-    started = clock()
-    done = 0
-    while done < fewest or (done < most and clock() - started < seconds):
-        order = range(len(runners))
-        for i in order if done % 2 == 0 else reversed(order):
-            began = clock()
-            runners[i]()
-            times[i].append(clock() - began)
-        done += 1
-    return times
-
-
 def quartiles(values: Sequence[float]) -> Spread:
     """The median and the middle half."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -367,6 +336,6 @@ def generating(model: Any, prompt: int, new: int) -> Callable[[], object]:
 
 
 __all__ = [
-    "GenerationTiming", "Layer", "LayerTiming", "Spread", "conditions", "generation_sentences", "layer_sentences",
-    "measure_generation", "measure_layers",
+    "FEWEST", "GenerationTiming", "Layer", "LayerTiming", "Spread", "conditions", "generation_sentences",
+    "layer_sentences", "measure_generation", "measure_layers", "race",
     ]  # fmt: skip
