@@ -21,6 +21,7 @@ from compress.commands import delta
 from compress.commands.merge import merge
 from compress.commands.output import Json, Out, bytes_of, result, screen
 from compress.commands.serve import serve
+from compress.commands.tune import tune
 from compress.errors import CompressError, RecipeError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ INTERRUPTED = 130
 app.add_typer(delta.app)
 app.command()(merge)
 app.command()(serve)
+app.command()(tune)
 UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of click that typer carries since 0.2x
 
 

@@ -10,12 +10,14 @@ import importlib.util
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and children share the cores; read when torch is imported
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "no-cache")  # no test expects what a user tuned
 
 import pytest
 import torch

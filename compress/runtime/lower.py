@@ -6,14 +6,16 @@ rows; `Recompute` keeps only the stored bits and decodes at each call. Factored 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.errors import RecipeError
 from compress.weights import Dense, Diagonal, Hadamard, Masked, Product, Quantized, Sum, Weight, rounded_for
 from compress_kernels import cpu
+from compress_kernels.tuning import TuningError, bucket
 
 Rule = Callable[[Weight, torch.dtype], nn.Module | None]
 RULES: list[Rule] = []
@@ -32,8 +34,9 @@ def lower(weight: Weight, dtype: torch.dtype, inputs: str = "", *, floats: bool 
     with `floats`, it is computed with in floating point even where integers are faster.
     """
     if inputs:
-        product = None if floats else integers(weight, inputs)
-        return product or RoundedFirst(lower(weight, dtype), weight, inputs)
+        return (None if floats else integers(weight, dtype, inputs)) or RoundedFirst(
+            lower(weight, dtype), weight, inputs
+        )
     return next(module for found in RULES if (module := found(weight, dtype)) is not None)
 
 
@@ -72,15 +75,15 @@ class Matrix(Biased):
 
 
 class FewRows(Biased):
-    """A packed CPU product for up to `cpu.FEW_ROWS` rows of x, a decoded matrix above."""
+    """A packed CPU product for up to `few` rows of x, a decoded matrix above."""
 
-    def __init__(self, packed: cpu.Int4 | cpu.Int8, matrix: Tensor) -> None:
+    def __init__(self, packed: cpu.Int4 | cpu.Int8, matrix: Tensor, few: int) -> None:
         super().__init__()
-        self.packed, self.many = packed, Matrix(matrix)
+        self.packed, self.many, self.few = packed, Matrix(matrix), few
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + b`; the packed form serves bf16 x without a gradient."""
-        if x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= cpu.FEW_ROWS and not differentiated(x):
+        if x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= self.few and not differentiated(x):
             y = self.packed.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return torch.as_tensor(self.many(x, bias))
@@ -98,6 +101,23 @@ class IntegerProduct(Biased):
         x_MI = x.reshape(-1, x.shape[-1])
         y = self.packed.linear(x_MI if self.transform is None else self.transform.linear(x_MI.float()))
         return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class ByRows(Biased):
+    """One of two ways for each number of rows of x, as `compress tune` found them faster."""
+
+    def __init__(self, integers: IntegerProduct, floats: nn.Module, measured: Mapping[int, bool]) -> None:
+        super().__init__()
+        self.integers, self.floats, self.measured = integers, floats, dict(measured)
+
+    def chosen(self, rows: int) -> nn.Module:
+        """The module for so many rows."""
+        return self.integers if self.measured[bucket(rows, self.measured)] else self.floats
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`round(x) @ W.T + b`."""
+        rows = x.numel() // x.shape[-1]
+        return applied(self.floats if differentiated(x) else self.chosen(rows), x, bias)
 
 
 class RoundedFirst(Biased):
@@ -147,8 +167,9 @@ def cpu_int4(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
             and scale.shape[0] == codes.shape[0]
             and cpu.worth_packing(*weight.shape)
         ):
+            few = few_rows(cpu.INT4, weight)
             packed = cpu.Int4.pack(codes, scale, 8.0 if zero is None else zero)
-            return FewRows(packed, weight.dense().to(dtype))
+            return FewRows(packed, weight.dense().to(dtype), few) if few else None
         case _:
             return None
 
@@ -163,19 +184,39 @@ def cpu_int8(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
             and scale.shape == (codes.shape[0], 1)
             and cpu.worth_packing(*weight.shape)
         ):
-            return FewRows(cpu.Int8.pack(codes, scale[:, 0]), weight.dense().to(dtype))
+            few = few_rows(cpu.INT8, weight)
+            return FewRows(cpu.Int8.pack(codes, scale[:, 0]), weight.dense().to(dtype), few) if few else None
         case _:
             return None
 
 
-def integers(weight: Weight, inputs: str) -> nn.Module | None:
-    """Int8 inputs, and a weight of at most 8 bits with one scale a row, on a CPU that multiplies integers exactly."""
+def few_rows(form: str, weight: Weight) -> int:
+    """Rows up to which a packed form is chosen; raises RecipeError for a damaged tuning profile."""
+    try:
+        return cpu.few_rows(form, *weight.shape)
+    except TuningError as error:
+        raise RecipeError(str(error)) from error
+
+
+def integers(weight: Weight, dtype: torch.dtype, inputs: str) -> nn.Module | None:
+    """Int8 inputs times a weight that has an exact integer form, where `compress tune` did not find floats faster."""
+    if inputs != "int8" or (product := integer_product(weight)) is None:
+        return None
+    try:
+        found = cpu.measured(cpu.INT8_INT8, *weight.shape)
+    except TuningError as error:
+        raise RecipeError(str(error)) from error
+    if all(found.values()):
+        return product
+    return ByRows(product, RoundedFirst(lower(weight, dtype), weight, inputs), found) if any(found.values()) else None
+
+
+def integer_product(weight: Weight) -> IntegerProduct | None:
+    """A weight of at most 8 bits with one scale a row, on a CPU that multiplies integers exactly."""
     match weight:
-        case _ if inputs != "int8":
-            return None
         case Product(left, Hadamard() | Diagonal() as transform):
-            inner = integers(left, inputs)
-            return IntegerProduct(inner.packed, transform) if isinstance(inner, IntegerProduct) else None
+            inner = integer_product(left)
+            return None if inner is None or inner.transform is not None else IntegerProduct(inner.packed, transform)
         case Quantized(codes, scale, zero, bits) if (
             codes.device.type == "cpu" and scale.shape[1] == 1 and codes.shape[1] <= cpu.WIDEST
         ) and cpu.multiplies_integers():
@@ -183,8 +224,8 @@ def integers(weight: Weight, inputs: str) -> nn.Module | None:
             signed = (codes.short() - middle).to(torch.int8)
             offset = None if zero is None else (middle - zero.float()).expand(len(codes), 1)[:, 0]
             return IntegerProduct(cpu.Integers.pack(signed, scale.expand(len(codes), 1)[:, 0], offset), None)
-        case Masked(Quantized(codes, scale, None, bits) as values, mask_OI):
-            return integers(Quantized(codes.where(mask_OI, 2 ** (bits - 1)), scale, None, values.bits), inputs)
+        case Masked(Quantized(codes, scale, None, bits), mask_OI):
+            return integer_product(Quantized(codes.where(mask_OI, 2 ** (bits - 1)), scale, None, bits))
         case _:
             return None
 
@@ -217,7 +258,7 @@ def decoded(weight: Weight, dtype: torch.dtype) -> nn.Module:
 
 def rule_of(weight: Weight, dtype: torch.dtype, inputs: str = "") -> str:
     """Which rule answers for a weight, by name."""
-    if inputs and integers(weight, inputs) is not None:
+    if inputs and integers(weight, dtype, inputs) is not None:
         return integers.__name__
     return next(found.__name__ for found in RULES if found(weight, dtype) is not None)
 
@@ -226,11 +267,13 @@ def path(module: nn.Module, rows: int) -> str:
     """How a lowered module computes for so many rows of x on the CPU, such as `packed + decoded @ decoded`."""
     match module:
         case FewRows():
-            return "packed" if rows <= cpu.FEW_ROWS else "decoded"
+            return "packed" if rows <= module.few else "decoded"
         case Matrix():
             return "decoded"
         case IntegerProduct():
             return "integers"
+        case ByRows():
+            return path(module.chosen(rows), rows)
         case RoundedFirst():
             return f"rounded, {path(module.product, rows)}"
         case nn.Sequential():  # the right factor comes first
@@ -242,6 +285,6 @@ def path(module: nn.Module, rows: int) -> str:
 
 
 __all__ = [
-    "Biased", "FewRows", "IntegerProduct", "Matrix", "Parallel", "RoundedFirst", "applied", "differentiated", "lower",
-    "path", "rule", "rule_of",
+    "Biased", "ByRows", "FewRows", "IntegerProduct", "Matrix", "Parallel", "RoundedFirst", "applied", "differentiated",
+    "lower", "path", "rule", "rule_of",
     ]  # fmt: skip

@@ -1,9 +1,10 @@
 """Low-bit products on the CPU through what torch ships, with their plain-torch specification.
 
 Weight-only int4 and int8 (`Int4`, `Int8`) win only for a few rows of x (decoding): they stream a quarter or half of
-the bytes but do not block for reuse. `worth_packing` and `FEW_ROWS` hold the measured rule. Int8 weights for inputs
+the bytes but do not block for reuse. `worth_packing` and `FEW_ROWS` hold the measured rule, which `compress tune`
+measures again for the CPU at hand. Int8 weights for inputs
 that are rounded to int8 too (`Integers`) win at every number of rows, since the product itself is one of integers.
-`python -m compress_kernels.bench` measures.
+`python -m compress_kernels.bench` prints what was measured.
 Shape suffixes: M rows of x, O out, I in, G groups.
 """
 
@@ -15,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FEW_ROWS = 8  # rows of x up to which a packed product beat the bf16 one
+from compress_kernels.tuning import REMEDY, TuningError, known, place
+
+OP, INT4, INT8, INT8_INT8 = "cpu", "int4", "int8", "int8-int8"  # as tuning profiles call what is below
+PACKED, DECODED = "packed", "decoded"
+FEW_ROWS = {INT4: 8, INT8: 4}  # rows of x up to which a packed product beat the bf16 one
 SMALLEST = 1 << 16  # weights; the smallest size measured, where it still wins
 GROUPS = (32, 64, 128, 256)  # what ATen's int4 kernel takes
 BLOCKED_FROM = 1 << 19  # weights from which the blocked copy beat `_int_mm`, which blocks the weight at each call
@@ -34,6 +39,24 @@ def reference(codes_OI: Tensor, scale_OG: Tensor, offset_OG: Tensor) -> Tensor:
 def worth_packing(out_features: int, in_features: int) -> bool:
     """Whether a packed copy of a weight of this size is worth its memory."""
     return out_features * in_features >= SMALLEST and out_features % 16 == 0
+
+
+def few_rows(form: str, out_features: int, in_features: int) -> int:
+    """Rows of x up to which a packed product is chosen: as `compress tune` measured, else `FEW_ROWS`."""
+    found = measured(form, out_features, in_features)
+    slow = [rows for rows, packed in found.items() if not packed]
+    fast = [rows for rows in found if rows < min(slow, default=rows + 1)]
+    return max(fast, default=0) if found else FEW_ROWS[form]
+
+
+def measured(form: str, out_features: int, in_features: int) -> dict[int, bool]:
+    """By rows, whether `compress tune` found the packed product faster; raises TuningError for a damaged profile."""
+    profile = known("cpu")
+    choices = {} if profile is None else profile.choices(OP, form, out_features, in_features)
+    paths = {rows: choice.get("path") for rows, choice in choices.items()}
+    if not {PACKED, DECODED}.issuperset(paths.values()):
+        raise TuningError(f"{place('cpu')}: a path of {form} is neither {PACKED} nor {DECODED}; {REMEDY}")
+    return {rows: path == PACKED for rows, path in paths.items()}
 
 
 def nbytes(packed: Any) -> int:

@@ -131,7 +131,7 @@ def test_a_packed_product_is_chosen_where_it_pays(rule: str, grid: Grid, shape: 
     assert rule_of(quantized, torch.float32) == "decoded"
 
 
-@pytest.mark.parametrize("rows", [1, cpu.FEW_ROWS, cpu.FEW_ROWS + 1, 9])
+@pytest.mark.parametrize("rows", [1, cpu.FEW_ROWS[cpu.INT4], cpu.FEW_ROWS[cpu.INT4] + 1])
 def test_few_rows_and_many_rows_agree(rows: int, assert_close: Close) -> None:
     quantized = Grid(bits=4, group=64).quantize(normal(1024, 1024))
     x = normal(rows, 1024).bfloat16()

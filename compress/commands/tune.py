@@ -1,0 +1,50 @@
+"""`compress tune`: measure which way to compute is faster on this machine, and use it from then on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.commands.output import Json, result, screen
+from compress.errors import RecipeError
+
+
+def tune(
+    device: Annotated[str, typer.Option(help="what to measure")] = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", help="file to write; default: where loading looks")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure where packed products beat plain ones on this machine; models loaded later are prepared by it."""
+    from rich.table import Table
+
+    from compress_kernels import tuning
+    from compress_kernels.bench.tune import tune as measure
+
+    try:
+        with screen().status("measuring") as status:
+            profile = measure(device, lambda what: status.update(f"measuring {what}"))
+        path = out if out is not None else tuning.place(device)
+        tuning.write(profile, path)
+    except tuning.TuningError as error:
+        raise RecipeError(str(error)) from error
+    table = Table(title=f"{profile.device}, torch {profile.torch}, threads {profile.threads}: plain time / packed time")
+    rows = sorted({key.rows for key in profile.entries})
+    for name in ("format", "out x in", *(f"{count} row{'s' * (count > 1)}" for count in rows)):
+        table.add_column(name, justify="left" if name == "format" else "right")
+    for form, size, cells in by_size(profile, rows):
+        table.add_row(form, size, *cells)
+    value = {"out": str(path), "profile": [{**vars(key), **choice} for key, choice in sorted(profile.entries.items())]}
+    result(value, as_json, table, f"* the packed product is chosen\n{path}")
+
+
+def by_size(profile: Any, rows: list[int]) -> list[tuple[str, str, list[str]]]:
+    """The cells of each format and size; what is chosen bears a star."""
+    lines = {(key.op, key.format, key.out, key.inputs): key for key in sorted(profile.entries)}
+    found = []
+    for op, form, out, inputs in lines:
+        choices = profile.choices(op, form, out, inputs)
+        cells = [f"{choices[n]['speedup']:.2f}{'*' if choices[n]['path'] == 'packed' else ' '}" for n in rows]
+        found.append((form, f"{out} x {inputs}", cells))
+    return found

@@ -1,0 +1,33 @@
+"""Measuring a device for `compress tune`: one entry for each kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from compress_kernels.bench.crossover import measure, profile
+from compress_kernels.tuning import Profile, TuningError
+
+
+def tune(kind: str, say: Callable[[str], object] = lambda line: None) -> Profile:
+    """The profile of a device such as `cpu`; `say` is told what is measured. Raises TuningError for other devices."""
+    try:
+        device = torch.device(kind)
+    except RuntimeError as error:
+        raise TuningError(f"--device {kind}: not a device; give one of {', '.join(MEASURES)}") from error
+    if device.type not in MEASURES:
+        raise TuningError(f"--device {kind}: nothing is measured there; give one of {', '.join(MEASURES)}")
+    return MEASURES[device.type](say)
+
+
+def tune_cpu(say: Callable[[str], object]) -> Profile:
+    """Packed products of every size against plain ones, a fraction of a second each."""
+    done = []
+    for found in measure():
+        say(f"{found.out} x {found.inputs}, {found.rows} rows")
+        done.append(found)
+    return profile(done)
+
+
+MEASURES: dict[str, Callable[[Callable[[str], object]], Profile]] = {"cpu": tune_cpu}
