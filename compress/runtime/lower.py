@@ -77,13 +77,13 @@ class Matrix(Biased):
 class FewRows(Biased):
     """A packed CPU product for up to `few` rows of x, a decoded matrix above."""
 
-    def __init__(self, packed: cpu.Int4 | cpu.Int8, matrix: Tensor, few: int) -> None:
+    def __init__(self, packed: cpu.Int4 | cpu.Int8 | cpu.Sparse, matrix: Tensor, few: int) -> None:
         super().__init__()
         self.packed, self.many, self.few = packed, Matrix(matrix), few
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + b`; the packed form serves bf16 x without a gradient."""
-        if x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= self.few and not differentiated(x):
+        """`x @ W.T + b`; the packed form serves x of the matrix' dtype without a gradient."""
+        if x.dtype == self.many.matrix.dtype and x.numel() // x.shape[-1] <= self.few and not differentiated(x):
             y = self.packed.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
         return torch.as_tensor(self.many(x, bias))
@@ -186,6 +186,23 @@ def cpu_int8(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
         ):
             few = few_rows(cpu.INT8, weight)
             return FewRows(cpu.Int8.pack(codes, scale[:, 0]), weight.dense().to(dtype), few) if few else None
+        case _:
+            return None
+
+
+@rule
+def cpu_sparse(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
+    """Almost all entries pruned, bf16 or float32, large enough to pay."""
+    match weight:
+        case Masked(_, mask_OI) if (
+            dtype in (torch.bfloat16, torch.float32)
+            and mask_OI.device.type == "cpu"
+            and torch.backends.mkl.is_available()
+            and mask_OI.numel() >= cpu.SMALLEST
+            and int(mask_OI.count_nonzero()) <= cpu.SPARSE * mask_OI.numel()
+        ):
+            few, matrix = few_rows(cpu.CSR, weight), weight.dense()
+            return FewRows(cpu.Sparse.pack(matrix), matrix.to(dtype), few) if few else None
         case _:
             return None
 

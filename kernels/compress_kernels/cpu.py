@@ -1,15 +1,16 @@
-"""Low-bit products on the CPU through what torch ships, with their plain-torch specification.
+"""Low-bit and sparse products on the CPU through what torch ships, with their plain-torch specification.
 
 Weight-only int4 and int8 (`Int4`, `Int8`) win only for a few rows of x (decoding): they stream a quarter or half of
-the bytes but do not block for reuse. `worth_packing` and `FEW_ROWS` hold the measured rule, which `compress tune`
-measures again for the CPU at hand. Int8 weights for inputs
-that are rounded to int8 too (`Integers`) win at every number of rows, since the product itself is one of integers.
+the bytes but do not block for reuse. So does skipping zeros (`Sparse`), where 95 % of the weights are. `worth_packing`
+and `FEW_ROWS` hold the measured rule, which `compress tune` measures again for the CPU at hand. Int8 weights for
+inputs that are rounded to int8 too (`Integers`) win at every number of rows: the product itself is one of integers.
 `python -m compress_kernels.bench` prints what was measured.
 Shape suffixes: M rows of x, O out, I in, G groups.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from compress_kernels.tuning import REMEDY, TuningError, known, place
 
-OP, INT4, INT8, INT8_INT8 = "cpu", "int4", "int8", "int8-int8"  # as tuning profiles call what is below
+OP, INT4, INT8, INT8_INT8, CSR = "cpu", "int4", "int8", "int8-int8", "csr"  # as tuning profiles call what is below
 PACKED, DECODED = "packed", "decoded"
-FEW_ROWS = {INT4: 8, INT8: 4}  # rows of x up to which a packed product beat the bf16 one
+FEW_ROWS = {INT4: 8, INT8: 4, CSR: 64}  # rows of x up to which a packed product beat the bf16 one
 SMALLEST = 1 << 16  # weights; the smallest size measured, where it still wins
+SPARSE = 0.05  # share of weights that are kept, up to which skipping the others beat bf16; at 0.1 only below 64 rows
 GROUPS = (32, 64, 128, 256)  # what ATen's int4 kernel takes
 BLOCKED_FROM = 1 << 19  # weights from which the blocked copy beat `_int_mm`, which blocks the weight at each call
 WIDEST = 1 << 16  # inputs whose products of bytes, 255 * 128 at most, still fit the int32 that sums them
@@ -61,7 +63,10 @@ def measured(form: str, out_features: int, in_features: int) -> dict[int, bool]:
 
 def nbytes(packed: Any) -> int:
     """Bytes that a packed weight holds."""
-    return sum(value.nbytes for value in vars(packed).values() if isinstance(value, Tensor))
+    held = [value for value in vars(packed).values() if isinstance(value, Tensor)]
+    for csr in [value for value in held if value.layout == torch.sparse_csr]:
+        held += [csr.crow_indices(), csr.col_indices(), csr.values()]
+    return sum(value.nbytes for value in held if value.layout != torch.sparse_csr)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,28 @@ class Int8:
     def linear(self, x_MI: Tensor) -> Tensor:
         """`x @ W.T` for bf16 x."""
         return torch.as_tensor(torch.ops.aten._weight_int8pack_mm(x_MI, self.codes, self.scales))
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A weight of which few entries are kept, float32 in rows of them, multiplied by MKL."""
+
+    csr: Tensor
+
+    @staticmethod
+    def pack(w_OI: Tensor) -> Sparse:
+        """Keep what is not zero."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # torch 2.13, once a process
+            return Sparse(w_OI.float().to_sparse_csr())
+
+    def linear(self, x_MI: Tensor) -> Tensor:
+        """`x @ W.T`, summed in float32, in the dtype of x."""
+        return torch.as_tensor((self.csr @ x_MI.float().T).T.to(x_MI.dtype).contiguous())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sparse:
+        """Itself: it never changes, and torch cannot copy it."""
+        return self
 
 
 def multiplies_integers() -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.runtime.lower import FewRows, IntegerProduct, Matrix, RoundedFirst, applied, lower, rule_of
-from compress.weights import Diagonal, Grid, Hadamard, Masked, Product, Weight, rounded_for, rounded_inputs
+from compress.weights import Dense, Diagonal, Grid, Hadamard, Masked, Product, Weight, rounded_for, rounded_inputs
 from compress_kernels import cpu
 
 Close = Callable[[str, Tensor, Tensor, float], None]
@@ -257,3 +257,39 @@ def test_a_gradient_is_that_of_the_decoded_matrix(assert_close: Close) -> None:
     x = normal(1, 1024).bfloat16().requires_grad_()
     lower(quantized, torch.bfloat16)(x).sum().backward()
     assert_close("gradient", x.grad, quantized.dense().bfloat16().sum(0, keepdim=True), RATIO)
+
+
+# -- few weights -------------------------------------------------------------------------------------
+
+
+def pruned(kept: float, out: int = 256, columns: int = 256) -> Masked:
+    w = normal(out, columns)
+    mask = torch.rand(out, columns, generator=torch.Generator().manual_seed(2)) < kept
+    mask[3] = False  # a row without weights
+    return Masked(Dense(w), mask, f"{1 - kept:.0%}")
+
+
+@pytest.mark.parametrize(
+    ("kept", "shape", "rule"),
+    [(0.04, (256, 256), "cpu_sparse"), (0.1, (256, 256), "decoded"), (0.04, (255, 255), "decoded"),
+     (0.04, (257, 301), "cpu_sparse")],
+)  # fmt: skip
+def test_zeros_are_skipped_where_almost_all_are(kept: float, shape: tuple[int, int], rule: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        assert rule_of(pruned(kept, *shape), dtype) == rule
+    assert rule_of(pruned(kept, *shape), torch.float16) == "decoded"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_skipping_zeros_changes_nothing(dtype: torch.dtype, rows: int, assert_close: Close) -> None:
+    weight, x = pruned(0.04, 257, 301), normal(rows, 1, 301).to(dtype)
+    module, want = lower(weight, dtype), x.double() @ weight.dense().double().T
+    assert_close("sparse", module(x), want, 4 * torch.finfo(dtype).eps)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+
+
+def test_sparse_rows_count_their_bytes() -> None:
+    weight = pruned(0.04)
+    kept = int(weight.mask_OI.sum())
+    assert cpu.nbytes(cpu.Sparse.pack(weight.dense())) == kept * (4 + 8) + (256 + 1) * 8

@@ -176,7 +176,7 @@ def test_one_answer_for_all_rows_needs_one_module(chosen: str, kind: type) -> No
 def test_every_format_is_measured_at_every_size_and_count() -> None:
     timed = list(crossover.measure([(32, 64), (16, 128)], (1, 3), seconds=0, fewest=2))
     found = crossover.profile(timed)
-    forms = {cpu.INT4, cpu.INT8} | ({cpu.INT8_INT8} if cpu.multiplies_integers() else set())
+    forms = {cpu.INT4, cpu.INT8, cpu.CSR} | ({cpu.INT8_INT8} if cpu.multiplies_integers() else set())
     assert found.entries.keys() == {
         Key(cpu.OP, form, *size, rows) for form in forms for size in ((32, 64), (16, 128)) for rows in (1, 3)
     }

@@ -55,7 +55,8 @@ def measure(
             with torch.inference_mode():
                 times = race([turns(maps, x) for maps in products.values()], warm=2, seconds=seconds, fewest=fewest)
             found = dict(zip(products, times, strict=True))
-            plain = {cpu.INT4: found["bf16"], cpu.INT8: found["bf16"], cpu.INT8_INT8: found["rounded bf16"]}
+            plain = {cpu.INT4: found["bf16"], cpu.INT8: found["bf16"], cpu.CSR: found["bf16"]}
+            plain[cpu.INT8_INT8] = found["rounded bf16"]
             yield Timed(*size, count, plain, {form: found[form] for form in plain if form in found})
 
 
@@ -70,6 +71,7 @@ def makers(out: int, inputs: int) -> dict[str, list[Callable[[Tensor], Tensor]]]
         "bf16": [lambda x, w=w: F.linear(x, w) for w in plain],  # type: ignore[misc]
         "rounded bf16": [lambda x, w=w: F.linear(on_grid(x), w) for w in plain],  # type: ignore[misc]
         cpu.INT4: [cpu.Int4.pack(code >> 4, scale, 8.0).linear for code in codes],
+        cpu.CSR: [cpu.Sparse.pack(w * (torch.rand(w.shape, generator=draw) < cpu.SPARSE)).linear for w in plain],
         cpu.INT8: [cpu.Int8.pack(code, scale[:, 0]).linear for code in codes],
     }
     if cpu.multiplies_integers():
