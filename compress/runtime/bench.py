@@ -22,6 +22,7 @@ from compress.errors import ArtifactError, RecipeError
 from compress.model.anatomy import Anatomy
 from compress.model.architecture import skeleton
 from compress.runtime.experts import CompressedExperts
+from compress.runtime.explain import explain
 from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import FewRows, IntegerProduct, Matrix, path, rule_of
 from compress_kernels.bench.clock import FEWEST, race
@@ -34,6 +35,9 @@ REASONS = {  # path -> why it may be slower
     "decoded": "the matrix is decoded once and multiplied as dense, and the module around it costs some microseconds; "
     "it saves disk, not time",
     "packed": "the packed product does not beat the plain one at this size here; it saves disk, not time",
+    "integers": "to round the inputs costs more than the product of integers saves at this size",
+    "rounded, decoded": "inputs are rounded at each call, and multiplied as floats with a matrix decoded once; it "
+    "saves disk, not time",
     "decoded at each call": "the matrix is decoded at each call; it saves memory, not time",
 }
 SEVERAL = "its parts are multiplied one by one, and together cost more than one plain product"
@@ -65,13 +69,15 @@ class Layer:
 class LayerTiming:
     """One layer at so many rows of x: seconds a call (quartiles); `speedup` is dense / compressed, pair by pair.
 
-    `held_bytes` is what one site's module keeps in memory, `path` how it computes for this many rows.
+    `held_bytes` is what one site's module keeps in memory, `path` how it computes for this many rows, `why` the reason
+    in a sentence.
     """
 
     layer: Layer
     rows: int
     mode: str
     path: str
+    why: str
     held_bytes: int
     rounds: int
     dense: Spread
@@ -186,6 +192,7 @@ def measure_layer(
                 rows=count,
                 mode=mode,
                 path=path_of(maps[0], count),
+                why=explain(maps[0], count) if isinstance(maps[0], CompressedLinear) else REASONS["decoded"],
                 held_bytes=held_bytes(maps[0]),
                 rounds=len(times),
                 dense=quartiles(base),
@@ -272,8 +279,7 @@ def layer_sentences(timings: Sequence[LayerTiming]) -> list[str]:
 
 def reason(timing: LayerTiming) -> str:
     """Why this path may cost more than a plain product."""
-    rounded = "; inputs are rounded first" if ", inputs " in timing.layer.weight else ""
-    return REASONS.get(timing.path, SEVERAL) + rounded
+    return REASONS.get(timing.path, SEVERAL)
 
 
 def measure_generation(

@@ -48,8 +48,8 @@ def timed(path: str, rows: int, speedup: Spread, names: tuple[str, ...] = ("up_p
         stored_bytes=1,
     )  # fmt: skip
     return LayerTiming(
-        layer=layer, rows=rows, mode=PREPARED, path=path, held_bytes=1, rounds=9, dense=spread(1), compressed=spread(1),
-        speedup=speedup,
+        layer=layer, rows=rows, mode=PREPARED, path=path, why="", held_bytes=1, rounds=9, dense=spread(1),
+        compressed=spread(1), speedup=speedup,
     )  # fmt: skip
 
 
@@ -120,6 +120,12 @@ def test_the_packed_product_answers_for_few_rows_only(int4: Path) -> None:
     module = bench.site_module(Artifact(int4), "model.layers.0.self_attn.q_proj", PREPARED)
     assert [bench.path_of(module, rows) for rows in (1, 8, 9)] == ["packed", "packed", "decoded"]
     assert bench.layers(Artifact(int4))[0].rule == "cpu_int4"
+
+
+def test_each_timing_says_why_its_path_was_taken(timings: list[LayerTiming]) -> None:
+    assert {(t.mode, t.why.partition(":")[0]) for t in timings} == {
+        (PREPARED, "the decoded fp32 matrix"), (LOW_MEMORY, "decoded at each call")
+    }  # fmt: skip
 
 
 def test_packed_copies_count_as_memory(int4: Path) -> None:

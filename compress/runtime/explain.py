@@ -1,0 +1,80 @@
+"""How a layer computes, and why so, in one plain sentence."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compress.errors import RecipeError
+from compress.runtime.linear import CompressedLinear
+from compress.runtime.lower import ByRows, FewRows, IntegerProduct, Matrix, Parallel, RoundedFirst, lower
+from compress.weights import Weight
+from compress_kernels import cpu
+from compress_kernels.tuning import TuningError, known
+
+NAMES = {cpu.Int4: "packed int4", cpu.Int8: "packed int8", cpu.Sparse: "a product that skips zeros"}
+
+
+def explain(layer: nn.Module | Weight, rows: int, *, dtype: torch.dtype = torch.bfloat16, inputs: str = "") -> str:
+    """The path that `layer` takes for `rows` rows of x, and why, in a sentence.
+
+    `layer` is a module of a loaded model, or a weight expression, which is lowered for x of `dtype`, rounded to
+    `inputs` if that is given. Raises RecipeError for less than one row, or a module that is not compressed.
+    """
+    if rows < 1:
+        raise RecipeError(f"rows: {rows} rows of x; give 1 or more")
+    if isinstance(layer, Weight):
+        return sentence(lower(layer, dtype, inputs), rows)
+    if not isinstance(layer, CompressedLinear):
+        raise RecipeError(f"explain: a {type(layer).__name__} is not compressed; give a layer of a loaded model")
+    if layer.lowered is None:
+        return "decoded at each call: low memory keeps only the stored bits"
+    return sentence(layer.lowered, rows)
+
+
+def sentence(module: nn.Module, rows: int) -> str:
+    """What a lowered module does for so many rows of x."""
+    match module:
+        case FewRows():
+            name, matrix = NAMES[type(module.packed)], f"the decoded {short(module.many.matrix.dtype)} matrix"
+            if rows <= module.few:
+                return f"{name}: faster up to {module.few} rows, {origin()}; above, {matrix}"
+            return f"{matrix}: faster above {module.few} rows, {origin()}; up to these, {name}"
+        case Matrix():
+            return f"the decoded {short(module.matrix.dtype)} matrix: nothing packed is faster for this form and size"
+        case IntegerProduct():
+            behind = "" if module.transform is None else ", behind the transform at the input"
+            return f"int8 inputs times int8 weights{behind}, exact in integers: faster than rounded floats, {origin()}"
+        case ByRows():
+            if module.chosen(rows) is module.integers:
+                return sentence(module.integers, rows)
+            return f"{sentence(module.floats, rows)}; at this many rows integers are slower, {origin()}"
+        case RoundedFirst():
+            return f"inputs rounded to {module.inputs}, then {sentence(module.product, rows)}"
+        case nn.Sequential():
+            return "by factors, which are cheaper than the whole: " + ", then ".join(sentence(p, rows) for p in module)
+        case Parallel():
+            return "term by term, of which none is a whole matrix: " + ", plus ".join(
+                sentence(part, rows) for part in module.parts
+            )
+        case _:
+            return f"{type(module).__name__}: a rule for this device answered"
+
+
+def origin() -> str:
+    """Where a choice comes from."""
+    try:
+        profile = known("cpu")
+    except TuningError as error:
+        raise RecipeError(str(error)) from error
+    if profile is None:
+        return "as measured on the CPU of the defaults (`compress tune` measures this one)"
+    return f"as `compress tune` measured here on {profile.measured}"
+
+
+def short(dtype: torch.dtype) -> str:
+    """`bf16`, `fp32`."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+__all__ = ["explain"]
