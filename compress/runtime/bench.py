@@ -25,6 +25,7 @@ from compress.runtime.experts import CompressedExperts
 from compress.runtime.explain import explain
 from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import FewRows, IntegerProduct, Matrix, path, rule_of
+from compress.runtime.packed import Packed
 from compress_kernels.bench.clock import FEWEST, race
 from compress_kernels.cpu import nbytes
 
@@ -258,6 +259,8 @@ def held_bytes(model: nn.Module) -> int:
     for part in model.modules():
         if isinstance(part, (FewRows, IntegerProduct)):
             packed += nbytes(part.packed)
+        if isinstance(part, Packed):
+            packed += nbytes(part.form)
         if isinstance(part, CompressedExperts):
             tensors += part.decoded.values()
     return packed + sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

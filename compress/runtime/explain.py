@@ -7,7 +7,17 @@ from torch import nn
 
 from compress.errors import RecipeError
 from compress.runtime.linear import CompressedLinear
-from compress.runtime.lower import ByRows, FewRows, IntegerProduct, Matrix, Parallel, RoundedFirst, lower
+from compress.runtime.lower import (
+    ByRows,
+    FewRows,
+    IntegerProduct,
+    Matrix,
+    Parallel,
+    RoundedFirst,
+    Transformed,
+    lower,
+)
+from compress.runtime.packed import Packed
 from compress.weights import Weight
 from compress_kernels import cpu
 from compress_kernels.tuning import TuningError, known
@@ -40,6 +50,10 @@ def sentence(module: nn.Module, rows: int) -> str:
             if rows <= module.few:
                 return f"{name}: faster up to {module.few} rows, {origin()}; above, {matrix}"
             return f"{matrix}: faster above {module.few} rows, {origin()}; up to these, {name}"
+        case Packed():
+            return f"packed {module.name} on the GPU: fewer bytes are read than of a decoded matrix"
+        case Transformed():
+            return f"{module.transform.describe()} of the input, then {sentence(module.then, rows)}"
         case Matrix():
             return f"the decoded {short(module.matrix.dtype)} matrix: nothing packed is faster for this form and size"
         case IntegerProduct():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress.errors import ArtifactError
 from compress.runtime.lower import IntegerProduct, applied, differentiated, lower
+from compress.runtime.packed import Packed
 from compress.weights import Weight, rounded_for, unpack
 
 
@@ -73,6 +74,7 @@ class CompressedLinear(StoredWeight):
         super().__init__(spec)
         self.bias = bias
         self.dtype = dtype
+        self.device: torch.device | None = None  # once prepared, where it computes
         self.lowered: nn.Module | None = None
 
     def prepare(self, dtype: torch.dtype, *, floats: bool = False) -> None:
@@ -81,18 +83,32 @@ class CompressedLinear(StoredWeight):
         The two agree to the last bits, but such a bit may send the next layer's input to another step of its grid.
         """
         self.dtype = dtype
+        self.device = next(self.buffers(recurse=False)).device
         self.lowered = lower(self.expression, dtype, self.spec.get("inputs", ""), floats=floats)
+        self.park()
+
+    def park(self) -> None:
+        """Keep the stored tensors in host memory if a GPU computes with a packed form and has no use for them."""
+        if self.lowered is not None and any(isinstance(part, Packed) for part in self.lowered.modules()):
+            self._put(torch.device("cpu"))
+
+    def _put(self, device: torch.device) -> None:
+        for name in self.names.values():
+            self._buffers[name] = self.get_buffer(name).to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
         """Move the stored tensors; what was lowered for another device or dtype is lowered again."""
         lowered, self.lowered = self.lowered, None
-        before = next(self.buffers(recurse=False)).device
+        before = self.device or next(self.buffers(recurse=False)).device
+        if self.device is not None:
+            self._put(self.device)
         super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.dtype, device=before))
         if lowered is not None and (probe.device, probe.dtype) != (before, self.dtype):
             self.prepare(probe.dtype)
         else:
             self.dtype, self.lowered = probe.dtype, lowered
+            self.park()
         return self
 
     @property
@@ -102,7 +118,7 @@ class CompressedLinear(StoredWeight):
             shape = (self.out_features, self.in_features)
             plain = torch.empty(shape, dtype=self.dtype, device="meta")
         else:
-            plain = self.expression.dense().to(self.dtype)
+            plain = self.expression.dense().to(self.device, self.dtype)
         return plain.T if self.spec["transposed"] else plain
 
     def forward(self, x: Tensor) -> Tensor:

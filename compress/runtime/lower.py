@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import RecipeError
-from compress.weights import Dense, Diagonal, Hadamard, Masked, Product, Quantized, Sum, Weight, rounded_for
+from compress.runtime.packed import Packed, moved, packed, tensors
+from compress.weights import (
+    Dense,
+    Diagonal,
+    Hadamard,
+    Masked,
+    Permutation,
+    Product,
+    Quantized,
+    Sum,
+    Weight,
+    rounded_for,
+)
 from compress_kernels import cpu
 from compress_kernels.tuning import TuningError, bucket
 
@@ -50,7 +62,7 @@ class Biased(nn.Module):
 
 def applied(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """`module` of x, and the bias added."""
-    if isinstance(module, Biased):
+    if isinstance(module, (Biased, Packed)):
         return torch.as_tensor(module(x, bias))
     y: Tensor = module(x)
     return y if bias is None else y + bias
@@ -132,6 +144,24 @@ class RoundedFirst(Biased):
         return applied(self.product, rounded_for(self.transform, x, self.inputs), bias)
 
 
+class Transformed(Biased):
+    """A map behind a transform of its input that costs little: a scaling, an order, a rotation."""
+
+    def __init__(self, transform: Weight, then: nn.Module) -> None:
+        super().__init__()
+        self.then, self.transform = then, transform
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`(T x) @ W.T + b`."""
+        return applied(self.then, self.transform.linear(x), bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformed:
+        """Move the transform with the module."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.transform = moved(self.transform, fn)
+        return self
+
+
 def kept_transform(weight: Weight) -> Weight:
     """A weight of the same transform at the input, that holds nothing else."""
     match weight:
@@ -154,6 +184,26 @@ class Parallel(nn.Module):
         for part in self.parts[1:]:
             y = y + part(x)
         return y
+
+
+@rule
+def gpu_packed(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
+    """Whatever has a kernel that reads it packed, on a GPU; a transform of the input is applied before."""
+    if not on_gpu(weight):
+        return None
+    match weight:
+        case Product(left, Hadamard() | Diagonal() | Permutation() as transform):
+            then = gpu_packed(left, dtype)
+            return None if then is None else Transformed(transform, then)
+        case _:
+            return packed(weight, dtype)
+
+
+def on_gpu(weight: Weight) -> bool:
+    """Whether an expression's tensors are on a CUDA device."""
+    if own := tensors(weight):
+        return next(iter(own.values())).device.type == "cuda"
+    return any(map(on_gpu, weight.children()))
 
 
 @rule
@@ -287,6 +337,10 @@ def path(module: nn.Module, rows: int) -> str:
             return "packed" if rows <= module.few else "decoded"
         case Matrix():
             return "decoded"
+        case Packed():
+            return f"packed {module.name}"
+        case Transformed():
+            return f"{module.transform.describe()}, {path(module.then, rows)}"
         case IntegerProduct():
             return "integers"
         case ByRows():
