@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError
-from compress.runtime.lower import IntegerProduct, applied, differentiated, lower
+from compress.runtime.lower import IntegerProduct, applied, differentiated, lower, share
 from compress.runtime.packed import Packed
 from compress.weights import Weight, rounded_for, unpack
 
@@ -22,6 +22,9 @@ def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
     """Tree path -> name of the buffer that holds it."""
     paths = [path for path, _, _ in spec["tensors"]]
     return {path: f"stored_{path.replace('.', '_')}" for path in paths}
+
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what reads one input, by most families' names
 
 
 class StoredWeight(nn.Module):
@@ -125,9 +128,20 @@ class CompressedLinear(StoredWeight):
         """[..., in] -> [..., out]; raises TypeError for x of integers, as a plain linear map would."""
         if not x.is_floating_point():
             raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
-        inputs = self.spec.get("inputs", "")
         if self.lowered is not None and not (isinstance(self.lowered, IntegerProduct) and differentiated(x)):
             return applied(self.lowered, x, self.bias)
-        expression = self.expression
-        y = expression.linear(rounded_for(expression, x, inputs) if inputs else x)
+        y = self.reference(x)
         return y if self.bias is None else y + self.bias
+
+    def reference(self, x: Tensor) -> Tensor:
+        """`x @ W.T` with W decoded for this call, and a gradient."""
+        expression, inputs = self.expression, self.spec.get("inputs", "")
+        return expression.linear(rounded_for(expression, x, inputs) if inputs else x)
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let prepared maps that read one input turn and round it once."""
+    for parent in model.modules():
+        for names in TOGETHER:
+            found = [getattr(parent, name, None) for name in names]
+            share([m.lowered for m in found if isinstance(m, CompressedLinear) and m.lowered is not None])

@@ -6,7 +6,7 @@ rows; `Recompute` keeps only the stored bits and decodes at each call. Factored 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from compress.errors import RecipeError
 from compress.runtime.packed import Packed, moved, packed, tensors
+from compress.runtime.shared import SharedInput
 from compress.weights import (
     Dense,
     Diagonal,
@@ -101,17 +102,41 @@ class FewRows(Biased):
         return torch.as_tensor(self.many(x, bias))
 
 
-class IntegerProduct(Biased):
+class Rounding(Biased):
+    """A map that turns and rounds its input first; what other maps of that input share with it."""
+
+    transform: Weight | None
+    inputs: str
+    shared: SharedInput | None = None
+    member = 0
+
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the product needs of x."""
+        raise NotImplementedError
+
+    def taken(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The same, made once for all that share it."""
+        return self.read(x) if self.shared is None else self.shared.take(self.member, x, self.read)
+
+
+class IntegerProduct(Rounding):
     """Int8 inputs times int8 weights, exactly, behind the transform at the input; x has no gradient."""
+
+    inputs = "int8"
 
     def __init__(self, packed: cpu.Integers, transform: Weight | None) -> None:
         super().__init__()
         self.packed, self.transform = packed, transform
 
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Codes and scales of the transformed x."""
+        x_MI = x.reshape(-1, x.shape[-1])
+        return cpu.rounded(x_MI if self.transform is None else self.transform.linear(x_MI.float()))
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`round(T x) @ W.T + b`, rounded once to the dtype of x."""
-        x_MI = x.reshape(-1, x.shape[-1])
-        y = self.packed.linear(x_MI if self.transform is None else self.transform.linear(x_MI.float()))
+        codes_MI, scale_M1 = self.taken(x)
+        y = self.packed.linear(codes_MI, scale_M1)
         return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
 
 
@@ -132,16 +157,22 @@ class ByRows(Biased):
         return applied(self.floats if differentiated(x) else self.chosen(rows), x, bias)
 
 
-class RoundedFirst(Biased):
+class RoundedFirst(Rounding):
     """Inputs rounded, and computed with in floating point."""
 
     def __init__(self, product: nn.Module, weight: Weight, inputs: str) -> None:
         super().__init__()
-        self.product, self.inputs, self.transform = product, inputs, kept_transform(weight)
+        self.product, self.inputs, self.kept = product, inputs, kept_transform(weight)
+        self.transform = self.kept.right if isinstance(self.kept, Product) else None
+
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rounded x."""
+        return (rounded_for(self.kept, x, self.inputs),)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product of the rounded x, and the bias."""
-        return applied(self.product, rounded_for(self.transform, x, self.inputs), bias)
+        (read,) = self.taken(x)
+        return applied(self.product, read, bias)
 
 
 class Transformed(Biased):
@@ -169,6 +200,35 @@ def kept_transform(weight: Weight) -> Weight:
             return Product(Dense(torch.empty(0, left.shape[1])), right)
         case _:
             return Dense(torch.empty(0, weight.shape[1]))
+
+
+def share(modules: Sequence[nn.Module]) -> None:
+    """Let maps of one input turn and round it once, those that do it alike."""
+    alike: list[list[Rounding]] = []
+    for module in modules:
+        if isinstance(module, Rounding):
+            group = next((group for group in alike if begins_alike(group[0], module)), None)
+            if group is None:
+                alike.append([module])
+            else:
+                group.append(module)
+    for group in alike:
+        shared = SharedInput(len(group)) if len(group) > 1 else None
+        for member, module in enumerate(group):
+            module.shared, module.member = shared, member
+
+
+def begins_alike(one: Rounding, other: Rounding) -> bool:
+    """Whether two maps do the same to their input."""
+    if (type(one), one.inputs) != (type(other), other.inputs):
+        return False
+    match one.transform, other.transform:
+        case None, None:
+            return True
+        case (Hadamard(a), Hadamard(b)) | (Diagonal(a), Diagonal(b)):
+            return torch.equal(a, b)
+        case _:
+            return False
 
 
 class Parallel(nn.Module):
@@ -357,5 +417,5 @@ def path(module: nn.Module, rows: int) -> str:
 
 __all__ = [
     "Biased", "ByRows", "FewRows", "IntegerProduct", "Matrix", "Parallel", "RoundedFirst", "applied", "differentiated",
-    "lower", "path", "rule", "rule_of",
+    "lower", "path", "rule", "rule_of", "share",
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from compress.kv import read_kept, written
 from compress.model.anatomy import Anatomy, Place
 from compress.runtime.experts import CompressedExperts, compress_experts
 from compress.runtime.kv import attach
-from compress.runtime.linear import CompressedLinear, buffers
+from compress.runtime.linear import CompressedLinear, buffers, share_inputs
 from compress.runtime.names import StoredNames
 
 
@@ -108,6 +108,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 for module in model.modules():
                     if isinstance(module, (CompressedLinear, CompressedExperts)):
                         module.prepare(dtype)
+            share_inputs(model)
         if self.quantization_config.kv:
             attach(model, self.quantization_config.kv)
 

@@ -137,10 +137,10 @@ def multiplies_integers() -> bool:
 
 
 def rounded(x_MI: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127 and their scale [M, 1], both float32, for the rows of x; see `LEVELS`."""
+    """The rows of x as int8 codes from -127 to 127, and their scales [M, 1], float32; see `LEVELS`."""
     wide = x_MI.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp_(min=FLOOR).div_(LEVELS)
-    return (wide / scale).round_(), scale
+    return (wide / scale).round_().to(torch.int8), scale
 
 
 @dataclass(frozen=True)
@@ -167,20 +167,18 @@ class Integers:
             return Integers(codes, scale, offset, None)
         return Integers(torch.ops.onednn.qlinear_prepack(codes, None), scale, offset, torch.zeros_like(scale).int())
 
-    def linear(self, x_MI: Tensor) -> Tensor:
-        """`round(x) @ W.T`, float32."""
-        codes_MI, scale_M1 = rounded(x_MI)
+    def linear(self, codes_MI: Tensor, scale_M1: Tensor) -> Tensor:
+        """`(scale * codes) @ W.T`, float32, of what `rounded` gives."""
         if not len(codes_MI):
-            return codes_MI.new_zeros(0, len(self.scales))
-        sums_M1 = None if self.offset is None else codes_MI.sum(-1, keepdim=True)  # whole and below 2**24: exact
+            return scale_M1.new_zeros(0, len(self.scales))
         if self.zeros is None:
-            y_MO = torch._int_mm(codes_MI.to(torch.int8), self.codes.T).float().mul_(self.scales)
+            y_MO = torch._int_mm(codes_MI, self.codes.T).float().mul_(self.scales)
         else:
-            places_MI = codes_MI.add_(ZERO).to(torch.uint8)
+            bytes_MI = codes_MI.bitwise_xor(-ZERO).view(torch.uint8)  # code + 128
             multiply = torch.ops.onednn.qlinear_pointwise  # of x86 builds only
-            y_MO = multiply(places_MI, 1.0, ZERO, self.codes, self.scales, self.zeros, *PLAIN)
-        if sums_M1 is not None and self.offset is not None:
-            y_MO.addcmul_(sums_M1, self.offset * self.scales)
+            y_MO = multiply(bytes_MI, 1.0, ZERO, self.codes, self.scales, self.zeros, *PLAIN)
+        if self.offset is not None:
+            y_MO.addcmul_(codes_MI.sum(-1, keepdim=True, dtype=torch.int32).float(), self.offset * self.scales)
         return torch.as_tensor(y_MO.mul_(scale_M1))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Integers:

@@ -165,7 +165,7 @@ def test_integers_are_the_product_of_what_was_rounded(
         rounded_inputs(x, "int8").double()
         @ ((code.double() + (0 if shift is None else shift[:, None])) * scale[:, None]).T
     )
-    got = cpu.Integers.pack(code, scale, shift).linear(x)
+    got = cpu.Integers.pack(code, scale, shift).linear(*cpu.rounded(x))
     assert_close("integers", got, want, FLOAT)
     assert not got[0].any()
 
@@ -181,7 +181,7 @@ def test_the_kernel_rounds_as_the_weights_package_does() -> None:
 def test_the_largest_sums_of_integers_are_exact(columns: int) -> None:
     code = torch.full((cpu.BLOCKED_FROM // 512, columns), -128, dtype=torch.int8)
     for rows in (code, code[:1]):  # blocked, and plain if it is small
-        got = cpu.Integers.pack(rows, torch.ones(len(rows))).linear(torch.full((2, columns), 127.0))
+        got = cpu.Integers.pack(rows, torch.ones(len(rows))).linear(*cpu.rounded(torch.full((2, columns), 127.0)))
         assert torch.equal(got, torch.full((2, len(rows)), -127.0 * 128 * columns))
 
 
@@ -193,7 +193,9 @@ def test_sums_that_do_not_fit_are_refused() -> None:
 @VNNI
 def test_no_rows_give_no_rows() -> None:
     for shape in ((16, 32), LARGE):
-        assert cpu.Integers.pack(signed(*shape), torch.ones(shape[0])).linear(torch.zeros(0, shape[1])).shape == (
+        assert cpu.Integers.pack(signed(*shape), torch.ones(shape[0])).linear(
+            *cpu.rounded(torch.zeros(0, shape[1]))
+        ).shape == (
             0,
             shape[0],
         )

@@ -77,14 +77,14 @@ def makers(out: int, inputs: int) -> dict[str, list[Callable[[Tensor], Tensor]]]
     if cpu.multiplies_integers():
         signed = [(code - 128).to(torch.int8) for code in codes]
         packed = [cpu.Integers.pack(code, scale[:, 0]) for code in signed]
-        made[cpu.INT8_INT8] = [lambda x, w=w: w.linear(x).to(x.dtype) for w in packed]  # type: ignore[misc]
+        made[cpu.INT8_INT8] = [lambda x, w=w: w.linear(*cpu.rounded(x)).to(x.dtype) for w in packed]  # type: ignore[misc]
     return made
 
 
 def on_grid(x_MI: Tensor) -> Tensor:
     """x as it is where inputs are rounded and computed with in floating point."""
     codes_MI, scale_M1 = cpu.rounded(x_MI)
-    return codes_MI.mul_(scale_M1).to(x_MI.dtype)
+    return (codes_MI * scale_M1).to(x_MI.dtype)
 
 
 def turns(maps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], object]:
