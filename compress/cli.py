@@ -217,8 +217,9 @@ def bench(
     generate: Annotated[bool, typer.Option("--generate", help="also time greedy generation, batch 1")] = False,
     base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="with --generate: tokens before those generated")] = 64,
-    new: Annotated[int, typer.Option(min=1, help="with --generate: tokens generated")] = 128,
+    new: Annotated[int, typer.Option(min=2, help="with --generate: tokens generated")] = 128,
     runs: Annotated[int, typer.Option(min=1, help="with --generate: generations of each model, in turn")] = 5,
+    device: Annotated[str, typer.Option(help="with --generate: where models run; layers are timed on the CPU")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Time each kind of layer, and generation, beside the dense model: what is faster, what is slower and why."""
@@ -229,13 +230,15 @@ def bench(
 
     if base is not None and not generate:
         raise RecipeError("--base: only --generate runs whole models; add it, or leave --base out")
+    if device != "cpu" and not generate:
+        raise RecipeError("--device: only --generate runs elsewhere than on the CPU; add it, or leave --device out")
     quiet_loading()
     place, counts = locate(folder), row_counts(rows)
     with screen().status("timing"):
         generated = []
         if generate:
             Artifact(place)  # says whether it is one before models are loaded
-            loaded = models_to_time(place, base, low_memory)
+            loaded = models_to_time(place, base, low_memory, device)
             generated = timing.measure_generation(loaded, prompt=prompt, new=new, runs=runs)
             del loaded  # before the layers need memory
         layers = timing.measure_layers(place, counts, low_memory=low_memory)
@@ -245,8 +248,17 @@ def bench(
     if generate:
         notes = timing.generation_sentences(generated)
         models = [asdict(row) for row in generated]
-        value["generation"] = {"prompt": prompt, "new": new, "runs": runs, "models": models, "notes": notes}
-        shown += generation_table(generated, f"{prompt} + {new} tokens, medians of {runs} runs in turn", notes)
+        value["generation"] = {
+            "device": device,
+            "prompt": prompt,
+            "new": new,
+            "runs": runs,
+            "models": models,
+            "notes": notes,
+        }
+        shown += generation_table(
+            generated, f"{prompt} + {new} tokens, medians of {runs} runs in turn, {device}", notes
+        )
     result(value, as_json, *shown, f"[dim]{', '.join(f'{k} {v}' for k, v in conditions.items())}[/]")
 
 
@@ -258,16 +270,19 @@ def row_counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def models_to_time(folder: Path, base: str | None, low_memory: bool) -> dict[str, Any]:
+def models_to_time(folder: Path, base: str | None, low_memory: bool, device: str) -> dict[str, Any]:
     """The dense model that an artifact was made from, and the artifact as it is loaded, by name."""
     import compress
     from compress.artifact import check_base, recorded_base
     from compress.model.source import locate
+    from compress.plan import usable
 
+    usable(device)
     source = base if base is not None else recorded_base(folder)
     check_base([folder], locate(source))
-    models = {"dense": compress.load(locate(source)), "compressed": compress.load(folder)}
-    return models | ({"compressed, low memory": compress.load(folder, low_memory=True)} if low_memory else {})
+    there: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
+    models = {"dense": compress.load(locate(source), **there), "compressed": compress.load(folder, **there)}
+    return models | ({"compressed, low memory": compress.load(folder, low_memory=True, **there)} if low_memory else {})
 
 
 @app.command()

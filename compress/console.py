@@ -189,15 +189,19 @@ def layer_cells(layer: Any) -> list[str]:
 def generation_table(timings: list[Any], title: str, notes: list[str]) -> list[Any]:
     """compress.runtime.bench.GenerationTiming row by row, the dense model first, and sentences on what is worse."""
     table = Table(title=f"greedy generation, {title}")
-    for column in ("model", "tokens/s (range)", "ours/dense", "memory of weights"):
+    columns = ("model", "tokens/s (range)", "ours/dense", "prompt", "then tokens/s", "memory of weights", "of cache")
+    for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in timings:
         speed = row.tokens_per_second
         table.add_row(
             row.name, f"{speed.median:.4g} ({speed.low:.4g}-{speed.high:.4g})",
-            "-" if row is timings[0] else ratio(row.speedup), size(row.held_bytes),
+            "-" if row is timings[0] else ratio(row.speedup), duration(row.prefill.median),
+            f"{row.decode.median:.4g} ({row.decode.low:.4g}-{row.decode.high:.4g})", size(row.held_bytes),
+            size(row.cache_bytes),
         )  # fmt: skip
-    return [table, *(f"[yellow]{escape(note)}[/]" for note in notes)]
+    how = "steps replay a CUDA graph" if all(row.captured for row in timings) else "steps run without CUDA graphs"
+    return [table, f"tokens/s counts the prompt; {how}", *(f"[yellow]{escape(note)}[/]" for note in notes)]
 
 
 def ratio(found: Any) -> str:

@@ -23,6 +23,7 @@ from compress.model.anatomy import Anatomy
 from compress.model.architecture import skeleton
 from compress.runtime.experts import CompressedExperts
 from compress.runtime.explain import explain
+from compress.runtime.generation import Decoder
 from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import FewRows, IntegerProduct, Matrix, path, rule_of
 from compress.runtime.packed import Packed
@@ -93,12 +94,20 @@ class LayerTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTiming:
-    """A model that generated greedily: medians and ranges; `speedup` is to the first model, pair by pair."""
+    """A model that generated greedily: medians and ranges; `speedup` is to the first model, pair by pair.
+
+    `tokens_per_second` counts the time of the prompt, which is `prefill` in seconds; `decode` are tokens a second
+    behind the first. Bytes are those of all weights, and of the cache; `captured`: whether steps replay a CUDA graph.
+    """
 
     name: str
     tokens_per_second: Spread
     speedup: Spread
+    prefill: Spread
+    decode: Spread
     held_bytes: int
+    cache_bytes: int
+    captured: bool
 
 
 def measure_layers(
@@ -290,20 +299,36 @@ def measure_generation(
 ) -> list[GenerationTiming]:
     """Greedy generation of `new` tokens behind `prompt` random ones, batch 1, by each model in turn, `runs` times.
 
-    New tokens a second count the time of the prompt too. Raises RecipeError if a model cannot do that.
+    Raises RecipeError if a model cannot do that.
     """
     for name, model in models.items():
         check_generates(name, model, prompt + new)
-    runners = [generating(model, prompt, new) for model in models.values()]
-    times = race(runners, fewest=runs, most=runs)
+    decoders, ids_BT = [Decoder(model, prompt + new) for model in models.values()], {}
+    for decoder in decoders:
+        words = decoder.model.config.get_text_config(decoder=True).vocab_size
+        ids_BT[decoder] = torch.randint(words, (1, prompt), generator=torch.Generator().manual_seed(0)).to(
+            decoder.device
+        )
+        decoder.capture(ids_BT[decoder])
+    split: dict[Decoder, list[tuple[float, float]]] = {decoder: [] for decoder in decoders}
+    race(
+        [lambda d=d: split[d].append(d.timed(ids_BT[d], new)) for d in decoders],  # type: ignore[misc]
+        fewest=runs,
+        most=runs,
+    )
+    times = [[read + steps for read, steps in split[decoder][1:]] for decoder in decoders]  # the first warmed up
     return [
         GenerationTiming(
             name=name,
             tokens_per_second=extent([new / t for t in taken]),
             speedup=extent([d / t for d, t in zip(times[0], taken, strict=True)]),
+            prefill=extent([read for read, _ in split[decoder][1:]]),
+            decode=extent([(new - 1) / steps for _, steps in split[decoder][1:]]),
             held_bytes=held_bytes(model),
+            cache_bytes=decoder.cache_bytes(),
+            captured=decoder.graph is not None,
         )
-        for (name, model), taken in zip(models.items(), times, strict=True)
+        for (name, model), decoder, taken in zip(models.items(), decoders, times, strict=True)
     ]
 
 
@@ -329,19 +354,6 @@ def check_generates(name: str, model: Any, tokens: int) -> None:
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise RecipeError(f"--generate: {tokens} tokens of prompt and answer; {name} takes {longest} at most")
-
-
-def generating(model: Any, prompt: int, new: int) -> Callable[[], object]:
-    """A function that generates exactly `new` tokens; the mask says that no random token is padding."""
-    words = model.config.get_text_config(decoder=True).vocab_size
-    ids_BT = torch.randint(words, (1, prompt), generator=torch.Generator().manual_seed(0))
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-
-    @torch.inference_mode()
-    def run() -> object:
-        return model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
-
-    return run
 
 
 __all__ = [

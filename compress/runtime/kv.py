@@ -249,8 +249,14 @@ def attach(model: Any, kept: Kept | Mapping[str, Any]) -> None:
     A cache that the caller gives or names is left alone. Raises RecipeError if the model cannot have one.
     """
     new = maker(model, read_kept(kept))
+    model._own_cache = new
     model.register_forward_pre_hook(partial(_enter, new), with_kwargs=True)
     model.generate = partial(_generate, model.generate, model.generation_config, new)
+
+
+def own_cache(model: Any) -> Callable[[], Cache] | None:
+    """What makes a new cache of the kind that was attached to a model, or None for a plain one."""
+    return getattr(model, "_own_cache", None)
 
 
 def maker(model: Any, kept: Kept) -> Callable[[], Cache]:

@@ -18,6 +18,7 @@ from compress.errors import ArtifactError, RecipeError
 from compress.runtime import bench
 from compress.runtime.bench import LOW_MEMORY, PREPARED, GenerationTiming, Layer, LayerTiming, Spread
 from compress.runtime.experts import CompressedExperts
+from compress.runtime.generation import WARM
 
 Close = Callable[[str, torch.Tensor, torch.Tensor, float], None]
 SHORT = Calibration(samples=4, length=32)
@@ -226,10 +227,16 @@ def test_a_difference_inside_the_spread_is_none() -> None:
     assert bench.layer_sentences([timed("decoded", 1, spread(0.95, 0.1))]) == []
 
 
+def generated(name: str, speed: float, speedup: Spread, held: int) -> GenerationTiming:
+    return GenerationTiming(
+        name=name, tokens_per_second=spread(speed), speedup=speedup, prefill=spread(1), decode=spread(speed),
+        held_bytes=held, cache_bytes=1, captured=False,
+    )  # fmt: skip
+
+
 def test_slower_generation_and_more_memory_are_told() -> None:
-    dense = GenerationTiming(name="dense", tokens_per_second=spread(8), speedup=spread(1), held_bytes=100)
-    ours = GenerationTiming(name="ours", tokens_per_second=spread(4), speedup=spread(0.5, 0.1), held_bytes=120)
-    even = GenerationTiming(name="even", tokens_per_second=spread(8), speedup=spread(0.95, 0.1), held_bytes=60)
+    dense, ours = generated("dense", 8, spread(1), 100), generated("ours", 4, spread(0.5, 0.1), 120)
+    even = generated("even", 8, spread(0.95, 0.1), 60)
     slow, large = bench.generation_sentences([dense, ours, even])
     assert slow == "ours: slower than dense in every pair of runs, 2.00x"
     assert large.startswith("ours: holds 1.20x the memory of dense")
@@ -240,7 +247,6 @@ def test_slower_generation_and_more_memory_are_told() -> None:
 
 def test_every_model_generates_as_many_tokens_as_asked(llama_artifact: Path, tiny_llama: Path) -> None:
     models = {"dense": compress.load(tiny_llama), "compressed": compress.load(llama_artifact)}
-    assert bench.generating(models["compressed"], 5, 7)().shape == (1, 12)  # type: ignore[attr-defined]
     dense, ours = bench.measure_generation(models, prompt=5, new=7, runs=2)
     assert (dense.name, ours.name) == ("dense", "compressed")
     assert dense.speedup == spread(1)
@@ -248,6 +254,11 @@ def test_every_model_generates_as_many_tokens_as_asked(llama_artifact: Path, tin
         b.nbytes for b in models["dense"].buffers()
     )
     assert ours.held_bytes > dense.held_bytes
+    assert not dense.captured
+    assert (
+        dense.cache_bytes - 2 * 8 == 2 * 2 * (12 + WARM + 1) * 2 * 12 * 4
+    )  # two layers, k and v, 2 heads of 12; lengths
+    assert dense.tokens_per_second.median > 0
 
 
 def test_more_tokens_than_the_model_takes_are_refused(tiny_llama: Path) -> None:
