@@ -295,3 +295,12 @@ def test_sparse_rows_count_their_bytes() -> None:
     weight = pruned(0.04)
     kept = int(weight.mask_OI.sum())
     assert cpu.nbytes(cpu.Sparse.pack(weight.dense())) == kept * (4 + 8) + (256 + 1) * 8
+
+
+@pytest.mark.parametrize("shape", [(16, 32), LARGE], ids=["plain", "blocked"])
+@VNNI
+def test_integers_are_traced_whole(shape: tuple[int, int]) -> None:
+    module = lower(Grid(bits=8).quantize(normal(*shape)), torch.bfloat16, "int8")
+    x = normal(3, shape[1]).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
