@@ -308,7 +308,7 @@ def cpu_sparse(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
             dtype in (torch.bfloat16, torch.float32)
             and mask_OI.device.type == "cpu"
             and torch.backends.mkl.is_available()
-            and mask_OI.numel() >= cpu.SMALLEST
+            and mask_OI.numel() >= cpu.SPARSE_FROM
             and int(mask_OI.count_nonzero()) <= cpu.SPARSE * mask_OI.numel()
         ):
             few, matrix = few_rows(cpu.CSR, weight), weight.dense()

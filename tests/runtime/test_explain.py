@@ -60,7 +60,7 @@ def test_what_this_machine_measured_is_said(tmp_path: Path, monkeypatch: pytest.
     [
         (Product(int8(), Hadamard(normal(256) > 0)), "int8", "weights, behind the transform at the input, exact"),
         (Product(int8(), Diagonal(normal(256).abs())), "fp8", "inputs rounded to fp8, then the decoded bf16 matrix"),
-        (Masked(Dense(normal(256, 256)), normal(256, 256) > 2.5, "99%"), "", "a product that skips zeros"),
+        (Masked(Dense(normal(1024, 1024)), normal(1024, 1024) > 2.5, "99%"), "", "a product that skips zeros"),
         (Product(Dense(normal(256, 8)), Dense(normal(8, 256))), "", "by factors, which are cheaper than the whole:"),
         (Product(Dense(normal(256, 8)), Dense(normal(8, 256))) + int4(), "", "term by term, of which none is a whole"),
     ],
