@@ -37,7 +37,8 @@ REASONS = {  # path -> why it may be slower
     "decoded": "the matrix is decoded once and multiplied as dense, and the module around it costs some microseconds; "
     "it saves disk, not time",
     "packed": "the packed product does not beat the plain one at this size here; it saves disk, not time",
-    "integers": "to round the inputs costs more than the product of integers saves at this size",
+    "integers": "to round the inputs, and to turn or scale them before where the weight asks for it, costs more than "
+    "the product of integers saves at this size; in a model, projections of one input do it once",
     "rounded, decoded": "inputs are rounded at each call, and multiplied as floats with a matrix decoded once; it "
     "saves disk, not time",
     "decoded at each call": "the matrix is decoded at each call; it saves memory, not time",
