@@ -263,8 +263,11 @@ def extent(values: Sequence[float]) -> Spread:
     return Spread(median=statistics.median(values), low=min(values), high=max(values))
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Bytes in memory of a loaded model or layer: parameters, buffers and packed copies, each storage once."""
+def held_bytes(model: nn.Module, device: torch.device | None = None) -> int:
+    """Bytes in memory of a loaded model or layer: parameters, buffers and packed copies, each storage once.
+
+    With `device`, only what lies there: stored bits may wait in host memory.
+    """
     tensors, packed = [*model.parameters(), *model.buffers()], 0
     for part in model.modules():
         if isinstance(part, (FewRows, IntegerProduct)):
@@ -273,7 +276,8 @@ def held_bytes(model: nn.Module) -> int:
             packed += nbytes(part.form)
         if isinstance(part, CompressedExperts):
             tensors += part.decoded.values()
-    return packed + sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    there = [tensor for tensor in tensors if device in (None, tensor.device)]
+    return packed + sum({tensor.data_ptr(): tensor.nbytes for tensor in there}.values())
 
 
 def layer_sentences(timings: Sequence[LayerTiming]) -> list[str]:
@@ -325,7 +329,7 @@ def measure_generation(
             speedup=extent([d / t for d, t in zip(times[0], taken, strict=True)]),
             prefill=extent([read for read, _ in split[decoder][1:]]),
             decode=extent([(new - 1) / steps for _, steps in split[decoder][1:]]),
-            held_bytes=held_bytes(model),
+            held_bytes=held_bytes(model, decoder.device),
             cache_bytes=decoder.cache_bytes(),
             captured=decoder.graph is not None,
         )

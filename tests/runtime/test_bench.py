@@ -135,6 +135,13 @@ def test_packed_copies_count_as_memory(int4: Path) -> None:
     assert bench.held_bytes(module) == stored + matrix + packed
 
 
+def test_bytes_of_one_device_leave_out_the_others() -> None:
+    module = nn.Linear(4, 4, bias=False)
+    module.register_buffer("elsewhere", torch.empty(100, device="meta"))
+    assert bench.held_bytes(module, torch.device("cpu")) == 4 * 4 * 4
+    assert bench.held_bytes(module) == 4 * (4 * 4 + 100)
+
+
 def test_factors_are_named_as_the_expression_is(tiny_llama: Path, tmp_path: Path) -> None:
     made = artifact(tiny_llama, [SVD(removed=0.5, sites="*.up_proj")], tmp_path / "o")
     (found,) = bench.measure_layers(made, [2], seconds=0)
