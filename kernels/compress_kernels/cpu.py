@@ -21,7 +21,7 @@ from compress_kernels.tuning import REMEDY, TuningError, known, place
 
 OP, INT4, INT8, INT8_INT8, CSR = "cpu", "int4", "int8", "int8-int8", "csr"  # as tuning profiles call what is below
 PACKED, DECODED = "packed", "decoded"
-FEW_ROWS = {INT4: 8, INT8: 4, CSR: 64}  # rows of x up to which a packed product beat the bf16 one
+FEW_ROWS = {INT4: 8, INT8: 4, CSR: 32}  # rows of x up to which a packed product beat the bf16 one
 SMALLEST = 1 << 16  # weights; the smallest size measured, where it still wins
 SPARSE = 0.05  # share of weights that are kept, up to which skipping the others beat bf16; at 0.1 only below 64 rows,
 SPARSE_FROM = 1 << 20  # and in weights of this size at least: 256 x 256 was slower, 768 x 256 hardly faster
