@@ -251,6 +251,13 @@ def load_tenants(
     return load_them(base, deltas, budget, **options)
 
 
+def explain(layer: Any, rows: int, **options: Any) -> str:
+    """How a layer of a loaded model computes for so many rows of x, and why; see `compress.runtime.explain.explain`."""
+    from compress.runtime.explain import explain as say
+
+    return say(layer, rows, **options)
+
+
 def require_evals() -> None:
     """Raise RecipeError if the extra `eval` is not installed."""
     missing = [name for name in ("lm_eval", "datasets") if find_spec(name) is None]
@@ -380,6 +387,7 @@ __all__ = [
     "__version__",
     "accept",
     "evaluate",
+    "explain",
     "extract",
     "load",
     "load_tenants",
