@@ -1,0 +1,115 @@
+"""Products of two 8-bit matrices, y = x W^T: each row of x is rounded to int8 or fp8 (e4m3) when it comes.
+
+Specification and the op `compress::w8a8_linear`; the kernels are `gpu/w8a8.py`. Codes of weights are plain: what one
+byte holds needs no packing. Their dtype says what x is rounded to. On the CPU int8 products are exact and fast
+(`torch._int_mm`), those of fp8 and of groups are the specification.
+Shape suffixes: M rows of x, O out, I in, G groups of inputs, S inputs of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress_kernels import given
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the code of the largest entry of a row
+FLOOR = 1e-5  # of the largest entry, so that a row of zeros has a scale; as `compress.weights.inputs` has it
+GROUP = 32  # a group of inputs holds whole runs of so many, the least that tensor cores take
+MANY = 64  # rows of x above which torch's own products are asked, where they take the shapes
+
+
+def quantize(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(codes [M, I], float32 scales [M]): each row over its scale, rounded to nearest, ties to even.
+
+    A row with an entry that is not finite has codes 0 and the scale NaN, so that its products are NaN.
+    """
+    wide_MI, limit = x_MI.float(), LIMITS[dtype]
+    scale_M1 = wide_MI.abs().amax(-1, keepdim=True).clamp(min=FLOOR) / limit
+    finite_M1 = scale_M1.isfinite()
+    steps_MI = torch.where(finite_M1, wide_MI / scale_M1, 0.0)
+    codes_MI = steps_MI.round() if dtype == torch.int8 else steps_MI.clamp(-limit, limit)
+    return codes_MI.to(dtype), torch.where(finite_M1, scale_M1, torch.nan)[:, 0]
+
+
+def reference(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_GO: Tensor) -> Tensor:
+    """The specification of the product, float32 [M, O]: partial sums of groups, each under its scale."""
+    groups = len(scale_GO)
+    x_GMS = codes_MI.float().unflatten(1, (groups, -1)).transpose(0, 1)
+    w_GSO = weight_OI.float().unflatten(1, (groups, -1)).permute(1, 2, 0)
+    y_MO = (torch.bmm(x_GMS, w_GSO) * scale_GO.float()[:, None]).sum(0)
+    return y_MO * scale_M[:, None]
+
+
+def exact(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """The same for int8 and one scale an output, through exact int32 sums."""
+    sums_MO = torch._int_mm(codes_MI, weight_OI.T)
+    return sums_MO.float() * scale_O.float() * scale_M[:, None]
+
+
+def rowwise(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """The same for fp8 and one scale an output, bfloat16, through the GPU's library."""
+    return torch._scaled_mm(
+        codes_MI, weight_OI.T, scale_a=scale_M[:, None], scale_b=scale_O.float()[None], out_dtype=torch.bfloat16
+    )
+
+
+def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Refuse what a kernel would read wrongly. Raises ValueError or TypeError that names the argument."""
+    given.floats("w8a8_linear: x", x)
+    if weight.dtype not in LIMITS or weight.ndim != 2:
+        allowed = " or ".join(map(str, LIMITS))
+        raise ValueError(f"w8a8_linear: weight is {given.described(weight)}; it must be {allowed} [out, in]")
+    outputs, inputs = weight.shape[0], x.shape[-1]
+    given.expect("w8a8_linear: weight", weight, x, (outputs, inputs), weight.dtype)
+    groups = scale.shape[0] if scale.ndim == 2 else 1
+    given.expect("w8a8_linear: scale", scale, x, (groups, outputs), None)
+    if groups > 1 and (inputs % groups or inputs // groups % GROUP):
+        raise ValueError(f"w8a8_linear: scale: {groups} groups do not cut {inputs} inputs in multiples of {GROUP}")
+    if bias is not None:
+        given.expect("w8a8_linear: bias", bias, x, (outputs,), None)
+    if x.is_cuda and weight.dtype != torch.int8 and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise ValueError("w8a8_linear: weight: fp8 products need a GPU of compute capability 8.9 or later")
+
+
+@torch.library.custom_op("compress::w8a8_linear", mutates_args=(), device_types="cpu")
+def w8a8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`round(x) @ (scale * weight).T + bias` for x [..., in], codes [out, in] and scales [groups, out]."""
+    check(x, weight, scale, bias)
+    codes_MI, scale_M = quantize(x.reshape(-1, x.shape[-1]), weight.dtype)
+    if weight.dtype == torch.int8 and len(scale) == 1:
+        y_MO = exact(codes_MI, scale_M, weight, scale[0])
+    else:
+        y_MO = reference(codes_MI, scale_M, weight, scale)
+    y_MO = y_MO if bias is None else y_MO + bias.float()
+    return y_MO.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@w8a8_linear.register_kernel("cuda")
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    from compress_kernels.gpu import w8a8
+
+    check(x, weight, scale, bias)
+    codes_MI, scale_M = w8a8.quantize(x.reshape(-1, x.shape[-1]).contiguous(), weight.dtype)
+    if by_library(len(codes_MI), weight, scale, x.dtype):
+        product = exact if weight.dtype == torch.int8 else rowwise
+        y_MO = product(codes_MI, scale_M, weight, scale[0])
+        y_MO = (y_MO if bias is None else y_MO + bias).to(x.dtype)
+    else:
+        y_MO = w8a8.linear(codes_MI, scale_M, weight, scale, bias, x.dtype)
+    return y_MO.view(*x.shape[:-1], len(weight))
+
+
+def by_library(rows: int, weight: Tensor, scale: Tensor, out: torch.dtype) -> bool:
+    """Whether torch's own product takes these on a GPU, and there are enough rows for it to be the faster one."""
+    multiple = 8 if weight.dtype == torch.int8 else 16
+    if len(scale) > 1 or rows <= MANY or weight.shape[0] % multiple or weight.shape[1] % multiple:
+        return False
+    if weight.dtype == torch.int8:
+        return True
+    return out == torch.bfloat16 and (not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (9, 0))
+
+
+@w8a8_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
