@@ -45,3 +45,14 @@ def test_codes_of_three_bits(emulator: ModuleType, plane: int, kind: str) -> Non
     for value, two, one in zip(decoded(emulator, kind, got), low_lanes, emulator.halves(high), strict=True):
         code = (two.astype(int) >> (2 * (plane % 8)) & 3) | (one.astype(int) >> plane & 1) << 2
         np.testing.assert_array_equal(value, code - 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plane", range(16))
+def test_signs(emulator: ModuleType, plane: int, kind: str) -> None:
+    words, lanes = emulator.every_word()
+
+    (got,) = emulator.run(asm.sign(plane, kind), 1, [words])
+
+    for value, lane in zip(decoded(emulator, kind, got), lanes, strict=True):
+        np.testing.assert_array_equal(value, 2 * (lane.astype(int) >> plane & 1) - 1)

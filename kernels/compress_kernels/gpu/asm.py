@@ -84,3 +84,9 @@ def eight(plane: int) -> str:
         "{ .reg .b32 t,u,a; " + moved + f" xor.b32 t,t,{twice(0x80)}; lop3.b32 u,t,{twice(0x80)},{twice(0x4300)},0xEA; "
         f"lop3.b32 t,t,{twice(0x7F)},{twice(0x4300)},0xEA; mov.b32 a,{twice(0xBF80)}; fma.rn.bf16x2 $0,u,a,t; }}"
     )
+
+
+def sign(plane: int, kind: str) -> str:
+    """1 where bit `plane` of the words $1 is set, else -1: its complement moved to the sign of a one."""
+    one = twice(bits_of(1.0, kind))
+    return f"{{ .reg .b32 t; shl.b32 t,$1,{15 - plane}; lop3.b32 $0,t,{twice(0x8000)},{one},0xAE; }}"

@@ -18,6 +18,8 @@ INTEGER = tl.constexpr(
 )
 THREE = tl.constexpr(tuple(asm.three(j, kind) for kind in KINDS for j in range(16)))
 
+SIGN = tl.constexpr(tuple(asm.sign(j, kind) for kind in KINDS for j in range(16)))
+
 
 @triton.jit
 def integer(b_q, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
@@ -41,3 +43,14 @@ def three(b_low, b_high, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
     else:
         code = ((b_low >> (2 * (J % 8))) & 3) | (((b_high >> J) & 1) << 2)
         return (code.to(tl.float32) - 4).to(DTYPE)
+
+
+@triton.jit
+def sign(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """1 where bit J of int16 words is set, else -1, as DTYPE."""
+    if ASM:
+        AT: tl.constexpr = (DTYPE == tl.bfloat16) * 16 + J
+        bits = tl.inline_asm_elementwise(SIGN[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
+        return bits.to(DTYPE, bitcast=True)
+    else:
+        return (((b_q >> J) & 1).to(tl.float32) * 2 - 1).to(DTYPE)

@@ -40,10 +40,15 @@ def heuristic(m: int, n: int, blocks: int, device: torch.device) -> Config:
     rows = next((tile for tile in (8, 16, 32, 64) if m <= tile), 64)
     outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
     tiles = -(-n // outputs) * -(-m // rows)
+    return Config(rows=rows, outputs=outputs, splits=splits_for(tiles, blocks, device))
+
+
+def splits_for(tiles: int, blocks: int, device: torch.device) -> int:
+    """Programs that share the inputs of each of so many tiles, a power of two."""
     splits = 1
     while splits < 16 and tiles * splits * 2 <= BUSY * multiprocessors(device) and splits * 2 <= blocks:
         splits *= 2
-    return Config(rows=rows, outputs=outputs, splits=splits if tiles <= COUNTERS else 1)
+    return splits if tiles <= COUNTERS else 1
 
 
 @lru_cache(maxsize=16)
