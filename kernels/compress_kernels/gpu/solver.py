@@ -1,0 +1,238 @@
+"""Error feedback through a block of columns, selection of n of m, and Grams: kernels, launches, cases."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compress_kernels.gpu.aot import Case
+from compress_kernels.solver import STRIP, Choice, Steps
+
+ROWS = 32  # outputs of a program of `sweep`, one warp: a matrix of 4096 keeps 128 multiprocessors busy
+GROUPS = 128  # groups of scores of a program of `keep_nm`
+SIDE = 128  # of the tiles of a Gram
+TOKENS = 64  # of one of its steps
+NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it leaves the nearest integer, ties to even
+
+
+@triton.jit
+def select(b_w, b_d, b_dead, b_keep, j, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr):
+    """The mask of a strip once that of the M columns from j on is chosen: N of them by (w / d)^2."""
+    o_s = tl.arange(0, S)
+    b_score = tl.math.div_rn(b_w, tl.zeros_like(b_w) + b_d[:, None])
+    b_score = tl.where((b_dead != 0)[:, None], 0.0, b_score * b_score)
+    b_rank = tl.zeros_like(b_keep)
+    for k in range(j, j + M):
+        b_k = tl.sum(tl.where((o_s == k)[:, None], b_score, 0.0), 0)[None, :]
+        b_rank += ((b_k > b_score) | ((b_k == b_score) & (k > o_s)[:, None])).to(tl.int32)
+    mine = (o_s >= j) & (o_s < j + M)
+    return tl.where(mine[:, None], (b_rank < N).to(tl.int32), b_keep)
+
+
+@triton.jit
+def _sweep_kernel(
+    p_w, p_u, p_e, p_keep, p_dead, p_scale, p_zero, p_group, p_codes, B, R, U,
+    BITS: tl.constexpr, ZERO: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+    S: tl.constexpr,
+):  # fmt: skip
+    """A program takes some of R outputs through all B columns, S at a time; U is the row stride of the factor.
+
+    A strip of S columns stays in registers, where a column is picked by a sum over zeros; what earlier strips push onto
+    it is one product with their stored errors. BITS 0 rounds nothing; MASK 1 is given, 2 keeps N of M.
+    """
+    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < R
+    o_s = tl.arange(0, S)
+    for i_s in range(0, tl.cdiv(B, S)):
+        o_c = i_s * S + o_s
+        b_w = tl.load(p_w + o_c[:, None] * R + o_r[None, :], mask=(o_c < B)[:, None] & m_r[None, :], other=0.0)
+        b_d = tl.load(p_u + o_c * (U + 1), mask=o_c < B, other=1.0)
+        for t in tl.range(
+            0, i_s * S, loop_unroll_factor=8
+        ):  # a product, but as `tl.dot` it makes the rest twice as long
+            b_u = tl.load(p_u + t * U + o_c, mask=o_c < B, other=0.0)
+            b_w -= b_u[:, None] * tl.load(p_e + t * R + o_r, mask=m_r, other=0.0)[None, :]
+        if MASK == 2:
+            b_keep = tl.full((S, ROWS), 1, tl.int32)
+            b_dead = tl.load(p_dead + o_c, mask=o_c < B, other=0)
+        for j in range(0, S):
+            c = i_s * S + j
+            now = (o_s == j)[:, None]
+            m_c = m_r & (c < B)
+            if MASK == 2:
+                if j % M == 0:
+                    b_keep = select(b_w, b_d, b_dead, b_keep, j, N, M, S)
+                b_on = tl.sum(tl.where(now, b_keep, 0), 0)
+                tl.store(p_keep + c * R + o_r, b_on.to(tl.uint8), mask=m_c)
+            if MASK == 1:
+                b_on = tl.load(p_keep + c * R + o_r, mask=m_c, other=1).to(tl.int32)
+            b_v = tl.sum(tl.where(now, b_w, 0.0), 0)
+            d = tl.load(p_u + c * (U + 1), mask=c < B, other=1.0)
+            if BITS:
+                i_g = tl.load(p_group + c, mask=c < B, other=0)
+                b_s = tl.load(p_scale + i_g * R + o_r, mask=m_r, other=1.0)
+                b_z = tl.zeros((ROWS,), tl.float32) + 2.0 ** (BITS - 1)
+                if ZERO:
+                    b_z = tl.load(p_zero + i_g * R + o_r, mask=m_r, other=0.0)
+                b_code = (tl.math.div_rn(b_v, b_s) + NEAREST) - NEAREST
+                b_code = tl.minimum(tl.maximum(b_code + b_z, 0.0), 2.0**BITS - 1)
+                if MASK:
+                    b_code = tl.where(b_on != 0, b_code, b_z)
+                tl.store(p_codes + c * R + o_r, b_code.to(tl.int32).to(tl.uint8), mask=m_c)
+                b_q = (b_code - b_z) * b_s
+            else:
+                b_q = b_v * b_on.to(tl.float32) if MASK else b_v
+            b_e = tl.math.div_rn(b_v - b_q, tl.zeros_like(b_v) + d)
+            b_u = tl.load(p_u + c * U + o_c, mask=(o_s > j) & (o_c < B) & (c < B), other=0.0)
+            b_w -= b_u[:, None] * b_e[None, :]
+            tl.store(p_w + c * R + o_r, b_q, mask=m_c)
+            tl.store(p_e + c * R + o_r, b_e, mask=m_c)
+        tl.debug_barrier()  # the next strip reads what other threads stored
+
+
+def sweep(
+    w_BO: Tensor, u_BB: Tensor, e_BO: Tensor, keep_BO: Tensor | None, steps: Steps | None, choice: Choice | None
+) -> Tensor | None:
+    """`solver.sweep`."""
+    columns, outputs = w_BO.shape
+    codes_BO = None if steps is None else torch.empty_like(w_BO, dtype=torch.uint8)
+    keep = w_BO if keep_BO is None else keep_BO.view(torch.uint8)
+    dead = w_BO if choice is None else choice.dead_B.view(torch.uint8)
+    scale, zero, group = (w_BO, None, w_BO) if steps is None else (steps.scale_GO, steps.zero_GO, steps.group_B)
+    _sweep_kernel[(-(-outputs // ROWS),)](
+        w_BO, u_BB, e_BO, keep, dead, scale, w_BO if zero is None else zero, group,
+        w_BO if codes_BO is None else codes_BO, columns, outputs, u_BB.stride(0),
+        BITS=0 if steps is None else steps.bits, ZERO=zero is not None,
+        MASK=2 if choice else 0 if keep_BO is None else 1,
+        N=choice.n if choice else 0, M=choice.m if choice else 1, ROWS=ROWS, S=STRIP, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    return codes_BO
+
+
+@triton.jit
+def _keep_nm_kernel(p_score, p_keep, ROWS, N, M: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A program ranks the scores of some groups: each against all others of its group."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_m = tl.arange(0, WIDTH)
+    mask = (o_n < ROWS)[:, None] & (o_m < M)[None, :]
+    b_own = tl.load(p_score + o_n[:, None] * M + o_m[None, :], mask=mask, other=0.0)
+    b_rank = tl.zeros((BLOCK, WIDTH), tl.int32)
+    for k in range(0, M):
+        b_k = tl.load(p_score + o_n * M + k, mask=o_n < ROWS, other=0.0)[:, None]
+        b_rank += ((b_k > b_own) | ((b_k == b_own) & (k > o_m)[None, :])).to(tl.int32)
+    tl.store(p_keep + o_n[:, None] * M + o_m[None, :], (b_rank < N).to(tl.uint8), mask=mask)
+
+
+def keep_nm(score_NM: Tensor, n: int) -> Tensor:
+    """`solver.keep_nm`."""
+    rows, m = score_NM.shape
+    keep_NM = torch.empty_like(score_NM, dtype=torch.bool)
+    width = triton.next_power_of_2(m)
+    block = max(1, GROUPS * 4 // width)
+    grid = (-(-rows // block),)
+    _keep_nm_kernel[grid](score_NM, keep_NM.view(torch.uint8), rows, n, M=m, WIDTH=width, BLOCK=block)
+    return keep_NM
+
+
+@triton.jit
+def _add_gram_kernel(p_x, p_sum, T, K, SIDE: tl.constexpr, BT: tl.constexpr, EVEN: tl.constexpr):
+    """Programs: tiles of the sum [K, K]; those below the diagonal do nothing."""
+    i_a, i_b = tl.program_id(1), tl.program_id(0)
+    if i_a <= i_b:
+        o_a, o_b, o_t = i_a * SIDE + tl.arange(0, SIDE), i_b * SIDE + tl.arange(0, SIDE), tl.arange(0, BT)
+        m_a, m_b = o_a < K, o_b < K
+        acc = tl.zeros((SIDE, SIDE), tl.float32)
+        for t in range(0, T, BT):
+            p_row = p_x + (t + o_t).to(tl.int64) * K
+            m_t = t + o_t < T
+            if EVEN:
+                b_a = tl.load(p_row[None, :] + o_a[:, None], mask=m_t[None, :], other=0.0)
+                b_b = tl.load(p_row[:, None] + o_b[None, :], mask=m_t[:, None], other=0.0)
+            else:
+                b_a = tl.load(p_row[None, :] + o_a[:, None], mask=m_t[None, :] & m_a[:, None], other=0.0)
+                b_b = tl.load(p_row[:, None] + o_b[None, :], mask=m_t[:, None] & m_b[None, :], other=0.0)
+            acc = tl.dot(b_a, b_b, acc)
+        p_tile = p_sum + o_a.to(tl.int64)[:, None] * K + o_b[None, :]
+        m_sum = m_a[:, None] & m_b[None, :]
+        tl.store(p_tile, tl.load(p_tile, mask=m_sum, other=0.0) + acc, mask=m_sum)
+
+
+def add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
+    """`solver.add_gram`."""
+    tokens, inputs = x_TI.shape
+    tiles = -(-inputs // SIDE)
+    _add_gram_kernel[(tiles, tiles)](
+        x_TI, sum_II, tokens, inputs, SIDE=SIDE, BT=TOKENS, EVEN=inputs % SIDE == 0, num_warps=8, num_stages=3
+    )
+
+
+@triton.jit
+def _mirror_kernel(p_sum, K, SIDE: tl.constexpr):
+    """Programs: tiles; those below the diagonal do nothing, the others write their image."""
+    i_a, i_b = tl.program_id(1), tl.program_id(0)
+    if i_a <= i_b:
+        o_a, o_b = i_a * SIDE + tl.arange(0, SIDE), i_b * SIDE + tl.arange(0, SIDE)
+        above = (o_a[:, None] < o_b[None, :]) & (o_b < K)[None, :]
+        b_sum = tl.load(p_sum + o_a.to(tl.int64)[:, None] * K + o_b[None, :], mask=above, other=0.0)
+        tl.store(p_sum + o_b.to(tl.int64)[None, :] * K + o_a[:, None], b_sum, mask=above)
+
+
+def mirror(sum_II: Tensor) -> None:
+    """`solver.mirror`."""
+    size = len(sum_II)
+    tiles = -(-size // 64)
+    _mirror_kernel[(tiles, tiles)](sum_II, size, SIDE=64)
+
+
+def sweep_case(bits: int, mask: int, n: int = 2, m: int = 4) -> Case:
+    """One way through a block to compile."""
+    floats = dict.fromkeys(("p_w", "p_u", "p_e", "p_scale", "p_zero"), "*fp32")
+    return Case(
+        name=f"sweep int{bits} mask{mask}",
+        kernel=_sweep_kernel,
+        types=floats | dict.fromkeys(("p_keep", "p_dead", "p_codes"), "*u8") | {"p_group": "*i32"}
+        | dict.fromkeys("BRU", "i32"),
+        constants={"BITS": bits, "ZERO": True, "MASK": mask, "N": n, "M": m, "ROWS": ROWS, "S": STRIP},
+        warps=1,
+        stages=1,
+    )  # fmt: skip
+
+
+def keep_case(m: int) -> Case:
+    """One selection to compile."""
+    return Case(
+        name=f"keep of {m}",
+        kernel=_keep_nm_kernel,
+        types={"p_score": "*fp32", "p_keep": "*u8", "ROWS": "i32", "N": "i32"},
+        constants={"M": m, "WIDTH": m, "BLOCK": GROUPS * 4 // m},
+    )
+
+
+def gram_case(kind: str) -> Case:
+    """One Gram to compile."""
+    return Case(
+        name=f"gram {kind}",
+        kernel=_add_gram_kernel,
+        types={"p_x": f"*{kind}", "p_sum": "*fp32", "T": "i32", "K": "i32"},
+        constants={"SIDE": SIDE, "BT": TOKENS, "EVEN": True},
+        weights=SIDE * TOKENS,
+        warps=8,
+        stages=3,
+    )
+
+
+CASES = [
+    sweep_case(4, 0),
+    sweep_case(4, 2),
+    sweep_case(0, 1),
+    keep_case(4),
+    gram_case("bf16"),
+    Case(
+        name="mirror",
+        kernel=_mirror_kernel,
+        types={"p_sum": "*fp32", "K": "i32"},
+        constants={"SIDE": 64},
+    ),
+]
