@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
+from compress_kernels import solver
 
 
 def finite(tensor: Tensor) -> bool:
@@ -150,6 +151,7 @@ class Sample(Statistic):
 
 
 SIDE = 1024  # of the square blocks in which a Gram is accumulated
+HALVES = (torch.float16, torch.bfloat16)  # what tensor cores multiply exactly
 
 
 class Gram(Statistic):
@@ -163,17 +165,23 @@ class Gram(Statistic):
 
     def update(self, x_TI: Tensor) -> None:
         """Add the outer products of a batch."""
+        self.tokens += len(x_TI)
+        if solver.usable(x_TI) and x_TI.dtype in HALVES:
+            solver.add_gram(self.sum_II, x_TI.contiguous())
+            return
         x_TI = x_TI.float()
         for start in range(0, self.sum_II.shape[0], SIDE):  # only what lies right of the diagonal: half the work
             part = slice(start, start + SIDE)
             self.sum_II[part, start:].addmm_(x_TI[:, part].T, x_TI[:, start:])
-        self.tokens += len(x_TI)
 
     def value(self) -> Tensor:
         """The mean outer product; the accumulator itself, completed and divided in place."""
-        for start in range(0, self.sum_II.shape[0], SIDE):
-            part = slice(start, start + SIDE)
-            self.sum_II[start + SIDE :, part] = self.sum_II[part, start + SIDE :].T
+        if solver.usable(self.sum_II):
+            solver.mirror(self.sum_II)
+        else:
+            for start in range(0, self.sum_II.shape[0], SIDE):
+                part = slice(start, start + SIDE)
+                self.sum_II[start + SIDE :, part] = self.sum_II[part, start + SIDE :].T
         mean_II, self.sum_II = self.sum_II.div_(max(1, self.tokens)), self.sum_II[:0]
         return mean_II
 

@@ -46,16 +46,18 @@ def top(name: str) -> str:
 
 
 # house.md, "Layering": the packages of ours, and of others, that each room may import
+# `SOLVER` is torch only: where there is no GPU it says so, and the rooms run their own loops
+SOLVER = "compress_kernels.solver"
 OWN: dict[str, tuple[str, ...]] = {
     "compress.errors": (),
-    "compress.weights": ("compress.weights", "compress.errors"),
-    "compress.stats": ("compress.errors",),
+    "compress.weights": ("compress.weights", "compress.errors", SOLVER),
+    "compress.stats": ("compress.errors", SOLVER),
     "compress.options": ("compress.errors",),
     "compress.events": ("compress.errors",),
     "compress.kv": ("compress.options", "compress.errors"),
     "compress.model": ("compress.model", "compress.stats", "compress.weights", "compress.errors"),
     "compress.passes": ("compress.passes", "compress.model", "compress.stats", "compress.weights", "compress.errors",
-                        "compress.events", "compress.options"),
+                        "compress.events", "compress.options", SOLVER),
     "compress.shards": ("compress.model.source", "compress.errors"),
     "compress.artifact": ("compress.weights", "compress.model.source", "compress.schema", "compress.shards",
                           "compress.errors"),

@@ -9,15 +9,20 @@ Shape suffixes: O out, I in, B columns of a block.
 
 from __future__ import annotations
 
-from math import lcm
-from typing import Protocol
+from dataclasses import dataclass
+from math import isnan, lcm
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from compress.errors import CalibrationError
 from compress.weights.pattern import NM, Blocks, Pattern
+from compress_kernels import solver
+from compress_kernels.solver import Choice, Steps
 
 STRIP = 16  # columns; two rows of floats of a few thousand outputs then stay in a core's cache
+LAUNCH = 128  # columns that one launch takes at most
 
 
 class Rounding(Protocol):
@@ -33,6 +38,20 @@ class Rounding(Protocol):
         """
 
 
+@runtime_checkable
+class Launchable(Protocol):
+    """A rounding whose grids are known when the first column of a strip is reached."""
+
+    def strip(self, limit: int) -> int:
+        """How many columns that holds for, at most `limit`."""
+
+    def steps(self, columns: slice, ahead_BO: Tensor, keep_BO: Tensor | None) -> Steps | None:
+        """The grids of a strip, or None if nothing is rounded; `ahead_BO` and `keep_BO` as in `round`."""
+
+    def take(self, columns: slice, codes_BO: Tensor) -> None:
+        """The codes of a strip."""
+
+
 class Mask(Protocol):
     """What a column may keep."""
 
@@ -43,6 +62,9 @@ class Mask(Protocol):
 
     def reach(self, at: int, w_BO: Tensor, diagonal_B: Tensor, keep_BO: Tensor) -> None:
         """Complete the mask for column `at` of the block, in place."""
+
+    def choice(self, part: slice) -> Choice | None:
+        """By which rule the mask of a part of the block is completed on the way, or None if it is known."""
 
 
 class Unrounded:
@@ -55,6 +77,16 @@ class Unrounded:
         """The column, 0 where it is cut."""
         del column
         return ahead_BO[0] if keep_BO is None else ahead_BO[0] * keep_BO[0]
+
+    def strip(self, limit: int) -> int:
+        """All."""
+        return limit
+
+    def steps(self, columns: slice, ahead_BO: Tensor, keep_BO: Tensor | None) -> Steps | None:
+        """None."""
+
+    def take(self, columns: slice, codes_BO: Tensor) -> None:
+        """Nothing: there are no codes."""
 
 
 class Given:
@@ -71,6 +103,9 @@ class Given:
 
     def reach(self, at: int, w_BO: Tensor, diagonal_B: Tensor, keep_BO: Tensor) -> None:
         """Nothing."""
+
+    def choice(self, part: slice) -> Choice | None:
+        """None."""
 
 
 class Chosen:
@@ -98,6 +133,13 @@ class Chosen:
             part = slice(at, at + self.pattern.m)
             keep_BO[part] = self.pattern.keep(self.score(at, w_BO[part], diagonal_B[part]).T.contiguous()).T
 
+    def choice(self, part: slice) -> Choice | None:
+        """The n of m, or None where a block's mask was chosen when it was entered."""
+        if not isinstance(self.pattern, NM):
+            return None
+        dead_B = None if self.dead_I is None else self.dead_I[self.start + part.start : self.start + part.stop]
+        return Choice(n=self.pattern.n, m=self.pattern.m, dead_B=dead_B)
+
     def score(self, at: int, w_BO: Tensor, diagonal_B: Tensor) -> Tensor:
         """(w / U_jj)², 0 for dead inputs."""
         score_BO = (w_BO / diagonal_B[:, None]).square_()
@@ -121,35 +163,88 @@ def feed_back(
     """
     group = lcm(rounding.aligned, mask.aligned if mask else 1)
     block = max(group, block // group * group)
-    aligned = (rounding.aligned, mask.aligned if mask else 1)
-    fits = all(each % STRIP == 0 or STRIP % each == 0 for each in aligned)  # strips hold groups, or groups strips
-    strip = STRIP if fits else group * max(1, STRIP // group)
     w = w_OI.float().clone()
+    launched = at_once(w, upper_II, rounding, mask)
+    strip = launched or strip_of(rounding, mask)
     keep_OI = torch.empty_like(w, dtype=torch.bool) if mask else None
     loss = 0.0
     for start in range(0, w.shape[1], block):
         end = min(start + block, w.shape[1])
         w_BO, u_BB = w[:, start:end].T.contiguous(), upper_II[start:end, start:end]
-        diagonal_B = u_BB.diagonal()
-        keep_BO = mask.enter(start, w_BO, diagonal_B) if mask else None
+        keep_BO = mask.enter(start, w_BO, u_BB.diagonal()) if mask else None
         e_BO = torch.empty_like(w_BO)
+        columns = Columns(start, w_BO, u_BB, e_BO, keep_BO)
         for first in range(0, end - start, strip):
             last = min(first + strip, end - start)
-            for j in range(first, last, rounding.width):
-                if mask and keep_BO is not None:
-                    mask.reach(j, w_BO, diagonal_B, keep_BO)
-                now, after = slice(j, j + rounding.width), slice(j + rounding.width, last)
-                q_BO = rounding.round(start + j, w_BO[j:], None if keep_BO is None else keep_BO[j:])
-                e_BO[now] = left_by(w_BO[now] - q_BO, u_BB[now, now])
-                w_BO[now] = q_BO
-                w_BO[after].addmm_(u_BB[now, after].T, e_BO[now], alpha=-1)
+            (in_one_launch if launched else one_by_one)(columns, slice(first, last), rounding, mask)
             w_BO[last:].addmm_(u_BB[first:last, last:].T, e_BO[first:last], alpha=-1)
         w[:, start:end] = w_BO.T
         if keep_OI is not None and keep_BO is not None:
             keep_OI[:, start:end] = keep_BO.T
         loss += float(e_BO.square().sum(dtype=torch.float64)) / 2
         w[:, end:].addmm_(e_BO.T, upper_II[start:end, end:], alpha=-1)
+    if launched and mask and isnan(loss):
+        raise CalibrationError("a pruning score is NaN; the weights or the calibration statistics are not finite")
     return w, keep_OI, loss
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A block on its way, transposed: weights, their part of the factor, errors, mask; all but the factor change."""
+
+    start: int
+    w_BO: Tensor
+    u_BB: Tensor
+    e_BO: Tensor
+    keep_BO: Tensor | None
+
+    def ahead(self, at: int) -> tuple[Tensor, Tensor | None]:
+        """Weights and mask from a column of the block on."""
+        return self.w_BO[at:], None if self.keep_BO is None else self.keep_BO[at:]
+
+
+def strip_of(rounding: Rounding, mask: Mask | None) -> int:
+    """Columns of a strip that is taken one by one: strips hold groups, or groups strips."""
+    aligned = (rounding.aligned, mask.aligned if mask else 1)
+    group = lcm(*aligned)
+    return STRIP if all(each % STRIP == 0 or STRIP % each == 0 for each in aligned) else group * max(1, STRIP // group)
+
+
+def at_once(w_OI: Tensor, upper_II: Tensor, rounding: Rounding, mask: Mask | None) -> int:
+    """Columns of a strip that one launch takes; 0 where they are taken one by one."""
+    if not solver.usable(w_OI) or upper_II.stride(1) != 1 or not isinstance(rounding, Launchable):
+        return 0
+    strip = rounding.strip(LAUNCH)
+    choice = mask.choice(slice(0, 0)) if mask else None
+    return strip if choice is None or (choice.fits and strip % choice.m == 0) else 0
+
+
+def one_by_one(columns: Columns, part: slice, rounding: Rounding, mask: Mask | None) -> None:
+    """Change the columns of a strip, and push their errors onto those of them that follow."""
+    w_BO, u_BB, e_BO = columns.w_BO, columns.u_BB, columns.e_BO
+    for j in range(part.start, part.stop, rounding.width):
+        if mask and columns.keep_BO is not None:
+            mask.reach(j, w_BO, u_BB.diagonal(), columns.keep_BO)
+        now, after = slice(j, j + rounding.width), slice(j + rounding.width, part.stop)
+        q_BO = rounding.round(columns.start + j, *columns.ahead(j))
+        e_BO[now] = left_by(w_BO[now] - q_BO, u_BB[now, now])
+        w_BO[now] = q_BO
+        w_BO[after].addmm_(u_BB[now, after].T, e_BO[now], alpha=-1)
+
+
+def in_one_launch(columns: Columns, part: slice, rounding: Rounding, mask: Mask | None) -> None:
+    """The same on a GPU, up to the rounding of sums."""
+    w_BO, keep_BO = columns.w_BO, columns.keep_BO
+    if mask and keep_BO is not None:  # the first grid is fitted to what the first group keeps
+        mask.reach(part.start, w_BO, columns.u_BB.diagonal(), keep_BO)
+    at = slice(columns.start + part.start, columns.start + part.stop)
+    steps = rounding.steps(at, *columns.ahead(part.start)) if isinstance(rounding, Launchable) else None
+    codes_BO = solver.sweep(
+        w_BO[part], columns.u_BB[part, part], columns.e_BO[part], keep_BO=None if keep_BO is None else keep_BO[part],
+        steps=steps, choice=mask.choice(part) if mask else None,
+    )  # fmt: skip
+    if codes_BO is not None and isinstance(rounding, Launchable):
+        rounding.take(at, codes_BO)
 
 
 def left_by(change_BO: Tensor, u_BB: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError, RecipeError
+from compress_kernels import solver
 
 AT_ONCE = 1 << 20  # entries worked on together
 
@@ -35,13 +36,18 @@ def percent(sparsity: float) -> str:
     return f"{float(Decimal(str(sparsity)) * 100):g}%"
 
 
+def refuse_nan(score: Tensor) -> None:
+    """Raise CalibrationError if a score is NaN."""
+    if bool(torch.isnan(score).any()):
+        raise CalibrationError("a pruning score is NaN; the weights or the calibration statistics are not finite")
+
+
 def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
     """A mask that drops exactly `drop` lowest of each row; equal scores are dropped from the left.
 
     Raises CalibrationError if a score is NaN.
     """
-    if bool(torch.isnan(score_GN).any()):
-        raise CalibrationError("a pruning score is NaN; the weights or the calibration statistics are not finite")
+    refuse_nan(score_GN)
     if drop == 0:
         return torch.ones_like(score_GN, dtype=torch.bool)
     if drop == score_GN.shape[1]:
@@ -104,7 +110,11 @@ class NM(Pattern):
         reason = self.check((score_OB.shape[0], score_OB.shape[1]))
         if reason:
             raise RecipeError(reason)
-        return keep_highest(score_OB.reshape(-1, self.m), self.m - self.n).view(score_OB.shape)
+        score_GM = score_OB.reshape(-1, self.m)
+        if solver.usable(score_OB):
+            refuse_nan(score_OB)
+            return solver.keep_nm(score_GM, self.n).view(score_OB.shape)
+        return keep_highest(score_GM, self.m - self.n).view(score_OB.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ class Choice:
 
     n: int
     m: int
-    dead_B: Tensor
+    dead_B: Tensor | None = None
 
     @property
     def fits(self) -> bool:
@@ -65,7 +65,8 @@ def sweep_reference(
     for j in range(len(w_BO)):
         if choice and keep_BO is not None and j % choice.m == 0:
             part = slice(j, j + choice.m)
-            score_BO = (w_BO[part] / u_BB.diagonal()[part, None]).square().masked_fill(choice.dead_B[part, None], 0)
+            score_BO = (w_BO[part] / u_BB.diagonal()[part, None]).square()
+            score_BO = score_BO if choice.dead_B is None else score_BO.masked_fill(choice.dead_B[part, None], 0)
             keep_BO[part] = keep_nm_reference(score_BO.T, choice.n).T
         value = w_BO[j] if keep_BO is None else w_BO[j] * keep_BO[j]
         if steps is not None and codes is not None:

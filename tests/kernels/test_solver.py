@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from compress import CalibrationError, Grid, pattern
+from compress.passes import feedback
+from compress.passes.feedback import Chosen, Given, Unrounded, feed_back
+from compress.passes.quantization.gptq import PLAIN, FittedGrids, falling, gptq
+from compress.stats import Gram
 from compress_kernels import solver
 
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -77,11 +83,13 @@ def test_sweep(way: str, columns: int, outputs: int, device: torch.device, asser
 
     on = torch.zeros_like(w, dtype=torch.bool) if chosen else keep
     got_w, got_e, got_keep = moved(device, w, torch.empty_like(w), on)
-    there = None if grid is None else solver.Steps(
-        bits=grid.bits, scale_GO=grid.scale_GO.to(device), group_B=grid.group_B.to(device),
+    there = grid and replace(
+        grid,
+        scale_GO=grid.scale_GO.to(device),
+        group_B=grid.group_B.to(device),
         zero_GO=None if grid.zero_GO is None else grid.zero_GO.to(device),
-    )  # fmt: skip
-    chosen = chosen and solver.Choice(n=chosen.n, m=chosen.m, dead_B=chosen.dead_B.to(device))
+    )
+    chosen = chosen and replace(chosen, dead_B=chosen.dead_B.to(device))
     codes = solver.sweep(got_w, u.to(device), got_e, keep_BO=got_keep, steps=there, choice=chosen)
 
     assert_close("values", got_w.cpu(), want[0], RATIO)
@@ -93,8 +101,6 @@ def test_sweep(way: str, columns: int, outputs: int, device: torch.device, asser
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 5), (9, 64), (1, 2)])
 def test_the_n_highest_of_m(n: int, m: int, device: torch.device) -> None:
-    from compress.weights import pattern
-
     score = noise(300, m)
     score[::3] = score[::3].round()  # ties
     score[1], score[2, 0], score[3] = 0, torch.inf, -torch.inf
@@ -117,3 +123,117 @@ def test_gram(tokens: int, inputs: int, dtype: torch.dtype, device: torch.device
     want = before.triu() + before.triu(1).T + x.double().T @ x.double()
     assert_close("gram", total.cpu(), want, RATIO)
     assert torch.equal(total, total.T)
+
+
+# -- the passes, given to the kernels ---------------------------------------------------------------
+
+
+@pytest.fixture
+def launching(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, passes find kernels usable, on the interpreter too."""
+    return lambda: monkeypatch.setattr(solver, "usable", lambda tensor: True)
+
+
+ORDERED = {
+    "groups": (Grid(bits=4, group=8), {}),
+    "groups beyond a strip": (Grid(bits=3, group=24, symmetric=True), {}),
+    "row": (Grid(bits=4), {}),
+    "matrix": (Grid(bits=8, group=-1), {}),
+    "order mixes groups": (Grid(bits=4, group=8), {"order_I": falling(noise(48))}),
+    "order within groups": (Grid(bits=4, group=8), {"order_I": falling(noise(48), 8)}),
+    "masked": (Grid(bits=4, group=16), {"keep_OI": noise(9, 48) > 0}),
+}
+
+
+@pytest.mark.parametrize("way", ORDERED)
+def test_gptq_gives_the_same_codes(
+    way: str, launching: Callable[[], None], device: torch.device, assert_close: Close
+) -> None:
+    grid, options = ORDERED[way]
+    w, u = noise(9, 48), factor(48)
+    want, want_loss = gptq(w, u, grid, **options)
+
+    launching()
+    options = {name: tensor.to(device) for name, tensor in options.items()}
+    got, loss = gptq(w.to(device), u.to(device), grid, **options)
+
+    assert torch.equal(got.codes.cpu(), want.codes)
+    assert_close("scale", got.scale.cpu(), want.scale, RATIO)
+    assert loss == pytest.approx(want_loss, rel=RATIO)
+
+
+def test_a_launch_never_holds_the_end_of_a_grid_and_the_beginning_of_the_next(
+    launching: Callable[[], None], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    w, u = noise(9, 48), factor(48)
+    want = FittedGrids(Grid(bits=4, group=24), w, PLAIN)
+    feed_back(w, u, want, block=48)
+
+    launching()
+    monkeypatch.setattr(feedback, "LAUNCH", 16)
+    got = FittedGrids(Grid(bits=4, group=24), w.to(device), PLAIN)
+    feed_back(w.to(device), u.to(device), got, block=48)
+
+    assert torch.equal(got.codes_OI.cpu(), want.codes_OI)
+    torch.testing.assert_close([each.cpu() for each in got.result()], list(want.result()))
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "3:8", "3:6", 0.5], ids=str)
+@pytest.mark.parametrize("bits", [0, 4])
+def test_sparsegpt_gives_the_same_mask(
+    bits: int, sparsity: float | str, launching: Callable[[], None], device: torch.device, assert_close: Close
+) -> None:
+    w, u, dead = noise(9, 48), factor(48), torch.arange(48) == 5
+
+    def fed_back(where: torch.device | str) -> tuple[Tensor, ...]:
+        grids = FittedGrids(Grid(bits=bits, group=24), w.to(where), PLAIN) if bits else Unrounded()
+        values, keep, _ = feed_back(
+            w.to(where), u.to(where), grids, Chosen(pattern(sparsity, "matrix"), dead.to(where)), 32
+        )
+        return values.cpu(), torch.as_tensor(keep).cpu()
+
+    want = fed_back("cpu")
+    launching()
+    got = fed_back(device)
+
+    assert torch.equal(got[1], want[1])
+    assert_close("values", got[0], want[0], RATIO)
+
+
+def test_a_given_mask_is_compensated_alike(
+    launching: Callable[[], None], device: torch.device, assert_close: Close
+) -> None:
+    w, u, keep = noise(9, 48), factor(48), noise(9, 48) > 0
+    want = feed_back(w, u, Unrounded(), Given(keep))
+
+    launching()
+    got = feed_back(w.to(device), u.to(device), Unrounded(), Given(keep.to(device)))
+
+    assert_close("values", got[0].cpu(), want[0], RATIO)
+    assert got[2] == pytest.approx(want[2], rel=RATIO)
+
+
+def test_a_score_that_is_no_number_is_refused_there_too(launching: Callable[[], None], device: torch.device) -> None:
+    w, u = noise(9, 48), factor(48)
+    w[3, 40] = torch.nan
+
+    launching()
+    for score in (lambda: feed_back(w.to(device), u.to(device), Unrounded(), Chosen(pattern("2:4"))),
+                  lambda: pattern("2:4").keep(w.to(device))):  # fmt: skip
+        with pytest.raises(CalibrationError, match="a pruning score is NaN"):
+            score()
+
+
+def test_a_gram_gathers_halves_and_floats(
+    launching: Callable[[], None], device: torch.device, assert_close: Close
+) -> None:
+    x = noise(40, 130)
+    launching()
+    gram = Gram(130, device)
+
+    gram.update(x[:15].half().to(device))
+    gram.update(x[15:20].to(device))
+    gram.update(x[20:].bfloat16().to(device))
+
+    seen = torch.cat((x[:15].half().double(), x[15:20].double(), x[20:].bfloat16().double()))
+    assert_close("gram", gram.value().cpu(), seen.T @ seen / 40, RATIO)

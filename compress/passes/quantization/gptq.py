@@ -6,6 +6,8 @@ The loop itself is `feed_back`; here are the grids. Shape suffixes: O out, I in,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import gcd
 from typing import Annotated, Literal
 
 import torch
@@ -19,6 +21,7 @@ from compress.passes.hessian import shared_factor
 from compress.stats import Gram, Statistic
 from compress.weights import Grid, Masked, Quantized, Weight
 from compress.weights.grid import narrowed
+from compress_kernels.solver import Steps
 
 
 class Grids:
@@ -50,6 +53,10 @@ class Grids:
         self.codes_OI[:, column] = code
         return (code - middle) * scale.float()
 
+    def take(self, columns: slice, codes_BO: Tensor) -> None:
+        """The codes of some columns."""
+        self.codes_OI[:, columns] = codes_BO.T
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
@@ -70,12 +77,32 @@ class FixedGrids(Grids):
         self.scale, self.zero = grid.fit(w_OI, search=ranges.search, gram_II=ranges.gram_II)
         inputs = w_OI.shape[1]
         columns = torch.arange(inputs, device=w_OI.device) if order_I is None else order_I
-        self.group_of = (columns // (inputs // self.scale.shape[1])).tolist()
+        self.group_I = columns // (inputs // self.scale.shape[1])
+        self.group_of = self.group_I.tolist()
 
     def at(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero [out] of a column."""
         group = self.group_of[column]
         return self.scale[:, group], None if self.zero is None else self.zero[:, group]
+
+    def strip(self, limit: int) -> int:
+        """All columns: every grid is known."""
+        return limit
+
+    @cached_property
+    def all_steps(self) -> Steps:
+        """The grids of all columns."""
+        scale_GO, zero_GO = (
+            None if each is None else each.T.float().expand(-1, len(self.codes_OI)).contiguous()
+            for each in (self.scale, self.zero)
+        )
+        return Steps(
+            bits=self.grid.bits, scale_GO=torch.as_tensor(scale_GO), zero_GO=zero_GO, group_B=self.group_I.int()
+        )
+
+    def steps(self, columns: slice, ahead_BO: Tensor, keep_BO: Tensor | None) -> Steps:
+        """The grids of some columns."""
+        return replace(self.all_steps, group_B=self.all_steps.group_B[columns])
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """All scales and zeros."""
@@ -106,6 +133,17 @@ class FittedGrids(Grids):
             if zero is not None:
                 self.zeros.append(zero)
         return self.scales[-1][:, 0], self.zeros[-1][:, 0] if self.zeros else None
+
+    def strip(self, limit: int) -> int:
+        """The columns of a grid, or where these are more than the limit a part that divides them."""
+        return self.aligned if self.aligned <= limit else gcd(self.aligned, limit)
+
+    def steps(self, columns: slice, ahead_BO: Tensor, keep_BO: Tensor | None) -> Steps:
+        """The grid of some columns, fitted if they begin one."""
+        scale, zero = self.at(columns.start, ahead_BO, keep_BO)
+        group_B = torch.zeros(columns.stop - columns.start, dtype=torch.int32, device=ahead_BO.device)
+        zero_GO = None if zero is None else zero.float()[None]
+        return Steps(bits=self.grid.bits, scale_GO=scale.float()[None], zero_GO=zero_GO, group_B=group_B)
 
     def gram(self, column: int) -> Tensor | None:
         """The part of the Gram that belongs to the group which begins at a column."""

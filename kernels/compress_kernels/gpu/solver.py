@@ -49,9 +49,8 @@ def _sweep_kernel(
         o_c = i_s * S + o_s
         b_w = tl.load(p_w + o_c[:, None] * R + o_r[None, :], mask=(o_c < B)[:, None] & m_r[None, :], other=0.0)
         b_d = tl.load(p_u + o_c * (U + 1), mask=o_c < B, other=1.0)
-        for t in tl.range(
-            0, i_s * S, loop_unroll_factor=8
-        ):  # a product, but as `tl.dot` it makes the rest twice as long
+        # this loop is a product, but as `tl.dot` its layout makes every column twice as long
+        for t in tl.range(0, i_s * S, loop_unroll_factor=8):
             b_u = tl.load(p_u + t * U + o_c, mask=o_c < B, other=0.0)
             b_w -= b_u[:, None] * tl.load(p_e + t * R + o_r, mask=m_r, other=0.0)[None, :]
         if MASK == 2:
@@ -99,10 +98,10 @@ def sweep(
     columns, outputs = w_BO.shape
     codes_BO = None if steps is None else torch.empty_like(w_BO, dtype=torch.uint8)
     keep = w_BO if keep_BO is None else keep_BO.view(torch.uint8)
-    dead = w_BO if choice is None else choice.dead_B.view(torch.uint8)
+    dead_B = w_BO.new_zeros(columns, dtype=torch.bool) if choice is None or choice.dead_B is None else choice.dead_B
     scale, zero, group = (w_BO, None, w_BO) if steps is None else (steps.scale_GO, steps.zero_GO, steps.group_B)
     _sweep_kernel[(-(-outputs // ROWS),)](
-        w_BO, u_BB, e_BO, keep, dead, scale, w_BO if zero is None else zero, group,
+        w_BO, u_BB, e_BO, keep, dead_B.view(torch.uint8), scale, w_BO if zero is None else zero, group,
         w_BO if codes_BO is None else codes_BO, columns, outputs, u_BB.stride(0),
         BITS=0 if steps is None else steps.bits, ZERO=zero is not None,
         MASK=2 if choice else 0 if keep_BO is None else 1,
