@@ -2,7 +2,7 @@
 
 Specifications in plain torch, and the calls that passes make where `usable` says so; the kernels are `gpu/solver.py`.
 Where it does not, passes run loops of their own, in torch.
-Shape suffixes: O out, I in, T tokens, B columns of a block, G groups, N groups of M scores.
+Shape suffixes: O out, I in, T tokens, B columns of a block, G groups, N groups of M scores, K places of a queue.
 """
 
 from __future__ import annotations
@@ -127,3 +127,33 @@ def mirror(sum_II: Tensor) -> None:
     from compress_kernels.gpu import solver
 
     solver.mirror(sum_II)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Queue:
+    """What rows may grow, or drop, best first, while their error is positive, and while it is negative.
+
+    `value` [2, O, K] is not finite where nothing is left; `index` [2, O, K], int32, says which inputs they are.
+    """
+
+    value: Tensor
+    index: Tensor
+
+
+def exchange(
+    part_OI: Tensor, keep_OI: Tensor, error_O: Tensor, grow: Queue, drop: Queue | Tensor, *, m: int, guarded: bool,
+    cycles: int, threshold: float,
+) -> Tensor:  # fmt: skip
+    """The mask after up to `cycles` exchanges in each row, each growing and dropping what is first in its queues.
+
+    A row ends when its error is not above the threshold, a queue is at its end, or an exchange would not be accepted:
+    `guarded` accepts what makes the error smaller, else, under n:m, what leaves its sign. `part_OI` is what each weight
+    takes from the error. Under n:m (m not 0) `drop` is how loud each weight is [O, I]: dropped is the quietest kept one
+    beside what grows that was not exchanged before.
+    Source: Zhang et al., "Dynamic Sparse No Training", ICLR 2024, algorithm 1; `compress.passes.pruning.dsnot`.
+    """
+    from compress_kernels.gpu import solver
+
+    return solver.exchange(
+        part_OI, keep_OI, error_O, grow, drop, m=m, guarded=guarded, cycles=cycles, threshold=threshold
+    )

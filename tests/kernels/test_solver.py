@@ -13,6 +13,7 @@ from torch import Tensor
 from compress import CalibrationError, Grid, pattern
 from compress.passes import feedback
 from compress.passes.feedback import Chosen, Given, Unrounded, feed_back
+from compress.passes.pruning.dsnot import Form, dsnot
 from compress.passes.quantization.gptq import PLAIN, FittedGrids, falling, gptq
 from compress.stats import Gram
 from compress_kernels import solver
@@ -222,6 +223,22 @@ def test_a_score_that_is_no_number_is_refused_there_too(launching: Callable[[], 
                   lambda: pattern("2:4").keep(w.to(device))):  # fmt: skip
         with pytest.raises(CalibrationError, match="a pruning score is NaN"):
             score()
+
+
+@pytest.mark.parametrize("m", [0, 4, 6])
+@pytest.mark.parametrize("form", ["guarded", "reference"])
+def test_dsnot_gives_the_same_mask(form: Form, m: int, launching: Callable[[], None], device: torch.device) -> None:
+    w, mean = noise(37, 48), noise(48)
+    keep = pattern(f"{m // 2}:{m}" if m else 0.5).keep(w.abs())
+    given = (w, keep, mean, mean.square() * 0.3, mean.abs() + 0.1)
+    options: dict[str, Any] = {"m": m, "form": form, "cycles": 9, "threshold": 0.05}
+    want = dsnot(*given, **options)
+
+    launching()
+    got = dsnot(*(tensor.to(device) for tensor in given), **options).cpu()
+
+    assert torch.equal(got, want)
+    assert (want != keep).any(1).sum() > 10  # rows that changed
 
 
 def test_a_gram_gathers_halves_and_floats(

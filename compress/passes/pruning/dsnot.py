@@ -18,6 +18,7 @@ from compress.model.site import Site, energy
 from compress.passes.base import Refiner
 from compress.stats import ColumnNorm, Gram, Moments, Statistic
 from compress.weights import Weight
+from compress_kernels import solver
 
 Form = Literal["guarded", "reference", "paper"]
 ATTENTION = ("attn", "attention")
@@ -92,6 +93,8 @@ def dsnot(
     The error of a row is the sum of w times mean over what is cut: what the dense row is expected to give more.
     """
     state = Rows(w_OI, keep_OI, mean_I, variance_I, norm_I, m, power, anew=form == "paper", depth=cycles)
+    if solver.usable(w_OI) and form != "paper":
+        return state.exchanged(guarded=form == "guarded", cycles=cycles, threshold=threshold)
     first_O = state.error_O.sign()
     active_O = torch.ones_like(first_O, dtype=torch.bool)
     for _ in range(cycles):
@@ -135,6 +138,13 @@ class Rows:
             signs = (1.0, -1.0)
             self.grow = [self.merit_of(s).topk(self.depth, 1) for s in signs]
             self.drop = [self.quiet_of(s).topk(self.depth, 1, largest=False) for s in signs] if not m else []
+
+    def exchanged(self, *, guarded: bool, cycles: int, threshold: float) -> Tensor:
+        """The mask after all cycles, in one launch; queues only."""
+        return solver.exchange(
+            self.part_OI, self.keep_OI, self.error_O, queue(self.grow), self.quiet_OI if self.m else queue(self.drop),
+            m=self.m, guarded=guarded, cycles=cycles, threshold=threshold,
+        )  # fmt: skip
 
     def merit_of(self, sign: float | Tensor) -> Tensor:
         """What restoring each cut weight is worth while the error has this sign; -inf where it may not."""
@@ -193,3 +203,9 @@ class Rows:
             self.used_OI[rows, grow_O[rows]] = True
             self.used_OI[rows, drop_O[rows]] = True
         self.error_O = torch.where(active_O, after_O, self.error_O)
+
+
+def queue(signs: Sequence[tuple[Tensor, Tensor]]) -> solver.Queue:
+    """The queues of either sign, as a kernel takes them."""
+    values, indices = zip(*signs, strict=True)
+    return solver.Queue(value=torch.stack(values), index=torch.stack(indices).int())

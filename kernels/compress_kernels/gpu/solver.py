@@ -1,4 +1,4 @@
-"""Error feedback through a block of columns, selection of n of m, and Grams: kernels, launches, cases."""
+"""Error feedback through a block of columns, n of m, exchanges of weights, Grams: kernels, launches, cases."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from compress_kernels.gpu.aot import Case
-from compress_kernels.solver import STRIP, Choice, Steps
+from compress_kernels.solver import STRIP, Choice, Queue, Steps
 
 ROWS = 32  # outputs of a program of `sweep`, one warp: a matrix of 4096 keeps 128 multiprocessors busy
 GROUPS = 128  # groups of scores of a program of `keep_nm`
 SIDE = 128  # of the tiles of a Gram
 TOKENS = 64  # of one of its steps
+UNROLLED = tl.constexpr(8)  # columns whose errors reach a strip between two branches
+INF = tl.constexpr(float("inf"))
 NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it leaves the nearest integer, ties to even
 
 
@@ -50,7 +52,7 @@ def _sweep_kernel(
         b_w = tl.load(p_w + o_c[:, None] * R + o_r[None, :], mask=(o_c < B)[:, None] & m_r[None, :], other=0.0)
         b_d = tl.load(p_u + o_c * (U + 1), mask=o_c < B, other=1.0)
         # this loop is a product, but as `tl.dot` its layout makes every column twice as long
-        for t in tl.range(0, i_s * S, loop_unroll_factor=8):
+        for t in tl.range(0, i_s * S, loop_unroll_factor=UNROLLED):
             b_u = tl.load(p_u + t * U + o_c, mask=o_c < B, other=0.0)
             b_w -= b_u[:, None] * tl.load(p_e + t * R + o_r, mask=m_r, other=0.0)[None, :]
         if MASK == 2:
@@ -185,6 +187,85 @@ def mirror(sum_II: Tensor) -> None:
     _mirror_kernel[(tiles, tiles)](sum_II, size, SIDE=64)
 
 
+@triton.jit
+def sign(b_x):
+    """-1, 0 or 1."""
+    return (b_x > 0).to(tl.int32) - (b_x < 0).to(tl.int32)
+
+
+@triton.jit
+def quietest(p_loud, p_open, p_row, b_at, b_on, M: tl.constexpr, WIDTH: tl.constexpr):
+    """(how loud, which) is the quietest open weight beside each row's, in its group of M; infinite if there is none."""
+    o_m = tl.arange(0, WIDTH)[None, :]
+    o_b = (b_at // M * M)[:, None] + o_m
+    m_b = b_on[:, None] & (o_m < M)
+    b_open = tl.load(p_open + p_row[:, None] + o_b, mask=m_b, other=0)
+    b_loud = tl.load(p_loud + p_row[:, None] + o_b, mask=m_b & (b_open != 0), other=INF)
+    b_least = tl.min(b_loud, 1)
+    return b_least, tl.min(tl.where((b_loud == b_least[:, None]) & m_b, o_b, b_at[:, None] + M), 1)
+
+
+@triton.jit
+def _exchange_kernel(
+    p_part, p_grow, p_grows, p_drop, p_drops, p_open, p_keep, p_error, threshold, cycles, R, K, D,
+    GUARDED: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A thread takes a row of K inputs through all cycles; D is the length of the queues."""
+    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_row = o_r.to(tl.int64) * K
+    b_on = o_r < R
+    b_error = tl.load(p_error + o_r, mask=b_on, other=0.0)
+    b_first = sign(b_error)
+    b_plus = tl.zeros((ROWS,), tl.int32)
+    b_minus = tl.zeros((ROWS,), tl.int32)
+    i, left = 0, 1
+    while (i < cycles) & (left > 0):
+        up = b_error > 0
+        b_at = tl.where(up, b_plus, b_minus)
+        b_on = b_on & (tl.abs(b_error) > threshold) & (b_at < D)
+        o_q = (tl.where(up, 0, R) + o_r).to(tl.int64) * D + b_at
+        b_value = tl.load(p_grow + o_q, mask=b_on, other=INF)
+        b_grow = tl.load(p_grows + o_q, mask=b_on, other=0)
+        if M:
+            b_level, b_drop = quietest(p_drop, p_open, o_row, b_grow, b_on, M, WIDTH)
+        else:
+            b_level = tl.load(p_drop + o_q, mask=b_on, other=INF)
+            b_drop = tl.load(p_drops + o_q, mask=b_on, other=0)
+        b_on = b_on & (tl.abs(b_value) < INF) & (tl.abs(b_level) < INF)
+        b_after = b_error + tl.load(p_part + o_row + b_drop, mask=b_on, other=0.0)
+        b_after -= tl.load(p_part + o_row + b_grow, mask=b_on, other=0.0)
+        if GUARDED:
+            b_on = b_on & (tl.abs(b_after) < tl.abs(b_error))
+        elif M:
+            b_on = b_on & (sign(b_after) == b_first)
+        tl.store(p_keep + o_row + b_grow, tl.full((ROWS,), 1, tl.uint8), mask=b_on)
+        tl.store(p_keep + o_row + b_drop, tl.full((ROWS,), 0, tl.uint8), mask=b_on)
+        b_plus += (b_on & up).to(tl.int32)
+        b_minus += (b_on & (b_error < 0)).to(tl.int32)
+        b_error = tl.where(b_on, b_after, b_error)
+        if M:
+            tl.store(p_open + o_row + b_drop, tl.full((ROWS,), 0, tl.uint8), mask=b_on)
+            tl.debug_barrier()  # what is open in a group is read by several threads
+        left = tl.max(b_on.to(tl.int32), 0)
+        i += 1
+
+
+def exchange(
+    part_OI: Tensor, keep_OI: Tensor, error_O: Tensor, grow: Queue, drop: Queue | Tensor, *, m: int, guarded: bool,
+    cycles: int, threshold: float,
+) -> Tensor:  # fmt: skip
+    """`solver.exchange`."""
+    outputs, inputs = part_OI.shape
+    keep_OI, open_OI = keep_OI.clone(), keep_OI.clone() if m else keep_OI
+    level, which = (drop.value, drop.index) if isinstance(drop, Queue) else (drop, grow.index)
+    _exchange_kernel[(-(-outputs // ROWS),)](
+        part_OI, grow.value, grow.index, level, which, open_OI.view(torch.uint8), keep_OI.view(torch.uint8), error_O,
+        threshold, cycles, outputs, inputs, grow.value.shape[2],
+        GUARDED=guarded, M=m, WIDTH=triton.next_power_of_2(max(1, m)), ROWS=ROWS, num_warps=1,
+    )  # fmt: skip
+    return keep_OI
+
+
 def sweep_case(bits: int, mask: int, n: int = 2, m: int = 4) -> Case:
     """One way through a block to compile."""
     floats = dict.fromkeys(("p_w", "p_u", "p_e", "p_scale", "p_zero"), "*fp32")
@@ -194,8 +275,22 @@ def sweep_case(bits: int, mask: int, n: int = 2, m: int = 4) -> Case:
         types=floats | dict.fromkeys(("p_keep", "p_dead", "p_codes"), "*u8") | {"p_group": "*i32"}
         | dict.fromkeys("BRU", "i32"),
         constants={"BITS": bits, "ZERO": True, "MASK": mask, "N": n, "M": m, "ROWS": ROWS, "S": STRIP},
+        weights=UNROLLED.value * STRIP * ROWS,
         warps=1,
         stages=1,
+    )  # fmt: skip
+
+
+def exchange_case(m: int) -> Case:
+    """One way of exchanging to compile."""
+    return Case(
+        name=f"exchange of {m}",
+        kernel=_exchange_kernel,
+        types=dict.fromkeys(("p_part", "p_grow", "p_drop", "p_error"), "*fp32")
+        | dict.fromkeys(("p_grows", "p_drops"), "*i32") | dict.fromkeys(("p_open", "p_keep"), "*u8")
+        | {"threshold": "fp32", "cycles": "i32"} | dict.fromkeys("RKD", "i32"),
+        constants={"GUARDED": True, "M": m, "WIDTH": max(1, m), "ROWS": ROWS},
+        warps=1,
     )  # fmt: skip
 
 
@@ -227,6 +322,8 @@ CASES = [
     sweep_case(4, 2),
     sweep_case(0, 1),
     keep_case(4),
+    exchange_case(0),
+    exchange_case(4),
     gram_case("bf16"),
     Case(
         name="mirror",
