@@ -8,6 +8,8 @@ Shape suffixes: M rows of x, O out, I in, G groups of inputs, S inputs of a grou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,40 @@ LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the code of the larg
 FLOOR = 1e-5  # of the largest entry, so that a row of zeros has a scale; as `compress.weights.inputs` has it
 GROUP = 32  # a group of inputs holds whole runs of so many, the least that tensor cores take
 MANY = 64  # rows of x above which torch's own products are asked, where they take the shapes
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`scale * codes`: codes [out, in], int8 or e4m3, scales [groups, out]; x is rounded to the dtype of the codes."""
+
+    codes: Tensor
+    scale: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.codes.nbytes + self.scale.nbytes
+
+
+def pack(codes_OI: Tensor, scale_OG: Tensor) -> Packed:
+    """Codes and their scales, one a group of inputs, or [1, groups] for all rows; see `unsupported`."""
+    if problem := unsupported(codes_OI.dtype, codes_OI.shape[1], scale_OG.shape[1]):
+        raise ValueError(problem)
+    return Packed(codes_OI.contiguous(), scale_OG.float().expand(len(codes_OI), -1).T.contiguous())
+
+
+def unsupported(dtype: torch.dtype, inputs: int, groups: int) -> str:
+    """Why there is no kernel for such a weight, or nothing."""
+    if dtype not in LIMITS:
+        return f"codes of {dtype}; there are kernels for {' and '.join(map(str, LIMITS))}"
+    if groups != 1 and (groups < 1 or inputs % groups or inputs // groups % GROUP):
+        return f"{groups} groups do not cut {inputs} inputs in multiples of {GROUP}"
+    return ""
+
+
+def linear(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`round(x) @ W.T + bias` for x [..., in]."""
+    return torch.as_tensor(w8a8_linear(x, packed.codes, packed.scale, bias))
 
 
 def quantize(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,7 +92,10 @@ def rowwise(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_O: Tenso
 
 def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
     """Refuse what a kernel would read wrongly. Raises ValueError or TypeError that names the argument."""
-    given.floats("w8a8_linear: x", x)
+    if x.ndim == 0 or not x.is_floating_point() or (x.is_cuda and x.dtype not in (*given.HALVES, torch.float32)):
+        raise TypeError(
+            f"w8a8_linear: x is {given.described(x)}; it must be floats [..., in], on a GPU of 16 or 32 bits"
+        )
     if weight.dtype not in LIMITS or weight.ndim != 2:
         allowed = " or ".join(map(str, LIMITS))
         raise ValueError(f"w8a8_linear: weight is {given.described(weight)}; it must be {allowed} [out, in]")
@@ -64,8 +103,8 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None
     given.expect("w8a8_linear: weight", weight, x, (outputs, inputs), weight.dtype)
     groups = scale.shape[0] if scale.ndim == 2 else 1
     given.expect("w8a8_linear: scale", scale, x, (groups, outputs), None)
-    if groups > 1 and (inputs % groups or inputs // groups % GROUP):
-        raise ValueError(f"w8a8_linear: scale: {groups} groups do not cut {inputs} inputs in multiples of {GROUP}")
+    if problem := unsupported(weight.dtype, inputs, groups):
+        raise ValueError(f"w8a8_linear: scale: {problem}")
     if bias is not None:
         given.expect("w8a8_linear: bias", bias, x, (outputs,), None)
     if x.is_cuda and weight.dtype != torch.int8 and torch.cuda.get_device_capability(x.device) < (8, 9):

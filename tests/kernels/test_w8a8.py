@@ -75,7 +75,7 @@ def test_one_launch_gives_the_same_bits(
     torch.testing.assert_close(scale.cpu(), want[1], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", RATIO)
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES.get)
 @pytest.mark.parametrize(
     ("rows", "out", "inputs", "groups", "splits"),
@@ -107,7 +107,7 @@ def test_op_on_the_cpu(kind: torch.dtype, groups: int, dtype: torch.dtype, asser
     codes, scale = weight(70, 384, groups, kind)
     x, bias = inputs_of(6, 384, dtype) / 256, torch.randn(70).to(dtype)
 
-    got = w8a8.w8a8_linear(x.view(2, 3, 384), codes, scale, bias).view(6, 70)
+    got = w8a8.linear(w8a8.pack(codes, scale.T), x.view(2, 3, 384), bias).view(6, 70)
 
     for row, want in enumerate(product(x, codes, scale, bias)):
         assert_close("op", got[row], want, RATIO[dtype])
@@ -123,6 +123,15 @@ def test_products_of_the_library_are_those_of_the_specification(assert_close: Cl
         assert_close(NAMES[kind], got, w8a8.reference(*x, codes, scale), RATIO[got.dtype])
         assert w8a8.by_library(65, codes, scale, torch.bfloat16)
         assert not w8a8.by_library(65, codes[:63], scale[:, :63], torch.bfloat16)
+
+
+def test_what_has_no_kernel_is_not_packed() -> None:
+    codes, scale = weight(8, 96, 1, torch.int8)
+
+    assert w8a8.pack(codes, scale[:, :1]).nbytes == 8 * 96 + 8 * 4  # one scale for all rows
+    for other, wrong in ((codes.view(torch.uint8), scale), (codes, scale.repeat(6, 1)), (codes, scale.repeat(5, 1))):
+        with pytest.raises(ValueError, match=r"kernels for|do not cut 96 inputs"):
+            w8a8.pack(other, wrong.T)
 
 
 def test_a_row_that_is_not_finite_stays_so() -> None:

@@ -86,7 +86,7 @@ def add_signs(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, table: Tensor,
     _sign_segments_kernel[(-(-n // outputs), len(table), chosen.splits)](
         x, words, scale, table, y, work, count, m, n, k, words.shape[2],
         WIDE=scale.shape[1] > 1, BM=tile, BN=outputs, SPLITS=chosen.splits, EVEN=k % formats.block(1) == 0,
-        ASM=not launch.interpreted(), num_warps=chosen.warps, num_stages=chosen.stages,
+        ASM=chosen.inline, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
 
