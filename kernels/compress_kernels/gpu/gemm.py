@@ -20,11 +20,9 @@ def load_x(p_x, o_m, o_k, M, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS: tl.constexpr, SPLITS: tl.constexpr,
-           ADD: tl.constexpr = False):  # fmt: skip
+def finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS: tl.constexpr, SPLITS: tl.constexpr):
     """Store acc [n, m] transposed into y [M, N]; with several SPLITS, the last program to arrive adds all of them.
 
-    With ADD what y holds is added too.
     `p_work` holds SPLITS x M x N floats of any value, fewer than 2**31; `p_count` a zero for every tile, left zero.
     """
     m_y = (o_n < N)[:, None] & (o_m < M)[None, :]
@@ -43,6 +41,4 @@ def finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS: tl.constexpr
             tl.store(p_count + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), 0)
         if BIAS:
             acc += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
-        if ADD:
-            acc += tl.load(p_y + o_y, mask=m_y, other=0.0).to(tl.float32)
         tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_y)

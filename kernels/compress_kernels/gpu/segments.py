@@ -27,6 +27,16 @@ def segment(p_table, M, BM: tl.constexpr):
 
 
 @triton.jit
+def held(p_y, o_n, o_m, N, M):
+    """What y [M, N] holds, transposed, for the first of the programs that share a tile; zero for the others.
+
+    Read before any of them stores: the last to arrive does.
+    """
+    mask = (o_n < N)[:, None] & (o_m < M)[None, :] & (tl.program_id(2) == 0)
+    return tl.load(p_y + o_m[None, :] * N + o_n[:, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _sign_segments_kernel(
     p_x, p_words, p_scale, p_table, p_y, p_work, p_count, M, N, K, R,
     WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
@@ -50,7 +60,8 @@ def _sign_segments_kernel(
         acc *= tl.load(p_scale + tenant * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
     else:
         acc *= tl.load(p_scale + tenant).to(tl.float32)
-    finish(acc, p_scale, p_y, p_work, p_count, o_n, o_m, N, M, False, SPLITS, ADD=True)
+    acc += held(p_y, o_n, o_m, N, M)
+    finish(acc, p_scale, p_y, p_work, p_count, o_n, o_m, N, M, False, SPLITS)
 
 
 @triton.jit
@@ -72,7 +83,9 @@ def _segment_product_kernel(
         else:
             b_w = tl.load(p_tile + k, mask=(k + o_k < K)[None, :], other=0.0)
         acc = tl.dot(b_w, load_x(p_x, o_m, k + o_k, end, K, EVEN), acc, input_precision="ieee")
-    finish(acc, p_x, p_y, p_work, p_count, o_n, o_m, N, M, False, SPLITS, ADD=ADD)
+    if ADD:
+        acc += held(p_y, o_n, o_m, N, M)
+    finish(acc, p_x, p_y, p_work, p_count, o_n, o_m, N, M, False, SPLITS)
 
 
 def add_signs(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, table: Tensor, tile: int, splits: int = 0) -> None:
