@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+WIDEST = 8  # groups of `swap_groups`, whose pairs of weights a warp holds
 STRIP = 16  # columns between two products within a launch of `sweep`
 
 
@@ -157,3 +158,19 @@ def exchange(
     return solver.exchange(
         part_OI, keep_OI, error_O, grow, drop, m=m, guarded=guarded, cycles=cycles, threshold=threshold
     )
+
+
+def swap_groups(
+    w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, c_OI: Tensor, gram_II: Tensor, loss_O: Tensor, block: slice, m: int,
+    gain: float,
+) -> Tensor:  # fmt: skip
+    """Take the best swap of each group of m columns of a block, from left to right, where it lowers the row's loss.
+
+    Restored is one weight that is cut, to its value in w, and cut one that is kept, if that changes the loss by less
+    than -gain times what it is. `kept_OI`, `keep_OI` and `loss_O` change in place; c = (w - kept) G is as it was before
+    the block. Gives the swaps of each row. All float32 and contiguous, the mask bool.
+    Source: `compress.passes.pruning.swaps`.
+    """
+    from compress_kernels.gpu import solver
+
+    return solver.swap_groups(w_OI, kept_OI, keep_OI, c_OI, gram_II, loss_O, block, m, gain)

@@ -17,6 +17,7 @@ from compress.model.site import Site
 from compress.passes.base import Refiner
 from compress.stats import Gram
 from compress.weights import Weight
+from compress_kernels import solver
 
 AT_ONCE = 1 << 18  # entries of the rows that are worked on together: their error vectors stay in cache
 BLOCK = 64  # inputs between two products that carry swaps to the inputs not yet reached
@@ -170,11 +171,14 @@ def sweep(w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, m: in
     for start in range(0, w_OI.shape[1], width):
         part = slice(start, min(start + width, w_OI.shape[1]))
         before_OB = kept_OI[:, part].clone()
-        for at in range(part.start, part.stop, m):
-            group = slice(at, at + m)
-            change_OM, swapped_O = swap_once(w_OI, kept_OI, keep_OI, gram_II, c_OI, group, loss_O)
-            c_OI[:, part] += change_OM @ gram_II[group, part]
-            found_O += swapped_O
+        if solver.usable(w_OI) and m <= solver.WIDEST:
+            found_O += solver.swap_groups(w_OI, kept_OI, keep_OI, c_OI, gram_II, loss_O, part, m, GAIN)
+        else:
+            for at in range(part.start, part.stop, m):
+                group = slice(at, at + m)
+                change_OM, swapped_O = swap_once(w_OI, kept_OI, keep_OI, gram_II, c_OI, group, loss_O)
+                c_OI[:, part] += change_OM @ gram_II[group, part]
+                found_O += swapped_O
         c_OI[:, part.stop :] += (before_OB - kept_OI[:, part]) @ gram_II[part, part.stop :]
     return found_O
 

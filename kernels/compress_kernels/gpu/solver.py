@@ -1,4 +1,4 @@
-"""Error feedback through a block of columns, n of m, exchanges of weights, Grams: kernels, launches, cases."""
+"""Error feedback through a block of columns, n of m, exchanges and swaps, Grams: kernels, launches, cases."""
 
 from __future__ import annotations
 
@@ -266,6 +266,67 @@ def exchange(
     return keep_OI
 
 
+@triton.jit
+def _swap_groups_kernel(
+    p_w, p_kept, p_keep, p_c, p_gram, p_loss, p_found, p_change, R, K, start, stop, gain,
+    M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program takes some of R rows of K inputs through the groups of M from `start` to `stop`.
+
+    What earlier swaps of the block change is added to c when a group is reached, by the Gram and the stored changes.
+    """
+    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_m = tl.arange(0, WIDTH)
+    m_r, m_m = o_r < R, o_m < M
+    mask = m_r[:, None] & m_m[None, :]
+    b_loss = tl.load(p_loss + o_r, mask=m_r, other=0.0)
+    b_found = tl.zeros((ROWS,), tl.int32)
+    for at in range(start, stop, M):
+        o_c = at + o_m
+        o_w = o_r.to(tl.int64)[:, None] * K + o_c[None, :]
+        b_w = tl.load(p_w + o_w, mask=mask, other=0.0)
+        b_kept = tl.load(p_kept + o_w, mask=mask, other=0.0)
+        b_on = tl.load(p_keep + o_w, mask=mask, other=0) != 0
+        b_c = tl.load(p_c + o_w, mask=mask, other=0.0)
+        for k in range(start, at):
+            b_was = tl.load(p_change + (k - start) * R + o_r, mask=m_r, other=0.0)
+            b_c += b_was[:, None] * tl.load(p_gram + k * K + o_c, mask=m_m, other=0.0)[None, :]
+        b_d = tl.load(p_gram + o_c * (K + 1), mask=m_m, other=0.0)[None, :]
+        b_g = tl.load(p_gram + o_c[:, None] * K + o_c[None, :], mask=m_m[:, None] & m_m[None, :], other=0.0)
+        b_up = tl.where(mask & (b_on == 0), b_w * (b_w * b_d - 2 * b_c), INF)
+        b_down = tl.where(mask & b_on, b_kept * (b_kept * b_d + 2 * b_c), INF)
+        b_pair = b_up[:, :, None] + b_down[:, None, :]
+        b_pair -= (2 * b_w)[:, :, None] * b_kept[:, None, :] * b_g[None, :, :]
+        b_gain, b_place = tl.min(tl.reshape(b_pair, (ROWS, WIDTH * WIDTH)), 1, return_indices=True)
+        b_swap = m_r & (b_gain < -gain * tl.maximum(b_loss, 0.0))
+        b_grown = b_swap[:, None] & (o_m[None, :] == (b_place // WIDTH)[:, None])
+        b_cut = b_swap[:, None] & (o_m[None, :] == (b_place % WIDTH)[:, None])
+        b_change = tl.where(b_grown, -b_w, tl.where(b_cut, b_kept, 0.0))
+        tl.store(p_kept + o_w, tl.where(b_grown, b_w, 0.0), mask=b_grown | b_cut)
+        tl.store(p_keep + o_w, b_grown.to(tl.uint8), mask=b_grown | b_cut)
+        tl.store(p_change + (at - start + o_m)[None, :] * R + o_r[:, None], b_change, mask=mask)
+        b_loss += tl.where(b_swap, b_gain, 0.0)
+        b_found += b_swap.to(tl.int32)
+        tl.debug_barrier()  # changes are read by other threads
+    tl.store(p_loss + o_r, b_loss, mask=m_r)
+    tl.store(p_found + o_r, b_found, mask=m_r)
+
+
+def swap_groups(
+    w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, c_OI: Tensor, gram_II: Tensor, loss_O: Tensor, block: slice, m: int,
+    gain: float,
+) -> Tensor:  # fmt: skip
+    """`solver.swap_groups`."""
+    outputs, inputs = w_OI.shape
+    found_O = torch.empty_like(loss_O, dtype=torch.int32)
+    changes = w_OI.new_empty(block.stop - block.start, outputs)
+    _swap_groups_kernel[(-(-outputs // ROWS),)](
+        w_OI, kept_OI, keep_OI.view(torch.uint8), c_OI, gram_II, loss_O, found_O, changes, outputs, inputs,
+        block.start, block.stop, gain, M=m, WIDTH=triton.next_power_of_2(m), ROWS=ROWS, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    return found_O
+
+
 def sweep_case(bits: int, mask: int, n: int = 2, m: int = 4) -> Case:
     """One way through a block to compile."""
     floats = dict.fromkeys(("p_w", "p_u", "p_e", "p_scale", "p_zero"), "*fp32")
@@ -291,6 +352,19 @@ def exchange_case(m: int) -> Case:
         | {"threshold": "fp32", "cycles": "i32"} | dict.fromkeys("RKD", "i32"),
         constants={"GUARDED": True, "M": m, "WIDTH": max(1, m), "ROWS": ROWS},
         warps=1,
+    )  # fmt: skip
+
+
+def swap_case(m: int) -> Case:
+    """One way of swapping to compile."""
+    return Case(
+        name=f"swap of {m}",
+        kernel=_swap_groups_kernel,
+        types=dict.fromkeys(("p_w", "p_kept", "p_c", "p_gram", "p_loss", "p_change"), "*fp32")
+        | {"p_keep": "*u8", "p_found": "*i32", "gain": "fp32"} | dict.fromkeys(("R", "K", "start", "stop"), "i32"),
+        constants={"M": m, "WIDTH": m, "ROWS": ROWS},
+        warps=1,
+        stages=1,
     )  # fmt: skip
 
 
@@ -324,6 +398,7 @@ CASES = [
     keep_case(4),
     exchange_case(0),
     exchange_case(4),
+    swap_case(4),
     gram_case("bf16"),
     Case(
         name="mirror",
