@@ -7,13 +7,13 @@ Shape suffixes: M rows of x, O out, I in, R padded rows, G groups, B blocks, P p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import formats, given
+from compress_kernels import formats, given, low_rank
 
 BITS = (2, 3, 4, 8)
 
@@ -22,7 +22,7 @@ BITS = (2, 3, 4, 8)
 class Packed:
     """`scale * (code - 2**(bits - 1))`, codes as K-plane words; `scale` is [G, R], one group of a row has group 0.
 
-    Three bits are words of the lower two and words `high` of the third.
+    Three bits are words of the lower two and words `high` of the third. `u` [out, rank] and `v` [rank, in] add U V.
     """
 
     words: Tensor
@@ -31,11 +31,13 @@ class Packed:
     bits: int
     group: int
     shape: tuple[int, int]
+    u: Tensor | None = None
+    v: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
-        return sum(t.nbytes for t in (self.words, self.high, self.scale) if t is not None)
+        return sum(t.nbytes for t in (self.words, self.high, self.scale, self.u, self.v) if t is not None)
 
 
 def pack(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> Packed:
@@ -69,7 +71,7 @@ def unsupported(bits: int, inputs: int, group: int) -> str:
 
 
 def reference(packed: Packed) -> Tensor:
-    """The specification: the float32 matrix [out, in]."""
+    """The specification: the float32 matrix [out, in], without the low-rank term."""
     outputs, inputs = packed.shape
     codes_RI = formats.unpack_words(packed.words, 2 if packed.bits == 3 else packed.bits)
     if packed.high is not None:
@@ -79,56 +81,66 @@ def reference(packed: Packed) -> Tensor:
     return values_OI * scale_OG.repeat_interleave(packed.group or inputs, 1)
 
 
-def check(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, bits: int, group: int, out: int
-) -> None:
+def with_low_rank(packed: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
+    """The weight plus `U V`, whose product with x the end of the same kernel adds."""
+    u, v = low_rank.pack(u_OR, v_RI)
+    return replace(packed, u=u, v=v)
+
+
+def check(x: Tensor, w: Packed, bias: Tensor | None) -> None:
     """Refuse what a kernel would read wrongly. Raises ValueError or TypeError that names the argument."""
-    inputs, rows = x.shape[-1], formats.padded(out, formats.ROWS)
-    if problem := unsupported(bits, inputs, group):
+    out, inputs = w.shape
+    rows = formats.padded(out, formats.ROWS)
+    if problem := unsupported(w.bits, inputs, w.group):
         raise ValueError(f"wq_linear: {problem}")
-    width = formats.block(1 if bits == 3 else bits)
+    width = formats.block(1 if w.bits == 3 else w.bits)
     blocks = -(-inputs // width)
     given.floats("wq_linear: x", x)
-    given.expect("wq_linear: words", words, x, (blocks * (2 if bits == 3 else 1), rows, formats.PLACES), torch.int16)
-    given.expect("wq_linear: scale", scale, x, (inputs // group if group else 1, rows), None)
-    if (high is not None) != (bits == 3):
-        raise ValueError(f"wq_linear: high: words of a third bit go with 3 bits, and only with them; bits is {bits}")
-    if high is not None:
-        given.expect("wq_linear: high", high, x, (blocks, rows, formats.PLACES), torch.int16)
+    given.expect(
+        "wq_linear: words", w.words, x, (blocks * (2 if w.bits == 3 else 1), rows, formats.PLACES), torch.int16
+    )
+    given.expect("wq_linear: scale", w.scale, x, (inputs // w.group if w.group else 1, rows), None)
+    if (w.high is not None) != (w.bits == 3):
+        raise ValueError(f"wq_linear: high: words of a third bit go with 3 bits, and only with them; bits is {w.bits}")
+    if w.high is not None:
+        given.expect("wq_linear: high", w.high, x, (blocks, rows, formats.PLACES), torch.int16)
+    low_rank.check("wq_linear", x, w.u, w.v, out)
     if bias is not None:
         given.expect("wq_linear: bias", bias, x, (out,), None)
 
 
-def linear(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(w: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` for x [..., in]."""
-    return torch.as_tensor(
-        wq_linear(x, packed.words, packed.high, packed.scale, bias, packed.bits, packed.group, packed.shape[0])
-    )
+    return torch.as_tensor(wq_linear(x, w.words, w.high, w.scale, w.u, w.v, bias, w.bits, w.group, w.shape[0]))
 
 
 @torch.library.custom_op("compress::wq_linear", mutates_args=(), device_types="cpu")
 def wq_linear(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, bits: int, group: int, out: int
-) -> Tensor:
+    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, u: Tensor | None, v: Tensor | None,
+    bias: Tensor | None, bits: int, group: int, out: int,
+) -> Tensor:  # fmt: skip
     """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`."""
-    check(x, words, high, scale, bias, bits, group, out)
-    matrix = reference(Packed(words, high, scale, bits, group, (out, x.shape[-1]))).to(x.dtype)
-    return F.linear(x, matrix, bias)
+    w = Packed(words, high, scale, bits, group, (out, x.shape[-1]), u, v)
+    check(x, w, bias)
+    y = F.linear(x, reference(w).to(x.dtype), bias)
+    return y if u is None or v is None else y + low_rank.term(x, u, v)
 
 
 @wq_linear.register_kernel("cuda")
 def _(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, bits: int, group: int, out: int
-) -> Tensor:
+    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, u: Tensor | None, v: Tensor | None,
+    bias: Tensor | None, bits: int, group: int, out: int,
+) -> Tensor:  # fmt: skip
     from compress_kernels.gpu import wq
 
-    check(x, words, high, scale, bias, bits, group, out)
-    x_MI = x.reshape(-1, x.shape[-1]).contiguous()
-    return wq.linear(x_MI, words, high, scale, bias, bits, group, out).view(*x.shape[:-1], out)
+    w = Packed(words, high, scale, bits, group, (out, x.shape[-1]), u, v)
+    check(x, w, bias)
+    return wq.linear(x.reshape(-1, x.shape[-1]).contiguous(), w, bias).view(*x.shape[:-1], out)
 
 
 @wq_linear.register_fake
 def _(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, bits: int, group: int, out: int
-) -> Tensor:
+    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, u: Tensor | None, v: Tensor | None,
+    bias: Tensor | None, bits: int, group: int, out: int,
+) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out)

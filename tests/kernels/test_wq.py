@@ -59,10 +59,47 @@ def test_kernel(
     p = wq.pack(codes.to(device), scale.to(device), bits)
     config = launch.Config(rows=16 if rows > 8 else 8, outputs=64, splits=splits)
 
-    got = gpu.linear(x.to(device), p.words, p.high, p.scale, bias.to(device), bits, p.group, out, config)
+    got = gpu.linear(x.to(device), p, bias.to(device), config)
 
     want = x.double() @ decoded(codes, scale, bits).T + bias.double()
     assert_close("wq", got.cpu(), want, RATIO[dtype])
+
+
+@pytest.mark.parametrize("dtype", RATIO)
+@pytest.mark.parametrize(("rows", "rank", "splits"), [(1, 16, 1), (17, 40, 3)])
+def test_kernel_adds_the_low_rank_term_once(
+    rows: int, rank: int, splits: int, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    from compress_kernels.gpu import launch
+    from compress_kernels.gpu import wq as gpu
+
+    codes, scale = weight(4, 130, 640, 5)
+    x, u, v = inputs_of(rows, 640, dtype), inputs_of(130, rank, dtype), inputs_of(rank, 640, dtype) / 30
+    p = wq.with_low_rank(wq.pack(codes.to(device), scale.to(device), 4), u.to(device), v.to(device))
+
+    got = gpu.linear(x.to(device), p, None, launch.Config(rows=16, outputs=64, splits=splits))
+
+    want = x.double() @ (decoded(codes, scale, 4) + u.double() @ v.double()).T
+    assert_close("wq", got.cpu(), want, 2 * RATIO[dtype])  # V x is rounded, too
+
+
+def test_op_adds_the_low_rank_term(assert_close: Close) -> None:
+    codes, scale = weight(4, 64, 256, 2)
+    x, u, v = (inputs_of(*shape, torch.float32) for shape in ((3, 256), (64, 5), (5, 256)))
+    p = wq.with_low_rank(wq.pack(codes, scale, 4), u, v)
+
+    got = wq.linear(p, x)
+
+    assert_close("low rank", got, x.double() @ (decoded(codes, scale, 4) + u.double() @ v.double()).T, 2e-6)
+    torch.library.opcheck(wq.wq_linear, (x, p.words, None, p.scale, p.u, p.v, None, 4, 128, 64))
+
+
+@pytest.mark.parametrize(("left", "right"), [((64, 5), (4, 256)), ((64, 129), (129, 256))])
+def test_ranks_that_do_not_fit_are_refused(left: tuple[int, int], right: tuple[int, int]) -> None:
+    p = wq.pack(*weight(4, 64, 256, 2), 4)
+
+    with pytest.raises(ValueError, match="one rank, 1 to 128"):
+        wq.with_low_rank(p, torch.zeros(left), torch.zeros(right))
 
 
 def test_counters_of_split_inputs_are_left_zero(device: torch.device) -> None:
@@ -74,7 +111,7 @@ def test_counters_of_split_inputs_are_left_zero(device: torch.device) -> None:
     x = inputs_of(3, 1024, torch.float16).to(device)
     config = launch.Config(rows=8, outputs=64, splits=4)
 
-    runs = [gpu.linear(x, p.words, p.high, p.scale, None, 4, p.group, 64, config) for _ in range(3)]
+    runs = [gpu.linear(x, p, None, config) for _ in range(3)]
 
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
     assert not launch.workspace(config, 3, 64, device)[1].any()
@@ -97,7 +134,9 @@ def test_op_is_registered_correctly() -> None:
     codes, scale = weight(4, 64, 256, 2)
     p = wq.pack(codes, scale, 4)
 
-    torch.library.opcheck(wq.wq_linear, (inputs_of(3, 256, torch.float32), p.words, None, p.scale, None, 4, 128, 64))
+    torch.library.opcheck(
+        wq.wq_linear, (inputs_of(3, 256, torch.float32), p.words, None, p.scale, None, None, None, 4, 128, 64)
+    )
 
 
 def test_op_compiles_whole(assert_close: Close) -> None:
@@ -120,6 +159,9 @@ def test_op_compiles_whole(assert_close: Close) -> None:
         ({"scale": torch.zeros(3, 64)}, "scale is torch.float32 of shape"),
         ({"bias": torch.zeros(63)}, "bias is torch.float32 of shape"),
         ({"high": torch.zeros(1)}, "go with 3 bits"),
+        ({"u": torch.zeros(64, 16)}, "u and v go together"),
+        ({"u": torch.zeros(64, 20), "v": torch.zeros(20, 256)}, "u has rank 20"),
+        ({"u": torch.zeros(64, 16), "v": torch.zeros(16, 255)}, "v is torch.float32 of shape"),
         ({"bits": 5}, "codes of 5 bits"),
         ({"group": 48}, "groups of 48"),
     ],
@@ -127,8 +169,8 @@ def test_op_compiles_whole(assert_close: Close) -> None:
 def test_what_a_kernel_would_read_wrongly_is_refused(change: dict[str, object], message: str) -> None:
     codes, scale = weight(4, 64, 256, 2)
     p = wq.pack(codes, scale, 4)
-    right = {"x": torch.zeros(3, 256), "words": p.words, "high": None, "scale": p.scale, "bias": None, "bits": 4,
-             "group": 128, "out": 64}  # fmt: skip
+    right = {"x": torch.zeros(3, 256), "words": p.words, "high": None, "scale": p.scale, "u": None, "v": None,
+             "bias": None, "bits": 4, "group": 128, "out": 64}  # fmt: skip
 
     with pytest.raises((ValueError, TypeError), match=message):
         wq.wq_linear(**(right | change))

@@ -67,9 +67,7 @@ def product(packed: wq.Packed, x: Tensor, config: Any) -> Tensor:
     """One launch of a given configuration."""
     from compress_kernels.gpu import wq as gpu
 
-    return gpu.linear(
-        x, packed.words, packed.high, packed.scale, None, packed.bits, packed.group, packed.shape[0], config
-    )
+    return gpu.linear(x, packed, None, config)
 
 
 def splits(device: torch.device, shape: tuple[int, int], runs: int) -> Iterator[dict[str, Any]]:

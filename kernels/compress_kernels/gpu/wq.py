@@ -6,18 +6,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compress_kernels import formats
+from compress_kernels import formats, low_rank
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.decode import KINDS, integer, three
-from compress_kernels.gpu.gemm import finish, load_x
+from compress_kernels.gpu.gemm import add_low_rank, finish, load_x
+from compress_kernels.wq import Packed
 
 
 @triton.jit
 def _wq_linear_kernel(
-    p_x, p_words, p_high, p_scale, p_bias, p_y, p_work, p_count, M, N, K, R,
+    p_x, p_words, p_high, p_scale, p_t, p_u, p_bias, p_y, p_work, p_count, M, N, K, R,
     BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    RANK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. GROUP 0 is one group a row."""
     P: tl.constexpr = 32
@@ -54,42 +55,42 @@ def _wq_linear_kernel(
             acc = b_part
     if GROUP == 0:
         acc *= tl.load(p_scale + o_n).to(tl.float32)[:, None]
+    acc = add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK)
     finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS, SPLITS)
 
 
-def linear(
-    x_MI: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, bias: Tensor | None, bits: int, group: int, n: int,
-    config: launch.Config | None = None,
-) -> Tensor:  # fmt: skip
+def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config | None = None) -> Tensor:
     """`x @ W.T + bias` of checked, contiguous tensors on one device; x is float16 or bfloat16."""
     m, k = x_MI.shape
-    width = formats.block(1 if bits == 3 else bits)
+    n, width = w.shape[0], formats.block(1 if w.bits == 3 else w.bits)
     chosen = config or launch.heuristic(m, n, -(-k // width), x_MI.device)
     y_MN = x_MI.new_empty(m, n)
+    t_MR = x_MI if w.v is None else low_rank.inner(x_MI, w.v)
     work, count = launch.workspace(chosen, m, n, x_MI.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)
     _wq_linear_kernel[grid](
-        x_MI, words, words if high is None else high, scale, scale if bias is None else bias, y_MN, work, count,
-        m, n, k, words.shape[1],
-        BITS=bits, GROUP=group, BM=chosen.rows, BN=chosen.outputs, SPLITS=chosen.splits,
-        BIAS=bias is not None, EVEN=k % width == 0, ASM=chosen.inline,
-        num_warps=chosen.warps, num_stages=chosen.stages,
+        x_MI, w.words, w.words if w.high is None else w.high, w.scale, t_MR, w.scale if w.u is None else w.u,
+        w.scale if bias is None else bias, y_MN, work, count,
+        m, n, k, w.words.shape[1],
+        BITS=w.bits, GROUP=w.group, BM=chosen.rows, BN=chosen.outputs, SPLITS=chosen.splits,
+        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=k % width == 0,
+        ASM=chosen.inline, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y_MN
 
 
-def case(bits: int, group: int, rows: int, outputs: int, kind: str = "fp16") -> Case:
+def case(bits: int, group: int, rows: int, outputs: int, kind: str = "fp16", rank: int = 0) -> Case:
     """One configuration to compile."""
     width = formats.block(1 if bits == 3 else bits)
-    floats = dict.fromkeys(("p_x", "p_bias", "p_y"), f"*{kind}")
+    floats = dict.fromkeys(("p_x", "p_t", "p_u", "p_bias", "p_y"), f"*{kind}")
     words = dict.fromkeys(("p_words", "p_high"), "*i16")
     return Case(
-        name=f"wq int{bits} g{group} {kind} {rows}x{outputs}",
+        name=f"wq int{bits} g{group} {kind} {rows}x{outputs}" + f" r{rank}" * (rank > 0),
         kernel=_wq_linear_kernel,
         types=floats | words | SUMS | {"p_scale": "*fp16"} | dict.fromkeys("MNKR", "i32"),
         constants={
-            "BITS": bits, "GROUP": group, "BM": rows, "BN": outputs, "SPLITS": 4, "BIAS": False, "EVEN": True,
-            "ASM": True,
+            "BITS": bits, "GROUP": group, "BM": rows, "BN": outputs, "SPLITS": 4, "RANK": rank, "BIAS": False,
+            "EVEN": True, "ASM": True,
         },
         weights=outputs * width,
     )  # fmt: skip
@@ -101,4 +102,5 @@ CASES = [
     case(4, 32, 8, 64),
     case(4, 128, 16, 128),
     case(4, 128, 64, 128),
+    case(4, 128, 16, 128, rank=64),
 ]
