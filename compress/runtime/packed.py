@@ -64,7 +64,7 @@ def way(weight: Weight) -> Way:
     match weight:
         case Quantized(codes, scale, None, bits):
             rows = codes.shape[0]
-            if problem := wq.unsupported(bits, codes.shape[1], 0 if scale.shape[1] == 1 else weight.group):
+            if problem := wq.unsupported(f"int{bits}", codes.shape[1], 0 if scale.shape[1] == 1 else weight.group):
                 return Way(problem=problem)
             return Way(wq.pack(codes, scale.expand(rows, -1), bits), wq.linear)
         case _:

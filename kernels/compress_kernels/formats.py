@@ -23,9 +23,9 @@ def planes(bits: int) -> int:
     return WORD // bits
 
 
-def block(bits: int) -> int:
+def block(bits: int, places: int = PLACES) -> int:
     """Inputs of one block: 512 for one bit, 128 for four, 64 for eight."""
-    return PLACES * planes(bits)
+    return places * planes(bits)
 
 
 def padded(n: int, multiple: int) -> int:
@@ -33,16 +33,17 @@ def padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def pack_words(codes_OI: Tensor, bits: int, inputs: int | None = None) -> Tensor:
+def pack_words(codes_OI: Tensor, bits: int, inputs: int | None = None, places: int = PLACES) -> Tensor:
     """Codes below 2**bits, bits 1, 2, 4 or 8, as int16 words [B, R, P]; what is missing in rows and blocks is 0.
 
-    `inputs` pads to more blocks than the codes need, as a format of two sets of words may.
+    `inputs` pads to more blocks than the codes need, as a format of two sets of words may. Groups of 16 inputs take
+    blocks of 16 `places`.
     """
     outputs, given = codes_OI.shape
-    wide, rows = padded(inputs or given, block(bits)), padded(outputs, ROWS)
+    wide, rows = padded(inputs or given, block(bits, places)), padded(outputs, ROWS)
     whole_RI = F.pad(codes_OI.to(torch.int32), (0, wide - given, 0, rows - outputs))
     places_J = torch.arange(0, WORD, bits, dtype=torch.int32, device=codes_OI.device)
-    parts_RBJP = whole_RI.view(rows, -1, planes(bits), PLACES) << places_J[:, None]
+    parts_RBJP = whole_RI.view(rows, -1, planes(bits), places) << places_J[:, None]
     words_RBP = parts_RBJP.sum(2, dtype=torch.int32)
     return words_RBP.to(torch.int16).transpose(0, 1).contiguous()
 

@@ -1,146 +1,276 @@
-"""Weight-only products y = x W^T with integer codes of 2, 3, 4 or 8 bits, a scale for every group of inputs.
+"""Weight-only products y = x W^T: integer codes, small floats and codebooks, a scale for every group of inputs.
 
-Packing, specification and the op `compress::wq_linear`; the kernel is `gpu/wq.py`. On the CPU the op decodes and
-multiplies: it is the reference there, not a fast path (`cpu.py` has those).
-Shape suffixes: M rows of x, O out, I in, R padded rows, G groups, B blocks, P places.
+Packing, specification and the op `compress::wq_linear`; the kernels are `gpu/wq.py`. On the CPU the op decodes and
+multiplies: it is the reference there, not a fast path (`cpu.py` has those). What is coded itself (scales of scales) is
+decoded before it is packed.
+Shape suffixes: M rows of x, O out, I in, R padded rows, G groups, B blocks, P places, E entries of a book.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from compress_kernels import formats, given, low_rank
+from compress_kernels.prep import Plan
 
-BITS = (2, 3, 4, 8)
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "e4m3": 8, "e5m2": 8, "e2m1": 4, "book": 4}
+INTEGERS = tuple(bits for form, bits in BITS.items() if form.startswith("int"))
+FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+ENTRIES = 16  # of a codebook
+PAIRS = 256  # of entries, each in one of two dtypes
 
 
 @dataclass(frozen=True)
 class Packed:
-    """`scale * (code - 2**(bits - 1))`, codes as K-plane words; `scale` is [G, R], one group of a row has group 0.
+    """`scale * value`, values coded in K-plane words; `scale` is [G, R], one group of a row has group 0.
 
-    Three bits are words of the lower two and words `high` of the third. `u` [out, rank] and `v` [rank, in] add U V.
+    Values of integers are `code - zero`: `zero` is like scale, or None for 2**(bits - 1). Three bits are words of the
+    lower two and words `high` of the third; words of eight bits hold `code ^ 128`. Values of a `book` are its entries:
+    int32, first the pairs that a byte of two codes stands for, in float16 and in bfloat16, then the float32 entries.
+    The inputs of the matrix are `x[order]`; `u` [out, rank] and `v` [rank, in] add U V.
     """
 
     words: Tensor
     high: Tensor | None
     scale: Tensor
-    bits: int
+    zero: Tensor | None
+    book: Tensor | None
+    order: Tensor | None
+    u: Tensor | None
+    v: Tensor | None
+    form: str
     group: int
     shape: tuple[int, int]
-    u: Tensor | None = None
-    v: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
-        return sum(t.nbytes for t in (self.words, self.high, self.scale, self.u, self.v) if t is not None)
+        return sum(t.nbytes for t in (getattr(self, f.name) for f in fields(self)) if isinstance(t, Tensor))
 
 
-def pack(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> Packed:
-    """Pack codes below 2**bits and their scales, one a group of inputs.
+# -- packing ---------------------------------------------------------------------------------------
 
-    Raises ValueError if there is no kernel for the group: see `supports`.
+
+def pack(codes_OI: Tensor, scale_OG: Tensor, bits: int, zero_OG: Tensor | None = None) -> Packed:
+    """Pack `scale * (code - zero)`: codes below 2**bits; scales, and zeros like them (any number), one a group.
+
+    Raises ValueError if there is no kernel for the group: see `unsupported`.
     """
+    return packed(f"int{bits}", codes_OI, scale_OG, zero_OG=zero_OG)
+
+
+def pack_floats(data_OI: Tensor, scale: Tensor, tile: tuple[int, int]) -> Packed:
+    """Pack float8 `data * scale`; scale is [tiles down, tiles across], of tiles of (rows, columns).
+
+    Raises ValueError for NaN and infinities, which kernels do not decode, and where there is no kernel.
+    """
+    form = next((form for form, dtype in FLOATS.items() if dtype == data_OI.dtype), "")
+    if not form:
+        raise ValueError(f"data is {data_OI.dtype}; there are kernels for {', '.join(map(str, FLOATS.values()))}")
+    if not bool(data_OI.float().isfinite().all()):
+        raise ValueError(f"{data_OI.dtype} data with NaN or infinities, which kernels do not decode")
+    rows_OG = scale.repeat_interleave(min(tile[0], data_OI.shape[0]), 0)[: data_OI.shape[0]]
+    return packed(form, data_OI.view(torch.uint8), rows_OG, group=tile[1] if scale.shape[1] > 1 else 0)
+
+
+def pack_book(codes_OI: Tensor, book_E: Tensor, scale_OG: Tensor) -> Packed:
+    """Pack `scale * book[code]`, a book of at most 16 numbers, in float32; the book of e2m1 is decoded without a table.
+
+    Products take the entries in the dtype of x. Raises ValueError for larger books and where there is no kernel.
+    """
+    entries = book_E.flatten().float()
+    if len(entries) > ENTRIES:
+        raise ValueError(f"a book of {len(entries)} entries; there are kernels for {ENTRIES}")
+    if entries.tolist() == list(E2M1):
+        return packed("e2m1", codes_OI, scale_OG)
+    whole_E = F.pad(entries, (0, ENTRIES - len(entries)))
+    byte = torch.arange(PAIRS, device=codes_OI.device)
+    pairs = torch.stack((whole_E[byte & 15], whole_E[byte >> 4]), 1)
+    parts = [pairs.half().view(torch.int32), pairs.bfloat16().view(torch.int32), whole_E.view(torch.int32)]
+    return packed("book", codes_OI, scale_OG, book=torch.cat([part.flatten() for part in parts]))
+
+
+def with_order(w: Packed, order_I: Tensor) -> Packed:
+    """The weight of inputs `x[order]`, a permutation. Raises ValueError if it is none."""
+    if not torch.equal(order_I.sort().values, torch.arange(w.shape[1], device=order_I.device)):
+        raise ValueError(f"order {tuple(order_I.shape)} is no permutation of {w.shape[1]} inputs")
+    return replace(w, order=order_I.to(torch.int32).contiguous())
+
+
+def with_low_rank(w: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
+    """The weight plus `U V` of x as it is, without `order`; the end of the same kernel adds it."""
+    u, v = low_rank.pack(u_OR, v_RI)
+    return replace(w, u=u, v=v)
+
+
+def packed(
+    form: str, codes_OI: Tensor, scale_OG: Tensor, *, zero_OG: Tensor | None = None, book: Tensor | None = None,
+    group: int | None = None,
+) -> Packed:  # fmt: skip
+    """Any form from its codes."""
     outputs, inputs = codes_OI.shape
     groups = scale_OG.shape[1]
-    group = 0 if groups == 1 else inputs // groups
-    if problem := unsupported(bits, inputs, group):
+    group = (0 if groups == 1 else inputs // groups) if group is None else group
+    if problem := unsupported(form, inputs, group):
         raise ValueError(problem)
     scale = formats.pack_groups(scale_OG.expand(outputs, -1))
-    if bits != 3:
-        return Packed(formats.pack_words(codes_OI, bits), None, scale, bits, group, (outputs, inputs))
-    wide = formats.padded(inputs, formats.block(1))
-    low, high = formats.pack_words(codes_OI & 3, 2, wide), formats.pack_words(codes_OI >> 2, 1, wide)
-    return Packed(low, high, scale, bits, group, (outputs, inputs))
+    zero = None if zero_OG is None else formats.pack_groups(zero_OG.expand(outputs, groups))
+    places, high = places_of(group), None
+    if form == "int3":
+        wide = formats.padded(inputs, formats.block(1, places))
+        words = formats.pack_words(codes_OI & 3, 2, wide, places)
+        high = formats.pack_words(codes_OI >> 2, 1, wide, places)
+    else:
+        words = formats.pack_words(codes_OI ^ 128 if form == "int8" else codes_OI, BITS[form], None, places)
+    return Packed(words, high, scale, zero, book, None, None, None, form, group, (outputs, inputs))
 
 
-def unsupported(bits: int, inputs: int, group: int) -> str:
+def places_of(group: int) -> int:
+    """Words of a row of a block: 16 where groups are odd multiples of 16 inputs, else 32."""
+    return formats.PLACES // 2 if group % formats.PLACES else formats.PLACES
+
+
+def width(form: str, group: int) -> int:
+    """Inputs of a block."""
+    return formats.block(1 if form == "int3" else BITS[form], places_of(group))
+
+
+def width_of(w: Packed) -> int:
+    """Inputs of a block."""
+    return width(w.form, w.group)
+
+
+def unsupported(form: str, inputs: int, group: int) -> str:
     """Why there is no kernel for such a weight, or nothing. `group` is 0 if a row has one scale."""
-    width = formats.block(1 if bits == 3 else bits)
-    if bits not in BITS:
-        return f"codes of {bits} bits; there are kernels for {', '.join(map(str, BITS))}"
-    if group and (inputs % group or (width % group and group % width) or group % formats.PLACES):
-        return (
-            f"groups of {group} of {inputs} inputs; {bits}-bit words take divisors of {width} by 32, and its multiples"
-        )
+    if form not in BITS:
+        return f"weights of form {form}; there are kernels for {', '.join(BITS)}"
+    wide = width(form, group)
+    if group and (wide % group and group % wide):
+        return f"groups of {group} of {inputs} inputs; {form} takes divisors of {wide} by 16, and its multiples"
     return ""
 
 
-def reference(packed: Packed) -> Tensor:
-    """The specification: the float32 matrix [out, in], without the low-rank term."""
-    outputs, inputs = packed.shape
-    codes_RI = formats.unpack_words(packed.words, 2 if packed.bits == 3 else packed.bits)
-    if packed.high is not None:
-        codes_RI = codes_RI | formats.unpack_words(packed.high, 1) << 2
-    values_OI = codes_RI[:outputs, :inputs].float() - 2.0 ** (packed.bits - 1)
-    scale_OG = packed.scale.T[:outputs].float()
-    return values_OI * scale_OG.repeat_interleave(packed.group or inputs, 1)
+def plan_of(w: Packed, subnormal: bool) -> Plan:
+    """What a product with a weight wants of x."""
+    wide, places = width_of(w), places_of(w.group)
+    unit = w.group if 0 < w.group < wide else wide
+    asked = subnormal and w.form in ("int2", "int3", "int4")
+    low = 2 if w.form == "int3" else BITS[w.form]
+    return Plan(block=wide, unit=unit, low=low, places=places, ordered=w.order is not None, subnormal=asked,
+                sums=w.zero is not None or asked)  # fmt: skip
 
 
-def with_low_rank(packed: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
-    """The weight plus `U V`, whose product with x the end of the same kernel adds."""
-    u, v = low_rank.pack(u_OR, v_RI)
-    return replace(packed, u=u, v=v)
+# -- specification ---------------------------------------------------------------------------------
+
+
+def reference(w: Packed) -> Tensor:
+    """The specification: the float32 matrix [out, in] (float64 if the scale is), without the low-rank term."""
+    scale_OG = w.scale.T[: w.shape[0]].to(torch.promote_types(w.scale.dtype, torch.float32))
+    matrix_OI = values(w) * scale_OG.repeat_interleave(w.group or w.shape[1], 1)[:, : w.shape[1]]
+    if w.order is None:
+        return matrix_OI
+    return torch.empty_like(matrix_OI).index_copy_(1, w.order.long(), matrix_OI)
+
+
+def values(w: Packed) -> Tensor:
+    """What the codes stand for, float32 [out, in], before scale and order."""
+    outputs, inputs = w.shape
+    codes_RI = formats.unpack_words(w.words, 2 if w.form == "int3" else BITS[w.form])
+    if w.high is not None:
+        codes_RI = codes_RI | formats.unpack_words(w.high, 1) << 2
+    codes_OI = codes_RI[:outputs, :inputs]
+    if w.form in FLOATS:
+        return codes_OI.to(torch.uint8).view(FLOATS[w.form]).float()
+    if not w.form.startswith("int"):
+        entries = torch.tensor(E2M1, device=w.words.device) if w.book is None else w.book[-ENTRIES:].view(torch.float32)
+        return entries[codes_OI.long()]
+    if w.form == "int8":
+        codes_OI = codes_OI ^ 128
+    if w.zero is None:
+        return codes_OI.float() - 2.0 ** (BITS[w.form] - 1)
+    return codes_OI.float() - w.zero.T[:outputs].float().repeat_interleave(w.group or inputs, 1)[:, :inputs]
+
+
+# -- the op ----------------------------------------------------------------------------------------
 
 
 def check(x: Tensor, w: Packed, bias: Tensor | None) -> None:
     """Refuse what a kernel would read wrongly. Raises ValueError or TypeError that names the argument."""
-    out, inputs = w.shape
-    rows = formats.padded(out, formats.ROWS)
-    if problem := unsupported(w.bits, inputs, w.group):
-        raise ValueError(f"wq_linear: {problem}")
-    width = formats.block(1 if w.bits == 3 else w.bits)
-    blocks = -(-inputs // width)
-    given.floats("wq_linear: x", x)
-    given.expect(
-        "wq_linear: words", w.words, x, (blocks * (2 if w.bits == 3 else 1), rows, formats.PLACES), torch.int16
-    )
-    given.expect("wq_linear: scale", w.scale, x, (inputs // w.group if w.group else 1, rows), None)
-    if (w.high is not None) != (w.bits == 3):
-        raise ValueError(f"wq_linear: high: words of a third bit go with 3 bits, and only with them; bits is {w.bits}")
-    if w.high is not None:
-        given.expect("wq_linear: high", w.high, x, (blocks, rows, formats.PLACES), torch.int16)
-    low_rank.check("wq_linear", x, w.u, w.v, out)
-    if bias is not None:
-        given.expect("wq_linear: bias", bias, x, (out,), None)
+    op, (out, inputs) = "wq_linear", w.shape
+    if problem := unsupported(w.form, inputs, w.group):
+        raise ValueError(f"{op}: {problem}")
+    rows, places, blocks = formats.padded(out, formats.ROWS), places_of(w.group), -(-inputs // width_of(w))
+    groups = (-(-inputs // w.group) if w.group else 1, rows)
+    given.floats(f"{op}: x", x)
+    given.expect(f"{op}: words", w.words, x, (blocks * (2 if w.form == "int3" else 1), rows, places), torch.int16)
+    given.expect(f"{op}: scale", w.scale, x, groups, None)
+    only(op, "high", w.high, w.form == "int3", True)
+    only(op, "zero", w.zero, w.form.startswith("int"), False)
+    only(op, "book", w.book, w.form == "book", True)
+    optional: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype | None]] = {
+        "high": (w.high, (blocks, rows, places), torch.int16),
+        "zero": (w.zero, groups, torch.uint8 if w.zero is not None and w.zero.dtype == torch.uint8 else None),
+        "book": (w.book, (2 * PAIRS + ENTRIES,), torch.int32),
+        "order": (w.order, (inputs,), torch.int32),
+        "bias": (bias, (out,), None),
+    }
+    for name, (tensor, shape, dtype) in optional.items():
+        if tensor is not None:
+            given.expect(f"{op}: {name}", tensor, x, shape, dtype)
+    low_rank.check(op, x, w.u, w.v, out)
+
+
+def only(op: str, name: str, tensor: Tensor | None, allowed: bool, needed: bool) -> None:
+    """Refuse a tensor that the form of the weight has no use for, or that it lacks."""
+    if tensor is not None and not allowed:
+        raise ValueError(f"{op}: {name} does not go with this form of weight")
+    if tensor is None and allowed and needed:
+        raise ValueError(f"{op}: {name} is missing for this form of weight")
 
 
 def linear(w: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias` for x [..., in]."""
-    return torch.as_tensor(wq_linear(x, w.words, w.high, w.scale, w.u, w.v, bias, w.bits, w.group, w.shape[0]))
+    """`x @ W.T + bias` for x [..., in]; gradients of x, scale, u, v and bias."""
+    return torch.as_tensor(
+        wq_linear(x, w.words, w.high, w.scale, w.zero, w.book, w.order, w.u, w.v, bias, w.form, w.group, w.shape[0])
+    )
 
 
-@torch.library.custom_op("compress::wq_linear", mutates_args=(), device_types="cpu")
-def wq_linear(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, u: Tensor | None, v: Tensor | None,
-    bias: Tensor | None, bits: int, group: int, out: int,
-) -> Tensor:  # fmt: skip
-    """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`."""
-    w = Packed(words, high, scale, bits, group, (out, x.shape[-1]), u, v)
+SCHEMA = (
+    "(Tensor x, Tensor words, Tensor? high, Tensor scale, Tensor? zero, Tensor? book, Tensor? order, Tensor? u, "
+    "Tensor? v, Tensor? bias, str form, int group, int out) -> Tensor"
+)
+
+
+def taken(x: Tensor, rest: tuple[Any, ...]) -> tuple[Packed, Tensor | None]:
+    """The weight and the bias of an op's arguments, checked."""
+    words, high, scale, zero, book, order, u, v, bias, form, group, out = rest
+    w = Packed(words, high, scale, zero, book, order, u, v, form, group, (out, x.shape[-1]))
     check(x, w, bias)
-    y = F.linear(x, reference(w).to(x.dtype), bias)
-    return y if u is None or v is None else y + low_rank.term(x, u, v)
+    return w, bias
+
+
+@torch.library.custom_op("compress::wq_linear", mutates_args=(), device_types="cpu", schema=SCHEMA)
+def wq_linear(x: Tensor, *rest: Any) -> Tensor:
+    """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`, in its order."""
+    w, bias = taken(x, rest)
+    y = F.linear(x, reference(w).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y if w.u is None or w.v is None else y + low_rank.term(x, w.u, w.v)
 
 
 @wq_linear.register_kernel("cuda")
-def _(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, u: Tensor | None, v: Tensor | None,
-    bias: Tensor | None, bits: int, group: int, out: int,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, *rest: Any) -> Tensor:
     from compress_kernels.gpu import wq
 
-    w = Packed(words, high, scale, bits, group, (out, x.shape[-1]), u, v)
-    check(x, w, bias)
-    return wq.linear(x.reshape(-1, x.shape[-1]).contiguous(), w, bias).view(*x.shape[:-1], out)
+    w, bias = taken(x, rest)
+    return wq.linear(x.reshape(-1, x.shape[-1]).contiguous(), w, bias).view(*x.shape[:-1], w.shape[0])
 
 
 @wq_linear.register_fake
-def _(
-    x: Tensor, words: Tensor, high: Tensor | None, scale: Tensor, u: Tensor | None, v: Tensor | None,
-    bias: Tensor | None, bits: int, group: int, out: int,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], out)
+def _(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[-1])

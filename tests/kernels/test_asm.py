@@ -56,3 +56,60 @@ def test_signs(emulator: ModuleType, plane: int, kind: str) -> None:
 
     for value, lane in zip(decoded(emulator, kind, got), lanes, strict=True):
         np.testing.assert_array_equal(value, 2 * (lane.astype(int) >> plane & 1) - 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plane", [0, 1])
+def test_bytes_with_a_sign(emulator: ModuleType, plane: int, kind: str) -> None:
+    words, lanes = emulator.every_word()
+
+    (got,) = emulator.run(asm.signed(plane, kind), 1, [words])
+
+    for value, lane in zip(decoded(emulator, kind, got), lanes, strict=True):
+        np.testing.assert_array_equal(value, ((lane >> (8 * plane)) & 255).astype(np.int8))
+
+
+@pytest.mark.parametrize(("bits", "plane"), [(b, j) for b, planes in ((2, 8), (3, 16), (4, 4)) for j in range(planes)])
+def test_codes_as_subnormal_numbers(emulator: ModuleType, bits: int, plane: int) -> None:
+    low, low_lanes = emulator.every_word()
+    high = np.random.default_rng(1).permutation(low)
+
+    (got,) = emulator.run(asm.subnormal(bits, plane), 1, [low, high] if bits == 3 else [low])
+
+    each = 2 if bits == 3 else bits
+    place = each * plane % 8
+    for value, word, top in zip(decoded(emulator, "fp16", got), low_lanes, emulator.halves(high), strict=True):
+        code = word.astype(int) >> (each * plane % 16) & (2**each - 1)
+        code += ((top.astype(int) >> plane & 1) << 2) * (bits == 3)
+        np.testing.assert_array_equal(value, code * 2.0 ** (place - 24))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("form", "plane"), [(f, j) for f in asm.SMALL for j in range(16 // (1 + sum(asm.SMALL[f])))])
+def test_small_floats(emulator: ModuleType, form: str, plane: int, kind: str) -> None:
+    exponent, mantissa = asm.SMALL[form]
+    words, lanes = emulator.every_word()
+
+    (got,) = emulator.run(asm.small(form, plane, kind), 1, [words])
+
+    for value, lane in zip(decoded(emulator, kind, got), lanes, strict=True):
+        bits = 1 + exponent + mantissa
+        code = lane.astype(int) >> (bits * plane) & (2**bits - 1)
+        power, rest = code >> mantissa & (2**exponent - 1), code & (2**mantissa - 1)
+        size = (rest + (power > 0) * 2**mantissa) * 2.0 ** (np.maximum(power, 1) - mantissa - 2 ** (exponent - 1) + 1)
+        finite = np.isfinite(value)  # the largest exponent of e5m2 is no number, and refused
+        want = np.copysign(size, 0.5 - (code >> (bits - 1)))
+        np.testing.assert_array_equal(value[finite], want[finite])
+        np.testing.assert_array_equal(np.signbit(value), np.signbit(want))
+        assert finite.all() or (form == "e5m2" and not (power[~finite] < 2**exponent - 1).any())
+
+
+def test_pairs_are_taken_apart(emulator: ModuleType) -> None:
+    first, _ = emulator.every_word()
+    second = np.random.default_rng(1).permutation(first)
+
+    low, high = emulator.run(asm.UNZIP, 2, [first, second])
+
+    for got, half in ((low, 0), (high, 1)):
+        for lane, source in zip(emulator.halves(got), (first, second), strict=True):
+            np.testing.assert_array_equal(lane, emulator.halves(source)[half])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from torch import Tensor
 from compress_kernels import wq
 
 pytest.importorskip("triton", reason="the kernels need triton")
+F16, BF16 = torch.float16, torch.bfloat16
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
 SHAPES = {2: (100, 576), 3: (70, 1024), 4: (130, 640), 8: (63, 320)}  # ragged rows, and blocks that reach beyond
+SMALL = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+NF4 = torch.tensor([-1, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1])
+BOOKS = {"book": NF4, "short": NF4[5:10], "e2m1": torch.tensor(wq.E2M1)}
 
 
 def weight(bits: int, rows: int, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -26,16 +32,45 @@ def weight(bits: int, rows: int, inputs: int, groups: int) -> tuple[Tensor, Tens
     return codes, scale
 
 
-def decoded(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    values = codes.double().unflatten(1, (scale.shape[1], -1)) - 2.0 ** (bits - 1)
+def decoded(codes: Tensor, scale: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
+    middle = 2.0 ** (bits - 1) if zero is None else zero.double()[..., None]
+    values = codes.double().unflatten(1, (scale.shape[1], -1)) - middle
     return (values * scale.double()[..., None]).flatten(1)
+
+
+def zeros_like(scale: Tensor, bits: int, real: bool) -> Tensor:
+    """Zero points, some outside the codes if they are real numbers."""
+    unit = torch.rand(scale.shape, generator=torch.Generator().manual_seed(7))
+    return ((unit * 2 - 0.5) * 2**bits).half() if real else (unit * 2**bits).to(torch.uint8)
+
+
+def small_floats(form: str, rows: int, inputs: int) -> Tensor:
+    """Every finite code, subnormal ones and both zeros too, then random ones."""
+    codes = torch.arange(256).repeat(-(-rows * inputs // 256))[: rows * inputs].view(rows, inputs).to(torch.uint8)
+    data = codes.view(SMALL[form])
+    return torch.where(data.float().isfinite(), data.float(), 1.0).to(SMALL[form])
+
+
+def multiplied(p: wq.Packed, x: Tensor, bias: Tensor | None, device: torch.device, **config: Any) -> Tensor:
+    """The kernel's product, in tiles that several programs share."""
+    from compress_kernels.gpu import launch
+    from compress_kernels.gpu import wq as gpu
+
+    chosen = launch.Config(rows=16 if len(x) > 8 else 8, outputs=64, **config)
+    there = replace(p, **{f.name: v.to(device) for f in fields(p) if isinstance(v := getattr(p, f.name), Tensor)})
+    return gpu.linear(x.to(device), there, None if bias is None else bias.to(device), chosen).cpu()
+
+
+def arguments(p: wq.Packed) -> tuple[Any, ...]:
+    """Of the op, after x, without a bias."""
+    return (p.words, p.high, p.scale, p.zero, p.book, p.order, p.u, p.v, None, p.form, p.group, p.shape[0])
 
 
 def inputs_of(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
 
 
-@pytest.mark.parametrize("bits", wq.BITS)
+@pytest.mark.parametrize("bits", wq.INTEGERS)
 @pytest.mark.parametrize("group", [0, 32, 64])
 def test_reference_is_the_definition(bits: int, group: int) -> None:
     rows, inputs = SHAPES[bits]
@@ -44,25 +79,141 @@ def test_reference_is_the_definition(bits: int, group: int) -> None:
     assert torch.equal(wq.reference(wq.pack(codes, scale, bits)), decoded(codes, scale, bits).float())
 
 
-@pytest.mark.parametrize("dtype", RATIO)
-@pytest.mark.parametrize("bits", wq.BITS)
-@pytest.mark.parametrize(("rows", "group", "splits"), [(1, 64, 1), (5, 32, 2), (16, 0, 1), (17, 64, 2), (65, 0, 3)])
+@pytest.mark.parametrize("bits", wq.INTEGERS)
+@pytest.mark.parametrize(
+    ("rows", "group", "splits", "dtype"),
+    [(1, 64, 1, F16), (5, 32, 2, BF16), (16, 0, 1, F16), (17, 64, 2, BF16), (65, 0, 3, F16)],
+)
 def test_kernel(
     bits: int, rows: int, group: int, splits: int, dtype: torch.dtype, device: torch.device, assert_close: Close
 ) -> None:
-    from compress_kernels.gpu import launch
-    from compress_kernels.gpu import wq as gpu
-
     out, inputs = SHAPES[bits]
     codes, scale = weight(bits, out, inputs, inputs // group if group else 1)
     x, bias = inputs_of(rows, inputs, dtype), inputs_of(1, out, dtype)[0]
-    p = wq.pack(codes.to(device), scale.to(device), bits)
-    config = launch.Config(rows=16 if rows > 8 else 8, outputs=64, splits=splits)
 
-    got = gpu.linear(x.to(device), p, bias.to(device), config)
+    got = multiplied(wq.pack(codes, scale, bits), x, bias, device, splits=splits)
 
-    want = x.double() @ decoded(codes, scale, bits).T + bias.double()
-    assert_close("wq", got.cpu(), want, RATIO[dtype])
+    assert_close("wq", got, x.double() @ decoded(codes, scale, bits).T + bias.double(), RATIO[dtype])
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "group", "real", "subnormal"),
+    [(2, 5, 64, False, False), (3, 1, 128, True, False), (4, 17, 0, True, False), (4, 1, 32, False, False),
+     (8, 3, 64, True, False), (2, 1, 32, True, True), (3, 3, 0, False, True), (4, 5, 64, True, True)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", RATIO)
+def test_kernel_with_zero_points(
+    bits: int, rows: int, group: int, real: bool, subnormal: bool, dtype: torch.dtype, device: torch.device,
+    assert_close: Close,
+) -> None:  # fmt: skip
+    out, inputs = SHAPES[bits]
+    codes, scale = weight(bits, out, inputs, inputs // group if group else 1)
+    zero, x = zeros_like(scale, bits, real), inputs_of(rows, inputs, dtype)
+    p = wq.pack(codes, scale, bits, zero)
+
+    got = multiplied(p, x, None, device, splits=2, subnormal=subnormal)
+
+    matrix = decoded(codes, scale, bits, zero)
+    assert torch.equal(wq.reference(p), matrix.float()) or real
+    assert_close("reference", wq.reference(p), matrix, 1e-6)
+    assert_close("wq", got, x.double() @ matrix.T, RATIO[dtype])
+
+
+@pytest.mark.parametrize("spread", [2.0**-80, 1e-3, 2.0**100])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_subnormal_codes_lose_nothing_of_large_and_small_rows(
+    bits: int, spread: float, device: torch.device, assert_close: Close
+) -> None:
+    out, inputs = SHAPES[bits]
+    codes, scale = weight(bits, out, inputs, 1)
+    x = (inputs_of(2, inputs, BF16).float() * torch.tensor([[spread], [1.0]])).bfloat16()
+    p = wq.pack(codes, scale, bits)
+
+    got = multiplied(p, x, None, device, subnormal=True)
+
+    want = x.double() @ decoded(codes, scale, bits).T
+    for row in range(2):  # each row by itself, else the larger one hides the other
+        assert_close(f"row {row}", got[row], want[row], RATIO[BF16])
+
+
+@pytest.mark.parametrize("dtype", RATIO)
+@pytest.mark.parametrize(("form", "rows", "tile"), [("e4m3", 5, (1, 192)), ("e5m2", 1, (128, 128)),
+                                                    ("e4m3", 17, (64, 128)), ("e4m3", 1, (70, 192))])  # fmt: skip
+def test_kernel_of_small_floats(
+    form: str, rows: int, tile: tuple[int, int], dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    data, x = small_floats(form, 70, 192), inputs_of(rows, 192, dtype)
+    scale = torch.rand(-(-70 // tile[0]), -(-192 // tile[1]), generator=torch.Generator().manual_seed(3)) / 1000
+    whole = scale.repeat_interleave(tile[0], 0)[:70].repeat_interleave(tile[1], 1)[:, :192]
+    p = wq.pack_floats(data, scale, tile)
+
+    got = multiplied(p, x, None, device, splits=2)
+
+    assert torch.equal(wq.reference(p), data.float() * whole)
+    assert_close(form, got, x.double() @ (data.double() * whole.double()).T, RATIO[dtype])
+
+
+@pytest.mark.parametrize("dtype", RATIO)
+@pytest.mark.parametrize(
+    ("book", "rows", "group"), [("book", 5, 64), ("short", 1, 0), ("e2m1", 3, 16), ("e2m1", 17, 32), ("book", 1, 48)]
+)
+def test_kernel_of_books(
+    book: str, rows: int, group: int, dtype: torch.dtype, device: torch.device, assert_close: Close
+) -> None:
+    entries = BOOKS[book]
+    codes, scale = weight(4, 70, 192, 192 // group if group else 1)
+    codes = codes % len(entries)
+    matrix = (entries.double()[codes.long()].unflatten(1, (scale.shape[1], -1)) * scale.double()[..., None]).flatten(1)
+    x = inputs_of(rows, 192, dtype)
+    if group == 48:
+        with pytest.raises(ValueError, match="groups of 48 of 192 inputs"):
+            wq.pack_book(codes, entries, scale)
+        return
+    p = wq.pack_book(codes, entries, scale)
+
+    got = multiplied(p, x, None, device)
+
+    assert p.form == ("e2m1" if book == "e2m1" else "book")
+    assert torch.equal(wq.reference(p), matrix.float())
+    assert_close(book, got, x.double() @ matrix.T, RATIO[dtype])
+
+
+@pytest.mark.parametrize(("subnormal", "zero"), [(False, False), (False, True), (True, True)])
+def test_kernel_of_reordered_inputs(subnormal: bool, zero: bool, device: torch.device, assert_close: Close) -> None:
+    codes, scale = weight(4, 70, 320, 10)
+    zeros = zeros_like(scale, 4, False) if zero else None
+    order = torch.randperm(320, generator=torch.Generator().manual_seed(2))
+    x = inputs_of(3, 320, F16)
+    p = wq.with_order(wq.pack(codes, scale, 4, zeros), order)
+
+    got = multiplied(p, x, None, device, subnormal=subnormal)
+
+    want = x.double()[:, order] @ decoded(codes, scale, 4, zeros).T
+    assert_close("order", got, want, RATIO[F16])
+    assert_close("reference", x.double() @ wq.reference(p).double().T, want, 1e-6)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], wq.Packed]] = {
+    "int3 zero": lambda codes, scale: wq.pack(codes % 8, scale, 3, zeros_like(scale, 3, True)),
+    "int8": lambda codes, scale: wq.pack(codes * 17, scale, 8),
+    "ordered": lambda codes, scale: wq.with_order(wq.pack(codes, scale, 4), torch.arange(192).flip(0)),
+    "e4m3": lambda codes, scale: wq.pack_floats(small_floats("e4m3", *codes.shape), scale, (1, 64)),
+    "e5m2": lambda codes, scale: wq.pack_floats(small_floats("e5m2", *codes.shape), scale[:, :1], (1, 192)),
+    "e2m1": lambda codes, scale: wq.pack_book(codes, BOOKS["e2m1"], scale),
+    "book": lambda codes, scale: wq.pack_book(codes, NF4, scale),
+}
+
+
+@pytest.mark.parametrize("dtype", RATIO)
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_in_one_launch(form: str, dtype: torch.dtype, device: torch.device, assert_close: Close) -> None:
+    codes, scale = weight(4, 70, 192, 3)
+    p = FORMS[form](codes, scale)
+    x, bias = inputs_of(3, 192, dtype), inputs_of(1, 70, dtype)[0]
+
+    got = multiplied(p, x, bias, device, dense=True)
+
+    assert_close(form, got, x.double() @ wq.reference(p).double().T + bias.double(), 2 * RATIO[dtype])
 
 
 @pytest.mark.parametrize("dtype", RATIO)
@@ -70,17 +221,13 @@ def test_kernel(
 def test_kernel_adds_the_low_rank_term_once(
     rows: int, rank: int, splits: int, dtype: torch.dtype, device: torch.device, assert_close: Close
 ) -> None:
-    from compress_kernels.gpu import launch
-    from compress_kernels.gpu import wq as gpu
-
     codes, scale = weight(4, 130, 640, 5)
     x, u, v = inputs_of(rows, 640, dtype), inputs_of(130, rank, dtype), inputs_of(rank, 640, dtype) / 30
-    p = wq.with_low_rank(wq.pack(codes.to(device), scale.to(device), 4), u.to(device), v.to(device))
 
-    got = gpu.linear(x.to(device), p, None, launch.Config(rows=16, outputs=64, splits=splits))
+    got = multiplied(wq.with_low_rank(wq.pack(codes, scale, 4), u, v), x, None, device, splits=splits)
 
     want = x.double() @ (decoded(codes, scale, 4) + u.double() @ v.double()).T
-    assert_close("wq", got.cpu(), want, 2 * RATIO[dtype])  # V x is rounded, too
+    assert_close("wq", got, want, 2 * RATIO[dtype])  # V x is rounded, too
 
 
 def test_op_adds_the_low_rank_term(assert_close: Close) -> None:
@@ -91,7 +238,7 @@ def test_op_adds_the_low_rank_term(assert_close: Close) -> None:
     got = wq.linear(p, x)
 
     assert_close("low rank", got, x.double() @ (decoded(codes, scale, 4) + u.double() @ v.double()).T, 2e-6)
-    torch.library.opcheck(wq.wq_linear, (x, p.words, None, p.scale, p.u, p.v, None, 4, 128, 64))
+    torch.library.opcheck(wq.wq_linear, (x, *arguments(p)))
 
 
 @pytest.mark.parametrize(("left", "right"), [((64, 5), (4, 256)), ((64, 129), (129, 256))])
@@ -118,7 +265,7 @@ def test_counters_of_split_inputs_are_left_zero(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *RATIO])
-@pytest.mark.parametrize("bits", wq.BITS)
+@pytest.mark.parametrize("bits", wq.INTEGERS)
 def test_op_on_the_cpu(bits: int, dtype: torch.dtype, assert_close: Close) -> None:
     out, inputs = SHAPES[bits]
     codes, scale = weight(bits, out, inputs, 1)
@@ -134,9 +281,34 @@ def test_op_is_registered_correctly() -> None:
     codes, scale = weight(4, 64, 256, 2)
     p = wq.pack(codes, scale, 4)
 
-    torch.library.opcheck(
-        wq.wq_linear, (inputs_of(3, 256, torch.float32), p.words, None, p.scale, None, None, None, 4, 128, 64)
-    )
+    torch.library.opcheck(wq.wq_linear, (inputs_of(3, 256, torch.float32), *arguments(p)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_op_of_every_form(form: str, assert_close: Close) -> None:
+    p = FORMS[form](*weight(4, 70, 192, 3))
+    x = inputs_of(2, 192, torch.float32)
+
+    got = wq.linear(p, x)
+
+    assert_close(form, got, x.double() @ wq.reference(p).double().T, 2e-6)
+    torch.library.opcheck(wq.wq_linear, (x, *arguments(p)), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("packing", "message"),
+    [
+        (lambda: wq.pack_floats(torch.full((64, 64), torch.nan).to(SMALL["e4m3"]), torch.ones(1, 1), (64, 64)), "NaN"),
+        (lambda: wq.pack_floats(torch.full((64, 64), torch.inf).to(SMALL["e5m2"]), torch.ones(1, 1), (64, 64)), "NaN"),
+        (lambda: wq.pack_floats(torch.zeros(64, 64), torch.ones(1, 1), (64, 64)), "data is torch.float32"),
+        (lambda: wq.pack_book(torch.zeros(64, 64).byte(), torch.zeros(17), torch.ones(64, 1)), "17 entries"),
+        (lambda: wq.pack(torch.zeros(64, 64).byte(), torch.ones(64, 1), 5), "form int5"),
+        (lambda: wq.with_order(wq.pack(*weight(4, 64, 64, 1), 4), torch.zeros(64)), "no permutation"),
+    ],
+)
+def test_what_has_no_kernel_is_not_packed(packing: Callable[[], wq.Packed], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        packing()
 
 
 def test_op_compiles_whole(assert_close: Close) -> None:
@@ -158,19 +330,26 @@ def test_op_compiles_whole(assert_close: Close) -> None:
         ({"words": torch.zeros(64, 2, 32, dtype=torch.int16).transpose(0, 1)}, "words is not contiguous"),
         ({"scale": torch.zeros(3, 64)}, "scale is torch.float32 of shape"),
         ({"bias": torch.zeros(63)}, "bias is torch.float32 of shape"),
-        ({"high": torch.zeros(1)}, "go with 3 bits"),
+        ({"high": torch.zeros(1)}, "high does not go with"),
+        ({"form": "int3"}, "high is missing"),
+        ({"form": "book"}, "book is missing"),
+        ({"form": "e2m1", "zero": torch.zeros(2, 64)}, "zero does not go with"),
+        ({"zero": torch.zeros(2, 64, dtype=torch.int8)}, "zero is torch.int8"),
+        ({"zero": torch.zeros(1, 64)}, "zero is torch.float32 of shape"),
+        ({"order": torch.arange(256)}, "order is torch.int64"),
         ({"u": torch.zeros(64, 16)}, "u and v go together"),
         ({"u": torch.zeros(64, 20), "v": torch.zeros(20, 256)}, "u has rank 20"),
         ({"u": torch.zeros(64, 16), "v": torch.zeros(16, 255)}, "v is torch.float32 of shape"),
-        ({"bits": 5}, "codes of 5 bits"),
+        ({"form": "int5"}, "weights of form int5"),
         ({"group": 48}, "groups of 48"),
     ],
 )
 def test_what_a_kernel_would_read_wrongly_is_refused(change: dict[str, object], message: str) -> None:
     codes, scale = weight(4, 64, 256, 2)
     p = wq.pack(codes, scale, 4)
-    right = {"x": torch.zeros(3, 256), "words": p.words, "high": None, "scale": p.scale, "u": None, "v": None,
-             "bias": None, "bits": 4, "group": 128, "out": 64}  # fmt: skip
+    right = {"x": torch.zeros(3, 256), "words": p.words, "high": None, "scale": p.scale, "zero": None,
+             "book": None, "order": None, "u": None, "v": None, "bias": None, "form": "int4", "group": 128,
+             "out": 64}  # fmt: skip
 
     with pytest.raises((ValueError, TypeError), match=message):
         wq.wq_linear(**(right | change))

@@ -54,7 +54,7 @@ def assembly(device: torch.device, shape: tuple[int, int]) -> Iterator[dict[str,
     """Inline assembly and plain Triton, bit for bit."""
     from compress_kernels.gpu.launch import Config
 
-    for bits in wq.BITS:
+    for bits in wq.INTEGERS:
         for dtype in (torch.float16, torch.bfloat16):
             packed = weights(bits, 128, shape, device)
             x = torch.randn(8, shape[1], generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)

@@ -90,3 +90,69 @@ def sign(plane: int, kind: str) -> str:
     """1 where bit `plane` of the words $1 is set, else -1: its complement moved to the sign of a one."""
     one = twice(bits_of(1.0, kind))
     return f"{{ .reg .b32 t; shl.b32 t,$1,{15 - plane}; lop3.b32 $0,t,{twice(0x8000)},{one},0xAE; }}"
+
+
+def signed(plane: int, kind: str) -> str:
+    """Byte `plane` of the words $1 as a number from -128 to 127: the words of eight bits hold `code ^ 128`."""
+    moved = "shr.u32 t,$1,8;" if plane else "mov.b32 t,$1;"
+    if kind == "fp16":  # the exclusive or brings the code back, into the mantissa of 1024
+        flipped = f" lop3.b32 t,t,{twice(0xFF)},{twice(MAGIC[kind] | 0x80)},0x6A; "
+        return "{ .reg .b32 t,a,c; " + moved + flipped + undo(0, kind, 128)
+    return (
+        "{ .reg .b32 t,u,a; " + moved + f" lop3.b32 u,t,{twice(0x80)},{twice(0x4300)},0xEA; "
+        f"lop3.b32 t,t,{twice(0x7F)},{twice(0x4300)},0xEA; mov.b32 a,{twice(0xBF80)}; fma.rn.bf16x2 $0,u,a,t; }}"
+    )
+
+
+def subnormal(bits: int, plane: int) -> str:
+    """Code `plane` of two or four bits as the float16 number `code * 2**(place - 24)`, place = bits * plane modulo 8.
+
+    The bits of a code are those of that number already: one AND. What is left, 2**place, is taken from x. Three bits
+    are two of the words $1 and, above them, one of the words $2.
+    """
+    low = 2 if bits == 3 else bits
+    shift, place = divmod(low * plane % 16, 8)
+    moved, start = ("shr.u32 t,$1,8; ", "t") if shift else ("", "$1")
+    if bits != 3:
+        return f"{{ .reg .b32 t; {moved}and.b32 $0,{start},{twice(((1 << bits) - 1) << place)}; }}"
+    up = plane - (place + 2)
+    high = f"shr.u32 u,$2,{up};" if up > 0 else f"shl.b32 u,$2,{-up};"
+    return (
+        f"{{ .reg .b32 t,u; {moved}{high} and.b32 t,{start},{twice(3 << place)}; "
+        f"lop3.b32 $0,u,{twice(4 << place)},t,0xEA; }}"
+    )
+
+
+SMALL = {"e4m3": (4, 3), "e5m2": (5, 2), "e2m1": (2, 1)}  # bits of the exponent and of the mantissa, after one of sign
+BIAS = {"fp16": 15, "bf16": 127}
+
+
+def rescale(form: str, kind: str) -> float:
+    """What a small float's bits, read as a wider float's with a larger bias, lack: a power of two."""
+    return float(2.0 ** (BIAS[kind] - (2 ** (SMALL[form][0] - 1) - 1)))
+
+
+def small(form: str, plane: int, kind: str) -> str:
+    """Small float `plane` of the words $1: its sign and the rest put in place, then an exact multiplication.
+
+    The multiplication makes subnormal numbers normal ones, before a tensor core sees them; e5m2 has the exponents of
+    float16 and needs none.
+    """
+    exponent, mantissa = SMALL[form]
+    bits, right = 1 + exponent + mantissa, MANTISSA[kind] - mantissa
+    up, move = 16 - bits * (plane + 1), bits * plane - right
+    sign = f"shl.b32 t,$1,{up};" if up else "mov.b32 t,$1;"
+    if rescale(form, kind) == 1:
+        return f"{{ .reg .b32 t; {sign} and.b32 $0,t,{twice(0xFF00)}; }}"
+    rest = f"shr.u32 u,$1,{move};" if move > 0 else f"shl.b32 u,$1,{-move};" if move else "mov.b32 u,$1;"
+    mask = twice(((1 << (bits - 1)) - 1) << right)
+    times = f"mov.b32 u,{twice(bits_of(rescale(form, kind), kind))};"
+    product = "mul.f16x2 $0,t,u;" if kind == "fp16" else f"mov.b32 v,{twice(0x8000)}; fma.rn.bf16x2 $0,t,u,v;"
+    return (
+        f"{{ .reg .b32 t,u,v; {sign} {rest} and.b32 u,u,{mask}; lop3.b32 t,t,{twice(0x8000)},u,0xEA; "
+        f"{times} {product} }}"
+    )
+
+
+# of the pairs $2 and $3 of two words, the first numbers in $0 and the second in $1
+UNZIP = "{ prmt.b32 $0,$2,$3,0x5410; prmt.b32 $1,$2,$3,0x7632; }"

@@ -16,6 +16,14 @@ KINDS = ("fp16", "bf16")
 INTEGER = tl.constexpr(
     tuple(asm.integer(b, j % (16 // b), kind) for b in (1, 2, 4, 8) for kind in KINDS for j in range(16))
 )
+SIGNED = tl.constexpr(tuple(asm.signed(j, kind) for kind in KINDS for j in range(2)))
+SUBNORMAL = tl.constexpr(tuple(asm.subnormal(b, j) for b in (2, 3, 4) for j in range(16)))
+SMALL = tl.constexpr(
+    tuple(
+        asm.small(f, j % (16 // (1 + sum(asm.SMALL[f]))), kind) for f in asm.SMALL for kind in KINDS for j in range(4)
+    )
+)
+UNZIP = tl.constexpr(asm.UNZIP)
 THREE = tl.constexpr(tuple(asm.three(j, kind) for kind in KINDS for j in range(16)))
 
 SIGN = tl.constexpr(tuple(asm.sign(j, kind) for kind in KINDS for j in range(16)))
@@ -54,3 +62,91 @@ def sign(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
         return bits.to(DTYPE, bitcast=True)
     else:
         return (((b_q >> J) & 1).to(tl.float32) * 2 - 1).to(DTYPE)
+
+
+@triton.jit
+def signed(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Byte J of int16 words, a number from -128 to 127, as DTYPE."""
+    if ASM:
+        AT: tl.constexpr = (DTYPE == tl.bfloat16) * 2 + J
+        bits = tl.inline_asm_elementwise(SIGNED[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
+        return bits.to(DTYPE, bitcast=True)
+    else:
+        return ((((b_q >> (8 * J)) & 255) ^ 128).to(tl.float32) - 128).to(DTYPE)
+
+
+@triton.jit
+def subnormal(b_q, b_high, J: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Plane J of codes of BITS bits (2, 3, 4) as float16 `code * 2**(place - 24)`, place = BITS * J modulo 8.
+
+    Three bits take the place of their lower two; `b_high` holds the third, and is not read for others.
+    """
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    if ASM:
+        AT: tl.constexpr = (BITS - 2) * 16 + J
+        if BITS == 3:
+            words = tl.inline_asm_elementwise(
+                SUBNORMAL[AT], "=r,r,r", [b_q, b_high], dtype=tl.int16, is_pure=True, pack=2
+            )
+        else:
+            words = tl.inline_asm_elementwise(SUBNORMAL[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
+        return words.to(tl.float16, bitcast=True)
+    else:
+        code = (b_q >> (LOW * J % 16)) & ((1 << LOW) - 1)
+        if BITS == 3:
+            code = code | (((b_high >> J) & 1) << 2)
+        return (code << (LOW * J % 8)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def small(b_q, J: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Plane J of small floats: e4m3, e5m2 or e2m1, without NaN and infinities, as DTYPE."""
+    BITS: tl.constexpr = 4 if FORM == "e2m1" else 8
+    if ASM:
+        KIND: tl.constexpr = (0 if FORM == "e4m3" else 2 if FORM == "e5m2" else 4) + (DTYPE == tl.bfloat16)
+        bits = tl.inline_asm_elementwise(SMALL[KIND * 4 + J], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
+        return bits.to(DTYPE, bitcast=True)
+    else:
+        MANTISSA: tl.constexpr = 3 if FORM == "e4m3" else 2 if FORM == "e5m2" else 1
+        TIMES: tl.constexpr = 2.0**120 if FORM == "e4m3" else 2.0**112 if FORM == "e5m2" else 2.0**126
+        code = ((b_q >> (BITS * J)) & ((1 << BITS) - 1)).to(tl.int32)
+        size = ((code & ((1 << (BITS - 1)) - 1)) << (23 - MANTISSA)).to(tl.float32, bitcast=True) * TIMES
+        return tl.where((code >> (BITS - 1)) != 0, -size, size).to(DTYPE)
+
+
+@triton.jit
+def pair(b_q, p_pairs, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Planes 2 J and 2 J + 1 of codes of four bits, from a table of the two floats that each byte stands for."""
+    b_t = tl.load(p_pairs + ((b_q >> (8 * J)) & 255).to(tl.int32))
+    if ASM:
+        even, odd = tl.inline_asm_elementwise(
+            UNZIP, "=r,=r,r,r", [b_t], dtype=(tl.int16, tl.int16), is_pure=True, pack=2
+        )
+    else:
+        even, odd = (b_t & 0xFFFF).to(tl.int16), ((b_t >> 16) & 0xFFFF).to(tl.int16)
+    return even.to(DTYPE, bitcast=True), odd.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def plane(
+    b_q, b_more, b_high, p_book, J: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, SUBNORMAL: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Plane J of the words of any form of weight, before its scale; `b_more` and `b_high` are read for three bits."""
+    if BITS == 3:
+        b_low = b_q if J < 8 else b_more
+        if SUBNORMAL:
+            return subnormal(b_low, b_high, J, BITS, ASM)
+        else:
+            return three(b_low, b_high, J, DTYPE, ASM)
+    elif SUBNORMAL:
+        return subnormal(b_q, b_q, J, BITS, ASM)
+    elif FORM == "book":
+        even, odd = pair(b_q, p_book + 256 * (DTYPE == tl.bfloat16), J // 2, DTYPE, ASM)
+        return even if J % 2 == 0 else odd
+    elif FORM == "int8":
+        return signed(b_q, J, DTYPE, ASM)
+    elif FORM == "int4" or FORM == "int2":
+        return integer(b_q, J, BITS, DTYPE, ASM)
+    else:
+        return small(b_q, J, FORM, DTYPE, ASM)

@@ -13,13 +13,16 @@ BUSY = 2  # programs for each multiprocessor that splitting the inputs aims at; 
 MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
 COUNTERS = 1 << 14  # tiles of one launch that may split the inputs
 STREAMS = 32
+DENSE_ABOVE = 256  # rows of x; above, decoding costs little beside a dense product at the full rate (specs: 256 to 512)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Tile of rows of x and of outputs, programs that share one tile, warps, stages of the pipeline.
 
-    Without `assembly` decoding is plain Triton: slower, for comparison.
+    Without `assembly` decoding is plain Triton: slower, for comparison. `dense` decodes the weight first. `subnormal`
+    reads codes as subnormal float16 numbers, with the fewest instructions; it is off, for no GPU has shown yet that
+    its tensor cores take such numbers as they are.
     """
 
     rows: int
@@ -28,6 +31,8 @@ class Config:
     warps: int = 4
     stages: int = 4
     assembly: bool = True
+    dense: bool = False
+    subnormal: bool = False
 
     @property
     def inline(self) -> bool:
@@ -40,7 +45,7 @@ def heuristic(m: int, n: int, blocks: int, device: torch.device) -> Config:
     rows = next((tile for tile in (8, 16, 32, 64) if m <= tile), 64)
     outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
     tiles = -(-n // outputs) * -(-m // rows)
-    return Config(rows=rows, outputs=outputs, splits=splits_for(tiles, blocks, device))
+    return Config(rows=rows, outputs=outputs, splits=splits_for(tiles, blocks, device), dense=m > DENSE_ABOVE)
 
 
 def splits_for(tiles: int, blocks: int, device: torch.device) -> int:

@@ -1,106 +1,213 @@
-"""y = x W^T for weights of integer codes in K-plane words, in groups along the inputs: kernel, launch, cases."""
+"""y = x W^T for weights of codes in K-plane words, in groups along the inputs: kernels, launches, cases."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from compress_kernels import formats, low_rank
+from compress_kernels import low_rank
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
-from compress_kernels.gpu.decode import KINDS, integer, three
+from compress_kernels.gpu.decode import KINDS, plane
 from compress_kernels.gpu.gemm import add_low_rank, finish, load_x
-from compress_kernels.wq import Packed
+from compress_kernels.gpu.prep import prepare
+from compress_kernels.prep import Prepared
+from compress_kernels.wq import BITS, Packed, plan_of, width_of
+
+
+@triton.jit
+def load_words(p_words, p_high, i_b, o_tile, R, P: tl.constexpr, BITS: tl.constexpr):
+    """The words of a tile of block i_b: with three bits, two of the lower bits and one of the third; else one."""
+    if BITS == 3:
+        b_high = tl.load(p_high + i_b * R * P + o_tile, eviction_policy="evict_first")
+        b_q = tl.load(p_words + 2 * i_b * R * P + o_tile, eviction_policy="evict_first")
+        b_more = tl.load(p_words + (2 * i_b + 1) * R * P + o_tile, eviction_policy="evict_first")
+        return b_q, b_more, b_high
+    else:
+        b_q = tl.load(p_words + i_b * R * P + o_tile, eviction_policy="evict_first")
+        return b_q, b_q, b_q
+
+
+@triton.jit
+def load_zero(p_zero, at, mask, FORM: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr):
+    """What a decoded number lacks: the zero of its grid, less the middle that decoding took away already."""
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    if ZERO:
+        return tl.load(p_zero + at, mask=mask, other=0).to(tl.float32) - (0 if SUBNORMAL else MIDDLE)
+    else:
+        return tl.full(at.shape, MIDDLE, tl.float32)
 
 
 @triton.jit
 def _wq_linear_kernel(
-    p_x, p_words, p_high, p_scale, p_t, p_u, p_bias, p_y, p_work, p_count, M, N, K, R,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    RANK: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    p_x, p_sums, p_factor, p_words, p_high, p_scale, p_zero, p_book, p_t, p_u, p_bias, p_y, p_work, p_count,
+    M, N, K, R, S,
+    FORM: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. GROUP 0 is one group a row."""
-    P: tl.constexpr = 32
+    """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. GROUP 0 is one group a row.
+
+    x has S numbers a row. With sums, those of every unit (a group, or a block of a larger one) times what its zero is
+    off are taken away: sum of scale (code - zero) x = scale (sum of code x - zero sum of x).
+    """
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     BLOCK: tl.constexpr = P * PLANES
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     PER: tl.constexpr = PLANES if GROUP == 0 or GROUP >= BLOCK else GROUP // P
+    LESS: tl.constexpr = ZERO or SUBNORMAL
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     o_p = tl.arange(0, P)
     o_tile = o_n[:, None] * P + o_p[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
+    b_all = tl.zeros((BM,), tl.float32)
     for i_b in range(tl.program_id(2), tl.cdiv(K, BLOCK), SPLITS):
-        if BITS == 3:
-            b_high = tl.load(p_high + i_b * R * P + o_tile, eviction_policy="evict_first")
-        else:
-            b_q = tl.load(p_words + i_b * R * P + o_tile, eviction_policy="evict_first")
+        b_q, b_more, b_high = load_words(p_words, p_high, i_b, o_tile, R, P, BITS)
         b_part = acc if GROUP == 0 else tl.zeros((BN, BM), tl.float32)
         for j in tl.static_range(PLANES):
-            if BITS == 3:
-                if j % 8 == 0:
-                    b_q = tl.load(p_words + (2 * i_b + j // 8) * R * P + o_tile, eviction_policy="evict_first")
-                b_w = three(b_q, b_high, j, DTYPE, ASM)
-            else:
-                b_w = integer(b_q, j, BITS, DTYPE, ASM)
-            b_x = load_x(p_x, o_m, i_b * BLOCK + j * P + o_p, M, K, EVEN)
+            b_w = plane(b_q, b_more, b_high, p_book, j, FORM, BITS, SUBNORMAL, DTYPE, ASM)
+            b_x = load_x(p_x, o_m, i_b * BLOCK + j * P + o_p, M, S, EVEN)
             b_part = tl.dot(b_w, b_x, b_part, input_precision="ieee")
-            if GROUP != 0 and (j + 1) % PER == 0:
-                i_g = (i_b * BLOCK + (j + 1 - PER) * P) // GROUP
-                b_s = tl.load(p_scale + i_g * R + o_n, mask=i_g * GROUP < K, other=0.0)  # a block may reach beyond K
-                acc += b_part * b_s.to(tl.float32)[:, None]
-                b_part = tl.zeros((BN, BM), tl.float32)
+            if (j + 1) % PER == 0:
+                at = i_b * BLOCK + (j + 1 - PER) * P  # the first input; a block may reach beyond the last
+                if LESS:
+                    b_sum = tl.load(p_sums + at // (PER * P) * M + o_m, mask=(o_m < M) & (at < K), other=0.0)
+                if GROUP == 0:
+                    if LESS:
+                        b_all += b_sum
+                else:
+                    o_g = at // GROUP * R + o_n
+                    b_s = tl.load(p_scale + o_g, mask=at < K, other=0.0).to(tl.float32)
+                    acc += b_part * (b_s * 16777216.0 if SUBNORMAL else b_s)[:, None]
+                    if LESS:
+                        b_z = load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, SUBNORMAL)
+                        acc -= (b_s * b_z)[:, None] * b_sum[None, :]
+                    b_part = tl.zeros((BN, BM), tl.float32)
         if GROUP == 0:
             acc = b_part
     if GROUP == 0:
-        acc *= tl.load(p_scale + o_n).to(tl.float32)[:, None]
+        b_s = tl.load(p_scale + o_n).to(tl.float32)
+        acc *= (b_s * 16777216.0 if SUBNORMAL else b_s)[:, None]
+        if LESS:
+            b_z = load_zero(p_zero, o_n, o_n < R, FORM, BITS, ZERO, SUBNORMAL)
+            acc -= (b_s * b_z)[:, None] * b_all[None, :]
+    if SUBNORMAL:
+        acc *= tl.load(p_factor + o_m, mask=o_m < M, other=0.0)[None, :]
     acc = add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK)
     finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS, SPLITS)
 
 
 def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config | None = None) -> Tensor:
-    """`x @ W.T + bias` of checked, contiguous tensors on one device; x is float16 or bfloat16."""
+    """`x @ W.T + bias` of checked, contiguous tensors on one device; x is float16 or bfloat16.
+
+    A configuration for many rows decodes the weight into memory and multiplies it as dense.
+    """
     m, k = x_MI.shape
-    n, width = w.shape[0], formats.block(1 if w.bits == 3 else w.bits)
+    n, width = w.shape[0], width_of(w)
     chosen = config or launch.heuristic(m, n, -(-k // width), x_MI.device)
+    if chosen.dense:
+        y = F.linear(x_MI, dense(w, x_MI.dtype), None if bias is None else bias.to(x_MI.dtype))
+        return y if w.u is None or w.v is None else y + low_rank.term(x_MI, w.u, w.v)
+    plan = plan_of(w, chosen.subnormal)
+    ready = prepare(x_MI, plan, w.order) if plan.needed else Prepared(x_MI, w.scale, w.scale)
     y_MN = x_MI.new_empty(m, n)
     t_MR = x_MI if w.v is None else low_rank.inner(x_MI, w.v)
     work, count = launch.workspace(chosen, m, n, x_MI.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)
     _wq_linear_kernel[grid](
-        x_MI, w.words, w.words if w.high is None else w.high, w.scale, t_MR, w.scale if w.u is None else w.u,
-        w.scale if bias is None else bias, y_MN, work, count,
-        m, n, k, w.words.shape[1],
-        BITS=w.bits, GROUP=w.group, BM=chosen.rows, BN=chosen.outputs, SPLITS=chosen.splits,
-        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=k % width == 0,
+        ready.x, ready.sums, ready.factor, w.words, given_or(w.high, w.words), w.scale, given_or(w.zero, w.scale),
+        given_or(w.book, w.words), t_MR, given_or(w.u, w.scale), given_or(bias, w.scale), y_MN, work, count,
+        m, n, k, w.words.shape[1], ready.x.shape[1],
+        FORM=w.form, BITS=BITS[w.form], GROUP=w.group, P=w.words.shape[2], BM=chosen.rows, BN=chosen.outputs,
+        SPLITS=chosen.splits, ZERO=w.zero is not None, SUBNORMAL=plan.subnormal,
+        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=ready.x.shape[1] % width == 0,
         ASM=chosen.inline, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y_MN
 
 
-def case(bits: int, group: int, rows: int, outputs: int, kind: str = "fp16", rank: int = 0) -> Case:
+def given_or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer must be of something, also where it is not read."""
+    return other if tensor is None else tensor
+
+
+@triton.jit
+def _wq_dense_kernel(
+    p_words, p_high, p_scale, p_zero, p_book, p_order, p_y, N, K, R,
+    FORM: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
+    ZERO: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Programs: tiles of outputs, blocks of inputs. Values are made float32, scaled, and rounded once."""
+    PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    DTYPE: tl.constexpr = p_y.dtype.element_ty
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_p = tl.arange(0, P)
+    i_b = tl.program_id(1)
+    b_q, b_more, b_high = load_words(p_words, p_high, i_b, o_n[:, None] * P + o_p[None, :], R, P, BITS)
+    for j in tl.static_range(PLANES):
+        at = (i_b * PLANES + j) * P
+        b_w = plane(b_q, b_more, b_high, p_book, j, FORM, BITS, False, DTYPE, ASM).to(tl.float32)
+        o_g = (0 if GROUP == 0 else at // GROUP) * R + o_n
+        if ZERO:
+            b_w -= load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, False)[:, None]
+        b_w *= tl.load(p_scale + o_g, mask=at < K, other=0.0).to(tl.float32)[:, None]
+        o_k = at + o_p
+        o_to = tl.load(p_order + o_k, mask=o_k < K, other=0) if ORDER else o_k
+        m_y = (o_n < N)[:, None] & (o_k < K)[None, :]
+        tl.store(p_y + o_n[:, None] * K + o_to[None, :], b_w.to(DTYPE), mask=m_y)
+
+
+def dense(w: Packed, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in], rounded to float16 or bfloat16, in one launch."""
+    n, k = w.shape
+    y_NK = w.words.new_empty(n, k, dtype=dtype)
+    _wq_dense_kernel[(w.words.shape[1] // 64, -(-k // width_of(w)))](
+        w.words, given_or(w.high, w.words), w.scale, given_or(w.zero, w.scale), given_or(w.book, w.words),
+        given_or(w.order, w.words), y_NK, n, k, w.words.shape[1],
+        FORM=w.form, BITS=BITS[w.form], GROUP=w.group, P=w.words.shape[2], BN=64, ZERO=w.zero is not None,
+        ORDER=w.order is not None, ASM=not launch.interpreted(), num_warps=4,
+    )  # fmt: skip
+    return y_NK
+
+
+def case(
+    form: str, group: int, rows: int, outputs: int, kind: str = "fp16", *, rank: int = 0, zero: bool = False,
+    subnormal: bool = False, warps: int = 4, stages: int = 4, places: int = 32,
+) -> Case:  # fmt: skip
     """One configuration to compile."""
-    width = formats.block(1 if bits == 3 else bits)
     floats = dict.fromkeys(("p_x", "p_t", "p_u", "p_bias", "p_y"), f"*{kind}")
     words = dict.fromkeys(("p_words", "p_high"), "*i16")
+    sums = dict.fromkeys(("p_sums", "p_factor"), "*fp32")
+    said = f" r{rank}" * (rank > 0) + " zero" * zero + " subnormal" * subnormal
     return Case(
-        name=f"wq int{bits} g{group} {kind} {rows}x{outputs}" + f" r{rank}" * (rank > 0),
+        name=f"wq {form} g{group} {kind} {rows}x{outputs}{said}",
         kernel=_wq_linear_kernel,
-        types=floats | words | SUMS | {"p_scale": "*fp16"} | dict.fromkeys("MNKR", "i32"),
+        types=floats | words | sums | SUMS | {"p_scale": "*fp16", "p_zero": "*u8", "p_book": "*i32"}
+        | dict.fromkeys("MNKRS", "i32"),
         constants={
-            "BITS": bits, "GROUP": group, "BM": rows, "BN": outputs, "SPLITS": 4, "RANK": rank, "BIAS": False,
-            "EVEN": True, "ASM": True,
+            "FORM": form, "BITS": BITS[form], "GROUP": group, "P": places, "BM": rows, "BN": outputs, "SPLITS": 4,
+            "ZERO": zero, "SUBNORMAL": subnormal, "RANK": rank, "BIAS": False, "EVEN": True, "ASM": True,
         },
-        weights=outputs * width,
+        weights=outputs * places * (16 if form == "int3" else 16 // BITS[form]),
+        warps=warps,
+        stages=stages,
     )  # fmt: skip
 
 
 CASES = [
-    *(case(bits, group, 8, 128, kind) for bits, group in ((2, 128), (4, 128), (8, 0)) for kind in KINDS),
-    *(case(3, 128, 8, 64, kind) for kind in KINDS),
-    case(4, 32, 8, 64),
-    case(4, 128, 16, 128),
-    case(4, 128, 64, 128),
-    case(4, 128, 16, 128, rank=64),
+    *(case(form, group, 8, 128, kind) for form, group in (("int2", 128), ("int4", 128), ("int8", 0)) for kind in KINDS),
+    *(case("int3", 128, 8, 64, kind) for kind in KINDS),
+    case("int4", 32, 8, 64),
+    case("int4", 128, 16, 128, rank=64),
+    case("int4", 128, 64, 128),
+    case("int4", 128, 8, 128, zero=True),
+    *(case(form, 128, 8, 128, subnormal=True) for form in ("int2", "int4")),
+    case("int3", 128, 8, 64, subnormal=True),
+    *(case("e4m3", 0, 8, 128, kind) for kind in KINDS),
+    case("e2m1", 32, 8, 128),
+    case("book", 64, 8, 128),
 ]
