@@ -247,6 +247,9 @@ SCHEMA = (
 )
 
 
+NAMES = tuple(argument.split()[1] for argument in SCHEMA[1 : SCHEMA.index(")")].split(", "))
+
+
 def taken(x: Tensor, rest: tuple[Any, ...]) -> tuple[Packed, Tensor | None]:
     """The weight and the bias of an op's arguments, checked."""
     words, high, scale, zero, book, order, u, v, bias, form, group, out = rest
@@ -274,3 +277,85 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 @wq_linear.register_fake
 def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-1])
+
+
+def dense(w: Packed, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in] without the low-rank term, rounded once to a dtype; on a GPU in one launch."""
+    tensors = (w.words, w.high, w.scale, w.zero, w.book, w.order)
+    return torch.as_tensor(wq_dense(*tensors, w.form, w.group, *w.shape, dtype))
+
+
+@torch.library.custom_op(
+    "compress::wq_dense",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor words, Tensor? high, Tensor scale, Tensor? zero, Tensor? book, Tensor? order, str form, int group, "
+    "int out, int inputs, ScalarType dtype) -> Tensor",
+)
+def wq_dense(*given: Any) -> Tensor:
+    """The matrix [out, in] of the tensors of a `Packed`."""
+    w, dtype = decodable(given)
+    return reference(w).to(dtype)
+
+
+@wq_dense.register_kernel("cuda")
+def _(*given: Any) -> Tensor:
+    from compress_kernels.gpu import wq
+
+    return wq.dense(*decodable(given))
+
+
+@wq_dense.register_fake
+def _(words: Tensor, *rest: Any) -> Tensor:
+    return words.new_empty(rest[-3], rest[-2], dtype=rest[-1])
+
+
+def decodable(arguments: tuple[Any, ...]) -> tuple[Packed, torch.dtype]:
+    """The weight of an op's arguments, checked, and the dtype that is asked for."""
+    words, high, scale, zero, book, order, form, group, out, inputs, dtype = arguments
+    if dtype not in given.HALVES and words.device.type != "cpu":
+        raise TypeError(f"wq_dense: dtype is {dtype}; GPU kernels give float16 and bfloat16")
+    w = Packed(words, high, scale, zero, book, order, None, None, form, group, (out, inputs))
+    check(scale.new_empty(0, inputs), w, None)
+    return w, dtype
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What the gradients need."""
+    *tensors, bias, ctx.form, ctx.group, ctx.out = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.of_bias = None if bias is None else bias.dtype
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, scale, u, v and bias; codes have none, zeros and books are taken as given."""
+    x, words, high, scale, zero, book, order, u, v = ctx.saved_tensors
+    w = Packed(words, high, scale, zero, book, order, u, v, ctx.form, ctx.group, (ctx.out, x.shape[-1]))
+    asked = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
+    x_MI, grad_MO = x.flatten(0, -2), grad.flatten(0, -2)
+    of_x = grad @ dense(w, x.dtype) if asked["x"] else None
+    of_scale = scale_gradient(w, x_MI, grad_MO) if asked["scale"] else None
+    of_u = of_v = None
+    if u is not None:
+        grad_MR = grad_MO @ u.to(grad.dtype)
+        of_x = None if of_x is None else of_x + (grad_MR @ v.to(x.dtype)).view_as(x)
+        of_u = (grad_MO.T @ low_rank.inner(x_MI, v)).to(u.dtype) if asked["u"] else None
+        of_v = (grad_MR.T @ x_MI).to(v.dtype) if asked["v"] else None
+    of_bias = grad_MO.sum(0).to(ctx.of_bias) if asked["bias"] else None
+    return (of_x, None, None, of_scale, None, None, None, of_u, of_v, of_bias, None, None, None)
+
+
+def scale_gradient(w: Packed, x_MI: Tensor, grad_MO: Tensor) -> Tensor:
+    """Of every group, [G, R]: the gradient of the matrix times what the codes stand for, summed. Makes matrices."""
+    wide = torch.promote_types(x_MI.dtype, torch.float32)
+    ordered_MI = x_MI if w.order is None else x_MI[:, w.order.long()]
+    product_OI = grad_MO.to(wide).T @ ordered_MI.to(wide) * values(w)
+    group = w.group or w.shape[1]
+    whole_OI = F.pad(product_OI, (0, formats.padded(w.shape[1], group) - w.shape[1]))
+    return formats.pack_groups(whole_OI.unflatten(1, (-1, group)).sum(-1)).to(w.scale.dtype)
+
+
+wq_linear.register_autograd(backward, setup_context=keep)

@@ -281,7 +281,7 @@ def test_op_is_registered_correctly() -> None:
     codes, scale = weight(4, 64, 256, 2)
     p = wq.pack(codes, scale, 4)
 
-    torch.library.opcheck(wq.wq_linear, (inputs_of(3, 256, torch.float32), *arguments(p)))
+    torch.library.opcheck(wq.wq_linear, (inputs_of(3, 256, torch.float32).requires_grad_(), *arguments(p)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -309,6 +309,48 @@ def test_op_of_every_form(form: str, assert_close: Close) -> None:
 def test_what_has_no_kernel_is_not_packed(packing: Callable[[], wq.Packed], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         packing()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_the_specification(form: str, assert_close: Close) -> None:
+    p = FORMS[form](*weight(4, 70, 192, 3))
+    u, v, bias = (inputs_of(*shape, torch.float64) for shape in ((70, 16), (16, 192), (1, 70)))
+    p = replace(p, scale=p.scale.double(), u=u, v=v)
+    x = inputs_of(6, 192, torch.float64).view(2, 3, 192)
+    leaves = [t.requires_grad_() for t in (x, p.scale, u, v, bias[0])]
+
+    def through_the_op(x: Tensor, scale: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return wq.linear(replace(p, scale=scale, u=u, v=v), x, bias)
+
+    def specified(x: Tensor, scale: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return x @ (wq.reference(replace(p, scale=scale)) + u @ v).T + bias
+
+    weights = inputs_of(6, 70, torch.float64).view(2, 3, 70)
+    got = torch.autograd.grad((through_the_op(*leaves) * weights).sum(), leaves)
+    want = torch.autograd.grad((specified(*leaves) * weights).sum(), leaves)
+
+    for name, a, b in zip(("x", "scale", "u", "v", "bias"), got, want, strict=True):
+        assert_close(name, a, b, 1e-12)
+
+
+def test_gradients_are_the_slopes() -> None:
+    p = wq.pack(*weight(4, 4, 32, 1), 4)
+    u, v, bias = (inputs_of(*shape, torch.float64) for shape in ((4, 16), (16, 32), (1, 4)))
+    x, scale = inputs_of(2, 32, torch.float64), p.scale.double()
+    leaves = [t.requires_grad_() for t in (x, scale, u, v, bias[0])]
+
+    def product(x: Tensor, scale: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return wq.linear(replace(p, scale=scale, u=u, v=v), x, bias)
+
+    assert torch.autograd.gradcheck(product, leaves)
+
+
+def test_decoding_op_is_registered_correctly() -> None:
+    p = FORMS["ordered"](*weight(4, 70, 192, 3))
+    given = (p.words, p.high, p.scale, p.zero, p.book, p.order, p.form, p.group, *p.shape, torch.bfloat16)
+
+    torch.library.opcheck(wq.wq_dense, given)
+    assert torch.equal(wq.dense(p, torch.bfloat16), wq.reference(p).bfloat16())
 
 
 def test_op_compiles_whole(assert_close: Close) -> None:
