@@ -57,7 +57,7 @@ class Prepared:
 
 
 def reference(x_MI: Tensor, plan: Plan, order: Tensor | None) -> Prepared:
-    """The specification. Sums are those of what was written, without the planes' powers, with the row's."""
+    """The specification. Sums are of what was written without the planes' powers; for subnormal codes, times 2**-24."""
     inputs = x_MI.shape[1]
     wide_MI = x_MI.float() if order is None else x_MI.float()[:, order.long()]
     wide_MI = torch.nn.functional.pad(wide_MI, (0, formats.padded(inputs, plan.block) - inputs))
@@ -68,5 +68,6 @@ def reference(x_MI: Tensor, plan: Plan, order: Tensor | None) -> Prepared:
         factor_M = torch.ldexp(factor_M, exponent_M - 15)
         place_I = torch.arange(wide_MI.shape[1], device=x_MI.device) // plan.places * plan.low % 8
     ready_MI = torch.ldexp(wide_MI / factor_M[:, None], -place_I).to(plan.dtype(x_MI))
-    sums_UM = torch.ldexp(ready_MI.float(), place_I).unflatten(1, (-1, plan.unit)).sum(-1).T
+    unit = 2.0**-24 if plan.subnormal else 1.0
+    sums_UM = (unit * torch.ldexp(ready_MI.float(), place_I)).unflatten(1, (-1, plan.unit)).sum(-1).T
     return Prepared(ready_MI if plan.writes else x_MI, sums_UM[: -(-inputs // plan.unit)], factor_M)

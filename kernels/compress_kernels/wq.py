@@ -23,7 +23,7 @@ INTEGERS = tuple(bits for form, bits in BITS.items() if form.startswith("int"))
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ENTRIES = 16  # of a codebook
-PAIRS = 256  # of entries, each in one of two dtypes
+BOOK = 2 * 8 + ENTRIES  # words of 32 bits: bytes of the entries in two dtypes, and the entries
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Packed:
 
     Values of integers are `code - zero`: `zero` is like scale, or None for 2**(bits - 1). Three bits are words of the
     lower two and words `high` of the third; words of eight bits hold `code ^ 128`. Values of a `book` are its entries:
-    int32, first the pairs that a byte of two codes stands for, in float16 and in bfloat16, then the float32 entries.
+    int32, the lower and then the upper bytes of the 16 entries in float16, those in bfloat16, the entries in float32.
     The inputs of the matrix are `x[order]`; `u` [out, rank] and `v` [rank, in] add U V.
     """
 
@@ -90,10 +90,10 @@ def pack_book(codes_OI: Tensor, book_E: Tensor, scale_OG: Tensor) -> Packed:
     if entries.tolist() == list(E2M1):
         return packed("e2m1", codes_OI, scale_OG)
     whole_E = F.pad(entries, (0, ENTRIES - len(entries)))
-    byte = torch.arange(PAIRS, device=codes_OI.device)
-    pairs = torch.stack((whole_E[byte & 15], whole_E[byte >> 4]), 1)
-    parts = [pairs.half().view(torch.int32), pairs.bfloat16().view(torch.int32), whole_E.view(torch.int32)]
-    return packed("book", codes_OI, scale_OG, book=torch.cat([part.flatten() for part in parts]))
+    halves = (whole_E.half(), whole_E.bfloat16())
+    bytes_of = [half.view(torch.uint8).view(-1, 2).T.contiguous().view(torch.int32) for half in halves]
+    parts = [part.flatten() for part in (*bytes_of, whole_E.view(torch.int32))]
+    return packed("book", codes_OI, scale_OG, book=torch.cat(parts))
 
 
 def with_order(w: Packed, order_I: Tensor) -> Packed:
@@ -216,7 +216,7 @@ def check(x: Tensor, w: Packed, bias: Tensor | None) -> None:
     optional: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype | None]] = {
         "high": (w.high, (blocks, rows, places), torch.int16),
         "zero": (w.zero, groups, torch.uint8 if w.zero is not None and w.zero.dtype == torch.uint8 else None),
-        "book": (w.book, (2 * PAIRS + ENTRIES,), torch.int32),
+        "book": (w.book, (BOOK,), torch.int32),
         "order": (w.order, (inputs,), torch.int32),
         "bias": (bias, (out,), None),
     }

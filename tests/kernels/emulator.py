@@ -51,19 +51,19 @@ def lop3(a: Registers, b: Registers, c: Registers, table: int) -> Registers:
     return result
 
 
-def prmt(a: Registers, b: Registers, selector: int) -> Registers:
-    source = [(x >> U32(8 * i)) & U32(255) for x in (a, b) for i in range(4)]
+def prmt(a: Registers, b: Registers, selector: Registers) -> Registers:
+    source = np.stack([(x >> U32(8 * i)) & U32(255) for x in (a, b) for i in range(4)])
     result = np.zeros_like(a)
     for place in range(4):
-        chosen = selector >> (4 * place) & 15
-        byte = source[chosen & 7]
-        if chosen & 8:  # the sign of the byte, eight times
-            byte = np.where(byte >> U32(7), U32(255), U32(0)).astype(U32)
-        result |= byte << U32(8 * place)
+        chosen = selector >> U32(4 * place) & U32(15)
+        byte = np.take_along_axis(source, (chosen & U32(7))[None].astype(np.int64), 0)[0]
+        sign = np.where(byte >> U32(7), U32(255), U32(0)).astype(U32)  # the sign of the byte, eight times
+        result |= np.where(chosen & U32(8), sign, byte) << U32(8 * place)
     return result
 
 
 PLAIN: dict[str, Callable[..., Registers]] = {
+    "prmt.b32": prmt,
     "mov.b32": lambda a: a,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
@@ -87,11 +87,9 @@ def run(asm: str, outputs: int, inputs: list[Registers]) -> list[Registers]:
             continue
         name, _, rest = line.strip().partition(" ")
         target, *sources = (part.strip() for part in rest.split(","))
-        if name in ("lop3.b32", "prmt.b32"):
-            *sources, immediate = sources
-            operands = [operand(values, source, size) for source in sources]
-            function = lop3 if name == "lop3.b32" else prmt
-            values[target] = function(*operands, int(immediate, 0))
+        if name == "lop3.b32":
+            *sources, table = sources
+            values[target] = lop3(*(operand(values, source, size) for source in sources), int(table, 0))
         else:
             values[target] = PLAIN[name](*(operand(values, source, size) for source in sources))
     return [values[f"${i}"] for i in range(outputs)]

@@ -104,12 +104,14 @@ def test_small_floats(emulator: ModuleType, form: str, plane: int, kind: str) ->
         assert finite.all() or (form == "e5m2" and not (power[~finite] < 2**exponent - 1).any())
 
 
-def test_pairs_are_taken_apart(emulator: ModuleType) -> None:
-    first, _ = emulator.every_word()
-    second = np.random.default_rng(1).permutation(first)
+def test_entries_of_a_book(emulator: ModuleType) -> None:
+    words, lanes = emulator.every_word()
+    entries = np.random.default_rng(2).permutation(1 << 16)[:16].astype(np.uint16)  # any bits
+    table = np.stack((entries & 255, entries >> 8)).astype(np.uint8).reshape(-1).view("<u4")
+    registers = [np.full_like(words, part) for part in table for _ in range(2)]
 
-    low, high = emulator.run(asm.UNZIP, 2, [first, second])
+    planes = emulator.run(asm.looked_up(), 4, [words, *registers])
 
-    for got, half in ((low, 0), (high, 1)):
-        for lane, source in zip(emulator.halves(got), (first, second), strict=True):
-            np.testing.assert_array_equal(lane, emulator.halves(source)[half])
+    for plane, got in enumerate(planes):
+        for value, lane in zip(emulator.halves(got), lanes, strict=True):
+            np.testing.assert_array_equal(value, entries[lane >> (4 * plane) & 15])

@@ -56,7 +56,7 @@ def multiplied(p: wq.Packed, x: Tensor, bias: Tensor | None, device: torch.devic
     from compress_kernels.gpu import launch
     from compress_kernels.gpu import wq as gpu
 
-    chosen = launch.Config(rows=16 if len(x) > 8 else 8, outputs=64, **config)
+    chosen = launch.Config(**({"rows": 16 if len(x) > 8 else 8, "outputs": 64} | config))
     there = replace(p, **{f.name: v.to(device) for f in fields(p) if isinstance(v := getattr(p, f.name), Tensor)})
     return gpu.linear(x.to(device), there, None if bias is None else bias.to(device), chosen).cpu()
 
@@ -247,6 +247,21 @@ def test_ranks_that_do_not_fit_are_refused(left: tuple[int, int], right: tuple[i
 
     with pytest.raises(ValueError, match="one rank, 1 to 128"):
         wq.with_low_rank(p, torch.zeros(left), torch.zeros(right))
+
+
+def test_tiles_that_do_not_divide_the_rows_are_refused(device: torch.device) -> None:
+    p = wq.pack(*weight(4, 130, 640, 5), 4)
+
+    with pytest.raises(ValueError, match="tiles of 128 outputs for 192 rows"):
+        multiplied(p, inputs_of(1, 640, F16), None, device, outputs=128)
+
+
+@pytest.mark.parametrize(("rows", "dense"), [(1, False), (256, False), (257, True)])
+def test_many_rows_are_decoded_first(rows: int, dense: bool, device: torch.device) -> None:
+    from compress_kernels.gpu import launch
+
+    assert launch.heuristic(rows, 4096, 32, device).dense is dense
+    assert not launch.heuristic(rows, 4096, 32, device).subnormal
 
 
 def test_counters_of_split_inputs_are_left_zero(device: torch.device) -> None:

@@ -154,5 +154,27 @@ def small(form: str, plane: int, kind: str) -> str:
     )
 
 
-# of the pairs $2 and $3 of two words, the first numbers in $0 and the second in $1
-UNZIP = "{ prmt.b32 $0,$2,$3,0x5410; prmt.b32 $1,$2,$3,0x7632; }"
+def looked_up() -> str:
+    """Planes 0 to 3 of the words $4, entries of a book of 16 numbers, in $0 to $3.
+
+    The book is eight registers $5, $7, ... $19 (a register pair each, for two lanes): the lower bytes of its entries,
+    then the upper bytes. A byte permutation looks four codes up in eight bytes; the fourth bit of a code, spread over
+    a byte, chooses between the halves of the book; then bytes are put side by side. No memory is read: a warp that
+    reads a table at 32 places waits for about as many of its lines.
+    """
+    low0, low1, low2, low3, up0, up1, up2, up3 = (f"${5 + 2 * i}" for i in range(8))
+
+    def word(select: str, mask: str, first: str, second: str) -> str:
+        """Planes 0 and 1 of one word in `first`, 2 and 3 in `second`."""
+        return (
+            f"prmt.b32 a,{low0},{low1},{select}; prmt.b32 b,{low2},{low3},{select}; lop3.b32 a,{mask},b,a,0xCA; "
+            f"prmt.b32 b,{up0},{up1},{select}; prmt.b32 c,{up2},{up3},{select}; lop3.b32 b,{mask},c,b,0xCA; "
+            f"prmt.b32 {first},a,b,0x5140; prmt.b32 {second},a,b,0x7362; "
+        )
+
+    return (
+        "{ .reg .b32 a,b,c,d,e,f,g,s,t,u,m,n; and.b32 s,$4,0x77777777; shr.u32 u,s,16; shl.b32 t,$4,4; "
+        "prmt.b32 m,t,$4,0xD9C8; prmt.b32 n,t,$4,0xFBEA; "
+        + word("s", "m", "d", "e") + word("u", "n", "f", "g")
+        + "prmt.b32 $0,d,f,0x5410; prmt.b32 $1,d,f,0x7632; prmt.b32 $2,e,g,0x5410; prmt.b32 $3,e,g,0x7632; }"
+    )  # fmt: skip

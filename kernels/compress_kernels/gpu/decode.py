@@ -23,7 +23,8 @@ SMALL = tl.constexpr(
         asm.small(f, j % (16 // (1 + sum(asm.SMALL[f]))), kind) for f in asm.SMALL for kind in KINDS for j in range(4)
     )
 )
-UNZIP = tl.constexpr(asm.UNZIP)
+LOOKED_UP = tl.constexpr(asm.looked_up())
+LOOKED_UP_OF = tl.constexpr("=r,=r,=r,=r,r" + ",r" * 16)
 THREE = tl.constexpr(tuple(asm.three(j, kind) for kind in KINDS for j in range(16)))
 
 SIGN = tl.constexpr(tuple(asm.sign(j, kind) for kind in KINDS for j in range(16)))
@@ -115,21 +116,34 @@ def small(b_q, J: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, ASM: tl
 
 
 @triton.jit
-def pair(b_q, p_pairs, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Planes 2 J and 2 J + 1 of codes of four bits, from a table of the two floats that each byte stands for."""
-    b_t = tl.load(p_pairs + ((b_q >> (8 * J)) & 255).to(tl.int32))
-    if ASM:
-        even, odd = tl.inline_asm_elementwise(
-            UNZIP, "=r,=r,r,r", [b_t], dtype=(tl.int16, tl.int16), is_pure=True, pack=2
-        )
+def load_book(p_book, FORM: tl.constexpr, DTYPE: tl.constexpr):
+    """The bytes of a book's entries as DTYPE, eight registers: the lower ones, then the upper ones."""
+    if FORM == "book":
+        p = p_book + 8 * (DTYPE == tl.bfloat16)
+        return (tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3),
+                tl.load(p + 4), tl.load(p + 5), tl.load(p + 6), tl.load(p + 7))  # fmt: skip
     else:
-        even, odd = (b_t & 0xFFFF).to(tl.int16), ((b_t >> 16) & 0xFFFF).to(tl.int16)
-    return even.to(DTYPE, bitcast=True), odd.to(DTYPE, bitcast=True)
+        return (0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@triton.jit
+def looked_up(b_q, book, p_book, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Plane J of codes of four bits: entries of `book`, of which `p_book` has the float32 numbers behind the bytes."""
+    if ASM:
+        planes = tl.inline_asm_elementwise(
+            LOOKED_UP, LOOKED_UP_OF,
+            [b_q, book[0], book[1], book[2], book[3], book[4], book[5], book[6], book[7]],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=2,
+        )  # fmt: skip
+        return planes[J].to(DTYPE, bitcast=True)
+    else:
+        at = ((b_q >> (4 * J)) & 15).to(tl.int32)
+        return tl.load(p_book + 16 + at).to(tl.float32, bitcast=True).to(DTYPE)
 
 
 @triton.jit
 def plane(
-    b_q, b_more, b_high, p_book, J: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, SUBNORMAL: tl.constexpr,
+    b_q, b_more, b_high, book, p_book, J: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, SUBNORMAL: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Plane J of the words of any form of weight, before its scale; `b_more` and `b_high` are read for three bits."""
@@ -142,8 +156,7 @@ def plane(
     elif SUBNORMAL:
         return subnormal(b_q, b_q, J, BITS, ASM)
     elif FORM == "book":
-        even, odd = pair(b_q, p_book + 256 * (DTYPE == tl.bfloat16), J // 2, DTYPE, ASM)
-        return even if J % 2 == 0 else odd
+        return looked_up(b_q, book, p_book, J, DTYPE, ASM)
     elif FORM == "int8":
         return signed(b_q, J, DTYPE, ASM)
     elif FORM == "int4" or FORM == "int2":

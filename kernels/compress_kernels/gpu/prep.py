@@ -37,7 +37,7 @@ def _prep_kernel(
             tl.store(p_factor + i_m, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
         place = (o_k // PLACES) * LOW % 8
         down = ((127 - place) << 23).to(tl.float32, bitcast=True)
-        back = ((127 + place) << 23).to(tl.float32, bitcast=True)
+        back = ((127 - 24 + place) << 23).to(tl.float32, bitcast=True)  # in units of the products with codes
         b_out = (b_x * up * down).to(tl.float16)
         b_x = b_out.to(tl.float32) * back
     else:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import low_rank
+from compress_kernels import formats, low_rank
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
-from compress_kernels.gpu.decode import KINDS, plane
+from compress_kernels.gpu.decode import KINDS, load_book, plane
 from compress_kernels.gpu.gemm import add_low_rank, finish, load_x
 from compress_kernels.gpu.prep import prepare
 from compress_kernels.prep import Prepared
-from compress_kernels.wq import BITS, Packed, plan_of, width_of
+from compress_kernels.wq import BITS, Packed, plan_of, width, width_of
 
 
 @triton.jit
@@ -65,11 +67,12 @@ def _wq_linear_kernel(
     o_tile = o_n[:, None] * P + o_p[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     b_all = tl.zeros((BM,), tl.float32)
+    book = load_book(p_book, FORM, DTYPE)
     for i_b in range(tl.program_id(2), tl.cdiv(K, BLOCK), SPLITS):
         b_q, b_more, b_high = load_words(p_words, p_high, i_b, o_tile, R, P, BITS)
         b_part = acc if GROUP == 0 else tl.zeros((BN, BM), tl.float32)
         for j in tl.static_range(PLANES):
-            b_w = plane(b_q, b_more, b_high, p_book, j, FORM, BITS, SUBNORMAL, DTYPE, ASM)
+            b_w = plane(b_q, b_more, b_high, book, p_book, j, FORM, BITS, SUBNORMAL, DTYPE, ASM)
             b_x = load_x(p_x, o_m, i_b * BLOCK + j * P + o_p, M, S, EVEN)
             b_part = tl.dot(b_w, b_x, b_part, input_precision="ieee")
             if (j + 1) % PER == 0:
@@ -82,7 +85,7 @@ def _wq_linear_kernel(
                 else:
                     o_g = at // GROUP * R + o_n
                     b_s = tl.load(p_scale + o_g, mask=at < K, other=0.0).to(tl.float32)
-                    acc += b_part * (b_s * 16777216.0 if SUBNORMAL else b_s)[:, None]
+                    acc += b_part * b_s[:, None]
                     if LESS:
                         b_z = load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, SUBNORMAL)
                         acc -= (b_s * b_z)[:, None] * b_sum[None, :]
@@ -91,12 +94,12 @@ def _wq_linear_kernel(
             acc = b_part
     if GROUP == 0:
         b_s = tl.load(p_scale + o_n).to(tl.float32)
-        acc *= (b_s * 16777216.0 if SUBNORMAL else b_s)[:, None]
+        acc *= b_s[:, None]
         if LESS:
             b_z = load_zero(p_zero, o_n, o_n < R, FORM, BITS, ZERO, SUBNORMAL)
             acc -= (b_s * b_z)[:, None] * b_all[None, :]
     if SUBNORMAL:
-        acc *= tl.load(p_factor + o_m, mask=o_m < M, other=0.0)[None, :]
+        acc = acc * 16777216.0 * tl.load(p_factor + o_m, mask=o_m < M, other=0.0)[None, :]
     acc = add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK)
     finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS, SPLITS)
 
@@ -107,8 +110,10 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
     A configuration for many rows decodes the weight into memory and multiplies it as dense.
     """
     m, k = x_MI.shape
-    n, width = w.shape[0], width_of(w)
-    chosen = config or launch.heuristic(m, n, -(-k // width), x_MI.device)
+    n, wide = w.shape[0], width_of(w)
+    chosen = config or fitted(w.form, launch.heuristic(m, n, -(-k // wide), x_MI.device), k % wide == 0)
+    if w.words.shape[1] % chosen.outputs:
+        raise ValueError(f"wq_linear: tiles of {chosen.outputs} outputs for {w.words.shape[1]} rows of words")
     if chosen.dense:
         y = F.linear(x_MI, dense(w, x_MI.dtype), None if bias is None else bias.to(x_MI.dtype))
         return y if w.u is None or w.v is None else y + low_rank.term(x_MI, w.u, w.v)
@@ -124,10 +129,27 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
         m, n, k, w.words.shape[1], ready.x.shape[1],
         FORM=w.form, BITS=BITS[w.form], GROUP=w.group, P=w.words.shape[2], BM=chosen.rows, BN=chosen.outputs,
         SPLITS=chosen.splits, ZERO=w.zero is not None, SUBNORMAL=plan.subnormal,
-        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=ready.x.shape[1] % width == 0,
+        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=ready.x.shape[1] % wide == 0,
         ASM=chosen.inline, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y_MN
+
+
+def fitted(form: str, config: launch.Config, even: bool) -> launch.Config:
+    """A configuration that neither spills nor needs more shared memory than there is, as compiling has shown.
+
+    `even` says that the blocks reach no further than the inputs. For few rows, two warps: a thread has more weights
+    to share the loop's overhead among, and one multiplication a warp is enough.
+    """
+    rows, outputs, stages = config.rows, config.outputs, config.stages
+    warps = 2 if rows <= 16 else 4
+    if form == "int3":  # sixteen planes and three sets of words are in flight
+        rows, outputs, warps, stages = min(rows, 32), outputs if rows <= 16 and even else 64, 4, 2
+    if form in ("int2", "book"):  # many planes, or a book in registers
+        warps = {8: 2, 64: 8}.get(rows, 4)
+    if form == "book":
+        stages = 2
+    return replace(config, rows=rows, outputs=outputs, warps=warps, stages=stages)
 
 
 def given_or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -147,10 +169,11 @@ def _wq_dense_kernel(
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_p = tl.arange(0, P)
     i_b = tl.program_id(1)
+    book = load_book(p_book, FORM, DTYPE)
     b_q, b_more, b_high = load_words(p_words, p_high, i_b, o_n[:, None] * P + o_p[None, :], R, P, BITS)
     for j in tl.static_range(PLANES):
         at = (i_b * PLANES + j) * P
-        b_w = plane(b_q, b_more, b_high, p_book, j, FORM, BITS, False, DTYPE, ASM).to(tl.float32)
+        b_w = plane(b_q, b_more, b_high, book, p_book, j, FORM, BITS, False, DTYPE, ASM).to(tl.float32)
         o_g = (0 if GROUP == 0 else at // GROUP) * R + o_n
         if ZERO:
             b_w -= load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, False)[:, None]
@@ -176,38 +199,55 @@ def dense(w: Packed, dtype: torch.dtype) -> Tensor:
 
 def case(
     form: str, group: int, rows: int, outputs: int, kind: str = "fp16", *, rank: int = 0, zero: bool = False,
-    subnormal: bool = False, warps: int = 4, stages: int = 4, places: int = 32,
+    subnormal: bool = False, even: bool = True,
 ) -> Case:  # fmt: skip
-    """One configuration to compile."""
+    """One configuration to compile, with the warps and stages that it would have."""
+    chosen = fitted(form, launch.Config(rows=rows, outputs=outputs, subnormal=subnormal), even)
     floats = dict.fromkeys(("p_x", "p_t", "p_u", "p_bias", "p_y"), f"*{kind}")
     words = dict.fromkeys(("p_words", "p_high"), "*i16")
     sums = dict.fromkeys(("p_sums", "p_factor"), "*fp32")
-    said = f" r{rank}" * (rank > 0) + " zero" * zero + " subnormal" * subnormal
+    said = f" r{rank}" * (rank > 0) + " zero" * zero + " subnormal" * subnormal + " ragged" * (not even)
     return Case(
-        name=f"wq {form} g{group} {kind} {rows}x{outputs}{said}",
+        name=f"wq {form} g{group} {kind} {chosen.rows}x{chosen.outputs}{said}",
         kernel=_wq_linear_kernel,
         types=floats | words | sums | SUMS | {"p_scale": "*fp16", "p_zero": "*u8", "p_book": "*i32"}
         | dict.fromkeys("MNKRS", "i32"),
         constants={
-            "FORM": form, "BITS": BITS[form], "GROUP": group, "P": places, "BM": rows, "BN": outputs, "SPLITS": 4,
-            "ZERO": zero, "SUBNORMAL": subnormal, "RANK": rank, "BIAS": False, "EVEN": True, "ASM": True,
+            "FORM": form, "BITS": BITS[form], "GROUP": group, "P": formats.PLACES, "BM": chosen.rows,
+            "BN": chosen.outputs, "SPLITS": 4, "ZERO": zero, "SUBNORMAL": subnormal, "RANK": rank, "BIAS": False,
+            "EVEN": even, "ASM": True,
         },
-        weights=outputs * places * (16 if form == "int3" else 16 // BITS[form]),
-        warps=warps,
-        stages=stages,
+        weights=chosen.outputs * width(form, group),
+        warps=chosen.warps,
+        stages=chosen.stages,
     )  # fmt: skip
 
 
+def hardest(form: str, m: int, n: int) -> Case:
+    """What is chosen for a shape, with all that costs registers: bfloat16, zeros, blocks that reach beyond."""
+    chosen = fitted(form, launch.heuristic(m, n, 8, torch.device("cpu")), False)
+    return case(form, 128, chosen.rows, chosen.outputs, "bf16", zero=form.startswith("int"), even=False)
+
+
+DENSE = Case(
+    name="wq dense int4 bf16 zero",
+    kernel=_wq_dense_kernel,
+    types={"p_words": "*i16", "p_high": "*i16", "p_scale": "*fp16", "p_zero": "*u8", "p_book": "*i32",
+           "p_order": "*i32", "p_y": "*bf16"} | dict.fromkeys("NKR", "i32"),
+    constants={"FORM": "int4", "BITS": 4, "GROUP": 128, "P": 32, "BN": 64, "ZERO": True, "ORDER": True, "ASM": True},
+)  # fmt: skip
 CASES = [
-    *(case(form, group, 8, 128, kind) for form, group in (("int2", 128), ("int4", 128), ("int8", 0)) for kind in KINDS),
-    *(case("int3", 128, 8, 64, kind) for kind in KINDS),
+    *(case(form, 128, 8, 128, kind) for form in ("int2", "int3", "int4") for kind in KINDS),
+    case("int8", 0, 8, 128, "bf16"),
     case("int4", 32, 8, 64),
+    case("int4", 128, 8, 128, zero=True),
     case("int4", 128, 16, 128, rank=64),
     case("int4", 128, 64, 128),
-    case("int4", 128, 8, 128, zero=True),
-    *(case(form, 128, 8, 128, subnormal=True) for form in ("int2", "int4")),
-    case("int3", 128, 8, 64, subnormal=True),
-    *(case("e4m3", 0, 8, 128, kind) for kind in KINDS),
+    *(case(form, 128, 8, 128, subnormal=True, zero=form == "int2") for form in ("int2", "int3", "int4")),
+    case("e4m3", 0, 8, 128, "bf16"),
     case("e2m1", 32, 8, 128),
     case("book", 64, 8, 128),
+    hardest("int3", 1, 28672),
+    *(hardest(form, 64, 28672) for form in ("int2", "int3", "book", "e2m1")),
+    DENSE,
 ]
