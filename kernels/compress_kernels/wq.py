@@ -20,6 +20,7 @@ from compress_kernels.prep import Plan
 
 BITS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "e4m3": 8, "e5m2": 8, "e2m1": 4, "book": 4}
 INTEGERS = tuple(bits for form, bits in BITS.items() if form.startswith("int"))
+SUBNORMAL = ("int2", "int3", "int4")  # forms that may be read as subnormal float16 numbers
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ENTRIES = 16  # of a codebook
@@ -160,7 +161,7 @@ def plan_of(w: Packed, subnormal: bool) -> Plan:
     """What a product with a weight wants of x."""
     wide, places = width_of(w), places_of(w.group)
     unit = w.group if 0 < w.group < wide else wide
-    asked = subnormal and w.form in ("int2", "int3", "int4")
+    asked = subnormal and w.form in SUBNORMAL
     low = 2 if w.form == "int3" else BITS[w.form]
     return Plan(block=wide, unit=unit, low=low, places=places, ordered=w.order is not None, subnormal=asked,
                 sums=w.zero is not None or asked)  # fmt: skip

@@ -73,4 +73,4 @@ def test_the_first_questions_are_answered_yes_by_the_interpreter(device: torch.d
     found = list(first.answers(device, shape=(64, 256), runs=3))
 
     assert [answer["question"] for answer in found if not answer["yes"]] == []
-    assert len(found) == 6 + 2 * len(wq.INTEGERS) + 2
+    assert len(found) == 6 + 2 * len(wq.BITS) + 2 * len(wq.SUBNORMAL) + 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.weights import BOOKS, Codebook, Dense, Nested, Permutation, Product, Quantized, Scaled
 from compress_kernels import wq
 
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -19,7 +20,7 @@ RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
 SHAPES = {2: (100, 576), 3: (70, 1024), 4: (130, 640), 8: (63, 320)}  # ragged rows, and blocks that reach beyond
 SMALL = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 NF4 = torch.tensor([-1, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1])
-BOOKS = {"book": NF4, "short": NF4[5:10], "e2m1": torch.tensor(wq.E2M1)}
+TABLES = {"book": NF4, "short": NF4[5:10], "e2m1": torch.tensor(wq.E2M1)}
 
 
 def weight(bits: int, rows: int, inputs: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ def test_kernel_of_small_floats(
 def test_kernel_of_books(
     book: str, rows: int, group: int, dtype: torch.dtype, device: torch.device, assert_close: Close
 ) -> None:
-    entries = BOOKS[book]
+    entries = TABLES[book]
     codes, scale = weight(4, 70, 192, 192 // group if group else 1)
     codes = codes % len(entries)
     matrix = (entries.double()[codes.long()].unflatten(1, (scale.shape[1], -1)) * scale.double()[..., None]).flatten(1)
@@ -199,7 +200,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], wq.Packed]] = {
     "ordered": lambda codes, scale: wq.with_order(wq.pack(codes, scale, 4), torch.arange(192).flip(0)),
     "e4m3": lambda codes, scale: wq.pack_floats(small_floats("e4m3", *codes.shape), scale, (1, 64)),
     "e5m2": lambda codes, scale: wq.pack_floats(small_floats("e5m2", *codes.shape), scale[:, :1], (1, 192)),
-    "e2m1": lambda codes, scale: wq.pack_book(codes, BOOKS["e2m1"], scale),
+    "e2m1": lambda codes, scale: wq.pack_book(codes, TABLES["e2m1"], scale),
     "book": lambda codes, scale: wq.pack_book(codes, NF4, scale),
 }
 
@@ -211,9 +212,12 @@ def test_decoding_in_one_launch(form: str, dtype: torch.dtype, device: torch.dev
     p = FORMS[form](codes, scale)
     x, bias = inputs_of(3, 192, dtype), inputs_of(1, 70, dtype)[0]
 
-    got = multiplied(p, x, bias, device, dense=True)
+    u, v = inputs_of(70, 16, dtype), inputs_of(16, 192, dtype) / 30
 
-    assert_close(form, got, x.double() @ wq.reference(p).double().T + bias.double(), 2 * RATIO[dtype])
+    got = multiplied(wq.with_low_rank(p, u, v), x, bias, device, dense=True)
+
+    want = x.double() @ (wq.reference(p).double() + u.double() @ v.double()).T + bias.double()
+    assert_close(form, got, want, 2 * RATIO[dtype])
 
 
 @pytest.mark.parametrize("dtype", RATIO)
@@ -262,6 +266,69 @@ def test_many_rows_are_decoded_first(rows: int, dense: bool, device: torch.devic
 
     assert launch.heuristic(rows, 4096, 32, device).dense is dense
     assert not launch.heuristic(rows, 4096, 32, device).subnormal
+
+
+def quantized(bits: int, scales: tuple[int, int], zero: torch.dtype | None) -> Quantized:
+    codes, _ = weight(bits, 70, 256, 1)
+    scale = torch.rand(scales, generator=torch.Generator().manual_seed(1)).half()
+    return Quantized(codes, scale, None if zero is None else zeros_like(scale, bits, zero is torch.float16), bits)
+
+
+def pack_quantized(w: Quantized) -> wq.Packed:
+    return wq.pack(w.codes, w.scale, w.bits, w.zero)
+
+
+def pack_scaled(w: Scaled) -> wq.Packed:
+    return wq.pack_floats(w.data, w.scale, (w.rows, w.columns))
+
+
+def pack_codebook(w: Codebook) -> wq.Packed:
+    return wq.pack_book(w.codes, w.book, w.scale.dense())
+
+
+def codebook(name: str, group: int) -> Codebook:
+    codes, scale = weight(4, 70, 256, 256 // group)
+    nested = Nested(torch.arange(scale.numel()).remainder(256).byte().view(scale.shape), torch.rand(
+        -(-scale.numel() // Nested.BLOCK)), torch.tensor([0.1]))  # fmt: skip
+    return Codebook(codes, BOOKS[name], nested if name == "nf4" else Dense(scale), name)
+
+
+def scaled(form: str, tile: tuple[int, int]) -> Scaled:
+    scale = torch.rand(-(-70 // tile[0]), -(-256 // tile[1]), generator=torch.Generator().manual_seed(1))
+    return Scaled(small_floats(form, 70, 256), scale, *tile)
+
+
+EXPRESSIONS: dict[str, tuple[Any, Callable[[Any], wq.Packed]]] = {
+    "int4 of one grid": (quantized(4, (1, 1), None), pack_quantized),
+    "int2g64": (quantized(2, (70, 4), torch.uint8), pack_quantized),
+    "int3row with real zeros": (quantized(3, (70, 1), torch.float16), pack_quantized),
+    "int8 of one grid with a zero": (quantized(8, (1, 1), torch.uint8), pack_quantized),
+    "e4m3tensor": (scaled("e4m3", (70, 256)), pack_scaled),
+    "e4m3b128x128": (scaled("e4m3", (128, 128)), pack_scaled),
+    "e4m3b64x192": (scaled("e4m3", (64, 192)), pack_scaled),
+    "e5m2row": (scaled("e5m2", (1, 256)), pack_scaled),
+    "nf4g64d": (codebook("nf4", 64), pack_codebook),
+    "mxfp4g32": (codebook("mxfp4", 32), pack_codebook),
+    "nvfp4g16": (codebook("nvfp4", 16), pack_codebook),
+}
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_the_specification_is_the_weight_expression(name: str) -> None:
+    expression, packing = EXPRESSIONS[name]
+
+    got = wq.reference(packing(expression))
+
+    torch.testing.assert_close(got, expression.dense(), rtol=1e-6, atol=0)
+
+
+def test_the_specification_of_an_order_is_the_weight_expression() -> None:
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(2))
+    inner = quantized(4, (70, 4), torch.uint8)
+
+    got = wq.reference(wq.with_order(pack_quantized(inner), order))
+
+    torch.testing.assert_close(got, Product(inner, Permutation(order)).dense())
 
 
 def test_counters_of_split_inputs_are_left_zero(device: torch.device) -> None:

@@ -44,23 +44,45 @@ def subnormals(device: torch.device) -> Iterator[dict[str, Any]]:
 
 def weights(bits: int, group: int, shape: tuple[int, int], device: torch.device) -> wq.Packed:
     """Random codes."""
-    generator = torch.Generator(device).manual_seed(bits)
-    codes = torch.randint(2**bits, shape, generator=generator, device=device, dtype=torch.uint8)
+    codes, scale = random(2**bits, group, shape, device)
+    return wq.pack(codes, scale, bits)
+
+
+def random(below: int, group: int, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes, and scales of groups."""
+    generator = torch.Generator(device).manual_seed(below)
+    codes = torch.randint(below, shape, generator=generator, device=device, dtype=torch.uint8)
     scale = torch.rand(shape[0], shape[1] // group if group else 1, generator=generator, device=device).half()
-    return wq.pack(codes, scale / 64, bits)
+    return codes, scale / 64
+
+
+def every_form(shape: tuple[int, int], device: torch.device) -> Iterator[tuple[str, wq.Packed]]:
+    """A weight of each form, in groups of 128."""
+    for bits in wq.INTEGERS:
+        yield f"int{bits}", weights(bits, 128, shape, device)
+    codes, scale = random(256, 128, shape, device)
+    for form, dtype in wq.FLOATS.items():
+        data = (codes % 120).view(dtype)  # without NaN and infinities
+        yield form, wq.pack_floats(data, scale, (1, 128))
+    codes, scale = random(16, 128, shape, device)
+    yield "e2m1", wq.pack_book(codes, torch.tensor(wq.E2M1, device=device), scale)
+    yield "book", wq.pack_book(codes, torch.linspace(-1, 1, 16, device=device), scale)
 
 
 def assembly(device: torch.device, shape: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Inline assembly and plain Triton, bit for bit."""
+    """Inline assembly and plain Triton, bit for bit; codes read as subnormal numbers against those that are not."""
     from compress_kernels.gpu.launch import Config
 
-    for bits in wq.INTEGERS:
+    config = Config(rows=8, outputs=64)
+    for form, packed in every_form(shape, device):
         for dtype in (torch.float16, torch.bfloat16):
-            packed = weights(bits, 128, shape, device)
             x = torch.randn(8, shape[1], generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
-            config = Config(rows=8, outputs=64)
             one, two = (product(packed, x, replace(config, assembly=on)) for on in (True, False))
-            yield {"question": f"assembly is plain Triton, int{bits} {dtype}", "yes": torch.equal(one, two)}
+            yield {"question": f"assembly is plain Triton, {form} {dtype}", "yes": torch.equal(one, two)}
+            if form in wq.SUBNORMAL:
+                other = product(packed, x, replace(config, subnormal=True))
+                error = float((one.double() - other.double()).norm() / one.double().norm())
+                yield {"question": f"subnormal codes, {form} {dtype}", "yes": error < 5e-3, "error": error}
 
 
 def product(packed: wq.Packed, x: Tensor, config: Any) -> Tensor:

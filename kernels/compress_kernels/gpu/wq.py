@@ -181,7 +181,7 @@ def _wq_dense_kernel(
         o_k = at + o_p
         o_to = tl.load(p_order + o_k, mask=o_k < K, other=0) if ORDER else o_k
         m_y = (o_n < N)[:, None] & (o_k < K)[None, :]
-        tl.store(p_y + o_n[:, None] * K + o_to[None, :], b_w.to(DTYPE), mask=m_y)
+        tl.store(p_y + o_n[:, None].to(tl.int64) * K + o_to[None, :], b_w.to(DTYPE), mask=m_y)
 
 
 def dense(w: Packed, dtype: torch.dtype) -> Tensor:
