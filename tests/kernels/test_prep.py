@@ -8,6 +8,7 @@ import torch
 from compress_kernels import prep
 
 pytest.importorskip("triton", reason="the kernels need triton")
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def plan(subnormal: bool, ordered: bool, low: int = 4, unit: int = 64) -> prep.Plan:

@@ -40,18 +40,21 @@ class Config:
         return self.assembly and not interpreted()
 
 
-def heuristic(m: int, n: int, blocks: int, device: torch.device) -> Config:
-    """A fair configuration for x of `m` rows, `n` outputs and so many blocks of inputs, without measuring."""
+def heuristic(m: int, n: int, blocks: int, device: torch.device, busy: int = BUSY) -> Config:
+    """A fair configuration for x of `m` rows, `n` outputs and so many blocks of inputs, without measuring.
+
+    `busy` programs for each multiprocessor are aimed at.
+    """
     rows = next((tile for tile in (8, 16, 32, 64) if m <= tile), 64)
     outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
     tiles = -(-n // outputs) * -(-m // rows)
-    return Config(rows=rows, outputs=outputs, splits=splits_for(tiles, blocks, device), dense=m > DENSE_ABOVE)
+    return Config(rows=rows, outputs=outputs, splits=splits_for(tiles, blocks, device, busy), dense=m > DENSE_ABOVE)
 
 
-def splits_for(tiles: int, blocks: int, device: torch.device) -> int:
+def splits_for(tiles: int, blocks: int, device: torch.device, busy: int = BUSY) -> int:
     """Programs that share the inputs of each of so many tiles, a power of two."""
     splits = 1
-    while splits < 16 and tiles * splits * 2 <= BUSY * multiprocessors(device) and splits * 2 <= blocks:
+    while splits < 16 and tiles * splits * 2 <= busy * multiprocessors(device) and splits * 2 <= blocks:
         splits *= 2
     return splits if tiles <= COUNTERS else 1
 

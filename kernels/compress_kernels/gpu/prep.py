@@ -19,7 +19,10 @@ def _prep_kernel(
     UNIT: tl.constexpr, UNITS: tl.constexpr, LOW: tl.constexpr, PLACES: tl.constexpr,
     ORDER: tl.constexpr, WRITE: tl.constexpr, SUBNORMAL: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of UNITS x UNIT inputs, rows of x. LOW bits of a code lie in a word of the planes' places."""
+    """Programs: tiles of UNITS x UNIT inputs, rows of x.
+
+    PLACES inputs share a plane; its place in a word is LOW bits above the one before, and counts modulo 8.
+    """
     i_m = tl.program_id(1)
     o_u = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     o_k = o_u[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
