@@ -317,7 +317,7 @@ def decodable(arguments: tuple[Any, ...]) -> tuple[Packed, torch.dtype]:
     if dtype not in given.HALVES and words.device.type != "cpu":
         raise TypeError(f"wq_dense: dtype is {dtype}; GPU kernels give float16 and bfloat16")
     w = Packed(words, high, scale, zero, book, order, None, None, form, group, (out, inputs))
-    check(scale.new_empty(0, inputs), w, None)
+    check(scale.new_empty(0, inputs, dtype=dtype), w, None)
     return w, dtype
 
 
@@ -336,7 +336,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, words, high, scale, zero, book, order, u, v = ctx.saved_tensors
     w = Packed(words, high, scale, zero, book, order, u, v, ctx.form, ctx.group, (ctx.out, x.shape[-1]))
     asked = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
-    x_MI, grad_MO = x.flatten(0, -2), grad.flatten(0, -2)
+    x_MI, grad_MO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, ctx.out)
     of_x = grad @ dense(w, x.dtype) if asked["x"] else None
     of_scale = scale_gradient(w, x_MI, grad_MO) if asked["scale"] else None
     of_u = of_v = None

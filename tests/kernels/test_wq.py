@@ -447,6 +447,33 @@ def test_op_compiles_whole(assert_close: Close) -> None:
     assert_close("compiled", got, wq.linear(p, x) + 1, 1e-6)
 
 
+def test_gradients_compile_whole(assert_close: Close) -> None:
+    p = FORMS["book"](*weight(4, 70, 192, 3))
+    u, v = inputs_of(70, 16, torch.float32), inputs_of(16, 192, torch.float32)
+    x, scale = inputs_of(3, 192, torch.float32), p.scale.float()
+    leaves = [t.requires_grad_() for t in (x, scale, u, v)]
+
+    def loss(x: Tensor, scale: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return wq.linear(replace(p, scale=scale, u=u, v=v), x).square().sum()
+
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+
+    for name, a, b in zip(("x", "scale", "u", "v"), got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        assert_close(name, a, b, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(192,), (0, 192), (2, 1, 192)])
+def test_op_takes_any_number_of_rows(shape: tuple[int, ...]) -> None:
+    p = FORMS["int8"](*weight(4, 70, 192, 3))
+    x = torch.ones(shape, requires_grad=True)
+
+    y = wq.linear(p, x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+
+    assert y.shape == (*shape[:-1], 70)
+    torch.testing.assert_close(grad, wq.reference(p).sum(0).expand(shape))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

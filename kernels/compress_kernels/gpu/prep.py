@@ -68,13 +68,13 @@ def prepare(x_MI: Tensor, plan: Plan, order: Tensor | None) -> Prepared:
 
 
 def case(kind: str, *, subnormal: bool) -> Case:
-    """One configuration to compile, of all that may be asked."""
+    """One configuration to compile: sums alone, or all that may be asked."""
     return Case(
         name=f"prep {kind}" + " subnormal" * subnormal,
         kernel=_prep_kernel,
         types={"p_x": f"*{kind}", "p_out": "*fp16" if subnormal else f"*{kind}", "p_order": "*i32", "p_sums": "*fp32",
                "p_factor": "*fp32"} | dict.fromkeys("MKS", "i32"),
-        constants={"UNIT": 128, "UNITS": 8, "LOW": 4, "PLACES": 32, "ORDER": True, "WRITE": True,
+        constants={"UNIT": 128, "UNITS": 8, "LOW": 4, "PLACES": 32, "ORDER": subnormal, "WRITE": subnormal,
                    "SUBNORMAL": subnormal, "SUMS": True},
     )  # fmt: skip
 
