@@ -1,0 +1,78 @@
+"""The inline assembly of N:M weights against what it stands for, bit for bit, in an emulator of its instructions."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compress_kernels import nm
+from compress_kernels.gpu import asm_spread
+
+KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CASES = [(keep, of, group) for of in nm.SIZES for keep in range(1, of) for group in range(16 // of)]
+
+
+@pytest.fixture(scope="module")
+def emulator(load_helper: Any) -> ModuleType:
+    return load_helper("emulator")  # type: ignore[no-any-return]
+
+
+def spread(words: Any, slots: list[Any], keep: int, of: int, group: int) -> list[Any]:
+    """Element by element: the front half of a group counts its slots from the first, the back half from the last."""
+    bit = nm.places(of, torch.device("cpu"))[group].tolist()
+    on = [(words >> b & 1).astype(bool) for b in bit]
+    planes = []
+    for e in range(of):
+        others = on[:e] if e < of // 2 else on[e + 1 :]
+        taken = np.sum([words != words, *others], axis=0)
+        at = taken if e < of // 2 else keep - 1 - taken
+        chosen = np.select([at == i for i in range(keep)], slots, 0)
+        planes.append(np.where(on[e], chosen, 0))
+    return planes
+
+
+@pytest.mark.parametrize(("keep", "of", "group"), CASES)
+def test_kept_values_reach_their_places(emulator: ModuleType, keep: int, of: int, group: int) -> None:
+    words, lanes = emulator.every_word()
+    bit = nm.places(of, torch.device("cpu"))[group].tolist()
+    allowed = [sum((lane.astype(int) >> b & 1) for b in bit) <= keep for lane in lanes]
+    random = np.random.default_rng(0)
+    slots = [random.integers(0, 1 << 32, size=words.size, dtype=np.uint32) for _ in range(keep)]
+
+    got = emulator.run(asm_spread.spread(keep, of, group), of, [*slots, words])
+
+    for lane, ok in enumerate(allowed):
+        values = [emulator.halves(slot)[lane] for slot in slots]
+        for plane, want in zip(got, spread(lanes[lane].astype(int), values, keep, of, group), strict=True):
+            np.testing.assert_array_equal(emulator.halves(plane)[lane][ok], want[ok])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plane", [0, 1])
+def test_eight_bit_floats(emulator: ModuleType, plane: int, kind: str) -> None:
+    words, lanes = emulator.every_word()
+
+    (got,) = emulator.run(asm_spread.eight_float(plane, kind), 1, [words])
+
+    for half, lane in zip(emulator.halves(got), lanes, strict=True):
+        byte = torch.from_numpy((lane.astype(int) >> (8 * plane) & 255).astype(np.uint8))
+        want = byte.view(torch.float8_e4m3fn).to(KINDS[kind]).view(torch.int16).numpy().view(np.uint16)
+        number = (byte.numpy() & 127) != 127
+        np.testing.assert_array_equal(half[number], want[number])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_zeros_are_subtracted_exactly(emulator: ModuleType, kind: str) -> None:
+    code = np.repeat(np.arange(-128.0, 128), 256)
+    zero = np.tile(np.arange(-128.0, 128), 256)
+    name = kind.replace("fp", "f")
+    twice = [emulator.joined(bits, bits) for bits in (emulator.to_bits(name, code), emulator.to_bits(name, zero))]
+
+    (got,) = emulator.run(asm_spread.less(kind), 1, twice)
+
+    for half in emulator.halves(got):
+        np.testing.assert_array_equal(emulator.from_bits(name, half), code - zero)
