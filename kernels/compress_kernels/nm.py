@@ -15,14 +15,14 @@ Shape suffixes: M rows of x, O out, I in, R padded rows, G groups of scales, B b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import formats, given
+from compress_kernels import formats, given, low_rank
 
 SIZES = (2, 4, 8, 16)  # M: what divides a word
 PLACES = (32, 16)  # words of a row of a block; a group of scales must be whole runs of them, 128 or 64 inputs of 2:4
@@ -34,7 +34,8 @@ DENSE_ROWS = 256  # of x, above which a dense copy and one product cost less tha
 class Packed:
     """A mask and what it keeps: `values` [B, C, R, P] floats, or words [B, W, R, P] of codes or of e4m3.
 
-    Kept weights are `scale * (code - 2**(bits - 1) - zero)`, `scale * e4m3` or the values themselves.
+    Kept weights are `scale * (code - 2**(bits - 1) - zero)`, `scale * e4m3` or the values themselves. `u` [out, rank]
+    and `v` [rank, in] add U V.
     """
 
     mask: Tensor
@@ -46,11 +47,14 @@ class Packed:
     of: int
     group: int
     shape: tuple[int, int]
+    u: Tensor | None = None
+    v: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
-        return sum(t.nbytes for t in (self.mask, self.values, self.scale, self.zero) if t is not None)
+        stored = (self.mask, self.values, self.scale, self.zero, self.u, self.v)
+        return sum(t.nbytes for t in stored if t is not None)
 
 
 def unsupported(format: str, keep: int, of: int, inputs: int, group: int) -> str:
@@ -118,6 +122,12 @@ def scaled(
     return Packed(
         pack_masks(mask_OI, of, words_of(of, group)), words, scale, zero, format, keep, of, group, (outputs, inputs)
     )
+
+
+def with_low_rank(packed: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
+    """The weight plus `U V`, whose product with x the end of the same kernel adds."""
+    u, v = low_rank.pack(u_OR, v_RI)
+    return replace(packed, u=u, v=v)
 
 
 def tuple_of(matrix_OI: Tensor) -> tuple[int, int]:
@@ -188,7 +198,7 @@ def pack_planes(planes_BCRP: Tensor, bits: int) -> Tensor:
 
 
 def reference(packed: Packed) -> Tensor:
-    """The specification: the float32 matrix [out, in]."""
+    """The specification: the float32 matrix [out, in], without the low-rank term."""
     outputs, inputs = packed.shape
     bits, per = BITS[packed.format], 16 // packed.of
     planes = packed.values
@@ -225,47 +235,54 @@ def permuted(x: Tensor, of: int, count: int) -> Tensor:
     return torch.as_tensor(F.pad(x, (0, padding)).unflatten(-1, (-1, count, of)).transpose(-1, -2).flatten(-3))
 
 
-def check(
-    op: str, like: Tensor, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    format: str, keep: int, of: int, group: int, out: int, inputs: int,
-) -> None:  # fmt: skip
-    """Refuse what a kernel would read wrongly. Raises ValueError or TypeError that names the argument."""
-    if problem := unsupported(format, keep, of, inputs, group):
+def check(op: str, w: Packed, x: Tensor) -> None:
+    """Refuse what a kernel would read wrongly; x says where. Raises ValueError or TypeError that names the argument."""
+    out, inputs = w.shape
+    if problem := unsupported(w.format, w.keep, w.of, inputs, w.group):
         raise ValueError(f"{op}: {problem}")
-    count, rows = words_of(of, group), formats.padded(out, formats.ROWS)
-    blocks = -(-inputs // (16 * count))
-    planes = 16 // of * keep if format == "half" else -(-16 // of * keep // (16 // BITS[format]))
-    if format == "half" and values.dtype not in given.HALVES:
-        raise ValueError(f"{op}: values is {given.described(values)}; they must be float16 or bfloat16")
-    given.expect(f"{op}: mask", mask, like, (blocks, rows, count), torch.int16)
-    dtype = values.dtype if format == "half" else torch.int16
-    given.expect(f"{op}: values", values, like, (blocks, planes, rows, count), dtype)
-    if (scale is None) != (format == "half") or (zero is not None and format not in ("int4", "int8")):
+    count, rows = words_of(w.of, w.group), formats.padded(out, formats.ROWS)
+    blocks, per = -(-inputs // (16 * count)), 16 // BITS[w.format]
+    half = w.format == "half"
+    if half and w.values.dtype not in given.HALVES:
+        raise ValueError(f"{op}: values is {given.described(w.values)}; they must be float16 or bfloat16")
+    given.expect(f"{op}: mask", w.mask, x, (blocks, rows, count), torch.int16)
+    shape = (blocks, -(-16 // w.of * w.keep // per), rows, count)
+    given.expect(f"{op}: values", w.values, x, shape, w.values.dtype if half else torch.int16)
+    if (w.scale is None) != half or (w.zero is not None and w.format not in ("int4", "int8")):
         raise ValueError(f"{op}: scales go with int4, int8 and fp8, and only with them; zeros with int4 and int8")
-    for name, numbers in (("scale", scale), ("zero", zero)):
+    for name, numbers in (("scale", w.scale), ("zero", w.zero)):
         if numbers is not None:
-            given.expect(f"{op}: {name}", numbers, like, (inputs // group if group else 1, rows), None)
+            given.expect(f"{op}: {name}", numbers, x, (inputs // w.group if w.group else 1, rows), None)
 
 
-def linear(packed: Packed, x: Tensor, bias: Tensor | None = None, planes: Tensor | None = None) -> Tensor:
+def check_product(w: Packed, x: Tensor, planes: Tensor | None, bias: Tensor | None) -> None:
+    """`check`, and what a product takes beside a weight."""
+    given.floats("nm_linear: x", x)
+    check("nm_linear", w, x)
+    low_rank.check("nm_linear", x, w.u, w.v, w.shape[0])
+    if planes is not None:
+        wide = formats.padded(x.shape[-1], 16 * w.mask.shape[2])
+        given.expect("nm_linear: planes", planes, x, (*x.shape[:-1], wide), x.dtype)
+    if bias is not None:
+        given.expect("nm_linear: bias", bias, x, (w.shape[0],), None)
+
+
+def fits(values: Tensor, format: str, dtype: torch.dtype) -> None:
+    """Refuse to mix two 16-bit floats on a GPU, whose kernels convert nothing."""
+    if dtype not in given.HALVES or (format == "half" and values.dtype != dtype):
+        raise TypeError(f"nm: values are {values.dtype}, x or the result {dtype}; a GPU takes one 16-bit float for all")
+
+
+def linear(w: Packed, x: Tensor, bias: Tensor | None = None, planes: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` for x [..., in]; `planes` is `nm_planes` of x, which several weights can share."""
-    return torch.as_tensor(
-        nm_linear(
-            x, planes, packed.mask, packed.values, packed.scale, packed.zero, bias,
-            packed.format, packed.keep, packed.of, packed.group, packed.shape[0],
-        )
-    )  # fmt: skip
+    tensors = (w.mask, w.values, w.scale, w.zero, w.u, w.v)
+    return torch.as_tensor(nm_linear(x, planes, *tensors, bias, w.format, w.keep, w.of, w.group, w.shape[0]))
 
 
-def dense(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in]."""
-    outputs, inputs = packed.shape
-    return torch.as_tensor(
-        nm_dense(
-            packed.mask, packed.values, packed.scale, packed.zero,
-            packed.format, packed.keep, packed.of, packed.group, outputs, inputs, dtype,
-        )
-    )  # fmt: skip
+def dense(w: Packed, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in], without the low-rank term."""
+    tensors = (w.mask, w.values, w.scale, w.zero)
+    return torch.as_tensor(nm_dense(*tensors, w.format, w.keep, w.of, w.group, *w.shape, dtype))
 
 
 @torch.library.custom_op("compress::nm_planes", mutates_args=(), device_types="cpu")
@@ -295,8 +312,9 @@ def nm_dense(
     format: str, keep: int, of: int, group: int, out: int, inputs: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The matrix [out, in] that the tensors of a `Packed` denote, rounded once to `dtype`."""
-    check("nm_dense", mask, mask, values, scale, zero, format, keep, of, group, out, inputs)
-    return reference(Packed(mask, values, scale, zero, format, keep, of, group, (out, inputs))).to(dtype)
+    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, inputs))
+    check("nm_dense", w, mask)
+    return reference(w).to(dtype)
 
 
 @nm_dense.register_kernel("cuda")
@@ -306,9 +324,10 @@ def _(
 ) -> Tensor:  # fmt: skip
     from compress_kernels.gpu import nm
 
-    check("nm_dense", mask, mask, values, scale, zero, format, keep, of, group, out, inputs)
+    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, inputs))
+    check("nm_dense", w, mask)
     fits(values, format, dtype)
-    return nm.dense(Packed(mask, values, scale, zero, format, keep, of, group, (out, inputs)), dtype)
+    return nm.dense(w, dtype)
 
 
 @nm_dense.register_fake
@@ -319,71 +338,60 @@ def _(
     return mask.new_empty(out, inputs, dtype=dtype)
 
 
-def fits(values: Tensor, format: str, dtype: torch.dtype) -> None:
-    """Refuse to mix two 16-bit floats on a GPU, whose kernels convert nothing."""
-    if dtype not in given.HALVES or (format == "half" and values.dtype != dtype):
-        raise TypeError(f"nm: values are {values.dtype}, x or the result {dtype}; a GPU takes one 16-bit float for all")
-
-
 @torch.library.custom_op("compress::nm_linear", mutates_args=(), device_types="cpu")
 def nm_linear(
     x: Tensor, planes: Tensor | None, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    bias: Tensor | None, format: str, keep: int, of: int, group: int, out: int,
+    u: Tensor | None, v: Tensor | None, bias: Tensor | None, format: str, keep: int, of: int, group: int, out: int,
 ) -> Tensor:  # fmt: skip
     """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`; `planes` is `nm_planes` of x, or made here."""
-    packed = checked(x, planes, mask, values, scale, zero, bias, format, keep, of, group, out)
-    return F.linear(x, reference(packed).to(x.dtype), bias)
+    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v)
+    check_product(w, x, planes, bias)
+    y = F.linear(x, reference(w).to(x.dtype), bias)
+    return y if u is None or v is None else y + low_rank.term(x, u, v)
 
 
 @nm_linear.register_kernel("cuda")
 def _(
     x: Tensor, planes: Tensor | None, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    bias: Tensor | None, format: str, keep: int, of: int, group: int, out: int,
+    u: Tensor | None, v: Tensor | None, bias: Tensor | None, format: str, keep: int, of: int, group: int, out: int,
 ) -> Tensor:  # fmt: skip
     from compress_kernels.gpu import nm
 
-    packed = checked(x, planes, mask, values, scale, zero, bias, format, keep, of, group, out)
+    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v)
+    check_product(w, x, planes, bias)
     fits(values, format, x.dtype)
-    return nm.product(x, planes, packed, bias)
+    return nm.product(x, planes, w, bias)
 
 
 @nm_linear.register_fake
 def _(
     x: Tensor, planes: Tensor | None, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    bias: Tensor | None, format: str, keep: int, of: int, group: int, out: int,
+    u: Tensor | None, v: Tensor | None, bias: Tensor | None, format: str, keep: int, of: int, group: int, out: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out)
 
 
-def checked(
-    x: Tensor, planes: Tensor | None, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    bias: Tensor | None, format: str, keep: int, of: int, group: int, out: int,
-) -> Packed:  # fmt: skip
-    """The weight, once every argument of `nm_linear` has been found right."""
-    given.floats("nm_linear: x", x)
-    check("nm_linear", x, mask, values, scale, zero, format, keep, of, group, out, x.shape[-1])
-    if planes is not None:
-        wide = formats.padded(x.shape[-1], 16 * mask.shape[2])
-        given.expect("nm_linear: planes", planes, x, (*x.shape[:-1], wide), x.dtype)
-    if bias is not None:
-        given.expect("nm_linear: bias", bias, x, (out,), None)
-    return Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]))
-
-
 def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep what the gradient of x needs: the weight, which is constant."""
-    x, _, mask, values, scale, zero, _, *ctx.rest = inputs
-    ctx.save_for_backward(mask, values, scale, zero)
-    ctx.inputs = x.shape[-1]
+    """Keep what gradients need."""
+    x, _, *tensors = inputs[:8]
+    ctx.save_for_backward(x, *tensors)
+    ctx.rest = inputs[9:-1]
 
 
-def gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Of x and the bias; the weight is constant."""
-    dx = None
-    if ctx.needs_input_grad[0]:
-        dx = grad @ nm_dense(*ctx.saved_tensors, *ctx.rest, ctx.inputs, grad.dtype)
-    dbias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[6] else None
-    return dx, None, None, None, None, None, dbias, *([None] * 5)
+def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """Of x, the low-rank factors and the bias; what is packed is constant."""
+    x, mask, values, scale, zero, u, v = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    dx = du = dv = None
+    if wanted[0]:
+        dx = dy @ nm_dense(mask, values, scale, zero, *ctx.rest, dy.shape[-1], x.shape[-1], dy.dtype)
+    if u is not None:
+        dt = dy @ u.to(dy.dtype)
+        dx = dx if dx is None else dx + dt @ v.to(dy.dtype)
+        du = (dy.flatten(0, -2).T @ low_rank.inner(x, v).flatten(0, -2)).to(u.dtype) if wanted[6] else None
+        dv = (dt.flatten(0, -2).T @ x.flatten(0, -2)).to(v.dtype) if wanted[7] else None
+    dbias = dy.flatten(0, -2).sum(0) if wanted[8] else None
+    return dx, None, None, None, None, None, du, dv, dbias, *([None] * 5)
 
 
 nm_linear.register_autograd(gradients, setup_context=remember)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress_kernels import nm
+from compress_kernels import low_rank, nm
 
 pytest.importorskip("triton", reason="the kernels need triton")
 Close = Callable[[str, Tensor, Tensor, float], None]
@@ -65,7 +65,7 @@ def inputs_of(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def moved(packed: nm.Packed, device: torch.device) -> nm.Packed:
-    names = ("mask", "values", "scale", "zero")
+    names = ("mask", "values", "scale", "zero", "u", "v")
     tensors = {name: t.to(device) for name in names if (t := getattr(packed, name)) is not None}
     return nm.Packed(**(vars(packed) | tensors))
 
@@ -78,7 +78,8 @@ def multiplied(
 
     ready = gpu.planes(x.to(device), packed.of, packed.mask.shape[2])
     config = launch.Config(rows=rows, outputs=64, splits=splits, stages=2)
-    return gpu.linear(ready, moved(packed, device), None if bias is None else bias.to(device), config).cpu()
+    t = None if packed.v is None else low_rank.inner(x, packed.v).to(device)
+    return gpu.linear(ready, t, moved(packed, device), None if bias is None else bias.to(device), config).cpu()
 
 
 # -- packing ---------------------------------------------------------------------------------------
@@ -248,6 +249,22 @@ def test_planes_may_be_made_before(device: torch.device) -> None:
     assert torch.equal(gpu.product(x, ready, packed, None), gpu.product(x, None, packed, None))
 
 
+@pytest.mark.parametrize(("format", "rank", "splits"), [("half", 5, 2), ("int4", 32, 1)])
+def test_the_low_rank_term_is_added_once(
+    format: str, rank: int, splits: int, device: torch.device, assert_close: Close
+) -> None:
+    packed, want = weight(format, 2, 4)
+    factors = inputs_of(OUT, rank, torch.float16), inputs_of(rank, want.shape[1], torch.float16)
+    packed = nm.with_low_rank(packed, *factors)
+    x = inputs_of(5, want.shape[1], torch.float16)
+
+    got = multiplied(packed, x, None, device, 8, splits)
+
+    whole = x.double() @ (want + factors[0].double() @ factors[1].double()).T
+    assert_close("nm", got, whole, RATIO[torch.float16])
+    assert_close("op", nm.linear(packed, x), whole, 2 * RATIO[torch.float16])
+
+
 # -- ops -------------------------------------------------------------------------------------------
 
 
@@ -270,22 +287,28 @@ def test_ops_are_registered_correctly(format: str) -> None:
     x = inputs_of(3, p.shape[1], torch.float32).requires_grad_()
     kind = (p.format, p.keep, p.of, p.group, OUT)
 
-    torch.library.opcheck(nm.nm_linear, (x, None, p.mask, p.values, p.scale, p.zero, torch.zeros(OUT), *kind))
+    torch.library.opcheck(
+        nm.nm_linear, (x, None, p.mask, p.values, p.scale, p.zero, None, None, torch.zeros(OUT), *kind)
+    )
     torch.library.opcheck(nm.nm_dense, (p.mask, p.values, p.scale, p.zero, *kind, p.shape[1], torch.float32))
     torch.library.opcheck(nm.nm_planes, (x.detach(), 4, 32))
 
 
 def test_gradients_are_those_of_the_dense_product(assert_close: Close) -> None:
     packed, want = weight("half", 2, 4)
+    factors = inputs_of(OUT, 16, torch.float64), inputs_of(16, IN, torch.float64)
     x, bias = inputs_of(4, IN, torch.float64).view(2, 2, IN), torch.zeros(OUT, dtype=torch.float64)
-    x.requires_grad_(), bias.requires_grad_()
+    packed = nm.with_low_rank(packed, *factors)
+    leaves = [t.requires_grad_() for t in (x, packed.u, packed.v, bias) if t is not None]
 
     nm.linear(packed, x, bias).square().sum().backward()
+    got = [leaf.grad for leaf in leaves]
+    again = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    (again[0] @ (want + again[1] @ again[2]).T + again[3]).square().sum().backward()
 
-    dy = 2 * (x.detach() @ want.T)
-    assert x.grad is not None and bias.grad is not None
-    assert_close("dx", x.grad, dy @ want, 1e-6)
-    assert_close("dbias", bias.grad, dy.sum((0, 1)), 1e-6)
+    for name, leaf, other in zip(("x", "u", "v", "bias"), got, again, strict=True):
+        assert leaf is not None and other.grad is not None
+        assert_close(name, leaf, other.grad, 1e-6)
 
 
 def test_op_compiles_whole(assert_close: Close) -> None:
@@ -309,6 +332,7 @@ def test_op_compiles_whole(assert_close: Close) -> None:
         ({"scale": torch.zeros(3, 128)}, "scale is torch.float32 of shape"),
         ({"zero": torch.zeros(128)}, "zero is torch.float32 of shape"),
         ({"bias": torch.zeros(1)}, "bias is torch.float32 of shape"),
+        ({"u": torch.zeros(OUT, 16)}, "u and v go together"),
         ({"format": "int5"}, "values as 'int5'"),
         ({"format": "half"}, "half in groups of 128"),
         ({"group": 48}, "in groups of 48"),
@@ -316,7 +340,7 @@ def test_op_compiles_whole(assert_close: Close) -> None:
 )
 def test_what_a_kernel_would_read_wrongly_is_refused(change: dict[str, Any], message: str) -> None:
     p, _ = weight("int4", 2, 4, group=128)
-    right = {"x": torch.zeros(3, 768), "planes": None, "bias": None, "out": OUT} | {
+    right = {"x": torch.zeros(3, 768), "planes": None, "u": None, "v": None, "bias": None, "out": OUT} | {
         name: getattr(p, name) for name in ("mask", "values", "scale", "zero", "format", "keep", "of", "group")
     }
 

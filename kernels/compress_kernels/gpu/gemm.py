@@ -1,7 +1,7 @@
 """What the products share: y^T = W x^T, so that decoded weights are the first operand of every multiplication.
 
 Also the end of a program: partial sums of programs that split the inputs are added by the last of them to arrive, in
-the order of their numbers, so that the same inputs give the same bits; then the low-rank term, the bias, the store.
+the order of their numbers, so that the same inputs give the same bits; then the bias, the store.
 """
 
 from __future__ import annotations
@@ -17,6 +17,23 @@ def load_x(p_x, o_m, o_k, M, K, EVEN: tl.constexpr):
     if not EVEN:
         mask = mask & (o_k < K)[:, None]
     return tl.load(p_x + o_m[None, :] * K + o_k[:, None], mask=mask, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK: tl.constexpr):
+    """In the programs of split 0, acc [n, m] plus U t^T: t [M, RANK] = x V^T and U [N, RANK]; RANK is a multiple of 16.
+
+    For the end of a program, after its scales and before `finish`; U is cast to the dtype of t, the sum is float32.
+    RANK 0 adds nothing.
+    """
+    if RANK:
+        if tl.program_id(2) == 0:
+            for r in tl.static_range(0, RANK, 16):
+                o_r = r + tl.arange(0, 16)
+                b_u = tl.load(p_u + o_n[:, None] * RANK + o_r[None, :], mask=(o_n < N)[:, None], other=0.0)
+                b_t = tl.load(p_t + o_m[None, :] * RANK + o_r[:, None], mask=(o_m < M)[None, :], other=0.0)
+                acc = tl.dot(b_u.to(b_t.dtype), b_t, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit

@@ -7,6 +7,7 @@ matrix, for many rows of x.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -14,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import nm
+from compress_kernels import low_rank, nm
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
-from compress_kernels.gpu.gemm import finish
+from compress_kernels.gpu.gemm import add_low_rank, finish
 from compress_kernels.gpu.spread import less, spread, value
 
 DENSE_TILE = 16  # rows of the matrix that a program decodes
@@ -26,9 +27,10 @@ SHARED = 81_920  # bytes of buffers that a program aims at: two programs on a mu
 
 @triton.jit
 def _nm_linear_kernel(
-    p_x, p_mask, p_values, p_scale, p_zero, p_bias, p_y, p_work, p_count, M, N, K, R,
+    p_x, p_mask, p_values, p_scale, p_zero, p_t, p_u, p_bias, p_y, p_work, p_count, M, N, K, R,
     FORMAT: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
+    P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr,
+    BIAS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. x is what `planes` gives."""
     BLOCK: tl.constexpr = 16 * P
@@ -76,6 +78,7 @@ def _nm_linear_kernel(
             acc = b_part
     if GROUP == 0 and FORMAT != "half":
         acc *= tl.load(p_scale + o_n).to(tl.float32)[:, None]
+    acc = add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK)
     finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS, SPLITS)
 
 
@@ -146,17 +149,18 @@ def in_order(planes, OF: tl.constexpr):
         return in_order(pairs, HALF)
 
 
-def product(x: Tensor, planes_of_x: Tensor | None, packed: nm.Packed, bias: Tensor | None) -> Tensor:
-    """`x @ W.T + bias` of checked tensors, by the kernel or, for many rows, with a dense copy of the matrix."""
-    x_MI = x.reshape(-1, x.shape[-1])
+def product(x: Tensor, ready: Tensor | None, w: nm.Packed, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias` of checked tensors, by the kernel or, for many rows, with a dense copy of the matrix.
+
+    `ready` is x as `planes` gives it.
+    """
+    x_MI = x.reshape(-1, x.shape[-1]).contiguous()
     if x_MI.shape[0] > nm.DENSE_ROWS:
-        return F.linear(x, dense(packed, x.dtype), None if bias is None else bias.to(x.dtype))
-    count = packed.mask.shape[2]
-    if planes_of_x is None:
-        x_MK = planes(x_MI.contiguous(), packed.of, count)
-    else:
-        x_MK = planes_of_x.reshape(x_MI.shape[0], -1)
-    return linear(x_MK, packed, bias).view(*x.shape[:-1], packed.shape[0])
+        y = F.linear(x, dense(w, x.dtype), None if bias is None else bias.to(x.dtype))
+        return y if w.u is None or w.v is None else y + low_rank.term(x, w.u, w.v)
+    x_MK = planes(x_MI, w.of, w.mask.shape[2]) if ready is None else ready.reshape(x_MI.shape[0], -1)
+    t_MR = None if w.v is None else low_rank.inner(x_MI, w.v)
+    return linear(x_MK, t_MR, w, bias).view(*x.shape[:-1], w.shape[0])
 
 
 def planes(x_MI: Tensor, of: int, count: int) -> Tensor:
@@ -168,89 +172,109 @@ def planes(x_MI: Tensor, of: int, count: int) -> Tensor:
     return y_MK
 
 
-def dense(packed: nm.Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] of a checked weight, in a 16-bit float."""
-    n, k = packed.shape
-    blocks, rows, count = packed.mask.shape
-    y_OI = packed.mask.new_empty(n, k, dtype=dtype)
+def dense(w: nm.Packed, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in] of a checked weight, in a 16-bit float, without the low-rank term."""
+    n, k = w.shape
+    blocks, rows, count = w.mask.shape
+    y_OI = w.mask.new_empty(n, k, dtype=dtype)
     _nm_dense_kernel[(-(-n // DENSE_TILE), blocks)](
-        packed.mask, bits_of(packed.values), *one_of(packed, y_OI), y_OI, n, k, rows,
-        FORMAT=packed.format, KEEP=packed.keep, OF=packed.of, GROUP=packed.group, ZERO=packed.zero is not None,
-        P=count, BN=DENSE_TILE, ASM=not launch.interpreted(), num_warps=4,
+        *weight(w), y_OI, n, k, rows,
+        **formed(w), P=count, BN=DENSE_TILE, ASM=not launch.interpreted(), num_warps=4,
     )  # fmt: skip
     return y_OI
 
 
-def linear(x_MK: Tensor, packed: nm.Packed, bias: Tensor | None, config: launch.Config | None = None) -> Tensor:
-    """`x @ W.T + bias` of checked, contiguous tensors on one device; x is what `planes` gives."""
-    m, (n, k) = x_MK.shape[0], packed.shape
-    rows, count = packed.mask.shape[1:]
-    chosen = config or heuristic(m, n, packed, x_MK.device)
+def linear(
+    x_MK: Tensor, t_MR: Tensor | None, w: nm.Packed, bias: Tensor | None, config: launch.Config | None = None
+) -> Tensor:
+    """`x @ W.T + bias` of checked, contiguous tensors on one device; x is what `planes` gives, t is `V x`."""
+    m, (n, k) = x_MK.shape[0], w.shape
+    rows, count = w.mask.shape[1:]
+    chosen = config or heuristic(m, n, w, x_MK.device)
     y_MN = x_MK.new_empty(m, n)
     work, counters = launch.workspace(chosen, m, n, x_MK.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)
     _nm_linear_kernel[grid](
-        x_MK, packed.mask, bits_of(packed.values), *one_of(packed, x_MK), x_MK if bias is None else bias,
-        y_MN, work, counters, m, n, k, rows,
-        FORMAT=packed.format, KEEP=packed.keep, OF=packed.of, GROUP=packed.group, ZERO=packed.zero is not None,
-        P=count, BM=chosen.rows, BN=chosen.outputs, SPLITS=chosen.splits, BIAS=bias is not None,
+        x_MK, *weight(w), some(t_MR, x_MK), some(w.u, x_MK), some(bias, x_MK), y_MN, work, counters, m, n, k, rows,
+        **formed(w), P=count, BM=chosen.rows, BN=chosen.outputs, SPLITS=chosen.splits,
+        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None,
         ASM=chosen.inline, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y_MN
 
 
-def heuristic(m: int, n: int, packed: nm.Packed, device: torch.device) -> launch.Config:
+def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Config:
     """As for every product, but in tiles whose blocks of inputs, long ones, fit the shared memory."""
-    blocks, _, count = packed.mask.shape
+    blocks, _, count = w.mask.shape
     chosen = launch.heuristic(m, n, blocks, device)
     rows = max(chosen.rows, 256 // count)  # 256 numbers of a plane of x: fewer are not copied asynchronously
-    outputs = 64 if packed.of == 16 or rows > 16 else chosen.outputs
-    block = 2 * count * (outputs * (1 + packed.values.shape[1]) + 16 * rows)
-    stages = min(4, 1 + max(1, SHARED // block))
-    return replace(chosen, rows=rows, outputs=outputs, stages=stages)
+    outputs = 64 if w.of > 4 or rows > 16 else chosen.outputs
+    block = 2 * count * (outputs * (1 + w.values.shape[1]) + 16 * rows)
+    return replace(chosen, rows=rows, outputs=outputs, stages=min(4, 1 + max(1, SHARED // block)))
 
 
-def bits_of(values: Tensor) -> Tensor:
-    """Floats or words, as int16."""
-    return values.view(torch.int16)
+def weight(w: nm.Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mask, bits of the values, scale and zero."""
+    return w.mask, w.values.view(torch.int16), some(w.scale, w.mask), some(w.zero, w.mask)
 
 
-def one_of(packed: nm.Packed, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero; where there is none, a pointer that is not read."""
-    return other if packed.scale is None else packed.scale, other if packed.zero is None else packed.zero
+def formed(w: nm.Packed) -> dict[str, Any]:
+    """The constants that say how a weight is stored."""
+    return {"FORMAT": w.format, "KEEP": w.keep, "OF": w.of, "GROUP": w.group, "ZERO": w.zero is not None}
+
+
+def some(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor, or a pointer that is not read."""
+    return other if tensor is None else tensor
 
 
 def case(
-    format: str, keep: int, of: int, rows: int, outputs: int, kind: str = "bf16", group: int = 128, zero: bool = False
-) -> Case:
-    """One configuration to compile; no group with 16-bit values."""
-    group = 0 if format == "half" else group
+    format: str, keep: int, of: int, rows: int, outputs: int, *,
+    kind: str = "bf16", group: int = 0, zero: bool = False, rank: int = 0,
+) -> Case:  # fmt: skip
+    """One configuration to compile."""
     count = nm.words_of(of, group)
-    floats = dict.fromkeys(("p_x", "p_bias", "p_y"), f"*{kind}")
-    words = dict.fromkeys(("p_mask", "p_values"), "*i16")
+    extra = f" g{group}" * bool(group) + " zero" * zero + f" r{rank}" * bool(rank)
     return Case(
-        name=f"nm {keep}:{of} {format}{f' g{group}' * bool(group)}{' zero' * zero} {kind} {rows}x{outputs}",
+        name=f"nm {keep}:{of} {format}{extra} {kind} {rows}x{outputs}",
         kernel=_nm_linear_kernel,
-        types=floats | words | SUMS | dict.fromkeys(("p_scale", "p_zero"), "*fp16") | dict.fromkeys("MNKR", "i32"),
+        types=types(kind) | SUMS,
         constants={
             "FORMAT": format, "KEEP": keep, "OF": of, "GROUP": group, "ZERO": zero, "P": count,
-            "BM": rows, "BN": outputs, "SPLITS": 4, "BIAS": False, "ASM": True,
+            "BM": rows, "BN": outputs, "SPLITS": 4, "RANK": rank, "BIAS": False, "ASM": True,
         },
         weights=outputs * 16 * count,
         stages=2,
     )  # fmt: skip
 
 
+def types(kind: str) -> dict[str, str]:
+    """The types of the arguments that the kernels share."""
+    floats = dict.fromkeys(("p_x", "p_t", "p_u", "p_bias", "p_y"), f"*{kind}")
+    words = dict.fromkeys(("p_mask", "p_values"), "*i16")
+    return floats | words | dict.fromkeys(("p_scale", "p_zero"), "*fp16") | dict.fromkeys("MNKR", "i32")
+
+
 CASES = [
     case("half", 2, 4, 8, 128),
-    case("half", 2, 4, 64, 64),
-    case("int4", 2, 4, 8, 128, "fp16"),
-    case("int4", 2, 4, 8, 128, zero=True),
+    case("half", 2, 4, 64, 64, rank=64),
+    case("int4", 2, 4, 8, 128, kind="fp16", group=128),
+    case("int4", 2, 4, 8, 128, group=128, zero=True),
     case("int4", 2, 4, 16, 128, group=64),
-    case("int8", 2, 4, 8, 128),
-    case("fp8", 2, 4, 8, 128),
+    case("int8", 2, 4, 8, 128, group=128),
+    case("fp8", 2, 4, 8, 128, group=128),
     case("half", 1, 4, 8, 128),
-    case("half", 2, 8, 8, 128),
+    case("half", 2, 8, 8, 64),
     case("half", 4, 8, 8, 64),
-    case("half", 8, 16, 8, 64),
-]
+    Case(
+        name="nm planes", kernel=_nm_planes_kernel, types=types("bf16"), constants={"OF": 4, "P": 32}, warps=1
+    ),
+    Case(
+        name="nm dense 2:4 int4",
+        kernel=_nm_dense_kernel,
+        types=types("bf16"),
+        constants={
+            "FORMAT": "int4", "KEEP": 2, "OF": 4, "GROUP": 128, "ZERO": True, "P": 32, "BN": DENSE_TILE, "ASM": True
+        },
+    ),
+]  # fmt: skip

@@ -1,0 +1,48 @@
+"""The low-rank term of a product: y += U (V x). `V x` is one small product; `gpu.gemm.add_low_rank` adds the rest.
+
+Ranks are padded with zeros to a multiple of STEP, the least that a tensor core multiplies; beyond MOST a product of its
+own is faster than the end of another's.
+Shape suffixes: M rows of x, O out, I in, R rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress_kernels import formats, given
+
+STEP = 16
+MOST = 128
+
+
+def pack(u_OR: Tensor, v_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors with the rank padded, contiguous. Raises ValueError if the ranks differ or are above `MOST`."""
+    rank = u_OR.shape[1]
+    if rank != v_RI.shape[0] or not 1 <= rank <= MOST:
+        raise ValueError(f"low-rank factors {tuple(u_OR.shape)} and {tuple(v_RI.shape)}: one rank, 1 to {MOST}")
+    more = formats.padded(rank, STEP) - rank
+    return F.pad(u_OR, (0, more)).contiguous(), F.pad(v_RI, (0, 0, 0, more)).contiguous()
+
+
+def check(op: str, x: Tensor, u: Tensor | None, v: Tensor | None, out: int) -> None:
+    """Refuse factors that do not fit x and the outputs, one line that names the argument."""
+    if (u is None) != (v is None):
+        raise ValueError(f"{op}: u and v go together; one is None")
+    if u is None or v is None:
+        return
+    rank = u.shape[-1]
+    if rank % STEP or not STEP <= rank <= MOST:
+        raise ValueError(f"{op}: u has rank {rank}; it must be a multiple of {STEP} up to {MOST}")
+    given.expect(f"{op}: u", u, x, (out, rank), None)
+    given.expect(f"{op}: v", v, x, (rank, x.shape[-1]), None)
+
+
+def inner(x: Tensor, v_RI: Tensor) -> Tensor:
+    """`V x` for every row of x, in the dtype of x: what `gpu.gemm.add_low_rank` takes."""
+    return F.linear(x, v_RI.to(x.dtype))
+
+
+def term(x: Tensor, u_OR: Tensor, v_RI: Tensor) -> Tensor:
+    """The specification: `U (V x)` for every row of x."""
+    return F.linear(inner(x, v_RI), u_OR.to(x.dtype))
