@@ -382,15 +382,12 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """Of x, the low-rank factors and the bias; what is packed is constant."""
     x, mask, values, scale, zero, u, v = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    dx = du = dv = None
+    dx = None
     if wanted[0]:
         dx = dy @ nm_dense(mask, values, scale, zero, *ctx.rest, dy.shape[-1], x.shape[-1], dy.dtype)
-    if u is not None:
-        dt = dy @ u.to(dy.dtype)
-        dx = dx if dx is None else dx + dt @ v.to(dy.dtype)
-        du = (dy.flatten(0, -2).T @ low_rank.inner(x, v).flatten(0, -2)).to(u.dtype) if wanted[6] else None
-        dv = (dt.flatten(0, -2).T @ x.flatten(0, -2)).to(v.dtype) if wanted[7] else None
+    more, du, dv = low_rank.gradients(x, u, v, dy, wanted[6:8])
     dbias = dy.flatten(0, -2).sum(0) if wanted[8] else None
+    dx = dx if dx is None or more is None else dx + more
     return dx, None, None, None, None, None, du, dv, dbias, *([None] * 5)
 
 

@@ -71,6 +71,7 @@ PLAIN: dict[str, Callable[..., Registers]] = {
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
     "not.b32": lambda a: ~a,
+    "popc.b32": lambda a: np.unpackbits(a.view(np.uint8).reshape(-1, 4), axis=1).sum(1, dtype=U32),
     "sub.f16x2": lambda a, b: packed("f16", lambda x, y: x - y, a, b),
     "mul.f16x2": lambda a, b: packed("f16", lambda x, y: x * y, a, b),
     "fma.rn.f16x2": lambda a, b, c: packed("f16", lambda x, y, z: x * y + z, a, b, c),

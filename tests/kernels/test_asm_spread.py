@@ -76,3 +76,11 @@ def test_whole_zeros_are_subtracted_exactly(emulator: ModuleType, kind: str) -> 
 
     for half in emulator.halves(got):
         np.testing.assert_array_equal(emulator.from_bits(name, half), code - zero)
+
+
+def test_bits_are_counted(emulator: ModuleType) -> None:
+    words, _ = emulator.every_word()
+
+    (got,) = emulator.run(asm_spread.COUNT, 1, [words])
+
+    np.testing.assert_array_equal(got, [int(word).bit_count() for word in words])

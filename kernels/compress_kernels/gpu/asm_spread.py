@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from compress_kernels.gpu.asm import bits_of, twice
 
+COUNT = "popc.b32 $0,$1;"  # the bits that are set in all 32
+
 
 def spread(keep: int, of: int, group: int) -> str:
     """Planes $0.. of the elements of a group, from the slots that follow and then the words of masks."""

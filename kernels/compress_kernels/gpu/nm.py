@@ -207,7 +207,8 @@ def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Conf
     """As for every product, but in tiles whose blocks of inputs, long ones, fit the shared memory."""
     blocks, _, count = w.mask.shape
     chosen = launch.heuristic(m, n, blocks, device)
-    rows = max(chosen.rows, 256 // count)  # 256 numbers of a plane of x: fewer are not copied asynchronously
+    most = 64 if launch.shared(device) > 160_000 else 32  # a block of 512 inputs of 64 rows is 64 KiB of x
+    rows = min(most, max(chosen.rows, 256 // count))  # 256 numbers of a plane: fewer are not copied asynchronously
     outputs = 64 if w.of > 4 or rows > 16 else chosen.outputs
     block = 2 * count * (outputs * (1 + w.values.shape[1]) + 16 * rows)
     return replace(chosen, rows=rows, outputs=outputs, stages=min(4, 1 + max(1, SHARED // block)))
