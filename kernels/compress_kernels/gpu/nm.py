@@ -21,7 +21,7 @@ from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import add_low_rank, finish
 from compress_kernels.gpu.spread import less, spread, value
 
-DENSE_TILE = 16  # rows of the matrix that a program decodes
+DENSE_TILE = 32  # rows of the matrix that a program decodes
 SHARED = 81_920  # bytes of buffers that a program aims at: two programs on a multiprocessor of every GPU since the A100
 
 
