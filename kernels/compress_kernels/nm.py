@@ -9,7 +9,10 @@ Layout. P words of 16 bits of a row hold the bitmaps of a block of 16 * P inputs
 scales. Group g of word p is M inputs from `(g * P + p) * M` of the block on; `places` says which bit belongs to which.
 Slot i of these groups is a plane of P values; planes are stored as they are or, of codes, several a word. Kept values
 of the front half of a group fill its slots from the first on, those of the back half from the last back, so a group may
-keep fewer than N. Element e of the P groups is a plane of x, once x is permuted so that planes are contiguous.
+keep fewer than N. Element e of the P groups is a plane of x, once x is permuted so that planes are contiguous. Of 4-bit
+codes in groups of four ("nibble"), a word of slot i holds that slot of the four groups of a word of masks, which can
+then be applied to all four codes at once, before they are decoded; so that a masked code, 0, denotes 0, codes are
+stored xor their zero.
 Shape suffixes: M rows of x, O out, I in, R padded rows, G groups of scales, B blocks, P places, C planes, W words.
 """
 
@@ -26,7 +29,8 @@ from compress_kernels import formats, given, low_rank, sparse_cores
 
 SIZES = (2, 4, 8, 16)  # M: what divides a word
 PLACES = (32, 16)  # words of a row of a block; a group of scales must be whole runs of them, 128 or 64 inputs of 2:4
-BITS = {"half": 16, "int4": 4, "int8": 8, "fp8": 8}
+BITS = {"half": 16, "int4": 4, "nibble": 4, "int8": 8, "fp8": 8}
+CODES = ("int4", "nibble", "int8")
 DENSE_ROWS = 256  # of x, above which a dense copy and one product cost less than decoding in every tile of rows; specs
 
 
@@ -62,6 +66,8 @@ def unsupported(format: str, keep: int, of: int, inputs: int, group: int) -> str
     """Why there is no kernel for such a weight, or nothing. `group` is 0 if a row has one scale."""
     if format not in BITS:
         return f"values as {format!r}; there are kernels for {', '.join(BITS)}"
+    if format == "nibble" and of != 4:
+        return f"{keep}:{of} as nibbles; four groups of four fill a word"
     if of not in SIZES or not 0 < keep < of:
         return f"{keep}:{of}; kernels take N:M with M of {', '.join(map(str, SIZES))} and 0 < N < M"
     if group and (format == "half" or inputs % group or not words_of(of, group)):
@@ -88,7 +94,9 @@ def pack(values_OI: Tensor, mask_OI: Tensor, keep: int, of: int) -> Packed:
             f"nm: values are {values_OI.dtype}; kept values are float16 or bfloat16, or codes with a scale"
         )
     planes = slots(values_OI, mask_OI, keep, of, "half", 0)
-    return Packed(pack_masks(mask_OI, of, PLACES[0]), planes, None, None, "half", keep, of, 0, tuple_of(mask_OI))
+    return Packed(
+        pack_masks(mask_OI, of, PLACES[0], "half"), planes, None, None, "half", keep, of, 0, tuple_of(mask_OI)
+    )
 
 
 def pack_codes(
@@ -96,10 +104,16 @@ def pack_codes(
 ) -> Packed:
     """Keep codes below 2**bits, 4 or 8, that denote `scale * (code - zero)`; zero None is 2**(bits - 1).
 
-    A kernel subtracts zeros in the dtype of x: exact if they are whole, else rounded.
+    A kernel subtracts zeros in the dtype of x: exact if they are whole, else rounded. Of M = 4, codes of 4 bits whose
+    zeros are codes are stored as `code xor zero`, "nibble": then a mask can be applied to four of them at once.
     """
     zero = None if zero_OG is None else formats.pack_groups((zero_OG.float() - 2.0 ** (bits - 1)).half())
-    return scaled(codes_OI, scale_OG, zero, f"int{bits}", mask_OI, keep, of)
+    codes = torch.arange(16.0, device=scale_OG.device)
+    if (bits, of) != (4, 4) or (zero_OG is not None and not bool(torch.isin(zero_OG.float(), codes).all())):
+        return scaled(codes_OI, scale_OG, zero, f"int{bits}", mask_OI, keep, of)
+    zeros_OG = torch.full_like(scale_OG, 8) if zero_OG is None else zero_OG
+    zeros_OI = zeros_OG.to(torch.uint8).repeat_interleave(codes_OI.shape[1] // scale_OG.shape[1], 1)
+    return scaled(codes_OI.to(torch.uint8) ^ zeros_OI, scale_OG, zero, "nibble", mask_OI, keep, of)
 
 
 def pack_float8(values_OI: Tensor, scale_OG: Tensor, mask_OI: Tensor, keep: int, of: int) -> Packed:
@@ -121,7 +135,15 @@ def scaled(
     words = pack_planes(slots(codes_OI, mask_OI, keep, of, format, group), BITS[format])
     scale = formats.pack_groups(scale_OG.expand(outputs, -1))
     return Packed(
-        pack_masks(mask_OI, of, words_of(of, group)), words, scale, zero, format, keep, of, group, (outputs, inputs)
+        pack_masks(mask_OI, of, words_of(of, group), format),
+        words,
+        scale,
+        zero,
+        format,
+        keep,
+        of,
+        group,
+        (outputs, inputs),
     )
 
 
@@ -152,20 +174,25 @@ def grouped(matrix_OI: Tensor, of: int, count: int) -> Tensor:
     return whole
 
 
-def pack_masks(mask_OI: Tensor, of: int, count: int) -> Tensor:
+def pack_masks(mask_OI: Tensor, of: int, count: int, format: str) -> Tensor:
     """The bitmap of a mask as int16 words [B, R, P]."""
-    bits_RBGPM = grouped(mask_OI, of, count).to(torch.int32) << places(of, mask_OI.device)[:, None]
+    bits_RBGPM = grouped(mask_OI, of, count).to(torch.int32) << places(of, format, mask_OI.device)[:, None]
     return bits_RBGPM.sum((2, 4), dtype=torch.int32).to(torch.int16).transpose(0, 1).contiguous()
 
 
-def unpack_masks(words_BRP: Tensor, of: int) -> Tensor:
+def unpack_masks(words_BRP: Tensor, of: int, format: str) -> Tensor:
     """The mask by rows, blocks, groups of a word, places and elements, bool [R, B, 16/M, P, M]."""
     words_RB1P1 = words_BRP.transpose(0, 1)[:, :, None, :, None].to(torch.int32)
-    return ((words_RB1P1 >> places(of, words_BRP.device)[:, None]) & 1).bool()
+    return ((words_RB1P1 >> places(of, format, words_BRP.device)[:, None]) & 1).bool()
 
 
-def places(of: int, device: torch.device) -> Tensor:
-    """The bit of every element of every group of a word, [16/M, M]; two of a group lie eight bits apart."""
+def places(of: int, format: str, device: torch.device) -> Tensor:
+    """The bit of every element of every group of a word, [16/M, M]; two of a group lie eight bits apart.
+
+    Of nibbles, the bits of a group lie end to end, where its codes lie.
+    """
+    if format == "nibble":
+        return torch.arange(16, dtype=torch.int32, device=device).view(4, 4)
     half = of // 2
     element_M = torch.arange(of, dtype=torch.int32, device=device)
     group_G = torch.arange(16 // of, dtype=torch.int32, device=device)
@@ -194,7 +221,8 @@ def slots(values_OI: Tensor, mask_OI: Tensor, keep: int, of: int, format: str, g
         raise ValueError(f"nm: a group of {of} keeps {int(mask.sum(-1).max())}; {keep}:{of} keeps at most {keep}")
     where = slot_of(mask, keep).masked_fill_(~mask, keep)
     planes = values.new_zeros(*values.shape[:-1], keep + 1).scatter_(-1, where, values)[..., :keep]
-    return planes.permute(1, 2, 4, 0, 3).flatten(1, 2).contiguous()
+    order = (1, 4, 2, 0, 3) if format == "nibble" else (1, 2, 4, 0, 3)  # a word of nibbles is one slot of four groups
+    return planes.permute(order).flatten(1, 2).contiguous()
 
 
 def pack_planes(planes_BCRP: Tensor, bits: int) -> Tensor:
@@ -216,13 +244,17 @@ def reference(packed: Packed) -> Tensor:
         planes = ((planes[:, :, None].to(torch.int32) >> at) & (2**bits - 1)).flatten(1, 2)
         planes = planes[:, : per * packed.keep]
     if packed.format == "fp8":
-        planes = planes.to(torch.uint8).view(torch.float8_e4m3fn)
-    kept_RBGPN = planes.float().unflatten(1, (per, packed.keep)).permute(3, 0, 1, 4, 2)
-    if packed.format in ("int4", "int8"):
-        kept_RBGPN = kept_RBGPN - 2.0 ** (bits - 1)
-    mask = unpack_masks(packed.mask, packed.of)
+        planes = planes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    if packed.format == "nibble":
+        kept_RBGPN = planes.unflatten(1, (packed.keep, per)).permute(3, 0, 2, 4, 1)
+    else:
+        kept_RBGPN = planes.unflatten(1, (per, packed.keep)).permute(3, 0, 1, 4, 2)
+    mask = unpack_masks(packed.mask, packed.of, packed.format)
     where = slot_of(mask, packed.keep).clamp(0, packed.keep - 1)
-    values_OI: Tensor = kept_RBGPN.gather(-1, where).flatten(1)[:outputs, :inputs]
+    stored_OI: Tensor = kept_RBGPN.gather(-1, where).flatten(1)[:outputs, :inputs]
+    if packed.format == "nibble":
+        stored_OI = stored_OI ^ (8 if packed.zero is None else spread_groups(packed.zero, packed).int() + 8)
+    values_OI = stored_OI.float() - (2.0 ** (bits - 1) if packed.format in CODES else 0)
     mask_OI = mask.flatten(1)[:outputs, :inputs]
     if packed.zero is not None:
         values_OI = values_OI - spread_groups(packed.zero, packed)
@@ -257,7 +289,7 @@ def check(op: str, w: Packed, x: Tensor) -> None:
     given.expect(f"{op}: mask", w.mask, x, (blocks, rows, count), torch.int16)
     shape = (blocks, -(-16 // w.of * w.keep // per), rows, count)
     given.expect(f"{op}: values", w.values, x, shape, w.values.dtype if half else torch.int16)
-    if (w.scale is None) != half or (w.zero is not None and w.format not in ("int4", "int8")):
+    if (w.scale is None) != half or (w.zero is not None and w.format not in CODES):
         raise ValueError(f"{op}: scales go with int4, int8 and fp8, and only with them; zeros with int4 and int8")
     for name, numbers in (("scale", w.scale), ("zero", w.zero)):
         if numbers is not None:

@@ -67,6 +67,7 @@ PLAIN: dict[str, Callable[..., Registers]] = {
     "mov.b32": lambda a: a,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
+    "mul.lo.u32": lambda a, b: a * b,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,

@@ -106,6 +106,17 @@ def test_any_mask_survives_packing(size: tuple[int, int], out: int, inputs: int,
     assert torch.equal(nm.reference(nm.pack(values, mask, keep, of)), values.float().masked_fill(~mask, 0))
 
 
+@pytest.mark.parametrize(("zero", "format"), [(None, "nibble"), (3.0, "nibble"), (2.5, "int4"), (16.0, "int4")])
+def test_codes_are_masked_while_packed_if_zeros_are_codes(zero: float | None, format: str) -> None:
+    codes, scale = torch.zeros(4, 512, dtype=torch.uint8), torch.ones(4, 1)
+    zeros = None if zero is None else torch.full((4, 1), zero)
+
+    packed = nm.pack_codes(codes, scale, zeros, 4, mask_of(2, 4, 4, 512), 2, 4)
+
+    assert packed.format == format
+    assert torch.equal(nm.reference(packed)[0].unique(), torch.tensor([-8.0 if zero is None else -zero, 0]).unique())
+
+
 def test_two_of_four_costs_nine_bits_an_input() -> None:
     packed = nm.pack(torch.randn(64, 1024).half(), mask_of(2, 4, 64, 1024), 2, 4)
     assert packed.nbytes * 8 == 9 * 64 * 1024
@@ -194,7 +205,9 @@ def test_formats(
     assert_close("nm", got, x.double() @ want.T, RATIO[dtype])
 
 
-@pytest.mark.parametrize(("bits", "of", "group"), [(4, 4, 128), (8, 4, 64), (4, 8, 768), (4, 2, 0), (8, 16, 256)])
+@pytest.mark.parametrize(
+    ("bits", "of", "group"), [(4, 4, 128), (4, 4, 64), (8, 4, 64), (4, 8, 768), (4, 2, 0), (8, 16, 256)]
+)
 @pytest.mark.parametrize("dtype", RATIO)
 def test_codes_with_zeros(
     bits: int, of: int, group: int, dtype: torch.dtype, device: torch.device, assert_close: Close
@@ -208,7 +221,12 @@ def test_codes_with_zeros(
 
 
 @pytest.mark.parametrize(
-    ("keep", "of", "format"), [*((*size, "half") for size in SOME), *((2, 4, format) for format in FORMATS)]
+    ("keep", "of", "format"),
+    [
+        *((*size, "half") for size in SOME),
+        *((2, 4, format) for format in ("int4", "int8", "fp8")),
+        *((keep, of, "int4") for keep, of in ((1, 4), (3, 4), (2, 8))),
+    ],
 )
 def test_dense_kernel(keep: int, of: int, format: str, device: torch.device) -> None:
     from compress_kernels.gpu import nm as gpu

@@ -8,7 +8,7 @@ from the last slot back: so each half needs only the masks of its own places, an
 
 from __future__ import annotations
 
-from compress_kernels.gpu.asm import bits_of, twice
+from compress_kernels.gpu.asm import MAGIC, MANTISSA, bits_of, setting, twice
 
 COUNT = "popc.b32 $0,$1;"  # the bits that are set in all 32
 
@@ -39,6 +39,35 @@ def masks(half: int, low: int, word: str) -> list[str]:
             lines.append(f"shl.b32 t,{word},{shift};")
         lines += [f"prmt.b32 k{b},{source},{source},0xAA88;", f"prmt.b32 k{b + half},{source},{source},0xBB99;"]
     return lines
+
+
+def spread_packed(keep: int) -> str:
+    """As `spread`, of groups of four, but of words of four codes of 4 bits: the groups of a word all at once.
+
+    Bit 4 g + e of a word of masks is element e of group g, so that a bit, times 15, is a mask of the code of its group.
+    """
+    word, slots = f"${4 + keep}", [f"${4 + i}" for i in range(keep)]
+    lines = ["{ .reg .b32 t,k0,k1,k2,k3,q0;"]
+    for e in range(4):
+        lines += [f"shr.u32 t,{word},{e};"] if e else [f"mov.b32 t,{word};"]
+        lines.append(f"and.b32 t,t,0x11111111; mul.lo.u32 k{e},t,15;")
+    return " ".join([*lines, *chosen([0, 1], slots), *chosen([3, 2], slots[::-1]), "}"])
+
+
+def nibble(plane: int, kind: str, zero: bool) -> str:
+    """Code `plane` of the words $1 of codes stored as `code xor zero`, minus the zero: 0 is 0, also where masked.
+
+    The zero is 8, or that which is in $2, a magic number with the zero at the place of the code, and in $3, minus both.
+    """
+    shift, place = setting(4, plane, kind)
+    moved = f"shr.u32 t,$1,{shift};" if shift else "mov.b32 t,$1;"
+    magic = "$2" if zero else twice(MAGIC[kind] ^ (8 << place))
+    scale, whole = 0.5**place, 2.0 ** MANTISSA[kind]
+    taken = "$3" if zero else twice(bits_of(-(whole * scale + 8), kind))
+    return (
+        f"{{ .reg .b32 t,a,c; {moved} lop3.b32 t,t,{twice(15 << place)},{magic},0x6A; "
+        f"mov.b32 a,{twice(bits_of(scale, kind))}; mov.b32 c,{taken}; fma.rn.{kind.replace('fp', 'f')}x2 $0,t,a,c; }}"
+    )
 
 
 def chosen(elements: list[int], slots: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from compress_kernels import low_rank, nm, sparse_cores
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import add_low_rank, finish
-from compress_kernels.gpu.spread import less, spread, value
+from compress_kernels.gpu.spread import less, nibbles, spread, spread_packed, value
 
 DENSE_TILE = 32  # rows of the matrix that a program decodes
 SHARED = 81_920  # bytes of buffers that a program aims at: two programs on a multiprocessor of every GPU since the A100
@@ -36,7 +36,7 @@ def _nm_linear_kernel(
     BLOCK: tl.constexpr = 16 * P
     RUNS: tl.constexpr = 16 // OF
     RUN: tl.constexpr = OF * P
-    PER: tl.constexpr = 1 if FORMAT == "half" else 4 if FORMAT == "int4" else 2
+    PER: tl.constexpr = 1 if FORMAT == "half" else 2 if FORMAT == "int8" or FORMAT == "fp8" else 4
     WORDS: tl.constexpr = (RUNS * KEEP + PER - 1) // PER
     UNTIL: tl.constexpr = RUNS if GROUP == 0 or GROUP >= BLOCK else GROUP // RUN
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -50,21 +50,27 @@ def _nm_linear_kernel(
     for i_b in range(tl.program_id(2), blocks, SPLITS):
         b_mask = tl.load(p_mask + i_b * R * P + o_tile, eviction_policy="evict_first")
         b_part = acc if GROUP == 0 else tl.zeros((BN, BM), tl.float32)
+        b_z = b_mask
+        if FORMAT == "nibble":
+            words = packed_words(p_values + i_b * WORDS * R * P + o_tile, b_mask, R, P, KEEP, ASM)
         for g in tl.static_range(RUNS):
             if GROUP != 0 and g % UNTIL == 0:  # long before its use
                 b_s = numbers(p_scale, i_b * BLOCK + g * RUN, K, R, o_n, GROUP)
             if ZERO and g % UNTIL == 0:
                 b_z = numbers(p_zero, i_b * BLOCK + g * RUN, K, R, o_n, GROUP).to(DTYPE)
-            values = tl.tuple(())
-            for i in tl.static_range(KEEP):
-                if (g * KEEP + i) % PER == 0:
-                    o_word = (i_b * WORDS + (g * KEEP + i) // PER) * R * P
-                    b_q = tl.load(p_values + o_word + o_tile, eviction_policy="evict_first")
-                b_v = value(b_q, g * KEEP + i, FORMAT, DTYPE, ASM)
-                if ZERO:
-                    b_v = less(b_v, b_z, DTYPE, ASM)
-                values = values + (b_v,)
-            planes = spread(values, b_mask, g, KEEP, OF, ASM)
+            if FORMAT == "nibble":
+                planes = nibbles(words, b_z, g, ZERO, DTYPE, ASM)
+            else:
+                values = tl.tuple(())
+                for i in tl.static_range(KEEP):
+                    if (g * KEEP + i) % PER == 0:
+                        o_word = (i_b * WORDS + (g * KEEP + i) // PER) * R * P
+                        b_q = tl.load(p_values + o_word + o_tile, eviction_policy="evict_first")
+                    b_v = value(b_q, g * KEEP + i, FORMAT, DTYPE, ASM)
+                    if ZERO:
+                        b_v = less(b_v, b_z, DTYPE, ASM)
+                    values = values + (b_v,)
+                planes = spread(values, b_mask, g, KEEP, OF, ASM)
             for e in tl.static_range(OF):
                 b_x = tl.load(
                     p_tile + (i_b * BLOCK + g * RUN + e * P), mask=(o_m < M)[None, :], other=0.0,
@@ -80,6 +86,15 @@ def _nm_linear_kernel(
         acc *= tl.load(p_scale + o_n).to(tl.float32)[:, None]
     acc = add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK)
     finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS, SPLITS)
+
+
+@triton.jit
+def packed_words(p_words, b_mask, R, P: tl.constexpr, KEEP: tl.constexpr, ASM: tl.constexpr):
+    """Words of four codes of each of the four elements of a block: masked while they are packed."""
+    slots = tl.tuple(())
+    for i in tl.static_range(KEEP):
+        slots = slots + (tl.load(p_words + i * R * P, eviction_policy="evict_first"),)
+    return spread_packed(slots, b_mask, KEEP, ASM)
 
 
 @triton.jit
@@ -109,25 +124,32 @@ def _nm_dense_kernel(
     BLOCK: tl.constexpr = 16 * P
     RUNS: tl.constexpr = 16 // OF
     RUN: tl.constexpr = OF * P
-    PER: tl.constexpr = 1 if FORMAT == "half" else 4 if FORMAT == "int4" else 2
+    PER: tl.constexpr = 1 if FORMAT == "half" else 2 if FORMAT == "int8" or FORMAT == "fp8" else 4
     WORDS: tl.constexpr = (RUNS * KEEP + PER - 1) // PER
     DTYPE: tl.constexpr = p_y.dtype.element_ty
     i_b = tl.program_id(1)
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_tile = o_n[:, None] * P + tl.arange(0, P)[None, :]
     b_mask = tl.load(p_mask + i_b * R * P + o_tile)
+    b_z = b_mask
+    if FORMAT == "nibble":
+        words = packed_words(p_values + i_b * WORDS * R * P + o_tile, b_mask, R, P, KEEP, ASM)
     for g in tl.static_range(RUNS):
         if ZERO:
             b_z = numbers(p_zero, i_b * BLOCK + g * RUN, K, R, o_n, GROUP).to(DTYPE)
-        values = tl.tuple(())
-        for i in tl.static_range(KEEP):
-            if (g * KEEP + i) % PER == 0:
-                b_q = tl.load(p_values + (i_b * WORDS + (g * KEEP + i) // PER) * R * P + o_tile)
-            b_v = value(b_q, g * KEEP + i, FORMAT, DTYPE, ASM)
-            if ZERO:
-                b_v = less(b_v, b_z, DTYPE, ASM)
-            values = values + (b_v,)
-        b_w = in_order(spread(values, b_mask, g, KEEP, OF, ASM), OF).to(DTYPE, bitcast=True)
+        if FORMAT == "nibble":
+            planes = nibbles(words, b_z, g, ZERO, DTYPE, ASM)
+        else:
+            values = tl.tuple(())
+            for i in tl.static_range(KEEP):
+                if (g * KEEP + i) % PER == 0:
+                    b_q = tl.load(p_values + (i_b * WORDS + (g * KEEP + i) // PER) * R * P + o_tile)
+                b_v = value(b_q, g * KEEP + i, FORMAT, DTYPE, ASM)
+                if ZERO:
+                    b_v = less(b_v, b_z, DTYPE, ASM)
+                values = values + (b_v,)
+            planes = spread(values, b_mask, g, KEEP, OF, ASM)
+        b_w = in_order(planes, OF).to(DTYPE, bitcast=True)
         if FORMAT != "half":
             b_s = numbers(p_scale, i_b * BLOCK + g * RUN, K, R, o_n, GROUP)
             b_w = (b_w.to(tl.float32) * b_s[:, None]).to(DTYPE)
@@ -263,10 +285,10 @@ def types(kind: str) -> dict[str, str]:
 CASES = [
     case("half", 2, 4, 8, 128),
     case("half", 2, 4, 64, 64, rank=64),
-    case("int4", 2, 4, 8, 128, kind="fp16", group=128),
-    case("int4", 2, 4, 8, 128, group=128, zero=True),
-    case("int4", 2, 4, 16, 128, group=64),
-    case("int8", 2, 4, 8, 128, group=128),
+    case("nibble", 2, 4, 8, 128, kind="fp16", group=128),
+    case("nibble", 2, 4, 8, 128, group=128, zero=True),
+    case("nibble", 2, 4, 16, 128, group=64),
+    case("int4", 2, 8, 16, 64, group=128, zero=True),
     case("fp8", 2, 4, 8, 128, group=128),
     case("half", 1, 4, 8, 128),
     case("half", 2, 8, 8, 64),
@@ -275,11 +297,11 @@ CASES = [
         name="nm planes", kernel=_nm_planes_kernel, types=types("bf16"), constants={"OF": 4, "P": 32}, warps=1
     ),
     Case(
-        name="nm dense 2:4 int4",
+        name="nm dense 2:4 nibble",
         kernel=_nm_dense_kernel,
         types=types("bf16"),
         constants={
-            "FORMAT": "int4", "KEEP": 2, "OF": 4, "GROUP": 128, "ZERO": True, "P": 32, "BN": DENSE_TILE, "ASM": True
+            "FORMAT": "nibble", "KEEP": 2, "OF": 4, "GROUP": 128, "ZERO": True, "P": 32, "BN": DENSE_TILE, "ASM": True
         },
     ),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from compress_kernels.gpu import asm_spread
+from compress_kernels.gpu.asm import MAGIC, MANTISSA, setting
 from compress_kernels.gpu.decode import KINDS, integer
 
 SIZES = (2, 4, 8, 16)
@@ -21,6 +22,14 @@ SPREAD = tl.constexpr(
     )
 )  # fmt: skip
 CONSTRAINTS = tl.constexpr(tuple(",".join(["=&r"] * of + ["r"] * (keep + 1)) for of in SIZES for keep in range(16)))
+PACKED = tl.constexpr(tuple(asm_spread.spread_packed(keep) if keep else "" for keep in range(4)))
+# by kind and plane: texts without and with a zero; the place of a code in the magic number, it, what is taken with 8
+NIBBLE = tl.constexpr(
+    tuple(asm_spread.nibble(j, kind, zero) for zero in (False, True) for kind in KINDS for j in range(4))
+)
+PLACES = tl.constexpr(tuple(setting(4, j, kind)[1] for kind in KINDS for j in range(4)))
+MAGICS = tl.constexpr(tuple(MAGIC[kind] for kind in KINDS for j in range(4)))
+WHOLES = tl.constexpr(tuple(2.0 ** (MANTISSA[kind] - setting(4, j, kind)[1]) + 8 for kind in KINDS for j in range(4)))
 LESS = tl.constexpr(tuple(asm_spread.less(kind) for kind in KINDS))
 EIGHT = tl.constexpr(tuple(asm_spread.eight_float(plane, kind) for kind in KINDS for plane in range(2)))
 
@@ -82,6 +91,54 @@ def slot(values, b_at, KEEP: tl.constexpr):
 def kept(b_mask, BIT: tl.constexpr):
     """Bit BIT of each word, 0 or 1."""
     return (b_mask >> BIT) & 1
+
+
+@triton.jit
+def spread_packed(slots, b_mask, KEEP: tl.constexpr, ASM: tl.constexpr):
+    """Words of four codes for each of four elements, from the KEEP words of slots; 0 where nothing is kept."""
+    if ASM:
+        given = slots + (b_mask,)
+        return tl.inline_asm_elementwise(
+            PACKED[KEEP], CONSTRAINTS[16 + KEEP], given, (tl.int16, tl.int16, tl.int16, tl.int16), True, 2
+        )
+    else:
+        k0, k1 = (b_mask & 0x1111) * 15, ((b_mask >> 1) & 0x1111) * 15
+        k2, k3 = ((b_mask >> 2) & 0x1111) * 15, ((b_mask >> 3) & 0x1111) * 15
+        first, last = slots[0], slots[KEEP - 1]
+        if KEEP == 1:
+            return first & k0, first & k1, first & k2, first & k3
+        else:
+            second = (k0 & slots[1]) | (~k0 & first)
+            third = (k3 & slots[KEEP - 2]) | (~k3 & last)
+            return first & k0, second & k1, third & k2, last & k3
+
+
+@triton.jit
+def nibbles(words, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Plane J of each of the four words of codes, as the bits of DTYPE, minus 8 or the zero of each row less 8."""
+    return (
+        nibble(words[0], b_zero, J, ZERO, DTYPE, ASM), nibble(words[1], b_zero, J, ZERO, DTYPE, ASM),
+        nibble(words[2], b_zero, J, ZERO, DTYPE, ASM), nibble(words[3], b_zero, J, ZERO, DTYPE, ASM),
+    )  # fmt: skip
+
+
+@triton.jit
+def nibble(b_q, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Plane J of words of codes stored as `code xor zero`, minus the zero."""
+    AT: tl.constexpr = (DTYPE == tl.bfloat16) * 4 + J
+    if ASM and ZERO:
+        b_xor = ((b_zero.to(tl.int16) + 8) << PLACES[AT]) | MAGICS[AT]
+        b_less = (-WHOLES[AT] - b_zero.to(tl.float32)).to(DTYPE).to(tl.int16, bitcast=True)
+        b_xor, _ = tl.broadcast(b_xor[:, None], b_q)
+        b_less, _ = tl.broadcast(b_less[:, None], b_q)
+        return tl.inline_asm_elementwise(
+            NIBBLE[8 + AT], "=r,r,r,r", [b_q, b_xor, b_less], dtype=tl.int16, is_pure=True, pack=2
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(NIBBLE[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        b_at = b_zero.to(tl.int16)[:, None] + 8 if ZERO else 8
+        return ((((b_q >> (4 * J)) & 15) ^ b_at) - b_at).to(DTYPE).to(tl.int16, bitcast=True)
 
 
 @triton.jit
