@@ -15,6 +15,7 @@ from torch import Tensor
 from compress_kernels import low_rank, nm, sparse_cores
 
 pytest.importorskip("triton", reason="the kernels need triton")
+pytestmark = pytest.mark.usefixtures("poisoned")
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
 EVERY = [(keep, of) for of in nm.SIZES for keep in range(1, of)]
