@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compress.weights import Grid, Masked
 from compress_kernels import low_rank, nm, sparse_cores
 
 pytest.importorskip("triton", reason="the kernels need triton")
@@ -116,6 +117,23 @@ def test_codes_are_masked_while_packed_if_zeros_are_codes(zero: float | None, fo
 
     assert packed.format == format
     assert torch.equal(nm.reference(packed)[0].unique(), torch.tensor([-8.0 if zero is None else -zero, 0]).unique())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "group", "size"), [(4, 64, (2, 4)), (4, 0, (4, 8)), (8, 128, (2, 4)), (3, 64, (2, 4))]
+)
+def test_a_packed_weight_is_the_masked_quantized_expression(
+    bits: int, group: int, size: tuple[int, int], symmetric: bool
+) -> None:
+    quantized = Grid(bits=bits, group=group, symmetric=symmetric).quantize(inputs_of(OUT, 768, torch.float32))
+    mask = mask_of(*size, inputs=768)
+    zero = torch.full_like(quantized.scale, 2 ** (bits - 1)) if quantized.zero is None else quantized.zero
+
+    packed = nm.pack_codes(quantized.codes, quantized.scale, zero, 4 if bits < 4 else bits, mask, *size)
+
+    want = Masked(quantized, mask, f"{size[0]}:{size[1]}").dense()
+    torch.testing.assert_close(nm.reference(packed), want, rtol=1e-6, atol=1e-6)
 
 
 def test_two_of_four_costs_nine_bits_an_input() -> None:
@@ -261,6 +279,23 @@ def test_few_rows_and_many_rows_agree(rows: int, device: torch.device, assert_cl
     got = gpu.product(x[None], None, moved(packed, device), None)
 
     assert_close("nm", got[0].cpu(), x.cpu().double() @ want.T, 2 * RATIO[torch.bfloat16])
+
+
+@pytest.mark.parametrize("rows", [1, 9, 33, 256])
+@pytest.mark.parametrize(("keep", "of"), SOME)
+def test_tiles_fit_the_shared_memory_and_are_split_evenly(keep: int, of: int, rows: int) -> None:
+    from compress_kernels.gpu import launch
+    from compress_kernels.gpu import nm as gpu
+
+    packed, _ = weight("half", keep, of)
+
+    config = gpu.heuristic(rows, OUT, packed, torch.device("cpu"))
+
+    width = packed.mask.shape[2]
+    buffers = 2 * width * (config.outputs * (1 + packed.values.shape[1]) + 16 * config.rows) * (config.stages - 1)
+    assert buffers <= launch.SHARED and packed.mask.shape[1] % config.outputs == 0
+    assert width * config.rows >= 64 * config.warps  # two numbers of x a thread: else they are not copied ahead
+    assert config.splits <= packed.mask.shape[0]
 
 
 def test_planes_may_be_made_before(device: torch.device) -> None:

@@ -230,14 +230,24 @@ def linear(
 
 
 def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Config:
-    """As for every product, but in tiles whose blocks of inputs, long ones, fit the shared memory."""
+    """As for every product, but in tiles whose blocks of inputs, long ones, fit the shared memory.
+
+    For few rows two warps, twice as many programs: a thread has more weights to spread the loop's cost over. Not where
+    a group has so many slots that registers would not do.
+    """
     blocks, _, count = w.mask.shape
     chosen = launch.heuristic(m, n, blocks, device)
     most = 64 if launch.shared(device) > 160_000 else 32  # a block of 512 inputs of 64 rows is 64 KiB of x
-    rows = min(most, max(chosen.rows, 256 // count))  # 256 numbers of a plane: fewer are not copied asynchronously
+    rows = min(most, chosen.rows)
     outputs = 64 if w.of > 4 or rows > 16 else chosen.outputs
+    warps = 2 if outputs == 64 and rows <= 16 and w.of <= 8 and w.keep <= 4 else 4
+    if warps == 4:
+        rows = max(rows, 256 // count)  # at least two numbers of x a thread: one is not copied asynchronously
+    tiles = -(-n // outputs) * -(-m // rows)
+    splits = launch.splits_for(-(-tiles * warps // 4), blocks, device)
     block = 2 * count * (outputs * (1 + w.values.shape[1]) + 16 * rows)
-    return replace(chosen, rows=rows, outputs=outputs, stages=min(4, 1 + max(1, SHARED // block)))
+    stages = min(4, 1 + max(1, SHARED // block))
+    return replace(chosen, rows=rows, outputs=outputs, splits=splits, warps=warps, stages=stages)
 
 
 def weight(w: nm.Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,11 +267,11 @@ def some(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def case(
     format: str, keep: int, of: int, rows: int, outputs: int, *,
-    kind: str = "bf16", group: int = 0, zero: bool = False, rank: int = 0,
+    kind: str = "bf16", group: int = 0, zero: bool = False, rank: int = 0, warps: int = 4,
 ) -> Case:  # fmt: skip
-    """One configuration to compile."""
+    """One configuration to compile; `2w` in its name if it has two warps."""
     count = nm.words_of(of, group)
-    extra = f" g{group}" * bool(group) + " zero" * zero + f" r{rank}" * bool(rank)
+    extra = f" g{group}" * bool(group) + " zero" * zero + f" r{rank}" * bool(rank) + " 2w" * (warps == 2)
     return Case(
         name=f"nm {keep}:{of} {format}{extra} {kind} {rows}x{outputs}",
         kernel=_nm_linear_kernel,
@@ -271,6 +281,7 @@ def case(
             "BM": rows, "BN": outputs, "SPLITS": 4, "RANK": rank, "BIAS": False, "ASM": True,
         },
         weights=outputs * 16 * count,
+        warps=warps,
         stages=2,
     )  # fmt: skip
 
@@ -284,15 +295,16 @@ def types(kind: str) -> dict[str, str]:
 
 CASES = [
     case("half", 2, 4, 8, 128),
+    case("half", 2, 4, 8, 64, warps=2),
     case("half", 2, 4, 64, 64, rank=64),
     case("nibble", 2, 4, 8, 128, kind="fp16", group=128),
     case("nibble", 2, 4, 8, 128, group=128, zero=True),
-    case("nibble", 2, 4, 16, 128, group=64),
-    case("int4", 2, 8, 16, 64, group=128, zero=True),
+    case("nibble", 2, 4, 8, 64, group=64, warps=2),
+    case("int4", 2, 8, 8, 64, group=128, zero=True, warps=2),
     case("fp8", 2, 4, 8, 128, group=128),
     case("half", 1, 4, 8, 128),
-    case("half", 2, 8, 8, 64),
-    case("half", 4, 8, 8, 64),
+    case("half", 2, 8, 8, 64, warps=2),
+    case("half", 4, 8, 8, 64, warps=2),
     Case(
         name="nm planes", kernel=_nm_planes_kernel, types=types("bf16"), constants={"OF": 4, "P": 32}, warps=1
     ),
