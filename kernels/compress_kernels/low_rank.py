@@ -7,6 +7,8 @@ Shape suffixes: M rows of x, O out, I in, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,3 +48,15 @@ def inner(x: Tensor, v_RI: Tensor) -> Tensor:
 def term(x: Tensor, u_OR: Tensor, v_RI: Tensor) -> Tensor:
     """The specification: `U (V x)` for every row of x."""
     return F.linear(inner(x, v_RI), u_OR.to(x.dtype))
+
+
+def gradients(
+    x: Tensor, u: Tensor | None, v: Tensor | None, dy: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, and where wanted of U and V, through the term; None where there is none."""
+    if u is None or v is None:
+        return None, None, None
+    dt = dy @ u.to(dy.dtype)
+    du = (dy.flatten(0, -2).T @ inner(x, v).flatten(0, -2)).to(u.dtype) if wanted[0] else None
+    dv = (dt.flatten(0, -2).T @ x.flatten(0, -2)).to(v.dtype) if wanted[1] else None
+    return dt @ v.to(dy.dtype), du, dv

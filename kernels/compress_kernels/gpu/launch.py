@@ -11,6 +11,7 @@ from torch import Tensor
 
 BUSY = 2  # programs for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
 MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
+SHARED = 232_448  # bytes of shared memory of a program, as above
 COUNTERS = 1 << 14  # tiles of one launch that may split the inputs
 STREAMS = 32
 DENSE_ABOVE = 256  # rows of x; above, decoding costs little beside a dense product at the full rate (specs: 256 to 512)
@@ -63,6 +64,15 @@ def splits_for(tiles: int, blocks: int, device: torch.device, busy: int = BUSY) 
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; the H200's where there is none."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
+
+
+@lru_cache(maxsize=16)
+def shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; the H200's where there is no GPU."""
+    if device.type != "cuda":
+        return SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stub lacks it
 
 
 def interpreted() -> bool:

@@ -1,0 +1,177 @@
+"""Decoding of tiles of an N:M weight: kept values from their words, and their places from a bitmap.
+
+As in `decode.py`, inline assembly and the plain branch agree bit for bit. Values travel as the int16 of their bits, so
+that a mask is one AND whatever they mean.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from compress_kernels.gpu import asm_spread
+from compress_kernels.gpu.asm import MAGIC, MANTISSA, setting
+from compress_kernels.gpu.decode import KINDS, integer
+
+SIZES = (2, 4, 8, 16)
+# texts and constraints by size of a group, kept of it (0 to 15) and group of the word (0 to 7), end to end
+SPREAD = tl.constexpr(
+    tuple(
+        asm_spread.spread(keep, of, group) if 0 < keep < of and group < 16 // of else ""
+        for of in SIZES for keep in range(16) for group in range(8)
+    )
+)  # fmt: skip
+CONSTRAINTS = tl.constexpr(tuple(",".join(["=&r"] * of + ["r"] * (keep + 1)) for of in SIZES for keep in range(16)))
+PACKED = tl.constexpr(tuple(asm_spread.spread_packed(keep) if keep else "" for keep in range(4)))
+# by kind and plane: texts without and with a zero; the place of a code in the magic number, it, what is taken with 8
+NIBBLE = tl.constexpr(
+    tuple(asm_spread.nibble(j, kind, zero) for zero in (False, True) for kind in KINDS for j in range(4))
+)
+PLACES = tl.constexpr(tuple(setting(4, j, kind)[1] for kind in KINDS for j in range(4)))
+MAGICS = tl.constexpr(tuple(MAGIC[kind] for kind in KINDS for j in range(4)))
+WHOLES = tl.constexpr(tuple(2.0 ** (MANTISSA[kind] - setting(4, j, kind)[1]) + 8 for kind in KINDS for j in range(4)))
+LESS = tl.constexpr(tuple(asm_spread.less(kind) for kind in KINDS))
+EIGHT = tl.constexpr(tuple(asm_spread.eight_float(plane, kind) for kind in KINDS for plane in range(2)))
+
+
+@triton.jit
+def spread(values, b_mask, G: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, ASM: tl.constexpr):
+    """OF planes, int16, of group G of words of masks, from the KEEP slots of the group; 0 where nothing is kept."""
+    LOG: tl.constexpr = 0 if OF == 2 else 1 if OF == 4 else 2 if OF == 8 else 3
+    AT: tl.constexpr = LOG * 16 + KEEP
+    if ASM:
+        TEXT: tl.constexpr = SPREAD[AT * 8 + G]
+        REGISTERS: tl.constexpr = CONSTRAINTS[AT]
+        given = values + (b_mask,)
+        if OF == 2:
+            return tl.inline_asm_elementwise(TEXT, REGISTERS, given, (tl.int16, tl.int16), True, 2)
+        elif OF == 4:
+            return tl.inline_asm_elementwise(TEXT, REGISTERS, given, (tl.int16, tl.int16, tl.int16, tl.int16), True, 2)
+        elif OF == 8:
+            return tl.inline_asm_elementwise(
+                TEXT, REGISTERS, given,
+                (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), True, 2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                TEXT, REGISTERS, given,
+                (
+                    tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+                    tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+                ), True, 2,
+            )  # fmt: skip
+    else:
+        return spread_plainly(values, b_mask, G, KEEP, OF)
+
+
+@triton.jit
+def spread_plainly(values, b_mask, G: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr):
+    """What `spread` must give: slots counted from the first in the front half of a group, from the last in the back."""
+    HALF: tl.constexpr = OF // 2
+    front, back = tl.tuple(()), tl.tuple(())
+    b_first, b_last = tl.zeros_like(b_mask), tl.full(b_mask.shape, KEEP - 1, tl.int16)
+    for e in tl.static_range(HALF):
+        b_on, b_off = kept(b_mask, G * HALF + e), kept(b_mask, G * HALF + 8 + HALF - 1 - e)
+        front = front + (slot(values, b_first, KEEP) * b_on,)
+        back = tl.tuple((slot(values, b_last, KEEP) * b_off,)) + back
+        b_first, b_last = b_first + b_on, b_last - b_off
+    return front + back
+
+
+@triton.jit
+def slot(values, b_at, KEEP: tl.constexpr):
+    """Of KEEP tiles, each entry from the one that `b_at` says."""
+    b_slot = values[0]
+    for i in tl.static_range(1, KEEP):
+        b_slot = tl.where(b_at == i, values[i], b_slot)
+    return b_slot
+
+
+@triton.jit
+def kept(b_mask, BIT: tl.constexpr):
+    """Bit BIT of each word, 0 or 1."""
+    return (b_mask >> BIT) & 1
+
+
+@triton.jit
+def spread_packed(slots, b_mask, KEEP: tl.constexpr, ASM: tl.constexpr):
+    """Words of four codes for each of four elements, from the KEEP words of slots; 0 where nothing is kept."""
+    if ASM:
+        given = slots + (b_mask,)
+        return tl.inline_asm_elementwise(
+            PACKED[KEEP], CONSTRAINTS[16 + KEEP], given, (tl.int16, tl.int16, tl.int16, tl.int16), True, 2
+        )
+    else:
+        k0, k1 = (b_mask & 0x1111) * 15, ((b_mask >> 1) & 0x1111) * 15
+        k2, k3 = ((b_mask >> 2) & 0x1111) * 15, ((b_mask >> 3) & 0x1111) * 15
+        first, last = slots[0], slots[KEEP - 1]
+        if KEEP == 1:
+            return first & k0, first & k1, first & k2, first & k3
+        else:
+            second = (k0 & slots[1]) | (~k0 & first)
+            third = (k3 & slots[KEEP - 2]) | (~k3 & last)
+            return first & k0, second & k1, third & k2, last & k3
+
+
+@triton.jit
+def nibbles(words, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Plane J of each of the four words of codes, as the bits of DTYPE, minus 8 or the zero of each row less 8."""
+    return (
+        nibble(words[0], b_zero, J, ZERO, DTYPE, ASM), nibble(words[1], b_zero, J, ZERO, DTYPE, ASM),
+        nibble(words[2], b_zero, J, ZERO, DTYPE, ASM), nibble(words[3], b_zero, J, ZERO, DTYPE, ASM),
+    )  # fmt: skip
+
+
+@triton.jit
+def nibble(b_q, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Plane J of words of codes stored as `code xor zero`, minus the zero."""
+    AT: tl.constexpr = (DTYPE == tl.bfloat16) * 4 + J
+    if ASM and ZERO:
+        b_xor = ((b_zero.to(tl.int16) + 8) << PLACES[AT]) | MAGICS[AT]
+        b_less = (-WHOLES[AT] - b_zero.to(tl.float32)).to(DTYPE).to(tl.int16, bitcast=True)
+        b_xor, _ = tl.broadcast(b_xor[:, None], b_q)
+        b_less, _ = tl.broadcast(b_less[:, None], b_q)
+        return tl.inline_asm_elementwise(
+            NIBBLE[8 + AT], "=r,r,r,r", [b_q, b_xor, b_less], dtype=tl.int16, is_pure=True, pack=2
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(NIBBLE[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        b_at = b_zero.to(tl.int16)[:, None] + 8 if ZERO else 8
+        return ((((b_q >> (4 * J)) & 15) ^ b_at) - b_at).to(DTYPE).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def value(b_q, C: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The bits of value C of words of a format: "half" (as it is), "int4" and "int8" (codes less half), "fp8"."""
+    if FORMAT == "half":
+        return b_q
+    elif FORMAT == "fp8":
+        return eight_float(b_q, C % 2, DTYPE, ASM)
+    else:
+        BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
+        return integer(b_q, C % (16 // BITS), BITS, DTYPE, ASM).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def eight_float(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Byte J of int16 words, an e4m3 float, as the bits of DTYPE."""
+    if ASM:
+        AT: tl.constexpr = (DTYPE == tl.bfloat16) * 2 + J
+        return tl.inline_asm_elementwise(EIGHT[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        byte = (b_q >> (8 * J)) & 255
+        half = ((byte & 128) << 8) | ((byte & 127) << 7)
+        return (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(DTYPE).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def less(b_v, b_z, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Values (bits) minus a number of each row, of DTYPE, as bits; exact for whole numbers up to 256."""
+    if ASM:
+        AT: tl.constexpr = 1 if DTYPE == tl.bfloat16 else 0
+        b_rows, b_v = tl.broadcast(b_z.to(tl.int16, bitcast=True)[:, None], b_v)
+        return tl.inline_asm_elementwise(LESS[AT], "=r,r,r", [b_v, b_rows], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        b_float = b_v.to(DTYPE, bitcast=True).to(tl.float32) - b_z.to(tl.float32)[:, None]
+        return b_float.to(DTYPE).to(tl.int16, bitcast=True)

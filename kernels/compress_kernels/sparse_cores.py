@@ -1,0 +1,47 @@
+"""2:4 products of many rows of x on the sparse tensor cores of a GPU, by cuSPARSELt as torch binds it.
+
+A copy of the matrix in the library's own form, 9/16 of the dense one, beside the packed weight: only who asks for it
+(`nm.with_sparse_cores`) pays for it. It was never run by us: the calls are those of torch's own
+`SparseSemiStructuredTensorCUSPARSELT` (2.13), and whether it is faster is not known until measured.
+Shape suffixes: M rows of x, O out, I in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress_kernels import given
+
+ROWS = 1024  # of x, from which it is used; specs, not measured
+SIDE = 16  # that both sides of the matrix must be multiples of, and STEP of the rows of x
+STEP = 8
+
+
+def unavailable(shape: tuple[int, int], keep: int, of: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a weight cannot use them, or nothing."""
+    if (keep, of) not in ((2, 4), (1, 4)):
+        return f"{keep}:{of}; sparse tensor cores take 2:4, and 1:4 as such"
+    if dtype not in given.HALVES:
+        return f"{dtype}; here they take float16 and bfloat16"
+    if shape[0] % SIDE or shape[1] % SIDE:
+        return f"a matrix of {shape}; both sides must be multiples of {SIDE}"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{device}; it must be a GPU of compute capability 8.0 or more"
+    if not torch.backends.cusparselt.is_available():
+        return "this torch, which was built without cuSPARSELt"
+    return ""
+
+
+def compress(matrix_OI: Tensor) -> Tensor:
+    """The library's form of a 2:4 matrix."""
+    return torch.as_tensor(torch._cslt_compress(matrix_OI))
+
+
+def product(x_MI: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias`; rows of x are padded as the library needs them."""
+    rows = x_MI.shape[0]
+    whole = F.pad(x_MI, (0, 0, 0, -rows % STEP))
+    bias = None if bias is None else bias.to(x_MI.dtype)
+    return torch.as_tensor(torch._cslt_sparse_mm(compressed, whole.t(), bias=bias, transpose_result=True))[:rows]
