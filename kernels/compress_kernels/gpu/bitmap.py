@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,7 +99,7 @@ def linear(x_MI: Tensor, w: bitmap.Packed, bias: Tensor | None, config: launch.C
     """`x @ W.T + bias` of checked, contiguous tensors on one device, of one 16-bit float."""
     m, k = x_MI.shape
     n = w.shape[0]
-    chosen = config or launch.heuristic(m, n, w.bits.shape[0], x_MI.device)
+    chosen = config or replace(launch.heuristic(m, n, w.bits.shape[0], x_MI.device), outputs=64)  # 128 spill
     y_MN = x_MI.new_empty(m, n)
     t_MR = x_MI if w.v is None else low_rank.inner(x_MI, w.v)
     work, counters = launch.workspace(chosen, m, n, x_MI.device)
@@ -132,8 +134,8 @@ def case(kind: str, rows: int, outputs: int) -> Case:
 
 
 CASES = [
-    case("fp16", 8, 128),
-    case("bf16", 8, 128),
+    case("fp16", 8, 64),
+    case("bf16", 8, 64),
     case("bf16", 16, 64),
     Case(
         name="bitmap dense bf16",

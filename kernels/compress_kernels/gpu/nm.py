@@ -237,7 +237,7 @@ def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Conf
     """
     blocks, _, count = w.mask.shape
     chosen = launch.heuristic(m, n, blocks, device)
-    most = 64 if launch.shared(device) > 160_000 else 32  # a block of 512 inputs of 64 rows is 64 KiB of x
+    most = 64 if launch.shared(device) > 200_000 else 32  # before Hopper, 64 rows spill registers in some formats
     rows = min(most, chosen.rows)
     outputs = 64 if w.of > 4 or rows > 16 else chosen.outputs
     warps = 2 if outputs == 64 and rows <= 16 and w.of <= 8 and w.keep <= 4 else 4
@@ -296,7 +296,8 @@ def types(kind: str) -> dict[str, str]:
 CASES = [
     case("half", 2, 4, 8, 128),
     case("half", 2, 4, 8, 64, warps=2),
-    case("half", 2, 4, 64, 64, rank=64),
+    case("half", 2, 4, 16, 64, rank=64, warps=2),
+    case("half", 2, 4, 64, 64),
     case("nibble", 2, 4, 8, 128, kind="fp16", group=128),
     case("nibble", 2, 4, 8, 128, group=128, zero=True),
     case("nibble", 2, 4, 8, 64, group=64, warps=2),
