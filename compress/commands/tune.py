@@ -10,6 +10,8 @@ import typer
 from compress.commands.output import Json, result, screen
 from compress.errors import RecipeError
 
+CHOSEN = ("packed", "kernel")  # what a profile calls the packed product, on a CPU and on a GPU
+
 
 def tune(
     device: Annotated[str, typer.Option(help="what to measure")] = "cpu",
@@ -45,6 +47,6 @@ def by_size(profile: Any, rows: list[int]) -> list[tuple[str, str, list[str]]]:
     found = []
     for op, form, out, inputs in lines:
         choices = profile.choices(op, form, out, inputs)
-        cells = [f"{choices[n]['speedup']:.2f}{'*' if choices[n]['path'] == 'packed' else ' '}" for n in rows]
+        cells = [f"{choices[n]['speedup']:.2f}{'*' if choices[n]['path'] in CHOSEN else ' '}" for n in rows]
         found.append((form, f"{out} x {inputs}", cells))
     return found

@@ -25,8 +25,8 @@ from compress.runtime.experts import CompressedExperts
 from compress.runtime.explain import explain
 from compress.runtime.generation import Decoder
 from compress.runtime.linear import CompressedLinear
-from compress.runtime.lower import FewRows, IntegerProduct, Matrix, path, rule_of
-from compress.runtime.packed import Packed
+from compress.runtime.lower import rule_of
+from compress.runtime.maps import FewRows, IntegerProduct, Matrix, Packed, path
 from compress_kernels.bench.clock import FEWEST, race
 from compress_kernels.cpu import nbytes
 

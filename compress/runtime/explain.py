@@ -7,17 +7,9 @@ from torch import nn
 
 from compress.errors import RecipeError
 from compress.runtime.linear import CompressedLinear
-from compress.runtime.lower import (
-    ByRows,
-    FewRows,
-    IntegerProduct,
-    Matrix,
-    Parallel,
-    RoundedFirst,
-    Transformed,
-    lower,
-)
-from compress.runtime.packed import Packed
+from compress.runtime.lower import lower
+from compress.runtime.maps import ByRows, FewRows, IntegerProduct, Matrix, Packed, Parallel, RoundedFirst, Transformed
+from compress.runtime.packed import said
 from compress.weights import Weight
 from compress_kernels import cpu
 from compress_kernels.tuning import TuningError, known
@@ -51,7 +43,7 @@ def sentence(module: nn.Module, rows: int) -> str:
                 return f"{name}: faster up to {module.few} rows, {origin()}; above, {matrix}"
             return f"{matrix}: faster above {module.few} rows, {origin()}; up to these, {name}"
         case Packed():
-            return f"packed {module.name} on the GPU: fewer bytes are read than of a decoded matrix"
+            return f"packed {module.name}, {said(module.form, rows)}"
         case Transformed():
             return f"{module.transform.describe()} of the input, then {sentence(module.then, rows)}"
         case Matrix():

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError
-from compress.runtime.lower import IntegerProduct, applied, differentiated, lower, share
-from compress.runtime.packed import Packed
+from compress.runtime.lower import lower, lower_lean
+from compress.runtime.maps import IntegerProduct, Packed, applied, differentiated, share
 from compress.weights import Weight, rounded_for, unpack
+from compress_kernels import w8a8
 
 
 def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -70,7 +71,7 @@ class StoredWeight(nn.Module):
 class CompressedLinear(StoredWeight):
     """`x @ W.T + b` with W a stored weight expression.
 
-    Until `prepare` is called, and always with `low_memory`, W is decoded at every call and dropped.
+    Until `prepare` is called, and with `low_memory` where no kernel reads it packed, W is decoded at every call.
     """
 
     def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None, dtype: torch.dtype = torch.float32) -> None:
@@ -79,15 +80,21 @@ class CompressedLinear(StoredWeight):
         self.dtype = dtype
         self.device: torch.device | None = None  # once prepared, where it computes
         self.lowered: nn.Module | None = None
+        self.lean = False
 
-    def prepare(self, dtype: torch.dtype, *, floats: bool = False) -> None:
+    def prepare(self, dtype: torch.dtype, *, floats: bool = False, lean: bool = False) -> None:
         """Decode once into the fastest module for inputs of `dtype`, or the one that computes as passes do (`floats`).
 
         The two agree to the last bits, but such a bit may send the next layer's input to another step of its grid.
+        With `lean` memory comes first: what no kernel reads packed is decoded at every call.
         """
-        self.dtype = dtype
+        self.dtype, self.lean = dtype, lean
         self.device = next(self.buffers(recurse=False)).device
-        self.lowered = lower(self.expression, dtype, self.spec.get("inputs", ""), floats=floats)
+        inputs = self.spec.get("inputs", "")
+        if lean:
+            self.lowered = lower_lean(self.expression, dtype, inputs)
+        else:
+            self.lowered = lower(self.expression, dtype, inputs, floats=floats)
         self.park()
 
     def park(self) -> None:
@@ -108,7 +115,7 @@ class CompressedLinear(StoredWeight):
         super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.dtype, device=before))
         if lowered is not None and (probe.device, probe.dtype) != (before, self.dtype):
-            self.prepare(probe.dtype)
+            self.prepare(probe.dtype, lean=self.lean)
         else:
             self.dtype, self.lowered = probe.dtype, lowered
             self.park()
@@ -128,15 +135,23 @@ class CompressedLinear(StoredWeight):
         """[..., in] -> [..., out]; raises TypeError for x of integers, as a plain linear map would."""
         if not x.is_floating_point():
             raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
-        if self.lowered is not None and not (isinstance(self.lowered, IntegerProduct) and differentiated(x)):
+        if self.lowered is not None and not (differentiated(x) and rounds_exactly(self.lowered)):
             return applied(self.lowered, x, self.bias)
         y = self.reference(x)
         return y if self.bias is None else y + self.bias
 
     def reference(self, x: Tensor) -> Tensor:
         """`x @ W.T` with W decoded for this call, and a gradient."""
-        expression, inputs = self.expression, self.spec.get("inputs", "")
+        inputs = self.spec.get("inputs", "")
+        stored = {path: self.get_buffer(name).to(x.device) for path, name in self.names.items()}  # they may be parked
+        expression = unpack(self.spec["tree"], stored)
         return expression.linear(rounded_for(expression, x, inputs) if inputs else x)
+
+
+def rounds_exactly(lowered: nn.Module) -> bool:
+    """Whether a map rounds its input on the way to a product of integers or small floats, which has no gradient."""
+    forms = [part.form for part in lowered.modules() if isinstance(part, Packed)]
+    return isinstance(lowered, IntegerProduct) or any(isinstance(form, w8a8.Packed) for form in forms)
 
 
 def share_inputs(model: nn.Module) -> None:

@@ -1,79 +1,185 @@
-"""Weights that stay packed on a GPU: which op of `compress_kernels` computes an expression, and the module around it.
+"""Weights that stay packed on a GPU: which op of `compress_kernels` computes an expression, or why none does.
 
-One `match`: what it does not name is decoded by the rules that follow. Not here: CPU forms (`lower.py`), and which way
-an op goes for many rows of x, which the op decides.
+One `match`; what it does not name is decoded by the rules of `lower.py`. A form that the roofline expects to be slower
+than the decoded matrix is taken only where memory comes first. Not here: CPU forms, and which way an op goes for many
+rows of x, which the op decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.weights import Quantized, Weight
-from compress_kernels import wq
+from compress.runtime.maps import Linear, Packed, Transformed
+from compress.weights import Codebook, Dense, Diagonal, Hadamard, Masked, Permutation, Product, Quantized, Sum, Weight
+from compress.weights import Scaled as Floats
+from compress_kernels import bitmap, dispatch, nm, w8a8, wq
 from compress_kernels.given import HALVES
 
-Linear = Callable[[Any, Tensor, Tensor | None], Tensor]
-
-
-class Packed(nn.Module):
-    """`x @ W.T + b` by an op on a packed form: a dataclass of tensors and numbers."""
-
-    def __init__(self, form: Any, linear: Linear, name: str) -> None:
-        super().__init__()
-        self.form, self.linear, self.name = form, linear, name
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return self.linear(self.form, x, bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
-        """Move with the module, never cast: the numbers are the format's."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.form = moved(self.form, fn)
-        return self
-
-
-def tensors(form: Any) -> dict[str, Tensor]:
-    """The tensors among the fields of a dataclass."""
-    found = {field.name: getattr(form, field.name) for field in fields(form)}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def moved(form: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """A dataclass with its tensors where `fn`, which may also cast, would put one of them."""
-    there = {name: t.to(fn(torch.empty(0, device=t.device)).device) for name, t in tensors(form).items()}
-    return replace(form, **there)
+Form = wq.Packed | nm.Packed | bitmap.Packed | w8a8.Packed
+LINEAR: dict[type[Any], Linear] = {
+    wq.Packed: wq.linear, nm.Packed: nm.linear, bitmap.Packed: bitmap.linear, w8a8.Packed: w8a8.linear
+}  # fmt: skip
+WITH_LOW_RANK: dict[type[Any], Callable[[Any, Tensor, Tensor], Form]] = {
+    wq.Packed: wq.with_low_rank, nm.Packed: nm.with_low_rank, bitmap.Packed: bitmap.with_low_rank
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Way:
-    """How an expression is computed packed: the op's form and function, or why it is not."""
+    """The packed form of an expression, or the reason that there is none."""
 
-    form: Any = None
-    linear: Linear | None = None
+    form: Form | None = None
     problem: str = ""
 
 
-def way(weight: Weight) -> Way:
-    """The packed form of an expression, or the reason that there is none."""
+def packed(weight: Weight, dtype: torch.dtype, *, lean: bool = False) -> nn.Module | None:
+    """The module that computes a weight packed for x of `dtype`, or None: then it is decoded.
+
+    `lean` also takes forms that are expected to be slower than the decoded matrix, for their memory.
+    """
     match weight:
-        case Quantized(codes, scale, None, bits):
-            rows = codes.shape[0]
-            if problem := wq.unsupported(f"int{bits}", codes.shape[1], 0 if scale.shape[1] == 1 else weight.group):
-                return Way(problem=problem)
-            return Way(wq.pack(codes, scale.expand(rows, -1), bits), wq.linear)
+        case Product(left, Hadamard() | Diagonal() as transform):
+            then = packed(left, dtype, lean=lean)
+            return None if then is None else Transformed(transform, then)
         case _:
-            return Way(problem=f"there is no kernel for {weight.describe()}")
+            form = way(weight, dtype, lean=lean).form
+            if form is not None:
+                return Packed(form, LINEAR[type(form)], weight.describe())
+            if isinstance(weight, Product) and isinstance(weight.right, Permutation):
+                then = packed(weight.left, dtype, lean=lean)
+                return None if then is None else Transformed(weight.right, then)
+            return None
 
 
-def packed(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
-    """The module that computes a weight packed for x of `dtype`, or None: then it is decoded."""
+def way(weight: Weight, dtype: torch.dtype, *, lean: bool = False) -> Way:
+    """The packed form of an expression for x of `dtype`, or the reason that there is none."""
     if dtype not in HALVES:
-        return None
-    found = way(weight)
-    return None if found.linear is None else Packed(found.form, found.linear, weight.describe())
+        return Way(problem=f"x is {dtype}; tensor cores take float16 and bfloat16")
+    try:
+        form = form_of(weight, dtype)
+    except ValueError as error:
+        return Way(problem=str(error))
+    expected = prediction(form)
+    if expected.speedup < 1 and not lean:
+        share = f"{expected.speedup:.2f} times as fast as the decoded matrix"
+        return Way(problem=f"{weight.describe()} is expected to be {share}; low memory keeps it packed")
+    return Way(form)
+
+
+def form_of(weight: Weight, dtype: torch.dtype) -> Form:
+    """The packed form; raises ValueError, which says why, where no kernel takes the weight."""
+    match weight:
+        case Quantized(codes, scale, zero, bits):
+            return wq.pack(codes, scale, bits, zero)
+        case Floats(data, scale, rows, columns):
+            return wq.pack_floats(data, scale, (rows, columns))
+        case Codebook(codes, book, scale) if book.shape[1] == 1:
+            return wq.pack_book(codes, book, scale.dense())
+        case Masked(values, mask_OI, pattern):
+            return sparse(values, mask_OI, n_of_m(pattern), dtype)
+        case Product(left, Permutation(order)) if not isinstance(left, (Masked, Sum)):
+            inner = form_of(left, dtype)
+            if isinstance(inner, wq.Packed):
+                return wq.with_order(inner, order)
+        case Sum(terms):
+            return summed(terms, dtype)
+    raise ValueError(f"there is no kernel for {weight.describe()}")
+
+
+def n_of_m(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of the name of a mask's rule, or None if it is another."""
+    found = re.fullmatch(r"(\d+):(\d+)", pattern.partition("@")[0])
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def sparse(values: Weight, mask_OI: Tensor, ratio: tuple[int, int] | None, dtype: torch.dtype) -> Form:
+    """What a mask keeps: n of m, or anywhere."""
+    match values, ratio:
+        case Dense(data), None:
+            return bitmap.pack(data.to(dtype), mask_OI)
+        case Dense(data), (n, m):
+            return nm.pack(data.to(dtype), mask_OI, n, m)
+        case Quantized(codes, scale, zero, bits), (n, m) if bits <= 4 or bits == 8:
+            if zero is None and bits < 4:
+                zero = torch.full_like(scale, 2 ** (bits - 1))
+            each = scale.expand(len(codes), -1)
+            zeros = None if zero is None else zero.expand(len(codes), -1)
+            return nm.pack_codes(codes, each, zeros, max(bits, 4), mask_OI, n, m)
+        case Floats(data, scale, rows=1), (n, m):
+            return nm.pack_float8(data, scale, mask_OI, n, m)
+    where = "pruned anywhere" if ratio is None else "pruned n:m"
+    raise ValueError(f"there is no kernel for {values.describe()} {where}")
+
+
+def summed(terms: Sequence[Weight], dtype: torch.dtype) -> Form:
+    """A packed term and low-rank ones, whose factors are stacked."""
+    thin = [term for term in terms if isinstance(term, Product) and term.left.shape[1] < min(term.shape)]
+    others = [term for term in terms if not any(term is each for each in thin)]
+    if len(others) != 1 or not thin:
+        raise ValueError(f"there is no kernel for {Sum(tuple(terms)).describe()}")
+    form = form_of(others[0], dtype)
+    add = WITH_LOW_RANK.get(type(form))
+    if add is None:
+        raise ValueError(f"there is no kernel for {Sum(tuple(terms)).describe()}")
+    u_OR = torch.cat([term.left.dense().to(dtype) for term in thin], 1)
+    v_RI = torch.cat([term.right.dense().to(dtype) for term in thin], 0)
+    return add(form, u_OR, v_RI)
+
+
+def rounded(weight: Weight, inputs: str) -> nn.Module | None:
+    """The module that rounds x to `inputs` and multiplies eight bits by eight, or None where no kernel does.
+
+    A transform at the input comes first, in float32, as `rounded_for` has it.
+    """
+    match weight:
+        case Product(left, Hadamard() | Diagonal() as transform):
+            then = rounded(left, inputs)
+            return None if not isinstance(then, Packed) else Transformed(transform, then, wide=True)
+        case _:
+            try:
+                form = eight(weight, inputs)
+            except ValueError:
+                return None
+            return Packed(form, w8a8.linear, f"{weight.describe()}, inputs {inputs}")
+
+
+def eight(weight: Weight, inputs: str) -> w8a8.Packed:
+    """Codes of eight bits and their scales; raises ValueError where there are none."""
+    match weight:
+        case Quantized(codes, scale, None, bits) if inputs == "int8" and bits <= 8:
+            return w8a8.pack((codes.short() - 2 ** (bits - 1)).to(torch.int8), scale)
+        case Masked(Quantized(codes, scale, None, bits), mask_OI):
+            return eight(Quantized(codes.where(mask_OI, 2 ** (bits - 1)), scale, None, bits), inputs)
+        case Floats(data, scale, rows=1) if inputs == "fp8" and data.dtype == torch.float8_e4m3fn:
+            return w8a8.pack(data, scale)
+    raise ValueError(f"no kernel multiplies {inputs} inputs by {weight.describe()}")
+
+
+def prediction(form: Form, rows: int = 1) -> dispatch.Choice:
+    """What the roofline expects of a form on the GPU where it lies."""
+    weights = form.shape[0] * form.shape[1]
+    return dispatch.predict(dispatch.format_of(form, weights), rows, weights, dispatch.here(device_of(form)))
+
+
+def device_of(form: Form) -> torch.device:
+    """Where a form lies."""
+    return next(value.device for value in vars(form).values() if isinstance(value, Tensor))
+
+
+def said(form: Form, rows: int) -> str:
+    """Which way a form goes for so many rows of x, how fast that is against dense, and who says so."""
+    measured = dispatch.tuned(form.kind, rows, *form.shape, device_of(form))
+    if measured is not None:
+        way, what = measured["path"], f"measured {measured['speedup']} times as fast as decoding first"
+    else:
+        expected = prediction(form, rows)
+        way, limit = expected.path, f", bound by {expected.bound}" if expected.path == dispatch.KERNEL else ""
+        what = f"expected to be {expected.speedup:.2f} times as fast as a dense matrix{limit} (roofline, not measured)"
+    taken = "read by its kernel" if way == dispatch.KERNEL else "decoded to scratch memory and multiplied as dense"
+    return f"{taken}: {what}"

@@ -103,12 +103,14 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
             place, name = buffer.rsplit(".", 1)
             model.get_submodule(place).register_buffer(name, model.get_buffer(self.table[key]), persistent=False)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        if not self.quantization_config.low_memory:
-            with torch.inference_mode(False), torch.no_grad():
-                for module in model.modules():
-                    if isinstance(module, (CompressedLinear, CompressedExperts)):
-                        module.prepare(dtype)
-            share_inputs(model)
+        lean = self.quantization_config.low_memory
+        with torch.inference_mode(False), torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, CompressedLinear):
+                    module.prepare(dtype, lean=lean)
+                elif isinstance(module, CompressedExperts) and not lean:
+                    module.prepare(dtype)
+        share_inputs(model)
         if self.quantization_config.kv:
             attach(model, self.quantization_config.kv)
 

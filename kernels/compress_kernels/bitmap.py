@@ -41,6 +41,11 @@ class Packed:
     v: Tensor | None = None
 
     @property
+    def kind(self) -> str:
+        """How `dispatch.py` and tuning profiles call it."""
+        return "bitmap"
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
         return sum(t.nbytes for t in (self.bits, self.offsets, self.values, self.u, self.v) if t is not None)

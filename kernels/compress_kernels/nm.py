@@ -56,6 +56,11 @@ class Packed:
     cores: Tensor | None = None
 
     @property
+    def kind(self) -> str:
+        """How `dispatch.py` and tuning profiles call it."""
+        return f"{self.keep}:{self.of} {self.format}"
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a product of few rows reads."""
         stored = (self.mask, self.values, self.scale, self.zero, self.u, self.v)

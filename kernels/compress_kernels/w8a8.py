@@ -29,6 +29,16 @@ class Packed:
     scale: Tensor
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def kind(self) -> str:
+        """How `dispatch.py` and tuning profiles call it."""
+        return "int8 x int8" if self.codes.dtype == torch.int8 else "fp8 x fp8"
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
         return self.codes.nbytes + self.scale.nbytes

@@ -50,6 +50,11 @@ class Packed:
     shape: tuple[int, int]
 
     @property
+    def kind(self) -> str:
+        """How `dispatch.py` and tuning profiles call it."""
+        return self.form
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
         return sum(t.nbytes for t in (getattr(self, f.name) for f in fields(self)) if isinstance(t, Tensor))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.runtime.lower import FewRows, IntegerProduct, Matrix, RoundedFirst, applied, lower, rule_of
+from compress.runtime.lower import lower, rule_of
+from compress.runtime.maps import FewRows, IntegerProduct, Matrix, RoundedFirst, applied
 from compress.weights import Dense, Diagonal, Grid, Hadamard, Masked, Product, Weight, rounded_for, rounded_inputs
 from compress_kernels import cpu
 

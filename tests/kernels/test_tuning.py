@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from compress import RecipeError
-from compress.runtime.lower import ByRows, FewRows, IntegerProduct, RoundedFirst, applied, lower, path, rule_of
+from compress.runtime.lower import lower, rule_of
+from compress.runtime.maps import ByRows, FewRows, IntegerProduct, RoundedFirst, applied, path
 from compress.weights import Grid, Quantized
 from compress_kernels import cpu, tuning
 from compress_kernels.bench import crossover

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from compress import Dense, Grid, Masked, Product, Weight, pattern
-from compress.runtime.lower import Matrix, Parallel, lower, rule_of
+from compress.runtime.lower import lower, rule_of
+from compress.runtime.maps import Matrix, Parallel
 
 WIDTH = 256
 

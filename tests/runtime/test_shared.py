@@ -17,7 +17,8 @@ from torch import Tensor
 import compress
 from compress import RTN, Dense, Diagonal, Grid, Hadamard, Product, Rotate, Weight
 from compress.runtime.linear import CompressedLinear
-from compress.runtime.lower import Rounding, applied, lower, share
+from compress.runtime.lower import lower
+from compress.runtime.maps import Rounding, applied, share
 
 Close = Callable[[str, Tensor, Tensor, float], None]
 

@@ -102,7 +102,12 @@ def weights(shape: tuple[int, int], subject: Subject, device: torch.device, dtyp
 
 
 def measure(
-    subject: Subject, shape: tuple[int, int], rows: Sequence[int], device: torch.device, dtype: torch.dtype, roof: float
+    subject: Subject,
+    shape: tuple[int, int],
+    rows: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    roof: float,
 ) -> Iterator[dict[str, Any]]:
     """One line for each number of rows."""
     copies = list(weights(shape, subject, device, dtype))
@@ -132,7 +137,7 @@ def lines(
     roof = bandwidth(device)
     yield {"conditions": conditions(device), "roof_bytes_per_second": roof}
     for shape in shapes:
-        for subject in (*peers(device), *ours()):
+        for subject in (*peers(device), *(Subject(name=each.name, make=each.make) for each in ours())):
             if subject.missing:
                 yield {"format": subject.name, "out": shape[0], "in": shape[1], "missing": subject.missing}
                 continue

@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import wq
+from compress_kernels import bitmap, nm, w8a8, wq
 
 Product = Callable[[Tensor], Tensor]
 GROUP = 128
@@ -38,16 +40,103 @@ class Subject:
     missing: str = ""
 
 
-def packed(bits: int, group: int) -> Callable[[Tensor], Made]:
-    """Our integer codes."""
+Form = wq.Packed | nm.Packed | bitmap.Packed | w8a8.Packed
 
-    def make(w_OI: Tensor) -> Made:
-        codes, scale = grid(w_OI, bits, group)
-        found = wq.pack(codes, scale, bits)
-        matrix = wq.reference(found).to(w_OI.dtype)
-        return Made(product=lambda x: wq.linear(found, x), nbytes=found.nbytes, matrix=matrix)
 
-    return make
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """A packed form of ours: how it is made from a matrix, multiplied and decoded."""
+
+    name: str
+    pack: Callable[[Tensor], Form]
+    linear: Callable[[Any, Tensor], Tensor]
+    reference: Callable[[Any], Tensor]
+    missing: str = ""
+
+    def make(self, w_OI: Tensor) -> Made:
+        """One weight."""
+        form = self.pack(w_OI)
+        return Made(product=partial(self.linear, form), nbytes=form.nbytes, matrix=self.reference(form).to(w_OI.dtype))
+
+
+def integers(w_OI: Tensor, bits: int, group: int) -> wq.Packed:
+    """Integer codes."""
+    return wq.pack(*grid(w_OI, bits, group), bits)
+
+
+def floats(w_OI: Tensor) -> wq.Packed:
+    """e4m3, one scale a row."""
+    return wq.pack_floats(*small(w_OI), (1, w_OI.shape[1]))
+
+
+def small(w_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 numbers and the scale of each row."""
+    scale = w_OI.float().abs().amax(1, keepdim=True).clamp(min=1e-6) / 448
+    return (w_OI.float() / scale).to(torch.float8_e4m3fn), scale.half()
+
+
+def book(w_OI: Tensor) -> wq.Packed:
+    """The nearest of sixteen quantiles of a normal distribution, in groups of 64."""
+    entries = torch.erfinv(torch.linspace(-0.93, 0.93, 16, device=w_OI.device))
+    groups = w_OI.float().unflatten(1, (-1, 64))
+    scale = (groups.abs().amax(-1) / entries.max()).clamp(min=1e-6).half()
+    codes = (groups / scale.float()[..., None])[..., None].sub(entries).abs().argmin(-1)
+    return wq.pack_book(codes.flatten(1).to(torch.uint8), entries, scale)
+
+
+def kept(w_OI: Tensor, keep: int, of: int) -> Tensor:
+    """The mask of the largest `keep` of every `of`."""
+    groups = w_OI.abs().unflatten(1, (-1, of))
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(keep, -1).indices, True)
+    return mask.flatten(1)
+
+
+def sparse(w_OI: Tensor, keep: int, of: int, bits: int = 16) -> nm.Packed:
+    """The largest n of m, as they are or as codes of four bits."""
+    mask = kept(w_OI, keep, of)
+    if bits == 16:
+        return nm.pack(w_OI, mask, keep, of)
+    return nm.pack_codes(*grid(w_OI, bits, GROUP), None, bits, mask, keep, of)
+
+
+def anywhere(w_OI: Tensor) -> bitmap.Packed:
+    """The larger half of the whole matrix."""
+    return bitmap.pack(w_OI, w_OI.abs() > w_OI.abs().float().median())
+
+
+def eight(w_OI: Tensor) -> w8a8.Packed:
+    """Eight-bit codes for eight-bit inputs."""
+    codes, scale = grid(w_OI, 8, 0)
+    return w8a8.pack((codes.short() - 128).to(torch.int8), scale)
+
+
+def decoded(form: w8a8.Packed) -> Tensor:
+    """The matrix of eight-bit codes."""
+    return form.codes.float() * form.scale.T.float()
+
+
+def ours() -> Iterator[Ours]:
+    """Our formats."""
+    for bits, group in ((8, 0), (4, GROUP), (4, 32), (3, GROUP), (2, GROUP)):
+        name = f"int{bits} g{group}" if group else f"int{bits} row"
+        yield of_words(name, partial(integers, bits=bits, group=group))
+    yield of_words("fp8 row", floats)
+    yield of_words("nf4-like g64", book)
+    for keep, of in ((2, 4), (1, 4), (4, 8)):
+        yield of_slots(f"{keep}:{of}", partial(sparse, keep=keep, of=of))
+    yield of_slots("2:4 int4 g128", partial(sparse, keep=2, of=4, bits=4))
+    yield Ours(name="50% anywhere", pack=anywhere, linear=bitmap.linear, reference=bitmap.reference)
+    yield Ours(name="int8 x int8", pack=eight, linear=w8a8.linear, reference=decoded)
+
+
+def of_words(name: str, pack: Callable[[Tensor], wq.Packed]) -> Ours:
+    """A weight-only form."""
+    return Ours(name=name, pack=pack, linear=wq.linear, reference=wq.reference)
+
+
+def of_slots(name: str, pack: Callable[[Tensor], nm.Packed]) -> Ours:
+    """An n:m form."""
+    return Ours(name=name, pack=pack, linear=nm.linear, reference=nm.reference)
 
 
 def grid(w_OI: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -105,12 +194,6 @@ def gemlite_int4(w_OI: Tensor) -> Made:
     layer.pack(codes, scale, torch.full_like(scale, 8.0), None)
     matrix = wq.reference(wq.pack(codes, scale, 4)).to(w_OI.dtype)
     return Made(product=layer, nbytes=codes.numel() // 2 + scale.nbytes, matrix=matrix)
-
-
-def ours() -> Iterator[Subject]:
-    """Our formats."""
-    for bits, group in ((8, 0), (4, GROUP), (4, 32), (3, GROUP), (2, GROUP)):
-        yield Subject(name=f"int{bits} g{group}" if group else f"int{bits} row", make=packed(bits, group))
 
 
 def peers(device: torch.device) -> Iterator[Subject]:

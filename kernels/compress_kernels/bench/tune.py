@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from compress_kernels.bench import search
 from compress_kernels.bench.crossover import measure, profile
 from compress_kernels.tuning import Profile, TuningError
 
@@ -18,11 +19,12 @@ def tune(kind: str, say: Callable[[str], object] = lambda line: None) -> Profile
         raise TuningError(f"--device {kind}: not a device; give one of {', '.join(MEASURES)}") from error
     if device.type not in MEASURES:
         raise TuningError(f"--device {kind}: nothing is measured there; give one of {', '.join(MEASURES)}")
-    return MEASURES[device.type](say)
+    return MEASURES[device.type](device, say)
 
 
-def tune_cpu(say: Callable[[str], object]) -> Profile:
+def tune_cpu(device: torch.device, say: Callable[[str], object]) -> Profile:
     """Packed products of every size against plain ones, a fraction of a second each."""
+    del device
     done = []
     for found in measure():
         say(f"{found.out} x {found.inputs}, {found.rows} rows")
@@ -30,4 +32,11 @@ def tune_cpu(say: Callable[[str], object]) -> Profile:
     return profile(done)
 
 
-MEASURES: dict[str, Callable[[Callable[[str], object]], Profile]] = {"cpu": tune_cpu}
+def tune_gpu(device: torch.device, say: Callable[[str], object]) -> Profile:
+    """Configurations of every kernel, and the way around it; raises TuningError if there is no such GPU here."""
+    if not torch.cuda.is_available():
+        raise TuningError(f"--device {device}: there is no GPU here, or this torch is built without CUDA")
+    return search.profile(device, say)
+
+
+MEASURES: dict[str, Callable[[torch.device, Callable[[str], object]], Profile]] = {"cpu": tune_cpu, "cuda": tune_gpu}

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import bitmap, low_rank
+from compress_kernels import bitmap, dispatch, low_rank
 from compress_kernels.gpu import asm_spread, launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import add_low_rank, finish, load_x
@@ -79,7 +79,7 @@ def _bitmap_dense_kernel(p_bits, p_offsets, p_values, p_y, N, K, R, BN: tl.const
 def product(x: Tensor, w: bitmap.Packed, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` of checked tensors, by the kernel or, for many rows, with a dense copy of the matrix."""
     x_MI = x.reshape(-1, x.shape[-1]).contiguous()
-    if x_MI.shape[0] > bitmap.DENSE_ROWS:
+    if dispatch.decodes(w.kind, x_MI.shape[0], *w.shape, x.device, bitmap.DENSE_ROWS):
         y = F.linear(x, dense(w), None if bias is None else bias.to(x.dtype))
         return y if w.u is None or w.v is None else y + low_rank.term(x, w.u, w.v)
     return linear(x_MI, w, bias).view(*x.shape[:-1], w.shape[0])
@@ -99,7 +99,8 @@ def linear(x_MI: Tensor, w: bitmap.Packed, bias: Tensor | None, config: launch.C
     """`x @ W.T + bias` of checked, contiguous tensors on one device, of one 16-bit float."""
     m, k = x_MI.shape
     n = w.shape[0]
-    chosen = config or replace(launch.heuristic(m, n, w.bits.shape[0], x_MI.device), outputs=64)  # 128 spill
+    tuned = launch.tuned(w.kind, m, n, k, x_MI.device)
+    chosen = config or tuned or replace(launch.heuristic(m, n, w.bits.shape[0], x_MI.device), outputs=64)  # 128 spill
     y_MN = x_MI.new_empty(m, n)
     t_MR = x_MI if w.v is None else low_rank.inner(x_MI, w.v)
     work, counters = launch.workspace(chosen, m, n, x_MI.device)

@@ -9,11 +9,14 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from compress_kernels import dispatch
+
 BUSY = 2  # programs for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
 MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
 SHARED = 232_448  # bytes of shared memory of a program, as above
 COUNTERS = 1 << 14  # tiles of one launch that may split the inputs
 STREAMS = 32
+SIZES = ("rows", "outputs", "splits", "warps", "stages")  # of a configuration in a profile
 DENSE_ABOVE = 256  # rows of x; above, decoding costs little beside a dense product at the full rate (specs: 256 to 512)
 
 
@@ -50,6 +53,16 @@ def heuristic(m: int, n: int, blocks: int, device: torch.device, busy: int = BUS
     outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
     tiles = -(-n // outputs) * -(-m // rows)
     return Config(rows=rows, outputs=outputs, splits=splits_for(tiles, blocks, device, busy), dense=m > DENSE_ABOVE)
+
+
+def tuned(kind: str, m: int, n: int, k: int, device: torch.device) -> Config | None:
+    """The configuration that `compress tune` found fastest on this GPU for a kind of packed form, if it was asked."""
+    choice = dispatch.tuned(kind, m, n, k, device)
+    if choice is None:
+        return None
+    rows, outputs, splits, warps, stages = (int(choice[name]) for name in SIZES)
+    dense = choice["path"] == dispatch.DENSE
+    return Config(rows=rows, outputs=outputs, splits=splits, warps=warps, stages=stages, dense=dense)
 
 
 def splits_for(tiles: int, blocks: int, device: torch.device, busy: int = BUSY) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import low_rank, nm, sparse_cores
+from compress_kernels import dispatch, low_rank, nm, sparse_cores
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import add_low_rank, finish
@@ -178,7 +178,7 @@ def product(x: Tensor, ready: Tensor | None, w: nm.Packed, bias: Tensor | None) 
     """
     x_MI = x.reshape(-1, x.shape[-1]).contiguous()
     rows = x_MI.shape[0]
-    if rows > nm.DENSE_ROWS:
+    if dispatch.decodes(w.kind, rows, *w.shape, x.device, nm.DENSE_ROWS):
         if w.cores is not None and rows >= sparse_cores.ROWS:
             y = sparse_cores.product(x_MI, w.cores, bias).view(*x.shape[:-1], w.shape[0])
         else:
@@ -216,7 +216,7 @@ def linear(
     """`x @ W.T + bias` of checked, contiguous tensors on one device; x is what `planes` gives, t is `V x`."""
     m, (n, k) = x_MK.shape[0], w.shape
     rows, count = w.mask.shape[1:]
-    chosen = config or heuristic(m, n, w, x_MK.device)
+    chosen = config or launch.tuned(w.kind, m, n, k, x_MK.device) or heuristic(m, n, w, x_MK.device)
     y_MN = x_MK.new_empty(m, n)
     work, counters = launch.workspace(chosen, m, n, x_MK.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)

@@ -111,7 +111,7 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
     """
     m, k = x_MI.shape
     n, wide = w.shape[0], width_of(w)
-    chosen = config or heuristic(w.form, m, n, k, wide, x_MI.device)
+    chosen = config or launch.tuned(w.kind, m, n, k, x_MI.device) or heuristic(w.form, m, n, k, wide, x_MI.device)
     if w.words.shape[1] % chosen.outputs:
         raise ValueError(f"wq_linear: tiles of {chosen.outputs} outputs for {w.words.shape[1]} rows of words")
     if chosen.dense:
