@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.passes import PASSES, Quantizer
 from compress.runtime.lower import lower
+from compress.runtime.packed import LINEAR, way
 from compress.weights import (
     BOOKS,
     Codebook,
@@ -251,6 +252,17 @@ def lowers_to_itself(weight: Weight, x_TI: Tensor, close: Close) -> None:
     got = lower(weight, x_TI.dtype)(x_TI)
     assert got.dtype == x_TI.dtype
     close("lowered", got, weight.linear(x_TI), tolerance(x_TI.dtype, weight.shape[1]))
+
+
+def stays_packed_or_says_why(weight: Weight, close: Close) -> None:
+    """The form that a GPU would keep computes what `linear` computes, by its op's reference; else there is a reason."""
+    x_TI = normal(5, weight.shape[1], seed=8).half()
+    found = way(weight, x_TI.dtype, lean=True)
+    if found.form is None:
+        assert found.problem
+        return
+    got = LINEAR[type(found.form)](found.form, x_TI, None)
+    close("packed", got, weight.linear(x_TI), tolerance(x_TI.dtype, weight.shape[1]))
 
 
 def survives_packing(weight: Weight) -> None:

@@ -93,6 +93,11 @@ def test_lowering_computes_linear(row: Any, tokens: int, dtype: torch.dtype, ass
     suite.lowers_to_itself(weight, suite.normal(tokens, weight.shape[1], seed=8).to(dtype), assert_close)
 
 
+@rows
+def test_a_gpu_keeps_a_weight_packed_or_says_why(row: Any, assert_close: Callable[..., None]) -> None:
+    suite.stays_packed_or_says_why(row.make(), assert_close)
+
+
 def node_classes() -> set[type[Weight]]:
     modules = (compress.weights.expr, compress.weights.leaves)
     classes = {c for module in modules for _, c in inspect.getmembers(module, inspect.isclass)}
@@ -196,6 +201,12 @@ def test_the_result_of_a_pass_is_lossless_on_disk(rewritten: Callable[[], Weight
     weight = rewritten()
     suite.survives_packing(weight)
     suite.weighs_what_its_file_weighs(weight, tmp_path)
+
+
+def test_a_gpu_keeps_the_result_of_a_pass_packed_or_says_why(
+    rewritten: Callable[[], Weight], assert_close: Callable[..., None]
+) -> None:
+    suite.stays_packed_or_says_why(rewritten(), assert_close)
 
 
 def test_a_pass_leaves_the_original_alone(start: Callable[..., Start]) -> None:

@@ -125,6 +125,8 @@ def packed(
     group = (0 if groups == 1 else inputs // groups) if group is None else group
     if problem := unsupported(form, inputs, group):
         raise ValueError(problem)
+    if scale_OG.dtype.itemsize == 1:  # e8m0, e4m3: bfloat16 holds both exactly, and every GPU reads it
+        scale_OG = scale_OG.to(torch.bfloat16)
     scale = formats.pack_groups(scale_OG.expand(outputs, -1))
     zero = None if zero_OG is None else formats.pack_groups(zero_OG.expand(outputs, groups))
     places, high = places_of(group), None
