@@ -3,14 +3,16 @@
 Measured choices come from a tuning profile (`tuning.py`, written by `compress tune`). Where nothing was measured, the
 roofline predicts: a product takes at least the time to read its bytes, to multiply, and to issue its instructions.
 Instructions for each weight are read off compiled code (`gpu/aot.py`), so the prediction needs no GPU, but it is a
-prediction and says so.
+prediction and says so. `defaults.json` holds what it rests on.
 Source of the issue bound: a lane issues one instruction a cycle at most; low-bit kernels reach `ISSUED` of that.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,12 +37,9 @@ class Device:
     clock: float
 
 
-# of the SXM boards: H200 as others measured it, H100 and A100 by their datasheets, bandwidth x 0.9, operations x 0.8
-DEVICES = (
-    Device(kind="H200", bandwidth=4.3e12, operations=790e12, multiprocessors=132, clock=1.98e9),
-    Device(kind="H100", bandwidth=3.0e12, operations=790e12, multiprocessors=132, clock=1.98e9),
-    Device(kind="A100", bandwidth=1.8e12, operations=250e12, multiprocessors=108, clock=1.41e9),
-)
+SHIPPED = json.loads((Path(__file__).parent / "defaults.json").read_text(encoding="utf-8"))
+DEVICES = tuple(Device(**rates) for rates in SHIPPED["devices"])
+INSTRUCTIONS: dict[str, tuple[float, float, float]] = {name: tuple(n) for name, n in SHIPPED["instructions"].items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +49,6 @@ class Format:
     name: str
     bytes: float
     instructions: tuple[float, float, float]
-
-
-# of sm_90 and bfloat16, as `python -m compress_kernels.gpu.aot` counts them, triton 3.6
-INSTRUCTIONS: dict[str, tuple[float, float, float]] = {
-    "int2": (1.64, 2.22, 3.20), "int3": (2.65, 2.98, 3.63), "int4": (1.95, 2.14, 3.18), "int8": (2.42, 2.56, 3.56),
-    "e4m3": (2.91, 3.05, 4.05), "e5m2": (2.91, 3.05, 4.05), "e2m1": (3.44, 3.83, 6.02), "book": (4.07, 5.84, 6.55),
-    "1:2 half": (1.81, 1.96, 2.75), "1:4 half": (1.66, 1.82, 2.56), "2:4 half": (2.05, 2.21, 3.00),
-    "2:8 half": (2.01, 2.16, 2.94), "4:8 half": (2.51, 2.66, 3.50), "8:16 half": (3.91, 3.92, 4.50),
-    "2:4 nibble": (2.47, 2.69, 3.89), "2:4 int8": (3.29, 3.51, 4.52), "2:4 fp8": (3.29, 3.51, 4.52),
-    "2:8 int4": (2.87, 3.02, 3.86), "bitmap": (12.9, 13.8, 13.8),
-    "int8 x int8": (0.67, 0.73, 0.91), "fp8 x fp8": (1.35, 1.40, 1.52),
-}  # fmt: skip
 
 
 def format_of(form: Any, weights: int) -> Format:

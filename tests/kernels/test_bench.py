@@ -125,3 +125,16 @@ def test_tuning_a_gpu_that_is_not_here_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(tuning.TuningError, match="there is no GPU here"):
             tune("cuda")
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "kind"),
+    [("wq", "wq int4 g128", "int4"), ("wq", "wq int8 g0", "int8"), ("wq", "wq e4m3 g0", "e4m3"),
+     ("nm", "nm 2:4 half", "2:4 half"), ("nm", "nm 1:4 half", "1:4 half")],
+)  # fmt: skip
+def test_predictions_rest_on_what_is_counted(family: str, name: str, kind: str) -> None:
+    counted = json.loads((Path(__file__).parent / "instructions" / f"{family}.json").read_text(encoding="utf-8"))
+
+    found = counted["per_weight"][f"{name} bf16 8x128 sm_90"]
+
+    assert dispatch.INSTRUCTIONS[kind][0] == pytest.approx(found, rel=0.1)
