@@ -219,19 +219,19 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="with --generate: tokens before those generated")] = 64,
     new: Annotated[int, typer.Option(min=2, help="with --generate: tokens generated")] = 128,
     runs: Annotated[int, typer.Option(min=1, help="with --generate: generations of each model, in turn")] = 5,
-    device: Annotated[str, typer.Option(help="with --generate: where models run; layers are timed on the CPU")] = "cpu",
+    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Time each kind of layer, and generation, beside the dense model: what is faster, what is slower and why."""
     from compress.artifact import Artifact
     from compress.console import generation_table, layers_table
     from compress.model.source import locate
+    from compress.plan import usable
     from compress.runtime import bench as timing
 
     if base is not None and not generate:
         raise RecipeError("--base: only --generate runs whole models; add it, or leave --base out")
-    if device != "cpu" and not generate:
-        raise RecipeError("--device: only --generate runs elsewhere than on the CPU; add it, or leave --device out")
+    usable(device)
     quiet_loading()
     place, counts = locate(folder), row_counts(rows)
     with screen().status("timing"):
@@ -241,8 +241,8 @@ def bench(
             loaded = models_to_time(place, base, low_memory, device)
             generated = timing.measure_generation(loaded, prompt=prompt, new=new, runs=runs)
             del loaded  # before the layers need memory
-        layers = timing.measure_layers(place, counts, low_memory=low_memory)
-    conditions, notes = timing.conditions(place), timing.layer_sentences(layers)
+        layers = timing.measure_layers(place, counts, low_memory=low_memory, device=device)
+    conditions, notes = timing.conditions(place, device), timing.layer_sentences(layers)
     value = {"folder": str(folder), "conditions": conditions, "layers": [asdict(row) for row in layers], "notes": notes}
     shown = layers_table(layers, notes)
     if generate:
@@ -275,9 +275,7 @@ def models_to_time(folder: Path, base: str | None, low_memory: bool, device: str
     import compress
     from compress.artifact import check_base, recorded_base
     from compress.model.source import locate
-    from compress.plan import usable
 
-    usable(device)
     source = base if base is not None else recorded_base(folder)
     check_base([folder], locate(source))
     there: dict[str, Any] = {} if device == "cpu" else {"device_map": device}

@@ -118,7 +118,7 @@ BENCH = {
     "rows as words": (["{ours}", "--rows", "1,few"], "--rows: '1,few' is not a list of whole numbers"),
     "no rows": (["{ours}", "--rows", "0"], "--rows: '0' is not"),
     "base alone": (["{ours}", "--base", "{dense}"], "--base: only --generate"),
-    "device alone": (["{ours}", "--device", "cuda"], "--device: only --generate"),
+    "no such device for layers": (["{ours}", "--device", "cuda:99"], "cuda:99"),
     "no such device": (["{ours}", "--generate", "--base", "{dense}", "--device", "cuda:99"], "cuda:99"),
     "no base": (["{ours}", "--generate"], "--base: name the dense model"),
     "another base": (["{ours}", "--generate", "--base", "builtin"], "other weights"),

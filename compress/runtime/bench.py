@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,14 @@ from compress.runtime.generation import Decoder
 from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import rule_of
 from compress.runtime.maps import FewRows, IntegerProduct, Matrix, Packed, path
+from compress.weights import unpack
 from compress_kernels.bench.clock import FEWEST, race
+from compress_kernels.bench.gpu import spans
 from compress_kernels.cpu import nbytes
+from compress_kernels.tuning import device_name
 
+CPU = torch.device("cpu")
+REPLAYS = 100  # of a graph
 ROTATED = 1 << 28  # bytes of dense matrices that take turns: more than the last cache of a server
 PREPARED, LOW_MEMORY = "prepared", "low memory"
 EXPERTS = "experts"  # in place of a rule: no rule is asked, their stacks are decoded
@@ -112,22 +118,27 @@ class GenerationTiming:
 
 
 def measure_layers(
-    folder: Path, rows: Sequence[int] = (1, 8, 64), *, low_memory: bool = False, seconds: float = 0.5
+    folder: Path,
+    rows: Sequence[int] = (1, 8, 64),
+    *,
+    low_memory: bool = False,
+    seconds: float = 0.5,
+    device: str = "cpu",
 ) -> list[LayerTiming]:
-    """Every kind of layer of an artifact at every number of rows of x, on the CPU.
+    """Every kind of layer of an artifact at every number of rows of x, on one device.
 
-    About `seconds` are spent on each. `low_memory` also times modules that keep only the stored bits. Raises
-    ArtifactError if the folder is not ours.
+    About `seconds` are spent on each on a CPU; on a GPU, calls are replayed as one CUDA graph. `low_memory` also times
+    modules that keep only the stored bits. Raises ArtifactError if the folder is not ours.
     """
-    artifact = Artifact(folder)
+    artifact, there = Artifact(folder), torch.device(device)
     modes = (PREPARED, LOW_MEMORY) if low_memory else (PREPARED,)
-    return [t for layer in layers(artifact) for t in measure_layer(artifact, layer, rows, modes, seconds)]
+    return [t for layer in layers(artifact, there) for t in measure_layer(artifact, layer, rows, modes, seconds, there)]
 
 
-def conditions(folder: Path) -> dict[str, str]:
+def conditions(folder: Path, device: str = "cpu") -> dict[str, str]:
     """What timings of an artifact depend on beside it."""
     return {
-        "device": "cpu",
+        "device": "cpu" if device == "cpu" else device_name(device),
         "threads": str(torch.get_num_threads()),
         "dtype": str(Artifact(folder).dtype).removeprefix("torch."),
         "torch": torch.__version__,
@@ -135,13 +146,13 @@ def conditions(folder: Path) -> dict[str, str]:
     }
 
 
-def layers(artifact: Artifact) -> list[Layer]:
+def layers(artifact: Artifact, device: torch.device = CPU) -> list[Layer]:
     """The sites of an artifact, those that compute alike together."""
     alike: dict[Any, list[str]] = {}
     stacked = in_stacks(artifact)
     for site, spec in artifact.specs.items():
         alike.setdefault((structure(spec["tree"]), spec.get("inputs"), site in stacked), []).append(site)
-    return [described(artifact, sites, sites[0] in stacked) for sites in alike.values()]
+    return [described(artifact, sites, sites[0] in stacked, device) for sites in alike.values()]
 
 
 def in_stacks(artifact: Artifact) -> set[str]:
@@ -169,9 +180,10 @@ def structure(tree: Any) -> Any:
             return tree
 
 
-def described(artifact: Artifact, sites: list[str], stacked: bool) -> Layer:
+def described(artifact: Artifact, sites: list[str], stacked: bool, device: torch.device) -> Layer:
     """What sites that compute alike are."""
     first = artifact.specs[sites[0]]
+    there = unpack(first["tree"], stored(artifact, sites[0], device))
     out, inputs = (int(n) for n in first["tree"]["shape"])
     held = {key for site in sites for key in keys(site, artifact.specs[site]).values()}
     return Layer(
@@ -179,37 +191,50 @@ def described(artifact: Artifact, sites: list[str], stacked: bool) -> Layer:
         names=tuple(dict.fromkeys(site.rpartition(".")[2] for site in sites)),
         weight=first["name"] + (f", inputs {first['inputs']}" if "inputs" in first else ""),
         shape=(out, inputs),
-        rule=EXPERTS if stacked else rule_of(artifact.expression(sites[0]), artifact.dtype, first.get("inputs", "")),
+        rule=EXPERTS if stacked else rule_of(there, artifact.dtype, first.get("inputs", "")),
         dense_bytes=len(sites) * out * inputs * artifact.dtype.itemsize,
         stored_bytes=sum(artifact.stored_headers[key].nbytes for key in held),
     )
 
 
 def measure_layer(
-    artifact: Artifact, layer: Layer, rows: Sequence[int], modes: Sequence[str], seconds: float
+    artifact: Artifact, layer: Layer, rows: Sequence[int], modes: Sequence[str], seconds: float, device: torch.device
 ) -> Iterator[LayerTiming]:
     """The timings of one layer: every mode against dense, each alone, since one leaves its traces in the caches."""
     each = layer.dense_bytes // len(layer.sites)
     chosen = layer.sites[: max(1, ROTATED // each)]
-    dense = [dense_module(artifact, site) for site in chosen]
-    modules = {mode: [site_module(artifact, site, mode, layer.rule == EXPERTS) for site in chosen] for mode in modes}
+    dense = [dense_module(artifact, site).to(device) for site in chosen]
+    stacked = layer.rule == EXPERTS
+    modules = {mode: [site_module(artifact, site, mode, device, stacked) for site in chosen] for mode in modes}
     for count in rows:
-        x = torch.randn(count, layer.shape[1], generator=torch.Generator().manual_seed(0)).to(artifact.dtype)
+        x = torch.randn(count, layer.shape[1], generator=torch.Generator().manual_seed(0)).to(device, artifact.dtype)
         for mode, maps in modules.items():
             with torch.inference_mode():
-                base, times = race((rotating(dense, x), rotating(maps, x)), warm=len(chosen) + 1, seconds=seconds)
+                base, times = timed(dense, maps, x, seconds)
             yield LayerTiming(
                 layer=layer,
                 rows=count,
                 mode=mode,
                 path=path_of(maps[0], count),
                 why=explain(maps[0], count) if isinstance(maps[0], CompressedLinear) else REASONS["decoded"],
-                held_bytes=held_bytes(maps[0]),
+                held_bytes=held_bytes(maps[0], device),
                 rounds=len(times),
                 dense=quartiles(base),
                 compressed=quartiles(times),
                 speedup=quartiles([d / t for d, t in zip(base, times, strict=True)]),
             )
+
+
+def timed(dense: Sequence[nn.Module], maps: Sequence[nn.Module], x: Tensor, seconds: float) -> list[list[float]]:
+    """Seconds of one call of a dense map and of ours, pair by pair."""
+    if x.device.type == "cuda":
+        return [spans([partial(each, x) for each in some], x.device, REPLAYS) for some in (dense, maps)]
+    return race((rotating(dense, x), rotating(maps, x)), warm=len(maps) + 1, seconds=seconds)
+
+
+def stored(artifact: Artifact, site: str, device: torch.device) -> dict[str, Tensor]:
+    """The stored tensors of a site on a device, by their path in the tree."""
+    return {path: artifact.stored_tensor(key).to(device) for path, key in keys(site, artifact.specs[site]).items()}
 
 
 def dense_module(artifact: Artifact, site: str) -> nn.Linear:
@@ -220,24 +245,24 @@ def dense_module(artifact: Artifact, site: str) -> nn.Linear:
     return module
 
 
-def site_module(artifact: Artifact, site: str, mode: str, stacked: bool = False) -> nn.Module:
+def site_module(
+    artifact: Artifact, site: str, mode: str, device: torch.device = CPU, stacked: bool = False
+) -> nn.Module:
     """The site as `compress.load` makes it; of a stack of experts, one prepared matrix as the family slices it."""
-    spec = artifact.specs[site]
     if stacked and mode == PREPARED:
-        return Matrix(artifact.expression(site).dense().to(artifact.dtype))
-    module = CompressedLinear(spec, bias_of(artifact, site), artifact.dtype)
-    module.fill({path: artifact.stored_tensor(key) for path, key in keys(site, spec).items()})
-    if mode == PREPARED:
-        module.prepare(artifact.dtype)
+        return Matrix(artifact.expression(site).dense().to(device, artifact.dtype))
+    module = CompressedLinear(artifact.specs[site], bias_of(artifact, site, device), artifact.dtype)
+    module.fill(stored(artifact, site, device))
+    module.prepare(artifact.dtype, lean=mode == LOW_MEMORY)
     return module
 
 
-def bias_of(artifact: Artifact, site: str) -> nn.Parameter | None:
+def bias_of(artifact: Artifact, site: str, device: torch.device = CPU) -> nn.Parameter | None:
     """The bias beside a site's weight, if there is one."""
     name = tensor_of(site, artifact.specs[site]).removesuffix("weight") + "bias"
     if name not in artifact:
         return None
-    return nn.Parameter(artifact.tensor(name).to(artifact.dtype), requires_grad=False)
+    return nn.Parameter(artifact.tensor(name).to(device, artifact.dtype), requires_grad=False)
 
 
 def path_of(module: nn.Module, rows: int) -> str:
