@@ -11,7 +11,7 @@ from compress.runtime.lower import lower
 from compress.runtime.maps import ByRows, FewRows, IntegerProduct, Matrix, Packed, Parallel, RoundedFirst, Transformed
 from compress.runtime.packed import said
 from compress.weights import Weight
-from compress_kernels import cpu
+from compress_kernels import cpu, dispatch
 from compress_kernels.tuning import TuningError, known
 
 NAMES = {cpu.Int4: "packed int4", cpu.Int8: "packed int8", cpu.Sparse: "a product that skips zeros"}
@@ -47,7 +47,11 @@ def sentence(module: nn.Module, rows: int) -> str:
         case Transformed():
             return f"{module.transform.describe()} of the input, then {sentence(module.then, rows)}"
         case Matrix():
-            return f"the decoded {short(module.matrix.dtype)} matrix: nothing packed is faster for this form and size"
+            missing = dispatch.missing(module.matrix.device) if module.matrix.is_cuda else ""
+            return (
+                f"the decoded {short(module.matrix.dtype)} matrix: "
+                f"{missing or 'nothing packed is faster for this form and size'}"
+            )
         case IntegerProduct():
             behind = "" if module.transform is None else ", behind the transform at the input"
             return f"int8 inputs times int8 weights{behind}, exact in integers: faster than rounded floats, {origin()}"

@@ -23,7 +23,7 @@ from compress.runtime.maps import (
 )
 from compress.runtime.packed import packed, rounded
 from compress.weights import Diagonal, Hadamard, Masked, Product, Quantized, Sum, Weight
-from compress_kernels import cpu
+from compress_kernels import cpu, dispatch
 from compress_kernels.tuning import TuningError
 
 Rule = Callable[[Weight, torch.dtype], nn.Module | None]
@@ -62,9 +62,9 @@ def gpu_packed(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
 
 
 def on_gpu(weight: Weight) -> bool:
-    """Whether an expression's tensors are on a CUDA device."""
+    """Whether an expression's tensors are where the kernels run."""
     if own := tensors(weight):
-        return next(iter(own.values())).device.type == "cuda"
+        return not dispatch.missing(next(iter(own.values())).device)
     return any(map(on_gpu, weight.children()))
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,24 @@ class Choice:
     seconds: float
     speedup: float
     bound: str  # what limits the kernel: memory, issue or multiplication
+
+
+OLDEST = (3, 6)  # version of triton; older ones compile other code
+CAPABLE = (8, 0)  # of a GPU: asynchronous copies and products of bfloat16
+
+
+@lru_cache(maxsize=16)
+def missing(device: torch.device) -> str:
+    """What keeps the kernels from running on a device, or nothing."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{device.type} is no NVIDIA GPU"
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'compress-llm[kernels]'"
+    if tuple(map(int, version("triton").split(".")[:2])) < OLDEST:
+        return f"triton {version('triton')} is older than {'.'.join(map(str, OLDEST))}"
+    if torch.cuda.get_device_capability(device) < CAPABLE:
+        return f"a GPU of capability {torch.cuda.get_device_capability(device)}; kernels need {CAPABLE}"
+    return ""
 
 
 def known(name: str) -> Device:

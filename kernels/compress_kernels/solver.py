@@ -8,25 +8,19 @@ Shape suffixes: O out, I in, T tokens, B columns of a block, G groups, N groups 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from compress_kernels import dispatch
 
 WIDEST = 8  # groups of `swap_groups`, whose pairs of weights a warp holds
 STRIP = 16  # columns between two products within a launch of `sweep`
 
 
-@lru_cache(maxsize=1)
-def installed() -> bool:
-    """Whether triton is."""
-    return find_spec("triton") is not None
-
-
 def usable(tensor: Tensor) -> bool:
     """Whether kernels run where this tensor is."""
-    return tensor.is_cuda and installed()
+    return tensor.is_cuda and not dispatch.missing(tensor.device)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -138,3 +138,21 @@ def test_predictions_rest_on_what_is_counted(family: str, name: str, kind: str) 
     found = counted["per_weight"][f"{name} bf16 8x128 sm_90"]
 
     assert dispatch.INSTRUCTIONS[kind][0] == pytest.approx(found, rel=0.1)
+
+
+def test_what_keeps_kernels_from_running_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton")
+    cuda = torch.device("cuda:0")
+
+    def missing(device: torch.device = cuda) -> str:
+        return dispatch.missing.__wrapped__(device)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert missing(CPU) == "cpu is no NVIDIA GPU"
+    assert "capability (7, 5)" in missing()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert missing() == ""
+    monkeypatch.setattr(dispatch, "version", lambda name: "3.5.1")
+    assert "3.5.1 is older than 3.6" in missing()
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert "not installed" in missing()
