@@ -197,6 +197,12 @@ class Artifact(Checkpoint):
             case _:
                 raise ArtifactError(f"{self.path}: {site} is {found.describe()}, not a difference from a base")
 
+    def difference_form(self, site: str) -> tuple[dict[str, Any], int]:
+        """The specification of what a delta adds at a site, and its stored bytes; reads headers only."""
+        self.check(site)
+        spec = self.specs[site]
+        return spec["tree"]["terms"][1], sum(self.stored_headers[key].nbytes for key in keys(site, spec).values())
+
     def _unpacked(self, site: str, matrix: Callable[[str], Tensor]) -> Weight:
         self.check(site)
         stored, spec = self.stored(site), self.specs[site]

@@ -42,6 +42,7 @@ def difference(folder: str | Path, base: str | Path) -> Difference:
     return Difference(
         sites=tuple(artifact.specs),
         weight=artifact.difference,
+        form=artifact.difference_form,
         names=tuple(artifact.changed()),
         tensor=artifact.stored_tensor,
         nbytes=sum(held.nbytes for held in artifact.stored_headers.values()),

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from compress.weights import Weight
+from compress.weights import Weight, specify
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Difference:
     """`weight(site)` is added to the matrix [out, in] of a site; `tensor(name)` is the fine-tune's own.
 
-    `nbytes` are the bytes of the stored form of all of them.
+    `form(site)` is the specification of that weight and the bytes of its stored form; no tensor is read. `nbytes` are
+    the bytes of the stored form of all of them.
     """
 
     sites: Sequence[str]
     weight: Callable[[str], Weight]
+    form: Callable[[str], tuple[Mapping[str, Any], int]]
     names: Sequence[str]
     tensor: Callable[[str], Tensor]
     nbytes: int
@@ -30,6 +33,7 @@ class Difference:
         return Difference(
             sites=tuple(weights),
             weight=weights.__getitem__,
+            form=lambda site: (specify(weights[site]), weights[site].nbytes()),
             names=tuple(own),
             tensor=own.__getitem__,
             nbytes=sum(w.nbytes() for w in weights.values()) + sum(int(t.nbytes) for t in own.values()),

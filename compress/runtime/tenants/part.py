@@ -6,6 +6,7 @@ Shapes: N tokens, those of one tenant after those of another; O out, I in, K ten
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -44,6 +45,21 @@ class Part:
     def nbytes(self) -> int:
         """Bytes that stay in memory."""
         return sum(int(tensor.nbytes) for tensor in self.tensors())
+
+
+def placed(held: Any, device: torch.device) -> Any:
+    """A part, or what is in one, with its tensors on a device."""
+    match held:
+        case Tensor():
+            return held.to(device)
+        case tuple():
+            return tuple(placed(each, device) for each in held)
+        case dict():
+            return {name: placed(each, device) for name, each in held.items()}
+        case Part():
+            return replace(held, **{f.name: placed(getattr(held, f.name), device) for f in fields(held)})  # type: ignore[type-var,arg-type]
+        case _:
+            return held
 
 
 def per_token(each: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

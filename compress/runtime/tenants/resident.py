@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -13,9 +13,10 @@ from compress.errors import ArtifactError
 from compress.runtime.tenants.coded import Codes, coded, joined
 from compress.runtime.tenants.difference import Difference
 from compress.runtime.tenants.layout import Layout
-from compress.runtime.tenants.part import Part
+from compress.runtime.tenants.part import Part, placed
 from compress.runtime.tenants.parts import resident
 from compress.runtime.tenants.rows import Batch, Rows
+from compress.runtime.tenants.slots import Need, Slot, Stacks, terms_of
 
 Group = tuple[str, ...]
 
@@ -54,11 +55,15 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """`shared` by the modules of an input, `looked_up` by embedding, `own` by module: parameter -> its own tensor."""
+    """`shared` by the modules of an input, `looked_up` by embedding, `own` by module: parameter -> its own tensor.
+
+    `slots` by module are those in stacks, which are no memory of the tenant's.
+    """
 
     shared: Mapping[Group, Shared]
     looked_up: Mapping[str, Part]
     own: Mapping[str, Mapping[str, Tensor]]
+    slots: Mapping[str, tuple[Slot, ...]] = field(default_factory=dict)
 
     def nbytes(self) -> int:
         """Bytes that stay in memory; what two modules share counts once."""
@@ -68,22 +73,77 @@ class Resident:
         return sum({id(tensor): int(tensor.nbytes) for tensor in held}.values())
 
 
-def make_resident(difference: Difference, layout: Layout, model: nn.Module) -> Resident:
-    """A tenant's difference in the form in which it stays in memory, made one tensor at a time.
+def modules_of(site: str, shape: tuple[int, int], layout: Layout, model: nn.Module) -> list[str]:
+    """The modules that compute with the matrix of a site, which a difference of this shape fits.
+
+    Raises ArtifactError or UnsupportedWeight otherwise.
+    """
+    names = layout.of_site(site, model)
+    known = layout.holders.get(f"{site}.weight")
+    if known and sorted(getattr(model.get_submodule(names[0]), known[0][1]).shape) != sorted(shape):
+        raise ArtifactError(f"{site}: the tenant's difference is {shape}, the base's matrix is not")
+    return names
+
+
+def need_of(difference: Difference, layout: Layout, model: nn.Module, stacks: Stacks) -> Need:
+    """What a tenant takes on a GPU, told from specifications; an embedding's difference is looked up, not stacked.
 
     Raises ArtifactError or UnsupportedWeight where it does not fit the base.
     """
+    seats, rest = {}, difference.nbytes
+    for site in difference.sites:
+        tree, stored = difference.form(site)
+        shape = (int(tree["shape"][0]), int(tree["shape"][1]))
+        names = modules_of(site, shape, layout, model)
+        looked_up = any(isinstance(model.get_submodule(name), nn.Embedding) for name in names)
+        if not looked_up and (found := stacks.seats(site, shape, tree)):
+            seats[site] = found
+            rest -= stored
+    return Need(seats, rest)
+
+
+def make_resident(difference: Difference, layout: Layout, model: nn.Module, need: Need | None = None) -> Resident:
+    """A tenant's difference in the form in which it stays in memory, made one tensor at a time.
+
+    What it needs in stacks goes into free slots of them. Raises ArtifactError or UnsupportedWeight where it does not
+    fit the base.
+    """
     device = next(model.parameters()).device
     parts: dict[str, Part] = {}
-    for site in difference.sites:
-        names = layout.of_site(site, model)
-        weight = difference.weight(site)
-        known = layout.holders.get(f"{site}.weight")
-        shape = sorted(weight.shape)
-        if known and sorted(getattr(model.get_submodule(names[0]), known[0][1]).shape) != shape:
-            raise ArtifactError(f"{site}: the tenant's difference is {weight.shape}, the base's matrix is not")
-        part = resident(weight)
-        parts |= dict.fromkeys(names, part)
+    slots: dict[str, tuple[Slot, ...]] = {}
+    taken: list[Slot] = []
+    try:
+        for site in difference.sites:
+            weight = difference.weight(site)
+            names = modules_of(site, weight.shape, layout, model)
+            if need is not None and site in need.seats:
+                before = len(taken)
+                for term, (stack, rank) in zip(terms_of(weight), need.seats[site], strict=True):
+                    taken.append(stack.put(term, rank))
+                slots |= dict.fromkeys(names, tuple(taken[before:]))
+            else:
+                part = resident(weight)
+                parts |= dict.fromkeys(names, part if device.type == "cpu" else placed(part, device))
+        own = owned(difference, layout, model, device)
+    except BaseException:
+        release(taken)
+        raise
+    looked_up = {name: part for name, part in parts.items() if isinstance(model.get_submodule(name), nn.Embedding)}
+    groups = {layout.groups[name] for name in parts if name not in looked_up}
+    shared = {group: Shared.of([parts.get(name) for name in group]) for group in sorted(groups)}
+    return Resident(shared, looked_up, own, slots)
+
+
+def release(slots: Iterable[Slot]) -> None:
+    """Free these slots; tied modules share theirs."""
+    for slot in dict.fromkeys(slots):
+        slot.stack.free(slot)
+
+
+def owned(
+    difference: Difference, layout: Layout, model: nn.Module, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors that a tenant has of its own, by module and parameter."""
     own: dict[str, dict[str, Tensor]] = {}
     for name in difference.names:
         tensor = difference.tensor(name).detach()
@@ -91,10 +151,7 @@ def make_resident(difference: Difference, layout: Layout, model: nn.Module) -> R
         tensor = tensor.to(device, copy=True)
         for module, parameter in holders:
             own.setdefault(module, {})[parameter] = tensor
-    looked_up = {name: part for name, part in parts.items() if isinstance(model.get_submodule(name), nn.Embedding)}
-    groups = {layout.groups[name] for name in parts if name not in looked_up}
-    shared = {group: Shared.of([parts.get(name) for name in group]) for group in sorted(groups)}
-    return Resident(shared, looked_up, {module: dict(sorted(tensors.items())) for module, tensors in own.items()})
+    return {module: dict(sorted(tensors.items())) for module, tensors in own.items()}
 
 
 Added = tuple[Rows, Tensor]  # rows, and what is added to them, float32 [n, S, O]

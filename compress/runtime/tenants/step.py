@@ -17,6 +17,7 @@ from compress.runtime.tenants.layout import Layout
 from compress.runtime.tenants.own import OwnOf, computed, holding, per_row
 from compress.runtime.tenants.resident import Added, Alike, Group, Resident, alike
 from compress.runtime.tenants.rows import Batch, Rows
+from compress.runtime.tenants.slots import NOBODY, Stack, table_of
 
 
 class Step:
@@ -29,6 +30,8 @@ class Step:
         self.tenants, self.size, self.device = tenants, size, device
         self.kinds: dict[Group, list[Alike]] = {}
         self.results: dict[Group, tuple[Tensor, list[list[Added | None]]]] = {}
+        self.slotted: dict[str, dict[Stack, tuple[int, ...]]] = {}
+        self.tables: dict[tuple[tuple[int, ...], int], tuple[Tensor, int]] = {}
         self.rowwise: list[tuple[nn.Module, dict[str, Tensor]]] = []
 
     def each(self) -> Iterator[tuple[Resident, Rows, Sequence[int]]]:
@@ -46,6 +49,27 @@ class Step:
         if known is None or known[0] is not x_BSI:
             known = self.results[group] = (x_BSI, [tenants.added(x_BSI) for tenants in self.kinds[group]])
         return [each[number] for each in known[1]]
+
+    def stacks(self, name: str) -> dict[Stack, tuple[int, ...]]:
+        """The stacks that tenants have slots in for a module, and the slot of every row."""
+        if name not in self.slotted:
+            found: dict[Stack, list[int]] = {}
+            for tenant, _, numbers in self.each():
+                for slot in tenant.slots.get(name, ()):
+                    owners = found.setdefault(slot.stack, [NOBODY] * self.size)
+                    for row in numbers:
+                        owners[row] = slot.number
+            self.slotted[name] = {stack: tuple(owners) for stack, owners in found.items()}
+        return self.slotted[name]
+
+    def add_stacked(self, name: str, x_BSI: Tensor, y_BSO: Tensor) -> None:
+        """Add to y what is stacked for a module; tables are the same for most of them."""
+        tokens = x_BSI.shape[1]
+        for stack, owners in self.stacks(name).items():
+            if (owners, tokens) not in self.tables:
+                self.tables[owners, tokens] = table_of(owners, tokens, self.device)
+            x_NI = x_BSI.reshape(-1, x_BSI.shape[2]).contiguous()
+            stack.add(y_BSO.view(-1, y_BSO.shape[2]), x_NI, *self.tables[owners, tokens])
 
     def stack(self, name: str, module: nn.Module, dimensions: int) -> None:
         """Let a module hold one tensor a row, [B, 1, ..., D], for an input of so many dimensions."""
@@ -82,6 +106,7 @@ def linear_hook(current: Callable[[], Step | None], layout: Layout, name: str) -
         for found in step.added(group, number, x):
             if found is not None:
                 found[0].add(output, found[1])
+        step.add_stacked(name, x, output)
 
     return hook
 

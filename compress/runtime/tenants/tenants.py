@@ -1,7 +1,8 @@
 """Many fine-tunes of one base in one process: the base's products once a batch, then each tenant's difference.
 
 Deltas are loaded when they are first needed and stay packed; the least recently used leave when they do not fit the
-budget. A fine-tune's own tensors come before its differences: they replace what the base computed.
+budget. A fine-tune's own tensors come before its differences: they replace what the base computed. On a GPU signs and
+low ranks of all tenants are stacked (slots.py).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from compress.errors import PlanError, RecipeError, nearest
 from compress.runtime.tenants.difference import Difference
 from compress.runtime.tenants.layout import layout
 from compress.runtime.tenants.own import OwnOf, way_of
-from compress.runtime.tenants.resident import Resident, make_resident
+from compress.runtime.tenants.resident import Resident, make_resident, need_of, release
 from compress.runtime.tenants.rows import Batch
+from compress.runtime.tenants.slots import Need, Stacks, on_gpu
 from compress.runtime.tenants.step import Step, linear_hook, lookup_hook, own_hook
 
 
@@ -30,6 +32,7 @@ class Entry:
     """A registered tenant, and what of it is in memory."""
 
     difference: Difference
+    need: Need | None = None  # told on a GPU alone
     resident: Resident | None = None
     used: int = 0
 
@@ -50,6 +53,8 @@ class Tenants:
     ) -> None:
         self.model, self.budget, self.read = model, budget, read
         self.layout = layout(model)
+        first = next(model.parameters())
+        self.stacks = Stacks(first.dtype, first.device) if on_gpu(first) else None
         self.entries: dict[str, Entry] = {}
         self.lock = RLock()
         self.clock = 0
@@ -70,7 +75,8 @@ class Tenants:
         """Register a tenant by its delta folder, or by what such a folder holds.
 
         Raises RecipeError if the name is taken, PlanError if it alone exceeds the budget, ArtifactError if the folder
-        is no delta of this base.
+        is no delta of this base. On a GPU, where it is measured first, also UnsupportedWeight if it does not fit the
+        base.
         """
         if isinstance(delta, Difference):
             difference = delta
@@ -81,16 +87,17 @@ class Tenants:
         with self.lock:
             if name in self.entries:
                 raise RecipeError(f"tenant {name!r} exists; drop it first")
-            if self.budget is not None and difference.nbytes > self.budget:
-                raise PlanError(f"tenant {name!r} takes {difference.nbytes} bytes, the budget is {self.budget}")
-            self.entries[name] = Entry(difference)
+            need = None if self.stacks is None else need_of(difference, self.layout, self.model, self.stacks)
+            entry = Entry(difference, need)
+            if self.budget is not None and self.cost([entry]) > self.budget:
+                raise PlanError(f"tenant {name!r} takes {self.cost([entry])} bytes, the budget is {self.budget}")
+            self.entries[name] = entry
 
     def drop(self, name: str) -> None:
         """Forget a tenant; raises RecipeError if there is none of this name."""
         with self.lock:
-            self.entry(name)
+            self.unload(self.entry(name))
             del self.entries[name]
-            self.last = None
 
     def entry(self, name: str) -> Entry:
         """The tenant of this name; raises RecipeError if there is none."""
@@ -104,8 +111,9 @@ class Tenants:
         return sorted(found, key=lambda name: self.entries[name].used)
 
     def delta_bytes(self) -> int:
-        """Bytes of the deltas in memory."""
-        return sum(e.resident.nbytes() for e in self.entries.values() if e.resident is not None)
+        """Bytes of the deltas in memory, and of slots that are free."""
+        stacked = 0 if self.stacks is None else self.stacks.nbytes()
+        return stacked + sum(e.resident.nbytes() for e in self.entries.values() if e.resident is not None)
 
     def nbytes(self) -> int:
         """Bytes of the base and of the deltas in memory."""
@@ -114,7 +122,19 @@ class Tenants:
 
     def fits(self, names: Sequence[str]) -> bool:
         """Whether these tenants may be in memory together."""
-        return self.budget is None or sum(self.entry(name).difference.nbytes for name in set(names)) <= self.budget
+        entries = [self.entry(name) for name in set(names)]
+        if self.budget is None or (self.stacks is not None and all(entry.resident is not None for entry in entries)):
+            return True
+        return self.cost(entries) <= self.budget
+
+    def cost(self, entries: Sequence[Entry]) -> int:
+        """Bytes of these tenants together: as stored, and on a GPU as stacked, with what is stacked for them alone."""
+        if self.stacks is None:
+            return sum(entry.difference.nbytes for entry in entries)
+        needs = [entry.need for entry in entries if entry.need is not None]
+        held = [entry.resident.nbytes() for entry in entries if entry.resident is not None]
+        rest = [entry.need.rest for entry in entries if entry.need is not None and entry.resident is None]
+        return self.stacks.bytes_for(needs) + sum(held) + sum(rest)
 
     def explain(self) -> dict[str, dict[str, str]]:
         """For every tenant in memory: module -> how what it differs in is computed."""
@@ -129,6 +149,7 @@ class Tenants:
             for module, part in zip(group, shared.parts, strict=True):
                 if shared.codes is not None or part is not None:
                     said[module] = (shared.codes or part).describe()  # type: ignore[union-attr]
+        said |= {module: " + ".join(slot.describe() for slot in slots) for module, slots in resident.slots.items()}
         said |= {module: f"looked up in {part.describe()}" for module, part in resident.looked_up.items()}
         for which, own in own_of(resident).items():
             ways = f"own {' and '.join(own)}, {self.ways[which]}"
@@ -143,19 +164,22 @@ class Tenants:
         Raises PlanError if they do not fit the budget together.
         """
         if not self.fits(names):
-            total = sum(self.entry(name).difference.nbytes for name in set(names))
+            total = self.cost([self.entry(name) for name in set(names)])
             raise PlanError(
                 f"the {len(set(names))} tenants of this batch take {total} bytes, the budget is {self.budget}"
             )
         self.clock += 1
         for name in names:
             self.entry(name).used = self.clock
+        if self.stacks is not None:
+            self.make_slots(self.stacks, names)
         found: dict[str, Resident] = {}
         for name in names:
             entry = self.entries[name]
             if entry.resident is None:
-                self.make_room(entry.difference.nbytes, names)
-                entry.resident = make_resident(entry.difference, self.layout, self.model)
+                if self.stacks is None:
+                    self.make_room(entry.difference.nbytes, names)
+                entry.resident = make_resident(entry.difference, self.layout, self.model, entry.need)
                 self.hook(entry.resident)
             found[name] = entry.resident
         return found
@@ -168,13 +192,35 @@ class Tenants:
             if self.delta_bytes() + nbytes <= self.budget:
                 return
             if name not in keep:
-                self.entries[name].resident = self.last = None
+                self.unload(self.entries[name])
+
+    def make_slots(self, stacks: Stacks, names: Sequence[str]) -> None:
+        """Let the least recently used tenants leave until these fit; those that are missing find free slots."""
+        missing = [self.entries[name].need for name in names if self.entries[name].resident is None]
+        if not missing:
+            return
+        for name in self.loaded():
+            together = self.cost([self.entries[each] for each in {*self.loaded(), *names}])
+            if self.budget is None or together <= self.budget:
+                break
+            if name not in names:
+                self.unload(self.entries[name])
+        stacks.fit([need for need in missing if need is not None], exact=self.budget is not None)
+        self.last = None  # slots may have moved
+
+    def unload(self, entry: Entry) -> None:
+        """Forget what of a tenant is in memory."""
+        if entry.resident is not None:
+            release(slot for slots in entry.resident.slots.values() for slot in slots)
+        entry.resident = self.last = None
 
     def hook(self, resident: Resident) -> None:
         """Make the modules that a tenant differs in ask the step what to add."""
         for group in resident.shared:
             for name in group:
                 self.hook_module(name, "linear", linear_hook(self.current, self.layout, name))
+        for name in resident.slots:
+            self.hook_module(name, "linear", linear_hook(self.current, self.layout, name))
         for name in resident.looked_up:
             self.hook_module(name, "lookup", lookup_hook(self.current, name))
         for which, own in own_of(resident).items():
