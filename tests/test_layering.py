@@ -73,7 +73,7 @@ OWN: dict[str, tuple[str, ...]] = {
                          "compress.kv", "compress.model.anatomy", "compress.model.architecture", "compress_kernels"),
     "compress.runtime.tenants": ("compress.runtime.tenants", "compress.weights", "compress.errors",
                                  "compress_kernels.planes", "compress_kernels.segments", "compress_kernels.formats",
-                                 "compress_kernels.given"),
+                                 "compress_kernels.given", "compress_kernels.dispatch"),
     "compress.tenants": ("compress", "compress.artifact", "compress.model.source", "compress.runtime.tenants",
                          "compress.errors"),
     "compress.serving": ("compress.serving", "compress.runtime.tenants", "compress.errors"),

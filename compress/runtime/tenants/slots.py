@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError
 from compress.weights import Dense, Product, Signs, Sum, Weight
-from compress_kernels import formats, segments
+from compress_kernels import dispatch, formats, segments
 from compress_kernels.given import HALVES
 
 RANKS = 16  # ranks are padded to a multiple of this, a step of a tensor core
@@ -28,7 +28,7 @@ NOBODY = -1  # the slot of a row that differs in nothing here
 
 def on_gpu(like: Tensor) -> bool:
     """Whether the model that has this tensor is computed by kernels, which take halves."""
-    return like.device.type == "cuda" and like.dtype in HALVES
+    return like.dtype in HALVES and not dispatch.missing(like.device)
 
 
 def forms(tree: Mapping[str, Any]) -> list[tuple[str, int]] | None:
