@@ -63,15 +63,16 @@ class Decoder:
         if self.device.type != "cuda" or self.new_cache:
             return
         self.prefill(ids_BT)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM):
+        with torch.cuda.device(self.device):  # a graph is captured on the current one
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM):
+                    self.advance(self.token_B1)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.advance(self.token_B1)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.advance(self.token_B1)
         self.graph = graph
 
     def generate(self, ids_BT: Tensor, new: int) -> Tensor:

@@ -80,7 +80,7 @@ class CompressedLinear(StoredWeight):
         self.dtype = dtype
         self.device: torch.device | None = None  # once prepared, where it computes
         self.lowered: nn.Module | None = None
-        self.lean = False
+        self.asked: dict[str, bool] = {}  # how it was prepared
 
     def prepare(self, dtype: torch.dtype, *, floats: bool = False, lean: bool = False) -> None:
         """Decode once into the fastest module for inputs of `dtype`, or the one that computes as passes do (`floats`).
@@ -88,7 +88,7 @@ class CompressedLinear(StoredWeight):
         The two agree to the last bits, but such a bit may send the next layer's input to another step of its grid.
         With `lean` memory comes first: what no kernel reads packed is decoded at every call.
         """
-        self.dtype, self.lean = dtype, lean
+        self.dtype, self.asked = dtype, {"floats": floats, "lean": lean}
         self.device = next(self.buffers(recurse=False)).device
         inputs = self.spec.get("inputs", "")
         if lean:
@@ -114,8 +114,8 @@ class CompressedLinear(StoredWeight):
             self._put(self.device)
         super()._apply(fn, recurse)
         probe = fn(torch.empty(0, dtype=self.dtype, device=before))
-        if lowered is not None and (probe.device, probe.dtype) != (before, self.dtype):
-            self.prepare(probe.dtype, lean=self.lean)
+        if self.device is not None and (probe.device, probe.dtype) != (before, self.dtype):
+            self.prepare(probe.dtype, **self.asked)
         else:
             self.dtype, self.lowered = probe.dtype, lowered
             self.park()

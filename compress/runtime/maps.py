@@ -65,8 +65,8 @@ class FewRows(Biased):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + b`; the packed form serves x of the matrix' dtype without a gradient."""
         if x.dtype == self.many.matrix.dtype and x.numel() // x.shape[-1] <= self.few and not differentiated(x):
-            y = self.packed.linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-            return y if bias is None else y + bias
+            y = self.packed.linear(x.reshape(-1, x.shape[-1]))
+            return (y if bias is None else y + bias).view(*x.shape[:-1], y.shape[-1])
         return torch.as_tensor(self.many(x, bias))
 
 
@@ -105,7 +105,7 @@ class IntegerProduct(Rounding):
         """`round(T x) @ W.T + b`, rounded once to the dtype of x."""
         codes_MI, scale_M1 = self.taken(x)
         y = self.packed.linear(codes_MI, scale_M1)
-        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
+        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 class ByRows(Biased):

@@ -21,6 +21,7 @@ from compress.weights import Scaled as Floats
 from compress_kernels import bitmap, dispatch, nm, w8a8, wq
 from compress_kernels.given import HALVES
 
+FLOAT8 = (8, 9)  # the capability of GPUs that multiply float8
 Form = wq.Packed | nm.Packed | bitmap.Packed | w8a8.Packed
 LINEAR: dict[type[Any], Linear] = {
     wq.Packed: wq.linear, nm.Packed: nm.linear, bitmap.Packed: bitmap.linear, w8a8.Packed: w8a8.linear
@@ -111,10 +112,17 @@ def sparse(values: Weight, mask_OI: Tensor, ratio: tuple[int, int] | None, dtype
             each = scale.expand(len(codes), -1)
             zeros = None if zero is None else zero.expand(len(codes), -1)
             return nm.pack_codes(codes, each, zeros, max(bits, 4), mask_OI, n, m)
-        case Floats(data, scale, rows=1), (n, m):
-            return nm.pack_float8(data, scale, mask_OI, n, m)
+        case Floats(data, rows=1), (n, m):
+            return nm.pack_float8(data, whole(values), mask_OI, n, m)
     where = "pruned anywhere" if ratio is None else "pruned n:m"
     raise ValueError(f"there is no kernel for {values.describe()} {where}")
+
+
+def whole(values: Weight) -> Tensor:
+    """The scales of groups of inputs; raises ValueError if the last is cut, which kernels do not know."""
+    if not isinstance(values, Floats) or (values.scale.shape[1] > 1 and values.shape[1] % values.columns):
+        raise ValueError(f"there is no kernel for tiles that do not divide {values.shape[1]} inputs")
+    return values.scale
 
 
 def summed(terms: Sequence[Weight], dtype: torch.dtype) -> Form:
@@ -156,8 +164,10 @@ def eight(weight: Weight, inputs: str) -> w8a8.Packed:
             return w8a8.pack((codes.short() - 2 ** (bits - 1)).to(torch.int8), scale)
         case Masked(Quantized(codes, scale, None, bits), mask_OI):
             return eight(Quantized(codes.where(mask_OI, 2 ** (bits - 1)), scale, None, bits), inputs)
-        case Floats(data, scale, rows=1) if inputs == "fp8" and data.dtype == torch.float8_e4m3fn:
-            return w8a8.pack(data, scale)
+        case Floats(data, rows=1) if inputs == "fp8" and data.dtype == torch.float8_e4m3fn:
+            if data.is_cuda and torch.cuda.get_device_capability(data.device) < FLOAT8:
+                raise ValueError(f"products of float8 need a GPU of capability {FLOAT8}")
+            return w8a8.pack(data, whole(weight))
     raise ValueError(f"no kernel multiplies {inputs} inputs by {weight.describe()}")
 
 

@@ -41,6 +41,7 @@ def unpack(words_JO: Tensor, bits: int, inputs: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # else what is cached could serve inference only
 def masks_of(bits: int, device: torch.device) -> Tensor:
     """The mask of each code of a byte, [P, 1, 1]."""
     places_P = torch.arange(0, 8, bits)
@@ -48,6 +49,7 @@ def masks_of(bits: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def undone(bits: int, inputs: int, device: torch.device) -> Tensor:
     """2**-place of every input, [I]."""
     per = 8 // bits
@@ -97,6 +99,7 @@ def scratch(thread: int, tenants: int, per: int, rows: int, outputs: int) -> Ten
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def rows_of(counts: tuple[int, ...], inputs: int, held: int, groups: int) -> tuple[Tensor, Tensor]:
     """For every row of x the rows of its tenant's matrix, of `held` each, end to end; where every group begins."""
     first_N = (torch.arange(len(counts)) * held).repeat_interleave(torch.tensor(counts))

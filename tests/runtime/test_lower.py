@@ -58,3 +58,13 @@ def test_sums_compute_what_they_denote(weight: Weight, dtype: torch.dtype) -> No
     want = x.double() @ weight.dense().double().T
     error = (lower(weight, dtype)(x).double() - want).norm() / want.norm()
     assert float(error) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("inputs", ["", "int8"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_rows_give_no_rows(bits: int, inputs: str) -> None:
+    weight = Grid(bits=bits, group=64 if bits == 4 else WIDTH, symmetric=True).quantize(normal(WIDTH, WIDTH))
+
+    y = lower(weight, torch.bfloat16, inputs)(torch.zeros(2, 0, WIDTH, dtype=torch.bfloat16))
+
+    assert y.shape == (2, 0, WIDTH)

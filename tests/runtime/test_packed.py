@@ -201,6 +201,29 @@ def test_where_memory_comes_first_a_slower_form_stays_packed() -> None:
     assert error(module(x), weight, x) < 2e-3
 
 
+def test_tiles_that_do_not_divide_the_inputs_are_decoded(gpu: None) -> None:
+    data = normal(OUT, 448).to(torch.float8_e4m3fn)
+    weight = Scaled(data, normal(OUT, 2).abs() + 0.1, 1, 256)
+    x = normal(3, 448, seed=1)
+
+    y = lower(weight, torch.float32, "fp8")(x)
+
+    want = weight.linear(rounded_for(weight, x, "fp8").double()).float()
+    assert float((y - want).norm() / want.norm()) < 1e-5
+
+
+def test_what_was_kept_lean_on_a_cpu_is_packed_where_it_moves(
+    monkeypatch: pytest.MonkeyPatch, int4_artifact: Path
+) -> None:
+    model = compress.load(int4_artifact, low_memory=True)
+    layer = next(part for part in model.modules() if isinstance(part, CompressedLinear))
+
+    monkeypatch.setattr(lowering, "on_gpu", lambda weight: True)
+    layer.half()
+
+    assert isinstance(layer.lowered, Packed) and layer.dtype == torch.float16
+
+
 def test_on_a_cpu_nothing_of_the_gpu_is_chosen() -> None:
     assert "gpu" not in lowering.rule_of(FORMS["int4g64"], torch.bfloat16)
 
