@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from compress_kernels import dispatch, low_rank, nm, sparse_cores
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
-from compress_kernels.gpu.gemm import add_low_rank, finish
+from compress_kernels.gpu.gemm import add_low_rank, finish, group
 from compress_kernels.gpu.spread import less, nibbles, spread, spread_packed, value
 
 DENSE_TILE = 32  # rows of the matrix that a program decodes
@@ -99,9 +99,8 @@ def packed_words(p_words, b_mask, R, P: tl.constexpr, KEEP: tl.constexpr, ASM: t
 
 @triton.jit
 def numbers(p_values, k, K, R, o_n, GROUP: tl.constexpr):
-    """The scale or zero of each row for the group of input k, float32; 0 beyond the inputs."""
-    i_g = k // GROUP if GROUP != 0 else 0
-    return tl.load(p_values + i_g * R + o_n, mask=k < K, other=0.0).to(tl.float32)
+    """The scale or zero of each row for the group of input k, float32."""
+    return tl.load(p_values + group(k, K, GROUP, False) * R + o_n).to(tl.float32)
 
 
 @triton.jit

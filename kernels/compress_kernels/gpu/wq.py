@@ -14,7 +14,7 @@ from compress_kernels import formats, low_rank
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.decode import load_book, plane
-from compress_kernels.gpu.gemm import add_low_rank, finish, load_x
+from compress_kernels.gpu.gemm import add_low_rank, finish, group, load_x
 from compress_kernels.gpu.prep import prepare
 from compress_kernels.prep import Prepared
 from compress_kernels.wq import BITS, Packed, plan_of, width, width_of
@@ -34,11 +34,11 @@ def load_words(p_words, p_high, i_b, o_tile, R, P: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
-def load_zero(p_zero, at, mask, FORM: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr):
+def load_zero(p_zero, at, BITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr):
     """What a decoded number lacks: the zero of its grid, less the middle that decoding took away already."""
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
     if ZERO:
-        return tl.load(p_zero + at, mask=mask, other=0).to(tl.float32) - (0 if SUBNORMAL else MIDDLE)
+        return tl.load(p_zero + at).to(tl.float32) - (0 if SUBNORMAL else MIDDLE)
     else:
         return tl.full(at.shape, MIDDLE, tl.float32)
 
@@ -83,11 +83,11 @@ def _wq_linear_kernel(
                     if LESS:
                         b_all += b_sum
                 else:
-                    o_g = at // GROUP * R + o_n
-                    b_s = tl.load(p_scale + o_g, mask=at < K, other=0.0).to(tl.float32)
+                    o_g = group(at, K, GROUP, EVEN) * R + o_n
+                    b_s = tl.load(p_scale + o_g).to(tl.float32)
                     acc += b_part * b_s[:, None]
                     if LESS:
-                        b_z = load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, SUBNORMAL)
+                        b_z = load_zero(p_zero, o_g, BITS, ZERO, SUBNORMAL)
                         acc -= (b_s * b_z)[:, None] * b_sum[None, :]
                     b_part = tl.zeros((BN, BM), tl.float32)
         if GROUP == 0:
@@ -96,7 +96,7 @@ def _wq_linear_kernel(
         b_s = tl.load(p_scale + o_n).to(tl.float32)
         acc *= b_s[:, None]
         if LESS:
-            b_z = load_zero(p_zero, o_n, o_n < R, FORM, BITS, ZERO, SUBNORMAL)
+            b_z = load_zero(p_zero, o_n, BITS, ZERO, SUBNORMAL)
             acc -= (b_s * b_z)[:, None] * b_all[None, :]
     if SUBNORMAL:  # times 2**24: a subnormal float16 number counts in units of 2**-24
         acc = acc * 16777216.0 * tl.load(p_factor + o_m, mask=o_m < M, other=0.0)[None, :]
@@ -129,7 +129,7 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
         m, n, k, w.words.shape[1], ready.x.shape[1],
         FORM=w.form, BITS=BITS[w.form], GROUP=w.group, P=w.words.shape[2], BM=chosen.rows, BN=chosen.outputs,
         SPLITS=chosen.splits, ZERO=w.zero is not None, SUBNORMAL=plan.subnormal,
-        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=ready.x.shape[1] % wide == 0,
+        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=k % wide == 0,
         ASM=chosen.inline, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y_MN
@@ -182,10 +182,10 @@ def _wq_dense_kernel(
     for j in tl.static_range(PLANES):
         at = (i_b * PLANES + j) * P
         b_w = plane(b_q, b_more, b_high, book, p_book, j, FORM, BITS, False, DTYPE, ASM).to(tl.float32)
-        o_g = (0 if GROUP == 0 else at // GROUP) * R + o_n
+        o_g = group(at, K, GROUP, False) * R + o_n
         if ZERO:
-            b_w -= load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, False)[:, None]
-        b_w *= tl.load(p_scale + o_g, mask=at < K, other=0.0).to(tl.float32)[:, None]
+            b_w -= load_zero(p_zero, o_g, BITS, ZERO, False)[:, None]
+        b_w *= tl.load(p_scale + o_g).to(tl.float32)[:, None]
         o_k = at + o_p
         o_to = tl.load(p_order + o_k, mask=o_k < K, other=0) if ORDER else o_k
         m_y = (o_n < N)[:, None] & (o_k < K)[None, :]
