@@ -1,9 +1,9 @@
-"""`python -m compress_kernels.gpu.aot [--markdown] [FAMILY ...]`: compile every kernel for GPUs that are not here, and count.
+"""`python -m compress_kernels.gpu.aot [--markdown] [FAMILY ...]`: compile every kernel for GPUs not here, and count.
 
-For each case and architecture one JSON line, or one table for people: registers, spilled bytes (stack), shared memory, and the instructions
-that one thread of the innermost loop issues for each weight, read off the machine code. A tile of BN x BK weights is
-shared by the program's threads, so this is `loop length * threads / weights of an iteration`. It is the figure that
-decides whether a low-bit product is bound by memory or by issue, and it needs no GPU to be known.
+For each case and architecture one JSON line, or a row of one table: registers, spilled bytes (stack), shared memory,
+and the instructions that one thread of the innermost loop issues for each weight, read off the machine code. A tile of
+BN x BK weights is shared by the program's threads, so this is `loop length * threads / weights of an iteration`. It is
+the figure that decides whether a low-bit product is bound by memory or by issue, and it needs no GPU to be known.
 """
 
 from __future__ import annotations
