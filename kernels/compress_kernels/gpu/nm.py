@@ -240,12 +240,13 @@ def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Conf
     chosen = launch.heuristic(m, n, device)
     most = 64 if launch.shared(device) > 200_000 else 32  # before Hopper, 64 rows spill registers in some formats
     rows = min(most, chosen.rows)
-    outputs = 64 if w.of > 4 or rows > 16 else chosen.outputs
+    outputs = 64 if w.of > 4 or rows > 16 or w.format == "int8" else chosen.outputs
     warps = 2 if outputs == 64 and rows <= 16 and w.of <= 8 and w.keep <= 4 else 4
     if warps == 4:
         rows = max(rows, 256 // count)  # at least two numbers of x a thread: one is not copied asynchronously
     block = 2 * count * (outputs * (1 + w.values.shape[1]) + 16 * rows)
-    stages = min(4, 1 + max(1, SHARED // block))
+    most = 2 if w.format == "int8" else 3 if w.format == "int4" else 4  # more stages, and registers spill
+    stages = min(most, 1 + max(1, SHARED // block))
     fitted = replace(chosen, rows=rows, outputs=outputs, warps=warps, stages=stages)
     return launch.split(fitted, m, n, blocks, device)
 
@@ -300,6 +301,7 @@ CASES = [
     case("nibble", 2, 4, 8, 128, kind="fp16", group=128),
     case("nibble", 2, 4, 8, 128, group=128, zero=True),
     case("int4", 2, 8, 8, 64, group=128, zero=True, warps=2),
+    case("int8", 2, 4, 16, 64, group=128, zero=True, warps=2),
     case("fp8", 2, 4, 8, 128, group=128),
     case("half", 1, 4, 8, 128),
     case("half", 4, 8, 8, 64, warps=2),

@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import formats, low_rank
+from compress_kernels import low_rank
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.decode import load_book, plane
 from compress_kernels.gpu.gemm import add_low_rank, finish, group, load_x
 from compress_kernels.gpu.prep import prepare
 from compress_kernels.prep import Prepared
-from compress_kernels.wq import BITS, Packed, plan_of, width, width_of
+from compress_kernels.wq import BITS, Packed, places_of, plan_of, width, width_of
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
     """
     m, k = x_MI.shape
     n, wide = w.shape[0], width_of(w)
-    chosen = config or launch.tuned(w.kind, m, n, k, x_MI.device) or heuristic(w.form, m, n, k, wide, x_MI.device)
+    chosen = config or launch.tuned(w.kind, m, n, k, x_MI.device) or heuristic(w.form, m, n, k, w.group, x_MI.device)
     if w.words.shape[1] % chosen.outputs:
         raise ValueError(f"wq_linear: tiles of {chosen.outputs} outputs for {w.words.shape[1]} rows of words")
     if chosen.dense:
@@ -136,12 +136,14 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
     return y_MN
 
 
-def heuristic(form: str, m: int, n: int, k: int, wide: int, device: torch.device) -> launch.Config:
+def heuristic(form: str, m: int, n: int, k: int, group: int, device: torch.device) -> launch.Config:
     """A fair configuration without measuring."""
-    return launch.split(fitted(form, launch.heuristic(m, n, device), k % wide == 0), m, n, -(-k // wide), device)
+    wide = width(form, group)
+    chosen = fitted(form, group, launch.heuristic(m, n, device), k % wide == 0)
+    return launch.split(chosen, m, n, -(-k // wide), device)
 
 
-def fitted(form: str, config: launch.Config, even: bool) -> launch.Config:
+def fitted(form: str, group: int, config: launch.Config, even: bool) -> launch.Config:
     """A configuration that neither spills nor needs more shared memory than there is, as compiling has shown.
 
     `even` says that the blocks reach no further than the inputs. For few rows, two warps: a thread has more weights
@@ -149,14 +151,20 @@ def fitted(form: str, config: launch.Config, even: bool) -> launch.Config:
     """
     rows, outputs, stages = config.rows, config.outputs, config.stages
     warps = 2 if rows <= 16 else 4
+    many = 0 < group < 128  # scales and sums of every group take registers, too
+    rows = min(rows, 32) if many else rows
     if form == "int3":  # sixteen planes and three sets of words are in flight
-        rows, outputs, warps, stages = min(rows, 32), outputs if rows <= 16 and even else 64, 4, 2
-    if form in ("int2", "book"):  # many planes, or a book in registers
+        rows, warps, stages = min(rows, 16 if many else 32), 4, 2
+        outputs = outputs if rows <= 16 and even and not many else 64
+    if form in ("int2", "book", "e2m1"):  # many planes, a book in registers, or the signs and sizes of small floats
         warps = {8: 2, 64: 8}.get(rows, 4)
-    if form == "book":
-        stages = 2
+    if form == "int2" and rows == 16 and many:
+        outputs = 64
     if form == "int2" and rows == 64:  # 256 inputs of 64 rows are 32 KiB a stage; sm_89 has 99
         stages = 3
+    if form == "book":
+        stages = 2
+        outputs = 64 if 0 < group < 64 else outputs
     return replace(config, rows=rows, outputs=outputs, warps=warps, stages=stages)
 
 
@@ -211,7 +219,7 @@ def case(
     subnormal: bool = False, even: bool = True,
 ) -> Case:  # fmt: skip
     """One configuration to compile, with the warps and stages that it would have."""
-    chosen = fitted(form, launch.Config(rows=rows, outputs=outputs, subnormal=subnormal), even)
+    chosen = fitted(form, group, launch.Config(rows=rows, outputs=outputs, subnormal=subnormal), even)
     floats = dict.fromkeys(("p_x", "p_t", "p_u", "p_bias", "p_y"), f"*{kind}")
     words = dict.fromkeys(("p_words", "p_high"), "*i16")
     sums = dict.fromkeys(("p_sums", "p_factor"), "*fp32")
@@ -222,7 +230,7 @@ def case(
         types=floats | words | sums | SUMS | {"p_scale": "*fp16", "p_zero": "*u8", "p_book": "*i32"}
         | dict.fromkeys("MNKRS", "i32"),
         constants={
-            "FORM": form, "BITS": BITS[form], "GROUP": group, "P": formats.PLACES, "BM": chosen.rows,
+            "FORM": form, "BITS": BITS[form], "GROUP": group, "P": places_of(group), "BM": chosen.rows,
             "BN": chosen.outputs, "SPLITS": 4, "ZERO": zero, "SUBNORMAL": subnormal, "RANK": rank, "BIAS": False,
             "EVEN": even, "ASM": True,
         },
@@ -232,10 +240,10 @@ def case(
     )  # fmt: skip
 
 
-def hardest(form: str, m: int, n: int) -> Case:
+def hardest(form: str, m: int, n: int, group: int = 128) -> Case:
     """What is chosen for a shape, with all that costs registers: bfloat16, zeros, blocks that reach beyond."""
-    chosen = heuristic(form, m, n, 4100, width(form, 128), torch.device("cpu"))
-    return case(form, 128, chosen.rows, chosen.outputs, "bf16", zero=form.startswith("int"), even=False)
+    chosen = heuristic(form, m, n, 4100, group, torch.device("cpu"))
+    return case(form, group, chosen.rows, chosen.outputs, "bf16", zero=form.startswith("int"), even=False)
 
 
 DENSE = Case(
@@ -254,8 +262,11 @@ CASES = [
     case("int4", 128, 8, 128, subnormal=True, zero=True),
     case("e4m3", 0, 8, 128, "bf16"),
     case("e2m1", 32, 8, 128),
+    case("e2m1", 16, 16, 128, "bf16", even=False),
     case("book", 64, 8, 128),
     hardest("int3", 1, 28672),
+    hardest("int4", 16, 28672, 64),
+    hardest("int2", 16, 28672, 64),
     *(hardest(form, 64, 28672) for form in ("int2", "int3", "book")),
     DENSE,
 ]
