@@ -2,7 +2,7 @@
 
 This saves memory, not time. A GPU finds every kept value by counting bits and fetching it alone, 10 to 20 instructions
 a weight where a dense product issues less than 2, so with the matrix in memory dense is faster; its use is a matrix
-that would not fit. For more than `DENSE_ROWS` rows of x the matrix is decoded once to scratch memory and multiplied as
+that would not fit. For many rows of x the matrix is decoded once to scratch memory and multiplied as
 dense.
 
 Layout: 16 bits a kept value; one bit an input, 32 a word, bit k of word w of a block for input 32 w + k; one offset
@@ -26,7 +26,6 @@ from compress_kernels import formats, given, low_rank
 
 WORDS = 16  # of a block
 BLOCK = 32 * WORDS
-DENSE_ROWS = 64  # of x, above which a dense copy and one product cost less than decoding in every tile of rows; specs
 
 
 @dataclass(frozen=True)
@@ -196,8 +195,10 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if wanted[0]:
         dx = dy @ bitmap_dense(bits, offsets, values, dy.shape[-1], x.shape[-1]).to(dy.dtype)
     if wanted[3]:
-        kept = unpack_mask(Packed(bits, offsets, values, (dy.shape[-1], x.shape[-1])))
-        dvalues = (dy.flatten(0, -2).T @ x.flatten(0, -2))[kept].to(values.dtype)
+        kept = unpack_mask(Packed(bits, offsets, values, (dy.shape[-1], x.shape[-1]))).flatten()
+        place = (kept.cumsum(0) - 1).masked_fill(~kept, len(values))  # to select by a mask, a GPU would have to wait
+        dw = (dy.flatten(0, -2).T @ x.flatten(0, -2)).flatten()
+        dvalues = dw.new_zeros(len(values) + 1).scatter(0, place, dw)[:-1].to(values.dtype)
     more, du, dv = low_rank.gradients(x, u, v, dy, wanted[4:6])
     dbias = dy.flatten(0, -2).sum(0) if wanted[6] else None
     return dx if dx is None or more is None else dx + more, None, None, dvalues, du, dv, dbias, None

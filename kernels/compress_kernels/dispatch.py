@@ -26,6 +26,10 @@ OP = "gpu"  # how a profile calls the products of packed forms
 ISSUED = 0.55  # of the issue slots; from published charts of low-bit kernels on A100 and H100, not measured by us
 MULTIPLIED = 0.6  # of the tensor cores' rate that a kernel with decoding reaches; an estimate
 LANES = 128  # of a multiprocessor
+# rows of x above which, where nothing was measured, another way is taken: with a dense copy of the matrix (beside whose
+# product decoding costs little; bitmaps decode slowly), by torch's own 8-bit products; specs, not measured
+DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 64, 64
+SPARSE_FROM = 1024  # rows of x from which sparse tensor cores are used, if they were asked for; specs, not measured
 
 
 @dataclass(frozen=True, kw_only=True)

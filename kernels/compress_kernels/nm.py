@@ -31,7 +31,6 @@ SIZES = (2, 4, 8, 16)  # M: what divides a word
 PLACES = (32, 16)  # words of a row of a block; a group of scales must be whole runs of them, 128 or 64 inputs of 2:4
 BITS = {"half": 16, "int4": 4, "nibble": 4, "int8": 8, "fp8": 8}
 CODES = ("int4", "nibble", "int8")
-DENSE_ROWS = 256  # of x, above which a dense copy and one product cost less than decoding in every tile of rows; specs
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from compress_kernels import given
 
-ROWS = 1024  # of x, from which it is used; specs, not measured
 SIDE = 16  # that both sides of the matrix must be multiples of, and STEP of the rows of x
 STEP = 8
 

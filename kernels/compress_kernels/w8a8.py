@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress_kernels import given
+from compress_kernels import dispatch, given
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the code of the largest entry of a row
 FLOOR = 1e-5  # of the largest entry, so that a row of zeros has a scale; as `compress.weights.inputs` has it
 GROUP = 32  # a group of inputs holds whole runs of so many, the least that tensor cores take
-MANY = 64  # rows of x above which torch's own products are asked, where they take the shapes
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 def by_library(rows: int, weight: Tensor, scale: Tensor, out: torch.dtype) -> bool:
     """Whether torch's own product takes these on a GPU, and there are enough rows for it to be the faster one."""
     multiple = 8 if weight.dtype == torch.int8 else 16
-    if len(scale) > 1 or rows <= MANY or weight.shape[0] % multiple or weight.shape[1] % multiple:
+    if len(scale) > 1 or rows <= dispatch.LIBRARY_ABOVE or weight.shape[0] % multiple or weight.shape[1] % multiple:
         return False
     if weight.dtype == torch.int8:
         return True

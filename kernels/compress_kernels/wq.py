@@ -346,12 +346,8 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x_MI, grad_MO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, ctx.out)
     of_x = grad @ dense(w, x.dtype) if asked["x"] else None
     of_scale = scale_gradient(w, x_MI, grad_MO) if asked["scale"] else None
-    of_u = of_v = None
-    if u is not None:
-        grad_MR = grad_MO @ u.to(grad.dtype)
-        of_x = None if of_x is None else of_x + (grad_MR @ v.to(x.dtype)).view_as(x)
-        of_u = (grad_MO.T @ low_rank.inner(x_MI, v)).to(u.dtype) if asked["u"] else None
-        of_v = (grad_MR.T @ x_MI).to(v.dtype) if asked["v"] else None
+    more, of_u, of_v = low_rank.gradients(x, u, v, grad, (asked["u"], asked["v"]))
+    of_x = of_x if of_x is None or more is None else of_x + more
     of_bias = grad_MO.sum(0).to(ctx.of_bias) if asked["bias"] else None
     return (of_x, None, None, of_scale, None, None, None, of_u, of_v, of_bias, None, None, None)
 

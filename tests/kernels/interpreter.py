@@ -2,8 +2,9 @@
 
 What is mended, each seen to be wrong in 3.6 and 3.9 with numpy 2.4: loops over a bound given at run time (TypeError);
 products, sums and casts of bfloat16 (computed on the bits as integers, casts truncated); casts to float8 e4m3 (wrong by
-up to 64, where a GPU rounds to nearest and saturates); autotuning (asks for a driver). `install` can go when
-`test_interpreter.py` passes without it.
+up to 64, where a GPU rounds to nearest and saturates); autotuning (asks for a driver); comparisons of scalars, which
+as part of a mask count as int32 (3.9: ValueError). `install` can go when `test_interpreter.py` passes without it.
+All tests of this folder were run with 3.6.0, which is pinned, and on 2026-11-26 with 3.9.0.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def mend_scalars() -> None:
 
 
 def mend_products() -> None:
-    """Products, fused products, sums and signs of bfloat16."""
+    """Products, fused products, sums and signs of bfloat16; comparisons of anything."""
     dot, binary, fma = Builder.create_dot, Builder.binary_op, Builder.create_fma
     fneg = getattr(Builder, "create_fneg", None)  # since 3.9
     total = interpreter.ReduceOps.sum
@@ -78,7 +79,8 @@ def mend_products() -> None:
         if is_bf16(left) and op not in BITWISE:
             result = op(values_of(left), values_of(right))
             return Handle(result, tl.int1) if op in COMPARE else Handle(narrowed(result), tl.bfloat16)
-        return binary(self, left, right, op)
+        result = binary(self, left, right, op)
+        return Handle(result.data, tl.int1) if op in COMPARE else result
 
     def mended_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         if is_bf16(x):

@@ -50,6 +50,19 @@ def test_kernels_compile_within_their_bounds(family: str, tmp_path: Path, monkey
             assert line["per_weight"] <= bounds["per_weight"][name] * SLACK, name
 
 
+def test_the_readme_says_what_is_bounded() -> None:
+    bounds: dict[str, float] = {}
+    for family in FAMILIES:
+        bounds |= json.loads((BOUNDS / f"{family}.json").read_text(encoding="utf-8"))["per_weight"]
+    text = (GPU.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    counted = [row for row in rows if len(row) == 7 and row[0] != "case"]
+
+    said = {f"{row[0]} sm_{sm}": row[at] for row in counted for sm, at in ((80, 5), (90, 6)) if row[at] != "-"}
+
+    assert said == {name: str(figure) for name, figure in bounds.items()}
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         lines = compiled(name)

@@ -93,20 +93,6 @@ def test_codes_stored_with_their_zero(emulator: ModuleType, plane: int, kind: st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("plane", [0, 1])
-def test_eight_bit_floats(emulator: ModuleType, plane: int, kind: str) -> None:
-    words, lanes = emulator.every_word()
-
-    (got,) = emulator.run(asm_spread.eight_float(plane, kind), 1, [words])
-
-    for half, lane in zip(emulator.halves(got), lanes, strict=True):
-        byte = torch.from_numpy((lane.astype(int) >> (8 * plane) & 255).astype(np.uint8))
-        want = byte.view(torch.float8_e4m3fn).to(KINDS[kind]).view(torch.int16).numpy().view(np.uint16)
-        number = (byte.numpy() & 127) != 127
-        np.testing.assert_array_equal(half[number], want[number])
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_whole_zeros_are_subtracted_exactly(emulator: ModuleType, kind: str) -> None:
     code = np.repeat(np.arange(-128.0, 128), 256)
     zero = np.tile(np.arange(-128.0, 128), 256)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress_kernels import bitmap, low_rank
+from compress_kernels import bitmap, dispatch, low_rank
 
 pytest.importorskip("triton", reason="the kernels need triton")
 pytestmark = pytest.mark.usefixtures("poisoned")
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
-OUT, IN = 70, 1100  # ragged rows, and a block that reaches beyond
+OUT, IN = 70, 600  # ragged rows, and a block that reaches beyond
 
 
 def weight(kept: float = 0.5, dtype: torch.dtype = torch.float16) -> tuple[bitmap.Packed, Tensor]:
@@ -66,8 +66,11 @@ def test_what_cannot_be_packed_is_refused() -> None:
         bitmap.pack(torch.zeros(2, 2).half(), torch.zeros(2, 3).bool())
 
 
-@pytest.mark.parametrize("dtype", RATIO)
-@pytest.mark.parametrize(("rows", "tile", "splits"), [(1, 8, 3), (5, 8, 1), (16, 16, 2), (17, 16, 1), (65, 64, 1)])
+@pytest.mark.parametrize(
+    ("rows", "tile", "splits", "dtype"),
+    [(1, 8, 3, torch.float16), (5, 8, 1, torch.bfloat16), (16, 16, 2, torch.float16), (17, 16, 1, torch.bfloat16),
+     (65, 64, 1, torch.float16)],
+)  # fmt: skip
 def test_kernel(
     rows: int, tile: int, splits: int, dtype: torch.dtype, device: torch.device, assert_close: Close
 ) -> None:
@@ -83,9 +86,9 @@ def test_split_inputs_give_the_same_bits(device: torch.device) -> None:
     packed, _ = weight()
     x = inputs_of(3, IN, torch.float16)
 
-    runs = [multiplied(packed, x, None, device, 8, 3) for _ in range(3)]
+    runs = [multiplied(packed, x, None, device, 8, 2) for _ in range(2)]
 
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3])
@@ -97,7 +100,7 @@ def test_dense_kernel(kept: float, device: torch.device) -> None:
     assert torch.equal(gpu.dense(moved(packed, device)).cpu().double(), want)
 
 
-@pytest.mark.parametrize("rows", [2, bitmap.DENSE_ROWS + 1])
+@pytest.mark.parametrize("rows", [2, dispatch.BITMAP_DENSE_ABOVE + 1])
 def test_few_rows_and_many_rows_agree(rows: int, device: torch.device, assert_close: Close) -> None:
     from compress_kernels.gpu import bitmap as gpu
 

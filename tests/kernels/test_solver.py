@@ -71,7 +71,7 @@ WAYS: dict[str, tuple[dict[str, Any], ...]] = {
 
 @pytest.mark.parametrize(
     ("way", "columns", "outputs"),
-    [("rounded", 128, 5), ("rounded", 1, 70), ("mixed groups", 40, 32), ("eight bits", 17, 33), ("masked", 40, 5),
+    [("rounded", 72, 5), ("rounded", 1, 70), ("mixed groups", 40, 32), ("eight bits", 17, 33), ("masked", 40, 5),
      ("masked and rounded", 33, 20), ("2:4", 40, 20), ("1:8 and rounded", 24, 33), ("15:16", 32, 20)],
 )  # fmt: skip
 def test_sweep(way: str, columns: int, outputs: int, device: torch.device, assert_close: Close) -> None:

@@ -264,10 +264,11 @@ def test_tiles_that_do_not_divide_the_rows_are_refused(device: torch.device) -> 
 
 @pytest.mark.parametrize(("rows", "dense"), [(1, False), (256, False), (257, True)])
 def test_many_rows_are_decoded_first(rows: int, dense: bool, device: torch.device) -> None:
-    from compress_kernels.gpu import launch
+    from compress_kernels.gpu import wq as gpu
 
-    assert launch.heuristic(rows, 4096, 32, device).dense is dense
-    assert not launch.heuristic(rows, 4096, 32, device).subnormal
+    chosen = gpu.heuristic("int4", rows, 4096, 4096, 128, device)
+
+    assert chosen.dense is dense and not chosen.subnormal
 
 
 def quantized(bits: int, scales: tuple[int, int], zero: torch.dtype | None) -> Quantized:

@@ -54,7 +54,7 @@ def tunables() -> Iterator[Tunable]:
         return gpu_nm.linear(gpu_nm.planes(x, p.of, p.mask.shape[2]), None, p, None, config)
 
     def of_words(p: wq.Packed, m: int, device: torch.device) -> Config:
-        return gpu_wq.heuristic(p.form, m, p.shape[0], p.shape[1], wq.width_of(p), device)
+        return gpu_wq.heuristic(p.form, m, p.shape[0], p.shape[1], p.group, device)
 
     def of_slots(p: nm.Packed, m: int, device: torch.device) -> Config:
         return gpu_nm.heuristic(m, p.shape[0], p, device)

@@ -1,9 +1,9 @@
-"""`python -m compress_kernels.gpu.aot [FAMILY ...]`: compile every kernel for GPUs that are not here, and count.
+"""`python -m compress_kernels.gpu.aot [--markdown] [FAMILY ...]`: compile every kernel for GPUs not here, and count.
 
-For each case and architecture one JSON line: registers, spilled bytes (stack), shared memory, and the instructions
-that one thread of the innermost loop issues for each weight, read off the machine code. A tile of BN x BK weights is
-shared by the program's threads, so this is `loop length * threads / weights of an iteration`. It is the figure that
-decides whether a low-bit product is bound by memory or by issue, and it needs no GPU to be known.
+For each case and architecture one JSON line, or a row of one table: registers, spilled bytes (stack), shared memory,
+and the instructions that one thread of the innermost loop issues for each weight, read off the machine code. A tile of
+BN x BK weights is shared by the program's threads, so this is `loop length * threads / weights of an iteration`. It is
+the figure that decides whether a low-bit product is bound by memory or by issue, and it needs no GPU to be known.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,17 +119,32 @@ def cases(families: tuple[str, ...]) -> Iterator[Case]:
         yield from importlib.import_module(f"compress_kernels.gpu.{family}").CASES
 
 
+def table(lines: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Rows of Markdown: each case with what it is on every architecture, `-` where that is not known."""
+    columns = [(name, sm) for name in ("registers", "shared", "per_weight") for sm in ARCHITECTURES]
+    said = {"registers": "registers", "shared": "shared bytes", "per_weight": "instructions a weight"}
+    yield "| case | " + " | ".join(f"{said[name]}, sm_{sm}" for name, sm in columns) + " |"
+    yield "|---|" + "---:|" * len(columns)
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for line in lines:
+        found.setdefault(line["case"], {})[line["sm"]] = line
+    for case, by_sm in found.items():
+        yield f"| {case} | " + " | ".join(str(by_sm.get(sm, {}).get(name, "-")) for name, sm in columns) + " |"
+
+
 def main() -> None:
-    """Print the lines."""
+    """Print the lines, or the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; all if none is named")
-    families = tuple(parser.parse_args().families) or FAMILIES
+    parser.add_argument("--markdown", action="store_true", help="print a table")
+    given = parser.parse_args()
+    families = tuple(given.families) or FAMILIES
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"no family {min(unknown)!r}; there are {', '.join(FAMILIES)}")
-    for case in cases(families):
-        for architecture in case.architectures:
-            sys.stdout.write(json.dumps(measured(case, architecture)) + "\n")
-            sys.stdout.flush()
+    lines = (measured(case, architecture) for case in cases(families) for architecture in case.architectures)
+    for text in table(lines) if given.markdown else map(json.dumps, lines):
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

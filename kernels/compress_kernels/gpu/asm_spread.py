@@ -95,22 +95,3 @@ def less(kind: str) -> str:
     if kind == "fp16":
         return "sub.f16x2 $0,$1,$2;"
     return f"{{ .reg .b32 a; mov.b32 a,{twice(bits_of(-1.0, kind))}; fma.rn.bf16x2 $0,$2,a,$1; }}"
-
-
-def eight_float(plane: int, kind: str) -> str:
-    """Byte `plane` of the words $1, an e4m3 float but NaN: its fields, shifted, times what the exponents differ.
-
-    Also subnormal numbers are exact, for they are subnormal in the wider format before the multiplication.
-    """
-    up, low = (8, 7) if plane == 0 else (0, -1)
-    if kind == "bf16":
-        low -= 3
-    shifted = f"shl.b32 t,$1,{low};" if low > 0 else f"shr.u32 t,$1,{-low};"
-    sign = f"shl.b32 s,$1,{up};" if up else "mov.b32 s,$1;"
-    bias = twice(bits_of(2.0**8 if kind == "fp16" else 2.0**120, kind))
-    fields = twice(0x3F80 if kind == "fp16" else 0x07F0)
-    times = "mul.f16x2 $0,t,a;" if kind == "fp16" else f"mov.b32 s,{twice(0x8000)}; fma.rn.bf16x2 $0,t,a,s;"
-    return (
-        f"{{ .reg .b32 t,s,a; {shifted} {sign} and.b32 t,t,{fields}; lop3.b32 t,s,{twice(0x8000)},t,0xEA; "
-        f"mov.b32 a,{bias}; {times} }}"
-    )

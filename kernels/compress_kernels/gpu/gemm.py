@@ -20,6 +20,20 @@ def load_x(p_x, o_m, o_k, M, K, EVEN: tl.constexpr):
 
 
 @triton.jit
+def group(k, K, GROUP: tl.constexpr, EVEN: tl.constexpr):
+    """The group of input k, the last one for inputs beyond K: their products are zero. GROUP 0 is one group a row.
+
+    So no load of scales needs a mask. EVEN says that no block reaches beyond K.
+    """
+    if GROUP == 0:
+        return 0
+    elif EVEN:
+        return k // GROUP
+    else:
+        return tl.minimum(k // GROUP, (K - 1) // GROUP)
+
+
+@triton.jit
 def add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK: tl.constexpr):
     """In the programs of split 0, acc [n, m] plus U t^T: t [M, RANK] = x V^T and U [N, RANK]; RANK is a multiple of 16.
 

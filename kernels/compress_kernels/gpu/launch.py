@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress_kernels import dispatch
 
-BUSY = 2  # programs for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
+BUSY = 2  # programs of four warps for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
 MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
 SHARED = 232_448  # bytes of shared memory of a program, as above
 COUNTERS = 1 << 14  # tiles of one launch that may split the inputs
 STREAMS = 32
 SIZES = ("rows", "outputs", "splits", "warps", "stages")  # of a configuration in a profile
-DENSE_ABOVE = 256  # rows of x; above, decoding costs little beside a dense product at the full rate (specs: 256 to 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,17 @@ class Config:
         return self.assembly and not interpreted()
 
 
-def heuristic(m: int, n: int, blocks: int, device: torch.device, busy: int = BUSY) -> Config:
-    """A fair configuration for x of `m` rows, `n` outputs and so many blocks of inputs, without measuring.
-
-    `busy` programs for each multiprocessor are aimed at.
-    """
+def heuristic(m: int, n: int, device: torch.device) -> Config:
+    """A fair tile for x of `m` rows and `n` outputs, not measured; a kernel fits it to its registers, then `split`."""
     rows = next((tile for tile in (8, 16, 32, 64) if m <= tile), 64)
     outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
-    tiles = -(-n // outputs) * -(-m // rows)
-    return Config(rows=rows, outputs=outputs, splits=splits_for(tiles, blocks, device, busy), dense=m > DENSE_ABOVE)
+    return Config(rows=rows, outputs=outputs, dense=m > dispatch.DENSE_ABOVE)
+
+
+def split(config: Config, m: int, n: int, blocks: int, device: torch.device) -> Config:
+    """The configuration with enough programs to keep the GPU busy, that share so many blocks of inputs."""
+    tiles = -(-n // config.outputs) * -(-m // config.rows)
+    return replace(config, splits=splits_for(tiles, blocks, device, config.warps))
 
 
 def tuned(kind: str, m: int, n: int, k: int, device: torch.device) -> Config | None:
@@ -65,12 +67,18 @@ def tuned(kind: str, m: int, n: int, k: int, device: torch.device) -> Config | N
     return Config(rows=rows, outputs=outputs, splits=splits, warps=warps, stages=stages, dense=dense)
 
 
-def splits_for(tiles: int, blocks: int, device: torch.device, busy: int = BUSY) -> int:
-    """Programs that share the inputs of each of so many tiles, a power of two."""
-    splits = 1
-    while splits < 16 and tiles * splits * 2 <= busy * multiprocessors(device) and splits * 2 <= blocks:
+def splits_for(tiles: int, blocks: int, device: torch.device, warps: int = 4) -> int:
+    """Programs of so many warps that share the inputs of each of so many tiles, a power of two."""
+    splits, most = 1, BUSY * multiprocessors(device)
+    while splits < 16 and tiles * splits * 2 * warps <= 4 * most and splits * 2 <= blocks:
         splits *= 2
     return splits if tiles <= COUNTERS else 1
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of its first argument, a tensor; Triton would take the current device."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
 
 
 @lru_cache(maxsize=16)

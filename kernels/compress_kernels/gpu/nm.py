@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from compress_kernels import dispatch, low_rank, nm, sparse_cores
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
-from compress_kernels.gpu.gemm import add_low_rank, finish
+from compress_kernels.gpu.gemm import add_low_rank, finish, group
 from compress_kernels.gpu.spread import less, nibbles, spread, spread_packed, value
 
 DENSE_TILE = 32  # rows of the matrix that a program decodes
@@ -99,9 +99,8 @@ def packed_words(p_words, b_mask, R, P: tl.constexpr, KEEP: tl.constexpr, ASM: t
 
 @triton.jit
 def numbers(p_values, k, K, R, o_n, GROUP: tl.constexpr):
-    """The scale or zero of each row for the group of input k, float32; 0 beyond the inputs."""
-    i_g = k // GROUP if GROUP != 0 else 0
-    return tl.load(p_values + i_g * R + o_n, mask=k < K, other=0.0).to(tl.float32)
+    """The scale or zero of each row for the group of input k, float32."""
+    return tl.load(p_values + group(k, K, GROUP, False) * R + o_n).to(tl.float32)
 
 
 @triton.jit
@@ -178,8 +177,8 @@ def product(x: Tensor, ready: Tensor | None, w: nm.Packed, bias: Tensor | None) 
     """
     x_MI = x.reshape(-1, x.shape[-1]).contiguous()
     rows = x_MI.shape[0]
-    if dispatch.decodes(w.kind, rows, *w.shape, x.device, nm.DENSE_ROWS):
-        if w.cores is not None and rows >= sparse_cores.ROWS:
+    if dispatch.decodes(w.kind, rows, *w.shape, x.device, dispatch.DENSE_ABOVE):
+        if w.cores is not None and rows >= dispatch.SPARSE_FROM:
             y = sparse_cores.product(x_MI, w.cores, bias).view(*x.shape[:-1], w.shape[0])
         else:
             y = F.linear(x, dense(w, x.dtype), None if bias is None else bias.to(x.dtype))
@@ -194,7 +193,7 @@ def planes(x_MI: Tensor, of: int, count: int) -> Tensor:
     m, k = x_MI.shape
     blocks = -(-k // (16 * count))
     y_MK = x_MI.new_empty(m, blocks * 16 * count)
-    _nm_planes_kernel[(m, blocks)](x_MI, y_MK, k, OF=of, P=count, num_warps=1)
+    launch.run(_nm_planes_kernel, (m, blocks), x_MI, y_MK, k, OF=of, P=count, num_warps=1)
     return y_MK
 
 
@@ -203,7 +202,8 @@ def dense(w: nm.Packed, dtype: torch.dtype) -> Tensor:
     n, k = w.shape
     blocks, rows, count = w.mask.shape
     y_OI = w.mask.new_empty(n, k, dtype=dtype)
-    _nm_dense_kernel[(-(-n // DENSE_TILE), blocks)](
+    launch.run(
+        _nm_dense_kernel, (-(-n // DENSE_TILE), blocks),
         *weight(w), y_OI, n, k, rows,
         **formed(w), P=count, BN=DENSE_TILE, ASM=not launch.interpreted(), num_warps=4,
     )  # fmt: skip
@@ -220,7 +220,8 @@ def linear(
     y_MN = x_MK.new_empty(m, n)
     work, counters = launch.workspace(chosen, m, n, x_MK.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)
-    _nm_linear_kernel[grid](
+    launch.run(
+        _nm_linear_kernel, grid,
         x_MK, *weight(w), some(t_MR, x_MK), some(w.u, x_MK), some(bias, x_MK), y_MN, work, counters, m, n, k, rows,
         **formed(w), P=count, BM=chosen.rows, BN=chosen.outputs, SPLITS=chosen.splits,
         RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None,
@@ -236,18 +237,18 @@ def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Conf
     a group has so many slots that registers would not do.
     """
     blocks, _, count = w.mask.shape
-    chosen = launch.heuristic(m, n, blocks, device)
+    chosen = launch.heuristic(m, n, device)
     most = 64 if launch.shared(device) > 200_000 else 32  # before Hopper, 64 rows spill registers in some formats
     rows = min(most, chosen.rows)
-    outputs = 64 if w.of > 4 or rows > 16 else chosen.outputs
+    outputs = 64 if w.of > 4 or rows > 16 or w.format == "int8" else chosen.outputs
     warps = 2 if outputs == 64 and rows <= 16 and w.of <= 8 and w.keep <= 4 else 4
     if warps == 4:
         rows = max(rows, 256 // count)  # at least two numbers of x a thread: one is not copied asynchronously
-    tiles = -(-n // outputs) * -(-m // rows)
-    splits = launch.splits_for(-(-tiles * warps // 4), blocks, device)
     block = 2 * count * (outputs * (1 + w.values.shape[1]) + 16 * rows)
-    stages = min(4, 1 + max(1, SHARED // block))
-    return replace(chosen, rows=rows, outputs=outputs, splits=splits, warps=warps, stages=stages)
+    most = 2 if w.format == "int8" else 3 if w.format == "int4" else 4  # more stages, and registers spill
+    stages = min(most, 1 + max(1, SHARED // block))
+    fitted = replace(chosen, rows=rows, outputs=outputs, warps=warps, stages=stages)
+    return launch.split(fitted, m, n, blocks, device)
 
 
 def weight(w: nm.Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -295,16 +296,14 @@ def types(kind: str) -> dict[str, str]:
 
 CASES = [
     case("half", 2, 4, 8, 128),
-    case("half", 2, 4, 8, 64, warps=2),
     case("half", 2, 4, 16, 64, rank=64, warps=2),
     case("half", 2, 4, 64, 64),
     case("nibble", 2, 4, 8, 128, kind="fp16", group=128),
     case("nibble", 2, 4, 8, 128, group=128, zero=True),
-    case("nibble", 2, 4, 8, 64, group=64, warps=2),
     case("int4", 2, 8, 8, 64, group=128, zero=True, warps=2),
+    case("int8", 2, 4, 16, 64, group=128, zero=True, warps=2),
     case("fp8", 2, 4, 8, 128, group=128),
     case("half", 1, 4, 8, 128),
-    case("half", 2, 8, 8, 64, warps=2),
     case("half", 4, 8, 8, 64, warps=2),
     Case(
         name="nm planes", kernel=_nm_planes_kernel, types=types("bf16"), constants={"OF": 4, "P": 32}, warps=1

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress_kernels import formats
+from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import Case
 from compress_kernels.prep import Plan, Prepared
 
@@ -59,7 +60,8 @@ def prepare(x_MI: Tensor, plan: Plan, order: Tensor | None) -> Prepared:
     sums = x_MI.new_empty((-(-k // plan.unit), m) if plan.sums else 1, dtype=x_MI.float().dtype)
     factor = x_MI.new_empty(m if plan.subnormal else 1, dtype=sums.dtype)
     units = max(1, TILE // plan.unit)
-    _prep_kernel[(-(-stride // (units * plan.unit)), m)](
+    launch.run(
+        _prep_kernel, (-(-stride // (units * plan.unit)), m),
         x_MI, x_MI if order is None else order, out, sums, factor, m, k, stride,
         UNIT=plan.unit, UNITS=units, LOW=plan.low, PLACES=plan.places,
         ORDER=order is not None, WRITE=plan.writes, SUBNORMAL=plan.subnormal, SUMS=plan.sums,

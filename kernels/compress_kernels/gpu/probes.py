@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compress_kernels.gpu import launch
+
 
 @triton.jit
 def _bits_product_kernel(p_a, p_b, p_y, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
@@ -20,5 +22,7 @@ def _bits_product_kernel(p_a, p_b, p_y, BM: tl.constexpr, BN: tl.constexpr, BK: 
 def bits_product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     """`a @ b.T` in float32 of int16 words that are bits of float16, [M, K] and [N, K] of one tile."""
     y_MN = torch.full((a_MK.shape[0], b_NK.shape[0]), torch.nan, dtype=torch.float32, device=a_MK.device)
-    _bits_product_kernel[(1,)](a_MK, b_NK, y_MN, BM=a_MK.shape[0], BN=b_NK.shape[0], BK=a_MK.shape[1], num_warps=4)
+    launch.run(
+        _bits_product_kernel, (1,), a_MK, b_NK, y_MN, BM=a_MK.shape[0], BN=b_NK.shape[0], BK=a_MK.shape[1], num_warps=4
+    )
     return y_MN

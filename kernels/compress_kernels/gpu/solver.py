@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import Case
 from compress_kernels.solver import STRIP, Choice, Queue, Steps
 
@@ -102,7 +103,8 @@ def sweep(
     keep = w_BO if keep_BO is None else keep_BO.view(torch.uint8)
     dead_B = w_BO.new_zeros(columns, dtype=torch.bool) if choice is None or choice.dead_B is None else choice.dead_B
     scale, zero, group = (w_BO, None, w_BO) if steps is None else (steps.scale_GO, steps.zero_GO, steps.group_B)
-    _sweep_kernel[(-(-outputs // ROWS),)](
+    launch.run(
+        _sweep_kernel, (-(-outputs // ROWS),),
         w_BO, u_BB, e_BO, keep, dead_B.view(torch.uint8), scale, w_BO if zero is None else zero, group,
         w_BO if codes_BO is None else codes_BO, columns, outputs, u_BB.stride(0),
         BITS=0 if steps is None else steps.bits, ZERO=zero is not None,
@@ -133,7 +135,7 @@ def keep_nm(score_NM: Tensor, n: int) -> Tensor:
     width = triton.next_power_of_2(m)
     block = max(1, GROUPS * 4 // width)
     grid = (-(-rows // block),)
-    _keep_nm_kernel[grid](score_NM, keep_NM.view(torch.uint8), rows, n, M=m, WIDTH=width, BLOCK=block)
+    launch.run(_keep_nm_kernel, grid, score_NM, keep_NM.view(torch.uint8), rows, n, M=m, WIDTH=width, BLOCK=block)
     return keep_NM
 
 
@@ -164,8 +166,18 @@ def add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
     """`solver.add_gram`."""
     tokens, inputs = x_TI.shape
     tiles = -(-inputs // SIDE)
-    _add_gram_kernel[(tiles, tiles)](
-        x_TI, sum_II, tokens, inputs, SIDE=SIDE, BT=TOKENS, EVEN=inputs % SIDE == 0, num_warps=8, num_stages=3
+    launch.run(
+        _add_gram_kernel,
+        (tiles, tiles),
+        x_TI,
+        sum_II,
+        tokens,
+        inputs,
+        SIDE=SIDE,
+        BT=TOKENS,
+        EVEN=inputs % SIDE == 0,
+        num_warps=8,
+        num_stages=3,
     )
 
 
@@ -184,7 +196,7 @@ def mirror(sum_II: Tensor) -> None:
     """`solver.mirror`."""
     size = len(sum_II)
     tiles = -(-size // 64)
-    _mirror_kernel[(tiles, tiles)](sum_II, size, SIDE=64)
+    launch.run(_mirror_kernel, (tiles, tiles), sum_II, size, SIDE=64)
 
 
 @triton.jit
@@ -258,7 +270,8 @@ def exchange(
     outputs, inputs = part_OI.shape
     keep_OI, open_OI = keep_OI.clone(), keep_OI.clone() if m else keep_OI
     level, which = (drop.value, drop.index) if isinstance(drop, Queue) else (drop, grow.index)
-    _exchange_kernel[(-(-outputs // ROWS),)](
+    launch.run(
+        _exchange_kernel, (-(-outputs // ROWS),),
         part_OI, grow.value, grow.index, level, which, open_OI.view(torch.uint8), keep_OI.view(torch.uint8), error_O,
         threshold, cycles, outputs, inputs, grow.value.shape[2],
         GUARDED=guarded, M=m, WIDTH=triton.next_power_of_2(max(1, m)), ROWS=ROWS, num_warps=1,
@@ -320,7 +333,8 @@ def swap_groups(
     outputs, inputs = w_OI.shape
     found_O = torch.empty_like(loss_O, dtype=torch.int32)
     changes = w_OI.new_empty(block.stop - block.start, outputs)
-    _swap_groups_kernel[(-(-outputs // ROWS),)](
+    launch.run(
+        _swap_groups_kernel, (-(-outputs // ROWS),),
         w_OI, kept_OI, keep_OI.view(torch.uint8), c_OI, gram_II, loss_O, found_O, changes, outputs, inputs,
         block.start, block.stop, gain, M=m, WIDTH=triton.next_power_of_2(m), ROWS=ROWS, num_warps=1, num_stages=1,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from compress_kernels.gpu import asm_spread
 from compress_kernels.gpu.asm import MAGIC, MANTISSA, setting
-from compress_kernels.gpu.decode import KINDS, integer
+from compress_kernels.gpu.decode import KINDS, integer, small
 
 SIZES = (2, 4, 8, 16)
 # texts and constraints by size of a group, kept of it (0 to 15) and group of the word (0 to 7), end to end
@@ -31,7 +31,6 @@ PLACES = tl.constexpr(tuple(setting(4, j, kind)[1] for kind in KINDS for j in ra
 MAGICS = tl.constexpr(tuple(MAGIC[kind] for kind in KINDS for j in range(4)))
 WHOLES = tl.constexpr(tuple(2.0 ** (MANTISSA[kind] - setting(4, j, kind)[1]) + 8 for kind in KINDS for j in range(4)))
 LESS = tl.constexpr(tuple(asm_spread.less(kind) for kind in KINDS))
-EIGHT = tl.constexpr(tuple(asm_spread.eight_float(plane, kind) for kind in KINDS for plane in range(2)))
 
 
 @triton.jit
@@ -147,22 +146,10 @@ def value(b_q, C: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: 
     if FORMAT == "half":
         return b_q
     elif FORMAT == "fp8":
-        return eight_float(b_q, C % 2, DTYPE, ASM)
+        return small(b_q, C % 2, "e4m3", DTYPE, ASM).to(tl.int16, bitcast=True)
     else:
         BITS: tl.constexpr = 4 if FORMAT == "int4" else 8
         return integer(b_q, C % (16 // BITS), BITS, DTYPE, ASM).to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def eight_float(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Byte J of int16 words, an e4m3 float, as the bits of DTYPE."""
-    if ASM:
-        AT: tl.constexpr = (DTYPE == tl.bfloat16) * 2 + J
-        return tl.inline_asm_elementwise(EIGHT[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
-    else:
-        byte = (b_q >> (8 * J)) & 255
-        half = ((byte & 128) << 8) | ((byte & 127) << 7)
-        return (half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(DTYPE).to(tl.int16, bitcast=True)
 
 
 @triton.jit

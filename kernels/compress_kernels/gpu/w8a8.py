@@ -82,7 +82,9 @@ def quantize(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     m, k = x_MI.shape
     codes_MI, scale_M = torch.empty_like(x_MI, dtype=dtype), x_MI.new_empty(m, dtype=torch.float32)
     block = min(ROW, triton.next_power_of_2(k))
-    _quantize_rows_kernel[(m,)](x_MI, codes_MI, scale_M, k, LIMIT=w8a8.LIMITS[dtype], BLOCK=block, num_warps=8)
+    launch.run(
+        _quantize_rows_kernel, (m,), x_MI, codes_MI, scale_M, k, LIMIT=w8a8.LIMITS[dtype], BLOCK=block, num_warps=8
+    )
     return codes_MI, scale_M
 
 
@@ -94,11 +96,13 @@ def linear(
     (m, k), n = codes_MI.shape, len(weight)
     group = 0 if len(scale) == 1 else k // len(scale)
     width = min(INPUTS, group & -group) if group else INPUTS  # a power of two that divides the group
-    chosen = config or launch.heuristic(m, n, -(-k // width), codes_MI.device)
+    tile = launch.heuristic(m, n, codes_MI.device)
+    chosen = config or launch.split(tile, m, n, -(-k // width), codes_MI.device)
     y_MN = codes_MI.new_empty(m, n, dtype=out)
     work, count = launch.workspace(chosen, m, n, codes_MI.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)
-    _w8a8_linear_kernel[grid](
+    launch.run(
+        _w8a8_linear_kernel, grid,
         codes_MI, scale_M, weight, scale, scale if bias is None else bias, y_MN, work, count, m, n, k,
         GROUP=group, BM=chosen.rows, BN=chosen.outputs, BK=width, SPLITS=chosen.splits,
         BIAS=bias is not None, EVEN=k % width == 0, num_warps=chosen.warps, num_stages=chosen.stages,

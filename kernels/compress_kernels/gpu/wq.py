@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import formats, low_rank
+from compress_kernels import low_rank
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.decode import load_book, plane
-from compress_kernels.gpu.gemm import add_low_rank, finish, load_x
+from compress_kernels.gpu.gemm import add_low_rank, finish, group, load_x
 from compress_kernels.gpu.prep import prepare
 from compress_kernels.prep import Prepared
-from compress_kernels.wq import BITS, Packed, plan_of, width, width_of
+from compress_kernels.wq import BITS, Packed, places_of, plan_of, width, width_of
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def load_words(p_words, p_high, i_b, o_tile, R, P: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
-def load_zero(p_zero, at, mask, FORM: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr):
+def load_zero(p_zero, at, BITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr):
     """What a decoded number lacks: the zero of its grid, less the middle that decoding took away already."""
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
     if ZERO:
-        return tl.load(p_zero + at, mask=mask, other=0).to(tl.float32) - (0 if SUBNORMAL else MIDDLE)
+        return tl.load(p_zero + at).to(tl.float32) - (0 if SUBNORMAL else MIDDLE)
     else:
         return tl.full(at.shape, MIDDLE, tl.float32)
 
@@ -83,11 +83,11 @@ def _wq_linear_kernel(
                     if LESS:
                         b_all += b_sum
                 else:
-                    o_g = at // GROUP * R + o_n
-                    b_s = tl.load(p_scale + o_g, mask=at < K, other=0.0).to(tl.float32)
+                    o_g = group(at, K, GROUP, EVEN) * R + o_n
+                    b_s = tl.load(p_scale + o_g).to(tl.float32)
                     acc += b_part * b_s[:, None]
                     if LESS:
-                        b_z = load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, SUBNORMAL)
+                        b_z = load_zero(p_zero, o_g, BITS, ZERO, SUBNORMAL)
                         acc -= (b_s * b_z)[:, None] * b_sum[None, :]
                     b_part = tl.zeros((BN, BM), tl.float32)
         if GROUP == 0:
@@ -96,7 +96,7 @@ def _wq_linear_kernel(
         b_s = tl.load(p_scale + o_n).to(tl.float32)
         acc *= b_s[:, None]
         if LESS:
-            b_z = load_zero(p_zero, o_n, o_n < R, FORM, BITS, ZERO, SUBNORMAL)
+            b_z = load_zero(p_zero, o_n, BITS, ZERO, SUBNORMAL)
             acc -= (b_s * b_z)[:, None] * b_all[None, :]
     if SUBNORMAL:  # times 2**24: a subnormal float16 number counts in units of 2**-24
         acc = acc * 16777216.0 * tl.load(p_factor + o_m, mask=o_m < M, other=0.0)[None, :]
@@ -111,7 +111,7 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
     """
     m, k = x_MI.shape
     n, wide = w.shape[0], width_of(w)
-    chosen = config or launch.tuned(w.kind, m, n, k, x_MI.device) or heuristic(w.form, m, n, k, wide, x_MI.device)
+    chosen = config or launch.tuned(w.kind, m, n, k, x_MI.device) or heuristic(w.form, m, n, k, w.group, x_MI.device)
     if w.words.shape[1] % chosen.outputs:
         raise ValueError(f"wq_linear: tiles of {chosen.outputs} outputs for {w.words.shape[1]} rows of words")
     if chosen.dense:
@@ -123,25 +123,27 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
     t_MR = x_MI if w.v is None else low_rank.inner(x_MI, w.v)
     work, count = launch.workspace(chosen, m, n, x_MI.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)
-    _wq_linear_kernel[grid](
+    launch.run(
+        _wq_linear_kernel, grid,
         ready.x, ready.sums, ready.factor, w.words, given_or(w.high, w.words), w.scale, given_or(w.zero, w.scale),
         given_or(w.book, w.words), t_MR, given_or(w.u, w.scale), given_or(bias, w.scale), y_MN, work, count,
         m, n, k, w.words.shape[1], ready.x.shape[1],
         FORM=w.form, BITS=BITS[w.form], GROUP=w.group, P=w.words.shape[2], BM=chosen.rows, BN=chosen.outputs,
         SPLITS=chosen.splits, ZERO=w.zero is not None, SUBNORMAL=plan.subnormal,
-        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=ready.x.shape[1] % wide == 0,
+        RANK=0 if w.u is None else w.u.shape[1], BIAS=bias is not None, EVEN=k % wide == 0,
         ASM=chosen.inline, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return y_MN
 
 
-def heuristic(form: str, m: int, n: int, k: int, wide: int, device: torch.device) -> launch.Config:
-    """A fair configuration without measuring; twice the programs where they have half the warps."""
-    busy = 2 * launch.BUSY if m <= 16 else launch.BUSY
-    return fitted(form, launch.heuristic(m, n, -(-k // wide), device, busy), k % wide == 0)
+def heuristic(form: str, m: int, n: int, k: int, group: int, device: torch.device) -> launch.Config:
+    """A fair configuration without measuring."""
+    wide = width(form, group)
+    chosen = fitted(form, group, launch.heuristic(m, n, device), k % wide == 0)
+    return launch.split(chosen, m, n, -(-k // wide), device)
 
 
-def fitted(form: str, config: launch.Config, even: bool) -> launch.Config:
+def fitted(form: str, group: int, config: launch.Config, even: bool) -> launch.Config:
     """A configuration that neither spills nor needs more shared memory than there is, as compiling has shown.
 
     `even` says that the blocks reach no further than the inputs. For few rows, two warps: a thread has more weights
@@ -149,14 +151,20 @@ def fitted(form: str, config: launch.Config, even: bool) -> launch.Config:
     """
     rows, outputs, stages = config.rows, config.outputs, config.stages
     warps = 2 if rows <= 16 else 4
+    many = 0 < group < 128  # scales and sums of every group take registers, too
+    rows = min(rows, 32) if many else rows
     if form == "int3":  # sixteen planes and three sets of words are in flight
-        rows, outputs, warps, stages = min(rows, 32), outputs if rows <= 16 and even else 64, 4, 2
-    if form in ("int2", "book"):  # many planes, or a book in registers
+        rows, warps, stages = min(rows, 16 if many else 32), 4, 2
+        outputs = outputs if rows <= 16 and even and not many else 64
+    if form in ("int2", "book", "e2m1"):  # many planes, a book in registers, or the signs and sizes of small floats
         warps = {8: 2, 64: 8}.get(rows, 4)
-    if form == "book":
-        stages = 2
+    if form == "int2" and rows == 16 and many:
+        outputs = 64
     if form == "int2" and rows == 64:  # 256 inputs of 64 rows are 32 KiB a stage; sm_89 has 99
         stages = 3
+    if form == "book":
+        stages = 2
+        outputs = 64 if 0 < group < 64 else outputs
     return replace(config, rows=rows, outputs=outputs, warps=warps, stages=stages)
 
 
@@ -182,10 +190,10 @@ def _wq_dense_kernel(
     for j in tl.static_range(PLANES):
         at = (i_b * PLANES + j) * P
         b_w = plane(b_q, b_more, b_high, book, p_book, j, FORM, BITS, False, DTYPE, ASM).to(tl.float32)
-        o_g = (0 if GROUP == 0 else at // GROUP) * R + o_n
+        o_g = group(at, K, GROUP, False) * R + o_n
         if ZERO:
-            b_w -= load_zero(p_zero, o_g, at < K, FORM, BITS, ZERO, False)[:, None]
-        b_w *= tl.load(p_scale + o_g, mask=at < K, other=0.0).to(tl.float32)[:, None]
+            b_w -= load_zero(p_zero, o_g, BITS, ZERO, False)[:, None]
+        b_w *= tl.load(p_scale + o_g).to(tl.float32)[:, None]
         o_k = at + o_p
         o_to = tl.load(p_order + o_k, mask=o_k < K, other=0) if ORDER else o_k
         m_y = (o_n < N)[:, None] & (o_k < K)[None, :]
@@ -196,7 +204,8 @@ def dense(w: Packed, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in], rounded to float16 or bfloat16, in one launch."""
     n, k = w.shape
     y_NK = w.words.new_empty(n, k, dtype=dtype)
-    _wq_dense_kernel[(w.words.shape[1] // 64, -(-k // width_of(w)))](
+    launch.run(
+        _wq_dense_kernel, (w.words.shape[1] // 64, -(-k // width_of(w))),
         w.words, given_or(w.high, w.words), w.scale, given_or(w.zero, w.scale), given_or(w.book, w.words),
         given_or(w.order, w.words), y_NK, n, k, w.words.shape[1],
         FORM=w.form, BITS=BITS[w.form], GROUP=w.group, P=w.words.shape[2], BN=64, ZERO=w.zero is not None,
@@ -210,7 +219,7 @@ def case(
     subnormal: bool = False, even: bool = True,
 ) -> Case:  # fmt: skip
     """One configuration to compile, with the warps and stages that it would have."""
-    chosen = fitted(form, launch.Config(rows=rows, outputs=outputs, subnormal=subnormal), even)
+    chosen = fitted(form, group, launch.Config(rows=rows, outputs=outputs, subnormal=subnormal), even)
     floats = dict.fromkeys(("p_x", "p_t", "p_u", "p_bias", "p_y"), f"*{kind}")
     words = dict.fromkeys(("p_words", "p_high"), "*i16")
     sums = dict.fromkeys(("p_sums", "p_factor"), "*fp32")
@@ -221,7 +230,7 @@ def case(
         types=floats | words | sums | SUMS | {"p_scale": "*fp16", "p_zero": "*u8", "p_book": "*i32"}
         | dict.fromkeys("MNKRS", "i32"),
         constants={
-            "FORM": form, "BITS": BITS[form], "GROUP": group, "P": formats.PLACES, "BM": chosen.rows,
+            "FORM": form, "BITS": BITS[form], "GROUP": group, "P": places_of(group), "BM": chosen.rows,
             "BN": chosen.outputs, "SPLITS": 4, "ZERO": zero, "SUBNORMAL": subnormal, "RANK": rank, "BIAS": False,
             "EVEN": even, "ASM": True,
         },
@@ -231,10 +240,10 @@ def case(
     )  # fmt: skip
 
 
-def hardest(form: str, m: int, n: int) -> Case:
+def hardest(form: str, m: int, n: int, group: int = 128) -> Case:
     """What is chosen for a shape, with all that costs registers: bfloat16, zeros, blocks that reach beyond."""
-    chosen = heuristic(form, m, n, 4100, width(form, 128), torch.device("cpu"))
-    return case(form, 128, chosen.rows, chosen.outputs, "bf16", zero=form.startswith("int"), even=False)
+    chosen = heuristic(form, m, n, 4100, group, torch.device("cpu"))
+    return case(form, group, chosen.rows, chosen.outputs, "bf16", zero=form.startswith("int"), even=False)
 
 
 DENSE = Case(
@@ -248,15 +257,16 @@ CASES = [
     *(case(form, 128, 8, 128) for form in ("int2", "int3", "int4")),
     case("int4", 128, 8, 128, "bf16"),
     case("int8", 0, 8, 128, "bf16"),
-    case("int4", 32, 8, 64),
-    case("int4", 128, 8, 128, zero=True),
     case("int4", 128, 16, 128, rank=64),
     case("int4", 128, 64, 128),
-    *(case(form, 128, 8, 128, subnormal=True, zero=form == "int2") for form in ("int2", "int3", "int4")),
+    case("int4", 128, 8, 128, subnormal=True, zero=True),
     case("e4m3", 0, 8, 128, "bf16"),
     case("e2m1", 32, 8, 128),
+    case("e2m1", 16, 16, 128, "bf16", even=False),
     case("book", 64, 8, 128),
     hardest("int3", 1, 28672),
+    hardest("int4", 16, 28672, 64),
+    hardest("int2", 16, 28672, 64),
     *(hardest(form, 64, 28672) for form in ("int2", "int3", "book")),
     DENSE,
 ]
