@@ -158,7 +158,7 @@ def bitmap_linear(
     """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`."""
     w = Packed(bits, offsets, values, (out, x.shape[-1]), u, v)
     check_product(w, x, bias)
-    y = F.linear(x, reference(w).to(x.dtype), bias)
+    y = F.linear(x, reference(w).to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if u is None or v is None else y + low_rank.term(x, u, v)
 
 
@@ -197,10 +197,10 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if wanted[3]:
         kept = unpack_mask(Packed(bits, offsets, values, (dy.shape[-1], x.shape[-1]))).flatten()
         place = (kept.cumsum(0) - 1).masked_fill(~kept, len(values))  # to select by a mask, a GPU would have to wait
-        dw = (dy.flatten(0, -2).T @ x.flatten(0, -2)).flatten()
+        dw = (low_rank.rows(dy).T @ low_rank.rows(x)).flatten()
         dvalues = dw.new_zeros(len(values) + 1).scatter(0, place, dw)[:-1].to(values.dtype)
     more, du, dv = low_rank.gradients(x, u, v, dy, wanted[4:6])
-    dbias = dy.flatten(0, -2).sum(0) if wanted[6] else None
+    dbias = low_rank.rows(dy).sum(0) if wanted[6] else None
     return dx if dx is None or more is None else dx + more, None, None, dvalues, du, dv, dbias, None
 
 

@@ -128,7 +128,7 @@ def most_rows(form: Format, device: Device) -> int:
 
 
 def tuned(kind: str, rows: int, out: int, inputs: int, device: torch.device) -> tuning.Choice | None:
-    """What `compress tune` chose for a kind of packed form on this GPU, or None.
+    """What `compress tune` chose for a kind of packed form on this GPU, or None: also for more rows than it measured.
 
     A profile is read once: one written later holds for the next process. Raises tuning.TuningError for a damaged one.
     """
@@ -144,7 +144,8 @@ def decodes(kind: str, rows: int, out: int, inputs: int, device: torch.device, a
 @lru_cache(maxsize=4096)
 def _tuned(kind: str, bucket: int, out: int, inputs: int, device: torch.device) -> tuning.Choice | None:
     profile = tuning.known(str(device))
-    return None if profile is None else profile.choice(OP, kind, out, inputs, bucket)
+    found = {} if profile is None else profile.choices(OP, kind, out, inputs)
+    return found[tuning.bucket(bucket, found)] if found and bucket <= max(found) else None
 
 
 def here(device: torch.device) -> Device:

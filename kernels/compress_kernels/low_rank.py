@@ -57,6 +57,11 @@ def gradients(
     if u is None or v is None:
         return None, None, None
     dt = dy @ u.to(dy.dtype)
-    du = (dy.flatten(0, -2).T @ inner(x, v).flatten(0, -2)).to(u.dtype) if wanted[0] else None
-    dv = (dt.flatten(0, -2).T @ x.flatten(0, -2)).to(v.dtype) if wanted[1] else None
+    du = (rows(dy).T @ rows(inner(x, v))).to(u.dtype) if wanted[0] else None
+    dv = (rows(dt).T @ rows(x)).to(v.dtype) if wanted[1] else None
     return dt @ v.to(dy.dtype), du, dv
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [..., n] as rows; of one dimension, one row."""
+    return x.reshape(-1, x.shape[-1])

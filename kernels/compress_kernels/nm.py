@@ -137,6 +137,8 @@ def scaled(
     outputs, inputs = codes_OI.shape
     group = 0 if scale_OG.shape[1] == 1 else inputs // scale_OG.shape[1]
     words = pack_planes(slots(codes_OI, mask_OI, keep, of, format, group), BITS[format])
+    if scale_OG.dtype.itemsize == 1:  # e8m0, e4m3: bfloat16 holds both exactly, and every GPU reads it
+        scale_OG = scale_OG.to(torch.bfloat16)
     scale = formats.pack_groups(scale_OG.expand(outputs, -1))
     return Packed(
         pack_masks(mask_OI, of, words_of(of, group), format),
@@ -394,7 +396,7 @@ def nm_linear(
     """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`; `planes` is `nm_planes` of x, or made here."""
     w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v, cores)
     check_product(w, x, planes, bias)
-    y = F.linear(x, reference(w).to(x.dtype), bias)
+    y = F.linear(x, reference(w).to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if u is None or v is None else y + low_rank.term(x, u, v)
 
 
@@ -436,7 +438,7 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if wanted[0]:
         dx = dy @ nm_dense(mask, values, scale, zero, *ctx.rest, dy.shape[-1], x.shape[-1], dy.dtype)
     more, du, dv = low_rank.gradients(x, u, v, dy, wanted[6:8])
-    dbias = dy.flatten(0, -2).sum(0) if wanted[9] else None
+    dbias = low_rank.rows(dy).sum(0) if wanted[9] else None
     dx = dx if dx is None or more is None else dx + more
     return dx, None, None, None, None, None, du, dv, None, dbias, *([None] * 5)
 

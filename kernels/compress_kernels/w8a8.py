@@ -130,7 +130,7 @@ def w8a8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     else:
         y_MO = reference(codes_MI, scale_M, weight, scale)
     y_MO = y_MO if bias is None else y_MO + bias.float()
-    return y_MO.to(x.dtype).view(*x.shape[:-1], -1)
+    return y_MO.to(x.dtype).view(*x.shape[:-1], len(weight))
 
 
 @w8a8_linear.register_kernel("cuda")

@@ -159,7 +159,7 @@ def unsupported(form: str, inputs: int, group: int) -> str:
     if form not in BITS:
         return f"weights of form {form}; there are kernels for {', '.join(BITS)}"
     wide = width(form, group)
-    if group and (wide % group and group % wide):
+    if group and (group % (formats.PLACES // 2) or (wide % group and group % wide)):
         return f"groups of {group} of {inputs} inputs; {form} takes divisors of {wide} by 16, and its multiples"
     return ""
 

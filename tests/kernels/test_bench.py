@@ -111,11 +111,16 @@ def test_a_profile_of_a_gpu_decides_the_configuration(monkeypatch: pytest.Monkey
     dispatch._tuned.cache_clear()
     cuda = torch.device("cuda:0")
 
-    assert launch.tuned("int4", 5, 4096, 4096, cuda) == launch.Config(**sizes)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    assert launch.tuned("int4", 5, 4096, 4096, 32, cuda) == launch.Config(**sizes)
+    assert launch.tuned("int4", 5, 4096, 4096, 2, cuda) == launch.Config(**(sizes | {"splits": 2}))
+    assert launch.tuned("int4", 5, 192, 4096, 32, cuda) is None  # 128 outputs do not divide its rows of words
+    assert launch.tuned("int4", 65, 4096, 4096, 32, cuda) is None  # more rows of x than were measured
+    assert dispatch.decodes("int4", 65, 4096, 4096, cuda, above=64)
     assert dispatch.decodes("int4", 33, 4096, 4096, cuda, above=256)
     assert not dispatch.decodes("int4", 8, 4096, 4096, cuda, above=4)
-    assert launch.tuned("int3", 5, 4096, 4096, cuda) is None
-    assert launch.tuned("int4", 5, 4096, 4096, torch.device("cpu")) is None
+    assert launch.tuned("int3", 5, 4096, 4096, 32, cuda) is None
+    assert launch.tuned("int4", 5, 4096, 4096, 32, torch.device("cpu")) is None
     dispatch._tuned.cache_clear()
 
 

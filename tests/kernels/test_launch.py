@@ -40,3 +40,61 @@ def test_a_kernel_runs_on_the_device_of_its_first_argument(monkeypatch: pytest.M
 @pytest.mark.parametrize("file", sorted(path.name for path in GPU.glob("*.py")))
 def test_every_launch_goes_that_way(file: str) -> None:
     assert DIRECT.findall((GPU / file).read_text(encoding="utf-8")) == []
+
+
+# -- counters of programs that split the inputs ------------------------------------------------------
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> dict[str, int | bool]:
+    """A GPU's current stream, and whether it is being captured, as a test sets them."""
+    state: dict[str, int | bool] = {"stream": 0, "capturing": False}
+
+    class Stream:
+        @property
+        def cuda_stream(self) -> int:
+            return int(state["stream"])
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(state["capturing"]))
+    return state
+
+
+def room_of_a_gpu() -> launch.Room:
+    room = launch.Room(torch.device("cpu"))
+    room.device = torch.device("cuda")
+    room.fresh = lambda tiles: torch.zeros(tiles, dtype=torch.int32)  # type: ignore[method-assign]
+    return room
+
+
+def test_streams_have_counters_of_their_own_while_there_are(streams: dict[str, int | bool]) -> None:
+    room = room_of_a_gpu()
+    found = []
+    for stream in range(launch.STREAMS + 2):
+        streams["stream"] = 1000 + stream
+        found.append(room.counters(4).data_ptr())
+    streams["stream"] = 1000
+
+    assert len(set(found[: launch.STREAMS])) == launch.STREAMS
+    assert room.counters(4).data_ptr() == found[0]
+    inside = room.streams.data_ptr(), room.streams.data_ptr() + room.streams.nbytes
+    assert not any(inside[0] <= each < inside[1] for each in found[launch.STREAMS :])  # fresh, not shared
+
+
+def test_every_captured_launch_has_counters_of_its_own(streams: dict[str, int | bool]) -> None:
+    room = room_of_a_gpu()
+    streams["capturing"] = True
+
+    first, second = room.counters(8), room.counters(8)
+    room.taken = launch.CAPTURED - 4
+    third = room.counters(8)
+
+    assert second.data_ptr() == first.data_ptr() + first.nbytes
+    assert third.shape == (8,) and not third.any()
+
+
+def test_the_first_launch_is_not_captured(streams: dict[str, int | bool]) -> None:
+    streams["capturing"] = True
+
+    with pytest.raises(RuntimeError, match="run the model once"):
+        launch.Room(torch.device("cuda"))

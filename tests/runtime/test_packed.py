@@ -172,6 +172,7 @@ def test_tensors_move_with_the_module_and_are_never_cast() -> None:
         (DENSE, "there is no kernel for dense"),
         (quantized(5), "weights of form int5"),
         (Quantized(torch.zeros(OUT, 400, dtype=torch.uint8), torch.ones(OUT, 10), None, 4), "groups of 40"),
+        (Quantized(torch.zeros(OUT, 400, dtype=torch.uint8), torch.ones(OUT, 50), None, 4), "groups of 8"),
         (masked(quantized(4, 64), "0.5"), "there is no kernel for int4g64s pruned anywhere"),
         (masked(DENSE, "0.5"), "times as fast as the decoded matrix; low memory keeps it packed"),
         (quantized(4, 64) + quantized(4, 64), "there is no kernel for int4g64s + int4g64s"),

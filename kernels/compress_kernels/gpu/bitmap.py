@@ -46,7 +46,8 @@ def _bitmap_linear_kernel(
 ):  # fmt: skip
     """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_row, i_m = tl.arange(0, BM), tl.program_id(1) * BM
+    o_m, p_first = i_m + o_row, p_x + i_m.to(tl.int64) * K
     o_k = tl.arange(0, 32)
     acc = tl.zeros((BN, BM), tl.float32)
     for i_b in range(tl.program_id(2), tl.cdiv(K, 512), SPLITS):
@@ -54,7 +55,7 @@ def _bitmap_linear_kernel(
         for j in range(16):
             b_bits = tl.load(p_bits + (i_b * 16 + j) * R + o_n)
             b_w = decoded(p_values, b_bits, b_at, ASM)
-            b_x = load_x(p_x, o_m, i_b * 512 + j * 32 + o_k, M, K, EVEN)
+            b_x = load_x(p_first, o_row, i_b * 512 + j * 32 + o_k, M - i_m, K, EVEN)
             acc = tl.dot(b_w, b_x, acc, input_precision="ieee")
             b_at += ones(b_bits, ASM)
     acc = add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK)
@@ -100,7 +101,7 @@ def linear(x_MI: Tensor, w: bitmap.Packed, bias: Tensor | None, config: launch.C
     """`x @ W.T + bias` of checked, contiguous tensors on one device, of one 16-bit float."""
     m, k = x_MI.shape
     n = w.shape[0]
-    tuned = launch.tuned(w.kind, m, n, k, x_MI.device)
+    tuned = launch.tuned(w.kind, m, n, k, len(w.bits), x_MI.device)
     tile = replace(launch.heuristic(m, n, x_MI.device), outputs=64)  # 128 spill registers
     chosen = config or tuned or launch.split(tile, m, n, w.bits.shape[0], x_MI.device)
     y_MN = x_MI.new_empty(m, n)

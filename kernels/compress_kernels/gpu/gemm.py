@@ -11,12 +11,16 @@ import triton.language as tl
 
 
 @triton.jit
-def load_x(p_x, o_m, o_k, M, K, EVEN: tl.constexpr):
-    """A tile of x [M, K], transposed [k, m]; zero outside."""
-    mask = (o_m < M)[None, :]
+def load_x(p_first, o_row, o_k, left, K, EVEN: tl.constexpr):
+    """A tile of x from the row at `p_first` on, transposed [k, m]; zero beyond the `left` rows and the K inputs.
+
+    The first row is a pointer of the caller's, since its offset may pass 2**31; within a tile 32 bits do, and are
+    fewer instructions.
+    """
+    mask = (o_row < left)[None, :]
     if not EVEN:
         mask = mask & (o_k < K)[:, None]
-    return tl.load(p_x + o_m[None, :] * K + o_k[:, None], mask=mask, other=0.0, eviction_policy="evict_last")
+    return tl.load(p_first + o_row[None, :] * K + o_k[:, None], mask=mask, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -57,7 +61,7 @@ def finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS: tl.constexpr
     `p_work` holds SPLITS x M x N floats of any value, fewer than 2**31; `p_count` a zero for every tile, left zero.
     """
     m_y = (o_n < N)[:, None] & (o_m < M)[None, :]
-    o_y = o_m[None, :] * N + o_n[:, None]
+    o_y = o_m.to(tl.int64)[None, :] * N + o_n[:, None]
     last = True
     if SPLITS > 1:
         p_tile = p_count + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)

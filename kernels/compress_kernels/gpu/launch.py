@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress_kernels import dispatch
+from compress_kernels import dispatch, formats
 
 BUSY = 2  # programs of four warps for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
 MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
 SHARED = 232_448  # bytes of shared memory of a program, as above
 COUNTERS = 1 << 14  # tiles of one launch that may split the inputs
 STREAMS = 32
+CAPTURED = 1 << 20  # counters of captured launches, for the life of the process
 SIZES = ("rows", "outputs", "splits", "warps", "stages")  # of a configuration in a profile
 
 
@@ -57,12 +59,18 @@ def split(config: Config, m: int, n: int, blocks: int, device: torch.device) -> 
     return replace(config, splits=splits_for(tiles, blocks, device, config.warps))
 
 
-def tuned(kind: str, m: int, n: int, k: int, device: torch.device) -> Config | None:
-    """The configuration that `compress tune` found fastest on this GPU for a kind of packed form, if it was asked."""
+def tuned(kind: str, m: int, n: int, k: int, blocks: int, device: torch.device) -> Config | None:
+    """The configuration that `compress tune` found fastest on this GPU for a kind of packed form, if it was asked.
+
+    It was measured at the nearest size: a tile that this size does not have is not taken, nor splits that it has not.
+    """
     choice = dispatch.tuned(kind, m, n, k, device)
-    if choice is None:
+    if choice is None or formats.padded(n, formats.ROWS) % int(choice["outputs"]):
         return None
     rows, outputs, splits, warps, stages = (int(choice[name]) for name in SIZES)
+    tiles = -(-n // outputs) * -(-m // rows)
+    if splits > blocks or tiles > COUNTERS or splits * m * n >= 1 << 31:
+        splits = splits_for(tiles, blocks, device, warps)
     dense = choice["path"] == dispatch.DENSE
     return Config(rows=rows, outputs=outputs, splits=splits, warps=warps, stages=stages, dense=dense)
 
@@ -108,20 +116,41 @@ def workspace(config: Config, m: int, n: int, device: torch.device) -> tuple[Ten
     device is being captured.
     """
     parts = config.splits * m * n if config.splits > 1 else 1
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return torch.empty(parts, dtype=torch.float32, device=device), counters(device)[slot(stream)]
+    tiles = -(-n // config.outputs) * -(-m // config.rows) if config.splits > 1 else 1
+    return torch.empty(parts, dtype=torch.float32, device=device), room(device).counters(tiles)
+
+
+class Room:
+    """The counters of one device: launches that may run at once never share them.
+
+    Those of a stream run one after another; a captured launch has its own for good, since graphs are replayed on any
+    stream. What finds no room gets fresh zeros, which cost a launch of their own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # they would be zeroed at replay only
+            raise RuntimeError("the first launch on a device cannot be captured in a CUDA graph: run the model once")
+        with torch.inference_mode(False):
+            self.streams = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
+            self.captured = torch.zeros(CAPTURED, dtype=torch.int32, device=device)
+        self.device, self.slots, self.taken, self.lock = device, dict[int, int](), 0, Lock()
+
+    def counters(self, tiles: int) -> Tensor:
+        """Zeros for a launch on the current stream."""
+        with self.lock:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                at, self.taken = self.taken, self.taken + tiles
+                return self.captured[at : at + tiles] if at + tiles <= CAPTURED else self.fresh(tiles)
+            stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+            slot = self.slots.setdefault(stream, len(self.slots))
+        return self.streams[slot] if slot < STREAMS else self.fresh(tiles)
+
+    def fresh(self, tiles: int) -> Tensor:
+        """Zeros of this launch alone."""
+        return torch.zeros(tiles, dtype=torch.int32, device=self.device)
 
 
 @lru_cache(maxsize=16)
-def counters(device: torch.device) -> Tensor:
-    """Zeros for `STREAMS` streams, made once: within a graph, they would be made at its first replay only."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the first launch on a device cannot be captured in a CUDA graph: run the model once before")
-    with torch.inference_mode(False):
-        return torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
-
-
-@cache
-def slot(stream: int) -> int:
-    """The counters of a stream: launches that run at once must not share them. The 33rd shares those of the first."""
-    return slot.cache_info().currsize % STREAMS
+def room(device: torch.device) -> Room:
+    """The counters of a device, made once."""
+    return Room(device)

@@ -45,7 +45,8 @@ def _nm_linear_kernel(
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     o_p = tl.arange(0, P)
     o_tile = o_n[:, None] * P + o_p[None, :]
-    p_tile = p_x + o_m[None, :] * (blocks * BLOCK) + o_p[:, None]
+    p_first = p_x + (tl.program_id(1) * BM).to(tl.int64) * (blocks * BLOCK)  # within a tile 32 bits do
+    p_tile = p_first + tl.arange(0, BM)[None, :] * (blocks * BLOCK) + o_p[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for i_b in range(tl.program_id(2), blocks, SPLITS):
         b_mask = tl.load(p_mask + i_b * R * P + o_tile, eviction_policy="evict_first")
@@ -109,8 +110,9 @@ def _nm_planes_kernel(p_x, p_y, K, OF: tl.constexpr, P: tl.constexpr):
     BLOCK: tl.constexpr = 16 * P
     o = tl.arange(0, BLOCK)
     o_from = tl.program_id(1) * BLOCK + o // (OF * P) * (OF * P) + o % P * OF + o // P % OF
-    b_x = tl.load(p_x + tl.program_id(0) * K + o_from, mask=o_from < K, other=0.0)
-    tl.store(p_y + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * BLOCK + o, b_x)
+    i_m = tl.program_id(0).to(tl.int64)
+    b_x = tl.load(p_x + i_m * K + o_from, mask=o_from < K, other=0.0)
+    tl.store(p_y + (i_m * tl.num_programs(1) + tl.program_id(1)) * BLOCK + o, b_x)
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def linear(
     """`x @ W.T + bias` of checked, contiguous tensors on one device; x is what `planes` gives, t is `V x`."""
     m, (n, k) = x_MK.shape[0], w.shape
     rows, count = w.mask.shape[1:]
-    chosen = config or launch.tuned(w.kind, m, n, k, x_MK.device) or heuristic(m, n, w, x_MK.device)
+    chosen = config or launch.tuned(w.kind, m, n, k, len(w.mask), x_MK.device) or heuristic(m, n, w, x_MK.device)
     y_MN = x_MK.new_empty(m, n)
     work, counters = launch.workspace(chosen, m, n, x_MK.device)
     grid = (-(-n // chosen.outputs), -(-m // chosen.rows), chosen.splits)

@@ -19,11 +19,11 @@ STAGES = {8: 4, 16: 4, 32: 2, 64: 2}  # by rows: each holds 512 inputs of them
 
 @triton.jit
 def segment(p_table, M, BM: tl.constexpr):
-    """(its rows, M or more where there are none, the row after the last, its tenant) of this program's segment."""
+    """(the first row, the rows, M or more where there are none, the row after the last, the tenant) of a program."""
     p_own = p_table + 3 * tl.program_id(1)
-    end, tenant = tl.load(p_own + 1), tl.load(p_own + 2)
-    o_m = tl.load(p_own) + tl.arange(0, BM)
-    return tl.where(o_m < end, o_m, M), end, tenant.to(tl.int64)
+    start, end, tenant = tl.load(p_own), tl.load(p_own + 1), tl.load(p_own + 2)
+    o_m = start + tl.arange(0, BM)
+    return start.to(tl.int64), tl.where(o_m < end, o_m, M), end, tenant.to(tl.int64)
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def held(p_y, o_n, o_m, N, M):
     Read before any of them stores: the last to arrive does.
     """
     mask = (o_n < N)[:, None] & (o_m < M)[None, :] & (tl.program_id(2) == 0)
-    return tl.load(p_y + o_m[None, :] * N + o_n[:, None], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def _sign_segments_kernel(
     P: tl.constexpr = 32
     BLOCK: tl.constexpr = 16 * P
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_m, end, tenant = segment(p_table, M, BM)
+    start, o_m, end, tenant = segment(p_table, M, BM)
+    o_row, p_first = tl.arange(0, BM), p_x + start * K
     o_p = tl.arange(0, P)
     blocks = tl.cdiv(K, BLOCK)
     p_tile = p_words + tenant * blocks * R * P + o_n[:, None] * P + o_p[None, :]
@@ -54,7 +55,7 @@ def _sign_segments_kernel(
     for i_b in range(tl.program_id(2), tl.where(end > 0, blocks, 0), SPLITS):  # what fills a table ends at 0
         b_q = tl.load(p_tile + i_b * R * P, eviction_policy="evict_first")
         for j in tl.static_range(16):
-            b_x = load_x(p_x, o_m, i_b * BLOCK + j * P + o_p, end, K, EVEN)
+            b_x = load_x(p_first, o_row, i_b * BLOCK + j * P + o_p, end - start, K, EVEN)
             acc = tl.dot(sign(b_q, j, p_x.dtype.element_ty, ASM), b_x, acc, input_precision="ieee")
     if WIDE:
         acc *= tl.load(p_scale + tenant * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
@@ -71,7 +72,8 @@ def _segment_product_kernel(
 ):  # fmt: skip
     """y = x W^T, or with ADD y += that, W [T, N, K] of each row's tenant; one factor of the two."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_m, end, tenant = segment(p_table, M, BM)
+    start, o_m, end, tenant = segment(p_table, M, BM)
+    o_row, p_first = tl.arange(0, BM), p_x + start * K
     o_k = tl.arange(0, BK)
     o_w = tl.minimum(o_n, N - 1)  # rows beyond the last are read as the last, and not stored
     p_tile = p_w + tenant * N * K + o_w[:, None] * K + o_k[None, :]
@@ -82,7 +84,7 @@ def _segment_product_kernel(
             b_w = tl.load(p_tile + k)
         else:
             b_w = tl.load(p_tile + k, mask=(k + o_k < K)[None, :], other=0.0)
-        acc = tl.dot(b_w, load_x(p_x, o_m, k + o_k, end, K, EVEN), acc, input_precision="ieee")
+        acc = tl.dot(b_w, load_x(p_first, o_row, k + o_k, end - start, K, EVEN), acc, input_precision="ieee")
     if ADD:
         acc += held(p_y, o_n, o_m, N, M)
     finish(acc, p_x, p_y, p_work, p_count, o_n, o_m, N, M, False, SPLITS)

@@ -295,7 +295,7 @@ def _swap_groups_kernel(
     b_loss = tl.load(p_loss + o_r, mask=m_r, other=0.0)
     b_found = tl.zeros((ROWS,), tl.int32)
     for at in range(start, stop, M):
-        o_c = at + o_m
+        o_c = (at + o_m).to(tl.int64)  # squares of many inputs pass 2**31
         o_w = o_r.to(tl.int64)[:, None] * K + o_c[None, :]
         b_w = tl.load(p_w + o_w, mask=mask, other=0.0)
         b_kept = tl.load(p_kept + o_w, mask=mask, other=0.0)
@@ -303,7 +303,7 @@ def _swap_groups_kernel(
         b_c = tl.load(p_c + o_w, mask=mask, other=0.0)
         for k in range(start, at):
             b_was = tl.load(p_change + (k - start) * R + o_r, mask=m_r, other=0.0)
-            b_c += b_was[:, None] * tl.load(p_gram + k * K + o_c, mask=m_m, other=0.0)[None, :]
+            b_c += b_was[:, None] * tl.load(p_gram + (o_c * 0 + k) * K + o_c, mask=m_m, other=0.0)[None, :]
         b_d = tl.load(p_gram + o_c * (K + 1), mask=m_m, other=0.0)[None, :]
         b_g = tl.load(p_gram + o_c[:, None] * K + o_c[None, :], mask=m_m[:, None] & m_m[None, :], other=0.0)
         b_up = tl.where(mask & (b_on == 0), b_w * (b_w * b_d - 2 * b_c), INF)

@@ -53,7 +53,8 @@ def _w8a8_linear_kernel(
     """Programs: tiles of outputs, tiles of rows, splits of the inputs. GROUP 0 is one group a row."""
     SUM: tl.constexpr = tl.int32 if p_x.dtype.element_ty == tl.int8 else tl.float32
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_row, i_m = tl.arange(0, BM), tl.program_id(1) * BM
+    o_m, p_first = i_m + o_row, p_x + i_m.to(tl.int64) * K
     o_k = tl.arange(0, BK)
     o_w = tl.minimum(o_n, N - 1)  # rows beyond the last are read as the last, and not stored
     p_tile = p_w + o_w.to(tl.int64)[:, None] * K + o_k[None, :]
@@ -65,7 +66,7 @@ def _w8a8_linear_kernel(
             b_w = tl.load(p_tile + k, eviction_policy="evict_first")
         else:
             b_w = tl.load(p_tile + k, mask=(k + o_k < K)[None, :], other=0.0, eviction_policy="evict_first")
-        b_x = load_x(p_x, o_m, k + o_k, M, K, EVEN)
+        b_x = load_x(p_first, o_row, k + o_k, M - i_m, K, EVEN)
         if GROUP:
             b_part = tl.dot(b_w, b_x, out_dtype=SUM, max_num_imprecise_acc=BK)
             acc += b_part.to(tl.float32) * tl.load(p_scale + (k // GROUP) * N + o_w).to(tl.float32)[:, None]

@@ -62,7 +62,8 @@ def _wq_linear_kernel(
     PER: tl.constexpr = PLANES if GROUP == 0 or GROUP >= BLOCK else GROUP // P
     LESS: tl.constexpr = ZERO or SUBNORMAL
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_row, i_m = tl.arange(0, BM), tl.program_id(1) * BM
+    o_m, p_first = i_m + o_row, p_x + i_m.to(tl.int64) * S
     o_p = tl.arange(0, P)
     o_tile = o_n[:, None] * P + o_p[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
@@ -73,7 +74,7 @@ def _wq_linear_kernel(
         b_part = acc if GROUP == 0 else tl.zeros((BN, BM), tl.float32)
         for j in tl.static_range(PLANES):
             b_w = plane(b_q, b_more, b_high, book, p_book, j, FORM, BITS, SUBNORMAL, DTYPE, ASM)
-            b_x = load_x(p_x, o_m, i_b * BLOCK + j * P + o_p, M, S, EVEN)
+            b_x = load_x(p_first, o_row, i_b * BLOCK + j * P + o_p, M - i_m, S, EVEN)
             b_part = tl.dot(b_w, b_x, b_part, input_precision="ieee")
             if (j + 1) % PER == 0:
                 at = i_b * BLOCK + (j + 1 - PER) * P  # the first input; a block may reach beyond the last
@@ -111,7 +112,8 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
     """
     m, k = x_MI.shape
     n, wide = w.shape[0], width_of(w)
-    chosen = config or launch.tuned(w.kind, m, n, k, x_MI.device) or heuristic(w.form, m, n, k, w.group, x_MI.device)
+    tuned = launch.tuned(w.kind, m, n, k, -(-k // wide), x_MI.device)
+    chosen = config or tuned or heuristic(w.form, m, n, k, w.group, x_MI.device)
     if w.words.shape[1] % chosen.outputs:
         raise ValueError(f"wq_linear: tiles of {chosen.outputs} outputs for {w.words.shape[1]} rows of words")
     if chosen.dense:
