@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HAS_GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-gpu format clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml constraints.txt
@@ -32,8 +33,7 @@ check: $(READY)  ## format, lint, types and the quick tests, to stay under three
 bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, caches, deltas, a 4 GB model, the recipes; takes hours
 	$(BIN)/python -m compress_kernels.bench
 	$(BIN)/python -m compress_kernels.gpu.aot
-	$(BIN)/python -m compress_kernels.bench.gpu --out out/kernels/lines.jsonl
-	$(BIN)/python -m compress_kernels.bench.plot out/kernels/lines.jsonl out/kernels/speedup.png
+	if $(HAS_GPU); then $(MAKE) bench-gpu; else echo 'no GPU here: kernels are not measured'; fi
 	$(BIN)/python -m compress_evals.speed
 	$(BIN)/python -m compress_evals.streaming
 	$(BIN)/python -m compress_evals.pruning
@@ -47,6 +47,11 @@ bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, 
 	$(BIN)/python -m compress_evals.deltas out/ft-facts out/ft-arithmetic --check
 	$(BIN)/python -m compress_evals.tenants
 	$(BIN)/python -m compress_evals.bench --out out/bench
+
+bench-gpu: $(READY)  ## on a GPU: what must be true of it, every kernel beside its peers as JSON lines, a picture
+	$(BIN)/python -m compress_kernels.bench.first
+	$(BIN)/python -m compress_kernels.bench.gpu --out out/kernels/lines.jsonl
+	$(BIN)/python -m compress_kernels.bench.plot out/kernels/lines.jsonl out/kernels/speedup.png
 
 format: $(READY)  ## rewrite the code in the house's form
 	$(BIN)/ruff format .

@@ -108,6 +108,16 @@ def test_a_packed_form_computes_its_expression(gpu: None, form: str, dtype: torc
     torch.testing.assert_close(module(x, bias), module(x) + bias, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("form", ["int4g64", "2:4", "int4g64 + r20"])
+def test_a_packed_module_compiles_whole(gpu: None, form: str) -> None:
+    module = lower(FORMS[form], torch.float16)
+    x = normal(3, IN, seed=1).half()
+
+    got = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+
+    torch.testing.assert_close(got, module(x))
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_of_the_input_comes_before(gpu: None, transform: str) -> None:
     weight = Product(FORMS["int4g64"], TRANSFORMS[transform])

@@ -157,12 +157,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the lines, to a file if one is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="a file for the lines; default: the terminal")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda", help="cpu only tests this command")
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=list(SHAPES), metavar="OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here, or this torch is built without CUDA; --device cpu only tests this command")
     text = (json.dumps(line) + "\n" for line in lines(given.shapes, given.rows, device, getattr(torch, given.dtype)))
     if given.out is None:
         sys.stdout.writelines(text)
