@@ -21,6 +21,10 @@ os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "no-cache")  
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which bitsandbytes and others do
+
 from hypothesis import settings
 from torch import Tensor, nn
 

@@ -1,7 +1,7 @@
 """Kernels are tested in Triton's interpreter, or, where there is one, on the GPU: the same tests.
 
-The interpreter is chosen when a kernel's module is imported, so this process cannot also compile for a GPU; the tests
-of compiled code (`test_aot.py`) run a process of their own.
+The interpreter is chosen when triton is imported (`tests/conftest.py`), so this process cannot also compile for a GPU;
+the tests of compiled code (`test_aot.py`) run a process of their own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from types import ModuleType
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic, as below
 
 
