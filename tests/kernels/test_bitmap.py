@@ -13,7 +13,7 @@ from torch import Tensor
 from compress_kernels import bitmap, dispatch, low_rank
 
 pytest.importorskip("triton", reason="the kernels need triton")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
 OUT, IN = 70, 600  # ragged rows, and a block that reaches beyond

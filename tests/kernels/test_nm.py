@@ -16,7 +16,7 @@ from compress.weights import Grid, Masked
 from compress_kernels import dispatch, low_rank, nm, sparse_cores
 
 pytest.importorskip("triton", reason="the kernels need triton")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
 EVERY = [(keep, of) for of in nm.SIZES for keep in range(1, of)]

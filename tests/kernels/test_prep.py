@@ -8,7 +8,7 @@ import torch
 from compress_kernels import prep
 
 pytest.importorskip("triton", reason="the kernels need triton")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
 
 
 def plan(subnormal: bool, ordered: bool, low: int = 4, unit: int = 64) -> prep.Plan:

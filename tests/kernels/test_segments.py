@@ -11,7 +11,7 @@ from torch import Tensor
 from compress_kernels import segments
 
 pytest.importorskip("triton", reason="the kernels need triton")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
 ROUNDED_TWICE = 1.5  # the inner product of two factors is rounded too

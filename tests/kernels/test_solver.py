@@ -20,7 +20,7 @@ from compress.stats import Gram
 from compress_kernels import solver
 
 pytest.importorskip("triton", reason="the kernels need triton")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
 Close = Callable[[str, Tensor, Tensor, float], None]
 # errors of float32 sums of up to 128 products, each rounded, in another order: 128**0.5 * 2**-24 is 7e-7
 RATIO = 5e-6

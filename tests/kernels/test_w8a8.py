@@ -12,7 +12,7 @@ from compress.weights import rounded_inputs
 from compress_kernels import w8a8
 
 pytest.importorskip("triton", reason="the kernels need triton")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
 NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}

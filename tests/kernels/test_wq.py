@@ -14,7 +14,7 @@ from compress.weights import BOOKS, Codebook, Dense, Nested, Permutation, Produc
 from compress_kernels import wq
 
 pytest.importorskip("triton", reason="the kernels need triton")
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
 F16, BF16 = torch.float16, torch.bfloat16
 Close = Callable[[str, Tensor, Tensor, float], None]
 RATIO = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # of outputs rounded once
