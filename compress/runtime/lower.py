@@ -1,7 +1,7 @@
 """Lowering: from a weight expression to the fastest module here; a list of rules, first answer wins.
 
 `dense` decodes once and computes with a plain matrix; packed CPU forms are kept beside it where they win for a few
-rows; `Recompute` keeps only the stored bits and decodes at each call. Factored weights stay factored.
+rows; on a GPU what has a kernel stays packed (`packed.py`). Factored weights stay factored.
 """
 
 from __future__ import annotations

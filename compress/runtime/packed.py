@@ -31,6 +31,11 @@ WITH_LOW_RANK: dict[type[Any], Callable[[Any, Tensor, Tensor], Form]] = {
 }  # fmt: skip
 
 
+ABOVE: dict[type[Any], int] = {  # rows of x above which the op decodes, where nothing was measured
+    wq.Packed: dispatch.DENSE_ABOVE, nm.Packed: dispatch.DENSE_ABOVE, bitmap.Packed: dispatch.BITMAP_DENSE_ABOVE
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Way:
     """The packed form of an expression, or the reason that there is none."""
@@ -171,10 +176,10 @@ def eight(weight: Weight, inputs: str) -> w8a8.Packed:
     raise ValueError(f"no kernel multiplies {inputs} inputs by {weight.describe()}")
 
 
-def prediction(form: Form, rows: int = 1) -> dispatch.Choice:
-    """What the roofline expects of a form on the GPU where it lies."""
+def prediction(form: Form, rows: int = 1, path: str = "") -> dispatch.Choice:
+    """What the roofline expects of a form on the GPU where it lies, by a way or the faster one."""
     weights = form.shape[0] * form.shape[1]
-    return dispatch.predict(dispatch.format_of(form, weights), rows, weights, dispatch.here(device_of(form)))
+    return dispatch.predict(dispatch.format_of(form, weights), rows, weights, dispatch.here(device_of(form)), path)
 
 
 def device_of(form: Form) -> torch.device:
@@ -188,7 +193,8 @@ def said(form: Form, rows: int) -> str:
     if measured is not None:
         way, what = measured["path"], f"measured {measured['speedup']} times as fast as decoding first"
     else:
-        expected = prediction(form, rows)
+        decodes = rows > ABOVE.get(type(form), rows)
+        expected = prediction(form, rows, dispatch.DENSE if decodes else dispatch.KERNEL)
         way, limit = expected.path, f", bound by {expected.bound}" if expected.path == dispatch.KERNEL else ""
         what = f"expected to be {expected.speedup:.2f} times as fast as a dense matrix{limit} (roofline, not measured)"
     taken = "read by its kernel" if way == dispatch.KERNEL else "decoded to scratch memory and multiplied as dense"

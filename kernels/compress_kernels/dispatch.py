@@ -98,8 +98,8 @@ def known(name: str) -> Device:
     return next((device for device in DEVICES if device.kind in name), DEVICES[-1])
 
 
-def predict(form: Format, m: int, weights: int, device: Device) -> Choice:
-    """The faster way for x of `m` rows and a matrix of so many weights."""
+def predict(form: Format, m: int, weights: int, device: Device, path: str = "") -> Choice:
+    """What a way would take for x of `m` rows and a matrix of so many weights; the faster one if none is named."""
     tile = next((i for i, rows in enumerate((8, 16)) if m <= rows), 2)
     times = {
         "memory": weights * form.bytes / device.bandwidth,
@@ -109,8 +109,8 @@ def predict(form: Format, m: int, weights: int, device: Device) -> Choice:
     bound = max(times, key=times.__getitem__)
     dense = max(2 * weights / device.bandwidth, 2 * m * weights / device.operations)
     decoded = dense + weights * (form.bytes + 2) / device.bandwidth
-    path = KERNEL if times[bound] <= decoded else DENSE
-    taken = min(times[bound], decoded)
+    path = path or (KERNEL if times[bound] <= decoded else DENSE)
+    taken = times[bound] if path == KERNEL else decoded
     return Choice(path=path, seconds=taken, speedup=dense / taken, bound=bound)
 
 

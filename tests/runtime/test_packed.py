@@ -250,7 +250,8 @@ def test_a_loaded_layer_computes_packed_and_keeps_what_was_stored(gpu: None, int
 
     assert isinstance(layer.lowered, Packed)
     assert explain(layer, 1).startswith("packed int4g64s, read by its kernel: expected to be ")
-    assert "decoded to scratch memory" in explain(layer, 4096)
+    assert "read by its kernel" in explain(layer, 256)  # as the op does, whatever would be faster
+    assert "decoded to scratch memory" in explain(layer, 257)
     assert torch.equal(layer(x), packed_y)
     assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in before.items())
     assert error(packed_y, layer.expression, x) < 2e-2
