@@ -29,21 +29,27 @@ def speedups(lines: Lines) -> dict[tuple[int, int], dict[str, list[tuple[int, fl
 
 def draw(lines: Lines, out: Path) -> None:
     """One picture a shape, side by side. Raises ValueError if no line was timed beside dense."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     found = speedups(lines)
     if not found:
         raise ValueError("no format was timed beside dense")
-    figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(found) + 1.5, 4), layout="constrained")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
+    names = list(dict.fromkeys(name for formats in found.values() for name in formats))
+    colours = {name: colormaps["tab20"](i % 20) for i, name in enumerate(names)}
     for axis, (shape, formats) in zip(axes, found.items(), strict=True):
         for name, points in formats.items():
             rows, ratios = zip(*points, strict=True)
-            axis.plot(rows, ratios, marker="o", markersize=3, linewidth=1, label=name)
+            dashes = "--" if names.index(name) % 2 else "-"
+            axis.plot(rows, ratios, dashes, marker="o", markersize=3, linewidth=1, color=colours[name], label=name)
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set_xscale("log", base=2)
+        measured = sorted({count for points in formats.values() for count, _ in points})
+        axis.set_xticks(measured, [str(count) for count in measured])
         axis.set(title=f"{shape[0]} x {shape[1]}", xlabel="rows of x", ylabel="times as fast as dense")
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     head: dict[str, Any] = next((line["conditions"] for line in lines if "conditions" in line), {})
     figure.suptitle(", ".join(f"{name} {value}" for name, value in head.items() if name != "clocks"), fontsize=8)
     figure.savefig(out, dpi=120)
