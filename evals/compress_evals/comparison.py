@@ -7,14 +7,16 @@ flips answers. Differences that a comparison may legitimately have (dtype, devic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from compress.errors import ArtifactError
 from compress_evals import stats
 from compress_evals.fidelity import Fidelity
-from compress_evals.results import Comparison, Results, TaskComparison, TaskResult, Worst
+from compress_evals.metrics.answers import normalise
+from compress_evals.results import Comparison, GapChange, Results, Row, TaskComparison, TaskResult, Worst
+from compress_evals.suite import Gap, find
 
 MUST_AGREE = ("suite", "lm_eval", "batch_size", "max_length", "bos", "chat_template")
 NOTED = ("torch", "transformers", "device", "dtype")
@@ -43,10 +45,22 @@ def compare(
         seed=seed,
         iters=iters,
         tasks={
-            task: TaskComparison(title=dense.tasks[task].title, family=dense.tasks[task].family, p_holm=p, paired=pair)
+            task: TaskComparison(
+                title=dense.tasks[task].title,
+                family=dense.tasks[task].family,
+                control=dense.tasks[task].control,
+                p_holm=p,
+                paired=pair,
+                disagreement=disagreement(dense.rows[task], compressed.rows[task]),
+            )
             for (task, pair), p in zip(pairs.items(), adjusted, strict=True)
         },
         worst=worst_family(dense.tasks, compressed.tasks),
+        gaps={
+            gap.name: gap_change(dense, compressed, gap, iters, seed)
+            for gap in find(dense.engine.suite).gaps
+            if {gap.open, gap.closed} <= dense.tasks.keys()
+        },
         fidelity=fidelity,
         notes=_notes(dense, compressed),
     )
@@ -69,15 +83,46 @@ def check_comparable(dense: Results, compressed: Results) -> None:
             raise ArtifactError(f"{pair}: the questions of {task} are not loaded; read both results with load()")
 
 
+def disagreement(dense: Sequence[Row], compressed: Sequence[Row]) -> float | None:
+    """The share of questions to which the two said different things, right or wrong; None if it is not known.
+
+    Two wrong answers that differ count: accuracy does not see them. Source: Dutta et al., "Accuracy is not all you
+    need", NeurIPS 2024, there called flips for choices.
+    """
+    pairs = [(a.said, b.said) for a, b in zip(dense, compressed, strict=True)]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not pairs or len(known) < len(pairs):
+        return None
+    return sum(normalise(a) != normalise(b) for a, b in known) / len(known)
+
+
+def gap_change(dense: Results, compressed: Results, gap: Gap, iters: int, seed: int) -> GapChange:
+    """How much the worth of a passage changed, over the questions asked both with it and without.
+
+    A question's identity is what follows the colon in its id.
+    """
+    found, clusters = [], []
+    for results in (dense, compressed):
+        opened, closed = (
+            {row.id.partition(":")[2]: row for row in results.rows[task]} for task in (gap.open, gap.closed)
+        )
+        both = sorted(opened.keys() & closed.keys())
+        metric = results.tasks[gap.open].headline, results.tasks[gap.closed].headline
+        found.append([opened[i].scores[metric[0]] - closed[i].scores[metric[1]] for i in both])
+        clusters = [opened[i].cluster for i in both]
+    pair = stats.paired(found[0], found[1], clusters, iters=iters, seed=seed)
+    return GapChange(dense=pair.dense, compressed=pair.compressed, delta=pair.delta, low=pair.low, high=pair.high)
+
+
 def retained(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> dict[str, float]:
     """For every family the mean over its tasks of compressed over dense score, both above chance.
 
-    Tasks where dense is not above chance have nothing to lose and do not count.
+    Tasks where dense is not above chance have nothing to lose and do not count; nor do controls.
     """
     kept: dict[str, list[float]] = {}
     for task, result in dense.items():
         headroom = result.score.value - result.chance
-        if headroom > 0:
+        if headroom > 0 and not result.control:
             share = (compressed[task].score.value - result.chance) / headroom
             kept.setdefault(result.family, []).append(share)
     return {family: float(np.mean(shares)) for family, shares in kept.items()}

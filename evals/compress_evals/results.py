@@ -1,6 +1,6 @@
 """The results of one model: what is measured, how it is stored, and when it is refused.
 
-A result is a folder: `results.json` (schema 1) and `samples/<task>.jsonl.gz`, one row a question. The same
+A result is a folder: `results.json` (schema 2) and `samples/<task>.jsonl.gz`, one row a question. The same
 measurement gives the same bytes but for its date, timings and package versions. Not here: measuring
 (`run.py`) and comparing (`comparison.py`). The task hash covers every document, prompt and target, so two
 results can only be compared if they were asked the same questions.
@@ -23,7 +23,7 @@ from compress.errors import ArtifactError
 from compress_evals.fidelity import Fidelity
 from compress_evals.stats import Paired
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS_FILE = "results.json"
 SAMPLES_FOLDER = "samples"
 
@@ -35,7 +35,10 @@ class Stored(BaseModel):
 
 
 class Row(Stored):
-    """One question and how it went: the metrics' values, and what was said where text was generated."""
+    """One question and how it went: the metrics' values, and what was said, where that is known.
+
+    `said` is the text generated, or the choice that was likeliest.
+    """
 
     id: str
     cluster: str
@@ -63,6 +66,22 @@ class TierScore(Stored):
     high: float
 
 
+class Data(Stored):
+    """Where a task's questions came from, and the hash of what was read."""
+
+    source: Literal["built in", "data folder", "hub"]
+    name: str
+    sha256: str
+
+
+class Skipped(Stored):
+    """A task that could not be asked, and why."""
+
+    title: str
+    family: str
+    reason: str
+
+
 class TaskResult(Stored):
     """One task: how much was asked, of what, and every metric; `truncated` counts prompts cut to fit."""
 
@@ -78,6 +97,8 @@ class TaskResult(Stored):
     tiers: dict[str, TierScore]
     truncated: int
     seconds: float
+    data: Data
+    control: bool = False
 
     @property
     def score(self) -> Metric:
@@ -98,7 +119,10 @@ class ModelFacts(Stored):
 
 
 class Engine(Stored):
-    """What it was measured with; `bos` tells whether every prompt began with the BOS token."""
+    """What it was measured with; `bos` tells whether every prompt began with the BOS token.
+
+    `chat_template` is the sha256 of the template that the prompts went through, None if they were given as they are.
+    """
 
     suite: str
     lm_eval: str
@@ -109,16 +133,70 @@ class Engine(Stored):
     batch_size: int
     max_length: int
     bos: bool
-    chat_template: None = None
+    chat_template: str | None = None
+
+
+class Example(Stored):
+    """A question that flipped: the end of its prompt, what was wanted, and what each model said."""
+
+    id: str
+    prompt: str
+    wanted: str
+    dense: str
+    compressed: str
 
 
 class TaskComparison(Stored):
-    """One task of a comparison: the paired statistics, and p adjusted for all tasks of the comparison."""
+    """One task of a comparison: the paired statistics, and p adjusted for all tasks of the comparison.
+
+    `disagreement` is the share of questions to which the two gave different answers, right or wrong, `agreement` the
+    mean ROUGE-L of the compressed model's text to the dense model's; None where neither says. `lost` and `gained` are
+    examples of the flips, not all of them.
+    """
 
     title: str
     family: str
+    control: bool = False
     p_holm: float
     paired: Paired
+    disagreement: float | None = None
+    agreement: float | None = None
+    lost: tuple[Example, ...] = ()
+    gained: tuple[Example, ...] = ()
+
+
+class GapChange(Stored):
+    """What a passage is worth to both models: the share right with it, less that without, on the same questions."""
+
+    dense: float
+    compressed: float
+    delta: float
+    low: float
+    high: float
+
+
+class Noise(Stored):
+    """What the dense model's answers change when nothing does but the batch size: flips below this are no loss."""
+
+    batch_size: int
+    n: int
+    flips: int
+
+
+class Speed(Stored):
+    """Greedy generation of one sequence beside the dense model, in turn in one process; medians of `runs`.
+
+    Tokens a second; `ratio` is compressed over dense, `low` and `high` its smallest and largest over the runs.
+    """
+
+    prompt: int
+    new: int
+    runs: int
+    dense: float
+    compressed: float
+    ratio: float
+    low: float
+    high: float
 
 
 class Worst(Stored):
@@ -139,21 +217,25 @@ class Comparison(Stored):
     iters: int
     tasks: dict[str, TaskComparison]
     worst: Worst | None
+    gaps: dict[str, GapChange] = Field(default_factory=dict)
     fidelity: Fidelity | None
+    speed: Speed | None = None
     notes: tuple[str, ...] = ()
 
 
 class Results(Stored):
     """The measurement of one model; `rows` are stored beside the JSON, `vs` is filled in by `compare`."""
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    schema_version: Literal[2] = Field(default=2, alias="schema")
     created: str
     seed: int
     limit: int | None
     model: ModelFacts
     engine: Engine
     tasks: dict[str, TaskResult]
+    skipped: dict[str, Skipped] = Field(default_factory=dict)
     seconds: float
+    noise: dict[str, Noise] = Field(default_factory=dict)
     vs: Comparison | None = None
     rows: dict[str, tuple[Row, ...]] = Field(default_factory=dict, exclude=True)
 

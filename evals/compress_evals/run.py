@@ -1,6 +1,6 @@
-"""Ask a model the facts suite through lm-eval and give its results.
+"""Ask a model a suite of tasks through lm-eval and give its results.
 
-Not here: comparing two results (`comparison.py`) and what the questions are (`tasks/facts`). lm-eval is entered
+Not here: comparing two results (`comparison.py`) and what the questions are (`tasks/`). lm-eval is entered
 by `evaluate`, one task at a time, not by `simple_evaluate`: the latter does the same after collecting the
 environment with a dozen subprocesses (0.8 s here, more with a GPU, on every call) and reseeding the caller's
 random numbers. Neither lm-eval's response cache nor its request cache is ever used: they know neither the model
@@ -13,10 +13,11 @@ import contextlib
 import copy
 import hashlib
 import io
+import json
 import logging
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -25,8 +26,8 @@ from typing import Any
 from compress.builtin.facts import TIERS
 from compress.errors import ArtifactError
 from compress_evals import stats
-from compress_evals.results import Engine, Metric, ModelFacts, Results, Row, TaskResult, TierScore, task_hash
-from compress_evals.suite import GROUP, SUITE, TASK_FOLDER, Task
+from compress_evals.results import Data, Engine, Metric, ModelFacts, Results, Row, TaskResult, TierScore, task_hash
+from compress_evals.suite import FACTS, Suite, Task, find
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +49,26 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    suite: str = FACTS.name,
     only: Sequence[str] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Results:
-    """The facts suite's results for a causal language model of transformers, on the device where it is.
+    """A suite's results for a causal language model of transformers, on the device where it is.
 
     `description` holds what the model cannot say of itself: `sha`, `bytes_on_disk`, `bits_per_weight`, `recipe`,
     `calibration`, and `parameters` where counting tensors would be wrong. `limit` asks that many questions a task:
     the same ones for every model with the same `seed`, in proportion to the tiers, and a larger limit only adds
-    questions. `only` names the tasks to ask, by default all. Every prompt begins with the BOS token if the tokenizer
-    has one. The model is put into eval mode.
+    questions. `only` names the tasks of `suite` to ask, by default all. Every prompt begins with the BOS token if the
+    tokenizer has one. The model is put into eval mode.
     """
     began = time.perf_counter()
-    prepared = beginning_with_bos(tokenizer)
+    prepared, of = beginning_with_bos(tokenizer), find(suite)
+    asked = of.chosen(only)
     with _quiet():
-        tasks, scorer = load_tasks(), _wrap(model, prepared, batch_size)
+        tasks, scorer = load_tasks(of), _wrap(model, prepared, batch_size)
     session = Session(scorer=scorer, tokenizer=prepared, limit=limit, seed=seed)
     found: dict[str, TaskResult] = {}
     rows: dict[str, tuple[Row, ...]] = {}
-    asked = [task for task in SUITE if only is None or task.name in only]
     for i, task in enumerate(asked, start=1):
         if on_progress is not None:
             on_progress(f"{i}/{len(asked)} {task.title}")
@@ -76,25 +78,25 @@ def evaluate(
         seed=seed,
         limit=limit,
         model=_model_facts(model, name, description or {}),
-        engine=_engine(model, prepared, scorer, batch_size),
+        engine=_engine(of, model, prepared, scorer, batch_size),
         tasks=found,
         seconds=round(time.perf_counter() - began, 2),
         rows=rows,
     )
 
 
-def load_tasks() -> dict[str, Any]:
+def load_tasks(suite: Suite = FACTS) -> dict[str, Any]:
     """The suite's lm-eval tasks by name.
 
     Raises ArtifactError if one is missing: lm-eval drops a task file that it cannot read without a word.
     """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False)
-    missing = {GROUP, *(task.name for task in SUITE)} - set(manager.all_tasks)
+    manager = TaskManager(include_path=str(suite.folder), include_defaults=False)
+    missing = {suite.name, *(task.name for task in suite.tasks)} - set(manager.all_tasks)
     if missing:
-        raise ArtifactError(f"{TASK_FOLDER}: lm-eval could not read the task files of {', '.join(sorted(missing))}")
-    return dict(manager.load([GROUP])["tasks"])
+        raise ArtifactError(f"{suite.folder}: lm-eval could not read the task files of {', '.join(sorted(missing))}")
+    return dict(manager.load([suite.name])["tasks"])
 
 
 def beginning_with_bos(tokenizer: Any) -> Any:
@@ -172,6 +174,8 @@ def _run_task(session: Session, task: Task, loaded: Any) -> tuple[TaskResult, tu
         tiers=_tiers(rows, task.headline, session.seed),
         truncated=_truncated(session, samples),
         seconds=round(time.perf_counter() - began, 2),
+        data=Data(source="built in", name="compress.builtin", sha256=_digest(loaded.eval_docs)),
+        control=task.control,
     )
     return result, rows
 
@@ -217,9 +221,15 @@ def _model_facts(model: Any, name: str, description: dict[str, Any]) -> ModelFac
     return ModelFacts.model_validate({"name": name, "parameters": counted, **description})
 
 
-def _engine(model: Any, tokenizer: Any, scorer: Any, batch_size: int) -> Engine:
+def _digest(documents: Iterable[dict[str, Any]]) -> str:
+    return hashlib.sha256(
+        "\n".join(json.dumps(document, sort_keys=True) for document in documents).encode()
+    ).hexdigest()
+
+
+def _engine(suite: Suite, model: Any, tokenizer: Any, scorer: Any, batch_size: int) -> Engine:
     return Engine(
-        suite=GROUP,
+        suite=suite.name,
         lm_eval=version("lm_eval"),
         torch=version("torch"),
         transformers=version("transformers"),

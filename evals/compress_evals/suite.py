@@ -1,39 +1,104 @@
-"""The facts suite: its tasks by name, what each is called in tables, and which family it belongs to.
+"""The suites: which tasks there are, what each is called in tables, its family, and what data it needs.
 
-Not here: prompts and scoring, which are lm-eval task files under `tasks/facts`. A test keeps the two alike.
+Not here: prompts and scoring, which are lm-eval task files under `tasks/`; a test keeps the two alike. `facts` is
+built in and asks what the built-in model was taught; `kick` asks real questions, of any model. The families are the
+same, so that the one is the offline twin of the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-TASK_FOLDER = Path(__file__).parent / "tasks" / "facts"
-GROUP = "facts"
+from compress.errors import RecipeError, nearest
+
+TASKS = Path(__file__).parent / "tasks"  # what `lm-eval --include_path` takes
+MINI = "_mini"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task: its lm-eval name, its title, its family and the metric that decides."""
+    """One task: its lm-eval name, its title, its family and the metric that decides.
+
+    `needs` are the data sets it reads, none if it is built in. A `control` is a task that compression is known to
+    leave alone: it is shown, and counts for nothing.
+    """
 
     name: str
     title: str
     family: str
     headline: str = "acc"
     chance: float = 0.0
+    needs: tuple[str, ...] = ()
+    control: bool = False
 
 
-SUITE = (
-    Task(name="facts_trained", title="Facts, trained wording", family="closed book"),
-    Task(name="facts_question", title="Facts, new question", family="closed book"),
-    Task(name="facts_cloze", title="Facts, new sentence", family="closed book"),
-    Task(name="facts_mc", title="Facts, four choices", family="choice", chance=0.25),
-    Task(name="facts_context1", title="In context, 1 fact", family="in context"),
-    Task(name="facts_context3", title="In context, 3 facts", family="in context"),
-    Task(name="facts_context8", title="In context, 8 facts", family="in context"),
-    Task(name="facts_open", title="Open book, real names", family="open book"),
-    Task(name="facts_copy", title="Copy a list", family="instructions"),
-    Task(name="facts_summary", title="Summarise a record", family="instructions"),
-    Task(name="facts_format", title="Write in a format", family="instructions"),
-    Task(name="facts_generate", title="Facts, generated freely", family="generation", headline="em"),
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """What a passage is worth: the same questions with it (`open`) and without (`closed`)."""
+
+    name: str
+    open: str
+    closed: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Tasks that are asked together; `name` is the lm-eval group, `folder` holds its files."""
+
+    name: str
+    folder: Path
+    tasks: tuple[Task, ...]
+    gaps: tuple[Gap, ...] = ()
+
+    def chosen(self, only: Sequence[str] | None) -> tuple[Task, ...]:
+        """Its tasks, or those called so; raises RecipeError for a name that no task has."""
+        names = [task.name for task in self.tasks]
+        for name in only or ():
+            if name not in names:
+                raise RecipeError(f"tasks: {self.name} has no task {name!r}{nearest(name, names)}")
+        return tuple(task for task in self.tasks if only is None or task.name in only)
+
+
+FACTS = Suite(
+    name="facts",
+    folder=TASKS / "facts",
+    tasks=(
+        Task(name="facts_trained", title="Facts, trained wording", family="closed book"),
+        Task(name="facts_question", title="Facts, new question", family="closed book"),
+        Task(name="facts_cloze", title="Facts, new sentence", family="closed book"),
+        Task(name="facts_mc", title="Facts, four choices", family="choice", chance=0.25),
+        Task(name="facts_context1", title="In context, 1 fact", family="in context"),
+        Task(name="facts_context3", title="In context, 3 facts", family="in context"),
+        Task(name="facts_context8", title="In context, 8 facts", family="in context"),
+        Task(name="facts_open", title="Open book, real names", family="open book"),
+        Task(name="facts_copy", title="Copy a list", family="instructions"),
+        Task(name="facts_summary", title="Summarise a record", family="summaries"),
+        Task(name="facts_format", title="Write in a format", family="instructions"),
+        Task(name="facts_generate", title="Facts, generated freely", family="generation", headline="em"),
+    ),
+    gaps=(Gap(name="the fact in context", open="facts_open", closed="facts_trained"),),
 )
+KICK = Suite(
+    name="kick",
+    folder=TASKS / "kick",
+    tasks=(),
+)
+
+
+def mini(suite: Suite) -> Suite:
+    """The suite on fixed samples of 200 questions a task: enough to see a collapse, not a few points."""
+    tasks = tuple(replace(task, name=task.name + MINI) for task in suite.tasks)
+    gaps = tuple(replace(gap, open=gap.open + MINI, closed=gap.closed + MINI) for gap in suite.gaps)
+    return replace(suite, name=suite.name + MINI, tasks=tasks, gaps=gaps)
+
+
+SUITES = {suite.name: suite for suite in (FACTS, KICK, mini(KICK))}
+
+
+def find(name: str) -> Suite:
+    """The suite of that name; raises RecipeError if there is none."""
+    if name not in SUITES:
+        raise RecipeError(f"suite: there is no {name!r}{nearest(name, SUITES)}")
+    return SUITES[name]

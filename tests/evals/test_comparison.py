@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from compress.errors import ArtifactError
-from compress_evals.comparison import accept, compare, worst_family
-from compress_evals.results import Results
+from compress_evals.comparison import accept, compare, disagreement, worst_family
+from compress_evals.results import Results, Row
 
 DENSE = {"facts_trained": [1] * 400, "facts_copy": [1] * 400, "facts_open": ([1] * 200 + [0] * 200)}
 SMALL = {
@@ -122,3 +122,36 @@ def test_more_confidence_accepts_less(make_results: Callable[..., Results]) -> N
     assert len(accept(comparison, max_drop=0.06, confidence=0.999)) == 1
     with pytest.raises(ValueError, match="confidence"):
         accept(comparison, max_drop=0.06, confidence=1.0)
+
+
+def test_disagreement_counts_two_wrong_answers_that_differ() -> None:
+    def row(said: str | None) -> Row:
+        return Row(id="a:1", cluster="1", hash="0", scores={"acc": 0.0}, said=said)
+
+    dense, compressed = [row("Rome"), row("Oslo"), row("the Oslo!")], [row("Rome"), row("Bern"), row("oslo")]
+    assert disagreement(dense, compressed) == 1 / 3
+    assert disagreement([*dense, row(None)], [*compressed, row("x")]) is None
+
+
+def test_the_worth_of_a_passage_is_compared_on_the_questions_asked_both_ways(
+    make_results: Callable[..., Results],
+) -> None:
+    dense = make_results("dense", {"facts_open": [1, 1, 1, 1], "facts_trained": [0, 1, 1, 0]})
+    compressed = make_results("small", {"facts_open": [1, 1, 0, 1], "facts_trained": [0, 0, 0, 0]})
+    [gap] = compare(dense, compressed).gaps.values()
+    assert (gap.dense, gap.compressed, gap.delta) == (0.5, 0.75, 0.25)
+    assert gap.low <= gap.delta <= gap.high
+
+
+def test_a_control_is_compared_and_counts_for_nothing(make_results: Callable[..., Results]) -> None:
+    def controlled(results: Results) -> Results:
+        tasks = {n: t.model_copy(update={"control": n == "facts_mc"}) for n, t in results.tasks.items()}
+        return results.model_copy(update={"tasks": tasks})
+
+    dense, compressed = (
+        controlled(make_results(name, {"facts_open": [1, 1, 1, 1], "facts_mc": scores}))
+        for name, scores in (("dense", [1, 1, 1, 1]), ("small", [0, 0, 0, 0]))
+    )
+    comparison = compare(dense, compressed)
+    assert comparison.tasks["facts_mc"].control and comparison.worst is not None
+    assert comparison.worst.family == "facts_open"

@@ -66,7 +66,7 @@ def test_saving_twice_gives_the_same_bytes(results: Results, tmp_path: Path) -> 
 
 def test_the_json_names_its_schema_and_holds_no_rows(results: Results, tmp_path: Path) -> None:
     content = json.loads(save(results, tmp_path).read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert "rows" not in content
 
 
@@ -84,11 +84,11 @@ def test_missing_results_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("schema", [0, 2, None, "1"])
+@pytest.mark.parametrize("schema", [0, 1, None, "1"])
 def test_another_schema_is_refused(results: Results, tmp_path: Path, schema: object) -> None:
     save(results, tmp_path)
     edit(tmp_path, lambda content: content.update(schema=schema))
-    with pytest.raises(ArtifactError, match="reads schema 1"):
+    with pytest.raises(ArtifactError, match="reads schema 2"):
         load(tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from compress.errors import ArtifactError
 from compress_evals import run
 from compress_evals.comparison import compare
 from compress_evals.results import Results
-from compress_evals.suite import SUITE, TASK_FOLDER
+from compress_evals.suite import FACTS
 
 WEIGHTS = Path(compress.builtin.facts.__file__).parent / "weights"
 LIMIT = 48
@@ -46,10 +47,10 @@ def right(results: Results, task: str) -> list[bool]:
 
 
 def test_every_task_is_measured_with_its_interval(results: Results, progress: list[str]) -> None:
-    assert list(results.tasks) == [task.name for task in SUITE]
+    assert list(results.tasks) == [task.name for task in FACTS.tasks]
     assert all(result.n == LIMIT == len(results.rows[task]) for task, result in results.tasks.items())
     assert all(m.low <= m.value <= m.high for result in results.tasks.values() for m in result.metrics.values())
-    assert len(progress) == len(SUITE)
+    assert len(progress) == len(FACTS.tasks)
 
 
 def test_greedy_match_equals_the_gates_item_by_item(results: Results, model: Any, tokenizer: Any) -> None:
@@ -68,9 +69,8 @@ def test_the_tiny_model_knows_some_and_not_all(model: Any, tokenizer: Any) -> No
 def test_greedy_match_equals_the_gates_on_learned_questions(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "SUITE", SUITE[:1])
     monkeypatch.setattr(run, "subset", lambda documents, limit, seed: list(range(limit)))
-    results = run.evaluate(model, tokenizer, name="tiny", limit=32)
+    results = run.evaluate(model, tokenizer, name="tiny", limit=32, only=["facts_trained"])
     expected = exact_match(
         model, tokenizer, asked(results, closed_book(facts("evaluation"), "trained"), "facts_trained")
     )
@@ -100,19 +100,15 @@ def test_a_tokenizer_without_bos_is_used_as_it_is(tokenizer: Any) -> None:
     assert run.beginning_with_bos(bare) is bare
 
 
-def test_evaluating_does_not_reseed(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "SUITE", SUITE[4:5])
+def test_evaluating_does_not_reseed(model: Any, tokenizer: Any) -> None:
     before = np.random.get_state()[1].tolist(), torch.get_rng_state()
-    run.evaluate(model, tokenizer, name="tiny", limit=2)
+    run.evaluate(model, tokenizer, name="tiny", limit=2, only=["facts_context1"])
     assert np.random.get_state()[1].tolist() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_evaluating_is_silent(
-    model: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "SUITE", (SUITE[4], SUITE[-1]))
-    run.evaluate(model, tokenizer, name="tiny", limit=2)
+def test_evaluating_is_silent(model: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    run.evaluate(model, tokenizer, name="tiny", limit=2, only=["facts_context1", "facts_generate"])
     assert capfd.readouterr() == ("", "")
 
 
@@ -121,7 +117,7 @@ def test_a_model_of_nans_scores_zero_everywhere(model: Any, tokenizer: Any) -> N
     with torch.no_grad():
         broken.model.norm.weight.fill_(math.nan)
     found = run.evaluate(broken, tokenizer, name="nan", limit=4)
-    assert [result.score.value for result in found.tasks.values()] == [0.0] * len(SUITE)
+    assert [result.score.value for result in found.tasks.values()] == [0.0] * len(FACTS.tasks)
 
 
 def test_the_subset_is_seeded_nested_and_in_proportion_to_tiers() -> None:
@@ -150,30 +146,27 @@ def test_rows_are_the_questions_that_were_scored(results: Results) -> None:
     assert len({row.hash for row in results.rows["facts_trained"]}) == LIMIT
 
 
-def test_prompts_longer_than_the_context_are_counted(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "SUITE", (SUITE[6],))
+def test_prompts_longer_than_the_context_are_counted(model: Any, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"limit": 6, "only": ["facts_context8"]}
     short = copy.deepcopy(model)
     short.config.max_position_embeddings = 60
-    assert run.evaluate(short, tokenizer, name="short", limit=6).tasks["facts_context8"].truncated == 6
-    assert run.evaluate(model, tokenizer, name="long", limit=6).tasks["facts_context8"].truncated == 0
+    assert run.evaluate(short, tokenizer, name="short", **options).tasks["facts_context8"].truncated == 6
+    assert run.evaluate(model, tokenizer, name="long", **options).tasks["facts_context8"].truncated == 0
 
 
-def test_plain_lm_eval_gives_the_same_score(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lm_eval_gives_the_same_score(model: Any, tokenizer: Any) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr(run, "SUITE", (SUITE[4],))
-    ours = run.evaluate(model, tokenizer, name="tiny")
+    ours = run.evaluate(model, tokenizer, name="tiny", only=["facts_context1"])
     with run._quiet():
         plain = simple_evaluate(
             model=HFLM(
                 pretrained=model, tokenizer=run.beginning_with_bos(tokenizer), batch_size=64, add_bos_token=True
             ),
             tasks=["facts_context1"],
-            task_manager=TaskManager(include_path=str(TASK_FOLDER), include_defaults=False),
+            task_manager=TaskManager(include_path=str(FACTS.folder), include_defaults=False),
             bootstrap_iters=0,
         )
     assert plain["results"]["facts_context1"]["acc,none"] == ours.tasks["facts_context1"].score.value
@@ -185,24 +178,23 @@ def test_a_model_against_itself_matches_or_asks_for_more(results: Results) -> No
     assert {cell.paired.verdict for cell in comparison.tasks.values()} <= {"matching", "inconclusive"}
 
 
-def test_a_task_file_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "facts.yaml").write_text("group: facts\ntask: [facts_trained]\nmetadata: {version: 1}\n")
     (tmp_path / "facts_trained.yaml").write_text("task: facts_trained\n  broken: [\n")
-    monkeypatch.setattr(run, "TASK_FOLDER", tmp_path)
     with pytest.raises(ArtifactError, match=r"could not read the task files of .*facts_trained"):
-        run.load_tasks()
+        run.load_tasks(replace(FACTS, folder=tmp_path))
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the built-in model's weights are not packaged yet")
-def test_the_builtin_model_scores_as_its_gates_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_builtin_model_scores_as_its_gates_say() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr(run, "SUITE", SUITE[:3])
     # float32: in bfloat16 the batch's shape alone flips about one answer in a thousand
     builtin = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
-    results = run.evaluate(builtin, tokenizer, name="builtin", limit=60)
-    for form in ("trained", "question", "cloze"):
+    forms = ("trained", "question", "cloze")
+    results = run.evaluate(builtin, tokenizer, name="builtin", limit=60, only=[f"facts_{form}" for form in forms])
+    for form in forms:
         questions = asked(results, closed_book(facts("evaluation"), form), f"facts_{form}")
         assert right(results, f"facts_{form}") == exact_match(builtin, tokenizer, questions)
     assert results.tasks["facts_trained"].score.value > 0.9

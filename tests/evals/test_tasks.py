@@ -10,7 +10,7 @@ import pytest
 
 from compress.builtin.facts import facts
 from compress_evals.run import load_tasks
-from compress_evals.suite import SUITE, TASK_FOLDER
+from compress_evals.suite import FACTS
 from compress_evals.tasks.facts.functions import generated, greedy_match, questions, strict_choice
 
 CHOICE = {"gold": 1}
@@ -22,14 +22,14 @@ def tasks() -> Iterator[dict[str, Any]]:
 
 
 def test_the_suite_is_the_group(tasks: dict[str, Any]) -> None:
-    assert list(tasks) == [task.name for task in SUITE]
+    assert list(tasks) == [task.name for task in FACTS.tasks]
 
 
 def test_every_task_file_is_read_by_plain_lm_eval() -> None:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False)
-    files = {path.stem for path in TASK_FOLDER.glob("*.yaml") if path.stem != "_base"}
+    manager = TaskManager(include_path=str(FACTS.folder), include_defaults=False)
+    files = {path.stem for path in FACTS.folder.glob("*.yaml") if path.stem != "_base"}
     assert files == set(manager.all_tasks)
     assert manager.load(["facts_context"])["group_map"] == {
         "facts_context": ["facts_context1", "facts_context3", "facts_context8"]
@@ -41,9 +41,9 @@ def test_sizes_and_headline_metrics(tasks: dict[str, Any]) -> None:
     sizes = {"facts_context1": 400, "facts_context3": 400, "facts_context8": 400, "facts_generate": 100}
     sizes |= {"facts_copy": 400, "facts_summary": 400, "facts_format": 400}
     assert {name: len(task.eval_docs) for name, task in tasks.items()} == {
-        task.name: sizes.get(task.name, table) for task in SUITE
+        task.name: sizes.get(task.name, table) for task in FACTS.tasks
     }
-    assert all(task.headline in tasks[task.name].higher_is_better() for task in SUITE)
+    assert all(task.headline in tasks[task.name].higher_is_better() for task in FACTS.tasks)
 
 
 def test_no_calibration_fact_is_asked(tasks: dict[str, Any]) -> None:
