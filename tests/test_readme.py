@@ -1,4 +1,4 @@
-"""What the README promises: its recipe parses, its pass of a dozen lines runs, its commands exist."""
+"""What the README and its pages promise: the recipe parses, the pass of a dozen lines runs, commands and links exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from compress.cli import app
 from compress.recipe import from_dict, parse
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -58,6 +59,12 @@ def test_every_recipe_states_its_measured_result_and_command(path: Path) -> None
     header = path.read_text(encoding="utf-8").partition("model:")[0]
     assert re.search(r"# Source: .+", header)
     assert re.search(r"# Measured \d{4}-\d\d-\d\d on .+ by `.+`", header)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_seven_recipes_at_least() -> None:

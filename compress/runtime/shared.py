@@ -3,7 +3,7 @@
 A family's code calls them one by one. The first turns and rounds the input; the others take the result if they are
 called with the same tensor object, not written to since. Each takes it once, so a repeated call starts anew, and the
 last one, or the end of the input, drops it. To stack the matrices too was tried and left out: on the CPU one product
-was no faster than three (README, "What is faster").
+was no faster than three (docs/speed.md).
 """
 
 from __future__ import annotations
