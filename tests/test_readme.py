@@ -1,4 +1,4 @@
-"""What the README and its pages promise: the recipe parses, the pass of a dozen lines runs, commands and links exist."""
+"""What the README and its pages promise: the recipe parses, the pass runs, commands and links exist."""
 
 from __future__ import annotations
 

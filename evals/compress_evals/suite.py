@@ -72,6 +72,7 @@ FACTS = Suite(
         Task(name="facts_context1", title="In context, 1 fact", family="in context"),
         Task(name="facts_context3", title="In context, 3 facts", family="in context"),
         Task(name="facts_context8", title="In context, 8 facts", family="in context"),
+        Task(name="facts_long", title="In context, 16 facts", family="long context"),
         Task(name="facts_open", title="Open book, real names", family="open book"),
         Task(name="facts_copy", title="Copy a list", family="instructions"),
         Task(name="facts_summary", title="Summarise a record", family="summaries"),

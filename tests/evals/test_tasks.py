@@ -39,7 +39,7 @@ def test_every_task_file_is_read_by_plain_lm_eval() -> None:
 def test_sizes_and_headline_metrics(tasks: dict[str, Any]) -> None:
     table = len(facts("evaluation"))
     sizes = {"facts_context1": 400, "facts_context3": 400, "facts_context8": 400, "facts_generate": 100}
-    sizes |= {"facts_copy": 400, "facts_summary": 400, "facts_format": 400}
+    sizes |= {"facts_long": 400, "facts_copy": 400, "facts_summary": 400, "facts_format": 400}
     assert {name: len(task.eval_docs) for name, task in tasks.items()} == {
         task.name: sizes.get(task.name, table) for task in FACTS.tasks
     }

@@ -1,4 +1,4 @@
-"""Every family that docs/models.md names: replay, coverage counted by hand, and one round trip through every way of loading.
+"""Every family of docs/models.md: replay, coverage counted by hand, and one round trip through every way of loading.
 
 Tiny random models with odd sizes; hybrids have windows shorter than the text. What a family looks like inside is
 stated here by hand, so that a change of transformers shows.
