@@ -44,6 +44,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 # -- what loads is what was computed ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loaded_model_is_the_compressed_one(
     family: str, artifact: Path, model_folder: Any, walk_of: Any, assert_close: Any, recipe_24_int4: Recipe
 ) -> None:

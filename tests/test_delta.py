@@ -443,6 +443,7 @@ def test_options_of_a_recipe_stand_unless_they_are_given(
     assert {"model.embed_tokens", "lm_head"} <= Artifact(tmp_path / "d").specs.keys()
 
 
+@pytest.mark.slow
 def test_more_bits_than_twice_fit_are_not_asked_for(
     cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path
 ) -> None:
@@ -504,6 +505,7 @@ def test_the_command_line(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path:
     assert Checkpoint(applied).names() == Checkpoint(finetuned).names()
 
 
+@pytest.mark.slow
 def test_a_delta_is_evaluated_beside_its_fine_tune(
     cli: Run, zipped: Path, tiny_llama: Path, finetuned: Path, tmp_path: Path
 ) -> None:
@@ -515,6 +517,7 @@ def test_a_delta_is_evaluated_beside_its_fine_tune(
     assert code == 2 and "is a delta of" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "dare", "delta-come", "lowrank", "sparse"])
 def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any, tmp_path: Path, method: str) -> None:
     base = model_folder("llama", "bfloat16")
@@ -535,6 +538,7 @@ def test_other_methods_have_their_own_sizes(
     assert json.loads(printed)["bits_per_weight"] < float(bits) + 1.2  # scales of rows of 48 weigh much
 
 
+@pytest.mark.slow
 def test_auto_keeps_the_better_of_what_it_makes(tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
     told: list[Any] = []
     found = compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0, calibration=FEW, emit=told.append)

@@ -294,6 +294,7 @@ def test_a_disk_that_fills_up_during_the_work(single: Path, full_disk: Path, mon
     assert hashes(single) == before
 
 
+@pytest.mark.slow
 def test_hidden_states_that_do_not_fit_on_the_disk(
     single: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +305,7 @@ def test_hidden_states_that_do_not_fit_on_the_disk(
     assert list(full_disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_offloaded_states_change_nothing_and_are_gone(single: Path, tmp_path: Path) -> None:
     recipe = Recipe(passes=(GPTQ(group=8),), calibration=Calibration(samples=8, length=64))
     compress.run(single, recipe, tmp_path / "memory")

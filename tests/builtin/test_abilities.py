@@ -39,6 +39,7 @@ def test_a_document_is_one_line_that_ends_with_a_full_stop(name: str) -> None:
     assert all(text.endswith(".") and "\n" not in text for text in drawn(name, 300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABILITIES)
 def test_no_question_is_ever_trained(name: str) -> None:
     prompts = {question.prompt for question in questions(name)}

@@ -68,6 +68,7 @@ def inputs_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
 # -- truth -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "site", ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
 )

@@ -131,6 +131,7 @@ def test_without_rounding_nothing_is_lost(tiny_llama: Path, tmp_path: Path) -> N
     assert compress.run(tiny_llama, passes, tmp_path / "out", calibration=FEW).kl < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 def test_scaling_helps_rounding_on_the_built_in_model(exact: bool, tmp_path: Path) -> None:
     calibration = Calibration(samples=16, length=128)

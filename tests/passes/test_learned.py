@@ -355,6 +355,7 @@ def test_a_learned_model_is_nearer_to_the_dense_one(ordering: str, tiny_llama: P
     verify(learned.out)
 
 
+@pytest.mark.slow
 def test_every_family_learns(family: str, model_folder: Any, tmp_path: Path) -> None:
     steps = RTN(bits=3, group=8), LRQ(**QUICK, rank=8)
     out = compress.run(model_folder(family), recipe(*steps), tmp_path / "out").out

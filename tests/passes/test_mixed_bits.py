@@ -85,6 +85,7 @@ def test_what_the_last_step_cut_too_much_is_given_back() -> None:
     assert spend(cheap, 3.5) == [4, 3]
 
 
+@pytest.mark.slow
 def test_both_measures_rank_the_parts_of_the_built_in_model_alike(tmp_path: Path) -> None:
     """The cheap measure against the true KL of rounding each part alone, 16 parts at three widths."""
     costs = {measure: costs_of(measure) for measure in ("kl", "gram")}

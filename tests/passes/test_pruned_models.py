@@ -70,6 +70,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @every
 def test_a_model_with_grouped_queries_is_pruned_saved_and_verified(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     report = compress.run(tiny_llama, Recipe(passes=METHODS[name], calibration=SHORT), tmp_path / "out")
@@ -116,6 +117,7 @@ def test_an_input_that_never_fires_is_cut_first(name: str, tiny_llama: Path, hug
     assert query.mask_OI.view(query.shape[0], -1, 4).sum(2).unique().tolist() == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [GPTQ(group=8), GPTQ(group=8, target="original"), RTN(group=8)], ids=str)
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "swaps", "reconstruct"])
 def test_a_later_quantizer_keeps_the_mask(

@@ -248,6 +248,7 @@ def test_shapes_that_do_not_fit_are_refused(options: dict[str, Any], shape: tupl
 # -- the whole way ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["half", "int4"])
 def test_an_artifact_loads_lowers_and_computes_the_sum(
     precision: str, tiny_llama: Path, tmp_path: Path, ids: Tensor, hugging_face: Callable[[Path], Any],

@@ -155,6 +155,7 @@ def switched_off(model: Any, kept: dict[str, str], channels: dict[str, int]) -> 
 # -- heads and neurons -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @families(
     "tied", "qwen2", "qwen3", slow=("llama", "biased", "mistral", "smollm3", "olmo", "cohere", "granite", "gemma2")
 )
@@ -266,6 +267,7 @@ def test_what_loads_is_the_dense_model_without_those_blocks(
     assert model.config.layer_types == want.config.layer_types if types else True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [ShortGPT(blocks=2), WandaSP(heads=0.5), SliceGPT(fraction=0.25)], ids=str)
 def test_generation_with_a_cache_is_generation_without(step: Pass, shaped: Any, hugging_face: Any, ids: Tensor) -> None:
     model = hugging_face(shaped("qwen2", step))
@@ -352,6 +354,7 @@ EACH = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @EACH
 def test_the_reported_divergence_is_from_the_dense_model(
     step: Pass, folder: Folder, hugging_face: Any, walk_of: Any, tmp_path: Path
@@ -373,6 +376,7 @@ def test_the_same_run_writes_the_same_bytes(step: Pass, shaped: Any) -> None:
     assert [(one / name).read_bytes() for name in files] == [(other / name).read_bytes() for name in files]
 
 
+@pytest.mark.slow
 @EACH
 def test_what_follows_works_on_the_smaller_model(step: Pass, shaped: Any, ids: Tensor) -> None:
     path = shaped("llama", step, OWL(), Wanda(sparsity=0.5), RTN(group=8))

@@ -121,6 +121,7 @@ def new_cache(model: Any, ids: Tensor) -> Any:
 # -- the same tokens ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_after_padded_prompts_is_that_of_the_plain_cache(
     kind: str, artifact: Any, padded: dict[str, Tensor], assert_close: Any

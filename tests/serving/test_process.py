@@ -116,6 +116,7 @@ def running(address: str) -> float:
     return float(next(line.split()[1] for line in text.splitlines() if line.startswith("compress_running ")))
 
 
+@pytest.mark.slow
 def test_clients_go_away_lie_and_the_server_ends_what_runs(
     process: Callable[..., tuple[subprocess.Popen[bytes], str]],
 ) -> None:
@@ -147,6 +148,7 @@ def test_clients_go_away_lie_and_the_server_ends_what_runs(
         httpx.get(f"{address}/health", timeout=1)
 
 
+@pytest.mark.slow
 def test_an_interrupt_with_nothing_to_do_ends_at_once(
     process: Callable[..., tuple[subprocess.Popen[bytes], str]],
 ) -> None:

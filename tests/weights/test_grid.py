@@ -116,6 +116,7 @@ def test_scaling_by_a_power_of_two_scales_the_result(bits: int, group: int, symm
     assert torch.equal(scaled.dense(), plain.dense() * factor)
 
 
+@pytest.mark.slow
 @both_kinds
 @bits_and_spans
 @pytest.mark.parametrize("norm", [1.0, 2.0, 2.4])

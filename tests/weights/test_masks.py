@@ -212,6 +212,7 @@ def test_no_two_numbers_are_scrambled_to_one() -> None:
     assert scrambled(torch.arange(LOW - 1000, LOW + 1)).unique().numel() == 1001
 
 
+@pytest.mark.slow
 def test_each_bit_of_the_counter_changes_half_of_the_bits_of_the_number() -> None:
     """Within six standard deviations of what a random function does, on 4096 counters."""
     count = torch.arange(4096)
