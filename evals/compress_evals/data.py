@@ -37,7 +37,7 @@ class Unavailable(CompressError):
 class Found:
     """The rows of a data set and where they came from.
 
-    `sha256` is that of the uncompressed file, or for the hub that of the rows as JSON lines. A line of a text file is
+    `sha256` is that of the file as it is, or for the hub that of the rows as JSON lines. A line of a text file is
     the row `{"text": line}`.
     """
 
@@ -133,7 +133,7 @@ def _from_folder(path: Path, root: Path) -> Found:
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise ArtifactError(f"{path}: not readable: {error}") from None
-    sha256 = hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256(raw).hexdigest()
     expected = _manifest(root).get(name, sha256)
     if sha256 != expected:
         raise ArtifactError(f"{path}: sha256 {sha256}, but {MANIFEST} says {expected}; fetch the file again")

@@ -18,12 +18,12 @@ from compress_evals.results import Data
 
 
 def put(folder: Path, name: str, content: str) -> bytes:
-    """Write a file of a data folder, and give what its manifest says: the content, uncompressed."""
+    """Write a file of a data folder, and give its bytes."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = content.encode()
     path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    return raw
+    return path.read_bytes()
 
 
 def manifest(folder: Path, name: str, sha256: str) -> None:
