@@ -15,6 +15,7 @@ from compress.errors import RecipeError, nearest
 
 TASKS = Path(__file__).parent / "tasks"  # what `lm-eval --include_path` takes
 MINI = "_mini"
+NOISE_FOLLOWS = 0.11  # of IFEval's prompts are followed by random words
 ALWAYS_YES = 0.622  # of BoolQ's questions have that answer: more than a coin gets
 
 
@@ -104,6 +105,10 @@ KICK = Suite(
         _kick("kv_10", "Key-value retrieval, 10 keys", "in context", "em", "kv/75_keys"),
         _kick("kv", "Key-value retrieval, 75 keys", "in context", "em", "kv/75_keys"),
         _kick("needle", "Needle in passages", "long context", "em", "nq/oracle"),
+        _kick("sum_short", "Summaries, up to 470 words", "summaries", "rouge_l", "cnn_dailymail/test"),
+        _kick("sum_medium", "Summaries, 470 to 790 words", "summaries", "rouge_l", "cnn_dailymail/test"),
+        _kick("sum_long", "Summaries, 790 words and more", "summaries", "rouge_l", "cnn_dailymail/test"),
+        _kick("ifeval", "IFEval", "instructions", "prompt_strict", "ifeval/input_data", chance=NOISE_FOLLOWS),
         _kick("gsm8k", "GSM8K, no shots", "generation", "em", "gsm8k/test"),
         _kick("arc_easy", "ARC easy", "control", "acc", "arc/easy_test", chance=0.25),
         _kick("arc_challenge", "ARC challenge", "control", "acc", "arc/challenge_test", chance=0.25),
@@ -111,6 +116,11 @@ KICK = Suite(
         _kick("winogrande", "WinoGrande", "control", "acc", "winogrande/validation", chance=0.5),
         _kick("boolq", "BoolQ", "control", "acc", "boolq/validation", chance=ALWAYS_YES),
         _kick("hellaswag", "HellaSwag", "control", "acc", "hellaswag/validation", chance=0.25),
+        # controls, because what they show without a judge is collapse and not quality
+        _kick("vicuna", "Vicuna questions, sound text (quality: a judge)", "control", "valid", "instruct/vicuna80"),
+        _kick(
+            "mtbench", "MT-bench, first turn, sound text (quality: a judge)", "control", "valid", "instruct/mtbench80"
+        ),
     ),
     gaps=(Gap(name="the gold passage", open="kick_nq_open", closed="kick_nq_closed"),),
 )

@@ -11,6 +11,7 @@ import re
 LOOP_PHRASE = 4  # words in the longest phrase looked for
 LOOP_TIMES = 4  # repeats in a row that no answer asked here has
 FEWEST_WORDS = 3  # different words that the shortest real answer has, such as `My answer is no.`
+EARLY = 10  # words; hardly a text that is asked for has fewer
 PHRASE = 4  # words of the phrases that a long text must not keep repeating
 # Thai and Lao, Burmese, Khmer, Japanese, Chinese
 _WITHOUT_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
@@ -55,6 +56,11 @@ def words(text: str) -> list[str]:
 def says_something(text: str) -> bool:
     """Whether the text has at least three different words: silence, marks and one word over and over have not."""
     return len(set(words(text))) >= FEWEST_WORDS
+
+
+def ends_early(text: str) -> bool:
+    """Whether the text has fewer than ten words: what a model writes that stops at once."""
+    return len(words(text)) < EARLY
 
 
 def longest_repeat(text: str) -> int:
