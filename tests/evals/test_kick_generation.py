@@ -18,6 +18,7 @@ from compress_evals.tasks.kick.generation import build, instructed, stories, sum
 
 CONSTANT = ["", "....", "the", "e", " \n", "the the the the the"]
 NAMES = ["Anna Vell", "Tom Harrow", "Port Merrow", "Saint Iva", "Boris Krane"]
+FILLER = ["they", "saw", "ships", "come", "slowly", "over", "grey", "water", "while", "people", "waited", "there"]
 OWN = ["kick_sum_short", "kick_sum_medium", "kick_sum_long", "kick_ifeval", "kick_vicuna", "kick_mtbench"]
 COUNTS = [200, 470, 471, 600, 789, 790, 1000, 300, 700, 900]  # words of the ten invented stories
 
@@ -27,7 +28,7 @@ def story(i: int, count: int) -> dict[str, Any]:
     rng = random.Random(i)
     name = NAMES[i % len(NAMES)]
     opening = f"{name} said on Tuesday that {i + 12} boats and {1000 + i} crates were lost in the harbour .".split()
-    filler = rng.choices("they saw ships come slowly over grey water while people waited there".split(), k=count)
+    filler = rng.choices(FILLER, k=count)
     return {
         "id": str(i),
         "article": " ".join((opening + filler)[:count]),

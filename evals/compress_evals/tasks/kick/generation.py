@@ -70,7 +70,7 @@ def stories(found: Found, length: str) -> list[Document]:
     470 to 790, 790 and more.
     """
     least, most = LENGTHS[length]
-    documents = {}
+    documents: dict[str, Document] = {}
     for row in rows_with(found, "article", "highlights"):
         story, reference = row["article"].partition(HIGHLIGHT)[0].strip(), row["highlights"].strip()
         if not reference or reference in story or not least <= len(story.split()) <= most:
