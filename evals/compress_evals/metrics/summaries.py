@@ -77,7 +77,7 @@ def stems(text: str) -> list[str]:
 def common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
     """The length of the longest common subsequence, all of `right` at a time as the bits of one number.
 
-    Source: Hyyrö, "Bit-parallel LCS-length computation revisited", 2004, figure 2: a zero bit is a match. Answers of
+    Source: Hyyrö, "Bit-parallel LCS-length computation revisited", 2004: a zero bit is a match. Answers of
     a thousand words take a millisecond, `rouge_score`'s table half a second.
     """
     places: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """Whether a response does what it was told, for all 25 kinds of instruction of IFEval.
 
 One plain function a kind, in files by family; its options have the names that the data gives them.
-Source: Zhou et al., "Instruction-following evaluation for large language models", 2023, table 1 and section 2.2.
+Source: Zhou et al., "Instruction-following evaluation for large language models", 2023 (table 1).
 Deviations: a response with fewer than three different words says nothing and so follows nothing (silence has no
 comma; the published checker only refuses white space); a response whose language cannot be told is in none;
 sentences and words in capitals are counted by rules instead of by Punkt and the Treebank tokenizer.

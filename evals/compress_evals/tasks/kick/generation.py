@@ -66,8 +66,8 @@ def build(kind: str, folder: Path | None, *, online: bool = False) -> list[Docum
 def stories(found: Found, length: str) -> list[Document]:
     """The stories of one length, each once; those whose text has all of its reference in it are left out.
 
-    Rows have `article` and `highlights`. Source: Jaiswal et al., LLM-KICK, ICLR 2024, section 3.4: up to 470 words,
-    470 to 790, 790 and more.
+    Rows have `article` and `highlights`. Source: Jaiswal et al., LLM-KICK, ICLR 2024: summaries of up to 470
+    words, 470 to 790, 790 and more.
     """
     least, most = LENGTHS[length]
     documents: dict[str, Document] = {}
