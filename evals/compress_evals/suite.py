@@ -15,6 +15,8 @@ from compress.errors import RecipeError, nearest
 
 TASKS = Path(__file__).parent / "tasks"  # what `lm-eval --include_path` takes
 MINI = "_mini"
+NOISE_FOLLOWS = 0.11  # of IFEval's prompts are followed by random words
+ALWAYS_YES = 0.622  # of BoolQ's questions have that answer: more than a coin gets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +83,46 @@ FACTS = Suite(
     ),
     gaps=(Gap(name="the fact in context", open="facts_open", closed="facts_trained"),),
 )
+
+
+def _kick(name: str, title: str, family: str, headline: str, *needs: str, chance: float = 0.0) -> Task:
+    return Task(
+        name=f"kick_{name}", title=title, family=family, headline=headline, chance=chance, needs=needs,
+        control=family == "control",
+    )  # fmt: skip
+
+
 KICK = Suite(
     name="kick",
     folder=TASKS / "kick",
-    tasks=(),
+    tasks=(
+        _kick("freebaseqa", "FreebaseQA", "closed book", "em", "freebaseqa/eval"),
+        _kick("triviaqa", "TriviaQA", "closed book", "em", "triviaqa/no_context"),
+        _kick("nq_closed", "Natural Questions", "closed book", "em", "nq/questions"),
+        _kick("mmlu", "MMLU, 5 shots", "choice", "acc", "mmlu/test", "mmlu/dev", chance=0.25),
+        _kick("mmlu_letter", "MMLU, the letter written", "choice", "acc", "mmlu/test", "mmlu/dev"),
+        _kick("nq_open", "Natural Questions, with the passage", "open book", "em", "nq/oracle"),
+        _kick("kv_10", "Key-value retrieval, 10 keys", "in context", "em", "kv/75_keys"),
+        _kick("kv", "Key-value retrieval, 75 keys", "in context", "em", "kv/75_keys"),
+        _kick("needle", "Needle in passages", "long context", "em", "nq/oracle"),
+        _kick("sum_short", "Summaries, up to 470 words", "summaries", "rouge_l", "cnn_dailymail/test"),
+        _kick("sum_medium", "Summaries, 470 to 790 words", "summaries", "rouge_l", "cnn_dailymail/test"),
+        _kick("sum_long", "Summaries, 790 words and more", "summaries", "rouge_l", "cnn_dailymail/test"),
+        _kick("ifeval", "IFEval", "instructions", "prompt_strict", "ifeval/input_data", chance=NOISE_FOLLOWS),
+        _kick("gsm8k", "GSM8K, no shots", "generation", "em", "gsm8k/test"),
+        _kick("arc_easy", "ARC easy", "control", "acc", "arc/easy_test", chance=0.25),
+        _kick("arc_challenge", "ARC challenge", "control", "acc", "arc/challenge_test", chance=0.25),
+        _kick("piqa", "PIQA", "control", "acc", "piqa/validation", chance=0.5),
+        _kick("winogrande", "WinoGrande", "control", "acc", "winogrande/validation", chance=0.5),
+        _kick("boolq", "BoolQ", "control", "acc", "boolq/validation", chance=ALWAYS_YES),
+        _kick("hellaswag", "HellaSwag", "control", "acc", "hellaswag/validation", chance=0.25),
+        # controls, because what they show without a judge is collapse and not quality
+        _kick("vicuna", "Vicuna questions, sound text (quality: a judge)", "control", "valid", "instruct/vicuna80"),
+        _kick(
+            "mtbench", "MT-bench, first turn, sound text (quality: a judge)", "control", "valid", "instruct/mtbench80"
+        ),
+    ),
+    gaps=(Gap(name="the gold passage", open="kick_nq_open", closed="kick_nq_closed"),),
 )
 
 

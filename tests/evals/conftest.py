@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,17 @@ from compress.builtin.facts import facts
 from compress_evals.results import Data, Engine, Metric, ModelFacts, Results, Row, TaskResult, task_hash
 from compress_evals.stats import mean_interval
 
+ROOT = Path(__file__).parents[2]
 LEARNED = 16  # questions the tiny model is trained on; it knows most of these and none of the others
+
+
+@pytest.fixture(scope="session")
+def kick_data() -> Path:
+    """The folder of real questions, which the project does not ship."""
+    folder = Path(os.environ.get("KICK_DATA_DIR") or ROOT.parent / "shared" / "data" / "kick")
+    if not (folder / "manifest.json").is_file():
+        pytest.skip("no folder of real questions: set KICK_DATA_DIR")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,11 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     return bool(said) and any(said == normalise(answer) for answer in answers)
 
 
+def folded_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Exact match where accents do not count: a model may well say `Brasilia`."""
+    return exact_match(fold(prediction), [fold(answer) for answer in answers])
+
+
 def contains(prediction: str, answers: Sequence[str]) -> bool:
     """Whether an answer stands in the prediction as whole words; one below three characters must be all of it."""
     words = f" {normalise(prediction)} "

@@ -1,0 +1,58 @@
+"""What a judge's reply says: a score or a preference, as the JSON it was asked for, or as plain as can be in words.
+
+Not here: asking (`judge.py`). A reply that says two things, or none, is refused: a guess would be a verdict too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from compress_evals.endpoint import Unanswered
+
+LOWEST, HIGHEST = 1, 10
+_PREFERENCES = {"a": "A", "b": "B", "tie": "tie"}
+
+
+def read_score(reply: str) -> float:
+    """The score in a judge's reply, as JSON or as text that names one; raises Unanswered if there is none."""
+    found = _field(reply, "score")
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
+        named = re.findall(r"(?i)score\W{0,6}(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)\s*/\s*10\b", reply)
+        numbers = {float(one or other) for one, other in named}
+        if len(numbers) != 1:
+            raise Unanswered("no score in the reply")
+        [found] = numbers
+    if not LOWEST <= found <= HIGHEST:
+        raise Unanswered("score out of range")
+    return float(found)
+
+
+def read_preference(reply: str) -> str:
+    """`A`, `B` or `tie` in a judge's reply, as JSON or as text that names one; raises Unanswered if there is none."""
+    found = _field(reply, "better")
+    named = [found] if isinstance(found, str) else re.findall(r"(?i)better\W{0,6}(A|B|tie)\b", reply)
+    meant = {_PREFERENCES.get(name.strip().lower()) for name in named or [reply]}
+    if len(meant) != 1 or None in meant:
+        raise Unanswered("no preference in the reply")
+    return str(meant.pop())
+
+
+def _field(reply: str, name: str) -> Any:
+    """The value of that name in the JSON of a reply, within a fence or words; None if there is none, or there are two.
+
+    Two happen where a judge quotes an answer that has a verdict of its own.
+    """
+    whole = _value(reply.strip(), name)
+    parts = [_value(text, name) for text in re.findall(r"\{[^{}]*\}", reply)] if whole is None else [whole]
+    found = [value for value in parts if value is not None]
+    return found[0] if found and all(value == found[0] for value in found) else None
+
+
+def _value(text: str, name: str) -> Any:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found.get(name) if isinstance(found, dict) else None

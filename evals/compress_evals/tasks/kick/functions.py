@@ -1,0 +1,115 @@
+"""What the task files of the kick group call: their documents and their scoring. lm-eval loads this file by its path.
+
+Not here: the wording of questions (`questions.py`) and where data come from (`compress_evals.data`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress_evals.data import read, subset
+from compress_evals.metrics.answers import contains, exact_match, f1, folded_match, normalise
+from compress_evals.metrics.text import degenerate
+from compress_evals.tasks.facts.functions import strict_choice
+from compress_evals.tasks.kick import questions
+from compress_evals.tasks.kick.questions import LETTERS, Document
+
+FOLDER_VARIABLE = "KICK_DATA_DIR"  # where plain lm-eval finds the data folder without `--metadata`
+SAMPLE_SEED = 0  # of the fixed samples that `n` asks for
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+# what each kind of question reads, and what makes documents of it
+KINDS: dict[str, tuple[tuple[str, ...], Callable[..., list[Document]]]] = {
+    "freebaseqa": (("freebaseqa/eval",), questions.freebaseqa),
+    "triviaqa": (("triviaqa/no_context",), questions.triviaqa),
+    "nq_closed": (("nq/questions",), questions.nq_closed),
+    "nq_open": (("nq/oracle",), questions.nq_open),
+    "mmlu": (("mmlu/test", "mmlu/dev"), questions.mmlu),
+    "kv": (("kv/75_keys",), questions.key_value),
+    "needle": (("nq/oracle",), questions.needle),
+    "arc_easy": (("arc/easy_test",), questions.choice),
+    "arc_challenge": (("arc/challenge_test",), questions.choice),
+    "piqa": (("piqa/validation",), questions.choice),
+    "boolq": (("boolq/validation",), questions.choice),
+    "hellaswag": (("hellaswag/validation",), questions.choice),
+    "winogrande": (("winogrande/validation",), questions.winogrande),
+    "gsm8k": (("gsm8k/test",), questions.gsm8k),
+}
+
+
+def load(
+    kind: str, n: int | None = None, data_dir: str | None = None, online: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The documents of one kind as a `test` split, all or a fixed sample of `n`.
+
+    `data_dir` and `online` are metadata of lm-eval's TaskManager or of `lm-eval --metadata`; without a folder there,
+    the environment's KICK_DATA_DIR. Raises Unavailable if the data cannot be had.
+    """
+    from datasets import Dataset
+
+    given = data_dir or os.environ.get(FOLDER_VARIABLE)
+    documents = build(kind, Path(given) if given else None, online=bool(online), keys=options.get("keys"))
+    return {"test": Dataset.from_list([documents[i] for i in subset(documents, n, SAMPLE_SEED)])}
+
+
+def build(kind: str, folder: Path | None, *, online: bool = False, keys: int | None = None) -> list[Document]:
+    """All documents of one kind; `keys` is how many keys a key-value question has."""
+    needs, make = KINDS[kind]
+    found = [read(name, folder, online) for name in needs]
+    match kind:
+        case "kv":
+            return make(*found, keys=keys)
+        case _ if make is questions.choice:
+            return make(*found, name=kind)
+        case _:
+            return make(*found)
+
+
+def first_line(said: str) -> str:
+    """The first line that says anything: the answer, whatever follows."""
+    return said.strip().split("\n")[0]
+
+
+def answered(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """Scores of a free answer, its first line, by the best of the accepted answers.
+
+    `em`, `em_folded` (without accents), `contains` (as whole words), `f1`, `valid` (said anything) and `degenerate`
+    (stuck in a loop).
+    """
+    said, answers = first_line(results[0]), doc["answers"]
+    return {
+        "em": float(exact_match(said, answers)),
+        "em_folded": float(folded_match(said, answers)),
+        "contains": float(contains(said, answers)),
+        "f1": f1(said, answers),
+        "valid": float(bool(normalise(said))),
+        "degenerate": float(degenerate(said)),
+    }
+
+
+def letter(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """`acc`: the one generated token is the right letter; `valid`: it is one of the four letters."""
+    said = results[0].strip()
+    return {"acc": float(said == LETTERS[doc["gold"]]), "valid": float(said in LETTERS)}
+
+
+def choice_by_length(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """`acc`, strict as ever, and `acc_norm`: the same with log-likelihoods divided by the characters of the choice."""
+    lengths = (max(len(choice), 1) for choice in doc["choices"])
+    divided = [(likelihood / length, greedy) for (likelihood, greedy), length in zip(results, lengths, strict=True)]
+    return {**strict_choice(doc, results), "acc_norm": strict_choice(doc, divided)["acc"]}
+
+
+def number(doc: Document, results: Sequence[str]) -> dict[str, float]:
+    """`em`: the last number said is the right one; `valid`: there is a number; `degenerate`: stuck in a loop."""
+    said = _NUMBER.findall(results[0])
+    wanted = [float(answer.replace(",", "")) for answer in doc["answers"]]
+    return {
+        "em": float(bool(said) and float(said[-1].replace(",", "")) in wanted),
+        "valid": float(bool(said)),
+        "degenerate": float(degenerate(results[0])),
+    }
