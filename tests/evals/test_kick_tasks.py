@@ -523,7 +523,7 @@ def untrained(kick_data: Path) -> tuple[Any, Any]:
         hidden_size=16,
         num_hidden_layers=1,
         intermediate_size=32,
-        num_attention_heads=2,
+        num_attention_heads=1,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -557,7 +557,7 @@ def test_the_whole_sample_is_asked_of_a_tiny_model_within_a_minute(kick_data: Pa
         assert found["n-samples"][task.name] == {"original": 200, "effective": 200}
         ceiling = task.chance + (0.12 if task.chance else 0.01)  # 3.5 standard errors of 200 questions
         assert found["results"][task.name][f"{task.headline},none"] <= ceiling, task.name
-    assert seconds < 60
+    assert seconds < 60  # of one core, whatever else the machine does; 43 measured
 
 
 def test_a_kind_that_there_is_not_is_a_bug() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,23 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable[..., list[Document]]]] = {
     "mmlu": (("mmlu/test", "mmlu/dev"), questions.mmlu),
     "kv": (("kv/75_keys",), questions.key_value),
     "needle": (("nq/oracle",), questions.needle),
-    "arc_easy": (("arc/easy_test",), questions.choice),
-    "arc_challenge": (("arc/challenge_test",), questions.choice),
-    "piqa": (("piqa/validation",), questions.choice),
-    "boolq": (("boolq/validation",), questions.choice),
-    "hellaswag": (("hellaswag/validation",), questions.choice),
+    "arc_easy": (("arc/easy_test",), partial(questions.choice, name="arc_easy")),
+    "arc_challenge": (("arc/challenge_test",), partial(questions.choice, name="arc_challenge")),
+    "piqa": (("piqa/validation",), partial(questions.choice, name="piqa")),
+    "boolq": (("boolq/validation",), partial(questions.choice, name="boolq")),
+    "hellaswag": (("hellaswag/validation",), partial(questions.choice, name="hellaswag")),
     "winogrande": (("winogrande/validation",), questions.winogrande),
     "gsm8k": (("gsm8k/test",), questions.gsm8k),
 }
 
 
 def load(
-    kind: str, n: int | None = None, data_dir: str | None = None, online: bool = False, **options: Any
+    kind: str,
+    n: int | None = None,
+    keys: int | None = None,
+    data_dir: str | None = None,
+    online: bool = False,
+    **_: Any,
 ) -> dict[str, Any]:
     """The documents of one kind as a `test` split, all or a fixed sample of `n`.
 
@@ -52,7 +58,7 @@ def load(
     from datasets import Dataset
 
     given = data_dir or os.environ.get(FOLDER_VARIABLE)
-    documents = build(kind, Path(given) if given else None, online=bool(online), keys=options.get("keys"))
+    documents = build(kind, Path(given) if given else None, online=online, keys=keys)
     return {"test": Dataset.from_list([documents[i] for i in subset(documents, n, SAMPLE_SEED)])}
 
 
@@ -60,13 +66,7 @@ def build(kind: str, folder: Path | None, *, online: bool = False, keys: int | N
     """All documents of one kind; `keys` is how many keys a key-value question has."""
     needs, make = KINDS[kind]
     found = [read(name, folder, online) for name in needs]
-    match kind:
-        case "kv":
-            return make(*found, keys=keys)
-        case _ if make is questions.choice:
-            return make(*found, name=kind)
-        case _:
-            return make(*found)
+    return make(*found) if keys is None else make(*found, keys=keys)
 
 
 def first_line(said: str) -> str:
