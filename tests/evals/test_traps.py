@@ -88,6 +88,14 @@ def test_a_task_file_that_lm_eval_drops_is_an_error(tmp_path: Path) -> None:
         run.load_tasks(replace(KICK, folder=tmp_path))
 
 
+def test_no_task_file_says_a_thing_twice() -> None:
+    # PyYAML takes the last of two equal keys without a word; this reader refuses them
+    from ruamel.yaml import YAML
+
+    for path in FILES:
+        assert YAML(typ="rt").load(path), path
+
+
 def test_no_path_depends_on_where_one_stands(
     tasks: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
