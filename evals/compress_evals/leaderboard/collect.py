@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from compress.errors import ArtifactError
 from compress_evals.comparison import MUST_AGREE
-from compress_evals.leaderboard.naming import distinct
+from compress_evals.leaderboard.naming import distinct, one_line
 from compress_evals.results import RESULTS_FILE, Results, load
 from compress_evals.stats import Floats
 
@@ -172,7 +172,7 @@ def _opened(folder: Path, place: str) -> tuple[Entry, dict[str, tuple[str, ...]]
     }
     clusters = {name: tuple(row.cluster for row in rows) for name, rows in results.rows.items()}
     light = results.model_copy(update={"rows": {}})
-    return Entry(name=results.model.name, place=place, results=light, scores=scores), clusters
+    return Entry(name=one_line(results.model.name), place=place, results=light, scores=scores), clusters
 
 
 def _alike(a: Entry, b: Entry) -> bool:
@@ -208,7 +208,7 @@ def _unrepeated(entries: Sequence[Entry]) -> list[Entry]:
 def _partner(entry: Entry, dense: Sequence[Entry]) -> Entry:
     versus = entry.results.vs
     called = versus.dense if versus else ""
-    named = [other for other in dense if other.name == called]
+    named = [other for other in dense if other.results.model.name == called]
     if not named:
         raise ArtifactError(
             f"{entry.place}: was compared with {called}, but no dense result of that name is below the given paths"
@@ -231,6 +231,7 @@ def _with_failures(boards: Sequence[Board], failed: Sequence[Cell]) -> Collectio
     """Failed cells on the boards about their model; all on the only board there is."""
     if not boards:
         raise ArtifactError("no dense result is below the given paths: nothing to compare with")
+    boards = sorted(boards, key=lambda board: -len(board.compressed))
     only = len(boards) == 1
     placed = [
         replace(board, failed=tuple(c for c in failed if only or Path(c.model).name == board.dense.name))

@@ -83,7 +83,7 @@ def _verdicts() -> Column:
             sort=_severity(line),
             text="",
             verdict=line.worst_verdict,
-            lists=tuple((verdict, ", ".join(families)) for verdict, families in line.verdicts.items()),
+            lists=tuple(line.verdict_lists()),
         ),
         first="ascending",
     )
@@ -155,7 +155,7 @@ def _fidelity() -> Iterator[Column]:
     )
     yield Column(
         group="fidelity",
-        label="Bits per byte (not a quality metric)",
+        label="Bits per byte: not a quality metric",
         about="how well the same text is compressed: it moves little while knowledge is lost, and decides nothing here",
         cell=lambda line: _number(line.fidelity.compressed_bits_per_byte if line.fidelity else None, "{:.3f}"),
         first="ascending",

@@ -28,11 +28,11 @@ FORMULAS = {
     "kept": "(score - chance) / (dense score - chance), the mean over a family's tasks",
     "interval": "95 %: of scores Wilson at the effective sample size, of differences a paired cluster bootstrap, "
     "of what was kept the delta method over clusters",
-    "rank_group": "models that cannot be told apart from the first of their group by the worst family kept, 5 %, Holm",
+    "rank": "by the worst family kept; shared by those that cannot be told apart from their group's first, 5 %, Holm",
 }
 COLUMNS = {
     "board": "number of the board; lines of different boards must not be compared",
-    "rank_group": FORMULAS["rank_group"],
+    "rank": FORMULAS["rank"],
     "model": "name", "method": "passes of the recipe", "kind": "kind of compression",
     "removed": "share of weights, ranks, neurons or blocks removed by the recipe",
     "bits_per_weight": "bits stored for each weight of the blocks", "bytes": "bytes of all tensors",
@@ -104,7 +104,7 @@ class ModelOut(Stored):
 
     name: str
     page: str = Field(description="address of its page, from the folder of the board")
-    rank_group: int | None = Field(description=FORMULAS["rank_group"])
+    rank: int | None = Field(description=FORMULAS["rank"])
     method: str
     kind: str
     removed: float | None
@@ -186,13 +186,13 @@ def as_csv(boards: Sequence[tuple[Board, Sequence[Line]]]) -> str:
 
 def as_markdown(board: Board, lines: Sequence[Line]) -> str:
     """The table of one board, its head and its failures."""
-    columns = ("group", "model", "worst family kept, %", "mean kept, %", "verdicts", "bits", "on disk", "times smaller")
+    columns = ("rank", "model", "worst family kept, %", "mean kept, %", "verdicts", "bits", "on disk", "times smaller")
     scores = tuple(f"{family}, %" for family in families(board))
     parts = [f"# What compression cost {md(readable(board.dense.name))}"]
     parts.append("\n".join(f"- {md(name)}: {md(readable(value))}" for name, value in facts(board)))
     parts.append(md_table((*columns, *scores), [_md_cells(line) for line in lines]))
     parts.append(
-        "Group: models that cannot be told apart from its first, at 5 % after Holm. Kept: (score − chance) ∕ "
+        "A rank is shared by models that cannot be told apart, at 5 % after Holm. Kept: (score − chance) ∕ "
         "(dense − chance). Brackets are 95 % intervals, numbers in parentheses differences from dense in points."
     )
     if board.failed:
@@ -221,7 +221,7 @@ def _model(line: Line, rows: Sequence[Any]) -> ModelOut:
     results = line.entry.results
     values = dict(zip(list(COLUMNS)[1:], _line_values(line), strict=True))
     same = ("method", "kind", "removed", "bits_per_weight", "bytes", "times_smaller", "speed", "worst_family",
-            "worst_verdict", "kl", "bits_per_byte", "rank_group")  # fmt: skip
+            "worst_verdict", "kl", "bits_per_byte", "rank")  # fmt: skip
     return ModelOut(
         name=line.name,
         page=f"models/{line.slug}.html",
@@ -296,7 +296,7 @@ def _plain(value: Any) -> Any:
 
 def _md_cells(line: Line) -> list[str]:
     kept, mean = line.standing.kept, line.standing.mean
-    verdicts = "; ".join(f"{GLYPHS[verdict]} {verdict}: {', '.join(names)}" for verdict, names in line.verdicts.items())
+    verdicts = "; ".join(f"{GLYPHS[verdict]} {verdict}: {families}" for verdict, families in line.verdict_lists())
     worst = f"{_interval(kept)} {line.standing.worst}" if kept else "–"
     return [
         str(line.standing.rank or "–"), readable(line.name), worst,

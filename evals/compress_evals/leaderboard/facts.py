@@ -52,6 +52,7 @@ def told_apart(collection: Collection) -> list[list[tuple[str, str]]]:
     """For every board what distinguishes it from the others, as name and value."""
     known = [_protocol(board) for board in collection.boards]
     differing = [name for name in known[0] if len({board[name] for board in known}) > 1]
+    differing = [name for name in differing if name != "questions" or "tasks" not in differing]
     return [[(name, board[name]) for name in differing] for board in known]
 
 

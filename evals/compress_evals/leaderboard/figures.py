@@ -193,4 +193,5 @@ def _names(axes: Any, best: Sequence[Point], colours: Mapping[str, str]) -> None
         axes.annotate(
             name, (p.x, p.y), xytext=(6, -10 if i % 2 else 6), textcoords="offset points", fontsize=8,
             color=colours["ink"], annotation_clip=False,
+            bbox={"facecolor": colours["card"], "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
         )  # fmt: skip

@@ -68,3 +68,8 @@ def readable(text: str) -> str:
     kinds = ("Cc", "Cf", "Cs", "Zl", "Zp")
     kept = "\n\t\u200d\ufe0f"  # lines stay, and what glues emoji together
     return "".join("\ufffd" if unicodedata.category(c) in kinds and c not in kept else c for c in text)
+
+
+def one_line(name: str) -> str:
+    """A name as it is shown."""
+    return readable(" ".join(name.split())) or "unnamed"

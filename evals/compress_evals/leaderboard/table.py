@@ -88,6 +88,12 @@ class Line:
         by = {verdict: [c.family for c in self.families if c.paired.verdict == verdict] for verdict in SEVERITY}
         return {verdict: families for verdict, families in by.items() if families}
 
+    def verdict_lists(self) -> list[tuple[str, str]]:
+        """Each verdict with its families in words, worst verdict first."""
+        if len(self.verdicts) == 1 and len(self.families) > 1:
+            return [(verdict, f"all {len(families)} families") for verdict, families in self.verdicts.items()]
+        return [(verdict, ", ".join(families)) for verdict, families in self.verdicts.items()]
+
     @property
     def worst_verdict(self) -> str:
         """Of any family that is no control."""

@@ -9,7 +9,7 @@
   const field = (id) => document.getElementById(id);
 
   const value = (cell) => {
-    if (cell.tagName === "TH") return cell.textContent.trim().toLowerCase();
+    if (cell.tagName === "TH") return cell.querySelector("a").textContent;
     return "v" in cell.dataset ? Number(cell.dataset.v) : null;
   };
   const rows = [...body.rows].map((row, place) => ({
@@ -23,10 +23,11 @@
   const failures = [...table.querySelectorAll(".failed")].map((row) => ({ row, text: row.textContent.toLowerCase() }));
 
   // what has no value stays last in both directions; equal values keep the order of the page
+  const names = new Intl.Collator("en", { numeric: true }).compare; // int2 before int10
   const compare = (column, sign) => (a, b) => {
     const x = a.values[column], y = b.values[column];
     if (x === null || y === null) return (x === null) - (y === null) || a.place - b.place;
-    return (x < y ? -sign : x > y ? sign : 0) || a.place - b.place;
+    return sign * (typeof x === "string" ? names(x, y) : x - y) || a.place - b.place;
   };
 
   const sort = (column) => {
