@@ -18,6 +18,7 @@ from compress_evals.leaderboard.svg import GLYPHS, MARKERS, SERIES, STAND_IN, ax
 from compress_evals.leaderboard.table import Line, families
 
 SIZE = (4.2, 3.1)
+WORDS = {"removed": "the share removed", "bits": "bits per weight"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,11 @@ class Curves:
 def damage(board: Board, lines: Sequence[Line]) -> list[Curves]:
     """Score against the share removed, then against bits per weight, for the methods that have several of either."""
     kinds: tuple[tuple[str, str, Callable[[Line], float | None]], ...] = (
-        ("removed", "Removed, %", lambda line: None if line.method.removed is None else 100 * line.method.removed),
+        (
+            "removed",
+            "Share removed, %",
+            lambda line: None if line.method.removed is None else 100 * line.method.removed,
+        ),
         ("bits", "Bits per weight", lambda line: line.bits),
     )
     found = []
@@ -46,7 +51,7 @@ def damage(board: Board, lines: Sequence[Line]) -> list[Curves]:
                 _panel(board, methods, i, family, f"{name}-{i}", label, budget)
                 for i, family in enumerate(families(board))
             )
-            found.append(Curves(title=f"Damage against {label.split(',')[0].lower()}", methods=legend, panels=panels))
+            found.append(Curves(title=f"Damage against {WORDS[name]}", methods=legend, panels=panels))
     return found
 
 
@@ -90,8 +95,10 @@ def _panel(
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=103)
         if label.startswith("Bits"):
             axes.invert_xaxis()  # damage grows to the right, as in the other
-        about = f"{family}: score of {len(methods)} methods against {label.lower()}; dense has {dense:.1f} %."
-        svg = inline(figure, f"curve-{name}", family, about, {f"models/{line.slug}.html": line.name for line in every})
+        axes.xaxis.set_major_locator(library.ticker.MaxNLocator(6, integer=True))
+        title, about = family.capitalize(), f"Dense scores {dense:.1f} %."
+        seen = f"Score against {label.lower()} of {', '.join(sorted(methods))}. {about}"
+        svg = inline(figure, f"curve-{name}", title, seen, {f"models/{line.slug}.html": line.name for line in every})
     rows = tuple(
         (
             method, line.name, f"{budget(line) or 0:.4g}", f"{score(line):.1f}",
@@ -101,7 +108,7 @@ def _panel(
         for line in methods[method]
     )  # fmt: skip
     header = ("method", "model", label.lower(), "score, %", "bits per byte")
-    return Figure(title=family, about=about, svg=svg, header=header, rows=rows)
+    return Figure(title=title, about=about, svg=svg, header=header, rows=rows)
 
 
 def _lines(
@@ -136,7 +143,8 @@ def _overlay(
     other = axes.twinx()
     other.set_ylabel("Bits per byte (dashed)", color=STAND_IN["soft"], fontsize=8)
     other.tick_params(colors=STAND_IN["soft"], labelsize=7.5, length=3)
-    other.spines["right"].set(visible=True, color=STAND_IN["line"])
+    for side, spine in other.spines.items():
+        spine.set(visible=side == "right", color=STAND_IN["line"])
     for i, method in enumerate(sorted(methods)):
         xs, ys = _means([line for line in methods[method] if height(line) is not None], budget, height)
         other.plot(xs, ys, color=STAND_IN[f"c{1 + i % SERIES}"], linewidth=1, linestyle=(0, (4, 3)), alpha=0.75)

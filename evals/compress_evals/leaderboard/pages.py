@@ -73,7 +73,7 @@ def model_page(board: Board, line: Line, rows: Sequence[TableRow], place: int, o
         board=board,
         line=line,
         results=results,
-        rows=rows,
+        rows={family: [row for row in rows if row.family == family] for family in families(board)},
         place=place,
         of=of,
         size=size_change(line.versus.dense_bytes, line.bytes),

@@ -19,6 +19,7 @@ from compress_evals.leaderboard.export import KIND, LeaderboardOut, as_csv, as_d
 from compress_evals.leaderboard.figures import picture as draw_picture
 from compress_evals.leaderboard.naming import slugs
 from compress_evals.leaderboard.pages import board_page, boards_page, model_page, rows_by_model
+from compress_evals.leaderboard.svg import check_picture
 from compress_evals.leaderboard.table import Line, lines
 
 
@@ -37,10 +38,10 @@ def publish(paths: Sequence[Path], site: Path, *, force: bool = False, picture: 
     Raises ArtifactError for results that cannot be read or paired, RecipeError for a folder that must not be replaced.
     """
     check_target(site, paths, force)
+    if picture is not None:
+        check_picture(picture)
     collection = collect(paths)
     tables = [(board, lines(board)) for board in collection.boards]
-    if picture is not None:
-        draw_picture(tables[0][1], picture)
     partial = site.parent / f"{site.name}.partial-{uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
@@ -50,6 +51,8 @@ def publish(paths: Sequence[Path], site: Path, *, force: bool = False, picture: 
         raise RecipeError(f"--out: {site} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if picture is not None:
+        draw_picture(tables[0][1], picture)
     return Published(
         site=site,
         boards=tuple((board.dense.name, len(found), len(board.failed)) for board, found in tables),

@@ -47,7 +47,8 @@ SETTINGS: Any = {
 def drawing() -> Iterator[Any]:
     """matplotlib's module, set up for our figures; raises RecipeError if it is not installed."""
     try:
-        import matplotlib
+        import matplotlib.figure
+        import matplotlib.ticker
     except ImportError as error:
         raise RecipeError("leaderboards need matplotlib: pip install 'compress-llm[eval]'") from error
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
@@ -88,13 +89,16 @@ def inline(figure: Any, name: str, title: str, about: str, links: Mapping[str, s
     return head + text[text.index(">") + 1 :]
 
 
-def save_picture(figure: Any, path: Path) -> None:
-    """Write a figure drawn in light colours as SVG or PNG, by the ending of `path`; raises RecipeError for others."""
-    form = path.suffix.lower()
-    if form not in (".svg", ".png"):
+def check_picture(path: Path) -> None:
+    """Raise RecipeError unless the ending says a kind of picture that can be written."""
+    if path.suffix.lower() not in (".svg", ".png"):
         raise RecipeError(f"--picture: {path} must end in .svg or .png")
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a figure drawn in light colours as SVG or PNG, by the ending of `path`."""
     content: bytes
-    if form == ".svg":
+    if path.suffix.lower() == ".svg":
         content = _written(figure, LIGHT["card"]).encode()
     else:
         buffer = io.BytesIO()
