@@ -19,6 +19,7 @@ from rich.console import Console
 from compress import __version__
 from compress.commands import delta
 from compress.commands.judge import judge
+from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
 from compress.commands.output import Json, Out, bytes_of, result, screen
 from compress.commands.serve import serve
@@ -35,6 +36,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 app.add_typer(delta.app)
 app.command()(judge)
+app.command()(leaderboard)
 app.command()(merge)
 app.command()(serve)
 app.command()(tune)

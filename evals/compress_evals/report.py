@@ -156,21 +156,21 @@ def table_rows(results: Sequence[Results]) -> list[TableRow]:
 def markdown(results: Sequence[Results]) -> str:
     """The report as Markdown: what was compressed, the table for each model, tiers and fidelity."""
     dense, compressed = split(results)
-    parts = [f"# {_md(headline(dense, compressed))}", _md(header_line(dense))]
+    parts = [f"# {md(headline(dense, compressed))}", md(header_line(dense))]
     if not compressed:
-        parts.append(_md_table(("task", "n", "score"), [_score_cells(dense, task) for task in dense.tasks]))
+        parts.append(md_table(("task", "n", "score"), [_score_cells(dense, task) for task in dense.tasks]))
     rows = table_rows(results)
     for result in compressed:
-        parts += [f"## {_md(result.model.name)}", _md(facts_line(dense, result))]
+        parts += [f"## {md(result.model.name)}", md(facts_line(dense, result))]
         if result.model.recipe:
-            parts.append(_fenced(result.model.recipe))
+            parts.append(fenced(result.model.recipe))
         columns = ("task", "dense %", "compressed %", "difference, points", "lost / gained", "p (Holm)", "verdict")
-        parts.append(_md_table(columns, [_cells(row) for row in rows if row.model == result.model.name]))
-        parts.append(_md(tally(result)))
+        parts.append(md_table(columns, [_cells(row) for row in rows if row.model == result.model.name]))
+        parts.append(md(tally(result)))
     if compressed:
-        parts += ["## By how often a fact was shown", _md_table(*tier_table(dense, compressed))]
+        parts += ["## By how often a fact was shown", md_table(*tier_table(dense, compressed))]
     if any(_versus(result).fidelity for result in compressed):
-        parts += ["## Fidelity to dense", _md_table(*fidelity_table(compressed))]
+        parts += ["## Fidelity to dense", md_table(*fidelity_table(compressed))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -267,8 +267,8 @@ def size_change(before: int | None, after: int | None) -> str:
     if after is None:
         return ""
     if not before:
-        return _bytes(after)
-    return f"{_bytes(before)} → {_bytes(after)} ({100 * (after / before - 1):+.0f} %)".replace("-", "−")
+        return byte_size(after)
+    return f"{byte_size(before)} → {byte_size(after)} ({100 * (after / before - 1):+.0f} %)".replace("-", "−")
 
 
 def percent(metric: Metric) -> str:
@@ -278,7 +278,7 @@ def percent(metric: Metric) -> str:
 
 def points(pair: Paired) -> str:
     """A difference and its interval in points, with a sign."""
-    return f"{_signed(pair.delta)} [{_signed(pair.low)}, {_signed(pair.high)}]"
+    return f"{signed(pair.delta)} [{signed(pair.low)}, {signed(pair.high)}]"
 
 
 def p_value(p: float) -> str:
@@ -394,7 +394,7 @@ def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
         height=height,
         left=left,
         bottom=bottom,
-        x_ticks=tuple((across(i * spacing), _bytes(i * spacing)) for i in range(round(most / spacing) + 1)),
+        x_ticks=tuple((across(i * spacing), byte_size(i * spacing)) for i in range(round(most / spacing) + 1)),
         y_ticks=tuple((up(i / 4), f"{25 * i} %") for i in range(5)),
         dots=tuple(
             Dot(x=x, y=y, worst_y=up(worst), name=name, name_x=at[0], name_y=at[1], anchor=anchor, dense=i == 0)
@@ -475,7 +475,8 @@ def _versus(result: Results) -> Comparison:
     return result.vs
 
 
-def _signed(fraction: float) -> str:
+def signed(fraction: float) -> str:
+    """A fraction in points, with its sign unless it is zero."""
     rounded = round(100 * fraction, 1) + 0.0
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
@@ -485,7 +486,8 @@ def _tick(fraction: float) -> str:
     return f"{rounded:+d}".replace("-", "−") if rounded else "0"
 
 
-def _bytes(count: float) -> str:
+def byte_size(count: float) -> str:
+    """A number of bytes in three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -499,17 +501,18 @@ def _spacing(extent: float) -> float:
     return next(power * step for step in (0.1, 0.2, 0.5, 1.0, 2.0) if extent / (power * step) <= 9)
 
 
-def _md(text: str) -> str:
+def md(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
 
 
-def _md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its cells as they are read."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell if cell == '---' else _md(cell) for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell if cell == '---' else md(cell) for cell in line)} |" for line in lines)
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
     """Text as a code block that it cannot end."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}yaml\n{text.rstrip()}\n{fence}"

@@ -88,7 +88,7 @@ def model(tokenizer: Any) -> Any:
     return tiny.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_results() -> Callable[..., Results]:
     """Results made of per-question scores by task, as if measured."""
 

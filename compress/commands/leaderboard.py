@@ -1,0 +1,37 @@
+"""`compress leaderboard`: a static site of every result below some folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.commands.output import Json, result, screen
+
+
+def leaderboard(
+    results: Annotated[list[Path], typer.Argument(help="folders of `compress eval` or `compress sweep`")],
+    out: Annotated[Path, typer.Option("--out", help="folder of the site; one made before is replaced")],
+    force: Annotated[bool, typer.Option("--force", help="replace any folder")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="also write worst family against size, as .svg or .png")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish results as one page to sort and filter, a page a model, Markdown, CSV and JSON; no server needed."""
+    import compress
+
+    compress.require_evals()
+    from compress_evals.leaderboard import publish
+
+    with screen().status("reading results"):
+        done = publish(results, out, force=force, picture=picture)
+    value = {
+        "out": str(out),
+        "boards": [{"dense": name, "models": models, "failed": failed} for name, models, failed in done.boards],
+    }
+    sentences = [
+        f"{name}: {models} models{f', {failed} not made' if failed else ''}" for name, models, failed in done.boards
+    ]
+    result(value, as_json, *sentences, f"page: {out}/index.html")

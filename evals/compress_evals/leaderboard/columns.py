@@ -1,0 +1,206 @@
+"""The columns of the table on the page: what each is called, how it sorts, and what its cells say.
+
+Columns are shown and hidden by group. A cell has the value it sorts by and the text it shows; nothing here is HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from compress_evals.leaderboard.rank import Kept
+from compress_evals.leaderboard.table import SEVERITY, FamilyCell, Line
+from compress_evals.report import byte_size, signed
+
+GROUPS = {
+    "kept": "Kept of dense, %",
+    "verdicts": "Verdicts",
+    "size": "Size",
+    "speed": "Decoding",
+    "scores": "Scores, %",
+    "differences": "Differences, points",
+    "flips": "Flips, %",
+    "answers": "Other answers, %",
+    "fidelity": "Fidelity",
+}
+FOLDED = ("differences", "flips", "answers")  # hidden until asked for, where there is a script to ask
+NOTHING = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What a cell shows: `text`, then `small` beside it; `verdict` colours it, `lists` are families by verdict.
+
+    `sort` is None where there is nothing to show; such cells sort last.
+    """
+
+    sort: float | None = None
+    text: str = NOTHING
+    small: str = ""
+    verdict: str = ""
+    lists: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column; `first` is the direction of the first click, `grey` that it decides nothing."""
+
+    group: str
+    label: str
+    about: str
+    cell: Callable[[Line], Cell]
+    first: str = "descending"
+    grey: bool = False
+
+
+def columns(lines: Sequence[Line], families: Sequence[str]) -> list[Column]:
+    """The columns that these lines have something to show in, in order."""
+    every = [*_kept(), _verdicts(), *_size(), _speed(), *_by_family(families), *_fidelity()]
+    return [column for column in every if not lines or any(column.cell(line).sort is not None for line in lines)]
+
+
+def _kept() -> Iterator[Column]:
+    yield Column(
+        group="kept",
+        label="Worst family",
+        about="what the family that lost most kept of the dense score above chance, with its 95 % interval",
+        cell=lambda line: _share(line.standing.kept, line.standing.worst or ""),
+    )
+    yield Column(
+        group="kept",
+        label="Mean",
+        about="the mean over families of what was kept: shown, but not what the order is made of",
+        cell=lambda line: _share(line.standing.mean),
+    )
+
+
+def _verdicts() -> Column:
+    return Column(
+        group="verdicts",
+        label="Families by verdict",
+        about="each family's verdict, worst first; sorts by how many fail, then by how many drop",
+        cell=lambda line: Cell(
+            sort=_severity(line),
+            text="",
+            verdict=line.worst_verdict,
+            lists=tuple(line.verdict_lists()),
+        ),
+        first="ascending",
+    )
+
+
+def _size() -> Iterator[Column]:
+    yield Column(
+        group="size",
+        label="Bits per weight",
+        about="bits stored for each weight of the blocks, scales and masks included",
+        cell=lambda line: _number(line.bits, "{:.2f}"),
+        first="ascending",
+    )
+    yield Column(
+        group="size",
+        label="On disk",
+        about="bytes of all tensors, embeddings included",
+        cell=lambda line: Cell() if line.bytes is None else Cell(sort=line.bytes, text=byte_size(line.bytes)),
+        first="ascending",
+    )
+    yield Column(
+        group="size",
+        label="Times smaller",
+        about="bytes of dense over bytes of this model",
+        cell=lambda line: _number(line.ratio, "{:.2f}×"),
+    )
+
+
+def _speed() -> Column:
+    def cell(line: Line) -> Cell:
+        if line.speed is None:
+            return Cell()
+        speed = line.speed
+        return Cell(sort=speed.ratio, text=f"{speed.ratio:.2f}×", small=f"{speed.low:.2f} to {speed.high:.2f}")
+
+    return Column(
+        group="speed",
+        label="Tokens/s against dense",
+        about="greedy decoding of one sequence, as a multiple of dense in the same process: median, lowest, highest",
+        cell=cell,
+    )
+
+
+def _by_family(families: Sequence[str]) -> Iterator[Column]:
+    kinds = {
+        "scores": ("the mean over questions with its 95 % interval", _score),
+        "differences": ("compressed minus dense with its 95 % interval, and the verdict", _difference),
+        "flips": ("questions right before and wrong now, and the other way round", _flips),
+        "answers": ("questions answered differently, right or wrong", _answers),
+    }
+    for group, (about, cell) in kinds.items():
+        for i, family in enumerate(families):
+            yield Column(
+                group=group,
+                label=family,
+                about=f"{family}: {about}",
+                cell=lambda line, i=i, cell=cell: cell(line.families[i]),  # type: ignore[misc]
+                first="descending" if group in ("scores", "differences") else "ascending",
+            )
+
+
+def _fidelity() -> Iterator[Column]:
+    yield Column(
+        group="fidelity",
+        label="KL, nats",
+        about="KL(dense || compressed) a token on text that no calibration set contains",
+        cell=lambda line: _number(line.fidelity.kl.value if line.fidelity else None, "{:.4f}"),
+        first="ascending",
+    )
+    yield Column(
+        group="fidelity",
+        label="Bits per byte: not a quality metric",
+        about="how well the same text is compressed: it moves little while knowledge is lost, and decides nothing here",
+        cell=lambda line: _number(line.fidelity.compressed_bits_per_byte if line.fidelity else None, "{:.3f}"),
+        first="ascending",
+        grey=True,
+    )
+
+
+def _score(cell: FamilyCell) -> Cell:
+    pair = cell.paired
+    small = f"[{100 * cell.low:.1f}, {100 * cell.high:.1f}]"
+    return Cell(sort=pair.compressed, text=f"{100 * pair.compressed:.1f}", small=small, verdict=pair.verdict)
+
+
+def _difference(cell: FamilyCell) -> Cell:
+    pair = cell.paired
+    return Cell(
+        sort=pair.delta,
+        text=signed(pair.delta),
+        small=f"[{signed(pair.low)}, {signed(pair.high)}]",
+        verdict=pair.verdict,
+        lists=((pair.verdict, ""),),
+    )
+
+
+def _flips(cell: FamilyCell) -> Cell:
+    pair = cell.paired
+    return Cell(sort=pair.flips, text=f"{100 * pair.flips:.1f}", small=f"{pair.lost} lost, {pair.gained} gained")
+
+
+def _answers(cell: FamilyCell) -> Cell:
+    return _number(None if cell.disagreement is None else 100 * cell.disagreement, "{:.1f}")
+
+
+def _share(kept: Kept | None, small: str = "") -> Cell:
+    if kept is None:
+        return Cell()
+    interval = f"[{100 * kept.low:.1f}, {100 * kept.high:.1f}]".replace("-", "−")
+    return Cell(sort=kept.value, text=f"{100 * kept.value:.1f}".replace("-", "−"), small=f"{interval} {small}".strip())
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return Cell() if value is None else Cell(sort=value, text=form.format(value).replace("-", "−"))
+
+
+def _severity(line: Line) -> float:
+    """How bad the verdicts are: the number of fails first, then of drops, of inconclusive, and so on."""
+    counts = [len(line.verdicts.get(verdict, ())) for verdict in SEVERITY]
+    return float(sum(count * 100.0 ** (len(SEVERITY) - i) for i, count in enumerate(counts[:3])))

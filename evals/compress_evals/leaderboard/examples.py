@@ -1,0 +1,72 @@
+"""Flipped questions side by side: the words in which two answers differ are marked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from compress_evals.leaderboard.table import Line
+from compress_evals.results import Example
+
+LONGEST = 4000  # characters of an answer that are compared; the rest is cut
+Words = tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """One question: both answers as runs of text, each with whether it differs from the other."""
+
+    id: str
+    prompt: str
+    wanted: str
+    dense: Words
+    compressed: Words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flips:
+    """The examples of one task: what was lost, and what was gained; with how many there are of each."""
+
+    title: str
+    lost: tuple[Flip, ...]
+    gained: tuple[Flip, ...]
+    all_lost: int
+    all_gained: int
+
+
+def flipped(line: Line) -> list[Flips]:
+    """The examples of every task that has any."""
+    return [
+        Flips(
+            title=task.title,
+            lost=tuple(map(_flip, task.lost)),
+            gained=tuple(map(_flip, task.gained)),
+            all_lost=task.paired.lost,
+            all_gained=task.paired.gained,
+        )
+        for task in line.versus.tasks.values()
+        if task.lost or task.gained
+    ]
+
+
+def marked(one: str, other: str) -> tuple[Words, Words]:
+    """Two texts as runs of words and spaces, each run with whether the other text lacks it."""
+    a, b = _words(one), _words(other)
+    left: list[tuple[str, bool]] = []
+    right: list[tuple[str, bool]] = []
+    for kind, i, j, k, m in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        left += [("".join(a[i:j]), kind != "equal")] if j > i else []
+        right += [("".join(b[k:m]), kind != "equal")] if m > k else []
+    return tuple(left), tuple(right)
+
+
+def _flip(example: Example) -> Flip:
+    dense, compressed = marked(example.dense, example.compressed)
+    return Flip(id=example.id, prompt=example.prompt, wanted=example.wanted, dense=dense, compressed=compressed)
+
+
+def _words(text: str) -> Sequence[str]:
+    shown = text if len(text) <= LONGEST else text[:LONGEST] + " …"
+    return re.findall(r"\s+|\w+|[^\w\s]+", shown)

@@ -1,0 +1,71 @@
+"""What the head of a board says: how it was measured, how sure it can be, and where the questions came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from compress_evals.comparison import MUST_AGREE
+from compress_evals.leaderboard.collect import Board, Collection, Entry
+from compress_evals.report import byte_size, header_line
+from compress_evals.results import Results
+
+
+def facts(board: Board) -> list[tuple[str, str]]:
+    """Name and value of everything a reader must know of a board, in order."""
+    dense = board.dense.results
+    engine = dense.engine
+    rows = [
+        ("Dense model", f"{board.dense.name}{size_of(dense)}"),
+        ("Asked", header_line(dense)),
+        ("Matching", f"a loss of at most {100 * board.margin:g} % of the dense score, surely"),
+        ("Data", sources(dense)),
+        ("Noise floor", noise(dense)),
+        ("Hardware", f"{engine.device}, {engine.dtype}, batch {engine.batch_size}, torch {engine.torch}"),
+        ("Harness", f"suite {engine.suite}, lm-eval {engine.lm_eval}, context {engine.max_length}, seed {dense.seed}"),
+        ("Skipped", "; ".join(f"{skipped.title}: {skipped.reason}" for skipped in dense.skipped.values())),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def size_of(dense: Results) -> str:
+    """Parameters and bytes of the dense model."""
+    size = dense.model.bytes_on_disk
+    return f", {dense.model.parameters:,} parameters" + (f", {byte_size(size)}" if size else "")
+
+
+def sources(dense: Results) -> str:
+    """How many tasks have their questions from where."""
+    counts = Counter(task.data.source if task.data else "not recorded" for task in dense.tasks.values())
+    return ", ".join(f"{source} ({count} task{'s' * (count > 1)})" for source, count in sorted(counts.items()))
+
+
+def noise(dense: Results) -> str:
+    """How many answers of the dense model itself change with the batch size; a sentence that it was not measured."""
+    if not dense.noise:
+        return "not measured"
+    flips, n = sum(noise.flips for noise in dense.noise.values()), sum(noise.n for noise in dense.noise.values())
+    sizes = ", ".join(sorted({str(noise.batch_size) for noise in dense.noise.values()}))
+    return f"{flips} of {n:,} answers of dense flip when only the batch size changes, to {sizes}: no loss is below that"
+
+
+def told_apart(collection: Collection) -> list[list[tuple[str, str]]]:
+    """For every board what distinguishes it from the others, as name and value."""
+    known = [_protocol(board) for board in collection.boards]
+    differing = [name for name in known[0] if len({board[name] for board in known}) > 1]
+    differing = [name for name in differing if name != "questions" or "tasks" not in differing]
+    return [[(name, board[name]) for name in differing] for board in known]
+
+
+def _protocol(board: Board) -> dict[str, str]:
+    dense: Entry = board.dense
+    results = dense.results
+    return {
+        "dense model": dense.name,
+        "weights": (results.model.sha or "not recorded")[:12],
+        **{field.replace("_", " "): str(getattr(results.engine, field)) for field in MUST_AGREE},
+        "tasks": f"{len(results.tasks)} ({', '.join(results.tasks)})",
+        "questions": " ".join(task.task_hash[:8] for task in results.tasks.values()),
+        "data": sources(results),
+        "margin": f"{100 * board.margin:g} %",
+        "measured": f"{results.created}, {results.engine.device}, {results.engine.dtype}",
+    }

@@ -1,0 +1,82 @@
+"""What a recipe did, read from its stored text: the method, its family, and how much it removed.
+
+Not here: running recipes. The text is parsed as strict YAML but not validated: a result may come from a newer version,
+or name another person's pass. What cannot be read is the method "other", and stands in no curve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.errors import RecipeError
+from compress.passes import PASSES
+from compress.recipe import parse
+
+FAMILIES = ("pruning", "quantization", "lowrank", "hybrid", "delta")
+WORDS = {"lowrank": "low rank"}
+SHARES = ("sparsity", "removed", "neurons", "fraction", "blocks")  # options that say how much is taken away
+UNKNOWN = "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """`label` names the passes, `family` the kinds of compression.
+
+    `removed` is the share of weights, ranks, neurons or blocks that the recipe takes away; None if it names none.
+    """
+
+    label: str
+    family: str
+    removed: float | None = None
+
+
+def method_of(recipe: str | None) -> Method:
+    """The method of a recipe's text."""
+    steps = _steps(recipe)
+    if not steps:
+        return Method(label=UNKNOWN, family=UNKNOWN)
+    found = [_share(options[key]) for _, options in steps for key in SHARES if key in options]
+    removed = [share for share, _ in found if share is not None]
+    pattern = " n:m" if any(is_pattern for _, is_pattern in found) else ""
+    kinds = {kind for name, _ in steps if (kind := _kind(name))}
+    return Method(
+        label=" + ".join(name for name, _ in steps) + pattern,
+        family=" + ".join(WORDS.get(kind, kind) for kind in FAMILIES if kind in kinds) or UNKNOWN,
+        removed=max(removed) if removed else None,
+    )
+
+
+def _steps(recipe: str | None) -> list[tuple[str, Mapping[str, Any]]]:
+    try:
+        data = parse(recipe or "", "recipe")
+    except RecipeError:
+        return []
+    listed = data.get("passes") if isinstance(data, Mapping) else None
+    steps: list[tuple[str, Mapping[str, Any]]] = []
+    for step in listed if isinstance(listed, list) else ():
+        named = {step: {}} if isinstance(step, str) else step
+        if not isinstance(named, Mapping) or len(named) != 1:
+            return []
+        ((name, options),) = named.items()
+        steps.append((str(name), options if isinstance(options, Mapping) else {}))
+    return steps
+
+
+def _share(value: Any) -> tuple[float | None, bool]:
+    """The share removed, and whether it is a pattern: `2:4` keeps 2 of every 4."""
+    if isinstance(value, float) and 0 <= value <= 1:
+        return value, False
+    kept = re.fullmatch(r"(\d{1,3}):(\d{1,3})", str(value))
+    if kept and 0 < int(kept[1]) <= int(kept[2]):
+        return 1 - int(kept[1]) / int(kept[2]), True
+    return None, False
+
+
+def _kind(name: str) -> str | None:
+    """The folder that a pass lives in: what kind of compression it is."""
+    known = PASSES.get(name)
+    folder = known.__module__.split(".")[-2] if known else None
+    return folder if folder in FAMILIES else None

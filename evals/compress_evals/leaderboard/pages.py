@@ -1,0 +1,145 @@
+"""The pages of a site as text: the board, a page a model, and where there are several boards a page that lists them.
+
+Everything on a page is escaped by the templates. Only the figures (`svg.py`) are markup, made here of escaped text; the
+script is ours, and the policy of the page names its hash, so that no other can run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from compress_evals.leaderboard.collect import Board, Cell, Collection
+from compress_evals.leaderboard.columns import FOLDED, GROUPS, Column, columns
+from compress_evals.leaderboard.curves import damage
+from compress_evals.leaderboard.examples import flipped
+from compress_evals.leaderboard.facts import facts, told_apart
+from compress_evals.leaderboard.figures import flips, trade_offs
+from compress_evals.leaderboard.heat import heat
+from compress_evals.leaderboard.naming import readable
+from compress_evals.leaderboard.table import SEVERITY, Line, families
+from compress_evals.report import (
+    GLYPHS,
+    MEANINGS,
+    TableRow,
+    calibration,
+    fidelity_table,
+    p_value,
+    percent,
+    points,
+    signed,
+    size_change,
+    table_rows,
+    tier_table,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def board_page(board: Board, lines: Sequence[Line], *, home: str = "") -> str:
+    """The page of one board; `home` leads to the list of boards, if there is one."""
+    shown = columns(lines, families(board))
+    return _render(
+        "board.html.j2",
+        board=board,
+        facts=facts(board),
+        lines=lines,
+        columns=shown,
+        spans=[(group, GROUPS[group], sum(c.group == group for c in shown)) for group in _groups(shown)],
+        folded=[group for group in FOLDED if group in _groups(shown)],
+        kinds=sorted({line.method.family for line in lines}),
+        figures=[*trade_offs(lines), flips(lines)] if lines else [],
+        curves=damage(board, lines) if lines else [],
+        heat=heat(board, lines),
+        home=home,
+        script=Markup(script()),
+        script_hash=policy(script()),
+    )
+
+
+def model_page(board: Board, line: Line, rows: Sequence[TableRow], place: int, of: int) -> str:
+    """The page of one model: what it lost task by task, and the answers that flipped."""
+    results = line.entry.results
+    dense = board.dense.results
+    return _render(
+        "model.html.j2",
+        board=board,
+        line=line,
+        results=results,
+        rows={family: [row for row in rows if row.family == family] for family in families(board)},
+        place=place,
+        of=of,
+        size=size_change(line.versus.dense_bytes, line.bytes),
+        calibration=calibration(results),
+        tiers=tier_table(dense, [results]),
+        fidelity=fidelity_table([results]),
+        flips=flipped(line),
+        script_hash=None,
+    )
+
+
+def boards_page(collection: Collection, summaries: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    """The list of several boards, saying what keeps each apart; `summaries` are their folders and lines."""
+    boards = list(zip(collection.boards, summaries, told_apart(collection), strict=True))
+    return _render("boards.html.j2", boards=boards, unplaced=collection.unplaced, script_hash=None)
+
+
+def rows_by_model(board: Board) -> dict[str, list[TableRow]]:
+    """The task tables of all models of a board, with p adjusted for every cell of it."""
+    compressed = [
+        entry.results.model_copy(update={"model": entry.results.model.model_copy(update={"name": entry.name})})
+        for entry in board.compressed
+    ]
+    found: dict[str, list[TableRow]] = {entry.name: [] for entry in board.compressed}
+    for row in table_rows([board.dense.results, *compressed]):
+        found[row.model].append(row)
+    return found
+
+
+def error_line(cell: Cell) -> str:
+    """The first line of what went wrong in a cell, or that nothing was recorded."""
+    lines = (cell.error or "").strip().splitlines()
+    return lines[-1] if lines else "no error was recorded"
+
+
+def script() -> str:
+    """The script of the table."""
+    return (TEMPLATES / "table.js").read_text(encoding="utf-8")
+
+
+def policy(source: str) -> str:
+    """The hash by which a content security policy allows one inline script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _groups(shown: Sequence[Column]) -> list[str]:
+    return list(dict.fromkeys(column.group for column in shown))
+
+
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader([TEMPLATES, TEMPLATES.parent.parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: readable(value) if type(value) is str else value,
+    )
+    environment.filters |= {
+        "percent": percent, "points": points, "p_value": p_value, "signed": signed, "drawn": Markup,
+        "error_line": error_line,
+    }  # fmt: skip
+    environment.globals |= {"glyphs": GLYPHS, "meanings": MEANINGS, "severity": SEVERITY}
+    return environment

@@ -1,0 +1,131 @@
+"""Write a site: everything into a folder beside it, which then takes its place, so that no half site is ever seen.
+
+A site that is there is replaced if it is one of ours, or by force; never a folder that holds the results it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from compress.errors import RecipeError
+from compress_evals.leaderboard.collect import MADE_HERE, Board, Collection, collect
+from compress_evals.leaderboard.export import KIND, LeaderboardOut, as_csv, as_data, as_markdown
+from compress_evals.leaderboard.figures import picture as draw_picture
+from compress_evals.leaderboard.naming import slugs
+from compress_evals.leaderboard.pages import board_page, boards_page, model_page, rows_by_model
+from compress_evals.leaderboard.svg import check_picture
+from compress_evals.leaderboard.table import Line, lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What was written: the site, and for each board the dense model, the lines and the failed cells."""
+
+    site: Path
+    boards: tuple[tuple[str, int, int], ...]
+    lines: tuple[tuple[Line, ...], ...]
+
+
+def publish(paths: Sequence[Path], site: Path, *, force: bool = False, picture: Path | None = None) -> Published:
+    """Make the site of all results below `paths`; `picture` also gets the first board's front as SVG or PNG.
+
+    Raises ArtifactError for results that cannot be read or paired, RecipeError for a folder that must not be replaced.
+    """
+    check_target(site, paths, force)
+    if picture is not None:
+        check_picture(picture)
+    collection = collect(paths)
+    tables = [(board, lines(board)) for board in collection.boards]
+    partial = site.parent / f"{site.name}.partial-{uuid4().hex[:8]}"
+    try:
+        partial.mkdir(parents=True)
+        _write(collection, tables, partial)
+        _put(partial, site)
+    except OSError as error:
+        raise RecipeError(f"--out: {site} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if picture is not None:
+        draw_picture(tables[0][1], picture)
+    return Published(
+        site=site,
+        boards=tuple((board.dense.name, len(found), len(board.failed)) for board, found in tables),
+        lines=tuple(tuple(found) for _, found in tables),
+    )
+
+
+def check_target(site: Path, paths: Sequence[Path], force: bool) -> None:
+    """Raise RecipeError unless `site` may be written: it is new, empty, ours, or may be replaced."""
+    place = site.resolve()
+    for path in paths:
+        if path.resolve().is_relative_to(place) or Path.cwd().is_relative_to(place):
+            raise RecipeError(f"--out: {site} holds {path}, or is where you are; give a folder of its own")
+    if site.is_file() or site.is_symlink():
+        raise RecipeError(f"--out: {site} is not a folder")
+    if site.is_dir() and any(site.iterdir()) and not force and not is_site(site):
+        raise RecipeError(
+            f"--out: {site} is there and is no leaderboard; give another folder, or --force to replace it"
+        )
+
+
+def is_site(folder: Path) -> bool:
+    """Whether a folder was written by `publish`."""
+    try:
+        content = json.loads((folder / MADE_HERE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("kind") == KIND
+
+
+def _write(collection: Collection, tables: Sequence[tuple[Board, list[Line]]], out: Path) -> None:
+    single = len(tables) == 1
+    folders = [""] if single else slugs(board.dense.name for board, _ in tables)
+    rows = [rows_by_model(board) for board, _ in tables]
+    for (board, found), folder, by_model in zip(tables, folders, rows, strict=True):
+        _board(board, found, by_model, out / folder, home="" if single else "../index.html")
+        if not single:
+            _data([(board, "", found, by_model)], out / folder)
+    if not single:
+        summaries = [(folder, found) for folder, (_, found) in zip(folders, tables, strict=True)]
+        _text(out / "index.html", boards_page(collection, summaries))
+    _data([(b, f, found, by) for (b, found), f, by in zip(tables, folders, rows, strict=True)], out)
+    schema = LeaderboardOut.model_json_schema(by_alias=True)
+    _text(out / "leaderboard.schema.json", json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
+
+
+def _board(board: Board, found: Sequence[Line], rows: dict[str, list], out: Path, home: str) -> None:  # type: ignore[type-arg]
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    _text(out / "index.html", board_page(board, found, home=home))
+    for place, line in enumerate(found, start=1):
+        page = model_page(board, line, rows[line.name], place, len(found))
+        _text(out / "models" / f"{line.slug}.html", page)
+
+
+def _data(boards: Sequence[tuple[Board, str, Sequence[Line], dict[str, list]]], out: Path) -> None:  # type: ignore[type-arg]
+    _text(out / MADE_HERE, as_data(boards).model_dump_json(by_alias=True, indent=1) + "\n")
+    _text(out / "leaderboard.csv", as_csv([(board, found) for board, _, found, _ in boards]))
+    _text(out / "leaderboard.md", "\n".join(as_markdown(board, found) for board, _, found, _ in boards))
+
+
+def _text(path: Path, content: str) -> None:
+    path.write_bytes(content.encode("utf-8", "replace"))
+
+
+def _put(partial: Path, site: Path) -> None:
+    """Put a finished folder in place of `site`; if that fails, what was there is put back."""
+    old = site.parent / f"{site.name}.partial-{uuid4().hex[:8]}"
+    if site.exists():
+        site.rename(old)
+    try:
+        partial.rename(site)
+    except OSError:
+        with suppress(OSError):
+            old.rename(site)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,179 @@
+"""The table of a board as plain data: one line a model, one cell a family, best worst family first.
+
+Not here: how any of it is written (`columns.py`, `pages.py`, `export.py`). A family of several tasks is compared as
+one: all its questions together, those about one subject still one cluster, so its verdict is no vote of verdicts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress_evals import stats
+from compress_evals.fidelity import Fidelity
+from compress_evals.leaderboard.collect import Board, Entry
+from compress_evals.leaderboard.methods import Method, method_of
+from compress_evals.leaderboard.naming import slugs
+from compress_evals.leaderboard.rank import Kept, Standing, standings
+from compress_evals.results import Comparison, Speed, TaskComparison
+from compress_evals.stats import Paired
+
+SEVERITY = ("fails", "drop", "inconclusive", "matching", "improved")  # worst first
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyCell:
+    """One family of one model; `low` and `high` are the 95 % interval of its score, the mean over questions.
+
+    `normalised` is the mean over its tasks of (score - chance) / (1 - chance); `kept` None where dense is at chance.
+    """
+
+    family: str
+    control: bool
+    paired: Paired
+    low: float
+    high: float
+    normalised: float
+    kept: Kept | None
+    disagreement: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One compressed model: everything its line of the table says."""
+
+    entry: Entry
+    versus: Comparison
+    slug: str
+    method: Method
+    standing: Standing
+    families: tuple[FamilyCell, ...]
+
+    @property
+    def name(self) -> str:
+        """How it is called on its board."""
+        return self.entry.name
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes on disk."""
+        return self.entry.results.model.bytes_on_disk
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per weight."""
+        return self.entry.results.model.bits_per_weight
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times smaller than dense."""
+        return self.versus.dense_bytes / self.bytes if self.versus.dense_bytes and self.bytes else None
+
+    @property
+    def speed(self) -> Speed | None:
+        """Decoding beside dense, where it was measured."""
+        return self.versus.speed
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """Distances of the distributions, where they were measured."""
+        return self.versus.fidelity
+
+    @property
+    def verdicts(self) -> dict[str, list[str]]:
+        """The families by verdict, worst verdict first."""
+        by = {verdict: [c.family for c in self.families if c.paired.verdict == verdict] for verdict in SEVERITY}
+        return {verdict: families for verdict, families in by.items() if families}
+
+    def verdict_lists(self) -> list[tuple[str, str]]:
+        """Each verdict with its families in words, worst verdict first."""
+        if len(self.verdicts) == 1 and len(self.families) > 1:
+            return [(verdict, f"all {len(families)} families") for verdict, families in self.verdicts.items()]
+        return [(verdict, ", ".join(families)) for verdict, families in self.verdicts.items()]
+
+    @property
+    def worst_verdict(self) -> str:
+        """Of any family that is no control."""
+        counted = [c.paired.verdict for c in self.families if not c.control] or ["inconclusive"]
+        return min(counted, key=SEVERITY.index)
+
+    @property
+    def flips(self) -> float:
+        """The share of questions that flipped, over all tasks but controls."""
+        counted = [c.paired for c in self.families if not c.control]
+        return sum(p.lost + p.gained for p in counted) / max(1, sum(p.n for p in counted))
+
+    @property
+    def delta(self) -> float:
+        """The mean difference from dense over the questions of all tasks but controls."""
+        counted = [c.paired for c in self.families if not c.control]
+        return sum(p.delta * p.n for p in counted) / max(1, sum(p.n for p in counted))
+
+
+def lines(board: Board) -> list[Line]:
+    """The lines of a board by what the worst family kept, best first."""
+    names = slugs(entry.name for entry in board.compressed)
+    found = [
+        Line(
+            entry=entry,
+            versus=versus,
+            slug=slug,
+            method=method_of(entry.results.model.recipe),
+            standing=standing,
+            families=tuple(family_cell(board, entry, f, standing) for f in families(board)),
+        )
+        for entry, slug, standing in zip(board.compressed, names, standings(board), strict=True)
+        if (versus := entry.results.vs) is not None
+    ]
+    return sorted(found, key=lambda line: (-(line.standing.kept.value if line.standing.kept else -math.inf), line.name))
+
+
+def families(board: Board) -> list[str]:
+    """The families of a board, controls last."""
+    tasks = board.dense.results.tasks.values()
+    counted = dict.fromkeys(task.family for task in tasks if not task.control)
+    return [*counted, *dict.fromkeys(task.family for task in tasks if task.family not in counted)]
+
+
+def family_cell(board: Board, entry: Entry, family: str, standing: Standing) -> FamilyCell:
+    """One family of one model, all its tasks together."""
+    tasks = {name: task for name, task in board.dense.results.tasks.items() if task.family == family}
+    compared = {name: entry.results.vs.tasks[name] for name in tasks} if entry.results.vs else {}
+    ours = np.concatenate([entry.scores[name] for name in tasks])
+    clusters = [cluster for name in tasks for cluster in board.clusters[name]]
+    low, high = _interval(entry, list(tasks), ours, clusters)
+    above = [(entry.scores[name].mean() - task.chance) / (1 - task.chance) for name, task in tasks.items()]
+    return FamilyCell(
+        family=family,
+        control=all(task.control for task in tasks.values()),
+        paired=_paired(board, entry, compared, clusters),
+        low=low,
+        high=high,
+        normalised=float(np.mean(above)),
+        kept=standing.families.get(family),
+        disagreement=_disagreement(compared),
+    )
+
+
+def _paired(board: Board, entry: Entry, compared: Mapping[str, TaskComparison], clusters: Sequence[str]) -> Paired:
+    if len(compared) == 1:
+        return next(iter(compared.values())).paired
+    before, after = (np.concatenate([e.scores[name] for name in compared]) for e in (board.dense, entry))
+    versus = entry.results.vs
+    iters, seed = (versus.iters, versus.seed) if versus else (10000, 0)
+    return stats.paired(before, after, clusters, board.margin, iters, seed)
+
+
+def _interval(entry: Entry, tasks: Sequence[str], scores: stats.Floats, clusters: Sequence[str]) -> stats.Interval:
+    if len(tasks) == 1:
+        metric = entry.results.tasks[tasks[0]].score
+        return metric.low, metric.high
+    return stats.mean_interval(scores, clusters, seed=entry.results.seed)
+
+
+def _disagreement(compared: Mapping[str, TaskComparison]) -> float | None:
+    known = [(task.disagreement, task.paired.n) for task in compared.values() if task.disagreement is not None]
+    return sum(d * n for d, n in known) / sum(n for _, n in known) if known and len(known) == len(compared) else None
