@@ -46,6 +46,7 @@ class Asked:
     seed: Annotated[int, Field(ge=0, description="of samples and bootstraps")] = 0
     text: Annotated[str | None, Field(description="UTF-8 file for bits per byte and KL; default: built-in")] = None
     batch_size: Annotated[int | Literal["auto"], Field(description="questions at once")] = "auto"
+    chat_template: Annotated[bool, Field(description="put prompts through the tokenizer's chat template")] = False
     speed: Annotated[bool, Field(description="also time generation beside the dense model")] = False
     noise: Annotated[int, Field(ge=0, description="questions a task that the dense model is asked twice")] = 0
 
