@@ -257,6 +257,16 @@ def test_a_changed_recipe_reruns_only_its_cell_and_other_questions_all(written: 
 
 
 @pytest.mark.usefixtures("stub")
+def test_a_suite_that_asks_something_else_reruns_all(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = pruned(written, 0.1)
+    run(sweep, tmp_path / "o")
+    monkeypatch.setattr(records, "suite_digest", lambda name: "of another task file")
+    assert [p.state for p in plan(sweep, tmp_path / "o")] == ["changed"]
+
+
+@pytest.mark.usefixtures("stub")
 def test_a_cell_that_takes_too_long_has_failed(written: Written, tmp_path: Path) -> None:
     summary = run(pruned(written, 0.8, 0.1), tmp_path / "o", timeout=0.01)
     assert [record.error for record in summary.records] == ["timed out after 0.01 minutes", None]

@@ -1,6 +1,6 @@
 """What a sweep leaves on disk: `cell.json` of each cell, the key that says whether it still holds, and the lock.
 
-A key covers all that a result depends on: the recipe with every option, the weights, what was asked, and our version.
+A key covers what a result depends on: the recipe with every option, the weights, what was asked, and our version.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -21,6 +22,7 @@ from compress.errors import RecipeError
 from compress.model.source import locate
 from compress.options import build, check_options
 from compress_evals.folders import describe
+from compress_evals.suite import find
 from compress_evals.sweep.grid import Cell, Sweep
 
 RECORD = "cell.json"
@@ -70,8 +72,17 @@ def plan(sweep: Sweep, out: str | Path, device: str = "cpu") -> list[Planned]:
 
 def key_of(cell: Cell, sha: str, sweep: Sweep, device: str) -> str:
     """The sha256 of all that the result of a cell depends on."""
-    parts = [cell.recipe.to_dict(), sha, asdict(sweep.asked), device, compress.__version__]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    parts = [cell.recipe.to_dict(), sha, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
+    return hashlib.sha256(json.dumps([*parts, compress.__version__], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def suite_digest(name: str) -> str:
+    """The sha256 of the files that say what a suite asks; the data they read have hashes of their own in results."""
+    suite = find(name)
+    files = sorted(path for path in suite.folder.rglob("*") if path.suffix in (".py", ".yaml"))
+    parts = [[task.name for task in suite.tasks], *([path.name, path.read_text(encoding="utf-8")] for path in files)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_record(folder: Path) -> Record | None:

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from compress.errors import RecipeError
 from compress_evals.results import RESULTS_FILE
-from compress_evals.sweep.cell import ERROR, JOB, MODEL, RESULTS, job
+from compress_evals.sweep.cell import ERROR, JOB, MODEL, RESULTS, job, keywords
 from compress_evals.sweep.grid import Asked, Cell, Sweep
 from compress_evals.sweep.records import Planned, Record, locked, plan, replace_text, write_record
 
@@ -140,9 +140,10 @@ def run(
 
     A cell that fails, or takes more than `timeout` minutes, is recorded with its error and the others go on; it is
     tried again only if it changes or with `retry_failed`. Models are deleted once evaluated unless `keep_models`.
-    Raises RecipeError if another sweep is at work in `out`, or if it cannot be written.
+    Raises RecipeError if another sweep is at work in `out`, if it cannot be written, or if nothing can be asked so.
     """
     began, out = time.monotonic(), Path(out)
+    keywords(sweep.asked, out / CACHE)  # what evaluation would refuse is refused now, not in every cell
     with locked(out) as lock:
         replace_text(out / "sweep.yaml", sweep.text)
         planned = plan(sweep, out, device)
