@@ -1,6 +1,7 @@
 """The command line: parsing, calling, printing. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 ok, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed, 130 interrupted.
+Exit codes: 0 ok, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed, 6 some
+cells of a sweep failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
 from compress.commands.output import Json, Out, bytes_of, result, screen
 from compress.commands.serve import serve
+from compress.commands.sweep import sweep
 from compress.commands.tune import tune
 from compress.errors import CompressError, RecipeError
 
@@ -39,6 +41,7 @@ app.command()(judge)
 app.command()(leaderboard)
 app.command()(merge)
 app.command()(serve)
+app.command()(sweep)
 app.command()(tune)
 UsageError: Any = typer.BadParameter.__base__  # click's, or the copy of click that typer carries since 0.2x
 
@@ -416,7 +419,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code
-        fail("interrupted; the output folder is as it was before", code)
+        fail("interrupted; nothing is left half-written", code)
     raise SystemExit(code)
 
 

@@ -324,6 +324,12 @@ def apply_change(data: Any, change: str) -> None:
     path, equals, value = change.partition("=")
     if not equals:
         raise RecipeError(f"--set {change!r}: expected path=value, such as passes.0.sparsity=0.6")
+    read = value if value.startswith(("*", "&", "!")) else parse(value, f"--set {path}")  # a glob is text
+    put(data, path, read, f"--set {path}")
+
+
+def put(data: Any, path: str, value: Any, where: str) -> None:
+    """Set one dotted path of parsed recipe data in place; raises RecipeError, from `where`, if it leads nowhere."""
     if not isinstance(data, dict):
         raise RecipeError("recipe: expected a mapping with `passes`")
     keys = path.split(".")
@@ -332,16 +338,16 @@ def apply_change(data: Any, change: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(here, list):
             if not (key.isascii() and key.isdigit()) or int(key) >= len(here):
-                raise RecipeError(f"--set {path}: no item {key!r}; there are {len(here)}")
+                raise RecipeError(f"{where}: no item {key!r}; there are {len(here)}")
             if last:
-                raise RecipeError(f"--set {path}: name an option, such as {path}.sparsity")
+                raise RecipeError(f"{where}: name an option, such as {path}.sparsity")
             here = open_step(here, int(key))
         elif last:
-            here[key] = value if value.startswith(("*", "&", "!")) else parse(value, f"--set {path}")  # a glob is text
+            here[key] = value
         else:
             here = here.setdefault(key, {}) if isinstance(here, dict) else None
         if not isinstance(here, (dict, list)):
-            raise RecipeError(f"--set {path}: {key!r} has no options")
+            raise RecipeError(f"{where}: {key!r} has no options")
 
 
 def open_step(steps: list[Any], index: int) -> Any:

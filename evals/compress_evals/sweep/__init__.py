@@ -1,0 +1,29 @@
+"""A sweep: a grid of models, recipes and seeds, each cell measured in a process of its own, resumable.
+
+    sweep = load("sweep.yaml")
+    run(sweep, "out/sweep", jobs=2)
+
+Not here: what is asked of a model (`compress_evals.folders`) and the page that shows results (`leaderboard`).
+"""
+
+from __future__ import annotations
+
+from compress_evals.sweep.grid import Asked, Cell, Sweep, load
+from compress_evals.sweep.records import Planned, Record, plan, strangers
+from compress_evals.sweep.running import Board, Progress, Summary, as_dict, run
+
+__all__ = [
+    "Asked",
+    "Board",
+    "Cell",
+    "Planned",
+    "Progress",
+    "Record",
+    "Summary",
+    "Sweep",
+    "as_dict",
+    "load",
+    "plan",
+    "run",
+    "strangers",
+]

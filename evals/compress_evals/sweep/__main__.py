@@ -1,0 +1,11 @@
+"""`python -m compress_evals.sweep FOLDER`: the process of one cell, started by a sweep; not for people."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from compress_evals.sweep.cell import main
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

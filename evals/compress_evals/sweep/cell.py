@@ -1,0 +1,109 @@
+"""The process of one cell: compress, evaluate, and leave the results in the folder it was given.
+
+One process does both, because the imports of two take longer than many a recipe. What it was asked is `job.json` in
+that folder; an error is left in `error.txt`. It ends when the sweep that started it does, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import compress
+from compress.errors import CompressError, RecipeError
+from compress.recipe import from_dict
+from compress_evals.folders import evaluate_folders
+from compress_evals.sweep.grid import Asked, Cell
+
+JOB, ERROR, MODEL, RESULTS = "job.json", "error.txt", "model", "results"
+
+
+def job(cell: Cell, asked: Asked, device: str, cache: Path) -> dict[str, Any]:
+    """What the process of a cell is told, as plain data."""
+    return {
+        "id": cell.id,
+        "model": cell.source,
+        "recipe": cell.recipe.to_dict(),
+        "eval": asdict(asked),
+        "device": device,
+        "cache": str(cache),
+    }
+
+
+def perform(told: dict[str, Any], work: Path, say: Callable[[str], None]) -> None:
+    """Compress into `work/model/<id>` and evaluate into `work/results`; raises CompressError."""
+    recipe = from_dict(told["recipe"])
+    out = work / MODEL / told["id"]
+    say(f"compressing {told['model']} on {told['device']}\n{recipe.to_yaml()}")
+    compress.run(told["model"], recipe, out, device=told["device"], emit=lambda event: say(f"{event}"))
+    say("evaluating")
+    evaluate_folders(
+        [out],
+        told["model"],
+        delta_base=recipe.delta.base if recipe.delta else None,
+        out=work / RESULTS,
+        device=told["device"],
+        on_progress=say,
+        **keywords(Asked(**told["eval"]), Path(told["cache"])),
+    )
+    say("done")
+
+
+def keywords(asked: Asked, cache: Path) -> dict[str, Any]:
+    """The options as `evaluate_folders` takes them; what is as by default is left out."""
+    given = {f.name: getattr(asked, f.name) for f in fields(asked) if getattr(asked, f.name) != f.default}
+    if "tasks" in given:
+        given["only"] = given.pop("tasks")
+    if "data_dir" in given:
+        given["data_dir"] = Path(given["data_dir"])
+    if "text" in given:
+        try:
+            given["text"] = Path(given["text"]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"eval.text: {given['text']} cannot be read: {error}") from error
+    takes = signature(evaluate_folders).parameters
+    for name in given:
+        if name not in takes:
+            raise RecipeError(f"eval.{name}: evaluation has no such option yet")
+    return {**given, **({"cache": cache} if "cache" in takes else {})}
+
+
+def end_with_parent() -> None:
+    """Kill this process and its children when whoever holds the other end of stdin is gone."""
+
+    def wait() -> None:
+        os.read(0, 1)  # not sys.stdin: its lock, held here, would abort the interpreter's end
+        alone = os.getpgrp() == os.getpid()  # a sweep starts it so; a shell does not
+        os.kill(0 if alone else os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(work: Path) -> int:
+    """Do what `work/job.json` says; 1 if it failed, with the reason in `work/error.txt` and more in the log."""
+    end_with_parent()
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"[{time.monotonic() - began:7.1f} s] {text}\n")
+        sys.stderr.flush()
+
+    try:
+        perform(json.loads((work / JOB).read_text(encoding="utf-8")), work, say)
+    except Exception as error:  # a bug of one cell must not stop the others; its traceback is in the log
+        traceback.print_exc()
+        lines = str(error).strip().splitlines()
+        kind = "" if isinstance(error, CompressError) else f"{type(error).__name__}: "
+        (work / ERROR).write_text(f"{kind}{lines[0] if lines else 'no reason given'}"[:500], encoding="utf-8")
+        return 1
+    return 0

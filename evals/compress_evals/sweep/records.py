@@ -1,0 +1,144 @@
+"""What a sweep leaves on disk: `cell.json` of each cell, the key that says whether it still holds, and the lock.
+
+A key covers what a result depends on: the recipe with every option, the weights, what was asked, and our version.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import compress
+from compress.errors import RecipeError
+from compress.model.source import locate
+from compress.options import build, check_options
+from compress_evals.folders import describe
+from compress_evals.suite import find
+from compress_evals.sweep.grid import Cell, Sweep
+
+RECORD = "cell.json"
+PATIENCE = 10.0  # seconds: what a killed sweep was running ends by itself, but not while it still imports
+State = Literal["new", "changed", "done", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """`cell.json`: how a cell ended; `seconds` are those of its process."""
+
+    schema: Literal[1] = 1
+    id: str
+    model: str
+    recipe: str
+    seed: int
+    changes: dict[str, Any]
+    status: Literal["done", "failed"]
+    error: str | None = None
+    seconds: float
+    key: str
+
+    def __post_init__(self) -> None:
+        check_options(self, "cell")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A cell, and what is known of it from earlier: `changed` if its record is of something else."""
+
+    cell: Cell
+    key: str
+    state: State
+    record: Record | None
+
+
+def plan(sweep: Sweep, out: str | Path, device: str = "cpu") -> list[Planned]:
+    """Every cell of a sweep, and whether `out` holds its result already. Reads each model once, for its hash."""
+    shas = {source: describe(locate(source))["sha"] for source in {cell.source for cell in sweep.cells}}
+    found = []
+    for cell in sweep.cells:
+        key, record = key_of(cell, shas[cell.source], sweep, device), read_record(Path(out) / "cells" / cell.id)
+        state: State = "new" if record is None else record.status if record.key == key else "changed"
+        found.append(Planned(cell=cell, key=key, state=state, record=record))
+    return found
+
+
+def key_of(cell: Cell, sha: str, sweep: Sweep, device: str) -> str:
+    """The sha256 of all that the result of a cell depends on."""
+    parts = [cell.recipe.to_dict(), sha, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
+    return hashlib.sha256(json.dumps([*parts, compress.__version__], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def suite_digest(name: str) -> str:
+    """The sha256 of the files that say what a suite asks; the data they read have hashes of their own in results."""
+    suite = find(name)
+    files = sorted(path for path in suite.folder.rglob("*") if path.suffix in (".py", ".yaml"))
+    parts = [[task.name for task in suite.tasks], *([path.name, path.read_text(encoding="utf-8")] for path in files)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in the folder of a cell; None if there is none that can be read, so that the cell is measured."""
+    try:
+        return build(Record, json.loads((folder / RECORD).read_text(encoding="utf-8")), "cell")
+    except (OSError, ValueError, RecipeError):
+        return None
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Put the record in place at once."""
+    replace_text(folder / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole or as before."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def strangers(out: Path, cells: Sequence[Cell]) -> list[str]:
+    """Folders of cells that the sweep no longer has."""
+    known = {cell.id for cell in cells}
+    return sorted(path.parent.name for path in (out / "cells").glob(f"*/{RECORD}") if path.parent.name not in known)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[IO[str]]:
+    """Hold the folder of a sweep; the lock goes with the last process that holds it, whatever ended that.
+
+    Raises RecipeError if another sweep holds it, or if the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--out: {out} cannot be written: {error.strerror}") from error
+    with file:
+        until = time.monotonic() + PATIENCE
+        while not held(file):
+            if time.monotonic() > until:
+                file.seek(0)
+                raise RecipeError(f"--out: another sweep is running in {out} (process {file.read().strip() or '?'})")
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield file
+
+
+def held(file: IO[str]) -> bool:
+    """Whether the lock could be had."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,283 @@
+"""Run the cells of a sweep, each in a process of its own, some at a time; done ones are left alone.
+
+A cell works in `cells/<id>/work`, and what it made is put in place before its record, so a sweep can be killed at any
+moment and go on. The dense model of a cell is measured by whichever cell of it comes first, and those that follow read
+the cache; until then a model has one cell at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from compress.errors import RecipeError
+from compress_evals.results import RESULTS_FILE
+from compress_evals.sweep.cell import ERROR, JOB, MODEL, RESULTS, job, keywords
+from compress_evals.sweep.grid import Asked, Cell, Sweep
+from compress_evals.sweep.records import Planned, Record, locked, plan, replace_text, write_record
+
+POLL = 0.1  # seconds between looks at the processes
+WORK, LOG, CACHE = "work", "log.txt", "cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a sweep stands: cells by how they ended, those running, seconds left if that can be told.
+
+    `ended` is the record of a cell that has just ended, else None.
+    """
+
+    done: int
+    failed: int
+    total: int
+    running: tuple[str, ...]
+    seconds_left: float | None
+    ended: Record | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """All records of a sweep in its order; `ran` are the ids measured now, `skipped` those left as they were."""
+
+    out: str
+    records: tuple[Record, ...]
+    ran: tuple[str, ...]
+    skipped: tuple[str, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[Record, ...]:
+        """The cells that did not end well, now or earlier."""
+        return tuple(record for record in self.records if record.status == "failed")
+
+
+@dataclass(kw_only=True)
+class Running:
+    """A process at work on a cell."""
+
+    planned: Planned
+    process: subprocess.Popen[bytes]
+    began: float
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.began
+
+    def kill(self) -> None:
+        """End it and all that it started."""
+        with suppress(ProcessLookupError, PermissionError):  # it has ended, and its number is another's
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if self.process.stdin:
+            self.process.stdin.close()
+
+
+@dataclass(kw_only=True)
+class Board:
+    """The state of one run: what waits, what runs, how cells ended."""
+
+    waiting: list[Planned]
+    running: list[Running] = field(default_factory=list)
+    measured: set[str] = field(default_factory=set)  # models whose dense results are in the cache
+    records: dict[str, Record] = field(default_factory=dict)
+
+    def next(self) -> Planned | None:
+        """The first cell that may start: its dense model is measured, or nobody is at it."""
+        busy = {at.planned.cell.source for at in self.running} - self.measured
+        return next((planned for planned in self.waiting if planned.cell.source not in busy), None)
+
+    def seconds_left(self, jobs: int) -> float | None:
+        """By what cells of the same recipe took, else by the mean of all; None before any has ended well."""
+        took = [(record.recipe, record.seconds) for record in self.records.values() if record.status == "done"]
+        if not took:
+            return None
+        mean = statistics.mean(seconds for _, seconds in took)
+
+        def expected(cell: Cell) -> float:
+            return statistics.mean([seconds for label, seconds in took if label == cell.label] or [mean])
+
+        ahead = sum(expected(planned.cell) for planned in self.waiting)
+        return (ahead + sum(max(0.0, expected(at.planned.cell) - at.seconds) for at in self.running)) / jobs
+
+    def progress(self, total: int, jobs: int, ended: Record | None) -> Progress:
+        """Where it stands."""
+        counts = Counter(record.status for record in self.records.values())
+        return Progress(
+            done=counts["done"],
+            failed=counts["failed"],
+            total=total,
+            running=tuple(at.planned.cell.id for at in self.running),
+            seconds_left=self.seconds_left(jobs),
+            ended=ended,
+        )
+
+
+def run(
+    sweep: Sweep,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    timeout: float | None = None,
+    keep_models: bool = False,
+    retry_failed: bool = False,
+    device: str = "cpu",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Measure every cell that has no result of the same key in `out`, `jobs` at a time, and give all records.
+
+    A cell that fails, or takes more than `timeout` minutes, is recorded with its error and the others go on; it is
+    tried again only if it changes or with `retry_failed`. Models are deleted once evaluated unless `keep_models`.
+    Raises RecipeError if another sweep is at work in `out`, if it cannot be written, or if nothing can be asked so.
+    """
+    began, out = time.monotonic(), Path(out)
+    keywords(sweep.asked, out / CACHE)  # what evaluation would refuse is refused now, not in every cell
+    with locked(out) as lock:
+        replace_text(out / "sweep.yaml", sweep.text)
+        planned = plan(sweep, out, device)
+        waiting = [p for p in planned if p.state in ("new", "changed") or (retry_failed and p.state == "failed")]
+        ids = {p.cell.id for p in waiting}
+        kept = {p.cell.id: p.record for p in planned if p.record and p.cell.id not in ids}
+        board = Board(waiting=list(waiting), records=dict(kept))
+        board.measured = {p.cell.source for p in planned if p.cell.id in kept and p.state == "done"}
+        say = on_progress or (lambda progress: None)
+        try:
+            while board.waiting or board.running:
+                while len(board.running) < jobs and (chosen := board.next()) is not None:
+                    board.waiting.remove(chosen)
+                    board.running.append(start(chosen, sweep.asked, out, device, jobs, lock))
+                time.sleep(POLL)
+                ended = [end(at, out, timeout, keep_models) for at in finished(board.running, timeout)]
+                for record, source in ended:
+                    board.running = [at for at in board.running if at.planned.cell.id != record.id]
+                    board.records[record.id] = record
+                    board.measured |= {source} if record.status == "done" else set()
+                    say(board.progress(len(planned), jobs, record))
+                if not ended:
+                    say(board.progress(len(planned), jobs, None))
+        except OSError as error:  # a full disk, a folder that went away
+            raise RecipeError(f"--out: {out} cannot be written: {error}") from error
+        finally:
+            for at in board.running:
+                at.kill()
+                shutil.rmtree(work_of(out, at.planned.cell), ignore_errors=True)
+    return Summary(
+        out=str(out),
+        records=tuple(board.records[p.cell.id] for p in planned),
+        ran=tuple(p.cell.id for p in waiting),
+        skipped=tuple(kept),
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def work_of(out: Path, cell: Cell) -> Path:
+    """Where a cell works; gone when it has ended."""
+    return out / "cells" / cell.id / WORK
+
+
+def command(work: Path) -> list[str]:
+    """What runs a cell."""
+    return [sys.executable, "-m", "compress_evals.sweep", str(work)]
+
+
+def start(planned: Planned, asked: Asked, out: Path, device: str, jobs: int, lock: IO[str]) -> Running:
+    """Start the process of a cell; it holds the lock too, so that no sweep begins while an orphan still works."""
+    work = work_of(out, planned.cell)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    told = job(planned.cell, asked, device, out / CACHE)
+    (work / JOB).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    with (work.parent / LOG).open("wb") as log:
+        process = subprocess.Popen(
+            command(work), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment(jobs),
+            start_new_session=True, pass_fds=(lock.fileno(),),
+        )  # fmt: skip
+    return Running(planned=planned, process=process, began=time.monotonic())
+
+
+def environment(jobs: int) -> dict[str, str]:
+    """The environment of a cell's process: its share of the cores, unless the user has said how many threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // jobs))
+    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **os.environ}
+
+
+def finished(running: Sequence[Running], timeout: float | None) -> list[Running]:
+    """Those that have ended or have had their time."""
+    return [at for at in running if at.process.poll() is not None or late(at, timeout)]
+
+
+def late(at: Running, timeout: float | None) -> bool:
+    """Whether it has taken more minutes than it may."""
+    return timeout is not None and at.seconds > 60 * timeout
+
+
+def end(at: Running, out: Path, timeout: float | None, keep_models: bool) -> tuple[Record, str]:
+    """Put what a process made in place, then the record of its cell; the record, and the model measured."""
+    cell, work = at.planned.cell, work_of(out, at.planned.cell)
+    error = None if at.process.poll() == 0 else failure(at, work, timeout)
+    at.kill()
+    if error is None and not (work / RESULTS / cell.id / RESULTS_FILE).is_file():
+        error = "its process ended without results"
+    for old in (RESULTS, MODEL):
+        shutil.rmtree(work.parent / old, ignore_errors=True)
+    if error is None:
+        place(work, out, cell, keep_models)
+    shutil.rmtree(work, ignore_errors=True)
+    record = Record(
+        id=cell.id, model=cell.model, recipe=cell.label, seed=cell.seed, changes=cell.changes,
+        status="failed" if error else "done", error=error, seconds=round(at.seconds, 1), key=at.planned.key,
+    )  # fmt: skip
+    write_record(work.parent, record)
+    return record, cell.source
+
+
+def place(work: Path, out: Path, cell: Cell, keep_models: bool) -> None:
+    """Move results to the cell, the dense model's to where all cells share them, and the model if it is kept."""
+    for found in sorted((work / RESULTS).glob(f"*/{RESULTS_FILE}")):
+        if found.parent.name != cell.id:
+            shared = out / "dense" / found.parent.name
+            shared.parent.mkdir(exist_ok=True)
+            shutil.rmtree(shared, ignore_errors=True)
+            found.parent.rename(shared)
+    (work / RESULTS).rename(work.parent / RESULTS)
+    if keep_models:
+        (work / MODEL).rename(work.parent / MODEL)
+
+
+def failure(at: Running, work: Path, timeout: float | None) -> str:
+    """Why a process ended badly, in one line."""
+    code = at.process.poll()
+    if code is None:
+        return f"timed out after {timeout:g} minutes"
+    with suppress(OSError):
+        return (work / ERROR).read_text(encoding="utf-8")
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}{'; out of memory?' if name == 'SIGKILL' else f'; see {LOG}'}"
+    return f"its process exited with {code}; see {LOG}"
+
+
+def as_dict(summary: Summary) -> dict[str, Any]:
+    """The summary as plain data."""
+    return {
+        "out": summary.out,
+        "done": sum(record.status == "done" for record in summary.records),
+        "failed": len(summary.failed),
+        "ran": list(summary.ran),
+        "skipped": list(summary.skipped),
+        "seconds": summary.seconds,
+        "cells": [vars(record) for record in summary.records],
+    }
