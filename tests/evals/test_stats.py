@@ -62,12 +62,15 @@ def test_holm_multiplies_by_the_tests_not_yet_rejected_and_keeps_order() -> None
 
 
 def test_sample_sizes_are_those_of_the_specification() -> None:
-    table = {(0.02, 0.005): 6277, (0.05, 0.02): 979, (0.10, 0.02): 1960, (0.20, 0.05): 626, (0.25, 0.10): 194}
+    table = {(0.02, 0.005): 6277, (0.05, 0.02): 979, (0.10, 0.02): 1960, (0.10, 0.05): 312}
+    table |= {(0.20, 0.05): 626, (0.25, 0.10): 194}
     assert {case: stats.needed_questions(*case) for case in table} == table
+    # 3922 there: 3922.08, rounded to the nearest instead of up
+    assert stats.needed_questions(0.05, 0.01) == 3923
 
 
 def test_detectable_effect_inverts_the_sample_size() -> None:
-    for discordant, effect in [(0.05, 0.02), (0.2, 0.05), (0.25, 0.1)]:
+    for discordant, effect in [(0.02, 0.005), (0.05, 0.01), (0.05, 0.02), (0.1, 0.05), (0.2, 0.05), (0.25, 0.1)]:
         n = stats.needed_questions(discordant, effect)
         assert stats.detectable_effect(n, discordant) <= effect < stats.detectable_effect(n - 1, discordant)
 
@@ -193,3 +196,88 @@ def test_a_loss_at_the_margin_is_rarely_called_matching() -> None:
         compressed = np.where(draw < 0.07, 0.0, np.where(draw > 0.97, 1.0, dense))  # truth: -0.07 + 0.03 = -0.05 * 0.8
         wrong += stats.paired(dense, compressed, iters=1000, seed=seed).verdict == "matching"
     assert wrong / runs <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / runs)
+
+
+def noisy(rng: np.random.Generator, truth: list[float], n: int = 400, size: int = 2) -> tuple[list, list[str]]:
+    """Binary scores of models with these true means; `size` questions of a cluster are as hard as one another."""
+    clusters = np.repeat(np.arange(n // size), size)
+    hard = rng.normal(0, 0.15, n // size)[clusters]
+    return [(rng.random(n) < np.clip(mean + hard, 0, 1)).astype(float) for mean in truth], [str(c) for c in clusters]
+
+
+@pytest.mark.parametrize("models", [2, 5, 12])
+def test_equal_models_share_a_rank(models: int) -> None:
+    rng, shared, runs = np.random.default_rng(models), 0, 300
+    for _ in range(runs):
+        columns, clusters = noisy(rng, [0.6] * models)
+        shared += stats.significance_groups(columns, clusters) == [1] * models
+    assert shared / runs >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / runs)
+
+
+def test_models_far_apart_are_ranked_and_those_between_share() -> None:
+    rng = np.random.default_rng(0)
+    columns, clusters = noisy(rng, [0.3, 0.9, 0.89, 0.6], n=2000)
+    assert stats.significance_groups(columns, clusters) == [4, 1, 1, 3]
+
+
+def test_ranks_do_not_depend_on_the_order_of_models_and_fractions_are_ranked_too() -> None:
+    rng = np.random.default_rng(1)
+    columns = [rng.random(300), rng.random(300) - 0.3, rng.random(300) + 0.3]
+    assert stats.significance_groups(columns) == [2, 3, 1]
+    assert stats.significance_groups(columns[::-1]) == [1, 3, 2]
+
+
+def test_pairs_are_tested_as_mcnemar_does() -> None:
+    dense = np.ones(400)
+    for lost, gained in [(12, 2), (30, 11), (90, 60)]:
+        other = np.r_[np.zeros(lost), np.ones(400 - lost)]
+        base = np.r_[dense[: 400 - gained], np.zeros(gained)]
+        [p] = stats._pairwise_p(np.stack([base, other]))[np.triu_indices(2, k=1)]
+        assert p == pytest.approx(stats.mcnemar(lost, gained), rel=0.3)  # 14 flips; nearer with more
+
+
+def test_no_models_or_identical_ones_or_ragged_ones() -> None:
+    assert stats.significance_groups([]) == []
+    assert stats.significance_groups([np.ones(5)] * 3) == [1, 1, 1]
+    with pytest.raises(ValueError, match="aligned"):
+        stats.significance_groups([np.ones(5), np.ones(6)])
+
+
+def clustered(rng: np.random.Generator, clusters: int, lost: float, gained: float) -> tuple[np.ndarray, np.ndarray]:
+    """Dense and compressed scores, three questions a cluster, whose rates of loss and gain vary from one to another."""
+    factor = np.repeat(rng.choice([0.25, 1.75], clusters), 3)
+    dense = (rng.random(3 * clusters) < 0.7).astype(float)
+    draw = rng.random(3 * clusters)
+    return dense, np.where(dense == 1, draw >= lost * factor, draw < gained * factor).astype(float)
+
+
+@pytest.mark.parametrize("questions", [201, 501, 999])
+def test_intervals_of_clustered_questions_cover_the_truth(questions: int) -> None:
+    rng, covered, runs = np.random.default_rng(questions), 0, 400
+    names = [str(i // 3) for i in range(questions)]
+    for seed in range(runs):
+        dense, compressed = clustered(rng, questions // 3, 0.2, 0.1)
+        pair = stats.paired(dense, compressed, names, iters=1000, seed=seed)
+        covered += pair.low <= 0.3 * 0.1 - 0.7 * 0.2 <= pair.high
+    noise = 2 * math.sqrt(0.95 * 0.05 / runs)
+    assert 0.93 - noise <= covered / runs <= 0.97 + noise
+
+
+def test_a_clustered_loss_at_the_margin_is_rarely_called_matching() -> None:
+    rng, wrong, runs = np.random.default_rng(13), 0, 400
+    names = [str(i // 3) for i in range(600)]
+    for seed in range(runs):
+        dense, compressed = clustered(rng, 200, 0.1, 0.35 / 3)  # truth: 0.3 * 0.35 / 3 - 0.7 * 0.1 = -0.05 * 0.7
+        wrong += stats.paired(dense, compressed, names, iters=1000, seed=seed).verdict == "matching"
+    assert wrong / runs <= 0.05
+
+
+def test_mcnemar_of_few_flips_has_its_closed_form() -> None:
+    assert stats.mcnemar(5, 0) == 2 * 0.5**5
+    assert stats.mcnemar(7, 1) == 2 * (1 + 8) * 0.5**8
+    assert stats.mcnemar(2, 2) == 1.0
+
+
+def test_holm_of_a_textbook_example() -> None:
+    # Holm 1979 by hand: 4 * .005, 3 * .01, 2 * .03, then .04 raised to the one before it
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
