@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -26,6 +25,7 @@ from typing import Any
 from compress.builtin.facts import TIERS
 from compress.errors import ArtifactError
 from compress_evals import stats
+from compress_evals.data import subset
 from compress_evals.results import Data, Engine, Metric, ModelFacts, Results, Row, TaskResult, TierScore, task_hash
 from compress_evals.suite import FACTS, Suite, Task, find
 
@@ -112,22 +112,6 @@ def beginning_with_bos(tokenizer: Any) -> Any:
     if prepared("a").input_ids[:1] != [bos]:
         raise ArtifactError(f"{type(tokenizer).__name__} cannot be made to begin a text with {tokenizer.bos_token!r}")
     return prepared
-
-
-def subset(documents: Sequence[dict[str, Any]], limit: int | None, seed: int) -> list[int]:
-    """Which documents are asked, ascending: all, or `limit` of them in proportion to their tiers.
-
-    The choice depends on the subject of a question, not on its wording: tasks about facts ask about the same ones.
-    """
-    if limit is None or limit >= len(documents):
-        return list(range(len(documents)))
-    tiers: dict[str, list[tuple[int, int]]] = {}
-    for i, document in enumerate(documents):
-        fact = document["id"].partition(":")[2]
-        tiers.setdefault(document["tier"], []).append((zlib.crc32(f"{seed}:{fact}".encode()), i))
-    ranked = ((place + 0.5) / len(tier) for tier in tiers.values() for place in range(len(tier)))
-    order = sorted(zip(ranked, (i for tier in tiers.values() for _, i in sorted(tier)), strict=True))
-    return sorted(i for _, i in order[:limit])
 
 
 def _wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
