@@ -150,8 +150,10 @@ def fidelity_line(result: Results) -> str:
     found = result.vs.fidelity if result.vs else None
     if found is None:
         return "fidelity not measured"
+    over = f", over the {found.top} likeliest tokens and the rest: a lower bound" if found.top else ""
     return (
-        f"on {found.tokens} tokens of text: KL {found.kl.value:.4f} nats ({found.kl.low:.4f} to {found.kl.high:.4f}), "
+        f"on {found.tokens} tokens of text: KL {found.kl.value:.4f} nats "
+        f"({found.kl.low:.4f} to {found.kl.high:.4f}{over}), "
         f"same best token {100 * found.top1:.1f} %, bits per byte {found.dense_bits_per_byte:.3f} -> "
         f"{found.compressed_bits_per_byte:.3f} (not a quality metric)"
     )

@@ -169,8 +169,8 @@ def questions(
         loaded=loaded,
         chosen=tuple(chosen),
         requests=requests,
-        data=data or Data(source="built in", name="compress.builtin", sha256=digest(documents)),
-        sha256=digest([code(suite), [documents[i] for i in chosen], requests]),
+        data=data or Data(source="built in", name="compress.builtin", sha256=hashed(documents)),
+        sha256=hashed([code(suite), [documents[i] for i in chosen], requests]),
     )
 
 
@@ -185,7 +185,7 @@ def sample(asked: Questions, exam: Exam, n: int) -> Questions:
         chosen=tuple(asked.chosen[i] for i in places),
         requests=requests,
         data=asked.data,
-        sha256=digest([code(exam.suite), [documents[i] for i in places], requests]),
+        sha256=hashed([code(exam.suite), [documents[i] for i in places], requests]),
     )
 
 
@@ -259,7 +259,7 @@ def identity(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     does = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     does = {key: value for key, value in does.items() if key not in ("padding", "truncation")}
-    return digest([type(tokenizer).__name__, does, tokenizer.bos_token, tokenizer.eos_token])
+    return hashed([type(tokenizer).__name__, does, tokenizer.bos_token, tokenizer.eos_token])
 
 
 def tokens_to_generate(then: Any) -> int:
@@ -308,9 +308,9 @@ def wanted(asked: Questions, i: int) -> str:
 def code(suite: Suite) -> str:
     """The hash of the Python that makes and scores a suite's questions: that of its folder, and of all metrics."""
     files = [*sorted(suite.folder.glob("*.py")), *sorted((PACKAGE / "metrics").rglob("*.py"))]
-    return digest([[path.name, path.read_text(encoding="utf-8")] for path in files])
+    return hashed([[path.name, path.read_text(encoding="utf-8")] for path in files])
 
 
-def digest(value: Any) -> str:
+def hashed(value: Any) -> str:
     """The sha256 of plain data; what JSON does not know is taken by its text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -25,7 +25,7 @@ TASKS = ["facts_trained", "facts_mc", "facts_context1", "facts_generate"]
 
 @pytest.fixture
 def exam(tokenizer: Any) -> Exam:
-    return prepare(FACTS, tokenizer, only=TASKS, limit=8)
+    return prepare(FACTS, tokenizer, only=TASKS, limit=4)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_everything_that_decides_an_answer_is_in_the_key(
         "task": parts(of(model), exam.tasks[1], exam, 4, None),
         "questions": parts(of(model), replace(question, sha256="c" * 64), exam, 4, None),
         "template": parts(of(model), question, replace(exam, chat_template="d" * 64), 4, None),
-        "tokenizer": parts(of(model), question, prepare(FACTS, other, only=TASKS[:1], limit=8), 4, None),
+        "tokenizer": parts(of(model), question, prepare(FACTS, other, only=TASKS[:1], limit=4), 4, None),
     }
     monkeypatch.setattr("compress_evals.subject.version", lambda name: f"next {name}")
     variants["software"] = parts(of(model), question, exam, 4, None)
@@ -108,7 +108,7 @@ def test_two_models_never_share_an_entry(model: Any, exam: Exam, tmp_path: Path,
         broken.model.norm.weight.zero_()
     found = [measure(of(m, sha), exam, 4, Cache(tmp_path)) for m, sha in ((model, "a"), (broken, "b"))]
     assert asked == TASKS * 2
-    assert found[0].tasks["facts_trained"].score.value > found[1].tasks["facts_trained"].score.value
+    assert found[0].rows["facts_generate"] != found[1].rows["facts_generate"]
 
 
 @pytest.mark.parametrize("how", ["a score", "truncated", "not gzip", "another's", "a row less"])
