@@ -39,19 +39,28 @@ Say = Callable[[str], None]
 
 
 class Meter:
-    """The steps of a run: `say` hears a line when a task begins and whatever else is to be told, `step` every step."""
+    """The steps of a run: `say` hears a line when a task begins, `step` every step, `note` what went another way.
+
+    Notes go to `say` where nobody else hears them.
+    """
 
     def __init__(
         self,
         say: Say | None = None,
         step: Callable[[Step], None] | None = None,
+        note: Say | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Nothing is expected yet; without listeners nobody is told."""
         self.say: Say = say or (lambda text: None)
+        self.note: Say = note or self.say
         self._step, self._clock = step or (lambda step: None), clock
         self._work = self._questions = self._whole = self._done = 0
         self._spent, self._began, self._heard = 0.0, 0.0, False
+
+    def restart(self) -> None:
+        """Nothing is expected any more; what is known of the speed stays."""
+        self._work = self._questions = self._whole = 0
 
     def expect(self, tasks: Iterable[Questions], times: int = 1) -> None:
         """These tasks will be asked, so many times."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -45,29 +45,43 @@ TOP = 64
 ITERS = 10000  # resamples of an interval
 
 
-def fidelity(
-    dense: Subject, compressed: Subject, exam: Exam, cache: Cache, text: str | None = None, seed: int = 0
-) -> Fidelity:
-    """What `measure_fidelity` measures, with one model in memory at a time; nothing is computed that is stored.
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """The text and questions on which the dense model's distributions are held, and what decides them."""
 
-    Figures are the same where whole distributions are stored. Both models need an identity.
+    text: str
+    windows: Mapping[str, Sequence[Window]]
+    reference: Reference
+    decided_by: dict[str, Any]
+
+
+def hold(dense: Subject, exam: Exam, cache: Cache, text: str | None = None) -> Held:
+    """The dense model's distributions on a text, by default the built-in one, and on the trained questions.
+
+    The model, which needs an identity, is only loaded if they are not stored.
     """
     text = evaluation_text() if text is None else text
     windows = dict(zip(("text", "answers"), all_windows(exam.tokenizer, text), strict=True))
-    reference = {"model": asked_as(dense, exam, cache), "windows": hashed(windows), "largest": LARGEST}
-    parts = {"reference": reference, "model": asked_as(compressed, exam, cache), "seed": seed, "iters": ITERS}
+    parts = {"model": asked_as(dense, exam, cache), "windows": hashed(windows), "largest": LARGEST}
+    return Held(text=text, windows=windows, reference=of(dense, windows, cache, parts), decided_by=parts)
+
+
+def fidelity(held: Held, compressed: Subject, exam: Exam, cache: Cache, seed: int = 0) -> Fidelity:
+    """What `measure_fidelity` measures, of a model with an identity, without the dense one.
+
+    Figures are the same where whole distributions are held.
+    """
+    parts = {"reference": held.decided_by, "model": asked_as(compressed, exam, cache), "seed": seed, "iters": ITERS}
     stored = cache.get("fidelity", parts)
     if stored is not None:
         return TypeAdapter(Fidelity).validate_python(stored)
-    held = of(dense, windows, cache, reference)
-    dense.release()  # before the other is loaded
-    found, answers = (held.compare(compressed.model, name) for name in windows)
-    result = summarise(text, windows["text"], found, answers, ITERS, seed, held.top)
+    found, answers = (held.reference.compare(compressed.model, name) for name in held.windows)
+    result = summarise(held.text, held.windows["text"], found, answers, ITERS, seed, held.reference.top)
     cache.put("fidelity", parts, asdict(result))
     return result
 
 
-def asked_as(subject: Subject, exam: Exam, cache: Cache) -> dict[str, Any]:
+def asked_as(subject: Subject, exam: Exam, cache: Cache | None) -> dict[str, Any]:
     """A model and what it is computed with."""
     known = subject.known(exam, cache)
     return {"identity": subject.identity, "device": known.device, "dtype": known.dtype, "software": software()}
@@ -119,7 +133,12 @@ def of(dense: Subject, windows: Mapping[str, Sequence[Window]], cache: Cache, pa
             return Reference(path, windows)
         cache.damaged(path)
     tensors, about = measured(dense.model, windows)
-    cache.place(path, lambda partial: save_file(tensors, partial, about))
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, about)
+        partial.chmod(0o644)  # safetensors makes it readable for nobody else, and a cache is shared
+
+    cache.place(path, write)
     cache.put("references", parts, {"sha256": digest(path)})
     return Reference(path, windows)
 

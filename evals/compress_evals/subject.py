@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache as once
 from importlib.metadata import version
 from typing import Any
 
@@ -105,12 +106,12 @@ class Subject:
 
 def engine(subject: Subject, exam: Exam, batch_size: int, cache: Cache | None = None) -> Engine:
     """What a model is asked with: all that may change an answer, beside model and questions."""
-    known = subject.known(exam, cache)
+    known, versions = subject.known(exam, cache), software()
     return Engine(
         suite=exam.suite.name,
-        lm_eval=version("lm_eval"),
-        torch=version("torch"),
-        transformers=version("transformers"),
+        lm_eval=versions["lm_eval"],
+        torch=versions["torch"],
+        transformers=versions["transformers"],
         device=known.device,
         dtype=known.dtype,
         batch_size=batch_size,
@@ -120,6 +121,7 @@ def engine(subject: Subject, exam: Exam, batch_size: int, cache: Cache | None = 
     )
 
 
+@once
 def software() -> dict[str, str]:
     """The versions that may change an answer."""
     names = ("compress-llm", "lm_eval", "torch", "transformers", "tokenizers")
