@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from compress.errors import PlanError, RecipeError
+from compress.errors import PlanError, RecipeError, out_of_memory
 from compress_evals.cache import Cache
 from compress_evals.questions import Exam, lengths
 from compress_evals.references import asked_as
@@ -94,12 +94,6 @@ def halved(size: int) -> int:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return size // 2
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, which torch tells in several words and types."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 
 def free_memory() -> int | None:
