@@ -283,7 +283,9 @@ def accept(
     """Raise AcceptanceError if the artifact may have lost more than `rule` allows; a delta has a `delta_base`."""
     from compress_evals import accept as broken
 
-    below = {} if delta_base is None else {"delta_base": delta_base}
+    below: dict[str, Any] = {} if delta_base is None else {"delta_base": delta_base}
+    if rule.suite != "facts":
+        below |= {"suite": rule.suite, "data_dir": None if rule.data_dir is None else Path(rule.data_dir)}
     versus = evaluate(path, base, device=device, **below)[1].vs
     failures = broken(versus, rule.max_drop, rule.confidence)
     if failures:

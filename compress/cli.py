@@ -6,7 +6,6 @@ cells of a sweep failed, 130 interrupted.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -19,14 +18,16 @@ from rich.console import Console
 
 from compress import __version__
 from compress.commands import delta
+from compress.commands.eval import evaluate
 from compress.commands.judge import judge
 from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
-from compress.commands.output import Json, Out, bytes_of, result, screen
+from compress.commands.output import Json, Out, bytes_of, quiet_loading, result, screen
 from compress.commands.serve import serve
 from compress.commands.sweep import sweep
+from compress.commands.tasks import tasks
 from compress.commands.tune import tune
-from compress.errors import CompressError, RecipeError
+from compress.errors import CompressError, RecipeError, out_of_memory
 
 app = typer.Typer(
     name="compress",
@@ -39,6 +40,8 @@ INTERRUPTED = 130
 app.add_typer(delta.app)
 app.command()(judge)
 app.command()(leaderboard)
+app.command("eval")(evaluate)
+app.command()(tasks)
 app.command()(merge)
 app.command()(serve)
 app.command()(sweep)
@@ -104,77 +107,6 @@ def run(
     touched = sum(report.coverage.touched.values())
     coverage = {"touched": touched, "missed": report.coverage.missed, "untouched": report.coverage.reasons()}
     result({**{k: v for k, v in asdict(report).items() if k != "coverage"}, "coverage": coverage}, as_json)
-
-
-@app.command("eval")
-def evaluate(
-    folders: Annotated[list[Path], typer.Argument(help="compressed model folders")],
-    base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
-    delta_base: Annotated[
-        str | None, typer.Option(help="what deltas among the folders are added to; default: builtin if they are of it")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="where results and report.html go; default: <folder>.eval")] = None,
-    limit: Annotated[int | None, typer.Option(min=4, help="questions a task, a fixed sample")] = None,
-    margin: Annotated[float, typer.Option(min=0, max=1, help="share of the dense score that still matches")] = 0.05,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text for bits per byte and KL; default: built-in")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of samples and bootstraps")] = 0,
-    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Ask what a compressed model still knows, beside its dense original, with confidence intervals."""
-    import compress
-    from compress.console import quality_table
-
-    compress.require_evals()
-    quiet_loading()
-    import compress_evals as evals
-
-    first = folders[0].resolve()
-    target = out if out is not None else first.with_name(f"{first.name}.eval")
-    prose = None if text is None else read_text(text)
-    console = screen()
-    with console.status("loading") as status:
-        say = status.update if console.is_terminal else console.print
-        results = evals.evaluate_folders(
-            folders,
-            base,
-            delta_base=delta_base,
-            limit=limit,
-            margin=margin,
-            seed=seed,
-            text=prose,
-            out=target,
-            device=device,
-            on_progress=say,
-        )
-    rows = evals.table_rows(results)
-    tables = [
-        quality_table(
-            [row for row in rows if row.model == found.model.name],
-            f"{found.model.name} against {results[0].model.name}",
-        )
-        for found in results[1:]
-    ]
-    notes = [evals.fidelity_line(found) for found in results[1:]]
-    value = {"out": str(target), "results": [json.loads(found.model_dump_json(by_alias=True)) for found in results]}
-    result(
-        value, as_json, *[x for pair in zip(tables, notes, strict=True) for x in pair], f"report: {target}/report.html"
-    )
-
-
-def quiet_loading() -> None:
-    """No loading bars of transformers: they break the lines of ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; raises RecipeError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--text: {path} cannot be read: {error}") from error
 
 
 @app.command()
@@ -388,12 +320,6 @@ def fail(message: str, code: int) -> NoReturn:
     """One line on stderr and an exit code."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
     raise SystemExit(code)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, which torch tells in several words and types."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 
 def main() -> None:

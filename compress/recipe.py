@@ -77,7 +77,10 @@ class Limits:
 class Accept:
     """The knowledge a run may lose: the lower confidence bound of every task's change must stay above -max_drop."""
 
-    suite: Annotated[Literal["facts"], Field(description="which tasks")] = "facts"
+    suite: Annotated[
+        Literal["facts", "kick", "kick_mini"], Field(description="which tasks: built in, or of real data")
+    ] = "facts"
+    data_dir: Annotated[str | None, Field(description="of kick: the folder with its data")] = None
     max_drop: Annotated[float, Field(gt=0, le=1, description="largest accepted loss of accuracy, absolute")] = 0.05
     confidence: Annotated[float, Field(gt=0.5, lt=1, description="of the interval")] = 0.95
 

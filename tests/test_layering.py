@@ -122,10 +122,11 @@ def rooms(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 # evaluating folders means reading what they say of themselves; these rooms read, they do not compress
 READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compress.recipe", "compress.survey")
-# a bench that times the inner loops of passes enters them, one of caches makes them itself, one of deltas asks which
-# passes the command line would choose, a leaderboard which kind of compression a pass is; a sweep file is as strict
-# as a recipe
+# what times generation needs its clock; a bench that times the inner loops of passes enters them, one of caches makes
+# them itself, one of deltas asks which passes the command line would choose, a leaderboard which kind of compression a
+# pass is; a sweep file is as strict as a recipe
 BENCHES = {
+    "compress_evals.folders": ("compress.runtime.bench",),
     "compress_evals.deltas": ("compress.codecs",),
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
     "compress_evals.kv": ("compress.runtime.kv", "compress.runtime.latent"),

@@ -40,3 +40,10 @@ def bytes_of(text: str, option: str) -> int:
     if not 1 <= size <= 2**63:
         raise RecipeError(f"{option}: {text!r} is not a size; give a number with KB, MB, GB or TB")
     return int(size)
+
+
+def quiet_loading() -> None:
+    """No loading bars of transformers: they break the lines of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

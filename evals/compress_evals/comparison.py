@@ -15,11 +15,26 @@ from compress.errors import ArtifactError
 from compress_evals import stats
 from compress_evals.fidelity import Fidelity
 from compress_evals.metrics.answers import normalise
-from compress_evals.results import Comparison, GapChange, Results, Row, TaskComparison, TaskResult, Worst
+from compress_evals.metrics.summaries import agreement
+from compress_evals.results import (
+    Comparison,
+    Example,
+    GapChange,
+    Results,
+    Row,
+    Speed,
+    TaskComparison,
+    TaskResult,
+    Worst,
+)
 from compress_evals.suite import Gap, find
 
 MUST_AGREE = ("suite", "lm_eval", "batch_size", "max_length", "bos", "chat_template")
 NOTED = ("torch", "transformers", "device", "dtype")
+SUMMARIES = "summaries"  # the family whose texts are compared with the dense model's own
+
+Flipped = tuple[tuple[Example, ...], tuple[Example, ...]]
+NONE: Flipped = ((), ())
 
 
 def compare(
@@ -29,8 +44,12 @@ def compare(
     margin: float = 0.05,
     seed: int = 0,
     iters: int = 10000,
+    examples: Mapping[str, Flipped] | None = None,
+    speed: Speed | None = None,
 ) -> Comparison:
     """The paired comparison of every task's headline metric; `margin` is the fraction of dense that may be lost.
+
+    `examples` are answers lost and gained by task.
 
     Raises ArtifactError if the two were not measured alike on the same questions.
     """
@@ -52,6 +71,9 @@ def compare(
                 p_holm=p,
                 paired=pair,
                 disagreement=disagreement(dense.rows[task], compressed.rows[task]),
+                agreement=agreement_of_texts(dense, compressed, task),
+                lost=(examples or {}).get(task, NONE)[0],
+                gained=(examples or {}).get(task, NONE)[1],
             )
             for (task, pair), p in zip(pairs.items(), adjusted, strict=True)
         },
@@ -62,6 +84,7 @@ def compare(
             if {gap.open, gap.closed} <= dense.tasks.keys()
         },
         fidelity=fidelity,
+        speed=speed,
         notes=_notes(dense, compressed),
     )
 
@@ -89,11 +112,23 @@ def disagreement(dense: Sequence[Row], compressed: Sequence[Row]) -> float | Non
     Two wrong answers that differ count: accuracy does not see them. Source: Dutta et al., "Accuracy is not all you
     need", NeurIPS 2024, there called flips for choices.
     """
+    texts = said_by_both(dense, compressed)
+    return sum(normalise(a) != normalise(b) for a, b in texts) / len(texts) if texts else None
+
+
+def agreement_of_texts(dense: Results, compressed: Results, task: str) -> float | None:
+    """How much of the dense model's summaries the compressed one's say, by ROUGE-L; None for all other tasks."""
+    if dense.tasks[task].family != SUMMARIES:
+        return None
+    texts = said_by_both(dense.rows[task], compressed.rows[task])
+    return float(np.mean([agreement(a, b) for a, b in texts])) if texts else None
+
+
+def said_by_both(dense: Sequence[Row], compressed: Sequence[Row]) -> list[tuple[str, str]]:
+    """What both said to every question; nothing if that is not known of all."""
     pairs = [(a.said, b.said) for a, b in zip(dense, compressed, strict=True)]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if not pairs or len(known) < len(pairs):
-        return None
-    return sum(normalise(a) != normalise(b) for a, b in known) / len(known)
+    return known if len(known) == len(pairs) else []
 
 
 def gap_change(dense: Results, compressed: Results, gap: Gap, iters: int, seed: int) -> GapChange:
@@ -135,16 +170,24 @@ def worst_family(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskR
     return None if worst is None else Worst(family=worst, retained=kept[worst])
 
 
-def accept(comparison: Comparison, max_drop: float, confidence: float) -> list[str]:
+def accept(comparison: Comparison, max_drop: float, confidence: float, family: str | None = None) -> list[str]:
     """The tasks that may have lost more than `max_drop` (absolute, 0.05 = 5 points), as readable lines.
 
     A task passes if the one-sided lower bound of its difference, at `confidence`, is not below -max_drop: a
-    measurement too small to exclude the loss does not pass. Empty means accepted.
+    measurement too small to exclude the loss does not pass. Empty means accepted. With `family` only its tasks are
+    asked about, and it does not pass if it has none; otherwise all but the controls.
     """
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be from 0.5 to below 1, not {confidence}")
     failures = []
-    for name, task in comparison.tasks.items():
+    asked = {
+        name: task
+        for name, task in comparison.tasks.items()
+        if (task.family == family if family is not None else not task.control)
+    }
+    if not asked:
+        return [f"{family or 'every family'}: not asked, so a loss cannot be excluded"]
+    for name, task in asked.items():
         bound = stats.lower_bound(task.paired, confidence, comparison.iters, comparison.seed)
         if bound < -max_drop:
             failures.append(
@@ -162,4 +205,5 @@ def _pair(dense: Results, compressed: Results, task: str, margin: float, iters: 
 
 def _notes(dense: Results, compressed: Results) -> tuple[str, ...]:
     pairs = ((field, getattr(dense.engine, field), getattr(compressed.engine, field)) for field in NOTED)
-    return tuple(f"{field}: dense {ours}, compressed {theirs}" for field, ours, theirs in pairs if ours != theirs)
+    notes = [f"{field}: dense {ours}, compressed {theirs}" for field, ours, theirs in pairs if ours != theirs]
+    return (*notes, *dict.fromkeys((*dense.notes, *compressed.notes)))

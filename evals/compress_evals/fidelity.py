@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -43,6 +43,7 @@ class Fidelity:
     `kl` is KL(dense || compressed) in nats a token over the text, `answer_kl` the same where the answers of the
     trained questions stand; `top1` the share of tokens where both would say the same. Bits per byte measure how
     well a text is compressed: not a quality metric. Infinite where the compressed model gives no distribution.
+    With `top`, KL is over dense's `top` likeliest tokens and all others together: a lower bound.
     """
 
     text_sha256: str
@@ -58,6 +59,7 @@ class Fidelity:
     answers: int
     answer_kl: Estimate
     answer_top1: float
+    top: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +103,21 @@ def measure_fidelity(
     do not overlap. Intervals resample windows (questions for `answer_kl`) `iters` times.
     """
     text = evaluation_text() if text is None else text
+    pieces, asked = all_windows(tokenizer, text, questions, length)
+    found, answers = (compare_windows(dense, compressed, windows) for windows in (pieces, asked))
+    return summarise(text, pieces, found, answers, iters, seed)
+
+
+def all_windows(
+    tokenizer: Any, text: str, questions: Sequence[Question] | None = None, length: int = 256
+) -> tuple[list[Window], list[Window]]:
+    """The windows of a text, and those of questions, by default the trained ones; raises ArtifactError for none."""
     questions = closed_book(facts("evaluation"), "trained") if questions is None else questions
     pieces = text_windows(tokenizer, text, length)
     asked = [answer_window(tokenizer, question) for question in questions]
     if not pieces or not asked:
         raise ArtifactError("fidelity needs a text of two tokens or more and at least one question")
-    found, answers = (compare_windows(dense, compressed, windows) for windows in (pieces, asked))
-    return summarise(text, pieces, found, answers, iters, seed)
+    return pieces, asked
 
 
 def summarise(
@@ -117,6 +127,7 @@ def summarise(
     answers: Sequence[Tokens],
     iters: int,
     seed: int,
+    top: int | None = None,
 ) -> Fidelity:
     """The figures over the tokens found at each window of the text and at each answer."""
     kl = np.concatenate([f.kl for f in found])
@@ -137,6 +148,7 @@ def summarise(
         answers=len(answers),
         answer_kl=mean_kl(answers, iters, seed),
         answer_top1=float(np.concatenate([a.same for a in answers]).mean()),
+        top=top,
     )
 
 
@@ -172,53 +184,78 @@ def answer_window(tokenizer: Any, question: Question) -> Window:
 
 
 def compare_windows(dense: Any, compressed: Any, windows: Sequence[Window]) -> list[Tokens]:
-    """The comparison at the scored tokens of each window, in their order; batches hold like lengths."""
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
-    most = max(1, _LOGITS // (len(windows[order[0]].ids) * dense.config.vocab_size))
+    """The comparison at the scored tokens of each window, in their order."""
     found: dict[int, Tokens] = {}
-    for start in range(0, len(order), most):
-        chosen = order[start : start + most]
+    for chosen in batches(windows, dense.config.vocab_size):
         found |= zip(chosen, compare_batch(dense, compressed, [windows[i] for i in chosen]), strict=True)
     return [found[i] for i in range(len(windows))]
 
 
-@torch.inference_mode()
+def batches(windows: Sequence[Window], vocabulary: int) -> Iterator[list[int]]:
+    """The places of windows to compute at once: of like lengths, the longest first, and no more than fit."""
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
+    most = max(1, _LOGITS // (len(windows[order[0]].ids) * vocabulary))
+    for start in range(0, len(order), most):
+        yield order[start : start + most]
+
+
 def compare_batch(dense: Any, compressed: Any, batch: Sequence[Window]) -> list[Tokens]:
-    """The comparison at the scored tokens of each window, all in one forward, padded on the right."""
+    """The comparison at the scored tokens of each window, all in one forward of each model."""
+    ours, theirs = (log_probabilities(model, batch) for model in (dense, compressed))
+    same_vocabulary(ours[0].shape[-1], theirs[0].shape[-1])
+    return [
+        distances(p_TV, q_TV.to(p_TV.device), targets(window).to(p_TV.device))
+        for window, p_TV, q_TV in zip(batch, ours, theirs, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, batch: Sequence[Window]) -> list[Tensor]:
+    """The model's log-probabilities [T, V], float32, at the scored tokens of each window, padded on the right."""
     ids_BT = torch.zeros(len(batch), max(len(window.ids) for window in batch), dtype=torch.long)
     for i, window in enumerate(batch):
         ids_BT[i, : len(window.ids)] = torch.tensor(window.ids)
-    dense_BTV = dense(input_ids=ids_BT.to(dense.device), use_cache=False).logits
-    compressed_BTV = compressed(input_ids=ids_BT.to(compressed.device), use_cache=False).logits
-    if dense_BTV.shape != compressed_BTV.shape:
-        raise ArtifactError(
-            f"the models have {dense_BTV.shape[-1]} and {compressed_BTV.shape[-1]} tokens: not one the other compressed"
-        )
+    logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
     return [
-        token_distances(
-            dense_BTV[i, window.scored_from - 1 : len(window.ids) - 1],
-            compressed_BTV[i, window.scored_from - 1 : len(window.ids) - 1].to(dense_BTV.device),
-            ids_BT[i, window.scored_from : len(window.ids)].to(dense_BTV.device),
-        )
+        logits_BTV[i, window.scored_from - 1 : len(window.ids) - 1].float().log_softmax(-1)
         for i, window in enumerate(batch)
     ]
 
 
+def targets(window: Window) -> Tensor:
+    """The tokens [T] of a window that are scored."""
+    return torch.tensor(window.ids[window.scored_from :])
+
+
+def same_vocabulary(dense: int, compressed: int) -> None:
+    """Raise ArtifactError unless two models have as many tokens."""
+    if dense != compressed:
+        raise ArtifactError(f"the models have {dense} and {compressed} tokens: not one the other compressed")
+
+
 def token_distances(dense_TV: Tensor, compressed_TV: Tensor, target_T: Tensor) -> Tokens:
-    """KL(dense || compressed), agreement and losses of two rows of logits.
+    """`distances` of two rows of logits."""
+    return distances(dense_TV.float().log_softmax(-1), compressed_TV.float().log_softmax(-1), target_T)
+
+
+def distances(p_TV: Tensor, q_TV: Tensor, target_T: Tensor) -> Tokens:
+    """KL(dense || compressed), agreement and losses of two rows of log-probabilities.
 
     Where either gives no distribution (NaN) the distance is infinite and they disagree.
     """
-    p_TV, q_TV = dense_TV.float().log_softmax(-1), compressed_TV.float().log_softmax(-1)
-    kl_T = torch.where(p_TV.isneginf(), 0.0, p_TV.exp() * (p_TV - q_TV)).sum(-1).clamp_min(0)
-    broken_T = (p_TV.isnan() | q_TV.isnan()).any(-1)
-    same_T = (p_TV.argmax(-1) == q_TV.argmax(-1)) & ~broken_T
+    kl_T = torch.where(p_TV.isneginf(), 0.0, p_TV.exp() * (p_TV - q_TV)).sum(-1)
     losses = [-x_TV.gather(-1, target_T.unsqueeze(-1)).squeeze(-1) for x_TV in (p_TV, q_TV)]
+    broken_T = (p_TV.isnan() | q_TV.isnan()).any(-1)
+    return tokens_of(kl_T, p_TV.argmax(-1) == q_TV.argmax(-1), losses[0], losses[1], broken_T)
+
+
+def tokens_of(kl_T: Tensor, same_T: Tensor, dense_T: Tensor, compressed_T: Tensor, broken_T: Tensor) -> Tokens:
+    """What was found at scored tokens; infinitely far where `broken_T` says that a model gives no distribution."""
     return Tokens(
-        kl=_array(kl_T.masked_fill(broken_T, math.inf)),
-        same=_array(same_T),
-        dense_loss=_array(losses[0].nan_to_num(nan=math.inf, posinf=math.inf)),
-        compressed_loss=_array(losses[1].nan_to_num(nan=math.inf, posinf=math.inf)),
+        kl=_array(kl_T.clamp_min(0).masked_fill(broken_T, math.inf)),
+        same=_array(same_T & ~broken_T),
+        dense_loss=_array(dense_T.nan_to_num(nan=math.inf, posinf=math.inf)),
+        compressed_loss=_array(compressed_T.nan_to_num(nan=math.inf, posinf=math.inf)),
     )
 
 

@@ -1,28 +1,61 @@
-"""Evaluate model folders: load each, ask the suite, compare with the dense base, and write the report.
+"""Evaluate model folders: ask the suite of each, compare with the dense base, and write the report.
 
-The dense base is measured once for all of them. Peak memory is two models: fidelity needs both at a time.
+The dense base is measured once for all of them, and with a cache once and for all: what is stored of a model is not
+measured again, and a model of which all is stored is not loaded. With a cache one model is in memory at a time;
+without one, and to time generation, two.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import compress
 from compress.artifact import Artifact, base_of, check_base, is_artifact, recorded_base
 from compress.errors import ArtifactError, RecipeError
-from compress.model.source import BUILTIN, Checkpoint, locate
+from compress.model.source import BUILTIN, Checkpoint, digest, locate
 from compress.plan import usable
-from compress_evals.comparison import compare
-from compress_evals.fidelity import measure_fidelity
+from compress_evals import batching, references
+from compress_evals.batching import BatchSize
+from compress_evals.cache import Cache
+from compress_evals.comparison import Flipped, compare
+from compress_evals.examples import examples, shown, spoken
+from compress_evals.fidelity import Fidelity, measure_fidelity
+from compress_evals.noise import measure_noise, samples
+from compress_evals.progress import Meter
+from compress_evals.questions import Exam, Questions, hashed, prepare
+from compress_evals.references import Held
 from compress_evals.report import html, markdown
-from compress_evals.results import Results, save
-from compress_evals.run import evaluate
+from compress_evals.results import Results, Speed, save
+from compress_evals.run import measure
+from compress_evals.subject import Subject
+from compress_evals.suite import FACTS, find
 
 Progress = Callable[[str], None]
 SHORTEST = 4000  # characters of a text to measure on: some windows to resample
+SETTINGS = ("config.json", "generation_config.json")  # what else in a folder decides what its model says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What holds for all models of one evaluation; `again` is what the dense model is asked a second time.
+
+    Examples of flips are collected if `examples` says so: they take time, and are for readers of what is written.
+    """
+
+    exam: Exam
+    cache: Cache | None
+    meter: Meter
+    again: Sequence[Questions]
+    examples: bool
+    text: str | None
+    margin: float
+    seed: int
+    speed: bool
 
 
 def evaluate_folders(
@@ -30,68 +63,189 @@ def evaluate_folders(
     base: str | Path | None = None,
     *,
     delta_base: str | Path | None = None,
+    suite: str = FACTS.name,
+    data_dir: Path | None = None,
+    online: bool = False,
+    only: Sequence[str] | None = None,
     limit: int | None = None,
     margin: float = 0.05,
     seed: int = 0,
     text: str | None = None,
     out: Path | None = None,
     device: str = "cpu",
+    batch_size: BatchSize = "auto",
+    cache: Path | None = None,
+    fresh: bool = False,
+    noise: int = 0,
+    speed: bool = False,
+    chat_template: bool = False,
     on_progress: Progress | None = None,
+    meter: Meter | None = None,
 ) -> list[Results]:
     """The results of the dense base, then of each folder, compared with it.
 
     `base` defaults to `builtin` where the first artifact was made from it; `delta_base` is what deltas among the
-    folders are added to, if that is not `builtin`. `text` is what bits per byte and KL are
-    measured on, by default the built-in prose. With `out`, results, samples, `report.md` and `report.html` are
-    written there. Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base.
+    folders are added to, if that is not `builtin`. `suite`, `only`, `limit`, `data_dir`, `online` and `chat_template`
+    say what is asked (see `questions.prepare`); `text` is what bits per byte and KL are measured on, by default the
+    built-in prose. `batch_size` is a number, or `auto` for what fits, up to 64 on a CPU; where memory runs out, all
+    models are asked again at half of it. `noise` questions a task are asked of the dense model twice, `speed` times
+    generation. With `out`, results, samples, examples of flips, `report.md` and `report.html` are written there.
+    Everything measured is stored in `cache`, by default OUT/cache, and looked up there unless `fresh`.
+    Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base or anything to ask.
     """
     folders = [locate(path) for path in paths]
     source = base if base is not None else recorded_base(folders[0])
-    say = on_progress or (lambda text: None)
     names = distinct_names(folders, model_name(source))
     check_base(folders, locate(source))
     if text is not None and len(text) < SHORTEST:
         raise RecipeError(f"--text: {len(text)} characters are too few to measure on; give at least {SHORTEST}")
     usable(device)
     below = [base_of(folder, None if delta_base is None else locate(delta_base), BUILTIN) for folder in folders]
-    dense_model, tokenizer = opened(locate(source), device)
+    exam = prepare(
+        find(suite), tokenizer_of(locate(source)), only=only, limit=limit, seed=seed, data_dir=data_dir, online=online,
+        chat_template=chat_template,
+    )  # fmt: skip
     if out is not None:
         make(out)
-    dense = evaluate(
-        dense_model, tokenizer, name=model_name(source), description=describe(locate(source)), limit=limit, seed=seed,
-        on_progress=lambda text: say(f"{model_name(source)}: {text}"),
-    )  # fmt: skip
-    results = [dense]
-    for name, folder, under in zip(names, folders, below, strict=True):
-        model = compress.load(folder, base=under).to(usable(device))
-        found = evaluate(
-            model, tokenizer, name=name, description=describe(folder), limit=limit, seed=seed,
-            on_progress=lambda text, name=name: say(f"{name}: {text}"),  # type: ignore[misc]
-        )  # fmt: skip
-        say(f"{name}: fidelity")
-        versus = compare(
-            dense,
-            found,
-            measure_fidelity(dense_model, model, tokenizer, text=text, seed=seed),
-            margin=margin,
-            seed=seed,
-        )
-        results.append(found.model_copy(update={"vs": versus}))
-        del model  # before the next one is loaded
+    meter = meter or Meter(on_progress)
+    place = cache if cache is not None else None if out is None else out / "cache"
+    session = Session(
+        exam=exam,
+        cache=None if place is None else Cache(place, fresh=fresh, say=meter.note),
+        meter=meter,
+        again=samples(exam, noise) if noise else (),
+        examples=out is not None,
+        text=text,
+        margin=margin,
+        seed=seed,
+        speed=speed,
+    )
+    dense = subject(model_name(source), locate(source), None, device)
+    others = [subject(*found, device) for found in zip(names, folders, below, strict=True)]
+    size = batching.find(dense, exam, session.cache) if batch_size == "auto" else batch_size
+    results, fitted = batching.halving(size, partial(ask_all, session, dense, others), meter.note)
+    if fitted != size:
+        why = f"batch size {fitted}: {size} at a time ran out of memory"
+        results = [noted(found, why) for found in results]
     if out is not None:
         write(results, out)
     return results
 
 
+def ask_all(session: Session, dense: Subject, others: Sequence[Subject], size: int) -> list[Results]:
+    """The results of the dense model and of all others, compared, so many questions at a time."""
+    session.meter.restart()
+    session.meter.expect(session.exam.tasks, 1 + len(others))
+    session.meter.expect(session.again)
+    first = ask_dense(session, dense, size)
+    held = None
+    if session.cache is not None:
+        held = references.hold(dense, session.exam, session.cache, session.text)
+        dense.release()
+    results = [first]
+    for other in others:
+        results.append(ask_other(session, dense, first, held, other, size))
+        other.release()  # before the next one is loaded
+    dense.release()
+    return results
+
+
+def ask_dense(session: Session, dense: Subject, size: int) -> Results:
+    """The dense model's results, with what it says where it is wrong, and its noise."""
+    results = measure(dense, session.exam, size, session.cache, session.meter)
+    if session.examples:
+        results = spoken(dense, results, session.exam, session.cache)
+    noise = measure_noise(dense, results, session.exam, session.again, session.cache, session.meter)
+    return results.model_copy(update={"noise": noise})
+
+
+def ask_other(
+    session: Session, dense: Subject, first: Results, held: Held | None, other: Subject, size: int
+) -> Results:
+    """A compressed model's results, compared with the dense ones."""
+    found = measure(other, session.exam, size, session.cache, session.meter)
+    flipped: dict[str, Flipped] = {}
+    if session.examples:
+        chosen = shown(first, found)
+        ids = {name: (*lost, *gained) for name, (lost, gained) in chosen.items()}
+        found = spoken(other, found, session.exam, session.cache, ids)
+        flipped = examples(first, found, chosen, session.exam)
+    session.meter.say(f"{other.name}: fidelity")
+    versus = compare(
+        first,
+        found,
+        distance(session, dense, held, other),
+        margin=session.margin,
+        seed=session.seed,
+        examples=flipped,
+        speed=timed(dense, other) if session.speed else None,
+    )
+    return found.model_copy(update={"vs": versus})
+
+
+def distance(session: Session, dense: Subject, held: Held | None, other: Subject) -> Fidelity:
+    """How far a model's distributions are from the dense one's, which is only loaded if nothing is held of it."""
+    if held is None or session.cache is None:
+        return measure_fidelity(dense.model, other.model, session.exam.tokenizer, text=session.text, seed=session.seed)
+    return references.fidelity(held, other, session.exam, session.cache, session.seed)
+
+
+def timed(dense: Subject, other: Subject) -> Speed:
+    """Greedy generation of both models in turn."""
+    from compress.runtime.bench import measure_generation
+
+    prompt, new, runs = 64, 128, 5  # as `compress bench --generate`
+    first, second = measure_generation(
+        {"dense": dense.model, other.name: other.model}, prompt=prompt, new=new, runs=runs
+    )
+    return Speed(
+        prompt=prompt,
+        new=new,
+        runs=runs,
+        dense=first.tokens_per_second.median,
+        compressed=second.tokens_per_second.median,
+        ratio=second.speedup.median,
+        low=second.speedup.low,
+        high=second.speedup.high,
+    )
+
+
+def noted(results: Results, why: str) -> Results:
+    """The results with one note more, which their comparison repeats."""
+    versus = results.vs and results.vs.model_copy(update={"notes": (*results.vs.notes, why)})
+    return results.model_copy(update={"notes": (*results.notes, why), "vs": versus})
+
+
+def subject(name: str, folder: Path, under: Path | None, device: str) -> Subject:
+    """The model of a folder, not loaded yet; `under` is what a delta is added to."""
+
+    def load() -> Any:
+        return compress.load(folder, base=under).to(usable(device))
+
+    made_of = [fingerprint(folder), None if under is None else fingerprint(under)]
+    return Subject(name, load, device=device, description=describe(folder), identity=hashed(made_of))
+
+
+def fingerprint(folder: Path) -> str:
+    """The hash of all bytes of a folder that decide what its model says; not of what it says about itself."""
+    files = sorted(folder.glob("*.safetensors")) + [folder / name for name in SETTINGS if (folder / name).is_file()]
+    return hashed([[path.name, digest(path)] for path in files])
+
+
 def opened(folder: Path, device: str) -> tuple[Any, Any]:
     """The model and tokenizer of a folder."""
+    tokenizer = tokenizer_of(folder)
+    return compress.load(folder).to(usable(device)), tokenizer
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a folder; raises ArtifactError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
-    return compress.load(folder).to(usable(device)), tokenizer
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -150,8 +304,10 @@ def fidelity_line(result: Results) -> str:
     found = result.vs.fidelity if result.vs else None
     if found is None:
         return "fidelity not measured"
+    over = f", over the {found.top} likeliest tokens and the rest: a lower bound" if found.top else ""
     return (
-        f"on {found.tokens} tokens of text: KL {found.kl.value:.4f} nats ({found.kl.low:.4f} to {found.kl.high:.4f}), "
+        f"on {found.tokens} tokens of text: KL {found.kl.value:.4f} nats "
+        f"({found.kl.low:.4f} to {found.kl.high:.4f}{over}), "
         f"same best token {100 * found.top1:.1f} %, bits per byte {found.dense_bits_per_byte:.3f} -> "
         f"{found.compressed_bits_per_byte:.3f} (not a quality metric)"
     )

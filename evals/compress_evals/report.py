@@ -17,8 +17,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from compress.builtin.facts import TIERS
 from compress.errors import ArtifactError
 from compress_evals.comparison import retained
+from compress_evals.noise import sentence
 from compress_evals.results import Comparison, Metric, Results
 from compress_evals.stats import Paired, detectable_effect, holm, verdict_text
 
@@ -157,6 +159,7 @@ def markdown(results: Sequence[Results]) -> str:
     """The report as Markdown: what was compressed, the table for each model, tiers and fidelity."""
     dense, compressed = split(results)
     parts = [f"# {md(headline(dense, compressed))}", md(header_line(dense))]
+    parts += [f"- {md(line)}" for line in skipped_lines(dense)]
     if not compressed:
         parts.append(md_table(("task", "n", "score"), [_score_cells(dense, task) for task in dense.tasks]))
     rows = table_rows(results)
@@ -166,7 +169,7 @@ def markdown(results: Sequence[Results]) -> str:
             parts.append(fenced(result.model.recipe))
         columns = ("task", "dense %", "compressed %", "difference, points", "lost / gained", "p (Holm)", "verdict")
         parts.append(md_table(columns, [_cells(row) for row in rows if row.model == result.model.name]))
-        parts.append(md(tally(result)))
+        parts += [md(line) for line in (tally(result), noise_line(dense, result), speed_line(result)) if line]
     if compressed:
         parts += ["## By how often a fact was shown", md_table(*tier_table(dense, compressed))]
     if any(_versus(result).fidelity for result in compressed):
@@ -189,6 +192,7 @@ def html(results: Sequence[Results]) -> str:
     return environment.get_template("report.html.j2").render(
         title=headline(dense, compressed),
         header=header_line(dense),
+        skipped=skipped_lines(dense),
         dense=dense,
         dense_rows=[_score_cells(dense, task) for task in dense.tasks],
         cards=[_card(dense, result) for result in compressed],
@@ -262,6 +266,27 @@ def worst(comparison: Comparison) -> str:
     return f"Worst family: {comparison.worst.family}, keeping {100 * comparison.worst.retained:.0f} % of dense."
 
 
+def noise_line(dense: Results, result: Results) -> str:
+    """Which differences are no larger than the dense model's own noise; empty if that was not measured."""
+    return sentence(dense.noise, {name: (cell.title, cell.paired) for name, cell in _versus(result).tasks.items()})
+
+
+def speed_line(result: Results) -> str:
+    """How fast text is generated beside dense, as a sentence; empty if it was not timed."""
+    speed = _versus(result).speed
+    if speed is None:
+        return ""
+    return (
+        f"Generates {speed.compressed:.1f} tokens/s, dense {speed.dense:.1f}: {speed.ratio:.2f}x "
+        f"({speed.low:.2f} to {speed.high:.2f} over {speed.runs} runs of {speed.prompt} + {speed.new} tokens)."
+    )
+
+
+def skipped_lines(dense: Results) -> list[str]:
+    """The tasks that were not asked, and why."""
+    return [f"Not asked: {skip.title} ({skip.family}): {skip.reason}" for skip in dense.skipped.values()]
+
+
 def size_change(before: int | None, after: int | None) -> str:
     """Bytes on disk before and after; empty if the size after is not known."""
     if after is None:
@@ -287,17 +312,17 @@ def p_value(p: float) -> str:
 
 
 def tier_table(dense: Results, compressed: Sequence[Results]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the closed-book scores by how often a fact was shown in training."""
+    """Header and rows of the closed-book scores by how often a fact was shown in training, of built-in tasks."""
+    shown = {
+        name: task for name, task in dense.tasks.items() if task.family == "closed book" and {*task.tiers} & {*TIERS}
+    }
     rows = []
-    for name, task in dense.tasks.items():
-        if task.family == "closed book":
-            for result in (dense, *compressed):
-                tiers = result.tasks[name].tiers
-                cells = (
-                    f"{100 * tier.value:.1f} [{100 * tier.low:.1f}, {100 * tier.high:.1f}]" for tier in tiers.values()
-                )
-                rows.append((task.title, result.model.name, *cells))
-    tiers = next((task.tiers for task in dense.tasks.values() if task.tiers), {})
+    for name, task in shown.items():
+        for result in (dense, *compressed):
+            tiers = result.tasks[name].tiers
+            cells = (f"{100 * tier.value:.1f} [{100 * tier.low:.1f}, {100 * tier.high:.1f}]" for tier in tiers.values())
+            rows.append((task.title, result.model.name, *cells))
+    tiers = next((task.tiers for task in shown.values()), {})
     return ("task", "model", *(f"{tier} (n={score.n})" for tier, score in tiers.items())), rows
 
 
@@ -316,7 +341,7 @@ def fidelity_table(compressed: Sequence[Results]) -> tuple[tuple[str, ...], list
     return header, [
         (
             name,
-            f"{f.kl.value:.4f} [{f.kl.low:.4f}, {f.kl.high:.4f}]",
+            f"{f.kl.value:.4f} [{f.kl.low:.4f}, {f.kl.high:.4f}]{f' (top {f.top}: a lower bound)' if f.top else ''}",
             f"{f.kl_p50:.4f} / {f.kl_p99:.3f}",
             f"{100 * f.top1:.1f} %",
             f"{f.answer_kl.value:.4f} [{f.answer_kl.low:.4f}, {f.answer_kl.high:.4f}]",
@@ -445,7 +470,7 @@ def _card(dense: Results, result: Results) -> dict[str, Any]:
         "recipe": result.model.recipe,
         "sha": result.model.sha,
         "counts": [(verdict, counts[verdict]) for verdict in GLYPHS if counts[verdict]],
-        "worst": worst(comparison),
+        "lines": [line for line in (worst(comparison), noise_line(dense, result), speed_line(result)) if line],
     }
 
 

@@ -224,7 +224,10 @@ class Comparison(Stored):
 
 
 class Results(Stored):
-    """The measurement of one model; `rows` are stored beside the JSON, `vs` is filled in by `compare`."""
+    """The measurement of one model; `rows` are stored beside the JSON, `vs` is filled in by `compare`.
+
+    `notes` say what was not as it was meant to be, such as a batch that did not fit.
+    """
 
     schema_version: Literal[2] = Field(default=2, alias="schema")
     created: str
@@ -236,6 +239,7 @@ class Results(Stored):
     skipped: dict[str, Skipped] = Field(default_factory=dict)
     seconds: float
     noise: dict[str, Noise] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     vs: Comparison | None = None
     rows: dict[str, tuple[Row, ...]] = Field(default_factory=dict, exclude=True)
 

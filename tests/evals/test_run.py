@@ -18,8 +18,9 @@ from compress.builtin.documents import Question, closed_book, in_context
 from compress.builtin.facts import facts
 from compress.builtin.gates import exact_match
 from compress.errors import ArtifactError
-from compress_evals import run
+from compress_evals import questions, run, subject
 from compress_evals.comparison import compare
+from compress_evals.quiet import quiet
 from compress_evals.results import Results
 from compress_evals.suite import FACTS
 
@@ -69,7 +70,7 @@ def test_the_tiny_model_knows_some_and_not_all(model: Any, tokenizer: Any) -> No
 def test_greedy_match_equals_the_gates_on_learned_questions(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "subset", lambda documents, limit, seed: list(range(limit)))
+    monkeypatch.setattr(questions, "subset", lambda documents, limit, seed: list(range(limit)))
     results = run.evaluate(model, tokenizer, name="tiny", limit=32, only=["facts_trained"])
     expected = exact_match(
         model, tokenizer, asked(results, closed_book(facts("evaluation"), "trained"), "facts_trained")
@@ -79,7 +80,7 @@ def test_greedy_match_equals_the_gates_on_learned_questions(
 
 
 def test_prompts_begin_with_bos_once_in_scoring_and_generation(model: Any, tokenizer: Any) -> None:
-    scorer = run._wrap(model, run.beginning_with_bos(tokenizer), 4)
+    scorer = subject.wrap(model, run.beginning_with_bos(tokenizer), 4)
     context, continuation = scorer._encode_pair("Question: a Answer:", " b.")
     assert context[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in context[1:] + continuation
     ids, mask = scorer.tok_batch_encode(["Question: a Answer:", "Question: a longer one Answer:"])
@@ -123,12 +124,12 @@ def test_a_model_of_nans_scores_zero_everywhere(model: Any, tokenizer: Any) -> N
 def test_the_subset_is_seeded_nested_and_in_proportion_to_tiers() -> None:
     tiers = ["head"] * 100 + ["torso"] * 200 + ["tail"] * 100
     documents = [{"id": f"trained:r:{i}", "tier": tier} for i, tier in enumerate(tiers)]
-    chosen = run.subset(documents, 40, seed=0)
-    assert chosen == sorted(chosen) == run.subset(documents, 40, seed=0)
+    chosen = questions.subset(documents, 40, seed=0)
+    assert chosen == sorted(chosen) == questions.subset(documents, 40, seed=0)
     assert [sum(documents[i]["tier"] == tier for i in chosen) for tier in ("head", "torso", "tail")] == [10, 20, 10]
-    assert set(run.subset(documents, 20, seed=0)) < set(chosen)
-    assert run.subset(documents, 40, seed=1) != chosen
-    assert run.subset(documents, None, seed=0) == run.subset(documents, 500, seed=0) == list(range(400))
+    assert set(questions.subset(documents, 20, seed=0)) < set(chosen)
+    assert questions.subset(documents, 40, seed=1) != chosen
+    assert questions.subset(documents, None, seed=0) == questions.subset(documents, 500, seed=0) == list(range(400))
 
 
 def test_a_limit_asks_about_the_same_facts_in_every_wording(results: Results) -> None:
@@ -160,7 +161,7 @@ def test_plain_lm_eval_gives_the_same_score(model: Any, tokenizer: Any) -> None:
     from lm_eval.tasks import TaskManager
 
     ours = run.evaluate(model, tokenizer, name="tiny", only=["facts_context1"])
-    with run._quiet():
+    with quiet():
         plain = simple_evaluate(
             model=HFLM(
                 pretrained=model, tokenizer=run.beginning_with_bos(tokenizer), batch_size=64, add_bos_token=True

@@ -1,0 +1,57 @@
+"""Conditions on what may be lost, as they are written on a command line: `drop<=0.02@95%`, of all or of one family.
+
+Not here: the test itself (`comparison.accept`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compress.errors import RecipeError, nearest
+from compress_evals.comparison import accept
+from compress_evals.results import Results
+from compress_evals.suite import find
+
+FORM = "'drop<=0.02@95%', or of one family 'closed book:drop<=0.05@90%'"
+_WRITTEN = re.compile(
+    r"(?:(?P<family>[^:]+):)?\s*drop\s*<=\s*(?P<drop>\d*\.?\d+)\s*@\s*(?P<confidence>\d+(\.\d+)?)\s*%"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """The largest loss (absolute) that may not be excluded at `confidence`, in each task of a family or of all."""
+
+    family: str | None
+    max_drop: float
+    confidence: float
+
+
+def parse(text: str, families: Sequence[str]) -> Condition:
+    """One condition; raises RecipeError, with the form that is allowed, for anything else."""
+    found = _WRITTEN.fullmatch(text.strip())
+    if found is None:
+        raise RecipeError(f"--accept: {text!r} is no condition; write {FORM}")
+    family = found["family"].strip() if found["family"] else None
+    max_drop, confidence = float(found["drop"]), float(found["confidence"]) / 100
+    if not (0 < max_drop <= 1 and 0.5 <= confidence < 1):
+        raise RecipeError(f"--accept: {text!r}: a drop is from 0 to 1, a confidence from 50 to below 100 %; {FORM}")
+    if family is not None and family not in families:
+        raise RecipeError(f"--accept: there is no family {family!r}{nearest(family, families)}")
+    return Condition(family=family, max_drop=max_drop, confidence=confidence)
+
+
+def parse_all(texts: Sequence[str], suite: str) -> list[Condition]:
+    """The conditions on a suite's families."""
+    families = list(dict.fromkeys(task.family for task in find(suite).tasks))
+    return [parse(text, families) for text in texts]
+
+
+def broken(results: Results, conditions: Sequence[Condition]) -> list[str]:
+    """What a compared model does not meet, as readable lines."""
+    if results.vs is None:
+        return []
+    lines = (line for c in conditions for line in accept(results.vs, c.max_drop, c.confidence, c.family))
+    return [f"{results.model.name}: {line}" for line in dict.fromkeys(lines)]
