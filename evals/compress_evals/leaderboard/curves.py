@@ -92,10 +92,10 @@ def _panel(
         _lines(axes, methods, budget, score)
         if any(bits_per_byte(line) is not None for line in every):
             _overlay(axes, methods, budget, bits_per_byte)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]), top=103)
+        axes.set_ylim(-3, 103)
         if label.startswith("Bits"):
             axes.invert_xaxis()  # damage grows to the right, as in the other
-        axes.xaxis.set_major_locator(library.ticker.MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(library.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
         title, about = family.capitalize(), f"Dense scores {dense:.1f} %."
         seen = f"Score against {label.lower()} of {', '.join(sorted(methods))}. {about}"
         svg = inline(figure, f"curve-{name}", title, seen, {f"models/{line.slug}.html": line.name for line in every})

@@ -17,7 +17,7 @@ def facts(board: Board) -> list[tuple[str, str]]:
     rows = [
         ("Dense model", f"{board.dense.name}{size_of(dense)}"),
         ("Asked", header_line(dense)),
-        ("Matching", f"a loss of at most {100 * board.margin:g} % of the dense score, surely"),
+        ("Matching", f"a loss of at most {100 * board.margin:g} % of the dense score, with 95 % confidence"),
         ("Data", sources(dense)),
         ("Noise floor", noise(dense)),
         ("Hardware", f"{engine.device}, {engine.dtype}, batch {engine.batch_size}, torch {engine.torch}"),
@@ -45,7 +45,7 @@ def noise(dense: Results) -> str:
         return "not measured"
     flips, n = sum(noise.flips for noise in dense.noise.values()), sum(noise.n for noise in dense.noise.values())
     sizes = ", ".join(sorted({str(noise.batch_size) for noise in dense.noise.values()}))
-    return f"{flips} of {n:,} answers of dense flip when only the batch size changes, to {sizes}: no loss is below that"
+    return f"{flips} of {n:,} answers of dense flip when only the batch size changes, to {sizes}: fewer are noise"
 
 
 def told_apart(collection: Collection) -> list[list[tuple[str, str]]]:

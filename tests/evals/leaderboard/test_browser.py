@@ -132,23 +132,31 @@ def test_groups_of_columns_fold(hostile_site: Path, opened: Open) -> None:
 
 
 def test_five_hundred_lines_sort_and_filter_in_a_second(large_site: Path, opened: Open) -> None:
+    """The processor time of the page's own thread: what else the machine is doing is not the page's fault."""
     page = opened(large_site / "index.html")
     assert len(page.evaluate(NAMES)) == 500
-    seconds = page.evaluate(
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy() -> float:
+        metrics = session.send("Performance.getMetrics")["metrics"]
+        return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
+
+    began = busy()
+    page.evaluate(
         """async () => {
-          const frame = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
-          const began = performance.now();
+          const drawn = () => new Promise(done => requestAnimationFrame(() => setTimeout(done)));
           document.querySelectorAll('#board thead tr:last-child button')[3].click();
-          await frame();
+          await drawn();
           const find = document.getElementById('find');
           find.value = 'model 1';
           find.dispatchEvent(new Event('input', {bubbles: true}));
-          await frame();
-          return (performance.now() - began) / 1000;
+          await drawn();
         }"""
     )
+    seconds = busy() - began
     assert len(page.evaluate(NAMES)) == 100
-    assert seconds < 1
+    assert 0 < seconds < 1
 
 
 def test_without_a_script_the_table_is_whole(hostile_site: Path, opened: Open) -> None:
