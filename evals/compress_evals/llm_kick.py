@@ -1,0 +1,412 @@
+"""`python -m compress_evals.llm_kick SWEEP`: which of LLM-KICK's findings hold on the model of a sweep.
+
+Not here: measuring. Each finding is put as a question with a rule that decides it; the rules were written before the
+numbers were seen. Levels are pooled over the tasks of a family, question by question, clusters kept; intervals are 95 %
+each and not corrected for how many there are. Source: Jaiswal et al., "Compressing LLMs: The Truth is Rarely Pure and
+Never Simple", ICLR 2024.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compress.errors import RecipeError
+from compress.recipe import Recipe, from_dict, parse
+from compress_evals import stats
+from compress_evals.leaderboard.collect import Board, Entry, collect
+
+CURVES = ("magnitude", "wanda", "sparsegpt")
+CLOSED, CHOICE, OPEN = ("closed book",), ("choice",), ("open book",)
+KEPT = ("matching", "improved")
+FEWEST = 4  # levels of a curve
+HOLDS, PARTLY, NOT, OPEN_QUESTION = "holds", "holds in part", "does not hold", "cannot be told"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One cell of a curve: a method with one setting."""
+
+    entry: Entry
+    setting: float | str
+    samples: int
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A published claim, the rule that decides it here, what was measured, and the decision."""
+
+    title: str
+    published: str
+    rule: str
+    measured: tuple[str, ...]
+    verdict: str
+
+
+class Cells:
+    """The cells of one board by what their recipes say."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.levels: dict[str, list[Level]] = {}
+        for entry in board.compressed:
+            recipe = _recipe(entry)
+            if recipe is None or len(recipe.passes) != 1:
+                continue
+            [step] = recipe.passes
+            setting = getattr(step, "sparsity", None)
+            plain = setting is not None and step == type(step)(**{"sparsity": setting})
+            setting = setting if plain else getattr(step, "bits", None)
+            if setting is not None:
+                made = Level(
+                    entry=entry,
+                    setting=setting,
+                    samples=recipe.calibration.samples,
+                    data=recipe.calibration.data,
+                )
+                self.levels.setdefault(step.name, []).append(made)
+
+    def curves(self, *families: str) -> list[str]:
+        """The methods of which there are levels enough to speak of a curve; none if a family was not asked."""
+        if not all(self.tasks([family]) for family in families):
+            return []
+        return [method for method in CURVES if len(self.curve(method)) >= FEWEST]
+
+    def curve(self, method: str) -> list[Level]:
+        """Unstructured levels at the default calibration, by falling weight count, one a level."""
+        found = {
+            float(level.setting): level
+            for level in self.levels.get(method, ())
+            if isinstance(level.setting, float) and (level.samples, level.data) == (128, "mixed")
+        }
+        return [found[key] for key in sorted(found)]
+
+    def at(self, method: str, setting: float | str, samples: int = 128, data: str = "mixed") -> Entry | None:
+        """The cell of one setting, if the sweep has it."""
+        for level in self.levels.get(method, ()):
+            if (level.setting, level.samples, level.data) == (setting, samples, data):
+                return level.entry
+        return None
+
+    def tasks(self, families: Sequence[str]) -> list[str]:
+        """The tasks of some families, controls left out."""
+        tasks = self.board.dense.results.tasks
+        return [name for name, task in tasks.items() if task.family in families and not task.control]
+
+    def pooled(self, one: Entry, families: Sequence[str], against: Entry | None = None) -> stats.Paired:
+        """One cell against dense, or against another cell, over all questions of some families."""
+        return self.over(one, self.tasks(families), against)
+
+    def over(self, one: Entry, tasks: Sequence[str], against: Entry | None = None) -> stats.Paired:
+        """The same over tasks."""
+        other = self.board.dense if against is None else against
+        before, after = (np.concatenate([entry.scores[task] for task in tasks]) for entry in (other, one))
+        clusters = [cluster for task in tasks for cluster in self.board.clusters[task]]
+        return stats.paired(before, after, clusters, self.board.margin)
+
+    def reach(self, method: str, tasks: Sequence[str]) -> tuple[float, float | None]:
+        """Up to which share removed a method matches on tasks, and from which it fails (None: never)."""
+        kept, going = 0.0, True
+        for level in self.curve(method):
+            verdict = self.over(level.entry, tasks).verdict
+            going = going and verdict in KEPT
+            if going:
+                kept = float(level.setting)
+            if verdict == "fails":
+                return kept, float(level.setting)
+        return kept, None
+
+
+def findings(board: Board) -> list[Finding]:
+    """Every finding that the board's cells can speak to."""
+    cells = Cells(board)
+    return [
+        perplexity(cells),
+        fails_early(cells),
+        n_of_m(cells),
+        eight_bits(cells),
+        choices(cells),
+        retrieval(cells),
+        summaries(cells),
+        lengths(cells),
+        instructions(cells),
+        criteria(cells),
+        samples(cells),
+        repetition(cells),
+    ]
+
+
+def perplexity(cells: Cells) -> Finding:
+    """Perplexity stays while knowledge goes."""
+    lines, rises = [], []
+    for method in cells.curves("closed book"):
+        kept, fails = cells.reach(method, cells.tasks(CLOSED))
+        entry = None if fails is None else cells.at(method, fails)
+        if entry is None or entry.results.vs is None or entry.results.vs.fidelity is None:
+            lines.append(f"{method}: closed book matches to {kept:.0%} and never fails")
+            continue
+        found = entry.results.vs.fidelity
+        change = found.bits_per_byte_difference
+        rises.append(change.value / found.dense_bits_per_byte)
+        pair = cells.pooled(entry, CLOSED)
+        lines.append(
+            f"{method}: closed book matches to {kept:.0%} and fails from {fails:.0%} ({points(pair)}), where bits per "
+            f"byte are {found.dense_bits_per_byte:.3f} -> {found.compressed_bits_per_byte:.3f} "
+            f"({change.low:+.3f} to {change.high:+.3f}; {rises[-1]:+.1%})"
+        )
+    return Finding(
+        title="Perplexity hides what was lost",
+        published="perplexity hardly moves up to 45 to 60 % removed, while factoid questions fail from 30 to 35 %",
+        rule="where closed book first fails, bits per byte have risen by less than 5 %",
+        measured=tuple(lines),
+        verdict=decided([rise < 0.05 for rise in rises]),
+    )
+
+
+def fails_early(cells: Cells) -> Finding:
+    """Factoid questions fail from 30 to 35 %."""
+    reached = {method: cells.reach(method, cells.tasks(CLOSED)) for method in cells.curves("closed book")}
+    return Finding(
+        title="Closed-book questions fail early",
+        published="no method matches the dense model on factoid questions beyond 20 to 25 %; they fail from 30 to 35 %",
+        rule="closed book matches to no more than 30 %",
+        measured=tuple(f"{method}: {reaches(*found)}" for method, found in reached.items()),
+        verdict=decided([kept <= 0.3 for kept, _ in reached.values()]),
+    )
+
+
+def n_of_m(cells: Cells) -> Finding:
+    """N:M costs half of what is known."""
+    lines, fails, halves = [], [], []
+    for method in CURVES:
+        for pattern in ("2:4", "4:8"):
+            entry = cells.at(method, pattern)
+            if entry is None or not cells.tasks(CLOSED):
+                continue
+            pair = cells.pooled(entry, CLOSED)
+            fails.append(pair.verdict == "fails")
+            halves.append(pair.compressed <= 0.5 * pair.dense)
+            kept = pair.compressed / pair.dense if pair.dense else 0.0
+            lines.append(f"{method} {pattern}: {points(pair)}, {kept:.0%} kept, {pair.verdict}")
+    lines.append(f"at least half is lost in {sum(halves)} of {len(halves)}")
+    return Finding(
+        title="N:M patterns never match",
+        published="2:4 and 4:8 lose 50 % and more on factoid questions, and match on no task",
+        rule="closed book fails under every N:M pattern",
+        measured=tuple(lines),
+        verdict=decided(fails),
+    )
+
+
+def eight_bits(cells: Cells) -> Finding:
+    """Eight bits cost 8 to 10 %."""
+    found = [(method, cells.at(method, 8)) for method in ("rtn", "gptq", "hqq")]
+    pairs = [(method, cells.pooled(entry, CLOSED)) for method, entry in found if entry is not None]
+    return Finding(
+        title="Even 8 bits cost knowledge",
+        published="8-bit weights lose 8 to 10 % of factoid answers (relative)",
+        rule="the interval of the closed-book loss lies beyond 5 % of the dense score",
+        measured=tuple(f"{method}, 8 bits: {points(pair)}, {pair.verdict}" for method, pair in pairs),
+        verdict=decided([pair.verdict == "fails" for _, pair in pairs]),
+    )
+
+
+def choices(cells: Cells) -> Finding:
+    """Choices are easier to keep."""
+    lines, later = [], []
+    for method in cells.curves("closed book", "choice"):
+        closed, choice = (cells.reach(method, cells.tasks(family)) for family in (CLOSED, CHOICE))
+        later.append(choice[0] >= closed[0] and (choice[1] or 1.0) >= (closed[1] or 1.0))
+        lines.append(f"{method}: choices {reaches(*choice)}; closed book {reaches(*closed)}")
+    return Finding(
+        title="Multiple choice breaks later than recall",
+        published="MMLU matches to 20 to 40 %, factoid questions to 20 to 25 %",
+        rule="choices match at least as far, and fail no earlier, under every method",
+        measured=tuple(lines),
+        verdict=decided(later),
+    )
+
+
+def retrieval(cells: Cells) -> Finding:
+    """An answer that stands in the prompt is kept longer."""
+    lines, later = [], []
+    for method in cells.curves("closed book", "open book"):
+        closed, opened = (cells.reach(method, cells.tasks(family)) for family in (CLOSED, OPEN))
+        later.append(opened[0] >= closed[0] and (opened[1] or 1.0) >= (closed[1] or 1.0))
+        lines.append(f"{method}: open book {reaches(*opened)}; closed book {reaches(*closed)}")
+    return Finding(
+        title="Pruned models are better at finding than at knowing",
+        published="in-context retrieval matches to 40 to 50 % (its scorer gives 100 % to a model that prints dots)",
+        rule="open book matches at least as far, and fails no earlier, under every method",
+        measured=tuple(lines),
+        verdict=decided(later),
+    )
+
+
+def summaries(cells: Cells) -> Finding:
+    """Summaries hold."""
+    lines, later = [], []
+    for method in cells.curves("closed book", "summaries"):
+        closed, told = cells.reach(method, cells.tasks(CLOSED)), cells.reach(method, cells.tasks(("summaries",)))
+        later.append((told[1] or 1.0) >= (closed[1] or 1.0))
+        lines.append(f"{method}: summaries {reaches(*told)}; closed book {reaches(*closed)}")
+    return Finding(
+        title="Summaries hold longer than facts",
+        published="in-context summarization stays good where factoid questions have failed",
+        rule="summaries fail no earlier than closed book, under every method",
+        measured=tuple(lines),
+        verdict=decided(later),
+    )
+
+
+def lengths(cells: Cells) -> Finding:
+    """Longer contexts break first."""
+    tasks = [
+        t for t in ("facts_context1", "facts_context3", "facts_context8", "facts_long") if t in cells.board.clusters
+    ]
+    lines, falling = [], []
+    for method in CURVES:
+        entry = cells.at(method, 0.5)
+        if entry is None or len(tasks) < 2:
+            continue
+        pairs = [cells.over(entry, [task]) for task in tasks]
+        kept = [pair.compressed / pair.dense if pair.dense else 0.0 for pair in pairs]
+        falling.append(kept[-1] < kept[0])
+        shown = ", ".join(f"{share:.0%}" for share in kept)
+        lines.append(f"{method} at 50 %: of what dense answers among 1, 3, 8 and 16 facts {shown} are kept")
+    return Finding(
+        title="The longer the context, the sooner it breaks",
+        published="long stories lose coherence first",
+        rule="at 50 % less is kept of the longest context than of the shortest, under every method",
+        measured=tuple(lines),
+        verdict=decided(falling),
+    )
+
+
+def instructions(cells: Cells) -> Finding:
+    """Instructions are followed to about 25 %."""
+    reached = {method: cells.reach(method, cells.tasks(("instructions",))) for method in cells.curves("instructions")}
+    return Finding(
+        title="Instructions are followed less from a quarter on",
+        published="instruction following matches to about 25 %",
+        rule="instructions match to no more than 30 %",
+        measured=tuple(f"{method}: {reaches(*found)}" for method, found in reached.items()),
+        verdict=decided([kept <= 0.3 for kept, _ in reached.values()]),
+    )
+
+
+def criteria(cells: Cells) -> Finding:
+    """Calibrated criteria beat magnitude at 50 %."""
+    magnitude = cells.at("magnitude", 0.5)
+    lines, better = [], []
+    for method in ("wanda", "sparsegpt"):
+        entry = cells.at(method, 0.5)
+        if entry is not None and magnitude is not None:
+            pair = cells.pooled(entry, CLOSED, magnitude)
+            better.append(pair.low > 0)
+            lines.append(f"{method} against magnitude, 50 %, closed book: {points(pair)}, p = {pair.p:.2g}")
+    return Finding(
+        title="Wanda and SparseGPT beat magnitude",
+        published="at 50 % factoid questions: magnitude 14.0, SparseGPT 42.9, Wanda 44.7 %",
+        rule="both keep more closed-book answers at 50 %, the whole interval above zero",
+        measured=tuple(lines),
+        verdict=decided(better),
+    )
+
+
+def samples(cells: Cells) -> Finding:
+    """More calibration helps SparseGPT, not Wanda."""
+    found = {}
+    for method in ("wanda", "sparsegpt"):
+        few, many = (cells.at(method, 0.7, count) for count in (8, 128))
+        if few is not None and many is not None:
+            found[method] = cells.pooled(many, CLOSED, few)
+    helped = {method: pair.low > 0 for method, pair in found.items()}
+    known = len(helped) == 2
+    return Finding(
+        title="Calibration matters for SparseGPT, not for Wanda",
+        published="the number of calibration samples matters for SparseGPT, most at 70 %, and little for Wanda",
+        rule="128 windows instead of 8 help SparseGPT at 70 % on closed book (whole interval above zero) and not Wanda",
+        measured=tuple(f"{m}, 128 windows against 8: {points(p)}, p = {p.p:.2g}" for m, p in found.items()),
+        verdict=decided([helped["sparsegpt"], not helped["wanda"]]) if known else OPEN_QUESTION,
+    )
+
+
+def repetition(cells: Cells) -> Finding:
+    """Compressed models repeat themselves."""
+    lines, more = [], []
+    dense = cells.board.dense.results.tasks.get("facts_generate")
+    for method in CURVES:
+        for share in (0.7, 0.8):
+            entry = cells.at(method, share)
+            if entry is None or dense is None:
+                continue
+            metric = entry.results.tasks["facts_generate"].metrics["degenerate"]
+            more.append(metric.low > dense.metrics["degenerate"].high)
+            lines.append(
+                f"{method} {share:.0%}: {metric.value:.0%} of answers are stuck "
+                f"({metric.low:.0%} to {metric.high:.0%}; dense {dense.metrics['degenerate'].value:.0%})"
+            )
+    return Finding(
+        title="Compressed models repeat themselves",
+        published="compressed models use fewer different words",
+        rule="more answers are stuck in a loop than dense's at 70 and 80 %, intervals apart",
+        measured=tuple(lines),
+        verdict=decided(more),
+    )
+
+
+def decided(answers: Sequence[bool]) -> str:
+    """Holds if every case says so, in part if some do."""
+    if not answers:
+        return OPEN_QUESTION
+    return HOLDS if all(answers) else PARTLY if any(answers) else NOT
+
+
+def points(pair: stats.Paired) -> str:
+    """A difference in percentage points with its interval."""
+    return f"{100 * pair.delta:+.1f} points ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
+
+
+def reaches(kept: float, fails: float | None) -> str:
+    """How far a curve matches, in words."""
+    until = f"match to {kept:.0%}" if kept else "match at no level"
+    return f"{until}, {'never fail' if fails is None else f'fail from {fails:.0%}'}"
+
+
+def markdown(found: Sequence[Finding]) -> str:
+    """The findings as a table and, under it, what was measured for each."""
+    rows = [f"| {i}. {f.title} | {f.published} | **{f.verdict}** |" for i, f in enumerate(found, start=1)]
+    rows.append(
+        "| not asked | a small dense model against a large pruned one; few-shot prompts; a judge's scores | "
+        "one model of one size, prompts without examples, no judge |"
+    )
+    parts = ["| finding | LLM-KICK | here |\n|---|---|---|\n" + "\n".join(rows)]
+    for i, f in enumerate(found, start=1):
+        lines = "\n".join(f"- {line}" for line in f.measured)
+        parts.append(f"### {i}. {f.title}: {f.verdict}\n\nLLM-KICK: {f.published}. Rule: {f.rule}.\n\n{lines}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _recipe(entry: Entry) -> Recipe | None:
+    try:
+        return from_dict(parse(entry.results.model.recipe or "", "recipe"))
+    except RecipeError:
+        return None
+
+
+def main() -> None:
+    """Print the comparison for the first board of the given results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="folders of a sweep")
+    board = collect(parser.parse_args().results).boards[0]
+    print(markdown(findings(board)), end="")
+
+
+if __name__ == "__main__":
+    main()
