@@ -24,7 +24,7 @@ def block(language: str, containing: str) -> str:
 
 
 def test_the_recipe_in_the_readme_is_valid() -> None:
-    recipe = from_dict(parse(block("yaml", "passes:")))
+    recipe = from_dict(parse(block("yaml", "calibration:")))
     assert [step.name for step in recipe.passes] == ["wanda", "gptq"]
 
 
