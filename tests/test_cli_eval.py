@@ -55,3 +55,48 @@ def test_another_base_than_its_own_is_refused_before_anything_is_written(
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
     assert "other weights" in err
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.slow
+def test_what_is_not_accepted_exits_5_and_is_written_all_the_same(cli: Run, artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(evaluation_text()[:SHORTEST])
+    arguments = (artifact, "--limit", 8, "--tasks", "facts_trained", "--noise", 0, "--text", tmp_path / "text.txt")
+    options = ("--out", tmp_path / "e", "--accept", "drop<=1@95%")
+    code, out, err = cli("eval", *arguments, *options)
+    assert (code, "facts_trained" in err) == (0, False), err
+    code, out, err = cli("eval", *arguments, *options, "--accept", "closed book:drop<=0.001@95%")
+    assert code == 5  # eight questions exclude no loss
+    assert "Facts, trained wording" in out and "small: facts_trained: +0.0 points" in err
+    assert (tmp_path / "e" / "small" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--accept", "drop<0.02"), "drop<=0.02@95%"),
+        (("--accept", "recall:drop<=0.02@95%"), "no family 'recall'"),
+        (("--batch-size", "lots"), "neither auto nor a number"),
+        (("--suite", "fact"), "did you mean 'facts'"),
+        (("--tasks", "facts_trained,facts_mcq"), "did you mean 'facts_mc'"),
+        (("--chat-template",), "no chat template"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line_and_asks_nothing(
+    cli: Run, artifact: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    code, out, err = cli("eval", artifact, "--out", tmp_path / "e", *options)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+    assert said in err
+    assert not (tmp_path / "e").exists()
+
+
+def test_the_tasks_are_listed_with_their_sizes_and_what_they_lack(cli: Run) -> None:
+    code, out, err = cli("tasks", "--suite", "facts", "--json")
+    assert code == 0, err
+    [suite] = json.loads(out)["suites"]
+    found = {task["name"]: task for task in suite["tasks"]}
+    assert (suite["suite"], found["facts_generate"]["n"], found["facts_generate"]["data"]) == ("facts", 100, "built in")
+    assert Path(suite["folder"]).is_dir()
+    code, out, err = cli("tasks", "--suite", "facts")
+    assert code == 0 and "facts_trained" in out and "--include_path" in out
+    assert cli("tasks", "--suite", "fakts")[0] == 2
