@@ -47,3 +47,15 @@ def test_a_destructive_recipe_is_not_accepted(tmp_path: Path) -> None:
 def test_a_gentle_recipe_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE.format(method="rtn: {bits: 8, group: 0}"))
     assert compress.run(None, tmp_path / "r.yaml", tmp_path / "o").fallbacks == 0
+
+
+def test_a_recipe_may_accept_by_real_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(compress, "evaluate", lambda path, base, **options: asked.update(options) or exit_early())
+
+    def exit_early() -> Any:
+        raise compress.RecipeError("asked")
+
+    with pytest.raises(compress.RecipeError, match="asked"):
+        compress.accept(tmp_path, "builtin", compress.Accept(suite="kick_mini", data_dir=str(tmp_path)))
+    assert asked == {"device": "cpu", "suite": "kick_mini", "data_dir": tmp_path}

@@ -219,6 +219,7 @@ def file(tmp_path: Path) -> Path:
         ("model=builtin", lambda r: r.model == "builtin"),
         ("passes.1.damping=1e-3", lambda r: r.passes[1] == GPTQ(damping=0.001)),
         ("accept.max_drop=0.1", lambda r: r.accept == Accept(max_drop=0.1)),
+        ("accept.suite=kick_mini", lambda r: r.accept is not None and r.accept.suite == "kick_mini"),
         ("kv.bits=2", lambda r: r.kv == KV(bits=2)),
     ],
 )

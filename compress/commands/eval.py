@@ -91,11 +91,11 @@ def shown(results: list[Any]) -> list[Any]:
     """The tables and sentences that people read, model by model."""
     import compress_evals as evals
     from compress.console import quality_table
-    from compress_evals.report import noise_line, skipped_lines, speed_line
+    from compress_evals.report import caveats, noise_line, speed_line
 
     dense, *others = results
     rows = evals.table_rows(results)
-    parts: list[Any] = list(map(escape, skipped_lines(dense)))
+    parts: list[Any] = list(map(escape, caveats(dense)))
     for found in others:
         mine = [row for row in rows if row.model == found.model.name]
         parts.append(quality_table(mine, f"{found.model.name} against {dense.model.name}"))

@@ -27,7 +27,7 @@ from compress_evals.examples import examples, shown, spoken
 from compress_evals.fidelity import Fidelity, measure_fidelity
 from compress_evals.noise import measure_noise, samples
 from compress_evals.progress import Meter
-from compress_evals.questions import Exam, Questions, hashed, prepare
+from compress_evals.questions import Exam, Questions, hashed, prepare, within
 from compress_evals.references import Held
 from compress_evals.report import html, markdown
 from compress_evals.results import Results, Speed, save
@@ -109,9 +109,12 @@ def evaluate_folders(
         make(out)
     meter = meter or Meter(on_progress)
     place = cache if cache is not None else None if out is None else out / "cache"
+    store = None if place is None else Cache(place, fresh=fresh, say=meter.note)
+    dense = subject(model_name(source), locate(source), None, device)
+    exam = within(exam, dense.known(exam, store).max_length)
     session = Session(
         exam=exam,
-        cache=None if place is None else Cache(place, fresh=fresh, say=meter.note),
+        cache=store,
         meter=meter,
         again=samples(exam, noise) if noise else (),
         examples=out is not None,
@@ -120,7 +123,6 @@ def evaluate_folders(
         seed=seed,
         speed=speed,
     )
-    dense = subject(model_name(source), locate(source), None, device)
     others = [subject(*found, device) for found in zip(names, folders, below, strict=True)]
     size = batching.find(dense, exam, session.cache) if batch_size == "auto" else batch_size
     results, fitted = batching.halving(size, partial(ask_all, session, dense, others), meter.note)

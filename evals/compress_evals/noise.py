@@ -53,4 +53,4 @@ def sentence(noise: Mapping[str, Noise], pairs: Mapping[str, tuple[str, Paired]]
     known = f"the dense model's own noise ({flips} of {asked:,} answers change with the batch size)"
     if not titles:
         return f"Every task differs by more than {known}."
-    return f"Indistinguishable from {known}: {', '.join(titles)}."
+    return f"Indistinguishable from {known}: {'; '.join(titles)}."

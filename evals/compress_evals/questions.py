@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,33 @@ def prepare(
         tasks=asked,
         skipped=skipped,
     )
+
+
+def within(exam: Exam, context: int) -> Exam:
+    """The exam without the tasks that generate as much as a model's whole context, which lm-eval cannot ask.
+
+    Raises RecipeError if none is left.
+    """
+    longest = {
+        asked.task.name: max(
+            tokens_to_generate(prompt_and_then(arguments)[1]) for requests in asked.requests for arguments in requests
+        )
+        for asked in exam.tasks
+    }
+    skipped = {
+        asked.task.name: Skipped(
+            title=asked.task.title,
+            family=asked.task.family,
+            reason=f"it generates up to {longest[asked.task.name]:,} tokens, and the model's context is {context:,}",
+        )
+        for asked in exam.tasks
+        if longest[asked.task.name] >= context
+    }
+    if len(skipped) == len(exam.tasks):
+        reasons = "; ".join(f"{name}: {skip.reason}" for name, skip in skipped.items())
+        raise RecipeError(f"{exam.suite.name}: no task fits this model: {reasons}")
+    left = tuple(asked for asked in exam.tasks if asked.task.name not in skipped)
+    return replace(exam, tasks=left, skipped={**exam.skipped, **skipped})
 
 
 def availability(

@@ -159,7 +159,7 @@ def markdown(results: Sequence[Results]) -> str:
     """The report as Markdown: what was compressed, the table for each model, tiers and fidelity."""
     dense, compressed = split(results)
     parts = [f"# {md(headline(dense, compressed))}", md(header_line(dense))]
-    parts += [f"- {md(line)}" for line in skipped_lines(dense)]
+    parts += [f"- {md(line)}" for line in caveats(dense)]
     if not compressed:
         parts.append(md_table(("task", "n", "score"), [_score_cells(dense, task) for task in dense.tasks]))
     rows = table_rows(results)
@@ -192,7 +192,7 @@ def html(results: Sequence[Results]) -> str:
     return environment.get_template("report.html.j2").render(
         title=headline(dense, compressed),
         header=header_line(dense),
-        skipped=skipped_lines(dense),
+        caveats=caveats(dense),
         dense=dense,
         dense_rows=[_score_cells(dense, task) for task in dense.tasks],
         cards=[_card(dense, result) for result in compressed],
@@ -282,9 +282,12 @@ def speed_line(result: Results) -> str:
     )
 
 
-def skipped_lines(dense: Results) -> list[str]:
-    """The tasks that were not asked, and why."""
-    return [f"Not asked: {skip.title} ({skip.family}): {skip.reason}" for skip in dense.skipped.values()]
+def caveats(dense: Results) -> list[str]:
+    """The tasks that were not asked, and why, and those whose prompts were cut to fit."""
+    skipped = [f"Not asked: {skip.title} ({skip.family}): {skip.reason}" for skip in dense.skipped.values()]
+    cut = [f"{task.title} ({task.truncated} of {task.n})" for task in dense.tasks.values() if task.truncated]
+    context = dense.engine.max_length
+    return skipped + ([f"Longer than the context of {context:,} tokens, so cut: {'; '.join(cut)}"] if cut else [])
 
 
 def size_change(before: int | None, after: int | None) -> str:

@@ -17,7 +17,7 @@ from compress_evals import stats
 from compress_evals.answers import Answers, answers
 from compress_evals.cache import Cache
 from compress_evals.progress import Meter
-from compress_evals.questions import Exam, Questions, beginning_with_bos, load_tasks, prepare
+from compress_evals.questions import Exam, Questions, beginning_with_bos, load_tasks, prepare, within
 from compress_evals.results import Metric, Results, Row, TaskResult, TierScore, task_hash
 from compress_evals.subject import Subject, engine
 from compress_evals.suite import FACTS, find
@@ -48,9 +48,10 @@ def evaluate(
     put into eval mode. Nothing is stored: a live model has no hash.
     """
     exam = prepare(find(suite), tokenizer, only=only, limit=limit, seed=seed, data_dir=data_dir, online=online)
+    subject = Subject(name, lambda: model, device=str(model.device), description=description)
+    exam = within(exam, subject.known(exam).max_length)
     meter = Meter(on_progress)
     meter.expect(exam.tasks)
-    subject = Subject(name, lambda: model, device=str(model.device), description=description)
     return measure(subject, exam, batch_size, meter=meter)
 
 

@@ -155,3 +155,13 @@ def test_a_sample_is_fixed_and_part_of_what_is_asked(tokenizer: Any) -> None:
     assert part.requests == questions.sample(whole.tasks[0], whole, 10).requests
     assert [part.document(i)["prompt"] for i in range(10)] == [part.prompt(i) for i in range(10)]
     assert isinstance(part.data, Data)
+
+
+def test_a_task_that_generates_more_than_a_context_is_skipped_and_says_so(tokenizer: Any) -> None:
+    found = prepare(FACTS, tokenizer, only=["facts_generate", "facts_mc"], limit=4)
+    assert questions.within(found, 512) == found
+    short = questions.within(found, 32)
+    assert [asked.task.name for asked in short.tasks] == ["facts_mc"]
+    assert short.skipped["facts_generate"].reason == "it generates up to 32 tokens, and the model's context is 32"
+    with pytest.raises(RecipeError, match="no task fits this model: facts_generate"):
+        questions.within(exam(tokenizer, only="facts_generate"), 32)

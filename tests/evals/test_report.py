@@ -177,3 +177,33 @@ def test_the_calibration_is_named_with_a_short_hash(make_results: Callable[..., 
     )
     assert calibration(made) == "name mixed, sha256 0123456789ab, tokens 32768"
     assert calibration(make_results("b", {"t": [1]})) == "none recorded"
+
+
+def test_what_was_skipped_cut_or_is_within_noise_is_said(make_results: Callable[..., Results]) -> None:
+    from compress_evals.report import caveats, noise_line, speed_line
+    from compress_evals.results import Noise, Skipped, Speed
+
+    dense = make_results("dense", {"facts_trained": [1] * 400, "facts_mc": [1] * 400})
+    task = dense.tasks["facts_mc"].model_copy(update={"truncated": 3})
+    dense = dense.model_copy(
+        update={
+            "tasks": {**dense.tasks, "facts_mc": task},
+            "skipped": {"kick_x": Skipped(title="X <b>", family="choice", reason="no data")},
+            "noise": {"facts_mc": Noise(batch_size=32, n=200, flips=1)},
+        }
+    )
+    small = make_results("small", {"facts_trained": [0] + [1] * 399, "facts_mc": [0] + [1] * 399})
+    speed = Speed(prompt=64, new=128, runs=5, dense=10.0, compressed=20.0, ratio=2.0, low=1.9, high=2.1)
+    small = small.model_copy(update={"vs": compare(dense, small, speed=speed)})
+    lines = [
+        "Not asked: X <b> (choice): no data",
+        "Longer than the context of 512 tokens, so cut: Title of facts_mc (3 of 400)",
+        "Indistinguishable from the dense model's own noise (1 of 200 answers change with the batch size): "
+        "Title of facts_mc.",
+        "Generates 20.0 tokens/s, dense 10.0: 2.00x (1.90 to 2.10 over 5 runs of 64 + 128 tokens).",
+    ]
+    assert [*caveats(dense), noise_line(dense, small), speed_line(small)] == lines
+    page, text = html([dense, small]), markdown([dense, small])
+    assert "X &lt;b&gt;" in page and "X <b>" not in page
+    assert all(part in page for part in ("so cut: Title", "own noise (1 of 200", "20.0 tokens/s"))
+    assert all(part in text for part in ("so cut: Title", "own noise (1 of 200", "20.0 tokens/s"))
