@@ -69,11 +69,11 @@ def read(name: str, folder: Path | None, online: bool) -> Found:
         path = _locate(folder, WITHIN.get(name, name))
         if path is not None:
             return _from_folder(path, folder.resolve())
-    missing = "no data folder was given" if folder is None else f"{name} is not in the data folder {folder}"
+    missing = f"{name}: no data folder was given" if folder is None else f"{name} is not in the data folder {folder}"
     if not online:
-        raise Unavailable(f"{name}: {missing} and --online was not")
+        raise Unavailable(f"{missing} and --online was not")
     if name not in HUB:
-        raise Unavailable(f"{name}: {missing}, and the hub has no copy of it known to be the same")
+        raise Unavailable(f"{missing}, and the hub has no copy of it known to be the same")
     return _from_hub(name)
 
 
