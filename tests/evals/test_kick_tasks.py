@@ -55,6 +55,11 @@ NOT_IN_THE_FOLDER = {"hellaswag/validation", "cnn_dailymail/test"}
 SIGNS = {"triviaqa": 151, "nq_closed": 1, "nq_open": 1}  # accepted answers without a letter, mostly emoji
 
 
+def test_no_question_counts_twice() -> None:
+    counted = [task.needs for task in KICK.tasks if not task.control and task.family == "choice"]
+    assert len(set(counted)) == len(counted)
+
+
 def config(name: str) -> dict[str, Any]:
     """A task file with what it includes, as lm-eval reads it."""
     from lm_eval.tasks._yaml_loader import load_yaml
