@@ -25,9 +25,13 @@ def samples(exam: Exam, n: int) -> list[Questions]:
 def measure_noise(
     subject: Subject, results: Results, exam: Exam, again: Sequence[Questions], cache: Cache | None, meter: Meter
 ) -> dict[str, Noise]:
-    """The flips of a model against itself at half the batch size, by task; `again` are some of what it was asked."""
-    half = max(1, results.engine.batch_size // 2)
-    found = {}
+    """The flips of a model against itself at half the batch size, by task; `again` are some of what it was asked.
+
+    Nothing where questions are asked one at a time: there is no half of one, and the same again shows no noise.
+    """
+    half, found = results.engine.batch_size // 2, dict[str, Noise]()
+    if not half:
+        return found
     for number, asked in enumerate(again, start=1):
         heard = meter.begin(f"{subject.name}, noise", asked, number, len(again))
         rows = answers(subject, asked, exam, half, cache, heard).rows
@@ -40,8 +44,12 @@ def measure_noise(
 
 
 def within(pair: Paired, noise: Noise | None) -> bool:
-    """Whether a comparison flips no larger a share of answers than the dense model does by itself."""
-    return noise is not None and noise.n > 0 and pair.flips <= noise.flips / noise.n
+    """Whether a comparison flips no larger a share of answers than the dense model does by itself, both ways alike.
+
+    Noise has no direction: as many flips that are surely more losses than gains, or the reverse, are a difference.
+    """
+    alike = pair.low <= 0 <= pair.high
+    return alike and noise is not None and noise.n > 0 and pair.flips <= noise.flips / noise.n
 
 
 def sentence(noise: Mapping[str, Noise], pairs: Mapping[str, tuple[str, Paired]]) -> str:

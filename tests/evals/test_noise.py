@@ -32,7 +32,7 @@ def test_a_float32_model_has_none_at_half_the_batch(model: Any, exam: Exam) -> N
 
 def test_answers_that_change_are_counted(model: Any, exam: Exam, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Subject("tiny", lambda: model, device="cpu")
-    results = measure(tiny, exam, 1)
+    results = measure(tiny, exam, 2)
     sizes = []
 
     def changed(subject: Any, asked: Any, exam: Exam, batch_size: int, *rest: Any) -> Answers:
@@ -44,7 +44,9 @@ def test_answers_that_change_are_counted(model: Any, exam: Exam, monkeypatch: py
     monkeypatch.setattr(noises, "answers", changed)
     found = measure_noise(tiny, results, exam, samples(exam, 5), None, Meter())
     assert [noise.flips for noise in found.values()] == [1, 1]
-    assert sizes == [1, 1]  # half of one is one
+    assert sizes == [1, 1]
+    alone = results.model_copy(update={"engine": results.engine.model_copy(update={"batch_size": 1})})
+    assert measure_noise(tiny, alone, exam, samples(exam, 5), None, Meter()) == {}  # there is no half of one
 
 
 def test_no_more_flips_than_noise_is_no_difference() -> None:
@@ -52,6 +54,14 @@ def test_no_more_flips_than_noise_is_no_difference() -> None:
     assert within(pair, Noise(batch_size=32, n=200, flips=4))
     assert not within(pair, Noise(batch_size=32, n=200, flips=3))
     assert not within(pair, None)
+
+
+def test_as_many_flips_that_only_lose_are_a_difference() -> None:
+    pair = paired([1] * 1000, [0] * 20 + [1] * 980)
+    assert pair.verdict == "matching" and pair.high < 0
+    assert not within(pair, Noise(batch_size=32, n=200, flips=4))
+    both = paired([1] * 990 + [0] * 10, [0] * 10 + [1] * 990)
+    assert within(both, Noise(batch_size=32, n=200, flips=4))
 
 
 def test_the_sentence_names_what_is_within_noise() -> None:
