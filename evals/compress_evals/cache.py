@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Cache:
             damaged = entry["sha256"] != _sha(content) or entry["key"] != key(kind, parts)
         except FileNotFoundError:
             return None
-        except (OSError, EOFError, ValueError, KeyError, TypeError):  # of gzip, JSON, or another layout
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError, KeyError, TypeError):  # gzip, JSON, layout
             damaged = True
         if damaged:
             self.damaged(path)

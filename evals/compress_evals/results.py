@@ -12,7 +12,9 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -88,9 +90,9 @@ class TaskResult(Stored):
     title: str
     family: str
     headline: str
-    chance: float
+    chance: float = Field(ge=0, lt=1)
     version: str
-    n: int
+    n: int = Field(ge=1)
     shots: int
     task_hash: str
     metrics: dict[str, Metric]
@@ -264,6 +266,7 @@ def load(folder: Path) -> Results:
     """Read a result written by `save`, from its folder or its `results.json`.
 
     Raises ArtifactError if it is missing, of another schema, malformed, or if its rows are not its own.
+    Results come from strangers: what those who read them rely on is checked here.
     """
     folder = folder.parent if folder.name == RESULTS_FILE else folder
     results = _parse(folder / RESULTS_FILE)
@@ -273,7 +276,15 @@ def load(folder: Path) -> Results:
             raise ArtifactError(
                 f"{folder}: samples of {task} do not belong to {RESULTS_FILE}; run the evaluation again"
             )
+        if result.headline not in result.metrics or not all(_scored(row, result.headline) for row in rows[task]):
+            raise ArtifactError(f"{folder}: not every question of {task} has a finite {result.headline}")
+    if not results.tasks or (results.vs is not None and results.vs.tasks.keys() != results.tasks.keys()):
+        raise ArtifactError(f"{folder}: no task was asked, or other tasks were compared; run the evaluation again")
     return results.model_copy(update={"rows": rows})
+
+
+def _scored(row: Row, metric: str) -> bool:
+    return math.isfinite(row.scores.get(metric, math.nan))
 
 
 def _parse(path: Path) -> Results:
@@ -281,7 +292,7 @@ def _parse(path: Path) -> Results:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such results; write them with `compress eval`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON: {error}") from None
     found = content.get("schema") if isinstance(content, dict) else None
     if found != SCHEMA:
@@ -301,7 +312,7 @@ def _rows(path: Path) -> tuple[Row, ...]:
         return tuple(Row.model_validate_json(line) for line in text.split("\n") if line)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: the questions of this result are missing") from None
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ArtifactError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
 
 

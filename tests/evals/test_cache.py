@@ -111,7 +111,7 @@ def test_two_models_never_share_an_entry(model: Any, exam: Exam, tmp_path: Path,
     assert found[0].rows["facts_generate"] != found[1].rows["facts_generate"]
 
 
-@pytest.mark.parametrize("how", ["a score", "truncated", "not gzip", "another's", "a row less"])
+@pytest.mark.parametrize("how", ["a score", "truncated", "a bit", "not gzip", "another's", "a row less"])
 def test_a_damaged_entry_is_measured_again_and_said_to_be(
     model: Any, exam: Exam, tmp_path: Path, asked: list[str], how: str
 ) -> None:
@@ -142,6 +142,10 @@ def damage(path: Path, other: Path, how: str) -> None:
             path.write_bytes(gzip.compress(json.dumps(entry).encode()))
         case "truncated":
             path.write_bytes(path.read_bytes()[:-20])
+        case "a bit":
+            raw = bytearray(path.read_bytes())
+            raw[10] = 0xFF  # the first block is of no kind that there is
+            path.write_bytes(raw)
         case "not gzip":
             path.write_bytes(b"{}")
         case "another's":

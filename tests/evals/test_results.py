@@ -123,9 +123,33 @@ def test_broken_files_are_refused(results: Results, tmp_path: Path) -> None:
     (tmp_path / "samples" / "facts_trained.jsonl.gz").unlink()
     with pytest.raises(ArtifactError, match="are missing"):
         load(tmp_path)
+    raw = bytearray(gzip.compress(b"0" * 1000))
+    raw[10] = 0xFF  # the first block is of no kind that there is
+    (tmp_path / "samples" / "facts_trained.jsonl.gz").write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"facts_trained\.jsonl\.gz: not readable"):
+        load(tmp_path)
+    (tmp_path / "results.json").write_text("[" * 200_000)
+    with pytest.raises(ArtifactError, match="not readable as JSON"):
+        load(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(ArtifactError, match="not readable as JSON"):
         load(tmp_path)
+
+
+def test_what_readers_rely_on_is_checked(results: Results, tmp_path: Path) -> None:
+    save(results.model_copy(update={"tasks": {}, "vs": None}), tmp_path / "none")
+    with pytest.raises(ArtifactError, match="no task was asked"):
+        load(tmp_path / "none")
+    task = next(iter(results.tasks))
+    for changed in ({"headline": "f1"}, {"headline": "f1", "metrics": {"f1": results.tasks[task].score}}):
+        other = results.tasks[task].model_copy(update=changed)
+        save(results.model_copy(update={"tasks": {**results.tasks, task: other}}), tmp_path / "other")
+        with pytest.raises(ArtifactError, match="finite f1"):
+            load(tmp_path / "other")
+    sure = results.tasks[task].model_copy(update={"chance": 1.0})
+    save(results.model_copy(update={"tasks": {**results.tasks, task: sure}}), tmp_path / "sure")
+    with pytest.raises(ArtifactError, match="chance"):
+        load(tmp_path / "sure")
 
 
 def test_rows_are_strict() -> None:

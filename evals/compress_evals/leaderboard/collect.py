@@ -160,7 +160,7 @@ def _cell(path: Path) -> Cell:
     except ValidationError as error:
         first = error.errors()[0]
         raise ArtifactError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON: {error}") from None
 
 

@@ -78,7 +78,7 @@ def is_site(folder: Path) -> bool:
     """Whether a folder was written by `publish`."""
     try:
         content = json.loads((folder / MADE_HERE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("kind") == KIND
 
