@@ -174,7 +174,7 @@ def as_csv(boards: Sequence[tuple[Board, Sequence[Line]]]) -> str:
     names = list(dict.fromkeys(family for board, _ in boards for family in families(board)))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"{name} {column}" for name in names for column in FAMILY_COLUMNS)])
+    writer.writerow([*COLUMNS, *(_plain(f"{name} {column}") for name in names for column in FAMILY_COLUMNS)])
     for number, (_, lines) in enumerate(boards, start=1):
         for line in lines:
             cells = {cell.family: cell for cell in line.families}

@@ -150,9 +150,14 @@ def test_the_data_are_described_and_agree(hostile_site: Path) -> None:
 def test_a_spreadsheet_takes_no_name_for_a_formula(
     dense: Results, versus: Versus, stored: Store, tmp_path: Path
 ) -> None:
-    publish([stored(tmp_path / "in", [dense, versus('=HYPERLINK("x")', {})])], tmp_path / "site")
+    tasks = {name: task.model_copy(update={"family": "=1+1"}) for name, task in dense.tasks.items()}
+    strange = dense.model_copy(update={"tasks": tasks})
+    made = versus('=HYPERLINK("x")', {}, original=strange)
+    publish([stored(tmp_path / "in", [strange, made])], tmp_path / "site")
     with (tmp_path / "site" / "leaderboard.csv").open(encoding="utf-8", newline="") as stream:
-        assert next(csv.DictReader(stream))["model"] == '\'=HYPERLINK("x")'
+        line = next(csv.DictReader(stream))
+    assert line["model"] == '\'=HYPERLINK("x")'
+    assert "'=1+1 score" in line and not any(cell.startswith("=") for cell in (*line, *line.values()))
 
 
 def test_markdown_escapes_names(hostile_site: Path) -> None:
