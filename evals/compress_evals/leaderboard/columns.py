@@ -78,7 +78,7 @@ def _verdicts() -> Column:
     return Column(
         group="verdicts",
         label="Families by verdict",
-        about="each family's verdict, worst first; sorts by how many fail, then by how many drop",
+        about="each family's verdict, worst first; sorts by how many fail, then by how many drop, controls left out",
         cell=lambda line: Cell(
             sort=_severity(line),
             text="",
@@ -201,6 +201,6 @@ def _number(value: float | None, form: str) -> Cell:
 
 
 def _severity(line: Line) -> float:
-    """How bad the verdicts are: the number of fails first, then of drops, of inconclusive, and so on."""
-    counts = [len(line.verdicts.get(verdict, ())) for verdict in SEVERITY]
+    """How bad the verdicts are but those of controls: the number of fails, then of drops, then of inconclusive."""
+    counts = [sum(not c.control and c.paired.verdict == verdict for c in line.families) for verdict in SEVERITY]
     return float(sum(count * 100.0 ** (len(SEVERITY) - i) for i, count in enumerate(counts[:3])))

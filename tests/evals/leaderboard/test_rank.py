@@ -10,6 +10,7 @@ import pytest
 
 from compress_evals.comparison import compare, retained
 from compress_evals.leaderboard.collect import Board, Entry, collect
+from compress_evals.leaderboard.columns import columns
 from compress_evals.leaderboard.rank import standings
 from compress_evals.leaderboard.table import lines
 from compress_evals.results import Results
@@ -80,6 +81,19 @@ def test_controls_decide_nothing(dense: Results, versus: Versus) -> None:
     [standing] = standings(board_of(guarded, versus("one", {"facts_copy": 40}, original=guarded)))
     assert "facts_copy" not in standing.families
     assert standing.kept is not None and standing.kept.value == 1
+
+
+def test_a_control_that_fails_sorts_nobody_down(dense: Results, versus: Versus) -> None:
+    tasks = {name: task.model_copy(update={"control": name == "facts_mc"}) for name, task in dense.tasks.items()}
+    controlled = dense.model_copy(update={"tasks": tasks})
+    orders = []
+    for lost in ({}, {"facts_mc": 30}):
+        [line] = lines(board_of(controlled, versus("one", lost, original=controlled)))
+        [column] = [
+            column for column in columns([line], [c.family for c in line.families]) if column.label[-7:] == "verdict"
+        ]
+        orders.append(column.cell(line).sort)
+    assert "fails" in line.verdicts and orders[0] == orders[1]
 
 
 def test_models_share_a_rank_unless_one_is_surely_better(
