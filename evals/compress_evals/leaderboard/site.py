@@ -1,6 +1,7 @@
 """Write a site: everything into a folder beside it, which then takes its place, so that no half site is ever seen.
 
 A site that is there is replaced if it is one of ours, or by force; never a folder that holds the results it is made of.
+What somebody put beside the pages of a site of ours stays there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from compress_evals.leaderboard.naming import slugs
 from compress_evals.leaderboard.pages import board_page, boards_page, model_page, rows_by_model
 from compress_evals.leaderboard.svg import check_picture
 from compress_evals.leaderboard.table import Line, lines
+
+PARTS = {"index.html", "models", MADE_HERE, "leaderboard.csv", "leaderboard.md", "leaderboard.schema.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,15 @@ def is_site(folder: Path) -> bool:
     return isinstance(content, dict) and content.get("kind") == KIND
 
 
+def strangers(site: Path) -> list[Path]:
+    """What stands in a site of ours and was not written by `publish`: a page about it, the sweep it comes from."""
+    if not is_site(site):
+        return []
+    boards = json.loads((site / MADE_HERE).read_text(encoding="utf-8")).get("boards") or []
+    folders = {str(board.get("folder")) for board in boards if isinstance(board, dict)}
+    return sorted(path for path in site.iterdir() if path.name not in PARTS | folders)
+
+
 def _write(collection: Collection, tables: Sequence[tuple[Board, list[Line]]], out: Path) -> None:
     single = len(tables) == 1
     folders = [""] if single else slugs(board.dense.name for board, _ in tables)
@@ -119,6 +131,14 @@ def _text(path: Path, content: str) -> None:
 
 def _put(partial: Path, site: Path) -> None:
     """Put a finished folder in place of `site`; if that fails, what was there is put back."""
+    for path in strangers(site):
+        target = partial / path.name
+        if target.exists():  # a board that is new is called so
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target, symlinks=True)
+        else:
+            shutil.copy2(path, target, follow_symlinks=False)
     old = site.parent / f"{site.name}.partial-{uuid4().hex[:8]}"
     if site.exists():
         site.rename(old)

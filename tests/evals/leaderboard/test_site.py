@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -197,6 +198,18 @@ def test_only_a_site_of_ours_is_replaced(dense: Results, versus: Versus, stored:
         with pytest.raises(RecipeError, match="folder of its own"):
             publish([results / "r0"], folder, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "site"]
+
+
+def test_what_was_put_into_a_site_stays(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
+    results, site = stored(tmp_path / "in", [dense, versus("one", {}), versus("two", {})]), tmp_path / "site"
+    publish([results], site)
+    (site / "findings.md").write_text("mine", encoding="utf-8")
+    (site / "more").mkdir()
+    (site / "more" / "sweep.yaml").write_text("mine", encoding="utf-8")
+    shutil.rmtree(results / "r2")
+    publish([results], site)
+    assert [path.name for path in (site / "models").iterdir()] == ["one.html"]
+    assert [(site / path).read_text() for path in ("findings.md", "more/sweep.yaml")] == ["mine", "mine"]
 
 
 def test_a_result_that_cannot_be_read_leaves_the_site_as_it_was(
