@@ -194,7 +194,7 @@ def summarise(items: Sequence[Item], calls: int) -> Judged:
     scores = [(_mean(item.dense_scores), _mean(item.compressed_scores)) for item in items]
     both = [(dense, compressed) for dense, compressed in scores if dense is not None and compressed is not None]
     delta = [compressed - dense for dense, compressed in both]
-    low, high = stats.mean_interval(delta) if delta else (None, None)
+    pair = stats.paired([dense for dense, _ in both], [compressed for _, compressed in both]) if both else None
     verdicts = Counter(item.verdict for item in items)
     return Judged(
         n=len(items),
@@ -203,8 +203,8 @@ def summarise(items: Sequence[Item], calls: int) -> Judged:
         dense=_mean([dense for dense, _ in both]),
         compressed=_mean([compressed for _, compressed in both]),
         delta=_mean(delta),
-        low=low,
-        high=high,
+        low=pair.low if pair else None,
+        high=pair.high if pair else None,
         noise_sd=noise_sd([scores for item in items for scores in (item.dense_scores, item.compressed_scores)]),
         wins=verdicts["compressed"],
         ties=verdicts["tie"],

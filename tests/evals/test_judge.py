@@ -104,6 +104,12 @@ def test_a_judge_that_sees_only_the_place_yields_only_ties(double: Double, alway
     assert found.longer_preferred is None
 
 
+def test_equal_scores_are_no_one_sided_interval(double: Double) -> None:
+    double.answer = grading(lambda _: 5, lambda a, b: "tie")
+    found = judge(pairs(), double.endpoint())
+    assert (found.delta, found.low, found.high) == (0, 0, 0)  # not those of a share that is zero
+
+
 def test_a_fair_judge_is_believed(double: Double) -> None:
     double.answer = fair
     found = judge(pairs(), double.endpoint())
