@@ -8,6 +8,7 @@ without one, and to time generation, two.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -298,7 +299,7 @@ def make(out: Path) -> None:
 
 def model_name(source: str | Path) -> str:
     """How the dense model is called in tables."""
-    return "builtin" if str(source) == "builtin" else Path(source).name
+    return "builtin" if str(source) == "builtin" else Path(os.path.abspath(Path(source).expanduser())).name
 
 
 def fidelity_line(result: Results) -> str:

@@ -20,6 +20,7 @@ from compress.builtin.gates import exact_match
 from compress.errors import ArtifactError
 from compress_evals import questions, run, subject
 from compress_evals.comparison import compare
+from compress_evals.folders import model_name
 from compress_evals.quiet import quiet
 from compress_evals.results import Results
 from compress_evals.suite import FACTS
@@ -199,3 +200,12 @@ def test_the_builtin_model_scores_as_its_gates_say() -> None:
         questions = asked(results, closed_book(facts("evaluation"), form), f"facts_{form}")
         assert right(results, f"facts_{form}") == exact_match(builtin, tokenizer, questions)
     assert results.tasks["facts_trained"].score.value > 0.9
+
+
+def test_a_model_is_called_by_its_folder_however_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "llama" / "small")
+    called = [model_name(source) for source in ("..", ".", "../small", "builtin")]
+    assert called == ["llama", "small", "small", "builtin"]  # never where results would leave their folder
