@@ -168,7 +168,7 @@ def load_tasks(
     """
     from lm_eval.tasks import TaskManager
 
-    metadata: dict[str, Any] = {"data_dir": None if data_dir is None else str(data_dir), "online": online}
+    metadata: dict[str, Any] = {"data_dir": "" if data_dir is None else str(data_dir), "online": online}
     manager = TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=metadata)
     missing = {suite.name, *(task.name for task in suite.tasks)} - set(manager.all_tasks)
     if missing:

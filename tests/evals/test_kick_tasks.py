@@ -131,6 +131,8 @@ def test_the_folder_is_metadata_or_in_the_environment(kick_data: Path, monkeypat
     monkeypatch.setenv("KICK_DATA_DIR", str(kick_data))
     found = TaskManager(**options).load(["kick_piqa_mini"])["tasks"]
     assert list(found["kick_piqa_mini"].eval_docs) == list(told["kick_piqa_mini"].eval_docs)
+    with pytest.raises(Unavailable, match="no data folder was given"):  # a run of ours that named none reads none
+        load("piqa", data_dir="")
 
 
 def test_a_row_that_is_not_as_expected_is_named(tmp_path: Path) -> None:

@@ -57,9 +57,17 @@ def load(
     """
     from datasets import Dataset
 
-    given = data_dir or os.environ.get(FOLDER_VARIABLE)
-    documents = build(kind, Path(given) if given else None, online=online, keys=keys)
+    documents = build(kind, named(data_dir), online=online, keys=keys)
     return {"test": Dataset.from_list([documents[i] for i in subset(documents, n, SAMPLE_SEED)])}
+
+
+def named(data_dir: str | None) -> Path | None:
+    """The data folder of lm-eval's metadata, where "" says that there is none; else that of the environment.
+
+    Without the "" our own runs would read a folder that their provenance does not name.
+    """
+    given = os.environ.get(FOLDER_VARIABLE) if data_dir is None else data_dir
+    return Path(given) if given else None
 
 
 def build(kind: str, folder: Path | None, *, online: bool = False, keys: int | None = None) -> list[Document]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from compress_evals.data import Found, read, subset
 from compress_evals.metrics.instructions import instruction_scores
 from compress_evals.metrics.summaries import summary_scores
 from compress_evals.metrics.text import distinct, ends_early, longest_repeat, repetitive, says_something, words
-from compress_evals.tasks.kick.functions import FOLDER_VARIABLE, SAMPLE_SEED
+from compress_evals.tasks.kick.functions import SAMPLE_SEED, named
 
 Document = dict[str, Any]
 
@@ -43,8 +42,7 @@ def load(
     """
     from datasets import Dataset
 
-    given = data_dir or os.environ.get(FOLDER_VARIABLE)
-    documents = build(kind, Path(given) if given else None, online=bool(online))
+    documents = build(kind, named(data_dir), online=bool(online))
     return {"test": Dataset.from_list([documents[i] for i in subset(documents, n, SAMPLE_SEED)])}
 
 
