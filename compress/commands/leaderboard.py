@@ -17,6 +17,9 @@ def leaderboard(
     picture: Annotated[
         Path | None, typer.Option("--picture", help="also write worst family against size, as .svg or .png")
     ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, max=20, help="answers lost, and gained, of a task that a model's page shows")
+    ] = 20,
     as_json: Json = False,
 ) -> None:
     """Publish results as one page to sort and filter, a page a model, Markdown, CSV and JSON; no server needed."""
@@ -26,7 +29,7 @@ def leaderboard(
     from compress_evals.leaderboard import publish
 
     with screen().status("reading results"):
-        done = publish(results, out, force=force, picture=picture)
+        done = publish(results, out, force=force, picture=picture, examples=examples)
     value = {
         "out": str(out),
         "boards": [{"dense": name, "models": models, "failed": failed} for name, models, failed in done.boards],

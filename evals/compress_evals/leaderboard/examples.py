@@ -36,18 +36,18 @@ class Flips:
     all_gained: int
 
 
-def flipped(line: Line) -> list[Flips]:
-    """The examples of every task that has any."""
+def flipped(line: Line, most: int) -> list[Flips]:
+    """The examples of every task that has any, at most so many each way."""
     return [
         Flips(
             title=task.title,
-            lost=tuple(map(_flip, task.lost)),
-            gained=tuple(map(_flip, task.gained)),
+            lost=tuple(map(_flip, task.lost[:most])),
+            gained=tuple(map(_flip, task.gained[:most])),
             all_lost=task.paired.lost,
             all_gained=task.paired.gained,
         )
         for task in line.versus.tasks.values()
-        if task.lost or task.gained
+        if task.lost[:most] or task.gained[:most]
     ]
 
 

@@ -64,8 +64,8 @@ def board_page(board: Board, lines: Sequence[Line], *, home: str = "") -> str:
     )
 
 
-def model_page(board: Board, line: Line, rows: Sequence[TableRow], place: int, of: int) -> str:
-    """The page of one model: what it lost task by task, and the answers that flipped."""
+def model_page(board: Board, line: Line, rows: Sequence[TableRow], place: int, of: int, examples: int) -> str:
+    """The page of one model: what it lost task by task, and of each at most `examples` answers lost and gained."""
     results = line.entry.results
     dense = board.dense.results
     return _render(
@@ -80,7 +80,7 @@ def model_page(board: Board, line: Line, rows: Sequence[TableRow], place: int, o
         calibration=calibration(results),
         tiers=tier_table(dense, [results]),
         fidelity=fidelity_table([results]),
-        flips=flipped(line),
+        flips=flipped(line, examples),
         script_hash=None,
     )
 

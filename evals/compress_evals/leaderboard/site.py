@@ -22,7 +22,9 @@ from compress_evals.leaderboard.naming import slugs
 from compress_evals.leaderboard.pages import board_page, boards_page, model_page, rows_by_model
 from compress_evals.leaderboard.svg import check_picture
 from compress_evals.leaderboard.table import Line, lines
+from compress_evals.report import TableRow
 
+EXAMPLES = 20  # as many as a result holds
 PARTS = {"index.html", "models", MADE_HERE, "leaderboard.csv", "leaderboard.md", "leaderboard.schema.json"}
 
 
@@ -35,8 +37,12 @@ class Published:
     lines: tuple[tuple[Line, ...], ...]
 
 
-def publish(paths: Sequence[Path], site: Path, *, force: bool = False, picture: Path | None = None) -> Published:
+def publish(
+    paths: Sequence[Path], site: Path, *, force: bool = False, picture: Path | None = None, examples: int = EXAMPLES
+) -> Published:
     """Make the site of all results below `paths`; `picture` also gets the first board's front as SVG or PNG.
+
+    A model's page shows at most `examples` of the answers of a task that were lost, and as many that were gained.
 
     Raises ArtifactError for results that cannot be read or paired, RecipeError for a folder that must not be replaced.
     """
@@ -48,7 +54,7 @@ def publish(paths: Sequence[Path], site: Path, *, force: bool = False, picture: 
     partial = site.parent / f"{site.name}.partial-{uuid4().hex[:8]}"
     try:
         partial.mkdir(parents=True)
-        _write(collection, tables, partial)
+        _write(collection, tables, partial, examples)
         _put(partial, site)
     except OSError as error:
         raise RecipeError(f"--out: {site} cannot be written: {error.strerror}") from error
@@ -95,12 +101,12 @@ def strangers(site: Path) -> list[Path]:
     return sorted(path for path in site.iterdir() if path.name not in PARTS | folders)
 
 
-def _write(collection: Collection, tables: Sequence[tuple[Board, list[Line]]], out: Path) -> None:
+def _write(collection: Collection, tables: Sequence[tuple[Board, list[Line]]], out: Path, examples: int) -> None:
     single = len(tables) == 1
     folders = [""] if single else slugs(board.dense.name for board, _ in tables)
     rows = [rows_by_model(board) for board, _ in tables]
     for (board, found), folder, by_model in zip(tables, folders, rows, strict=True):
-        _board(board, found, by_model, out / folder, home="" if single else "../index.html")
+        _board(board, found, by_model, out / folder, examples, home="" if single else "../index.html")
         if not single:
             _data([(board, "", found, by_model)], out / folder)
     if not single:
@@ -111,11 +117,13 @@ def _write(collection: Collection, tables: Sequence[tuple[Board, list[Line]]], o
     _text(out / "leaderboard.schema.json", json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
 
 
-def _board(board: Board, found: Sequence[Line], rows: dict[str, list], out: Path, home: str) -> None:  # type: ignore[type-arg]
+def _board(
+    board: Board, found: Sequence[Line], rows: dict[str, list[TableRow]], out: Path, examples: int, home: str
+) -> None:
     (out / "models").mkdir(parents=True, exist_ok=True)
     _text(out / "index.html", board_page(board, found, home=home))
     for place, line in enumerate(found, start=1):
-        page = model_page(board, line, rows[line.name], place, len(found))
+        page = model_page(board, line, rows[line.name], place, len(found), examples)
         _text(out / "models" / f"{line.slug}.html", page)
 
 

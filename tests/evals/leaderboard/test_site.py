@@ -90,6 +90,18 @@ def test_nothing_is_loaded_from_elsewhere(hostile_site: Path, pages: dict[str, P
         }
 
 
+def test_as_many_flipped_answers_are_shown_as_asked_for(
+    hostile_results: Path, pages: dict[str, Page], tmp_path: Path
+) -> None:
+    def shown(all_pages: Sequence[str]) -> int:
+        return sum(text.count("It is <script>") for text in all_pages)
+
+    publish([hostile_results], tmp_path / "site", examples=1)
+    few = [Page(path).text for path in (tmp_path / "site").rglob("*.html")]
+    assert shown([page.text for page in pages.values()]) == 6  # two lost and one gained of two models
+    assert shown(few) == 4
+
+
 def test_the_policy_allows_our_script_alone(hostile_site: Path) -> None:
     page = (hostile_site / "index.html").read_text(encoding="utf-8")
     [policy] = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
