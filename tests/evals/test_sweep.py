@@ -19,6 +19,7 @@ import pytest
 
 from compress.errors import RecipeError
 from compress.recipe import from_dict
+from compress_evals import data
 from compress_evals.sweep import Progress, Summary, Sweep, load, plan, records, run, running, strangers
 from compress_evals.sweep.grid import MOST
 
@@ -264,6 +265,26 @@ def test_a_suite_that_asks_something_else_reruns_all(
     run(sweep, tmp_path / "o")
     monkeypatch.setattr(records, "suite_digest", lambda name: "of another task file")
     assert [p.state for p in plan(sweep, tmp_path / "o")] == ["changed"]
+
+
+@pytest.mark.usefixtures("stub")
+def test_another_text_or_other_data_rerun_all(written: Written, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("one " * 2000)
+    (tmp_path / "data" / "freebaseqa").mkdir(parents=True)
+    asked = tmp_path / "data" / "freebaseqa" / "eval.txt"
+    asked.write_text("who | me\n")
+    before = "eval: {suite: kick, tasks: [kick_freebaseqa], data_dir: data, text: prose.txt}"
+    sweep = load(written("- magnitude-50", before))
+    run(sweep, tmp_path / "o")
+    assert [p.state for p in plan(sweep, tmp_path / "o")] == ["done"]
+    for path in (tmp_path / "prose.txt", asked):
+        kept = path.read_text()
+        path.write_text(f"{kept}what | that\n")
+        data._from_folder.cache_clear()  # a file is read once per process
+        assert [p.state for p in plan(sweep, tmp_path / "o")] == ["changed"]
+        path.write_text(kept)
+        data._from_folder.cache_clear()
+        assert [p.state for p in plan(sweep, tmp_path / "o")] == ["done"]
 
 
 @pytest.mark.usefixtures("stub")

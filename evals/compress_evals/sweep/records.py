@@ -1,6 +1,7 @@
 """What a sweep leaves on disk: `cell.json` of each cell, the key that says whether it still holds, and the lock.
 
-A key covers what a result depends on: the recipe with every option, the weights, what was asked, and our version.
+A key covers what a result depends on: the recipe with every option, the weights, what was asked with the text and data
+it names, and our version.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import IO, Any, Literal
 
 import compress
 from compress.errors import RecipeError
-from compress.model.source import locate
+from compress.model.source import digest, locate
 from compress.options import build, check_options
+from compress_evals.data import available
 from compress_evals.folders import describe
 from compress_evals.suite import find
-from compress_evals.sweep.grid import Cell, Sweep
+from compress_evals.sweep.grid import Asked, Cell, Sweep
 
 RECORD = "cell.json"
 PATIENCE = 10.0  # seconds: what a killed sweep was running ends by itself, but not while it still imports
@@ -73,7 +75,21 @@ def plan(sweep: Sweep, out: str | Path, device: str = "cpu") -> list[Planned]:
 def key_of(cell: Cell, sha: str, sweep: Sweep, device: str) -> str:
     """The sha256 of all that the result of a cell depends on."""
     parts = [cell.recipe.to_dict(), sha, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
-    return hashlib.sha256(json.dumps([*parts, compress.__version__], sort_keys=True).encode()).hexdigest()
+    parts += [compress.__version__, *files_digest(sweep.asked)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def files_digest(asked: Asked) -> list[str]:
+    """The sha256s of the files that a sweep names, its text and its data; none if it names none.
+
+    Raises ArtifactError for data that are damaged.
+    """
+    found = [] if asked.text is None else [digest(Path(asked.text))]
+    if asked.data_dir is not None:
+        for task in find(asked.suite).chosen(asked.tasks):
+            had = available(task.needs, Path(asked.data_dir), online=False) if task.needs else ""
+            found.append(had if isinstance(had, str) else had.sha256)
+    return found
 
 
 @cache
