@@ -290,6 +290,15 @@ def caveats(dense: Results) -> list[str]:
     return skipped + ([f"Longer than the context of {context:,} tokens, so cut: {'; '.join(cut)}"] if cut else [])
 
 
+def cut_to_fit(dense: Results) -> list[str]:
+    """The tasks of which some prompts lost their beginning because the model's context is too short, and how many."""
+    return [
+        f"{task.title}: {task.truncated:,} of {task.n:,} prompts without their beginning"
+        for task in dense.tasks.values()
+        if task.truncated
+    ]
+
+
 def size_change(before: int | None, after: int | None) -> str:
     """Bytes on disk before and after; empty if the size after is not known."""
     if after is None:

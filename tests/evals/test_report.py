@@ -10,7 +10,19 @@ import pytest
 
 from compress.errors import ArtifactError
 from compress_evals.comparison import compare
-from compress_evals.report import calibration, forest, html, markdown, place_names, scatter, size_change, table_rows
+from compress_evals.leaderboard.collect import Board, Entry
+from compress_evals.leaderboard.facts import facts
+from compress_evals.report import (
+    calibration,
+    cut_to_fit,
+    forest,
+    html,
+    markdown,
+    place_names,
+    scatter,
+    size_change,
+    table_rows,
+)
 from compress_evals.results import Results
 
 HOSTILE = "<script>alert(1)</script>\"'>&|`x`"
@@ -207,3 +219,16 @@ def test_what_was_skipped_cut_or_is_within_noise_is_said(make_results: Callable[
     assert "X &lt;b&gt;" in page and "X <b>" not in page
     assert all(part in page for part in ("so cut: Title", "own noise (1 of 200", "20.0 tokens/s"))
     assert all(part in text for part in ("so cut: Title", "own noise (1 of 200", "20.0 tokens/s"))
+
+
+def test_prompts_that_were_cut_are_said(dense: Results, versus: Callable[..., Results]) -> None:
+    tasks = {
+        name: task.model_copy(update={"truncated": 3 * (name == "facts_copy")}) for name, task in dense.tasks.items()
+    }
+    cut = dense.model_copy(update={"tasks": tasks})
+    said = f"{tasks['facts_copy'].title}: 3 of 200 prompts"
+    assert cut_to_fit(cut)[0].startswith(said)
+    assert dict(
+        facts(Board(dense=Entry(name="d", place="", results=cut, scores={}), compressed=(), clusters={}, margin=0.05))
+    )["Cut to fit"].startswith(said)
+    assert cut_to_fit(dense) == []

@@ -6,7 +6,7 @@ from collections import Counter
 
 from compress_evals.comparison import MUST_AGREE
 from compress_evals.leaderboard.collect import Board, Collection, Entry
-from compress_evals.report import byte_size, header_line
+from compress_evals.report import byte_size, cut_to_fit, header_line
 from compress_evals.results import Results
 
 
@@ -22,6 +22,7 @@ def facts(board: Board) -> list[tuple[str, str]]:
         ("Noise floor", noise(dense)),
         ("Hardware", f"{engine.device}, {engine.dtype}, batch {engine.batch_size}, torch {engine.torch}"),
         ("Harness", f"suite {engine.suite}, lm-eval {engine.lm_eval}, context {engine.max_length}, seed {dense.seed}"),
+        ("Cut to fit", "; ".join(cut_to_fit(dense))),
         ("Skipped", "; ".join(f"{skipped.title}: {skipped.reason}" for skipped in dense.skipped.values())),
     ]
     return [(name, value) for name, value in rows if value]
