@@ -152,13 +152,13 @@ def gap_change(dense: Results, compressed: Results, gap: Gap, iters: int, seed: 
 def retained(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> dict[str, float]:
     """For every family the mean over its tasks of compressed over dense score, both above chance.
 
-    Tasks where dense is not above chance have nothing to lose and do not count; nor do controls.
+    Tasks where dense is not surely above chance have nothing to lose and do not count; nor do controls. Divided by the
+    little that chance gave it, one question would be the worst family.
     """
     kept: dict[str, list[float]] = {}
     for task, result in dense.items():
-        headroom = result.score.value - result.chance
-        if headroom > 0 and not result.control:
-            share = (compressed[task].score.value - result.chance) / headroom
+        if result.headroom and not result.control:
+            share = (compressed[task].score.value - result.chance) / result.headroom
             kept.setdefault(result.family, []).append(share)
     return {family: float(np.mean(shares)) for family, shares in kept.items()}
 

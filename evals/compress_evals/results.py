@@ -107,6 +107,11 @@ class TaskResult(Stored):
         """The headline metric."""
         return self.metrics[self.headline]
 
+    @property
+    def headroom(self) -> float:
+        """How far the score is above chance; 0 unless surely so, by its interval, for then there is nothing to lose."""
+        return self.score.value - self.chance if self.score.low > self.chance else 0.0
+
 
 class ModelFacts(Stored):
     """What was measured: the model, its size, and how it was compressed (None where nobody said)."""

@@ -74,6 +74,23 @@ def test_a_family_at_chance_has_nothing_to_lose(make_results: Callable[..., Resu
     assert worst_family(hopeless.tasks, hopeless.tasks) is None
 
 
+def test_a_family_hardly_above_chance_is_not_the_worst(make_results: Callable[..., Results]) -> None:
+    def guessed(name: str, right: int, known: int) -> Results:
+        made = make_results(
+            name, {"guessed": [1] * right + [0] * (200 - right), "known": [1] * known + [0] * (200 - known)}
+        )
+        tasks = {task: result.model_copy(update={"family": task}) for task, result in made.tasks.items()}
+        tasks["guessed"] = tasks["guessed"].model_copy(update={"chance": 0.25})
+        return made.model_copy(update={"tasks": tasks})
+
+    dense, small = guessed("dense", 52, 200), guessed("small", 48, 100)
+    assert (small.tasks["guessed"].score.value - 0.25) / (dense.tasks["guessed"].score.value - 0.25) == pytest.approx(
+        -1
+    )
+    worst = worst_family(dense.tasks, small.tasks)
+    assert worst is not None and (worst.family, worst.retained) == ("known", 0.5)
+
+
 def test_different_questions_are_refused(dense: Results, make_results: Callable[..., Results]) -> None:
     other = make_results("small", SMALL | {"facts_open": [1] * 399})
     with pytest.raises(ArtifactError, match="different questions in facts_open"):

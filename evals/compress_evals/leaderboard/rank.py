@@ -1,9 +1,9 @@
 """How much of the dense score each model kept, how sure that is, and which models cannot be told apart.
 
 What a family kept is the mean over its tasks of (compressed - chance) / (dense - chance); controls and tasks where
-dense is at chance do not count. Models are ordered by the family that kept least, not by the mean: an average hides the
-one thing that broke. Ranks are significance groups of that number (`stats.significance_groups`, which is given the
-number as a sum over clusters): two models share one unless the better is surely better.
+dense is not surely above chance do not count. Models are ordered by the family that kept least, not by the mean: an
+average hides the one thing that broke. Ranks are significance groups of that number (`stats.significance_groups`, which
+is given the number as a sum over clusters): two models share one unless the better is surely better.
 
 Every such number is nearly linear in the answers, so its error is that of a mean: question i of task t adds
 (c_i - R d_i - (1 - R) chance) / (dense_t - chance), R being what t kept. Summed by cluster, over all tasks that ask
@@ -67,7 +67,7 @@ def standings(board: Board) -> list[Standing]:
 def _standing(board: Board, entry: Entry, index: Mapping[str, Numbers]) -> Standing:
     families: dict[str, list[Kept]] = {}
     for name, task in board.dense.results.tasks.items():
-        if not task.control and task.score.value > task.chance:
+        if not task.control and task.headroom:
             part = _task(board.dense.scores[name], entry.scores[name], task.chance, index[name], len(index[""]))
             families.setdefault(task.family, []).append(part)
     kept = {family: _mean(parts) for family, parts in families.items()}

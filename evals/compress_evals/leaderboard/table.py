@@ -28,7 +28,8 @@ SEVERITY = ("fails", "drop", "inconclusive", "matching", "improved")  # worst fi
 class FamilyCell:
     """One family of one model; `low` and `high` are the 95 % interval of its score, the mean over questions.
 
-    `normalised` is the mean over its tasks of (score - chance) / (1 - chance); `kept` None where dense is at chance.
+    `normalised` is the mean over its tasks of (score - chance) / (1 - chance); `kept` None where dense is not surely
+    above chance.
     """
 
     family: str
