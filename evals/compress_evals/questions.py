@@ -326,8 +326,8 @@ def wanted(asked: Questions, i: int) -> str:
     """The first accepted answer to the i-th question, as a reader wants to see it."""
     document = asked.document(i)
     target = asked.loaded.doc_to_target(document)
-    if asked.loaded.OUTPUT_TYPE == "multiple_choice":
-        return str(asked.loaded.doc_to_choice(document)[target] if isinstance(target, int) else target).strip()
+    if asked.loaded.OUTPUT_TYPE == "multiple_choice":  # by the choices: WinoGrande's target is what follows them
+        return str(asked.loaded.doc_to_choice(document)[document["gold"]]).strip()
     accepted = document.get("answers") or document.get("answer") or target
     return str(accepted[0] if isinstance(accepted, list) and accepted else accepted).strip()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from compress.errors import RecipeError
 from compress_evals import questions
 from compress_evals.questions import Exam, lengths, prepare, wanted
 from compress_evals.results import Data
-from compress_evals.suite import FACTS, Suite
+from compress_evals.suite import FACTS, KICK, Suite
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
@@ -95,6 +96,18 @@ def test_what_is_wanted_is_the_first_answer_or_the_right_choice(tokenizer: Any) 
         [asked] = exam(tokenizer, only=only).tasks
         for i in range(6):
             assert wanted(asked, i).rstrip(".") == asked.document(i)["answer"]
+
+
+def test_what_is_wanted_of_two_beginnings_is_one_of_them(tokenizer: Any, tmp_path: Path) -> None:
+    row = {
+        "context_options": ["The cup fell because Ann", "The cup fell because Bo"],
+        "continuation": "ran.",
+        "gold": 1,
+    }
+    (tmp_path / "winogrande").mkdir()
+    (tmp_path / "winogrande" / "validation.jsonl").write_text(json.dumps(row))
+    [asked] = prepare(KICK, tokenizer, only=["kick_winogrande"], data_dir=tmp_path).tasks
+    assert wanted(asked, 0) == "The cup fell because Bo"
 
 
 def edited(tmp_path: Path, name: str, old: str, new: str) -> Suite:
