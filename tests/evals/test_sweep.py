@@ -306,6 +306,19 @@ def test_cells_share_the_cores_and_wait_for_their_dense_model(
     assert max(len(p.running) for p in seen) == 2
 
 
+def test_dense_results_of_another_batch_size_replace_none(tmp_path: Path) -> None:
+    def measured(folder: Path, size: int) -> Path:
+        (folder / "llama").mkdir(parents=True)
+        path = folder / "llama" / "results.json"
+        path.write_text(json.dumps({"engine": {"batch_size": size}}))
+        return path
+
+    assert running.dense_place(tmp_path, measured(tmp_path / "a", 64)) == tmp_path / "dense" / "llama"
+    measured(tmp_path / "dense", 64)
+    assert running.dense_place(tmp_path, measured(tmp_path / "b", 64)) == tmp_path / "dense" / "llama"
+    assert running.dense_place(tmp_path, measured(tmp_path / "c", 32)) == tmp_path / "dense" / "llama-batch-32"
+
+
 @pytest.mark.usefixtures("stub")
 def test_models_are_kept_if_asked(written: Written, tmp_path: Path) -> None:
     run(pruned(written, 0.1), tmp_path / "o", keep_models=True)

@@ -29,7 +29,7 @@ from compress_evals.sweep.grid import Asked, Cell, Sweep
 from compress_evals.sweep.records import Planned, Record, locked, plan, replace_text, write_record
 
 POLL = 0.1  # seconds between looks at the processes
-WORK, LOG, CACHE = "work", "log.txt", "cache"
+WORK, LOG, CACHE, DENSE = "work", "log.txt", "cache", "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +152,8 @@ def run(
         kept = {p.cell.id: p.record for p in planned if p.record and p.cell.id not in ids}
         board = Board(waiting=list(waiting), records=dict(kept))
         board.measured = {p.cell.source for p in planned if p.cell.id in kept and p.state == "done"}
+        if not board.measured:  # nothing that was compared with them is left
+            shutil.rmtree(out / DENSE, ignore_errors=True)
         say = on_progress or (lambda progress: None)
         try:
             while board.waiting or board.running:
@@ -248,13 +250,32 @@ def place(work: Path, out: Path, cell: Cell, keep_models: bool) -> None:
     """Move results to the cell, the dense model's to where all cells share them, and the model if it is kept."""
     for found in sorted((work / RESULTS).glob(f"*/{RESULTS_FILE}")):
         if found.parent.name != cell.id:
-            shared = out / "dense" / found.parent.name
+            shared = dense_place(out, found)
             shared.parent.mkdir(exist_ok=True)
             shutil.rmtree(shared, ignore_errors=True)
             found.parent.rename(shared)
     (work / RESULTS).rename(work.parent / RESULTS)
     if keep_models:
         (work / MODEL).rename(work.parent / MODEL)
+
+
+def dense_place(out: Path, found: Path) -> Path:
+    """Where the dense results of a cell go: beside those of another batch size, which other cells were compared with.
+
+    A cell that runs out of memory asks all its models again at half the size.
+    """
+    name, size = found.parent.name, batch_size(found)
+    there = out / DENSE / name
+    return there if batch_size(there / RESULTS_FILE) in (None, size) else out / DENSE / f"{name}-batch-{size}"
+
+
+def batch_size(path: Path) -> int | None:
+    """The batch size of stored results; None if there are none."""
+    try:
+        found: int = json.loads(path.read_text(encoding="utf-8"))["engine"]["batch_size"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return found
 
 
 def failure(at: Running, work: Path, timeout: float | None) -> str:
