@@ -28,6 +28,9 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Let a language model grade and compare answers that have no key; its verdicts count in no headline."""
+    import compress
+
+    compress.require_evals()
     from compress_evals import judge as judging
     from compress_evals.endpoint import Endpoint
     from compress_evals.results import RESULTS_FILE, load
