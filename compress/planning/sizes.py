@@ -38,7 +38,8 @@ VALUES = "values decide; counted as it was"
 class SitePlan:
     """What a site will be stored as, in bytes: `most` bounds what values decide, and is `bytes` if nothing is left to.
 
-    `forms` are the weight before each pass that touches it and at last; `kept` what each left as it was.
+    `forms` are the weight before each pass that touches it and at last; `kept` what each left as it was; `held` the
+    bytes of the last form in memory, not packed, beside the weight as it was.
     """
 
     site: str
@@ -48,6 +49,7 @@ class SitePlan:
     kept: tuple[str, ...]
     bytes: int
     most: int
+    held: int
     note: str = ""
 
     @property
@@ -116,6 +118,7 @@ def block_plans(
             SitePlan(
                 site=name, shape=place.shape, steps=tuple(likely.touched[name]), forms=tuple(likely.forms[name]),
                 kept=tuple(likely.kept[name]), bytes=size - spared.get(name, 0), most=bound, note=note,
+                held=unpacked(likely.sites[name].weight, sites[name].original.data),
             )
         )  # fmt: skip
     return plans
@@ -166,12 +169,18 @@ class Outlines:
 
 def read_together(sites: Sequence[Site]) -> Iterator[list[Site]]:
     """The sites that read one input, as far as the names of modules tell; the others alone."""
-    groups: dict[Any, list[Site]] = {}
+    named = {site.name: site for site in sites}
+    yield from ([named[name] for name in group] for group in read_together_names(list(named)))
+
+
+def read_together_names(sites: Sequence[str]) -> list[list[str]]:
+    """The same of names."""
+    groups: dict[Any, list[str]] = {}
     for site in sites:
-        parent, _, leaf = site.name.rpartition(".")
+        parent, _, leaf = site.rpartition(".")
         family = next((names for names in TOGETHER if leaf in names), leaf)
         groups.setdefault((parent, family), []).append(site)
-    yield from groups.values()
+    return list(groups.values())
 
 
 def kept_parts(before: Weight, after: Weight) -> list[str]:
@@ -198,6 +207,15 @@ def room(weight: Weight) -> int:
     """Bytes by which masks that follow from values may take more than masks by chance."""
     masks = [(node.kept, node.mask_OI.numel(), node.pattern) for node in every(weight) if isinstance(node, Masked)]
     return sum(packed_size(entries, 1) - likely_bytes(kept, entries, rule) for kept, entries, rule in masks)
+
+
+def unpacked(weight: Weight, original: Tensor) -> int:
+    """Bytes of all tensors of an expression in memory, but for those of the weight as it was."""
+    own = {
+        id(value): value.nbytes for node in every(weight) for value in vars(node).values() if isinstance(value, Tensor)
+    }
+    own.pop(id(original), None)
+    return sum(own.values())
 
 
 def every(weight: Weight) -> Iterator[Weight]:
