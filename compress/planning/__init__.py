@@ -142,6 +142,7 @@ def plan_run(
     source = open_source(locate(given), dequantize)
     walk = Walk(source.config, source, dtype_of(source.config), usable(device))
     check_tensors(walk, source)
+    process = resources.process_bytes()
     planned, shaped = outline(walk, source, recipe)
     covered = plan(planned, recipe)
     sites = plan_sites(planned, recipe)
@@ -162,7 +163,7 @@ def plan_run(
         passes=tuple(pass_plan(step, recipe, sites) for step in recipe.passes),
         untouched=covered.reasons(),
         reshaped=(str(getattr(shaped, "change", "")),) if recipe.reshapes else (),
-        needs=needs(planned, shaped, recipe, sites, most, Path(out), device, memory, disk, offload),
+        needs=needs(planned, shaped, recipe, sites, most, process, Path(out), device, memory, disk, offload),
         seconds=resources.time_parts(planned, shaped, recipe, sites, machine, size),
         unmodelled=tuple(resources.not_modelled(recipe)),
         licence=licence(source.path),
@@ -229,14 +230,13 @@ def role(step: Pass) -> str:
 
 
 def needs(
-    walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], most: int, out: Path, device: str,
-    memory: int | None, disk: int | None, offload: bool,
+    walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], most: int, process: int, out: Path,
+    device: str, memory: int | None, disk: int | None, offload: bool,
 ) -> dict[str, Need]:  # fmt: skip
     """Memory, disk and, on a GPU, video memory."""
     parts = resources.memory_parts(walk, source, recipe, plans, offload)
-    base = resources.process_bytes()
     video = resources.video_memory(device)
-    host = {"the process": base, **(parts if video is None else {"a block": parts.get("a block", 0)})}
+    host = {"the process": process, **(parts if video is None else {"a block": parts.get("a block", 0)})}
     there = memory if memory is not None else resources.free_memory()
     if memory is None and there is not None:
         there += resources.resident()  # what this process has will be that of the run
