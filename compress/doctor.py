@@ -110,11 +110,19 @@ def profiles() -> list[dict[str, Any]]:
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for kind in kinds:
-        rows.append({"profile": "tuning", "device": kind, "state": state_of(tuning.place(kind), tuning.known, kind),
-                     "enables": "`compress tune`: packed products where they are faster"})  # fmt: skip
-        rows.append({"profile": "machine", "device": kind, "state": state_of(machine.place(kind), machine.machine, kind),
-                     "enables": "`compress plan` measures it once: times"})  # fmt: skip
+        tuned, measured = state_of(tuning.place(kind), tuning.known, kind), machine_state(kind)
+        rows += [
+            {"profile": "tuning", "device": kind, "state": tuned, "enables": "`compress tune` measures where packed "
+             "products are faster"},
+            {"profile": "machine", "device": kind, "state": measured, "enables": "`compress plan` measures it once, "
+             "and then foresees times"},
+        ]  # fmt: skip
     return rows
+
+
+def machine_state(kind: str) -> str:
+    """That of the machine profile."""
+    return state_of(machine.place(kind), machine.machine, kind)
 
 
 def state_of(path: Path, read: Any, kind: str) -> str:
@@ -175,7 +183,9 @@ def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, 
         texts["plan.json"] = json.dumps(plan, indent=1, default=str)
     texts["doctor.json"] = json.dumps(examine(), indent=1)
     texts["files.txt"] = "".join(
-        f"{file.stat().st_size:>14,} {file.relative_to(folder)}\n" for file in sorted(folder.rglob("*")) if file.is_file()
+        f"{file.stat().st_size:>14,} {file.relative_to(folder)}\n"
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     )
     write_zip(target, {name: without_home(text) for name, text in sorted(texts.items())})
     return sorted(texts)

@@ -95,7 +95,9 @@ def shown(found: Any, results: list[dict[str, Any]], note: str, same: bool) -> l
     lines += [tensors_table(found)] if found.tensors else []
     lines.append(f"bytes of tensors: {found.bytes[0]:,} and {found.bytes[1]:,}")
     for title in ("recipe", "calibration", "versions"):
-        lines += [f"{title}: {key}: {escape(str(x))} and {escape(str(y))}" for key, (x, y) in getattr(found, title).items()]
+        lines += [
+            f"{title}: {key}: {escape(str(x))} and {escape(str(y))}" for key, (x, y) in getattr(found, title).items()
+        ]
     if found.errors:
         lines.append(f"output errors differ at {len(found.errors):,} sites; --json lists them")
     lines += [results_table(results)] if results else [note]

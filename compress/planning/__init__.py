@@ -17,6 +17,7 @@ from compress.model.walk import Walk
 from compress.passes.base import Budget, Pass, Reshape, SitePass
 from compress.plan import check_tensors, outline, plan, usable
 from compress.planning import resources
+from compress.planning.costs import COSTS
 from compress.planning.machine import Machine
 from compress.planning.machine import machine as profile_of
 from compress.planning.sizes import SitePlan, plan_sites, stored_bytes, stored_sites
@@ -29,7 +30,7 @@ SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassPlan:
-    """Tensors of one class: how many, their parameters, and bytes before and after; `most` bounds what values decide."""
+    """Tensors of one class: how many, their parameters, bytes before and after; `most` bounds what values decide."""
 
     name: str
     tensors: int
@@ -75,9 +76,9 @@ class Need:
 class Plan:
     """What a run of a recipe on a model will make and need.
 
-    `bytes` and `most` are those of all tensors (`sizes.bytes` of compress.json): equal, and exact, where nothing depends
-    on values. `unmodelled` are passes whose own memory and time are left out of `needs` and `seconds`; `vram` is among
-    `needs` on a GPU only.
+    `bytes` and `most` are those of all tensors (`sizes.bytes` of compress.json): equal, and exact, where nothing
+    depends on values. `unmodelled` are passes whose own memory and time are left out of `needs` and `seconds`; `vram`
+    is among `needs` on a GPU only.
     """
 
     model: str
@@ -180,9 +181,7 @@ def classes_of(
     taken = {places[name].tensor for name in stored}
     rows: dict[str, list[tuple[int, int, int, int]]] = {}
     width = walk.dtype.itemsize
-    rows[SITES] = [
-        (prod(plans[n].shape), prod(plans[n].shape) * width, plans[n].bytes, plans[n].most) for n in stored
-    ]
+    rows[SITES] = [(prod(plans[n].shape), prod(plans[n].shape) * width, plans[n].bytes, plans[n].most) for n in stored]
     for name, held in source.headers.items():
         if name not in taken:
             size = (prod(held.shape), held.nbytes, held.nbytes, held.nbytes)
@@ -218,7 +217,7 @@ def pass_plan(step: Pass, recipe: Recipe, plans: Mapping[str, SitePlan]) -> Pass
             "gives": step.gives or "the form it was given", "keeps": tuple(kept),
             "before": own[0][0].forms[own[0][1]] if own else "", "after": own[0][0].forms[own[0][1] + 1] if own else "",
         }  # fmt: skip
-    modelled = step.name in resources.COSTS
+    modelled = step.name in COSTS
     return PassPlan(name=step.name, options=str(step), requires=needed, modelled=modelled, **row)
 
 

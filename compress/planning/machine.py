@@ -24,6 +24,7 @@ FORMAT = 1
 LARGEST = 1 << 16  # bytes of a profile
 SIDE = 512  # of the matrices multiplied: milliseconds, which a busy machine rarely interrupts
 HALF = SIDE // 2
+LEAST = 12  # calls of each
 FEW = 0.25  # seconds that each measurement takes at least
 WRITTEN = 1 << 26  # bytes
 
@@ -31,10 +32,10 @@ WRITTEN = 1 << 26  # bytes
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """Rates: operations a second of products by dtype, of n**3 of an eigenvector problem; bytes a second; seconds a
-    call of a small operation."""
+    call of a small operation. `version` is that of torch."""
 
     device: str
-    torch: str
+    version: str
     threads: int
     float32: float
     bfloat16: float
@@ -103,16 +104,16 @@ def measure(kind: str) -> Machine:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(SIDE, SIDE, generator=generator).to(device)
     gram = a[:HALF, :HALF] @ a[:HALF, :HALF].T
-    long = torch.zeros(1 << 23, device=device)
+    long = torch.zeros(1 << 21, device=device)  # what passes work on at once (grid.py)
     rates = {
         str(dtype).removeprefix("torch."): 2 * SIDE**3 / seconds(device, products(a.to(dtype)))
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     small = torch.zeros(64, device=device)
     return Machine(
-        device=tuning.device_name(kind), torch=torch.__version__, threads=torch.get_num_threads(), **rates,
+        device=tuning.device_name(kind), version=torch.__version__, threads=torch.get_num_threads(), **rates,
         eigen=HALF**3 / seconds(device, lambda: torch.linalg.eigh(gram)),
-        memory=2 * long.nbytes / seconds(device, lambda: long.add_(1)),
+        memory=2 * long.nbytes / seconds(device, lambda: long + 1),
         disk=WRITTEN / disk_seconds(), call=seconds(device, lambda: small.add_(1)),
     )  # fmt: skip
 
@@ -126,7 +127,7 @@ def seconds(device: torch.device, run: Callable[[], Any]) -> float:
     """The least time of a call, after one that is not counted: what the machine does when nothing interrupts it."""
     run()
     times: list[float] = []
-    while len(times) < 3 or sum(times) < FEW:
+    while len(times) < LEAST or sum(times) < FEW:
         finish(device)
         began = time.perf_counter()
         run()

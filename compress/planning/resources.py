@@ -32,6 +32,7 @@ STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: t
 WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
 HASHED = 1.0e9  # bytes a second of sha256, of any x86-64 or ARM processor of this decade
 READS = 3  # hashes and readings of each byte that is written, and of the source
+FORWARD, SOLVING = 0.5, 0.65  # of the rate of one product: shares that blocks, and statistics and solvers, reached
 SETTLING = 4.0  # seconds: calibration text through the tokenizer, plans, cards
 
 
@@ -76,7 +77,9 @@ def sized(walk: Walk, source: Checkpoint) -> Sized:
     """The frame, the largest block and the widest input."""
     anatomy, itemsize = walk.anatomy, walk.dtype.itemsize
     headers = source.headers
-    blocks = [sum(prod(headers[n].shape) for n in anatomy.tensors_of(i) if n in headers) for i in range(len(walk.blocks))]
+    blocks = [
+        sum(prod(headers[n].shape) for n in anatomy.tensors_of(i) if n in headers) for i in range(len(walk.blocks))
+    ]
     index = max(range(len(blocks)), key=blocks.__getitem__)
     frame = sum(prod(headers[n].shape) for n in anatomy.frame() if n not in anatomy.layout.unknown)
     text = walk.model.config.get_text_config()
@@ -172,7 +175,10 @@ def available() -> int | None:
 
 def within_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What the control group of a container leaves."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             most, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
         except OSError:
@@ -201,10 +207,10 @@ def time_parts(
     passes = sum(w.passes * prod(p.shape) for p, w in pairs(recipe, plans)) + WRITING * entries
     return {
         "reading and checking": 2 * source.nbytes() / machine.memory + source.nbytes() / HASHED,
-        "forwards": (forwards + probed) * (2.0 * weights + attention) / product,
-        "statistics": gathered(walk, recipe, plans, load.tokens) / machine.float32,
-        "passes": sum(w.flops for w in work) / machine.float32 + sum(w.cubes for w in work) / machine.eigen
-        + energies / machine.float32 + 2 * F32 * passes / machine.memory + sum(w.calls for w in work) * machine.call,
+        "forwards": (forwards + probed) * (2.0 * weights + attention) / (FORWARD * product),
+        "statistics": gathered(walk, recipe, plans, load.tokens) / (SOLVING * machine.float32),
+        "passes": (sum(w.flops for w in work) + energies) / (SOLVING * machine.float32) + sum(w.cubes for w in work) / machine.eigen
+        + 2 * F32 * passes / machine.memory + sum(w.calls for w in work) * machine.call,
         "writing": written / machine.disk + READS * written / HASHED,
         "settling": SETTLING,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a model folder says of its licence, and what in it could run code or has lost something already; nothing runs."""
+"""What a model folder says of its licence, what in it could run code, and whether it was quantized; nothing runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def trust(source: Checkpoint) -> list[str]:
     flags = []
     code = sorted(file.name for file in folder.glob("*.py"))
     if "auto_map" in config:
-        flags.append("config.json asks for code of its own (auto_map); it is never run here, and left out of the result")
+        flags.append(
+            "config.json asks for code of its own (auto_map); it is never run here, and left out of the result"
+        )
     if code:
         flags.append(f"holds code: {', '.join(code[:3])}; it is never run, and not copied")
     pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))

@@ -61,7 +61,6 @@ class ALPS(Pruner, name="alps"):
         site.ledger["iterations"] = taken
         return Masked(Dense((solved_OI / scale_I).to(dense.data.dtype)), mask_OI, chosen.name)
 
-
     def outline(self, site: Site) -> Weight | None:
         """Other values under a mask."""
         dense = site.expect(Dense, by=self.name)

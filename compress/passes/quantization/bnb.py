@@ -52,7 +52,6 @@ class NF4(BlockQuantizer, name="nf4"):
         scale = Nested(absmax_OG, state.state2.absmax, state.offset.view(1)) if self.double else Dense(absmax_OG)
         return Codebook(codes_OI, BOOKS["nf4"].to(w_OI.device), scale, "nf4")
 
-
     def formed(self, w_OI: Tensor) -> Weight:
         """The form of what `round` makes of a matrix on the meta device."""
         absmax_OG = w_OI.new_empty(w_OI.shape[0], w_OI.shape[1] // self.block, dtype=torch.float32)
