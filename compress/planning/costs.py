@@ -24,27 +24,29 @@ class Work:
 
 
 F32 = 4  # bytes
-CHOSEN = 22  # bytes an entry while a mask is chosen: scores, order statistics with their places, counts of ties
+CHOOSING = 400  # passes over the entries that order statistics take
+CODING = 65  # of rounding once, and of pow(2.4) in the search of a range
+CHOSEN = 30  # bytes an entry while a mask is chosen: scores, order statistics with their places, counts of ties
 MEASURED = 12  # bytes an entry while errors are measured: both matrices in float32 and their difference
 
 
 def chosen(step: Any, rows: int, columns: int) -> Work:
     """A mask by scores."""
     del step
-    return Work(nbytes=CHOSEN * rows * columns, passes=40)
+    return Work(nbytes=CHOSEN * rows * columns, passes=CHOOSING)
 
 
 def rounded(step: Any, rows: int, columns: int) -> Work:
     """Codes to nearest, the range searched or not."""
     tries = 80 if step.search is True else 24 if step.search == "output" else 1
-    return Work(nbytes=(F32 + 1) * rows * columns + 40e6, passes=12 + 9 * tries)
+    return Work(nbytes=(F32 + 1) * rows * columns + 40e6, passes=CODING * (1 + tries))
 
 
 def swept(rows: int, columns: int) -> Work:
     """Error feedback: the factor of the inverse Gram, then columns in blocks."""
     factor = 3 * F32 * columns**2
     return Work(
-        nbytes=factor + 3 * F32 * rows * columns, flops=columns**3 + 1.0 * rows * columns**2, passes=30,
+        nbytes=factor + 3 * F32 * rows * columns, flops=columns**3 + 1.0 * rows * columns**2, passes=CODING,
         calls=25 * columns,
     )  # fmt: skip
 
@@ -61,7 +63,7 @@ def factored(step: Any, rows: int, columns: int) -> Work:
     side = min(rows, columns)
     return Work(
         nbytes=F32 * (3 * rows * columns + 4 * side**2), cubes=side**3,
-        flops=2.0 * rows * columns * (columns + side), passes=10,
+        flops=2.0 * rows * columns * (columns + side), passes=CODING,
     )  # fmt: skip
 
 

@@ -209,8 +209,10 @@ def time_parts(
         "reading and checking": 2 * source.nbytes() / machine.memory + source.nbytes() / HASHED,
         "forwards": (forwards + probed) * (2.0 * weights + attention) / (FORWARD * product),
         "statistics": gathered(walk, recipe, plans, load.tokens) / (SOLVING * machine.float32),
-        "passes": (sum(w.flops for w in work) + energies) / (SOLVING * machine.float32) + sum(w.cubes for w in work) / machine.eigen
-        + 2 * F32 * passes / machine.memory + sum(w.calls for w in work) * machine.call,
+        "passes": (sum(w.flops for w in work) + energies) / (SOLVING * machine.float32)
+        + sum(w.cubes for w in work) / machine.eigen
+        + 2 * F32 * passes / machine.memory
+        + sum(w.calls for w in work) * machine.call,
         "writing": written / machine.disk + READS * written / HASHED,
         "settling": SETTLING,
     }  # fmt: skip
