@@ -243,12 +243,12 @@ class VQ(Quantizer, name="vq"):
 
     def formed(self, w_OI: Tensor) -> Weight:
         """The form of a coded matrix on the meta device."""
-        scale = w_OI.new_empty(w_OI.shape[0], 1, dtype=torch.float16)
+        scale, finer = (w_OI.new_empty(w_OI.shape[0], 1, dtype=torch.float16) for _ in range(2))
         codes_OV = w_OI.new_empty(w_OI.shape[0], w_OI.shape[1] // self.width, dtype=torch.int32)
         if self.book == "kmeans":
             return Codebook(codes_OV, scale.new_empty(2 ** (self.bits * self.width), self.width), Dense(scale))
-        names = ["e8p", *(FINER[self.bits][:1] if self.bits in FINER else ())]
-        leaves = [Codebook(codes_OV, BOOKS[name].to("meta"), Dense(scale), name) for name in names]
+        books = [("e8p", scale)] + ([(FINER[self.bits][0], finer)] if self.bits in FINER else [])
+        leaves = [Codebook(codes_OV, BOOKS[name].to("meta"), Dense(own), name) for name, own in books]
         return leaves[0] if len(leaves) == 1 else Sum(tuple(leaves))
 
     def stages(self, w_OI: Tensor, energy_I: Tensor) -> list[Stage]:
