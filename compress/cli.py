@@ -1,7 +1,6 @@
 """The command line: parsing, calling, printing. Results go to stdout, progress and errors to stderr.
 
 Exit codes: 0 ok, 1 `diff` found a difference, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed,
-130 interrupted.
 6 some cells of a sweep failed, 130 interrupted.
 """
 

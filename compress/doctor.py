@@ -30,6 +30,9 @@ NEEDED = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pydant
 OPTIONAL = {  # package -> (extra of ours, what it enables)
     "lm-eval": ("eval", "compress eval, `accept` rules in recipes"),
     "datasets": ("eval", "compress eval, calibration from datasets folders and the hub"),
+    "rouge-score": ("eval", "compress eval: summaries"),
+    "langdetect": ("eval", "compress eval: instructions about languages"),
+    "matplotlib": ("eval", "pictures of leaderboards and benchmarks"),
     "compressed-tensors": ("formats", "export --to compressed-tensors, and reading such models"),
     "bitsandbytes": ("formats", "the pass nf4, export --to bitsandbytes"),
     "gguf": ("formats", "export --to gguf"),
@@ -38,7 +41,6 @@ OPTIONAL = {  # package -> (extra of ours, what it enables)
     "uvicorn": ("serve", "compress serve"),
     "prometheus-client": ("serve", "compress serve: its metrics"),
     "tokenizers": ("train", "training the built-in model anew"),
-    "matplotlib": ("dev", "pictures of benchmarks"),
 }
 BUNDLED = ("compress.json", "config.json", "model.safetensors.index.json")  # of an artifact
 JOURNALS = ("identity.json", "records/*.json", "artifact/compress.json")  # of a run that is not done: hashes and errors

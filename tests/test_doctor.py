@@ -72,7 +72,7 @@ def test_a_bundle_holds_recipe_ledger_plan_and_log(
     cli: Command, llama_artifact: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "events.jsonl").write_text('{"event": "RunStarted"}\n')
-    monkeypatch.setattr("compress.planning.profile_of", lambda device: test_machine())
+    monkeypatch.setattr("compress.planning.profile_of", lambda device: some_machine())
     code, out, _ = cli(
         "doctor", llama_artifact, "--bundle", tmp_path / "b.zip", "--log", tmp_path / "events.jsonl", "--model",
         tiny_llama,
@@ -85,7 +85,7 @@ def test_a_bundle_holds_recipe_ledger_plan_and_log(
     assert held["log.jsonl"] == '{"event": "RunStarted"}\n'
 
 
-def test_machine() -> object:
+def some_machine() -> object:
     """A machine as it is measured; its rates are positive."""
     from compress.planning.machine import Machine
 
