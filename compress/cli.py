@@ -1,7 +1,7 @@
 """The command line: parsing, calling, printing. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 ok, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed, 6 some
-cells of a sweep failed, 130 interrupted.
+Exit codes: 0 ok, 1 `diff` found a difference, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed,
+6 some cells of a sweep failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from rich.console import Console
 
 from compress import __version__
 from compress.commands import delta
+from compress.commands.diff import diff
+from compress.commands.doctor import doctor
 from compress.commands.eval import evaluate
 from compress.commands.judge import judge
 from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
 from compress.commands.output import Json, Out, bytes_of, quiet_loading, result, screen
+from compress.commands.plan import plan
 from compress.commands.serve import serve
 from compress.commands.sweep import sweep
 from compress.commands.tasks import tasks
@@ -38,11 +41,14 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 app.add_typer(delta.app)
+app.command("eval")(evaluate)
+app.command()(diff)
+app.command()(doctor)
 app.command()(judge)
 app.command()(leaderboard)
-app.command("eval")(evaluate)
 app.command()(tasks)
 app.command()(merge)
+app.command()(plan)
 app.command()(serve)
 app.command()(sweep)
 app.command()(tune)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -94,6 +95,23 @@ class SitePass(Pass):
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if a weight of `shape` at `site` cannot be handled; called before any work."""
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether what it makes takes exactly the bytes of its outline; else those are what it takes at most."""
+        return True
+
+    def outline(self, site: Site) -> Weight | None:
+        """The form in which it will leave a site whose weight is on the meta device: all but the values.
+
+        None where only the values decide. What it leaves as it was, such as a mask, is the same tensor.
+        """
+        del site
+        return None
+
+    def outline_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight | None]:
+        """The outline of each of these sites, by name, that read one input."""
+        return {site.name: self.outline(site) for site in sites}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +226,16 @@ class Pruner(WeightPass):
         chosen = self.pattern()
         return Masked(dense, chosen.keep(score(site)), chosen.name)
 
+    def outline(self, site: Site) -> Weight | None:
+        """The dense weight under a mask of that many entries."""
+        return masked_outline(site.expect(Dense, by=self.name), self.pattern())
+
+
+def masked_outline(values: Weight, chosen: Pattern) -> Masked:
+    """Values under a mask on the meta device, of as many entries as a pattern keeps."""
+    mask_OI = torch.empty(values.shape, dtype=torch.bool, device="meta")
+    return Masked(values, mask_OI, chosen.name, chosen.kept(values.shape))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refiner(WeightPass):
@@ -241,6 +269,14 @@ class Refiner(WeightPass):
         """The weight as it is: without its input there is nothing to improve by."""
         self.masked(site)
         return site.weight
+
+    def outline(self, site: Site) -> Weight | None:
+        """As many values, which may be others."""
+        match site.weight:
+            case Masked(Dense(data)) as weight:
+                return replace(weight, values=Dense(torch.empty_like(data)), mask_OI=torch.empty_like(weight.mask_OI))
+            case _:
+                return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,13 +345,17 @@ class Quantizer(WeightPass):
         site.inputs = "" if self.inputs == "full" else self.inputs
         return self.visit(site.weight, site, self.round)
 
+    def outline(self, site: Site) -> Weight | None:
+        """What rounding to nearest makes of no values: `round` must do that on the meta device."""
+        return self.visit(site.weight, site, self.round)
+
     def visit(self, weight: Weight, site: Site, quantize: Quantize) -> Weight:
         """Quantize the dense part; a mask stays outside the grid, low-rank factors stay unless told otherwise."""
         match weight:
             case Dense(w_OI):
                 return quantize(w_OI, None, site)
-            case Masked(Dense(w_OI), mask_OI, name):
-                return Masked(quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site), mask_OI, name)
+            case Masked(Dense(w_OI), mask_OI):
+                return replace(weight, values=quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site))
             case Product(left, Permutation() | Hadamard() | Diagonal() as right):
                 return Product(self.visit(left, site.behind(right, left), quantize), right)
             case Product(Dense(left_OR), Dense(right_RI)) if self.factors:
@@ -341,7 +381,10 @@ class Quantizer(WeightPass):
         return self.round(factor, None, site)
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """The nearest values to `w_OI`, which is 0 where `keep_OI` is False; needs no statistics."""
+        """The nearest values to `w_OI`, which is 0 where `keep_OI` is False; needs no statistics.
+
+        Of a matrix on the meta device, the form that values would have.
+        """
         raise NotImplementedError
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -34,6 +35,12 @@ def stored(left_OR: Tensor, right_RI: Tensor, precision: Precision) -> Product:
     whole, rows = (Grid(bits=bits, group=group, symmetric=True) for group in (-1, 0))
     search = bits < 8  # at 8 bits nothing is gained by a shorter range
     return Product(whole.quantize(left_OR, search=search), rows.quantize(right_RI, search=search))
+
+
+def stored_outline(shape: tuple[int, int], rank: int, precision: Precision) -> Product:
+    """The two factors of a matrix [out, in], without values."""
+    left_OR, right_RI = (torch.empty(size, device="meta") for size in ((shape[0], rank), (rank, shape[1])))
+    return stored(left_OR, right_RI, precision)
 
 
 @dataclass(frozen=True, kw_only=True)

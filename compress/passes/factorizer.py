@@ -66,6 +66,19 @@ class Factorizer(WeightPass):
             return super().rewrite_peers(sites)
         return self.factored(sites, self.metric(sites[0]))
 
+    def outline_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight | None]:
+        """Two factors of each, or one B for all."""
+        together = [list(sites)] if self.shared else [[site] for site in sites]
+        return {name: weight for group in together for name, weight in self.outlined(group).items()}
+
+    def outlined(self, sites: Sequence[Site]) -> dict[str, Weight]:
+        """The outlines of matrices that become one product."""
+        whole = {site.name: site.expect(Dense, by=self.name) for site in sites}
+        if not self.removed:
+            return {name: replace(dense) for name, dense in whole.items()}
+        shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
+        return factors_outline(list(whole), list(whole.values()), rank_within(1 - self.removed, shape))
+
     def rewrite_unfed(self, site: Site) -> Weight:
         """Factors in no metric: nothing is known of its input."""
         return self.factored([site], None)[site.name]
@@ -103,6 +116,13 @@ def joined(sites: Sequence[Site], whole: Sequence[Dense], metric: Tensor | None,
         site.name: Product(Dense((part * u).to(right.data.dtype)), right)
         for site, part, u in zip(sites, parts, units, strict=True)
     }
+
+
+def factors_outline(names: Sequence[str], whole: Sequence[Dense], rank: int) -> dict[str, Weight]:
+    """The outlines of what `joined` makes of these matrices, by name."""
+    right = Dense(whole[0].data.new_empty(rank, whole[0].shape[1]))
+    lefts = [Dense(right.data.new_empty(dense.shape[0], rank)) for dense in whole]
+    return {name: Product(left, right) for name, left in zip(names, lefts, strict=True)}
 
 
 def unit(w_OI: Tensor, metric: Tensor | None) -> float:

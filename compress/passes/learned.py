@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -245,6 +245,10 @@ class Trainer(BlockPass):
     lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first")] = 2e-2
     held_out: Annotated[int, Field(ge=1, description="calibration windows that only choose the best state")] = 16
     seed: Annotated[int, Field(ge=0, description="of the order of windows, and of what starts random")] = 0
+
+    def outline(self, site: Site) -> Weight | None:
+        """The form stays."""
+        return replace(site.weight)
 
     def learner(self, site: Site, generator: torch.Generator) -> Learner:
         """What is learned of a site, denoting its weight as it is at first."""

@@ -124,12 +124,14 @@ class Product(Weight):
 class Masked(Weight):
     """`values` where the mask is True, exactly zero elsewhere; `pattern` names the mask's rule.
 
-    What stands behind an `@` makes the same rule give each matrix a mask of its own.
+    What stands behind an `@` makes the same rule give each matrix a mask of its own. `told` is the number of entries
+    kept, of an outline, whose mask is on the meta device and has no values.
     """
 
     values: Weight
     mask_OI: Tensor
     pattern: str
+    told: int | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.mask_OI.shape) != self.values.shape:
@@ -139,6 +141,11 @@ class Masked(Weight):
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.values.shape
+
+    @property
+    def kept(self) -> int:
+        """Entries that the mask keeps."""
+        return int(self.mask_OI.sum()) if self.told is None else self.told
 
     def dense(self) -> Tensor:
         """The values with the masked-out entries exactly 0, even where a value is not finite."""

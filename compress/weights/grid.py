@@ -50,6 +50,7 @@ class Grid:
         """
         if self.group > 0 and w_OI.shape[1] % self.group:
             raise RecipeError(f"group {self.group} does not divide a width of {w_OI.shape[1]}")
+        search = search and not w_OI.is_meta  # an outline: there is nothing to search
         if self.group == -1:
             scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, power_error(norm) if search else None)
             return narrowed(scale), zero
@@ -150,8 +151,8 @@ def fits_half(scale: Tensor) -> Tensor:
 
 
 def narrowed(scale: Tensor) -> Tensor:
-    """Rounded scales in the dtype that is stored: float16, or float32 if any of them needs it."""
-    return scale.to(torch.float16) if bool(fits_half(scale).all()) else scale
+    """Rounded scales in the dtype that is stored: float16, or float32 if any of them needs it; none of an outline."""
+    return scale.to(torch.float16) if scale.is_meta or bool(fits_half(scale).all()) else scale
 
 
 def deviation(w_OGS: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:

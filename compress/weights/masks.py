@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.errors import ArtifactError
 from compress.weights.bits import pack_bits, packed_size, unpack_bits
-from compress.weights.chance import regenerated
+from compress.weights.chance import RULE, regenerated
 
 BY_NAME = "name"
 WIDEST = 24  # low bits of a gap
@@ -59,6 +59,22 @@ def mask_bytes(mask_OI: Tensor, form: Form) -> int:
     if form is None:
         return packed_size(mask_OI.numel(), 1)
     return coded_size(gaps(mask_OI), form) if isinstance(form, int) else 0
+
+
+def likely_bytes(kept: int, entries: int, pattern: str) -> int:
+    """Bytes of a mask that is not made yet: exact unless fewer than half are kept, then those of a mask by chance.
+
+    Gaps are then geometric: of a share p kept one is at least n with probability (1 - p)**n, so the high part of a gap
+    with w low bits is q / (1 - q) on average, q = (1 - p)**(2**w).
+    """
+    if RULE.fullmatch(pattern):
+        return 0
+    bitmap = packed_size(entries, 1)
+    if 2 * kept >= entries:
+        return bitmap
+    tails = [(1 - kept / entries) ** (2**width) for width in range(1, WIDEST + 1)]
+    coded = [packed_size(kept, w) + packed_size(kept + round(kept * q / (1 - q)), 1) for w, q in enumerate(tails, 1)]
+    return min(bitmap, *coded)
 
 
 def pack_mask(mask_OI: Tensor, form: Form) -> Tensor | None:

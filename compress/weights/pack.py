@@ -30,7 +30,7 @@ from compress.weights.leaves import (
     Scaled,
     Signs,
 )
-from compress.weights.masks import BY_NAME, form_of, mask_bytes, pack_mask, unpack_mask
+from compress.weights.masks import BY_NAME, form_of, likely_bytes, mask_bytes, pack_mask, unpack_mask
 
 Spec = dict[str, Any]
 Resolve = Callable[[str, str], Tensor]  # (source, tensor name) -> the base model's tensor
@@ -96,8 +96,10 @@ def packed_bytes(weight: Weight, kept: int | None = None) -> int:
             return packed_size(codes_held, weight.bits) + (0 if name else book.nbytes) + packed_bytes(scale)
         case Nested(_, absmax, offset):
             return count + absmax.nbytes + offset.nbytes
+        case Masked(values, mask_OI, pattern) if mask_OI.is_meta:
+            return packed_bytes(values, weight.kept) + likely_bytes(weight.kept, mask_OI.numel(), pattern)
         case Masked(values, mask_OI, pattern):
-            return packed_bytes(values, int(mask_OI.sum())) + mask_bytes(mask_OI, form_of(mask_OI, pattern))
+            return packed_bytes(values, weight.kept) + mask_bytes(mask_OI, form_of(mask_OI, pattern))
         case Sum(terms):
             return sum(packed_bytes(term) for term in terms)
         case Product(left, right):

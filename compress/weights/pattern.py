@@ -77,6 +77,10 @@ class Pattern:
         del shape
         return None
 
+    def kept(self, shape: tuple[int, int]) -> int:
+        """How many entries of a matrix of this shape are kept."""
+        raise NotImplementedError
+
     def keep(self, score_OI: Tensor) -> Tensor:
         """The mask [out, in] that keeps the highest scores, True = kept."""
         return self.keep_part(score_OI, 0)
@@ -105,6 +109,10 @@ class NM(Pattern):
         """Inputs must divide by m."""
         return f"{self.name} needs a width divisible by {self.m}, got {shape[1]}" if shape[1] % self.m else None
 
+    def kept(self, shape: tuple[int, int]) -> int:
+        """n of every m."""
+        return shape[0] * shape[1] // self.m * self.n
+
     def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The n highest of each group; raises RecipeError if groups do not divide the width."""
         reason = self.check((score_OB.shape[0], score_OB.shape[1]))
@@ -128,6 +136,10 @@ class PerRow(Pattern):
         """`50%`."""
         return percent(self.sparsity)
 
+    def kept(self, shape: tuple[int, int]) -> int:
+        """As many of each row."""
+        return shape[0] * (shape[1] - drop_count(shape[1], self.sparsity))
+
     def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The highest of each row."""
         return keep_highest(score_OB, drop_between(start, start + score_OB.shape[1], self.sparsity))
@@ -143,6 +155,10 @@ class PerMatrix(Pattern):
     def name(self) -> str:
         """`50%m`."""
         return f"{percent(self.sparsity)}m"
+
+    def kept(self, shape: tuple[int, int]) -> int:
+        """Of all of them."""
+        return shape[0] * shape[1] - drop_count(shape[0] * shape[1], self.sparsity)
 
     def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The highest of the matrix."""
@@ -169,6 +185,11 @@ class Blocks(Pattern):
         if shape[0] % self.rows or shape[1] % self.columns:
             return f"blocks of {self.rows}x{self.columns} do not tile a matrix of {shape[0]}x{shape[1]}"
         return None
+
+    def kept(self, shape: tuple[int, int]) -> int:
+        """Whole tiles."""
+        tiles = (shape[0] // self.rows) * (shape[1] // self.columns)
+        return (tiles - drop_count(tiles, self.sparsity)) * self.rows * self.columns
 
     def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The tiles with the highest total."""

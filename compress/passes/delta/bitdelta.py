@@ -64,7 +64,7 @@ class BitDelta(Quantizer, name="bitdelta"):
         scale_SL = best_scales(w_OI, signed, gram_II, self.scale == "matrix").bfloat16()
         terms = tuple(Signs(p, s[:, None].contiguous()) for p, s in zip(positive, scale_SL.unbind(1), strict=True))
         weight: Weight = terms[0] if len(terms) == 1 else Sum(terms)
-        if not self.unbiased:
+        if not self.unbiased or w_OI.is_meta:
             return weight
         held = weight if keep_OI is None else Masked(weight, keep_OI, "kept")
         larger = unbiased(held, w_OI, gram_II)

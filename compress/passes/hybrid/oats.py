@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.model.site import Site
-from compress.passes.base import Pruner
+from compress.passes.base import Pruner, masked_outline
 from compress.passes.budget import density
 from compress.passes.hessian import damp
 from compress.passes.pruning.reconstruct import least_squares
@@ -108,6 +108,15 @@ class OATS(Pruner, name="oats"):
             return super().rewrite_unfed(site)
         w_OI = site.expect(Dense, by=self.name).data.float()
         return stored(site, *self.split(w_OI), self.remainder(site.shape).name)
+
+    def outline(self, site: Site) -> Weight | None:
+        """Both terms, or the mask alone."""
+        dense, rank = site.expect(Dense, by=self.name), self.rank(site.shape)
+        if not rank:
+            return super().outline(site)
+        (rows, columns), like = site.shape, dense.data
+        factors = Product(Dense(like.new_empty(rows, rank)), Dense(like.new_empty(rank, columns)))
+        return Sum((masked_outline(Dense(torch.empty_like(like)), self.remainder(site.shape)), factors))
 
     def split(self, a_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(A, B, mask of S) for a matrix of which all entries count the same."""

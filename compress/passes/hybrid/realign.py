@@ -52,6 +52,10 @@ class Realign(WeightPass, name="realign"):
         site.target = Dense(moved_OI)
         return site.target
 
+    def outline(self, site: Site) -> Weight | None:
+        """Another plain matrix."""
+        return Dense(torch.empty_like(site.expect(Dense, by=self.name).data))
+
     def rewrite_unfed(self, site: Site) -> Weight:
         """The weight as it is."""
         return site.weight

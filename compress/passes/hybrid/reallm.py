@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.model.site import Site, energy
-from compress.passes.corrector import Precision, stored
+from compress.passes.corrector import Precision, stored, stored_outline
 from compress.passes.quantization.vq import VQ
 from compress.passes.whitened import bits_saved, output_basis
 from compress.stats import Gram
@@ -63,6 +63,16 @@ class ReALLM(VQ, name="reallm"):
                 tried.append((float(energy(result.dense() - w_OI, gram_II)), result))
             factors = refitted
         return min(tried, key=lambda pair: pair[0])[1]
+
+    @property
+    def foreseen(self) -> bool:
+        """Factors that do not pay are left out."""
+        return self.always
+
+    def outline(self, site: Site) -> Weight | None:
+        """Codes beside two factors, whatever they would save."""
+        coded = super().outline(site)
+        return None if coded is None else Sum((coded, stored_outline(site.shape, self.rank, self.precision)))
 
     def fitted(self, w_OI: Tensor, gram_II: Tensor | None) -> Product:
         """The factors of W as they are stored."""

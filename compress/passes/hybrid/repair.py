@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compress.model.site import Site
-from compress.passes.corrector import Corrector, worth
+from compress.passes.corrector import Corrector, stored_outline, worth
 from compress.weights import Sum, Weight
 
 
@@ -36,6 +36,11 @@ class Repair(Corrector, name="repair"):
     def rewrite_unfed(self, site: Site) -> Weight:
         """The same in no metric: nothing is known of its input."""
         return self.corrected(site, None)
+
+    def outline(self, site: Site) -> Weight | None:
+        """The weight beside two factors."""
+        terms = site.weight.terms if isinstance(site.weight, Sum) else (site.weight,)
+        return Sum((*terms, stored_outline(site.shape, self.rank_of(site.shape), self.precision)))
 
     def corrected(self, site: Site, metric: Tensor | None) -> Weight:
         """The weight and its correction, in one sum with what was a sum already."""

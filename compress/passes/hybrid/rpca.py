@@ -8,7 +8,7 @@ for a matrix that was made that way. Shape suffixes: O out, I in, R rank, N the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Annotated
 
@@ -59,6 +59,15 @@ class RPCA(WeightPass, name="rpca"):
     def rewrite_unfed(self, site: Site) -> Weight:
         """The same without norms."""
         return self.split(site, None)
+
+    @property
+    def foreseen(self) -> bool:
+        """It has no budget."""
+        return False
+
+    def outline(self, site: Site) -> Weight | None:
+        """The matrix, which both terms must undercut."""
+        return replace(site.expect(Dense, by=self.name))
 
     def split(self, site: Site, norm_I: Tensor | None) -> Weight:
         """Both terms if they take fewer bytes, else the matrix and a fallback."""

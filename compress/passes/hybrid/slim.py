@@ -9,7 +9,7 @@ Shape suffixes: O out, I in, N any size, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from compress.errors import RecipeError, UnsupportedWeight
 from compress.model.site import Site, energy
-from compress.passes.base import Sparsity
-from compress.passes.corrector import Corrector
+from compress.passes.base import Sparsity, masked_outline
+from compress.passes.corrector import Corrector, stored_outline
 from compress.passes.feedback import Chosen, feed_back
 from compress.passes.hessian import shared_factor
 from compress.passes.quantization.gptq import FittedGrids, FixedGrids, Ranges, gptq
@@ -169,6 +169,17 @@ class SLiM(Corrector, name="slim"):
         w_OI = site.target.data.float()
         made = self.tried(w_OI, self.to_nearest(site, w_OI.abs()), None)
         return min(made, key=lambda result: float((result.dense().float() - w_OI).square().sum()))
+
+    def outline(self, site: Site) -> Weight | None:
+        """Codes, under the mask that is there or is chosen, beside two factors."""
+        given, chosen = self.masked(site), self.pattern()
+        grid = Grid(bits=self.bits, group=self.group, symmetric=self.group < 0)
+        coded: Weight = grid.quantize(site.original.data.float())
+        if given is not None:
+            coded = replace(given, values=coded)
+        elif chosen is not None:
+            coded = masked_outline(coded, chosen)
+        return Sum((coded, stored_outline(site.shape, self.rank_of(site.shape), self.precision)))
 
     def tried(self, w_OI: Tensor, code: Coder, metric: Tensor | None) -> Iterator[Weight]:
         """Codes for what the factors leave, factors for what the codes leave; what each step makes."""

@@ -16,7 +16,7 @@ from pydantic import Field
 from compress.errors import RecipeError, UnsupportedWeight
 from compress.model.site import Site
 from compress.passes.base import WeightPass
-from compress.passes.factorizer import joined
+from compress.passes.factorizer import factors_outline, joined
 from compress.stats import Gram
 from compress.weights import Dense, Weight
 
@@ -66,18 +66,29 @@ class TransMLA(WeightPass, name="transmla"):
 
     def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
         """One latent for the key and the value of each attention; raises UnsupportedWeight for anything else."""
+        return {name: weight for pair in self.pairs(sites) for name, weight in self.of_one(pair).items()}
+
+    def outline_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight | None]:
+        """The same, without values."""
+        found: dict[str, Weight | None] = {}
+        for pair in self.pairs(sites):
+            whole = {site.name: site.expect(Dense, by=self.name) for site in pair}
+            rank = self.rank(sum(site.shape[0] for site in pair), pair[0].shape[1])
+            found |= factors_outline(list(whole), list(whole.values()), rank)
+        return found
+
+    def pairs(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """Key and value of each attention; raises UnsupportedWeight for anything else."""
         attentions: dict[str, list[Site]] = {}
         for site in sites:
             attentions.setdefault(site.name.rpartition(".")[0], []).append(site)
-        found: dict[str, Weight] = {}
         for within, pair in attentions.items():
             leaves = [site.name.rpartition(".")[2] for site in pair]
             if tuple(sorted(leaves)) != PAIR:
                 raise UnsupportedWeight(
                     f"{self.name} needs {' and '.join(PAIR)} of one input; {within} has {', '.join(leaves)} there"
                 )
-            found |= self.of_one(pair)
-        return found
+        return list(attentions.values())
 
     def of_one(self, sites: Sequence[Site]) -> dict[str, Weight]:
         """These weights as readings of one latent."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.model.site import Site
-from compress.passes.base import Pruner
+from compress.passes.base import Pruner, masked_outline
 from compress.passes.hessian import damp, shared_factor
 from compress.passes.pruning.reconstruct import least_squares
 from compress.stats import Gram
@@ -60,6 +60,11 @@ class ALPS(Pruner, name="alps"):
         solved_OI, _ = least_squares(scaled_OI, mask_OI, unit_II, scaled_OI * mask_OI, POLISH, 1e-4)
         site.ledger["iterations"] = taken
         return Masked(Dense((solved_OI / scale_I).to(dense.data.dtype)), mask_OI, chosen.name)
+
+    def outline(self, site: Site) -> Weight | None:
+        """Other values under a mask."""
+        dense = site.expect(Dense, by=self.name)
+        return masked_outline(Dense(torch.empty_like(dense.data)), self.pattern())
 
 
 def eigen(gram_II: Tensor) -> tuple[Tensor, Tensor]:

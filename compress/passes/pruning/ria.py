@@ -58,6 +58,18 @@ class RIA(Pruner, name="ria"):
         )
         return relative_OI * site.stats[ColumnNorm] ** self.power if self.power else relative_OI
 
+    @property
+    def foreseen(self) -> bool:
+        """A permutation that retains no more is left out."""
+        return not self.permute
+
+    def outline(self, site: Site) -> Weight | None:
+        """The mask, with `permute` beside an order of inputs."""
+        masked = super().outline(site)
+        if not self.permute or masked is None:
+            return masked
+        return Product(masked, Permutation(torch.empty(site.shape[1], dtype=torch.int64, device="meta")))
+
     def rewrite(self, site: Site) -> Weight:
         """The same values under the mask, with `permute` in another order of inputs."""
         chosen = self.pattern()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.model.site import Site
-from compress.passes.base import Pruner
+from compress.passes.base import Pruner, masked_outline
 from compress.passes.feedback import Chosen, Rounding, Unrounded, feed_back
 from compress.passes.hessian import shared_factor
 from compress.passes.quantization.gptq import PLAIN, FittedGrids
@@ -94,6 +94,15 @@ class SparseGPT(Pruner, name="sparsegpt"):
             return weight
         grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
         return Masked(grid.quantize(weight.dense().float()), weight.mask_OI, weight.pattern)
+
+    def outline(self, site: Site) -> Weight | None:
+        """Other values under a mask, with `bits` their codes."""
+        dense = site.expect(Dense, by=self.name)
+        values: Weight = Dense(torch.empty_like(dense.data)) if self.update else dense
+        if self.bits is not None:
+            grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
+            values = grid.quantize(dense.data.float())
+        return masked_outline(values, self.pattern())
 
     def grids(self, w_OI: Tensor) -> FittedGrids:
         """The grids of kept weights, fitted on the way."""

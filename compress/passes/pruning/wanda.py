@@ -46,6 +46,10 @@ class Wanda(Pruner, name="wanda"):
         """|w| * ||x||, float32."""
         return site.weight.dense().float().abs() * site.stats[ColumnNorm]
 
+    def outline(self, site: Site) -> Weight | None:
+        """As of any pruner; with `alpha` the counts follow from the scores."""
+        return None if self.alpha else super().outline(site)
+
     def rewrite(self, site: Site) -> Weight:
         """The same values under the mask of the highest scores."""
         if not self.alpha or isinstance(self.sparsity, str) or not self.sparsity:

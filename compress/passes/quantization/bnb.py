@@ -42,6 +42,8 @@ class NF4(BlockQuantizer, name="nf4"):
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """The nearest values; 0 is one of them."""
+        if w_OI.is_meta:
+            return self.formed(w_OI)
         packed, state = functional().quantize_4bit(
             w_OI.float().contiguous(), blocksize=self.block, quant_type="nf4", compress_statistics=self.double
         )
@@ -49,6 +51,14 @@ class NF4(BlockQuantizer, name="nf4"):
         absmax_OG = state.absmax.view(w_OI.shape[0], -1)
         scale = Nested(absmax_OG, state.state2.absmax, state.offset.view(1)) if self.double else Dense(absmax_OG)
         return Codebook(codes_OI, BOOKS["nf4"].to(w_OI.device), scale, "nf4")
+
+    def formed(self, w_OI: Tensor) -> Weight:
+        """The form of what `round` makes of a matrix on the meta device."""
+        absmax_OG = w_OI.new_empty(w_OI.shape[0], w_OI.shape[1] // self.block, dtype=torch.float32)
+        blocks = -(-absmax_OG.numel() // Nested.BLOCK)
+        codes, blocked = absmax_OG.to(torch.uint8), absmax_OG.new_empty(blocks)
+        scale = Nested(codes, blocked, absmax_OG.new_empty(1)) if self.double else Dense(absmax_OG)
+        return Codebook(w_OI.to(torch.uint8), BOOKS["nf4"].to(w_OI.device), scale, "nf4")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,9 @@ class HQQ(GridQuantizer, name="hqq"):
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """Codes, scales and zeros of every group, a few rows at a time."""
+        if w_OI.is_meta:
+            plain = self.grid.quantize(w_OI)
+            return replace(plain, zero=plain.scale.half())
         keep_OI = torch.ones_like(w_OI, dtype=torch.bool) if keep_OI is None else keep_OI
         width = self.grid.width(w_OI.shape[1])
         total = torch.linalg.vector_norm(w_OI, dtype=torch.float64)

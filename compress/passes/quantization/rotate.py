@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Annotated
 
 import torch
@@ -29,6 +29,13 @@ Seed = Annotated[int, Field(ge=0, description="of the random signs")]
 def random_hadamard(size: int, seed: int) -> Hadamard:
     """A randomised Hadamard rotation, the same for the same size and seed."""
     return Hadamard(torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.5)
+
+
+@cache
+def rotation_outline(size: int, seed: int) -> Hadamard:
+    """The same without its signs; one object for the same size and seed."""
+    del seed
+    return Hadamard(torch.empty(size, dtype=torch.bool, device="meta"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,11 @@ class Rotate(WeightPass, name="rotate"):
     def rewrite_unfed(self, site: Site) -> Weight:
         """The same: no statistic is needed."""
         return self.rewrite(site)
+
+    def outline(self, site: Site) -> Weight | None:
+        """The rotation is shared by sites of one width."""
+        dense = site.expect(Dense, by=self.name)
+        return Product(Dense(torch.empty_like(dense.data)), rotation_outline(site.shape[1], self.seed))
 
 
 @dataclass(frozen=True, kw_only=True)

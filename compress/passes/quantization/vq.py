@@ -21,7 +21,7 @@ from compress.passes.base import Quantize, Quantizer
 from compress.passes.feedback import feed_back
 from compress.passes.hessian import shared_factor
 from compress.passes.kmeans import fit_book
-from compress.passes.quantization.rotate import Seed, random_hadamard
+from compress.passes.quantization.rotate import Seed, random_hadamard, rotation_outline
 from compress.stats import Gram, Statistic
 from compress.weights import BOOKS, Codebook, Dense, Hadamard, Masked, Product, Sum, Weight
 from compress.weights.grid import narrowed, stored_scale
@@ -200,8 +200,8 @@ class VQ(Quantizer, name="vq"):
         """The nearest codes."""
         if not self.rotate:
             return self.nearest(w_OI.float())
-        turn = self.turn(site)
-        return Product(self.nearest(turn.linear(w_OI.float())), turn)
+        turn = rotation_outline(site.shape[1], self.seed) if w_OI.is_meta else self.turn(site)
+        return Product(self.nearest(w_OI.float() if w_OI.is_meta else turn.linear(w_OI.float())), turn)
 
     def round_factor(self, factor: Tensor, site: Site) -> Weight:
         """The nearest codes, not rotated; raises UnsupportedWeight where vectors do not divide its width."""
@@ -234,10 +234,22 @@ class VQ(Quantizer, name="vq"):
 
     def nearest(self, w_OI: Tensor) -> Weight:
         """W coded without feedback: that of inputs which are alike and uncorrelated."""
+        if w_OI.is_meta:
+            return self.formed(w_OI)
         inputs = w_OI.shape[1]
         order_V = torch.arange(inputs // self.width, device=w_OI.device)
         alike_I = torch.ones(inputs, device=w_OI.device)
         return encode(w_OI, self.stages(w_OI, alike_I), torch.diag(alike_I), order_V)
+
+    def formed(self, w_OI: Tensor) -> Weight:
+        """The form of a coded matrix on the meta device."""
+        scale, finer = (w_OI.new_empty(w_OI.shape[0], 1, dtype=torch.float16) for _ in range(2))
+        codes_OV = w_OI.new_empty(w_OI.shape[0], w_OI.shape[1] // self.width, dtype=torch.int32)
+        if self.book == "kmeans":
+            return Codebook(codes_OV, scale.new_empty(2 ** (self.bits * self.width), self.width), Dense(scale))
+        books = [("e8p", scale)] + ([(FINER[self.bits][0], finer)] if self.bits in FINER else [])
+        leaves = [Codebook(codes_OV, BOOKS[name].to("meta"), Dense(own), name) for name, own in books]
+        return leaves[0] if len(leaves) == 1 else Sum(tuple(leaves))
 
     def stages(self, w_OI: Tensor, energy_I: Tensor) -> list[Stage]:
         """The books, fitted to W if they have to be."""

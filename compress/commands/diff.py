@@ -1,0 +1,136 @@
+"""`compress diff`: two model folders compared tensor by tensor, and result by result."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.commands.output import Json, result
+from compress.errors import ArtifactError
+
+DIFFERENT = 1  # the exit code
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help="an artifact, or any model folder")],
+    b: Annotated[str, typer.Argument(help="the other")],
+    base: Annotated[str | None, typer.Option("--base", help="of deltas: the model they belong to")] = None,
+    results: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--results", help="evaluations of both, in order; default: those in <folder>.eval"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what two model folders have different: tensors, recipe, versions, sizes, evaluations.
+
+    Exit code 0 if tensors, recipe, calibration and evaluations are the same, 1 if not.
+    """
+    from compress.differences import compare
+
+    found = compare(a, b, base)
+    rows, note = compared(*results) if results is not None else compared_beside(a, b)
+    same = found.equal and not any(row["delta"] for row in rows)
+    value = {**asdict(found), "results": rows, "results_note": note, "equal": same}
+    result(finite(value), as_json, *shown(found, rows, note, same))
+    if not same:
+        raise typer.Exit(DIFFERENT)
+
+
+def beside(folder: str) -> Path | None:
+    """Where `compress eval` writes the result of a folder, if it is there."""
+    from compress.model.source import display_name, locate
+
+    place = locate(folder).resolve()
+    found = place.with_name(f"{place.name}.eval") / display_name(place) / "results.json"
+    return found if found.is_file() else None
+
+
+def compared_beside(a: str, b: str) -> tuple[list[dict[str, Any]], str]:
+    """What `compared` gives for the results beside two folders; why not, if it gives nothing."""
+    one, other = beside(a), beside(b)
+    if one is None or other is None:
+        return [], "evaluations are not compared: not both folders have one beside them (<folder>.eval)"
+    try:
+        return compared(one, other)
+    except ArtifactError as error:  # nobody asked for these; with --results it is refused
+        return [], f"evaluations are not compared: {error}"
+
+
+def compared(a: Path, b: Path) -> tuple[list[dict[str, Any]], str]:
+    """The headline of each task in both results, with the paired difference.
+
+    Raises ArtifactError for results that are missing, damaged or not of the same questions.
+    """
+    for place in (a, b):
+        if not (place if place.suffix == ".json" else place / "results.json").is_file():
+            raise ArtifactError(f"--results: {place}: no results.json there; write one with `compress eval`")
+    import compress_evals as evals
+
+    paired = {name: task.paired for name, task in evals.compare(evals.load(a), evals.load(b)).tasks.items()}
+    return [
+        {"task": name, "n": p.n, "a": p.dense, "b": p.compressed, "delta": p.delta, "low": p.low, "high": p.high}
+        for name, p in paired.items()
+    ], ""
+
+
+def finite(value: Any) -> Any:
+    """The value with infinities as text, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def shown(found: Any, results: list[dict[str, Any]], note: str, same: bool) -> list[Any]:
+    """Tables and lines for people."""
+    from rich.markup import escape
+
+    head = f"{found.same:,} tensors are stored with the same bytes, {len(found.tensors):,} are not"
+    lines: list[Any] = [f"A = {escape(found.a)}, B = {escape(found.b)}: {head}"]
+    lines += [tensors_table(found)] if found.tensors else []
+    lines.append(f"bytes of tensors: {found.bytes[0]:,} and {found.bytes[1]:,}")
+    for title in ("recipe", "calibration", "versions"):
+        lines += [
+            f"{title}: {key}: {escape(str(x))} and {escape(str(y))}" for key, (x, y) in getattr(found, title).items()
+        ]
+    if found.errors:
+        lines.append(f"output errors differ at {len(found.errors):,} sites; --json lists them")
+    lines += [results_table(results)] if results else [note]
+    return [*lines, "[green]equal[/]" if same else "[yellow]different[/]"]
+
+
+def tensors_table(found: Any) -> Any:
+    """The tensors that differ."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="tensors that differ")
+    for name in ("tensor", "how", "A", "B", "bits A", "bits B", "error", "masks agree"):
+        left = name in ("tensor", "how", "A", "B")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in found.tensors:
+        forms = [escape(form or "-") for form in row.forms]
+        if row.where == "another shape":
+            forms = [f"{form} {list(shape)}" for form, shape in zip(forms, row.shapes, strict=True)]
+        bits = ["-" if count is None else f"{count:.2f}" for count in row.bits]
+        error = "-" if row.error is None else f"{row.error:.4g}"
+        table.add_row(row.name, row.where, *forms, *bits, error, "-" if row.mask is None else f"{row.mask:.1%}")
+    return table
+
+
+def results_table(results: list[dict[str, Any]]) -> Any:
+    """The tasks that both were asked."""
+    from rich.table import Table
+
+    table = Table(title="evaluations: the headline of each task; B less A with its 95 % interval")
+    for name in ("task", "questions", "A", "B", "B - A", "interval"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for row in results:
+        numbers = (f"{row['a']:.4f}", f"{row['b']:.4f}", f"{row['delta']:+.4f}")
+        table.add_row(row["task"], str(row["n"]), *numbers, f"{row['low']:+.4f} to {row['high']:+.4f}")
+    return table

@@ -1,0 +1,69 @@
+"""`compress doctor`: what is here, what is missing, and a bundle for a bug report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.commands.output import Json, result
+from compress.errors import RecipeError
+
+
+def doctor(
+    folder: Annotated[Path | None, typer.Argument(help="with --bundle: an artifact, or a run's partial folder")] = None,
+    bundle: Annotated[Path | None, typer.Option("--bundle", help="zip file to write for a bug report")] = None,
+    log: Annotated[Path | None, typer.Option("--log", help="with --bundle: the events that `run --log` wrote")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="with --bundle: the dense model, to add a plan")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this installation and machine are, what is missing and what that would enable."""
+    from compress import doctor as doctors
+
+    spare = [name for name, value in (("folder", folder), ("--log", log), ("--model", model)) if value is not None]
+    if bundle is None and spare:
+        raise RecipeError(f"{spare[0]}: is for a bundle; add --bundle FILE.zip")
+    if bundle is None:
+        found = doctors.examine()
+        result(found, as_json, *shown(found), *doctors.missing(found))
+        return
+    if folder is None:
+        raise RecipeError("--bundle: give the folder of an artifact, or the partial folder of a run")
+    names = doctors.bundle(bundle, folder, log, None if model is None else plan_of(folder, model))
+    line = f"{bundle}: {', '.join(names)}; no weights, no tokens, your home directory is `~`: look before you send it"
+    result({"bundle": str(bundle), "files": names}, as_json, line)
+
+
+def plan_of(folder: Path, model: str) -> dict[str, Any]:
+    """The plan of the recipe that made an artifact."""
+    from compress.artifact import Artifact
+    from compress.commands.plan import value_of
+    from compress.planning import plan_run
+    from compress.recipe import from_dict, parse
+
+    recipe = from_dict(parse(Artifact(folder).provenance["recipe"], "the recipe of the artifact"))
+    return value_of(plan_run(model, recipe))
+
+
+def shown(found: dict[str, Any]) -> list[Any]:
+    """Lines for people."""
+    from compress.console import size
+
+    system, memory, disk = found["system"], found["memory"], found["disk"]
+    free = "not known" if memory["free"] is None else size(memory["free"])
+    there = [f"{row['package']} {row['version']}" for row in found["optional"] if row["version"]]
+    lines = [
+        ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+        f"{system['platform']}: {system['cpu']}, {system['usable_cores']} of {system['cores']} cores, "
+        f"{system['threads']} threads",
+        f"memory free: {free}; disk free: {size(disk['free'])} in {disk['folder']}",
+        *(f"GPU: {gpu['name']}, {size(gpu['free'])} of {size(gpu['total'])} free" for gpu in found["gpus"]),
+        f"optional, installed: {', '.join(there) or 'none'}",
+        *(
+            f"{row['profile']} profile of {row['device']}: {row['state']}"
+            for row in found["profiles"]
+            if row["state"] != "none" and not row["state"].startswith("damaged")
+        ),
+    ]
+    return lines

@@ -1,0 +1,231 @@
+"""What this machine and installation are, what is missing and what that would enable; and a bundle for a bug report.
+
+A bundle is a zip of text files that are named here, one by one: no weights, no tokenizer, no calibration tokens, and no
+environment variables. The home directory is written `~` everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import __version__
+from compress.errors import ArtifactError, RecipeError
+from compress.model.source import read_json
+from compress.planning import machine, resources
+from compress_kernels import tuning
+
+NEEDED = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pydantic", "typer", "rich", "ruamel.yaml",
+          "jinja2", "scipy")  # fmt: skip
+OPTIONAL = {  # package -> (extra of ours, what it enables)
+    "lm-eval": ("eval", "compress eval, `accept` rules in recipes"),
+    "datasets": ("eval", "compress eval, calibration from datasets folders and the hub"),
+    "rouge-score": ("eval", "compress eval: summaries"),
+    "langdetect": ("eval", "compress eval: instructions about languages"),
+    "matplotlib": ("eval", "pictures of leaderboards and benchmarks"),
+    "compressed-tensors": ("formats", "export --to compressed-tensors, and reading such models"),
+    "bitsandbytes": ("formats", "the pass nf4, export --to bitsandbytes"),
+    "gguf": ("formats", "export --to gguf"),
+    "triton": ("kernels", "our kernels on a GPU"),
+    "fastapi": ("serve", "compress serve"),
+    "uvicorn": ("serve", "compress serve"),
+    "prometheus-client": ("serve", "compress serve: its metrics"),
+    "tokenizers": ("train", "training the built-in model anew"),
+}
+BUNDLED = ("compress.json", "config.json", "model.safetensors.index.json")  # of an artifact
+JOURNALS = ("identity.json", "records/*.json", "artifact/compress.json")  # of a run that is not done: hashes and errors
+LARGEST = 64 << 20  # bytes of a file in a bundle
+CACHES = ("tuning", "machine")
+
+
+def examine() -> dict[str, Any]:
+    """Everything `compress doctor` says, as plain data; changes nothing."""
+    return {
+        "versions": {"compress": __version__, "python": platform.python_version(), **versions(NEEDED)},
+        "system": {
+            "platform": platform.platform(),
+            "machine": platform.machine(),
+            "cpu": tuning.device_name("cpu"),
+            "cores": os.cpu_count(),
+            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "memory": {"free": resources.free_memory(), "this_process": resources.resident()},
+        "disk": {"folder": str(Path.cwd()), "free": shutil.disk_usage(Path.cwd()).free},
+        "gpus": gpus(),
+        "cuda": {"torch": torch.version.cuda, "available": torch.cuda.is_available()},
+        "optional": optional(),
+        "profiles": profiles(),
+        "caches": {name: folder_bytes(cache() / name) for name in CACHES},
+    }
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
+    """Package -> the version installed, or None."""
+    return {package: installed(package) for package in packages}
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, or None; nothing is imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def optional() -> list[dict[str, Any]]:
+    """The packages that some commands need."""
+    return [
+        {"package": name, "version": installed(name), "extra": extra, "enables": enables}
+        for name, (extra, enables) in OPTIONAL.items()
+    ]
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs that torch can use, with their memory."""
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(i)
+        major, minor = torch.cuda.get_device_capability(i)
+        found.append({"name": torch.cuda.get_device_name(i), "free": free, "total": total,
+                      "capability": f"{major}.{minor}"})  # fmt: skip
+    return found
+
+
+def cache() -> Path:
+    """Our folder among the user's caches."""
+    return tuning.place("cpu").parent.parent
+
+
+def profiles() -> list[dict[str, Any]]:
+    """Whether this machine was tuned and measured; a damaged profile is reported with its remedy."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for kind in kinds:
+        tuned, measured = state_of(tuning.place(kind), tuning.known, kind), machine_state(kind)
+        rows += [
+            {"profile": "tuning", "device": kind, "state": tuned, "enables": "`compress tune` measures where packed "
+             "products are faster"},
+            {"profile": "machine", "device": kind, "state": measured, "enables": "`compress plan` measures it once, "
+             "and then foresees times"},
+        ]  # fmt: skip
+    return rows
+
+
+def machine_state(kind: str) -> str:
+    """That of the machine profile."""
+    return state_of(machine.place(kind), machine.machine, kind)
+
+
+def state_of(path: Path, read: Any, kind: str) -> str:
+    """Where a profile lies, or that there is none, or what is wrong with it."""
+    if not path.exists():
+        return "none"
+    try:
+        read(kind)
+    except (tuning.TuningError, RecipeError) as error:
+        return f"damaged: {error}"
+    return str(path)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
+def missing(found: dict[str, Any]) -> Iterator[str]:
+    """One sentence for each thing that is not there."""
+    for row in found["optional"]:
+        if row["version"] is None:
+            yield f"{row['package']} is missing: {row['enables']}; pip install 'compress-llm[{row['extra']}]'"
+    if not found["gpus"]:
+        why = "there is no GPU here" if found["cuda"]["torch"] else "this torch is built without CUDA"
+        yield f"no GPU: {why}; everything runs on the CPU"
+    for row in found["profiles"]:
+        if row["state"] == "none":
+            yield f"no {row['profile']} profile of {row['device']}: {row['enables']}"
+        elif row["state"].startswith("damaged"):
+            yield f"{row['profile']} profile of {row['device']} is {row['state']}"
+
+
+# -- bundles ---------------------------------------------------------------------------------------
+
+
+def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, Any] | None = None) -> list[str]:
+    """Pack what a bug report needs of an artifact, or of the partial folder of a run, into a zip; the names in it.
+
+    Raises RecipeError if the zip is there already or cannot be written, ArtifactError if the folder holds nothing of a
+    run, or something unreadable.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder; give an artifact, or the partial folder of a run")
+    wanted = sorted({file for pattern in (*BUNDLED, *JOURNALS) for file in folder.glob(pattern)})
+    read = {file.relative_to(folder).as_posix(): read_text(file) for file in wanted}
+    texts = {name: text for name, text in read.items() if text is not None}
+    if not {"compress.json", "identity.json"} & set(texts):
+        raise ArtifactError(f"{folder}: neither an artifact nor the partial folder of a run; nothing to report")
+    if "compress.json" in texts:
+        texts["recipe.yaml"] = str(read_json(folder / "compress.json", "the provenance file").get("recipe", ""))
+    if log is not None:
+        events = read_text(log)
+        if events is None:
+            raise RecipeError(f"--log: {log} is no file that can be read")
+        texts["log.jsonl"] = events
+    if plan is not None:
+        texts["plan.json"] = json.dumps(plan, indent=1, default=str)
+    texts["doctor.json"] = json.dumps(examine(), indent=1)
+    texts["files.txt"] = "".join(
+        f"{file.stat().st_size:>14,} {file.relative_to(folder)}\n"
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    )
+    write_zip(target, {name: without_home(text) for name, text in sorted(texts.items())})
+    return sorted(texts)
+
+
+def read_text(file: Path) -> str | None:
+    """The text of a plain file, None if there is none; raises ArtifactError for one that is too large or no text."""
+    if not file.is_file() or file.is_symlink():
+        return None
+    if file.stat().st_size > LARGEST:
+        raise ArtifactError(f"{file}: {file.stat().st_size:,} bytes are more than a bundle takes ({LARGEST:,})")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{file}: cannot be read: {error}") from error
+
+
+def without_home(text: str) -> str:
+    """The text with the home directory as `~`, also where JSON has escaped it."""
+    homes = {str(Path.home()), str(Path.home().resolve())} - {"/", "."}
+    for home in sorted(homes | {json.dumps(home)[1:-1] for home in homes}, key=len, reverse=True):
+        text = re.sub(rf"{re.escape(home)}(?=[^\w.-]|$)", "~", text)
+    return text
+
+
+def write_zip(target: Path, texts: dict[str, str]) -> None:
+    """Write a zip, whole or not at all; the same texts give the same bytes."""
+    if target.exists():
+        raise RecipeError(f"--bundle: {target} exists; choose another name")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        with zipfile.ZipFile(partial, "x", zipfile.ZIP_DEFLATED) as packed:
+            for name, text in texts.items():
+                packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RecipeError(f"--bundle: {target} cannot be written: {error.strerror}") from error
+
+
+__all__ = ["bundle", "examine", "missing"]

@@ -1,0 +1,270 @@
+"""`compress plan`: what a run will make and need, said before any weight is read; headers and the architecture only."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from compress.errors import PlanError, RecipeError
+from compress.model.anatomy import Coverage
+from compress.model.family import TESTED
+from compress.model.source import Checkpoint, display_name, dtype_of, locate
+from compress.model.walk import Walk
+from compress.passes.base import Budget, Pass, Reshape, SitePass
+from compress.plan import check_tensors, outline, plan, usable
+from compress.planning import resources
+from compress.planning.costs import COSTS
+from compress.planning.machine import Machine
+from compress.planning.machine import machine as profile_of
+from compress.planning.sizes import SitePlan, plan_sites, stored_bytes, stored_sites
+from compress.planning.trust import licence, trust
+from compress.recipe import Recipe, load
+from compress.sources import open_source
+
+SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms and biases", "other tensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassPlan:
+    """Tensors of one class: how many, their parameters, bytes before and after; `most` bounds what values decide."""
+
+    name: str
+    tensors: int
+    parameters: int
+    source_bytes: int
+    bytes: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassPlan:
+    """The contract of a pass and what it touches; forms of its first site, before and after."""
+
+    name: str
+    options: str
+    sites: int
+    parameters: int
+    takes: tuple[str, ...]
+    gives: str
+    requires: tuple[str, ...]
+    keeps: tuple[str, ...]
+    before: str
+    after: str
+    modelled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that are needed, by part, and how many there are; None where nobody says."""
+
+    bytes: int
+    there: int | None
+    parts: Mapping[str, int]
+    where: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough, as far as that is known."""
+        return self.there is None or self.bytes <= self.there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run of a recipe on a model will make and need.
+
+    `bytes` and `most` are those of all tensors (`sizes.bytes` of compress.json): equal, and exact, where nothing
+    depends on values. `unmodelled` are passes whose own memory and time are left out of `needs` and `seconds`; `vram`
+    is among `needs` on a GPU only.
+    """
+
+    model: str
+    family: str
+    tested_family: bool
+    dtype: str
+    source_bytes: int
+    bytes: int
+    most: int
+    exact: bool
+    bits_per_weight: float
+    classes: tuple[ClassPlan, ...]
+    sites: tuple[SitePlan, ...]
+    passes: tuple[PassPlan, ...]
+    untouched: Mapping[str, int]
+    reshaped: tuple[str, ...]
+    needs: Mapping[str, Need]
+    seconds: Mapping[str, float]
+    unmodelled: tuple[str, ...]
+    licence: Mapping[str, str]
+    trust: tuple[str, ...]
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all that is modelled."""
+        return sum(self.seconds.values())
+
+    def check(self) -> None:
+        """Raise PlanError if memory, video memory or disk will not do."""
+        short = [
+            f"{name}: {need.bytes:,} bytes are needed, {need.there or 0:,} are there ({need.where}): "
+            f"{need.bytes - (need.there or 0):,} too few"
+            for name, need in self.needs.items()
+            if not need.fits
+        ]
+        if short:
+            raise PlanError(f"it will not fit: {'; '.join(short)}")
+
+
+def plan_run(
+    model: str | Path | None,
+    recipe: Recipe | str | Path,
+    *,
+    out: str | Path = "out",
+    device: str = "cpu",
+    memory: int | None = None,
+    disk: int | None = None,
+    offload: bool = False,
+    dequantize: bool = False,
+    machine: Machine | None = None,
+) -> Plan:
+    """What `compress.run` of this recipe will make and need; reads headers, never weights or calibration data.
+
+    `memory` and `disk` are limits in bytes in the place of what is free. Without `machine`, the machine is measured
+    once, in a few seconds. `Plan.check` raises PlanError for what will not fit; this raises CompressError children for
+    whatever `run` would refuse before its walk, but for damaged values and missing calibration data.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    given = model if model is not None else recipe.model
+    if given is None:
+        raise RecipeError("model: the recipe names no model and none was given")
+    source = open_source(locate(given), dequantize)
+    walk = Walk(source.config, source, dtype_of(source.config), usable(device))
+    check_tensors(walk, source)
+    process = resources.process_bytes()
+    planned, shaped = outline(walk, source, recipe)
+    covered = plan(planned, recipe)
+    sites = plan_sites(planned, recipe)
+    size, most = stored_bytes(planned, shaped, sites)
+    machine = machine if machine is not None else profile_of(device)
+    return Plan(
+        model=display_name(source.path),
+        family=str(source.config.get("model_type")),
+        tested_family=str(source.config.get("model_type")) in TESTED,
+        dtype=str(walk.dtype).removeprefix("torch."),
+        source_bytes=source.nbytes(),
+        bytes=size,
+        most=most,
+        exact=all(site.exact for site in sites.values()),
+        bits_per_weight=8 * sum(s.bytes for s in sites.values()) / max(1, sum(prod(s.shape) for s in sites.values())),
+        classes=classes_of(planned, shaped, covered, sites),
+        sites=tuple(sites.values()),
+        passes=tuple(pass_plan(step, recipe, sites) for step in recipe.passes),
+        untouched=covered.reasons(),
+        reshaped=(str(getattr(shaped, "change", "")),) if recipe.reshapes else (),
+        needs=needs(planned, shaped, recipe, sites, most, process, Path(out), device, memory, disk, offload),
+        seconds=resources.time_parts(planned, shaped, recipe, sites, machine, size),
+        unmodelled=tuple(resources.not_modelled(recipe)),
+        licence=licence(source.path),
+        trust=tuple(trust(source)),
+    )
+
+
+def classes_of(
+    walk: Walk, source: Checkpoint, covered: Coverage, plans: Mapping[str, SitePlan]
+) -> tuple[ClassPlan, ...]:
+    """The tensors of the artifact by class; those that none is of are left out."""
+    places = walk.anatomy.places
+    stored = stored_sites(walk, plans)
+    taken = {places[name].tensor for name in stored}
+    rows: dict[str, list[tuple[int, int, int, int]]] = {}
+    width = walk.dtype.itemsize
+    rows[SITES] = [(prod(plans[n].shape), prod(plans[n].shape) * width, plans[n].bytes, plans[n].most) for n in stored]
+    for name, held in source.headers.items():
+        if name not in taken:
+            size = (prod(held.shape), held.nbytes, held.nbytes, held.nbytes)
+            rows.setdefault(class_of(covered.untouched.get(name, (0, ""))[1]), []).append(size)
+    return tuple(
+        ClassPlan(
+            name=name, tensors=len(held), parameters=sum(r[0] for r in held), source_bytes=sum(r[1] for r in held),
+            bytes=sum(r[2] for r in held), most=sum(r[3] for r in held),
+        )
+        for name, held in rows.items()
+        if held
+    )  # fmt: skip
+
+
+def class_of(reason: str) -> str:
+    """The class of a tensor that no pass touches, by why."""
+    if reason.startswith(("the output head", "an embedding")):
+        return TABLES
+    return NORMS if reason.startswith("a vector") else OTHERS
+
+
+def pass_plan(step: Pass, recipe: Recipe, plans: Mapping[str, SitePlan]) -> PassPlan:
+    """What a pass needs, gives and keeps, and where."""
+    needed = tuple(kind.__name__ for kind in step.requires)
+    row: dict[str, Any] = {"sites": 0, "parameters": 0, "takes": (), "gives": role(step), "keeps": (), "before": "",
+                           "after": ""}  # fmt: skip
+    if isinstance(step, SitePass):
+        number = next(i for i, other in enumerate(recipe.weight_passes) if other is step)
+        own = [(p, p.steps.index(number)) for p in plans.values() if number in p.steps]
+        kept = dict.fromkeys(part for p, at in own for part in p.kept[at].split(", ") if part)
+        row |= {
+            "sites": len(own), "parameters": sum(prod(p.shape) for p, _ in own), "takes": tuple(step.takes),
+            "gives": step.gives or "the form it was given", "keeps": tuple(kept),
+            "before": own[0][0].forms[own[0][1]] if own else "", "after": own[0][0].forms[own[0][1] + 1] if own else "",
+        }  # fmt: skip
+    modelled = step.name in COSTS
+    return PassPlan(name=step.name, options=str(step), requires=needed, modelled=modelled, **row)
+
+
+def role(step: Pass) -> str:
+    """What a pass gives that rewrites no weight."""
+    if isinstance(step, Reshape):
+        return "a model of another shape or scale"
+    return "a budget for each site of the pass it governs" if isinstance(step, Budget) else ""
+
+
+def needs(
+    walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], most: int, process: int, out: Path,
+    device: str, memory: int | None, disk: int | None, offload: bool,
+) -> dict[str, Need]:  # fmt: skip
+    """Memory, disk and, on a GPU, video memory."""
+    parts = resources.memory_parts(walk, source, recipe, plans, offload)
+    video = resources.video_memory(device)
+    host = {"the process": process, **(parts if video is None else {"a block": parts.get("a block", 0)})}
+    there = memory if memory is not None else resources.free_memory()
+    if memory is None and there is not None:
+        there += resources.resident()  # what this process has will be that of the run
+    stored = {"tensors": most}
+    if offload:
+        stored["hidden states"] = activations(walk, source, recipe)
+    target = out.expanduser().resolve()
+    folder = next(parent for parent in (target, *target.parents) if parent.is_dir())
+    found = {
+        "memory": Need(bytes=sum(host.values()), there=there, parts=host, where=limit_name(memory, "free now")),
+        "disk": Need(
+            bytes=sum(stored.values()), there=disk if disk is not None else shutil.disk_usage(folder).free,
+            parts=stored, where=limit_name(disk, str(folder)),
+        ),
+    }  # fmt: skip
+    if video is not None:
+        found["vram"] = Need(bytes=sum(parts.values()), there=video[0], parts=parts, where=video[1])
+    return found
+
+
+def activations(walk: Walk, source: Checkpoint, recipe: Recipe) -> int:
+    """Bytes of all hidden states of the calibration tokens."""
+    load = resources.load_of(walk, recipe)
+    return load.tokens * (2 if load.twins else 1) * resources.sized(walk, source).hidden * walk.dtype.itemsize
+
+
+def limit_name(limit: int | None, else_: str) -> str:
+    """Where a number of bytes comes from."""
+    return else_ if limit is None else "the limit given"
+
+
+__all__ = ["ClassPlan", "Machine", "Need", "PassPlan", "Plan", "SitePlan", "plan_run"]

@@ -1,0 +1,154 @@
+"""How fast this machine is, measured once in a few seconds and kept: what times are predicted from.
+
+A profile is one JSON file for each device, version of torch and number of threads, beside the profiles of
+`compress tune`. A damaged file is an error and never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.errors import RecipeError
+from compress_kernels import tuning
+
+FORMAT = 1
+LARGEST = 1 << 16  # bytes of a profile
+SIDE = 512  # of the matrices multiplied: milliseconds, which a busy machine rarely interrupts
+HALF = SIDE // 2
+LEAST = 12  # calls of each
+FEW = 0.25  # seconds that each measurement takes at least
+WRITTEN = 1 << 26  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Rates: operations a second of products by dtype, of n**3 of an eigenvector problem; bytes a second; seconds a
+    call of a small operation. `version` is that of torch."""
+
+    device: str
+    version: str
+    threads: int
+    float32: float
+    bfloat16: float
+    float16: float
+    eigen: float
+    memory: float
+    disk: float
+    call: float
+
+    def product(self, dtype: torch.dtype) -> float:
+        """Operations a second of a product in a dtype; of float32 for one that was not measured."""
+        rate: float = getattr(self, str(dtype).removeprefix("torch."), self.float32)
+        return rate
+
+
+def place(kind: str) -> Path:
+    """Where the profile of a device lies: `$XDG_CACHE_HOME/compress/machine/<device>-<torch>-<threads>.json`."""
+    tuned = tuning.place(kind)
+    return tuned.parent.parent / "machine" / f"{tuned.stem}-{torch.get_num_threads()}.json"
+
+
+def machine(kind: str) -> Machine:
+    """The profile of a device; measured and kept if there is none yet.
+
+    Raises RecipeError for a damaged one, or if it cannot be kept.
+    """
+    path = place(kind)
+    if path.exists():
+        return read(path)
+    found = measure(kind)
+    write(found, path)
+    return found
+
+
+def read(path: Path) -> Machine:
+    """The profile in a file; raises RecipeError if it is damaged."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else ""
+        told = json.loads(text)
+        if not isinstance(told, dict) or told.pop("format", None) != FORMAT:
+            raise ValueError(f"format {FORMAT} is read")
+        numbers = {f.name: told[f.name] for f in fields(Machine)}
+        rates = [numbers[f.name] for f in fields(Machine) if f.type in ("int", "float")]
+        if any(isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0 for rate in rates):
+            raise ValueError("rates must be positive numbers")
+        return Machine(**numbers)
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise RecipeError(f"{path}: is no machine profile: {error}; delete it, it is measured anew") from error
+
+
+def write(found: Machine, path: Path) -> None:
+    """Keep a profile, whole or not at all; raises RecipeError if it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, **asdict(found)}, file, indent=1)
+        Path(name).replace(path)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def measure(kind: str) -> Machine:
+    """The rates of a device; takes about three seconds and 64 MB of disk in the folder for temporary files."""
+    device = torch.device(kind)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(SIDE, SIDE, generator=generator).to(device)
+    gram = a[:HALF, :HALF] @ a[:HALF, :HALF].T
+    long = torch.zeros(1 << 21, device=device)  # what passes work on at once (grid.py)
+    rates = {
+        str(dtype).removeprefix("torch."): 2 * SIDE**3 / seconds(device, products(a.to(dtype)))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    small = torch.zeros(64, device=device)
+    return Machine(
+        device=tuning.device_name(kind), version=torch.__version__, threads=torch.get_num_threads(), **rates,
+        eigen=HALF**3 / seconds(device, lambda: torch.linalg.eigh(gram)),
+        memory=2 * long.nbytes / seconds(device, lambda: long + 1),
+        disk=WRITTEN / disk_seconds(), call=seconds(device, lambda: small.add_(1)),
+    )  # fmt: skip
+
+
+def products(a: torch.Tensor) -> Callable[[], Any]:
+    """The square of a matrix, to be called."""
+    return lambda: a @ a
+
+
+def seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """The least time of a call, after one that is not counted: what the machine does when nothing interrupts it."""
+    run()
+    times: list[float] = []
+    while len(times) < LEAST or sum(times) < FEW:
+        finish(device)
+        began = time.perf_counter()
+        run()
+        finish(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def disk_seconds() -> float:
+    """The time to write and flush WRITTEN bytes where temporary files lie."""
+    data = bytes(1 << 20)
+    with tempfile.TemporaryFile() as file:
+        began = time.perf_counter()
+        for _ in range(WRITTEN // len(data)):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return time.perf_counter() - began

@@ -1,0 +1,268 @@
+"""How much memory a run needs at its largest, part by part, and how long it takes, from shapes alone.
+
+Peaks: `frame`, while embeddings and head are loaded; `block`, while the widest block is rewritten. Where a pass has no
+row in costs.py its own part is left out and the estimate says so. Shape suffixes: none, all are numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
+from compress.model.source import Checkpoint
+from compress.model.travellers import BATCH_TOKENS
+from compress.model.walk import Walk
+from compress.passes.base import SitePass, needs_twins, windows_at_once
+from compress.plan import longest_window
+from compress.planning.costs import COSTS, F32, MEASURED, Work
+from compress.planning.machine import Machine
+from compress.planning.sizes import SitePlan, read_together_names
+from compress.recipe import Recipe
+from compress.stats import SIDE, Gram, Statistic
+
+STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: tokenizer, texts, libraries of products
+WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
+HASHED = 1.0e9  # bytes a second of sha256, of any x86-64 or ARM processor of this decade
+READS = 3  # hashes and readings of each byte that is written, and of the source
+FORWARD, SOLVING = 0.5, 0.65  # of the rate of one product: shares that blocks, and statistics and solvers, reached
+SETTLING = 4.0  # seconds: calibration text through the tokenizer, plans, cards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What goes through a model: calibration tokens and those of one forward, probe tokens, twins or not."""
+
+    tokens: int
+    batch: int
+    probe: int
+    length: int
+    twins: bool
+
+
+def load_of(walk: Walk, recipe: Recipe) -> Load:
+    """The tokens of a recipe; a source that cannot give so many is not looked at."""
+    limit = longest_window(walk)
+    length = min(recipe.calibration.length or LONGEST, limit)
+    measured = any(step.requires for step in recipe.passes)
+    at_once = windows_at_once(recipe.passes) or max(1, BATCH_TOKENS // length)
+    windows = recipe.calibration.samples if measured else 0
+    return Load(
+        tokens=windows * length, batch=min(windows, at_once) * length, length=length,
+        probe=PROBE * min(length, PROBE_LENGTH), twins=needs_twins(recipe.passes),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized:
+    """A model's parts in bytes, as they lie in memory."""
+
+    hidden: int
+    frame: int
+    block: int
+    index: int
+    vocabulary: int
+    width: int
+    itemsize: int
+
+
+def sized(walk: Walk, source: Checkpoint) -> Sized:
+    """The frame, the largest block and the widest input."""
+    anatomy, itemsize = walk.anatomy, walk.dtype.itemsize
+    headers = source.headers
+    blocks = [
+        sum(prod(headers[n].shape) for n in anatomy.tensors_of(i) if n in headers) for i in range(len(walk.blocks))
+    ]
+    index = max(range(len(blocks)), key=blocks.__getitem__)
+    frame = sum(prod(headers[n].shape) for n in anatomy.frame() if n not in anatomy.layout.unknown)
+    text = walk.model.config.get_text_config()
+    return Sized(
+        hidden=int(text.hidden_size), frame=frame * itemsize, block=blocks[index] * itemsize, index=index,
+        vocabulary=int(walk.model.get_input_embeddings().num_embeddings), itemsize=itemsize,
+        width=max((p.shape[1] for p in anatomy.of_block(index)), default=int(text.hidden_size)),
+    )  # fmt: skip
+
+
+def memory_parts(
+    walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], offload: bool = False
+) -> dict[str, int]:
+    """Bytes at the peak, by what they are; without the process itself."""
+    size, load = sized(walk, source), load_of(walk, recipe)
+    stream = size.hidden * size.itemsize
+    streams = 0 if offload else load.tokens * (2 if load.twins else 1)
+    hidden = (streams + 2 * load.probe + (load.batch if offload else 0)) * stream
+    logits = load.probe * size.vocabulary * (2 * size.itemsize + F32 if size.itemsize < F32 else 3 * F32)
+    frame = {"embeddings and head": size.frame, "hidden states": hidden, "logits": logits}
+    own = [plans[p.site] for p in walk.anatomy.of_block(size.index) if plans[p.site].steps]
+    rewritten = sum(prod(p.shape) * size.itemsize + p.held for p in own)
+    forward = max(load.batch, load.probe) * size.width * (3 * size.itemsize + 2 * F32)
+    statistics = max((statistics_bytes(recipe, p) for p in own), default=0)
+    solving = max((solver_bytes(recipe, p) for p in own), default=0)
+    written = sum(p.bytes for p in own) + max((F32 * prod(p.shape) for p in own), default=0)
+    block = {
+        "a block": size.block, "its rewritten weights": rewritten, "hidden states": hidden,
+        "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written),
+    }  # fmt: skip
+    return max(frame, block, key=lambda parts: sum(parts.values()))
+
+
+def kinds_of(recipe: Recipe, plan: SitePlan) -> list[type[Statistic]]:
+    """The statistics that the passes on a site need of its input."""
+    steps = recipe.weight_passes
+    return list(dict.fromkeys(kind for i in plan.steps for kind in steps[i].requires))
+
+
+def statistics_bytes(recipe: Recipe, plan: SitePlan) -> int:
+    """Of the one input of a site."""
+    return sum(kind.nbytes(plan.shape[1]) for kind in kinds_of(recipe, plan))
+
+
+def solver_bytes(recipe: Recipe, plan: SitePlan) -> int:
+    """What the passes on a site take beside its weight and statistics, and then what measuring its error does."""
+    works = (work_of(recipe.weight_passes[i], plan.shape) for i in plan.steps)
+    return max([MEASURED * prod(plan.shape), *(int(work.nbytes) for work in works if work)])
+
+
+def work_of(step: SitePass, shape: tuple[int, int]) -> Work | None:
+    """What a pass costs on a matrix; None if it is not modelled."""
+    found = COSTS.get(step.name)
+    return None if found is None else found(step, *shape)
+
+
+def not_modelled(recipe: Recipe) -> list[str]:
+    """The passes whose own cost is left out."""
+    return list(dict.fromkeys(step.name for step in recipe.passes if step.name not in COSTS))
+
+
+def process_bytes() -> int:
+    """The size of this process now, and of what a run loads beside."""
+    return resident() + STARTED
+
+
+def resident() -> int:
+    """Resident bytes of this process; the largest so far where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that a new process can have, within the limit of its control group; None where nobody says."""
+    found = [value for value in (available(), within_group()) if value is not None]
+    return min(found) if found else None
+
+
+def available() -> int | None:
+    """What Linux counts as available."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    told = {name: rest.split()[0] for name, _, rest in (line.partition(":") for line in lines) if rest.split()}
+    return int(told["MemAvailable"]) * 1024 if "MemAvailable" in told else None
+
+
+def within_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the control group of a container leaves."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
+        except OSError:
+            continue
+        return int(most) - int(now) if most.isdigit() and int(most) < 1 << 60 else None
+    return None
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def time_parts(
+    walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine, written: int
+) -> dict[str, float]:
+    """Seconds by what is done; the passes that are not modelled are left out."""
+    load, product = load_of(walk, recipe), machine.product(walk.dtype)
+    weights = sum(prod(plan.shape) * active(walk, name) for name, plan in plans.items())
+    tokens, hidden = load.tokens * (2 if load.twins else 1), sized(walk, source).hidden
+    attention = 4.0 * load.length * hidden * len(walk.blocks)  # a token
+    forwards = forwards_of(walk, recipe, plans) * load.tokens + (tokens - load.tokens)
+    probed = 6 * load.probe  # dense, compressed, read back; each in and out
+    work = [work for _, work in pairs(recipe, plans)]
+    measured = [p for p in plans.values() if Gram in kinds_of(recipe, p)]
+    energies = sum(2.0 * p.shape[0] * p.shape[1] * min(2 * p.shape[1], p.shape[1] + SIDE) for p in measured)
+    entries = sum(prod(p.shape) for p in plans.values() if p.steps)
+    passes = sum(w.passes * prod(p.shape) for p, w in pairs(recipe, plans)) + WRITING * entries
+    return {
+        "reading and checking": 2 * source.nbytes() / machine.memory + source.nbytes() / HASHED,
+        "forwards": (forwards + probed) * (2.0 * weights + attention) / (FORWARD * product),
+        "statistics": gathered(walk, recipe, plans, load.tokens) / (SOLVING * machine.float32),
+        "passes": (sum(w.flops for w in work) + energies) / (SOLVING * machine.float32)
+        + sum(w.cubes for w in work) / machine.eigen
+        + 2 * F32 * passes / machine.memory
+        + sum(w.calls for w in work) * machine.call,
+        "writing": written / machine.disk + READS * written / HASHED,
+        "settling": SETTLING,
+    }  # fmt: skip
+
+
+def active(walk: Walk, site: str) -> float:
+    """The share of tokens that reach a site: of an expert, as many as a router chooses of all."""
+    if not walk.anatomy.places[site].routed:
+        return 1.0
+    text = walk.model.config.get_text_config()
+    known = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    experts = next((int(count) for count in known if count), 1)
+    return int(getattr(text, "num_experts_per_tok", 1) or 1) / experts
+
+
+def pairs(recipe: Recipe, plans: Mapping[str, SitePlan]) -> list[tuple[SitePlan, Work]]:
+    """Each site with the work of each pass on it."""
+    return [(p, work_of(recipe.weight_passes[i], p.shape) or Work()) for p in plans.values() for i in p.steps]
+
+
+def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan]) -> float:
+    """Forwards of a block over the calibration tokens: one at the end, and before it as far as each input."""
+    if not walk.blocks:
+        return 0.0
+    names = [p.site for p in walk.anatomy.of_block(0)]
+    whole = sum(prod(plans[n].shape) for n in names) or 1
+    if recipe.ordering != "site":
+        return 2.0
+    total, before = 1.0, 0
+    for group in read_together_names(names):
+        total += before / whole if any(kinds_of(recipe, plans[n]) for n in group) else 0
+        before += sum(prod(plans[n].shape) for n in group)
+    return total
+
+
+def gathered(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], tokens: int) -> float:
+    """Operations of all statistics: squares for vectors, products of inputs with themselves for square ones."""
+    total = 0.0
+    for index in range(len(walk.blocks)):
+        for group in read_together_names([p.site for p in walk.anatomy.of_block(index)]):
+            kinds: Sequence[Any] = list(dict.fromkeys(kind for n in group for kind in kinds_of(recipe, plans[n])))
+            width = plans[group[0]].shape[1]
+            total += sum(tokens * width * (min(2 * width, width + SIDE) if k.square else 20) for k in kinds)
+    return total
+
+
+def video_memory(device: str) -> tuple[int, str] | None:
+    """(free bytes, name) of a GPU; None for the CPU."""
+    kind = torch.device(device)
+    if kind.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(kind)
+    return int(free), str(torch.cuda.get_device_name(kind))

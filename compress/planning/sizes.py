@@ -1,0 +1,260 @@
+"""How many bytes an artifact will take, site by site: the passes rewrite weights that have no values.
+
+Every pass leaves its outline on the meta device, and the codec that packs weights counts the bytes of that, so there is
+no second account of any format. What a reader would question: scales are taken to fit float16, as those of weights
+between 1e-4 and 1e5 do; a matrix that needs float32 for one of them takes two bytes more for each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from compress.errors import UnsupportedWeight
+from compress.model.anatomy import Place
+from compress.model.site import Site
+from compress.model.source import Checkpoint
+from compress.model.walk import Walk
+from compress.passes.base import Pruner, Quantizer, SitePass, WeightPass
+from compress.passes.budget import governed
+from compress.passes.codec import Codec
+from compress.recipe import Recipe
+from compress.weights import Dense, Hadamard, Masked, Permutation, Weight
+from compress.weights.bits import packed_size
+from compress.weights.masks import likely_bytes
+from compress.writer import SMALLEST
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+VALUES = "values decide; counted as it was"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlan:
+    """What a site will be stored as, in bytes: `most` bounds what values decide, and is `bytes` if nothing is left to.
+
+    `forms` are the weight before each pass that touches it and at last; `kept` what each left as it was; `held` the
+    bytes of the last form in memory, not packed, beside the weight as it was.
+    """
+
+    site: str
+    shape: tuple[int, int]
+    steps: tuple[int, ...]
+    forms: tuple[str, ...]
+    kept: tuple[str, ...]
+    bytes: int
+    most: int
+    held: int
+    note: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing depends on values."""
+        return self.bytes == self.most and not self.note
+
+
+def plan_sites(walk: Walk, recipe: Recipe) -> dict[str, SitePlan]:
+    """Every site of a model by name, in order; those that no pass touches are counted as they are computed with."""
+    found: dict[str, SitePlan] = {}
+    known: dict[Any, list[SitePlan]] = {}
+    tight = list(recipe.weight_passes)
+    loose = loosened(recipe)
+    for index in range(len(walk.blocks)):
+        places = walk.anatomy.of_block(index)
+        alike = tuple((NUMBER.sub("*", p.site), p.shape, selected(p, tight)) for p in places)
+        if alike not in known:
+            known[alike] = block_plans(walk, places, tight, loose, exact=recipe.delta is None)
+        found |= {p.site: replace(done, site=p.site) for p, done in zip(places, known[alike], strict=True)}
+    return found
+
+
+def selected(place: Place, steps: Sequence[SitePass]) -> tuple[int, ...]:
+    """The numbers of the passes that select a site."""
+    return tuple(i for i, step in enumerate(steps) if fnmatchcase(place.site, step.sites))
+
+
+def loosened(recipe: Recipe) -> list[SitePass]:
+    """The passes with the option that a budget shares out as loose as it may become anywhere."""
+    steps = list(recipe.weight_passes)
+    for _, i in governed(recipe.passes):
+        step = steps[i]
+        if isinstance(step, WeightPass):
+            options: dict[str, Any] = {step.shared_out: loosest(step)}
+            steps[i] = replace(step, **options)
+    return steps
+
+
+def loosest(step: WeightPass) -> float | str:
+    """The value of the option that a budget may set at which most is kept."""
+    if isinstance(step, Pruner):
+        m = str(step.sparsity).partition(":")[2]
+        return f"{int(m) - 1}:{m}" if m else 0.0
+    return 0.0 if step.shared_out == "removed" else 16.0 if isinstance(step, Codec) else 8
+
+
+def block_plans(
+    walk: Walk, places: Sequence[Place], tight: Sequence[SitePass], loose: Sequence[SitePass], exact: bool
+) -> list[SitePlan]:
+    """The plans of the sites of one block."""
+    modules = walk.anatomy.modules
+    sites = {p.site: Site(p.site, modules[p.module], p) for p in places}
+    likely = Outlines(sites, tight)
+    most = likely if list(loose) == list(tight) else Outlines(sites, loose)
+    spared = shared_bytes(likely.sites, places)
+    spared_most = shared_bytes(most.sites, places)
+    plans = []
+    for place in places:
+        name, size, bound = place.site, likely.nbytes(place.site), most.nbytes(place.site)
+        bound = max(size, bound + room(most.sites[name].weight)) - spared_most.get(name, 0)
+        note = likely.notes.get(name, "") or ("" if exact or not likely.touched[name] else "a difference: at most")
+        if loose != tight and any(tight[i] != loose[i] for i in likely.touched[name]):
+            note = note or "shared out by a budget"
+        plans.append(
+            SitePlan(
+                site=name, shape=place.shape, steps=tuple(likely.touched[name]), forms=tuple(likely.forms[name]),
+                kept=tuple(likely.kept[name]), bytes=size - spared.get(name, 0), most=bound, note=note,
+                held=unpacked(likely.sites[name].weight, sites[name].original.data),
+            )
+        )  # fmt: skip
+    return plans
+
+
+class Outlines:
+    """The sites of a block behind all passes; `touched` are the passes by site, `forms` and `kept` as in a SitePlan."""
+
+    def __init__(self, sites: Mapping[str, Site], steps: Sequence[SitePass]) -> None:
+        self.sites = dict(sites)
+        self.steps = steps
+        self.touched: dict[str, list[int]] = {name: [] for name in sites}
+        self.forms = {name: [site.weight.describe()] for name, site in sites.items()}
+        self.kept: dict[str, list[str]] = {name: [] for name in sites}
+        self.notes: dict[str, str] = {}
+        self.codecs: dict[str, int] = {}
+        for i, step in enumerate(steps):
+            chosen = [site for site in self.sites.values() if fnmatchcase(site.name, step.sites)]
+            for group in read_together(chosen) if step.joint else [[site] for site in chosen]:
+                self.take(i, step, group)
+
+    def take(self, i: int, step: SitePass, group: Sequence[Site]) -> None:
+        """Put the outlines of a pass in the places of these sites."""
+        try:
+            made = step.outline_peers(group)
+        except UnsupportedWeight:  # of a form that only values tell
+            made = {}
+        for site in group:
+            weight, name = made.get(site.name), site.name
+            self.touched[name].append(i)
+            if weight is None:
+                self.notes.setdefault(name, VALUES)
+                if isinstance(step, Codec):
+                    self.codecs[name], self.notes[name] = step.budget(site.shape), "at most what its bits allow"
+                weight = replace(site.weight)
+            elif not step.foreseen:
+                self.notes.setdefault(name, "at most: values decide")
+            if isinstance(step, Quantizer) and step.factors and any(self.steps[j].joint for j in self.touched[name]):
+                self.notes.setdefault(name, "at most: a factor may be shared")
+            self.kept[name].append(", ".join(kept_parts(site.weight, weight)))
+            self.sites[name] = site.apart(weight)
+            self.forms[name].append(weight.describe())
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a site as it is now."""
+        return self.codecs.get(name) or self.sites[name].weight.nbytes()
+
+
+def read_together(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """The sites that read one input, as far as the names of modules tell; the others alone."""
+    named = {site.name: site for site in sites}
+    yield from ([named[name] for name in group] for group in read_together_names(list(named)))
+
+
+def read_together_names(sites: Sequence[str]) -> list[list[str]]:
+    """The same of names."""
+    groups: dict[Any, list[str]] = {}
+    for site in sites:
+        parent, _, leaf = site.rpartition(".")
+        family = next((names for names in TOGETHER if leaf in names), leaf)
+        groups.setdefault((parent, family), []).append(site)
+    return list(groups.values())
+
+
+def kept_parts(before: Weight, after: Weight) -> list[str]:
+    """The parts of a weight that a pass left as they were, by what they are called."""
+    held = {id(tensor) for _, tensor in parts(after)}
+    return list(dict.fromkeys(name for name, tensor in parts(before) if id(tensor) in held))
+
+
+def parts(weight: Weight) -> Iterator[tuple[str, Tensor]]:
+    """What other passes must respect in an expression."""
+    for node in every(weight):
+        match node:
+            case Masked(_, mask_OI):
+                yield "mask", mask_OI
+            case Permutation(order_I):
+                yield "permutation", order_I
+            case Hadamard(positive_I):
+                yield "rotation", positive_I
+            case _:
+                pass
+
+
+def room(weight: Weight) -> int:
+    """Bytes by which masks that follow from values may take more than masks by chance."""
+    masks = [(node.kept, node.mask_OI.numel(), node.pattern) for node in every(weight) if isinstance(node, Masked)]
+    return sum(packed_size(entries, 1) - likely_bytes(kept, entries, rule) for kept, entries, rule in masks)
+
+
+def unpacked(weight: Weight, original: Tensor) -> int:
+    """Bytes of all tensors of an expression in memory, but for those of the weight as it was."""
+    own = {
+        id(value): value.nbytes for node in every(weight) for value in vars(node).values() if isinstance(value, Tensor)
+    }
+    own.pop(id(original), None)
+    return sum(own.values())
+
+
+def every(weight: Weight) -> Iterator[Weight]:
+    """An expression and all below it."""
+    yield weight
+    for child in weight.children():
+        yield from every(child)
+
+
+def shared_bytes(sites: Mapping[str, Site], places: Sequence[Place]) -> dict[str, int]:
+    """Bytes of each site that another one of its block stores for it."""
+    seen: set[int] = set()
+    spared: dict[str, int] = {}
+    for place in places:
+        for node in every(sites[place.site].weight) if place.expert is None else ():
+            match node:
+                case Hadamard(tensor):
+                    size = packed_size(tensor.numel(), 1)
+                case Dense(tensor):
+                    size = tensor.nbytes
+                case _:
+                    continue
+            if size >= SMALLEST and id(tensor) in seen:
+                spared[place.site] = spared.get(place.site, 0) + size
+            seen.add(id(tensor))
+    return spared
+
+
+def stored_bytes(walk: Walk, source: Checkpoint, plans: Mapping[str, SitePlan]) -> tuple[int, int]:
+    """(bytes, at most) of all tensors of the artifact, headers of files not counted: `sizes.bytes` of compress.json."""
+    written = stored_sites(walk, plans)
+    taken = {walk.anatomy.places[name].tensor for name in written}
+    plain = sum(held.nbytes for name, held in source.headers.items() if name not in taken)
+    return plain + sum(plans[n].bytes for n in written), plain + sum(plans[n].most for n in written)
+
+
+def stored_sites(walk: Walk, plans: Mapping[str, SitePlan]) -> list[str]:
+    """The sites that are stored as expressions: those that are touched, and all experts of a stack with one of them."""
+    places = walk.anatomy.places
+    touched = [name for name, plan in plans.items() if plan.steps]
+    opened = {places[name].module for name in touched if places[name].expert is not None}
+    return [n for n, p in plans.items() if p.steps or (places[n].expert is not None and places[n].module in opened)]

@@ -1,0 +1,394 @@
+"""`compress plan`: its bytes are the artifact's, its memory is near that of a run, and it reads no weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress import (
+    GPTQ,
+    OWL,
+    RTN,
+    SVD,
+    Calibration,
+    Magnitude,
+    PlanError,
+    Recipe,
+    RecipeError,
+    Repair,
+    Rotate,
+    Site,
+    Wanda,
+    WeightPass,
+    run,
+)
+from compress.artifact import Artifact
+from compress.calibration import draw
+from compress.model.source import Checkpoint
+from compress.passes import PASSES, Pass
+from compress.planning import Machine, Plan, plan_run
+from compress.planning.machine import measure, place, read, write
+from compress.planning.resources import within_group
+from compress.recipe import load
+from compress.weights import Dense, Weight
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+MACHINE = Machine(
+    device="test", version="0", threads=1, float32=1e11, bfloat16=2e11, float16=1e9, eigen=4e9, memory=5e10, disk=5e8,
+    call=3e-6,
+)  # fmt: skip
+FEW = Calibration(samples=4, length=32)
+DEPENDS = {  # on values: counts, ranks or bits that a budget shares out, permutations that may not pay, bands of bits
+    "best-50", "best-lowrank-30", "delta-come-3bit", "global-50", "mixed-int3", "owl-70", "ria-2of4-permuted",
+    "sensitivity-70", "shared-lowrank-30", "welore-20",
+}  # fmt: skip
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(cli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """`compress plan` with a machine that was measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(MACHINE, place("cpu"))
+    return partial(cli, "plan")
+
+
+def planned(model: Path, *passes: Pass, **options: Any) -> Plan:
+    return plan_run(model, Recipe(passes=passes, calibration=FEW), machine=MACHINE, **options)
+
+
+def made(model: Path, out: Path, *passes: Pass) -> Artifact:
+    return Artifact(run(model, list(passes), out, calibration=FEW).out)
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+EXACT: dict[str, list[Pass]] = {
+    "magnitude": [Magnitude(sparsity=0.5)],
+    "blocks": [Magnitude(sparsity=0.5, scope="8x8")],
+    "2:4 int4": [Wanda(sparsity="2:4"), GPTQ(bits=4, group=24)],
+    "half of the sites": [RTN(bits=3, group=8, sites="*mlp*")],
+    "symmetric rows": [RTN(bits=8, group=0, symmetric=True)],
+    "factors": [SVD(removed=0.3), RTN(bits=4, group=8, factors=True)],
+    "one factor for an input": [SVD(removed=0.3, shared=True)],
+    "behind a rotation": [Rotate(), RTN(bits=4, group=0)],
+    "a correction": [RTN(bits=2, group=8), Repair(rank=4, metric="plain")],
+}
+
+
+@pytest.mark.parametrize("passes", EXACT.values(), ids=EXACT)
+def test_bytes_are_those_of_the_artifact(passes: list[Pass], tiny_llama: Path, tmp_path: Path) -> None:
+    plan, artifact = planned(tiny_llama, *passes), made(tiny_llama, tmp_path / "o", *passes)
+    told = artifact.provenance
+    assert plan.exact
+    assert (plan.bytes, plan.most) == (told["sizes"]["bytes"], told["sizes"]["bytes"])
+    assert plan.bits_per_weight == pytest.approx(told["sizes"]["bits_per_weight"], rel=1e-12)
+    own = {site.site: (site.bytes, site.forms[-1]) for site in plan.sites if site.steps}
+    assert own == {name: (row["bytes"], row["weight"]) for name, row in told["sites"].items()}
+
+
+def test_a_mask_of_few_entries_is_foreseen_by_chance_and_bounded(tiny_llama: Path, tmp_path: Path) -> None:
+    passes = [Magnitude(sparsity=0.8)]
+    plan, artifact = planned(tiny_llama, *passes), made(tiny_llama, tmp_path / "o", *passes)
+    real = artifact.provenance["sizes"]["bytes"]
+    assert not plan.exact
+    assert real <= plan.most
+    assert plan.bytes == pytest.approx(real, rel=0.01)
+
+
+def test_what_a_budget_shares_out_is_bounded(tiny_llama: Path, tmp_path: Path) -> None:
+    passes = [OWL(spread=0.2), Wanda(sparsity=0.5), GPTQ(bits=4, group=24)]
+    plan, artifact = planned(tiny_llama, *passes), made(tiny_llama, tmp_path / "o", *passes)
+    real = artifact.provenance["sizes"]["bytes"]
+    assert not plan.exact
+    assert real <= plan.most
+    assert plan.bytes == pytest.approx(real, rel=0.05)
+    assert {site.note for site in plan.sites} == {"shared out by a budget"}
+
+
+def test_a_pass_that_says_nothing_is_counted_as_it_was(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.passes.base.PASSES", dict(PASSES))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(WeightPass, name="silent"):
+        """Says nothing of its form."""
+
+        def rewrite(self, site: Site) -> Weight:
+            return Dense(site.weight.dense())
+
+    plan = planned(tiny_llama, Silent())
+    assert not plan.exact
+    assert plan.bytes == plan.source_bytes
+    assert {site.note for site in plan.sites} == {"values decide; counted as it was"}
+    assert plan.unmodelled == ("silent",)
+
+
+def test_experts_that_are_left_beside_others_are_counted(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: dict[str, Any] = {
+        "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 1, "vocab_size": 211,
+    }  # fmt: skip
+    folder = tmp_path / "m"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **config)).save_pretrained(folder)
+    step = RTN(bits=4, group=8, sites="*experts.0.*")
+    plan, artifact = planned(folder, step), made(folder, tmp_path / "o", step)
+    assert (plan.exact, plan.bytes) == (True, artifact.provenance["sizes"]["bytes"])
+
+
+def small_llama(folder: Path, width: int, inner: int, blocks: int, tokenizer: Path) -> Path:
+    """A random bfloat16 llama with the tokenizer of another folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=width // 32,
+        num_key_value_heads=width // 64, vocab_size=4096, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+        pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose sides every packaged recipe's groups divide."""
+    from compress.model.source import BUILTIN
+
+    return small_llama(tmp_path_factory.mktemp("small") / "m", 128, 256, 4, BUILTIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_packaged_recipe_takes_what_was_foreseen(path: Path, small_model: Path, tmp_path: Path) -> None:
+    recipe = load(path, ["calibration.samples=32", "calibration.length=32", "limits.max_fallbacks=1000"])
+    steps = [replace(step, steps=2) if hasattr(step, "held_out") else step for step in recipe.passes]
+    recipe = replace(recipe, passes=tuple(steps), accept=None, model=None)
+    plan = plan_run(small_model, recipe, machine=MACHINE)
+    told = Artifact(run(small_model, recipe, tmp_path / "o").out).provenance
+    real = told["sizes"]["bytes"]
+    assert plan.exact == (path.stem not in DEPENDS)
+    assert real == plan.bytes if plan.exact else real <= plan.most
+    exact = {site.site: (site.bytes, site.forms[-1]) for site in plan.sites if site.exact and site.steps}
+    assert exact == {name: (told["sites"][name]["bytes"], told["sites"][name]["weight"]) for name in exact}
+
+
+# -- what else it says -----------------------------------------------------------------------------
+
+
+def test_classes_add_up(tiny_llama: Path) -> None:
+    plan = planned(tiny_llama, RTN(bits=4, group=8))
+    assert sum(row.bytes for row in plan.classes) == plan.bytes
+    assert sum(row.source_bytes for row in plan.classes) == plan.source_bytes
+    names = {row.name: row.tensors for row in plan.classes}
+    assert names == {"rewritten sites": 14, "embeddings and head": 2, "norms and biases": 5}
+
+
+def test_contracts_say_what_is_taken_given_and_kept(tiny_llama: Path) -> None:
+    passes = planned(tiny_llama, Wanda(sparsity="2:4"), GPTQ(bits=4, group=24)).passes
+    assert [(row.name, row.requires, row.gives, row.keeps) for row in passes] == [
+        ("wanda", ("ColumnNorm",), "pruned", ()),
+        ("gptq", ("Gram",), "quantized", ("mask",)),
+    ]
+    assert (passes[1].before, passes[1].after, passes[1].sites) == ("2:4", "2:4·int4g24", 14)
+    assert "pruned" in passes[1].takes
+
+
+def test_passes_that_do_not_fit_together_are_refused(tiny_llama: Path) -> None:
+    with pytest.raises(RecipeError, match=r"passes\[1\]\.wanda: takes a dense weight; .* is quantized by then"):
+        planned(tiny_llama, RTN(bits=4, group=8), Wanda())
+
+
+def test_no_weight_and_no_calibration_data_is_read(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(Checkpoint, "stored_tensor", refuse)
+    monkeypatch.setattr("compress.plan.draw", refuse)
+    assert draw is not refuse
+    assert planned(tiny_llama, Wanda(), GPTQ(bits=4, group=24)).exact
+
+
+def test_licence_and_trust_are_told(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_llama, folder)
+    bare = planned(folder, RTN(bits=4, group=8))
+    assert (bare.licence, bare.trust) == ({}, ())
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: a/b\ntags: [x]\n---\n# A model\n")
+    (folder / "LICENSE").write_text("\n  Apache License\n  Version 2.0\n")
+    (folder / "modeling_x.py").write_text("raise SystemExit")
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_x.X"}}))
+    told = planned(folder, RTN(bits=4, group=8))
+    assert told.licence == {"license": "apache-2.0", "base_model": "a/b", "LICENSE": "Apache License"}
+    assert [flag.split(" ")[0] for flag in told.trust] == ["config.json", "holds", "pickled"]
+
+
+@pytest.mark.parametrize(
+    "card", ["", "# no dashes", "---\n[: bad\n---\n", "---\n- a list\n---\n", "---\na: &x 1\n---\n"]
+)
+def test_a_card_that_says_nothing_is_no_error(card: str, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "README.md").write_text(card)
+    assert planned(folder, RTN(bits=4, group=8)).licence == {}
+
+
+# -- whether it fits -------------------------------------------------------------------------------
+
+
+def test_what_will_not_fit_is_an_error_with_the_amount(tiny_llama: Path) -> None:
+    plan = planned(tiny_llama, RTN(bits=4, group=8), disk=plan_bytes(tiny_llama) - 1)
+    with pytest.raises(PlanError, match=r"disk: .* bytes are needed, .* are there \(the limit given\): 1 too few"):
+        plan.check()
+    planned(tiny_llama, RTN(bits=4, group=8), disk=plan_bytes(tiny_llama)).check()
+
+
+def plan_bytes(model: Path) -> int:
+    return planned(model, RTN(bits=4, group=8)).bytes
+
+
+def hidden_states(model: Path, samples: int, offload: bool = False) -> int:
+    recipe = Recipe(passes=(GPTQ(group=24),), calibration=Calibration(samples=samples, length=64))
+    return plan_run(model, recipe, machine=MACHINE, offload=offload).needs["memory"].parts["hidden states"]
+
+
+def test_more_windows_need_more_memory_unless_they_are_offloaded(tiny_llama: Path) -> None:
+    few, many = hidden_states(tiny_llama, 128), hidden_states(tiny_llama, 256)
+    assert many - few == 128 * 64 * 48 * 4
+    assert hidden_states(tiny_llama, 256, offload=True) < few
+
+
+def test_the_limit_of_a_control_group_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert within_group(tmp_path) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert within_group(tmp_path) is None
+
+
+def test_the_command_exits_with_3_and_one_line(command: Command, tiny_llama: Path) -> None:
+    code, out, err = command("rtn-int8", "--model", tiny_llama, "--memory", "1MB")
+    assert code == 3
+    assert err.count("\n") == 1 and err.startswith("error: it will not fit: memory: ")
+    assert "rewritten sites" in out
+
+
+def test_the_command_shows_tables_and_sites(command: Command, tiny_llama: Path) -> None:
+    code, out, err = command("rtn-int8", "--model", tiny_llama, "--sites")
+    assert (code, err) == (0, "")
+    for said in (
+        "exactly",
+        "model.layers.1.mlp.down_proj",
+        "int8rows",
+        "licence: not stated",
+        "nothing that could run",
+    ):
+        assert said in out
+
+
+def test_the_command_gives_json(command: Command, tiny_llama: Path) -> None:
+    code, out, _ = command("rtn-int8", "--model", tiny_llama, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["exact"] is True and len(told["sites"]) == 14
+    assert told["needs"]["memory"]["fits"] is True
+    assert told["total_seconds"] == pytest.approx(sum(told["seconds"].values()))
+
+
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "no such recipe": (("nothing-like-it", "--model", "builtin"), "no recipe file"),
+    "no such model": (("rtn-int8", "--model", "/nowhere"), "no model folder"),
+    "no size": (("rtn-int8", "--model", "builtin", "--memory", "lots"), "--memory: 'lots' is not a size"),
+    "no device": (("rtn-int8", "--model", "builtin", "--device", "tpu"), "--device: 'tpu' is not known"),
+    "unfit groups": (("rtn-int8", "--model", "builtin", "--set", "passes.0.group=7"), "group 7 does not divide"),
+}
+
+
+@pytest.mark.parametrize(("line", "said"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(line: tuple[str, ...], said: str, command: Command) -> None:
+    code, out, err = command(*line)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def test_a_machine_is_measured_once_and_kept(tmp_path: Path) -> None:
+    found = measure("cpu")
+    assert found.float32 > 1e8 and found.memory > 1e7 and 0 < found.call < 1
+    write(found, tmp_path / "a" / "m.json")
+    assert read(tmp_path / "a" / "m.json") == found
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}'])
+def test_a_damaged_profile_is_refused_with_the_remedy(text: str, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(RecipeError, match=r"m\.json: is no machine profile: .*; delete it"):
+        read(tmp_path / "m.json")
+
+
+def test_rates_must_be_positive(tmp_path: Path) -> None:
+    write(replace(MACHINE, eigen=0.0), tmp_path / "m.json")
+    with pytest.raises(RecipeError, match="rates must be positive"):
+        read(tmp_path / "m.json")
+
+
+def test_a_faster_machine_takes_less_time(tiny_llama: Path) -> None:
+    slow = planned(tiny_llama, GPTQ(bits=4, group=24))
+    fast = plan_run(
+        tiny_llama,
+        Recipe(passes=(GPTQ(bits=4, group=24),), calibration=FEW),
+        machine=replace(MACHINE, float32=1e13, bfloat16=1e13),
+    )
+    assert fast.seconds["forwards"] == pytest.approx(slow.seconds["forwards"] / 100)
+
+
+RUNNER = """
+import os, sys
+with open(sys.argv[1], "wb") as out:
+    child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1)])
+_, status, used = os.wait4(child, 0)
+print(os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024)
+"""
+
+
+def command_in_a_process(out: Path, *line: object) -> tuple[dict[str, Any], int]:
+    """What a command prints as JSON, and the largest size of its process.
+
+    A small process starts it: the peak of a child begins with that of its parent, and pytest is large.
+    """
+    command = [sys.executable, "-c", RUNNER, str(out), sys.executable, "-m", "compress", *map(str, line), "--json"]
+    code, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert int(code) == 0
+    return json.loads(out.read_text()), int(peak)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in kilobytes, /proc")
+@pytest.mark.parametrize("recipe", ["gptq-int4", "magnitude-50"])
+def test_peak_memory_is_within_a_fifth(recipe: str, tmp_path: Path) -> None:
+    from compress.model.source import BUILTIN
+
+    folder = small_llama(tmp_path / "m", 1024, 2816, 2, BUILTIN)
+    options = (recipe, "--model", folder, "--set", "calibration.samples=16")
+    plan, _ = command_in_a_process(tmp_path / "plan.json", "plan", *options)
+    more = ("--out", tmp_path / "o", "--set", "limits.max_fallbacks=1000")
+    _, peak = command_in_a_process(tmp_path / "run.json", "run", *options, *more)
+    assert plan["needs"]["memory"]["bytes"] == pytest.approx(peak, rel=0.2)
