@@ -319,7 +319,12 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 @lru_cache(maxsize=64)
 def _fingerprint(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     del stamps
-    checkpoint, whole = Checkpoint(path), sha256()
+    return content_hash(Checkpoint(path))
+
+
+def content_hash(checkpoint: Checkpoint) -> str:
+    """One sha256 of all tensors that a checkpoint gives: names, dtypes, shapes and bytes; they are made one by one."""
+    whole = sha256()
     for name, held in sorted(checkpoint.headers.items()):
         whole.update(f"{name} {held.dtype} {list(held.shape)} ".encode())
         for piece in chunks(checkpoint.tensor(name)):

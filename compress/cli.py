@@ -81,12 +81,18 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
     shard_size: Annotated[str, typer.Option(help="largest shard, such as 500MB or 5GB")] = "5GB",
     offload: Annotated[bool, typer.Option("--offload", help="keep calibration activations on disk")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="throw away what a stopped run has left, instead of going on with it")
+    ] = False,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="decode a model that is already quantized, instead of refusing it")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model by a recipe into a new folder, verified before it is put in place."""
+    """Compress a model by a recipe into a new folder, verified before it is put in place.
+
+    Run again after it was stopped or killed, it goes on behind the last finished block.
+    """
     import compress
     from compress import events
     from compress import recipe as recipes
@@ -109,6 +115,7 @@ def run(
         shard_size=bytes_of(shard_size, "--shard-size"),
         offload=offload,
         dequantize=dequantize,
+        restart=restart,
     )
     touched = sum(report.coverage.touched.values())
     coverage = {"touched": touched, "missed": report.coverage.missed, "untouched": report.coverage.reasons()}

@@ -19,7 +19,11 @@ from compress.events import (
     Event,
     Fallback,
     ModelReshaped,
+    ResumeUnavailable,
     RunFinished,
+    RunInterrupted,
+    RunRestarted,
+    RunResumed,
     RunStarted,
     Starved,
     WeightRewritten,
@@ -47,6 +51,7 @@ class Progress:
 
     def __init__(self, console: Console) -> None:
         self.console, self.began = console, time.monotonic()
+        self.resumed = 0  # blocks that an earlier run has done
         self.errors: dict[str, float] = {}
         self.starved: dict[str, int] = {}  # expert's matrix -> tokens that reached it, in this block
 
@@ -65,6 +70,18 @@ class Progress:
                 before, after = event.parameters
                 self.console.print(f"  {event.step}: {event.change}; {before:,} -> [bold]{after:,}[/] parameters")
                 self.began = time.monotonic()
+            case RunResumed():
+                self.console.print(f"  [bold]goes on behind block {event.done} of {event.count}[/]")
+                self.began, self.resumed = time.monotonic(), event.done
+            case RunRestarted():
+                self.console.print(f"  [bold yellow]starts again[/]: {escape(event.reason)}")
+                self.resumed = 0
+            case ResumeUnavailable():
+                self.console.print(f"  [yellow]cannot be continued if it is stopped[/]: {escape(event.reason)}")
+            case RunInterrupted():
+                self.console.print(
+                    f"interrupted after block {event.done} of {event.count}; run the same command to continue"
+                )
             case BlockStarted():
                 self.errors, self.starved = {}, {}
             case Starved():
@@ -81,7 +98,7 @@ class Progress:
     def block(self, event: BlockFinished) -> None:
         """One finished block."""
         done = event.index + 1
-        left = (time.monotonic() - self.began) / done * (event.count - done)
+        left = (time.monotonic() - self.began) / (done - self.resumed) * (event.count - done)
         if self.starved:
             fewest, most = min(self.starved.values()), max(self.starved.values())
             self.console.print(

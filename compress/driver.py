@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import __version__
+from compress.artifact import content_hash
 from compress.calibration import Tokens
 from compress.card import card
 from compress.deltas import Against, against
 from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight
-from compress.events import BlockFinished, BlockStarted, Event, ModelReshaped, RunFinished, RunStarted
+from compress.events import (
+    BlockFinished,
+    BlockStarted,
+    Event,
+    ModelReshaped,
+    ResumeUnavailable,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+)
+from compress.identity import Identity, identity, machine, versions
+from compress.journal import Journal
 from compress.kv import written
 from compress.model.anatomy import Coverage
 from compress.model.architecture import without_code
@@ -36,7 +45,7 @@ from compress.model.travellers import Travellers, batched
 from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.passes.base import needs_twins, windows_at_once
-from compress.passes.budget import allocations
+from compress.passes.budget import Budgets, allocations
 from compress.passes.manager import PassManager, ignore
 from compress.plan import check_disk, check_tensors, check_values, free_place, outline, plan, tokens_for, usable
 from compress.recipe import Calibration, Recipe
@@ -46,8 +55,10 @@ from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
 from compress.texts import HUB
 from compress.verification import check_whole
-from compress.writer import ArtifactWriter, Stored
+from compress.writer import ArtifactWriter, Part, Stored
 
+BATCH, TWIN, PROBE, DENSE = "batch.", "twin.", "probe", "dense"  # what walks through the model
+LOGITS = "dense_logits"
 PROVED = 16  # tokens on which the replay of a family no test covers is compared with the model itself
 
 
@@ -77,19 +88,23 @@ def compress(
     shard_size: int = SHARD_SIZE,
     offload: bool = False,
     dequantize: bool = False,
+    restart: bool = False,
 ) -> Report:
-    """Compress a model folder by a recipe into a new folder `out`.
+    """Compress a model folder by a recipe into a new folder `out`, or go on with the same run that was stopped.
 
     Shards hold at most `shard_size` bytes. With `offload`, the hidden states of calibration windows lie beside `out`
-    on disk instead of in memory. With `dequantize`, a model that a known method has quantized is decoded first.
+    on disk instead of in memory. With `dequantize`, a model that a known method has quantized is decoded first. What
+    a stopped run has left in `out`.partial is gone on with, and thrown away with `restart`.
 
     Raises CompressError children for everything a user can cause; `out` is then as it was before.
     """
     began = time.monotonic()
     source = open_source(locate(model), dequantize)
     target = free_place(Path(out), source.path, force)
-    check_disk(target, source)
-    with ArtifactWriter(target, shard_size) as writer:  # first of all: a place that cannot be written costs no time
+    with Journal(target, emit, restart) as journal:  # first of all: a place that cannot be written costs no time
+        free_place(target, source.path, force)  # once more: what was there before may have been put back
+        held = journal.nbytes
+        check_disk(target, source, held)
         walk = Walk(source.config, source, dtype_of(source.config), usable(device))
         check_tensors(walk, source)
         beside = against(recipe.delta, source, walk) if recipe.delta else None
@@ -97,19 +112,25 @@ def compress(
             free_place(target, beside.base.path, force)
             walk.base = beside.base
         planned, shaped = outline(walk, source, recipe)
-        check_disk(target, shaped)
+        check_disk(target, shaped, held)
         covered = plan(planned, recipe)
         if recipe.kv:
             check_cache(planned.model, recipe.kv, to_factor(planned, recipe))
         tokens = tokens_for(walk, source.path, recipe)
-        check_values(walk, source)
-        if beside:
-            check_values(walk, beside.base)
+        job = Job(
+            source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, journal=journal,
+            beside=beside,
+        )  # fmt: skip
+        journal.match(job.identity(shard_size=shard_size, dequantize=dequantize))
+        if not journal.done:  # else an earlier run has looked at the very same bytes
+            check_values(walk, source)
+            if beside:
+                check_values(walk, beside.base)
+            if str(source.config.get("model_type")) not in TESTED:
+                prove(walk, tokens)
         if offload:
-            walk.store = writer.scratch()
-        if str(source.config.get("model_type")) not in TESTED:
-            prove(walk, tokens)
-        job = Job(source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, beside=beside)
+            walk.store = journal.scratch()
+        writer = ArtifactWriter(target, shard_size, journal.artifact)
         report = job.run(writer)
         writer.commit()
     emit(
@@ -162,49 +183,108 @@ class Job:
     tokens: Tokens
     covered: Coverage
     emit: Callable[[Event], None]
+    journal: Journal
     beside: Against | None = None  # the base, if only the difference from it is compressed
 
     def __post_init__(self) -> None:
         self.dense_bytes = self.source.nbytes()
         self.dense_logits: Tensor | None = None  # of the probe, where the walk's are those of another shape
         self.reshaped: list[dict[str, Any]] = []
+        self.ledger: dict[str, Any] = {}
+        self.stored = self.weights = 0  # bytes and parameters of all sites so far
+
+    def identity(self, **options: Any) -> Identity:
+        """What another run must be to go on with this one."""
+        base = {f"base.{key}": value for key, value in (self.beside.pin if self.beside else {}).items()}
+        return identity(self.source, self.named_recipe(), self.tokens, self.walk.device, **options, **base)
 
     def run(self, writer: ArtifactWriter) -> Report:
         """Reshape, walk, rewrite, write and verify; the artifact is complete but not yet in place."""
         self.announce()
         self.reshape()
         self.settle()
-        walk, recipe = self.walk, self.recipe
-        budgets = allocations(recipe.passes, Whole(walk, self.tokens.windows, self.tokens.probe_NT))
-        ledger = self.write_frame(writer)
-        measured = any(step.requires for step in recipe.weight_passes)
-        windows, most = self.tokens.windows if measured else (), windows_at_once(recipe.passes)
-        batches = [walk.enter(ids, stored=True) for ids in batched(windows, most)]
-        twins = [walk.enter(ids, stored=True) for ids in batched(windows if needs_twins(recipe.passes) else (), most)]
-        probe, dense = walk.enter(self.tokens.probe_NT), walk.enter(self.tokens.probe_NT)
+        walk, journal = self.walk, self.journal
+        journal.count = len(walk.blocks)
+        budgets = self.begin(writer)
+        streams = self.enter()
         walk.drop_frame()
-        stored = weights = 0
-        manager = PassManager(recipe.passes, self.emit, recipe.ordering, budgets)
+        if reason := next((opaque for stream in streams.values() if (opaque := stream.opaque)), ""):
+            journal.unavailable = True
+            self.emit(ResumeUnavailable(reason=f"{type(walk.model).__name__} hands a {reason} from block to block"))
+        if journal.done:
+            self.emit(RunResumed(done=journal.done, count=journal.count))
+        journal.restore(streams)
+        manager = PassManager(self.recipe.passes, self.emit, self.recipe.ordering, budgets)
         since = time.monotonic()
-        for block in manager.run(self.opened(batches, probe, dense, twins)):
-            expressed, plain = self.divide(block)
-            nbytes = writer.add(expressed, plain)
-            kept = [block.sites[name] for name in expressed]
-            sizes = {
-                site.name: 0 if site.idle else writer.nbytes(site.name, site.weight) for site in block.sites.values()
-            }
-            ledger |= {site.name: record(site, sizes[site.name]) for site in kept}
-            stored += sum(sizes.values())
-            weights += sum(site.shape[0] * site.shape[1] for site in block.sites.values())
-            self.check_limits(ledger)
-            self.finish_block(block, nbytes, time.monotonic() - since)
+        for block in manager.run(self.opened(streams)):
+            part, facts = self.write_block(writer, block)
+            going = {name: stream for name, stream in streams.items() if not block.last or name in (PROBE, DENSE)}
+            journal.record(part, facts, going, {})
+            self.finish_block(block, part.size, time.monotonic() - since)
             since = time.monotonic()
-        return self.conclude(writer, ledger, 8 * stored / weights, probe)
+        return self.conclude(writer, streams[PROBE])
+
+    def begin(self, writer: ArtifactWriter) -> Budgets:
+        """Write what lies in no block and find the budgets, or take both from an earlier run."""
+        journal = self.journal
+        made = content_hash(self.source) if self.recipe.reshapes else ""
+        if journal.records and journal.records[0]["reshaped"] != made:
+            journal.discard("the passes that change the model's shape gave another model than before")
+        for done in journal.records:
+            writer.take(Part(**done["part"]))
+            self.remember(done)
+        if not journal.records:
+            whole = Whole(self.walk, self.tokens.windows, self.tokens.probe_NT)
+            budgets = allocations(self.recipe.passes, whole)
+            part, rows = self.write_frame(writer)
+            facts = {"rows": rows, "stored": 0, "weights": 0, "reshaped": made, "budgets": budgets}
+            self.remember(facts)
+            journal.record(part, facts, {}, {} if self.dense_logits is None else {LOGITS: self.dense_logits})
+        return {int(index): told for index, told in journal.records[0]["budgets"].items()}
+
+    def remember(self, facts: dict[str, Any]) -> None:
+        """Add what is known of one block, or of what lies in none, to what is known of all."""
+        self.ledger |= facts["rows"]
+        self.stored += facts["stored"]
+        self.weights += facts["weights"]
+
+    def enter(self) -> dict[str, Travellers]:
+        """The tokens before the first block, by name: batches, each once more as a twin, the probe, and it once more.
+
+        Twins are needed by passes that compare with the dense model.
+        """
+        walk, passes = self.walk, self.recipe.passes
+        measured = any(step.requires for step in self.recipe.weight_passes)
+        ids = batched(self.tokens.windows if measured else (), windows_at_once(passes))
+        streams = {f"{BATCH}{i}": walk.enter(ids_BT, stored=True) for i, ids_BT in enumerate(ids)}
+        if needs_twins(passes):
+            streams |= {f"{TWIN}{i}": walk.enter(ids_BT, stored=True) for i, ids_BT in enumerate(ids)}
+        return streams | {name: walk.enter(self.tokens.probe_NT) for name in (PROBE, DENSE)}
+
+    def write_block(self, writer: ArtifactWriter, block: Block) -> tuple[Part, dict[str, Any]]:
+        """Write a block; what was written, and what is to be remembered of it."""
+        expressed, plain = self.divide(block)
+        part = writer.add(expressed, plain)
+        sizes = {s.name: 0 if s.idle else writer.nbytes(s.name, s.weight) for s in block.sites.values()}
+        facts = {
+            "rows": {name: record(block.sites[name], sizes[name]) for name in expressed},
+            "stored": sum(sizes.values()),
+            "weights": sum(site.shape[0] * site.shape[1] for site in block.sites.values()),
+        }
+        self.remember(facts)
+        self.check_limits(self.ledger)
+        return part, facts
+
+    def replayed(self) -> Tensor:
+        """The probe's logits by the model as the walk's source holds it, or as an earlier run has kept them."""
+        if self.journal.records:
+            return self.journal.tensors(self.journal.records[0]["state"][0]["file"])[LOGITS].to(self.walk.device)
+        return self.walk.replay(self.walk.enter(self.tokens.probe_NT))
 
     def reshape(self) -> None:
         """Put the model that the recipe's first passes make in the place of the dense one, whose logits are kept."""
         if self.recipe.reshapes:
-            self.dense_logits = self.walk.replay(self.walk.enter(self.tokens.probe_NT))
+            self.dense_logits = self.replayed()
         for step in self.recipe.reshapes:
             whole = Whole(self.walk, self.tokens.windows, self.tokens.probe_NT, self.recipe.passes)
             made = step.reshape(whole, self.source)
@@ -222,21 +302,21 @@ class Job:
         """Put the model of what a delta keeps in the place of the fine-tuned one, whose logits are kept."""
         if self.beside is None or self.beside.lossless:
             return
-        self.dense_logits = self.walk.replay(self.walk.enter(self.tokens.probe_NT))
+        self.dense_logits = self.replayed()
         kept = self.beside.kept()
         walk = walk_over(kept, self.walk)
         walk.base = self.walk.base
         self.walk.drop_frame()
         self.source, self.walk = kept, walk
 
-    def write_frame(self, writer: ArtifactWriter) -> dict[str, Any]:
-        """Write what lies in no block; the ledger of the tables that are rewritten, as a delta may have it."""
+    def write_frame(self, writer: ArtifactWriter) -> tuple[Part, dict[str, Any]]:
+        """Write what lies in no block; with the ledger of the tables that are rewritten, as a delta may have it."""
         frame = self.walk.anatomy.frame()
         coded = self.beside.coded_of(frame) if self.beside else {}
         sites = {name.removesuffix(".weight"): Stored(weight=weight, tensor=name) for name, weight in coded.items()}
-        writer.add(sites, self.entries([name for name in frame if name not in coded]))
+        part = writer.add(sites, self.entries([name for name in frame if name not in coded]))
         rows = {name: self.beside.record(name, weight) for name, weight in coded.items()} if self.beside else {}
-        return {name.removesuffix(".weight"): row for name, row in rows.items()}
+        return part, {name.removesuffix(".weight"): row for name, row in rows.items()}
 
     def check_limits(self, ledger: dict[str, Any]) -> None:
         """Raise AcceptanceError as soon as the run can no longer stay within the recipe's limits."""
@@ -269,9 +349,10 @@ class Job:
             )
         )
 
-    def opened(self, batches: list[Travellers], probe: Travellers, dense: Travellers, twins: list[Travellers]) -> Any:
-        """The blocks of the walk, announced one by one."""
-        for block in self.walk.visit(batches, probe, dense, twins):
+    def opened(self, streams: dict[str, Travellers]) -> Iterator[Block]:
+        """The blocks of the walk that are not done yet, announced one by one."""
+        batches, twins = ([s for name, s in streams.items() if name.startswith(kind)] for kind in (BATCH, TWIN))
+        for block in self.walk.visit(batches, streams[PROBE], streams[DENSE], twins, self.journal.done):
             self.emit(BlockStarted(block=block.name, index=block.index, count=len(self.walk.blocks)))
             yield block
 
@@ -330,8 +411,9 @@ class Job:
             )
         )
 
-    def conclude(self, writer: ArtifactWriter, ledger: dict[str, Any], bits: float, probe: Travellers) -> Report:
+    def conclude(self, writer: ArtifactWriter, probe: Travellers) -> Report:
         """Write the descriptions, verify the whole folder, and report."""
+        ledger, bits = self.ledger, 8 * self.stored / self.weights
         if self.beside and not writer.weight_map:
             raise RecipeError(f"{self.source.path} does not differ from {self.beside.base.path}; nothing to write")
         if not ledger and not self.reshaped and not self.beside:
@@ -379,9 +461,9 @@ class Job:
     def provenance(self, ledger: dict[str, Any], sizes: dict[str, Any], kl: float) -> dict[str, Any]:
         """compress.json without the shard hashes."""
         family = str(self.source.config.get("model_type"))
-        packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+        told = machine(self.walk.device)
         return {
-            "versions": {"compress": __version__, "python": platform.python_version(), **packages},
+            "versions": versions(),
             "source": {
                 "name": display_name(self.source.path),
                 "family": family,
@@ -389,8 +471,7 @@ class Job:
                 "sha256": self.source.digests(),
                 "decoded_from": self.source.decoded_from,
             },
-            "machine": {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
-                        "device": self.walk.device.type},
+            "machine": {name: told[name] for name in ("threads", "cpu", "device")},
             "recipe": self.named_recipe().to_yaml(),
             "calibration": {
                 "name": self.tokens.name, "sha256": self.tokens.sha256, "tokens": self.tokens.count,

@@ -36,6 +36,36 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunResumed(Event):
+    """An earlier run of the same was stopped behind block `done` of `count`; this one goes on from there."""
+
+    done: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRestarted(Event):
+    """What an earlier run had done cannot be used, and is done again from the beginning."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeUnavailable(Event):
+    """Blocks of this model leave something behind that cannot be stored: if the run is killed, it starts anew."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInterrupted(Event):
+    """The run ends before it is complete; blocks up to `done` of `count` are kept, the same run goes on from there."""
+
+    done: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelReshaped(Event):
     """A pass made a model of another shape; `parameters` and `blocks` before and after, and what went, for people."""
 
@@ -112,6 +142,15 @@ class BlockFinished(Event):
     nbytes: int
     seconds: float
     peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRecorded(Event):
+    """From here on a killed run goes on behind block `done`; what that took, beside the shards: bytes and seconds."""
+
+    done: int
+    nbytes: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from compress.codecs import recipes_of
 from compress.driver import Report, compress
-from compress.events import Event, RunFinished
+from compress.events import Event, RunFinished, RunInterrupted
 from compress.model.source import locate
 from compress.passes.manager import ignore
 from compress.plan import free_place
@@ -66,8 +66,9 @@ def best_of(
         return Extracted(report=report, tried={named(recipes[0]): report.kl})
     emit = options.pop("emit", ignore)
 
-    def told(event: Event) -> None:  # nobody is to look for what is about to be moved
-        emit(replace(event, out=str(target)) if isinstance(event, RunFinished) else event)
+    def told(event: Event) -> None:  # nobody is to look for what is about to be moved, or will be gone
+        if not isinstance(event, RunInterrupted):
+            emit(replace(event, out=str(target)) if isinstance(event, RunFinished) else event)
 
     with beside(target) as folder:
         reports = [compress(finetuned, r, folder / str(i), emit=told, **options) for i, r in enumerate(recipes)]

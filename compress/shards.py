@@ -92,6 +92,17 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> str:
 
     Raises WriteError if the disk refuses, VerificationError if the file does not hold what was written.
     """
+    sha = write_tensors(path, entries)
+    if digest(path) != sha:
+        raise VerificationError(f"{path.name}: it reads back differently from what was written")
+    return sha
+
+
+def write_tensors(path: Path, entries: Iterable[Entry]) -> str:
+    """Write one safetensors file, readable by everyone, down to the disk; its sha256.
+
+    Raises WriteError if the disk refuses.
+    """
     ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, count(e.shape)), e.name))  # wide ones first: aligned
     sha = hashlib.sha256()
     try:
@@ -101,10 +112,9 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> str:
                 sha.update(piece)
             file.flush()
             os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
     except OSError as error:
         raise WriteError(str(path)) from error
-    if digest(path) != sha.hexdigest():
-        raise VerificationError(f"{path.name}: it reads back differently from what was written")
     return sha.hexdigest()
 
 

@@ -62,25 +62,37 @@ def site_spec(site: str, stored: Stored, packed: Mapping[str, Tensor]) -> dict[s
     return spec
 
 
-@dataclass
-class ArtifactWriter:
-    """Writes OUT block by block into a partial folder; `commit` puts it in place, `abandon` removes it.
+@dataclass(kw_only=True)
+class Part:
+    """What was written together, or all of it: where, with which hashes, and what it stands for; bytes in `size`."""
 
-    A shard holds at most one block and, unless one tensor is larger, at most `shard_size` bytes.
+    digests: dict[str, str] = field(default_factory=dict)  # file -> sha256
+    weight_map: dict[str, str] = field(default_factory=dict)  # key -> file
+    specs: dict[str, Any] = field(default_factory=dict)
+    spared: dict[str, int] = field(default_factory=dict)  # bytes of a site that another one keeps
+    size: int = 0
+
+    def take(self, other: Part) -> None:
+        """Add what another part holds."""
+        self.digests |= other.digests
+        self.weight_map |= other.weight_map
+        self.specs |= other.specs
+        self.spared |= other.spared
+        self.size += other.size
+
+
+class ArtifactWriter(Part):
+    """Writes OUT block by block into a partial folder; `commit` puts it in place.
+
+    A shard holds at most one block and, unless one tensor is larger, at most `shard_size` bytes. Used as a context it
+    makes a folder of its own and leaves nothing behind; given one, as `partial`, that is its owner's.
     """
 
-    out: Path
-    shard_size: int = SHARD_SIZE
-    partial: Path = field(init=False)
-    weight_map: dict[str, str] = field(default_factory=dict)
-    specs: dict[str, Any] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    size: int = 0
-    spared: dict[str, int] = field(default_factory=dict)  # bytes of a site that another one keeps
-
-    def __post_init__(self) -> None:
-        self.partial = self.out.parent / f"{self.out.name}.partial-{uuid4().hex[:8]}"
-        self.made = [parent for parent in self.out.parents if not parent.exists()]  # innermost first
+    def __init__(self, out: Path, shard_size: int = SHARD_SIZE, partial: Path | None = None) -> None:
+        super().__init__()
+        self.out, self.shard_size = out, shard_size
+        self.partial = partial or out.parent / f"{out.name}.partial-{uuid4().hex[:8]}"
+        self.made = missing_parents(out)
 
     def __enter__(self) -> ArtifactWriter:
         try:
@@ -89,54 +101,44 @@ class ArtifactWriter:
             raise ArtifactError(f"{self.out.parent}: cannot write there: {error.strerror}") from error
         return self
 
-    def scratch(self) -> Path:
-        """A folder for what the run needs on disk; gone before the artifact is described."""
-        folder = self.partial / "scratch"
-        folder.mkdir(exist_ok=True)
-        return folder
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Leave nothing behind unless committed; a failure to write becomes an ArtifactError."""
         shutil.rmtree(self.partial, ignore_errors=True)
-        if kind is None:
-            return
-        for parent in self.made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, WriteError):
-            raise ArtifactError(f"{self.out}: cannot be written: {error.__cause__}") from error
-        if isinstance(error, OSError) and error.errno in REFUSING:
-            raise ArtifactError(f"{self.out}: cannot be written: {error}") from error
+        if kind is not None:
+            remove_empty(self.made)
+        if error is not None and (refused := refusal(self.out, error)):
+            raise refused from error
 
-    def add(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> int:
-        """Write rewritten sites and untouched tensors, read them back, and compare; their bytes.
+    def add(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> Part:
+        """Write rewritten sites and untouched tensors, read them back, and compare; what was added.
 
         Raises VerificationError if a file does not hold what was meant.
         """
         entries, packed = list(plain), {}
         known: dict[Any, str] = {}
+        added = Part()
         for site, stored in sites.items():
             if isinstance(stored.weight, Dense) and not stored.part:
                 kept = stored.weight.data.T if stored.transposed else stored.weight.data
                 entries.append(Entry.of(stored.tensor, kept))
                 continue
             packed[site] = pack(stored.weight)
-            self.specs[site] = spec = site_spec(site, stored, packed[site])
+            added.specs[site] = spec = site_spec(site, stored, packed[site])
             shared = {} if stored.part else share(packed[site], keys(site, spec), known)
             entries += [
                 Entry.of(key, packed[site][path]) for path, key in keys(site, spec).items() if path not in shared
             ]
             if shared:
                 spec["shared"] = shared
-                self.spared[site] = sum(packed[site][path].nbytes for path in shared)
-        for part in split(entries, self.shard_size):
-            path = self.partial / f"part-{len(self.digests) + 1:05d}.safetensors"
-            self.digests[path.name] = write_shard(path, part)
-            self.weight_map |= {entry.name: path.name for entry in part}
+                added.spared[site] = sum(packed[site][path].nbytes for path in shared)
+        for i, part in enumerate(split(entries, self.shard_size), len(self.digests) + 1):
+            path = self.partial / f"part-{i:05d}.safetensors"
+            added.digests[path.name] = write_shard(path, part)
+            added.weight_map |= {entry.name: path.name for entry in part}
+        added.size = sum(entry.nbytes for entry in entries)
+        self.take(added)
         self._check(packed, {site: sites[site].weight for site in packed})
-        size = sum(entry.nbytes for entry in entries)
-        self.size += size
-        return size
+        return added
 
     def nbytes(self, site: str, weight: Weight) -> int:
         """Bytes that a site takes of what was written; what another site keeps for it is not its own."""
@@ -181,7 +183,6 @@ class ArtifactWriter:
         `kv` is how the model shall keep its cache once loaded. A delta names its base by `pin`, and leaves out the
         files that the folder `base` has alike.
         """
-        shutil.rmtree(self.partial / "scratch", ignore_errors=True)
         self._number()
         shared = copy_companions(source, self.partial, base)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
@@ -220,6 +221,27 @@ def exchange(made: Path, out: Path) -> None:
         raise
     flush(out.parent)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def missing_parents(out: Path) -> list[Path]:
+    """The folders above `out` that are not there yet, innermost first."""
+    return [parent for parent in out.parents if not parent.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold nothing, in this order."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def refusal(out: Path, error: BaseException) -> ArtifactError | None:
+    """What to raise if a disk would not take what was written."""
+    if isinstance(error, WriteError):
+        return ArtifactError(f"{out}: cannot be written: {error.__cause__}")
+    if isinstance(error, OSError) and error.errno in REFUSING:
+        return ArtifactError(f"{out}: cannot be written: {error}")
+    return None
 
 
 def base_in(weight: Weight, source: str, tensor: str) -> Tensor:

@@ -248,7 +248,7 @@ def test_a_bad_command_line_is_one_line_and_exit_2(line: list[str], cli: Run) ->
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
 
 
-def test_an_interrupt_leaves_nothing_and_exits_130(
+def test_an_interrupt_says_how_to_go_on_and_exits_130(
     cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -257,8 +257,16 @@ def test_an_interrupt_leaves_nothing_and_exits_130(
     monkeypatch.setattr("compress.driver.Job.finish_block", interrupted)
     code, _, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
     assert code == 130
-    assert "interrupted" in err
-    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert err.splitlines()[-2:] == [
+        "interrupted after block 1 of 2; run the same command to continue",
+        "error: interrupted; the output folder is as it was before",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.partial", "recipe.yaml"]
+    monkeypatch.undo()
+    code, _, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
+    assert code == 0
+    assert "goes on behind block 1 of 2" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "recipe.yaml"]
 
 
 def test_debug_shows_the_traceback(cli: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

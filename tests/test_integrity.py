@@ -17,9 +17,11 @@ from compress import (
     RTN,
     AcceptanceError,
     ArtifactError,
+    CalibrationError,
     Magnitude,
     RecipeError,
     Site,
+    UnsupportedWeight,
     VerificationError,
     Weight,
     WeightPass,
@@ -140,20 +142,41 @@ def test_a_folder_of_another_kind_is_refused(own_artifact: Path, key: str, value
 
 @dataclass(frozen=True, kw_only=True)
 class Crash(WeightPass):
-    """Raises in the second block."""
+    """Raises in a block, by default the second."""
 
     error: Any = ValueError
+    block: int = 1
 
     def rewrite(self, site: Site) -> Weight:
-        if ".1." in site.name:
+        if f".{self.block}." in site.name:
             raise self.error("on purpose")
         return Magnitude().rewrite(site)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError, SystemExit])
-def test_a_crash_leaves_nothing(tiny_llama: Path, tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_crash_leaves_only_what_the_next_run_goes_on_with(
+    tiny_llama: Path, tmp_path: Path, error: type[BaseException]
+) -> None:
     with pytest.raises(error, match="on purpose"):
         compress.run(tiny_llama, [Crash(error=error)], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+@pytest.mark.parametrize("error", [CalibrationError, UnsupportedWeight, RecipeError, AcceptanceError])
+def test_an_error_that_would_come_again_leaves_nothing(
+    tiny_llama: Path, tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error, match="on purpose"):
+        compress.run(tiny_llama, [Crash(error=error)], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError, ArtifactError])
+def test_a_crash_in_the_first_block_leaves_nothing(
+    tiny_llama: Path, tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error, match="on purpose"):
+        compress.run(tiny_llama, [Crash(error=error, block=0)], tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,8 +196,8 @@ def test_a_run_that_changes_nothing_is_refused(tiny_llama: Path, tmp_path: Path)
 
 def test_a_crash_leaves_the_old_output_alone(tiny_llama: Path, own_artifact: Path) -> None:
     before = files(own_artifact)
-    with pytest.raises(ValueError, match="on purpose"):
-        compress.run(tiny_llama, [Crash()], own_artifact, force=True)
+    with pytest.raises(CalibrationError, match="on purpose"):
+        compress.run(tiny_llama, [Crash(error=CalibrationError)], own_artifact, force=True)
     assert files(own_artifact) == before
     assert [path.name for path in own_artifact.parent.iterdir()] == [own_artifact.name]
 
@@ -233,6 +256,9 @@ def test_a_failed_replacement_keeps_the_old_output(
         compress.run(tiny_llama, [Magnitude()], own_artifact, force=True)
     assert own_artifact.exists()
     assert files(own_artifact) == before
+    monkeypatch.undo()
+    compress.run(tiny_llama, [Magnitude()], own_artifact, force=True)
+    assert Artifact(own_artifact).provenance["recipe"].count("magnitude") == 1
     assert [path.name for path in own_artifact.parent.iterdir()] == [own_artifact.name]
 
 

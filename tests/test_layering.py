@@ -63,6 +63,10 @@ OWN: dict[str, tuple[str, ...]] = {
                           "compress.errors"),
     "compress.writer": ("compress.artifact", "compress.weights", "compress.model.source", "compress.shards",
                         "compress.errors"),
+    "compress.identity": ("compress.calibration", "compress.model.source", "compress.passes.base", "compress.recipe",
+                          "compress.writer"),
+    "compress.journal": ("compress.artifact", "compress.events", "compress.identity", "compress.model.source",
+                         "compress.model.travellers", "compress.shards", "compress.writer", "compress.errors"),
     "compress.export": ("compress.export", "compress.artifact", "compress.weights", "compress.model.source",
                         "compress.plan", "compress.shards", "compress.writer", "compress.errors"),
     "compress.merging": ("compress.merging", "compress.artifact", "compress.calibration", "compress.model",
@@ -104,6 +108,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "compress.passes": ("torch", "pydantic", "scipy", "bitsandbytes"),
     "compress.artifact": ("torch", "safetensors"),
     "compress.writer": ("torch", "safetensors"),
+    "compress.identity": ("torch",),
+    "compress.journal": ("torch", "safetensors"),
     "compress.export": ("torch", "numpy", "compressed_tensors", "bitsandbytes", "gguf"),
     "compress.merging": ("torch", "pydantic"),
     "compress.runtime": ("torch", "transformers"),
@@ -115,7 +121,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 # a bench runs what it is compared with
 PEERS = {"compress_kernels.bench.subjects": ("bitsandbytes", "gemlite"), "compress_kernels.bench.plot": ("matplotlib",)}
 # what writes down which version of us made a folder
-VERSIONED = ("compress.merging.describe",)
+VERSIONED = ("compress.identity", "compress.merging.describe")
 
 
 GPU = "compress_kernels.gpu"  # the only folder that imports triton at the top of its files; itself imported lazily

@@ -183,6 +183,10 @@ class Checkpoint:
 
     def digests(self) -> dict[str, str]:
         """Shard name -> sha256 of its bytes."""
+        return dict(self._digests)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
         return {shard.name: digest(shard) for shard in sorted(set(self.files.values()))}
 
 

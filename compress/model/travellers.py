@@ -1,12 +1,15 @@
 """Batches of token windows on their way through a model: their hidden states, and what each block is called with.
 
 Windows of a batch are equally long, so there is no padding and none can enter a statistic. Hidden states may be kept
-on disk between blocks; only one batch is then in memory. Shape suffixes: B batch, T tokens, D hidden, N windows.
+on disk between blocks; only one batch is then in memory. Each state is a file of its own, so that one a journal names
+stays whole while the next is written. Shape suffixes: B batch, T tokens, D hidden, N windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import UserDict
+from collections.abc import Iterable, Iterator, MutableMapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -51,33 +54,79 @@ def unpadded(ids_NT: Tensor, mask_NT: Tensor | None) -> list[Tensor]:
 
 
 class Travellers:
-    """A batch of token windows on its way; with `store`, a file, its hidden state lies there between uses."""
+    """A batch of token windows on its way; with `store`, its hidden state lies in a file of that name and a number.
+
+    `kept` is a file that must stay, whatever becomes of the batch.
+    """
 
     def __init__(self, ids_BT: Tensor, hidden_BTD: Tensor, calls: list[Call], store: Path | None = None) -> None:
         self.ids_BT, self.calls, self.store = ids_BT, calls, store
+        self.file: Path | None = None
+        self.kept: Path | None = None
+        self.sha256, self.turn = "", 0
         self.hidden_BTD = hidden_BTD
 
     @property
     def hidden_BTD(self) -> Tensor:
         """The hidden state [B, T, D]."""
-        if self.store is None:
+        if self.file is None:
             return self._hidden
-        raw = torch.from_numpy(np.fromfile(self.store, dtype=np.uint8))
-        return raw.view(self._hidden.dtype).view(self._hidden.shape).to(self.device)
+        return read_raw(self.file, self._hidden.dtype, self._hidden.shape).to(self.device)
 
     @hidden_BTD.setter
     def hidden_BTD(self, hidden_BTD: Tensor) -> None:
-        self.device = hidden_BTD.device
+        self.device, hidden_BTD = hidden_BTD.device, hidden_BTD.contiguous()  # as it would be read back
         if self.store is not None:
-            with self.store.open("wb") as file:  # not `tofile`: it loses the reason when a disk is full
-                file.write(hidden_BTD.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            before, self.turn = self.file, self.turn + 1
+            self.file = self.store.with_name(f"{self.store.name}.{self.turn}")
+            raw = hidden_BTD.cpu().reshape(-1).view(torch.uint8).numpy().data
+            self.sha256 = sha256(raw).hexdigest()
+            with self.file.open("wb") as file:  # not `tofile`: it loses the reason when a disk is full
+                file.write(raw)
+            if before is not None and before != self.kept:
+                before.unlink()
             hidden_BTD = torch.empty_like(hidden_BTD, device="meta")
         self._hidden = hidden_BTD
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the hidden state."""
+        return self._hidden.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the hidden state."""
+        return tuple(self._hidden.shape)
+
     def forget(self) -> None:
         """Remove what lies on disk."""
-        if self.store is not None:
-            self.store.unlink(missing_ok=True)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+    def carried(self) -> dict[str, Tensor]:
+        """What blocks have left in the mappings they are called with, for blocks behind them, by place and key."""
+        return {
+            f"{i}.{key}.{j}": tensor
+            for i, left in enumerate(mappings(self.calls))
+            for key, value in left.items()
+            for j, tensor in enumerate(value)
+        }
+
+    def carry(self, left: dict[str, Tensor]) -> None:
+        """Put back what `carried` gave: each entry a tuple of tensors, as blocks leave it."""
+        places = list(mappings(self.calls))
+        found: dict[tuple[int, str], dict[int, Tensor]] = {}
+        for name, tensor in left.items():
+            place, _, rest = name.partition(".")
+            key, _, number = rest.rpartition(".")
+            found.setdefault((int(place), key), {})[int(number)] = tensor.to(self.device)
+        for (i, key), tensors in found.items():
+            places[i][key] = tuple(tensors[j] for j in sorted(tensors))
+
+    @property
+    def opaque(self) -> str:
+        """The type of an argument in which a block may leave something that `carried` cannot see; empty if none."""
+        return next((type(value).__name__ for value in values_of(self.calls) if not plain(value)), "")
 
     def through(
         self, module: nn.Module, index: int, hidden_BTD: Tensor | None = None, dtype: torch.dtype | None = None
@@ -90,6 +139,39 @@ class Travellers:
         entering_BTD, args, kwargs = cast((entering_BTD, *self.calls[index]), dtype)
         out = module(entering_BTD, *args, **kwargs)
         return torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out)  # a tuple before transformers 4.57
+
+
+def read_raw(path: Path, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
+    """A tensor from a file that holds nothing but its bytes."""
+    return torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(dtype).view(tuple(shape))
+
+
+def values_of(calls: Iterable[Call]) -> Iterator[Any]:
+    """Every argument, also of tuples in tuples."""
+    waiting = [value for args, kwargs in calls for value in (*args, *kwargs.values())]
+    while waiting:
+        value = waiting.pop(0)
+        if type(value) is tuple:
+            waiting += value
+        else:
+            yield value
+
+
+def mappings(calls: Iterable[Call]) -> Iterator[MutableMapping[Any, Any]]:
+    """The mappings that blocks are called with, each once."""
+    seen: set[int] = set()
+    for value in values_of(calls):
+        if isinstance(value, (dict, UserDict)) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+
+
+def plain(value: Any) -> bool:
+    """Whether an argument cannot change unseen: a value, a tensor, or a mapping from names to tuples of tensors."""
+    if isinstance(value, (dict, UserDict)):
+        named = all(isinstance(key, str) and isinstance(entry, tuple) for key, entry in value.items())
+        return named and all(isinstance(tensor, Tensor) for entry in value.values() for tensor in entry)
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:

@@ -216,15 +216,16 @@ class Walk:
         probe: Travellers,
         dense: Travellers | None = None,
         twins: Sequence[Travellers] = (),
+        done: int = 0,
     ) -> Iterator[Block]:
-        """The blocks in order, each loaded before and dropped after its turn.
+        """The blocks in order, each loaded before and dropped after its turn, without the first `done`.
 
         Whoever takes a block calls its `advance` before asking for the next one. `dense` are the probe's tokens once
         more, with calls of their own: blocks of some families leave in them what later blocks read. `twins` are the
         batches once more, which stay dense.
         """
         dense = self.enter(probe.ids_BT) if dense is None else dense
-        for index, module in enumerate(self.blocks):
+        for index, module in list(enumerate(self.blocks))[done:]:
             self.load_block(index)
             places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
             base, name = self.base_of(index), f"{self.path}.{index}"

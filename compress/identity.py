@@ -1,0 +1,123 @@
+"""What makes two runs the same: they then write the same bytes, and one may go on where the other was stopped.
+
+Contents, never places or times: hashes of model, tokens and code, every option, and what numbers depend on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import __version__
+from compress.calibration import Tokens
+from compress.model.source import INDEX, Checkpoint, digest
+from compress.passes.base import Pass
+from compress.recipe import Recipe
+from compress.writer import is_companion
+
+Identity = dict[str, Any]  # dotted name -> plain value
+SHOWN = 60  # characters of a value in a message
+PACKAGES = ("compress", "compress_kernels")
+
+
+def identity(source: Checkpoint, recipe: Recipe, tokens: Tokens, device: torch.device, **options: Any) -> Identity:
+    """The identity of a run, in the order in which differences are told; `recipe` names no places.
+
+    Costs a reading of the model, whose hashes are needed in the end anyway.
+    """
+    return {
+        **flat("recipe", json.loads(json.dumps(recipe.to_dict(), default=str))),
+        **{f"options.{name}": value for name, value in options.items()},
+        **{f"model.{name}": sha for name, sha in model_files(source).items()},
+        "calibration.name": tokens.name,
+        "calibration.tokens": token_hash(tokens),
+        **{f"machine.{name}": value for name, value in machine(device).items()},
+        **{f"versions.{name}": value for name, value in versions().items()},
+        "code": code_hash(),
+        **{f"code.{name}": sha for name, sha in foreign_code(recipe.passes)},
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a sum depend on."""
+    found = {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": device.type}
+    return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+def versions() -> dict[str, str]:
+    """Of this program, Python, and the packages that compute."""
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"compress": __version__, "python": platform.python_version(), **packages}
+
+
+def model_files(source: Checkpoint) -> dict[str, str]:
+    """sha256 of every file of a model that its artifact is made of: weights, configuration, tokenizer."""
+    others = [f for f in source.path.iterdir() if f.is_file() and (is_companion(f.name) or f.name == "config.json")]
+    return {**source.digests(), **{f.name: digest(f) for f in sorted(others) if f.name != INDEX}}
+
+
+def token_hash(tokens: Tokens) -> str:
+    """One sha256 of the windows and the probe."""
+    sha = sha256()
+    for ids_NT in (*tokens.windows, tokens.probe_NT):
+        sha.update(f"{list(ids_NT.shape)}".encode())
+        sha.update(ids_NT.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def code_hash() -> str:
+    """One sha256 of the sources of this program."""
+    sha = sha256()
+    for package in PACKAGES:
+        spec = find_spec(package)
+        for root in sorted(spec.submodule_search_locations or ()) if spec else ():
+            for path in sorted(Path(root).rglob("*.py")):
+                sha.update(f"{package}/{path.relative_to(root)} ".encode())
+                sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
+def foreign_code(passes: Iterable[Pass]) -> Iterable[tuple[str, str]]:
+    """Name and sha256 of the file of each pass that is not part of this program."""
+    for kind in dict.fromkeys(map(type, passes)):
+        if kind.__module__.partition(".")[0] in PACKAGES:
+            continue
+        try:
+            told = digest(Path(inspect.getfile(kind)))
+        except (OSError, TypeError):  # made at a prompt: it has no file
+            told = "of no file"
+        yield f"{kind.__module__}.{kind.__qualname__}", told
+
+
+def flat(name: str, value: Any) -> Identity:
+    """The leaves of plain data by their dotted paths."""
+    if isinstance(value, Mapping):
+        return {k: v for key, part in value.items() for k, v in flat(f"{name}.{key}", part).items()}
+    if isinstance(value, list):
+        return {k: v for i, part in enumerate(value) for k, v in flat(f"{name}[{i}]", part).items()}
+    return {name: value}
+
+
+def difference(known: Identity, wanted: Identity) -> str:
+    """The first thing in which two runs differ, `known` first, and how many more there are; empty if they do not."""
+    keys = [key for key in {**wanted, **known} if key not in wanted or key not in known or known[key] != wanted[key]]
+    if not keys:
+        return ""
+    more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+    return f"{keys[0]} was {shown(known.get(keys[0]))}, is {shown(wanted.get(keys[0]))}{more}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message; hashes are cut."""
+    text = "absent" if value is None else str(value)
+    hashed = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+    return text[:12] if hashed else text[:SHOWN]

@@ -1,0 +1,312 @@
+"""What a run has finished, on disk, so that the same run goes on after it was killed at any moment.
+
+`OUT.partial` lies beside the target and is found again by its name. In it: `artifact`, the shards so far; `records`,
+one JSON file for each finished block with the hidden states behind it; `scratch-N`, offloaded states; and `lock`, held
+by the process that writes here and let go by the kernel when that dies. A record is renamed into place once everything
+it names is on the disk, and only then is what the record before it needed removed: whatever the moment, one whole
+record is there. Hidden states are stored as they are, because states computed again would not have the same bits.
+Not here: what makes two runs the same (`identity.py`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from compress.artifact import DTYPES
+from compress.errors import ArtifactError, CompressError, RecipeError
+from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
+from compress.identity import Identity, difference
+from compress.model.source import digest
+from compress.model.travellers import Travellers, read_raw
+from compress.shards import NAMES, Entry, WriteError, write_tensors
+from compress.writer import Part, flush, missing_parents, refusal, remove_empty
+
+LOCK, IDENTITY = "lock", "identity.json"
+ATTEMPTS = 8  # to lock a folder that another run may be removing
+Record = dict[str, Any]
+
+
+class Journal:
+    """The folder of a run, locked; as a context it is removed in the end, unless what is done can be gone on with.
+
+    It stays after whatever is no fault of the user's or can be mended: an interrupt, missing memory, a full disk, a
+    file that cannot be read. It goes after a success, after what would fail again (a limit exceeded, an option that
+    does not fit), and if no block was finished.
+    """
+
+    def __init__(self, target: Path, emit: Sink, restart: bool = False) -> None:
+        """With `restart`, what an earlier run has left is thrown away."""
+        self.target, self.emit, self.restart = target, emit, restart
+        self.folder = target.with_name(f"{target.name}.partial")
+        self.artifact, self.place = self.folder / "artifact", self.folder / "records"
+        self.records: list[Record] = []  # the first is of what lies in no block
+        self.count = 0
+        self.matched = self.unavailable = False
+
+    @property
+    def done(self) -> int:
+        """The blocks that are finished."""
+        return max(0, len(self.records) - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything in the folder."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    # -- the folder --------------------------------------------------------------------------------
+
+    def __enter__(self) -> Journal:
+        """Raises ArtifactError for a place that cannot be written, RecipeError if it is taken or another's."""
+        self.made = missing_parents(self.target)
+        try:
+            self.handle = locked(self.folder, self.target)
+            replaced = self.artifact.with_name(f"{self.artifact.name}-replaced")
+            if replaced.exists() and not self.target.exists():  # killed between the two renames of a replacement
+                replaced.rename(self.target)
+        except OSError as error:
+            raise ArtifactError(f"{self.target.parent}: cannot write there: {error.strerror}") from error
+        self.fresh = not (self.folder / IDENTITY).exists()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """A failure to write becomes an ArtifactError."""
+        refused = refusal(self.target, error) if error is not None else None
+        mended = refused or isinstance(error, ArtifactError) or not isinstance(error, CompressError)
+        useful = mended and self.done and self.artifact.is_dir() if self.matched else not self.fresh
+        try:
+            if error is None or not useful:
+                self._remove()
+            elif self.matched:
+                self.emit(RunInterrupted(done=self.done, count=self.count))
+        finally:
+            os.close(self.handle)
+        if refused:
+            raise refused from error
+
+    def _remove(self) -> None:
+        """Remove the folder: first what makes it a run to go on with, last the lock."""
+        self._clear()
+        (self.folder / LOCK).unlink(missing_ok=True)
+        remove_empty([self.folder, *self.made])
+
+    def _clear(self) -> None:
+        """Leave only the lock."""
+        (self.folder / IDENTITY).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink()
+        self.records = []
+
+    def scratch(self) -> Path:
+        """A new folder for hidden states, which records may name: it is of this process alone."""
+        number = 1 + sum(1 for _ in self.folder.glob("scratch-*"))
+        folder = self.folder / f"scratch-{number}"
+        folder.mkdir()
+        return folder
+
+    # -- going on ----------------------------------------------------------------------------------
+
+    def match(self, identity: Identity) -> None:
+        """Take up what an earlier run has left, if it is the same run; else start with an empty folder.
+
+        What is damaged is thrown away, which is an event. Raises RecipeError naming what differs if another run has
+        finished blocks here.
+        """
+        lost = ""
+        if self.restart or not self.artifact.is_dir():
+            self._clear()
+        elif (known := read(self.folder / IDENTITY)) is None:
+            lost = f"{IDENTITY} is missing or damaged"
+        elif (told := difference(known, identity)) and len([*self.place.glob("*.json")]) > 1:
+            raise RecipeError(
+                f"{self.folder}: holds a run that is not this one: {told}; the same settings go on with it; "
+                "--restart, or removing that folder, throws it away"
+            )
+        elif told:
+            self._clear()
+        else:
+            lost = self._load()
+        self.matched = True
+        for folder in (self.artifact, self.place):
+            folder.mkdir(exist_ok=True)
+        if lost:
+            self.discard(lost)
+        self._sweep()
+        write(self.folder / IDENTITY, identity)
+
+    def discard(self, reason: str) -> None:
+        """Throw away what is done and say why."""
+        if any(self.artifact.iterdir()):
+            self.emit(RunRestarted(reason=f"{self.folder}: {reason}"))
+        self.records = []
+        for folder in (self.artifact, self.place):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+
+    def _load(self) -> str:
+        """Read the records and prove that all they name is as it was written; what is not, or an empty string."""
+        for path in self.artifact.glob("model-*-of-*.safetensors"):  # it was stopped while giving them their names
+            path.rename(self.artifact / f"part-{path.name.split('-')[1]}.safetensors")
+        for number, path in enumerate(sorted(self.place.glob("*.json"))):
+            record = read(path)
+            if record is None or path.name != f"{number:05d}.json":
+                return f"{path.name} is damaged, or one before it is missing"
+            self.records.append(record)
+        for path, known in self._named().items():
+            if not path.is_file() or digest(path) != known:
+                return f"{path.name} is missing or damaged"
+        return ""
+
+    def _named(self) -> dict[Path, str]:
+        """Every file that records need, with its sha256."""
+        shards = {self.artifact / name: sha for r in self.records for name, sha in r["part"]["digests"].items()}
+        held = [state for record in (*self.records[:1], *self.records[-1:]) for state in record["state"]]
+        return shards | {self.folder / state["file"]: state["sha256"] for state in held}
+
+    def _sweep(self) -> None:
+        """Remove what no record needs: what was being written when the run was stopped."""
+        named = {*self._named(), *(self.place / f"{number:05d}.json" for number in range(len(self.records)))}
+        for folder in (self.artifact, *self.folder.glob("scratch-*"), self.place):
+            for path in folder.iterdir():
+                if path not in named:
+                    path.unlink()
+
+    def restore(self, streams: Mapping[str, Travellers]) -> None:
+        """Put the hidden states behind the last finished block where they were."""
+        for state in self.records[-1]["state"] if self.done else ():
+            if "stream" in state:
+                raw = read_raw(self.folder / state["file"], DTYPES[state["dtype"]], state["shape"])
+                streams[state["stream"]].hidden_BTD = raw.to(streams[state["stream"]].device)
+                continue
+            carried: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in self.tensors(state["file"]).items():
+                stream, _, left = name.partition("/")
+                if left:
+                    carried.setdefault(stream, {})[left] = tensor
+                else:
+                    streams[stream].hidden_BTD = tensor.to(streams[stream].device)
+            for stream, tensors in carried.items():
+                streams[stream].carry(tensors)
+
+    def tensors(self, file: str) -> dict[str, Tensor]:
+        """The tensors of a file of this folder, copied: what is mapped from a file may lie anywhere in memory."""
+        with safe_open(self.folder / file, framework="pt") as opened:
+            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+
+    # -- recording ---------------------------------------------------------------------------------
+
+    def record(
+        self, part: Part, facts: Mapping[str, Any], streams: Mapping[str, Travellers], more: Mapping[str, Tensor]
+    ) -> None:
+        """Note what was written, what is to be remembered of it, and the hidden states; when it returns, it is safe.
+
+        States that lie on disk already stay where they are, of the others one file is written, with the tensors
+        `more`. Raises WriteError or OSError if the disk refuses.
+        """
+        if self.unavailable and self.records:
+            return
+        began = time.monotonic()
+        number = len(self.records)
+        state = [self._stored(name, stream) for name, stream in streams.items() if stream.file is not None]
+        tensors = {name: stream.hidden_BTD for name, stream in streams.items() if stream.file is None} | dict(more)
+        tensors |= {f"{name}/{key}": left for name, s in streams.items() for key, left in s.carried().items()}
+        if tensors:
+            path = self.place / f"{number:05d}.safetensors"
+            sha = write_tensors(path, [Entry.of(name, tensor) for name, tensor in tensors.items()])
+            state.append({"file": f"{self.place.name}/{path.name}", "sha256": sha})
+        for folder in (self.artifact, *self.folder.glob("scratch-*")):
+            flush(folder)
+        record = {"part": asdict(part), "state": state, **facts}
+        write(self.place / f"{number:05d}.json", record)
+        before = self.records[-1]["state"] if number > 1 else []
+        self.records.append(record)
+        for held in before:
+            (self.folder / held["file"]).unlink(missing_ok=True)
+        written = [self.place / f"{number:05d}{ending}" for ending in (".json", ".safetensors")]
+        nbytes = sum(path.stat().st_size for path in written if path.exists())
+        self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
+
+    def _stored(self, name: str, stream: Travellers) -> Record:
+        """What is to be known of an offloaded state, which is from now on kept until the next record."""
+        stream.kept = file = stream.file or Path()
+        flush(file)
+        return {
+            "stream": name, "file": str(file.relative_to(self.folder)), "sha256": stream.sha256,
+            "dtype": NAMES[stream.dtype], "shape": list(stream.shape),
+        }  # fmt: skip
+
+
+def locked(folder: Path, target: Path) -> int:
+    """The handle of a folder's lock; both are made if they are not there.
+
+    Raises RecipeError if another process holds it or the folder is not of ours, OSError if it cannot be written.
+    """
+    for _ in range(ATTEMPTS):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / LOCK).exists() and any(folder.iterdir()):
+            raise RecipeError(f"--out: {folder} is needed while {target.name} is made, and not empty; move it away")
+        try:
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # whoever had it has just removed the folder
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if same(handle, folder / LOCK):
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
+                return handle
+        except BlockingIOError as error:
+            owner = os.pread(handle, 20, 0).decode(errors="replace")
+            os.close(handle)
+            raise RecipeError(
+                f"--out: process {owner} is writing {target}; wait for it, or choose another folder"
+            ) from error
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)
+    raise RecipeError(f"--out: {folder} comes and goes; other processes are using it")
+
+
+def same(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+
+
+def write(path: Path, value: Any) -> None:
+    """Write JSON with its own hash, whole or not at all, down to the disk; raises WriteError if that refuses."""
+    new = path.with_suffix(".new")
+    body = json.dumps(value)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"sha256": sha256(body.encode()).hexdigest(), "record": value}))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise WriteError(str(path)) from error
+
+
+def read(path: Path) -> Any:
+    """What `write` wrote; None if it is not there, or not as it was written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = sha256(json.dumps(found["record"]).encode()).hexdigest() == found["sha256"]
+        return found["record"] if whole else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
