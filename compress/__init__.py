@@ -184,8 +184,8 @@ def load(
 
     from compress.artifact import Artifact, base_of, is_artifact
     from compress.kv import read_kept, written
-    from compress.model.architecture import auto_class, without_code
-    from compress.model.source import BUILTIN, locate, read_json
+    from compress.model.architecture import auto_class, check_sizes, without_code
+    from compress.model.source import BUILTIN, Checkpoint, locate, read_json
     from compress.runtime.delta import fine_tuned
     from compress.runtime.hf import register
     from compress.runtime.kv import attach
@@ -203,6 +203,7 @@ def load(
     try:
         read = Artifact(folder, below) if is_artifact(folder) else None  # says what is wrong before transformers does
         packed = read is not None and read.packed and not read.is_delta
+        check_sizes(raw, (read or Checkpoint(folder)).shapes())
         for site in read.specs if read is not None else ():
             read.check(site)  # type: ignore[union-attr]
         if read is not None and read.is_delta:
@@ -215,8 +216,14 @@ def load(
                 config.quantization_config["low_memory"] = low_memory
                 if cache != "recipe":
                     config.quantization_config["kv"] = written(cache) if cache else None
-            model = auto_class(config).from_pretrained(folder, config=config, local_files_only=True, **options)
-    except CompressError:
+            options |= {"config": config, "local_files_only": True, "output_loading_info": True}
+            model, found = auto_class(config).from_pretrained(folder, **options)
+            for what in ("missing", "mismatched"):  # transformers draws them by chance and only warns
+                if keys := sorted(map(str, found[f"{what}_keys"])):
+                    raise ArtifactError(f"{folder}: {len(keys)} tensors are {what}, first {keys[0]}")
+    except CompressError as error:
+        if isinstance(error, ArtifactError) and str(folder) not in str(error):
+            raise ArtifactError(f"{folder}: {error}") from error
         raise
     except Exception as error:  # a damaged folder breaks transformers and safetensors in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

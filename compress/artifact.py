@@ -8,9 +8,11 @@ its companions are `<site>.weight_<path>`. Here it is read and verified; `writer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ METHOD = "compress"
 VERSION = 1
 PROVENANCE = "compress.json"
 DTYPES = {name: kind for kind, name in NAMES.items()}  # by what a header calls them
+SWELL = 1 << 12  # bytes that all tensors may denote for one that is stored: 1/256 bit a weight in bfloat16
+SMALL = 1 << 30  # bytes that they may denote anyway
 
 
 def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
@@ -230,8 +234,53 @@ class Artifact(Checkpoint):
             there = self.base.headers.get(tensor) if self.base is not None else None
             if self.base is not None and not (there and (is_part(self.specs[site], there.shape) or self.grew(site))):
                 raise ArtifactError(f"{said} is not of {tensor}, which is {there and list(there.shape)} in the base")
+            self._check_stored(site)
+            if site == self.swollen:
+                raise ArtifactError(f"all sites denote more than {SWELL} times what {self.path.name} stores")
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: {site}: {error}") from error
+
+    def _check_stored(self, site: str) -> None:
+        """Raise ArtifactError unless the files hold what is said of a site's tensors, each under a key of its own.
+
+        A key may be another site's too, which must then not have it from a third.
+        """
+        spec = self.specs[site]
+        named = keys(site, spec)
+        paths = [path for path, _, _ in spec["tensors"]]
+        if len(set(paths)) < len(paths) or len(set(named.values())) < len(paths) or set(named) != set(paths):
+            raise ArtifactError("its tensors and their keys are not one each")
+        if not paths or paths[0] in spec.get("shared", {}):
+            raise ArtifactError(f"its first tensor must be {named[paths[0]] if paths else 'there'}, its own")
+        for path, dtype, shape in spec["tensors"]:
+            key, held = named[path], self.stored_headers.get(named[path])
+            told = f"{dtype} of {shape}"
+            kind = getattr(torch, dtype, None)
+            if held is None or not isinstance(kind, torch.dtype) or (NAMES.get(kind), tuple(shape)) != held[:2]:
+                raise ArtifactError(
+                    f"{key} is {held and f'{held.dtype} of {list(held.shape)}'} in the file, not {told}"
+                )
+            if (self.owners.get(key, site) == site) == (path in spec.get("shared", {})):
+                raise ArtifactError(f"{key} is not one site's own, which others may share")
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Key in the file -> the site that holds it and does not have it from another."""
+        return {
+            key: site
+            for site, spec in self.specs.items()
+            for path, key in keys(site, spec).items()
+            if path not in spec.get("shared", {})
+        }
+
+    @cached_property
+    def swollen(self) -> str:
+        """The largest site, if all together denote more than files of this size can mean; else empty."""
+        denoted = {site: 4 * prod(spec["tree"]["shape"]) for site, spec in self.specs.items()}  # decoded in float32
+        stored = sum(file.stat().st_size for file in set(self.files.values()))
+        return (
+            max(denoted, key=lambda site: denoted[site]) if sum(denoted.values()) > max(SMALL, SWELL * stored) else ""
+        )
 
     def grew(self, site: str) -> bool:
         """Whether a table of a delta has more rows than its base's, and stores every entry, as only codes do."""
@@ -381,15 +430,24 @@ def base_of(path: Path, given: Path | None = None, builtin: Path | None = None) 
     raise ArtifactError(f"{path}: is a delta of {delta.pin_name}; give its base, or apply it first")
 
 
+def seal(told: Mapping[str, Any]) -> str:
+    """The sha256 of what compress.json says, but for the field `sha256` that holds it."""
+    said = {name: value for name, value in told.items() if name != "sha256"}
+    return sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def verify(path: Path, base: Path | None = None) -> list[str]:
     """What was checked, one line each.
 
-    Every file against its recorded sha256, every site decoded and finite, every name and shape against the
-    source's. Of a delta without its base only the difference is decoded, and no shapes are compared.
+    Every file against its recorded sha256, and none beside them; every site decoded and finite, every name and shape
+    against the source's. Of a delta without its base only the difference is decoded, and no shapes are compared.
     Raises VerificationError at the first difference, ArtifactError if the folder is not ours.
     """
     artifact = Artifact(path, base)
     recorded = artifact.provenance["files"]
+    told = artifact.provenance.get("sha256")
+    if told is not None and told != seal(read_json(path / PROVENANCE, "the provenance file")):
+        raise VerificationError(f"{path / PROVENANCE}: its sha256 is not that of what it says; it was changed")
     for name, known in sorted(recorded.items()):
         file = path / name
         if Path(name).name != name or not file.is_file() or digest(file) != known:
@@ -397,9 +455,10 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
     unknown = artifact.specs.keys() - artifact.provenance["sites"].keys()
     if unknown:
         raise VerificationError(f"{path / PROVENANCE}: it says nothing of {sorted(unknown)[0]}")
-    extra = {file.name for file in artifact.files.values()} - recorded.keys()
+    there = {file.name for file in path.iterdir() if not file.name.startswith(".")}
+    extra = {"config.json", *there} - {PROVENANCE} - recorded.keys()  # a loader may read any of them
     if extra:
-        raise VerificationError(f"{path}: {sorted(extra)[0]} is not a recorded file")
+        raise VerificationError(f"{path / sorted(extra)[0]} is not a recorded file")
     for site in artifact.specs:
         try:
             alone = artifact.is_delta and base is None
@@ -416,7 +475,7 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
         f"{len(artifact.specs)} compressed sites decode to finite values",
     ]
     if artifact.is_delta and base is None:
-        return [*checks, f"not checked against {artifact.pin_name}: give --base"]
+        return [*checks, "not checked against its base: give --base"]
     shapes = {name: list(shape) for name, shape in artifact.shapes().items()}
     wanted = artifact.provenance["tensors"]
     for name in sorted(set(shapes) | set(wanted)):

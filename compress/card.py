@@ -1,19 +1,26 @@
-"""The model card of an artifact: plain Markdown made of its provenance, so it cannot say anything else."""
+"""The model card of an artifact: plain Markdown made of its provenance, so it cannot say anything else.
+
+Names in it may come from anybody. They are written such that neither Markdown, HTML nor the YAML above takes them for
+its own.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
+from compress.errors import visible
 from compress.model.anatomy import by_reason
 
 TEMPLATE = """\
 ---
 library_name: transformers
-base_model: "{{ base.name if base else source.name }}"
-tags: ["{{ tags | join('", "') }}"]
+base_model: {{ (base.name if base else source.name) | tojson }}
+tags: {{ tags | tojson }}
 ---
 # {{ source.name }}, compressed
 
@@ -36,7 +43,7 @@ Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean
 ```python
 import compress
 
-model = compress.load("this folder", base="the folder of {{ base.name }}")
+model = compress.load("this folder", base={{ ("the folder of " ~ base.name) | tojson }})
 ```
 {% elif sites -%}
 ```python
@@ -49,8 +56,7 @@ It is an ordinary model folder: `AutoModelForCausalLM.from_pretrained` loads it.
 {% endif %}
 ## Recipe
 
-```yaml
-{{ recipe }}```
+{{ recipe | fenced }}
 
 {% if sites -%}
 ## Sites
@@ -69,9 +75,24 @@ Too few calibration tokens reached {{ starved }} of the experts' matrices; they 
 """
 
 
+SPECIAL = {ord(c): f"&#{ord(c)};" for c in "&<>`|[]"}
+
+
+def literal(value: Any) -> Any:
+    """A name as Markdown and HTML show it, in one line; what a filter has made safe stays as it is."""
+    return visible(value).translate(SPECIAL) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def fenced(text: str) -> Markup:
+    """A block of YAML whose fence is longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}yaml\n{text}{fence}")
+
+
 def card(provenance: Mapping[str, Any]) -> str:
     """The Markdown of an artifact; it does not know where the artifact lies."""
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=literal)
+    environment.filters["fenced"] = fenced
     weights = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
     reshaped = provenance.get("reshaped", [])
     tags = ["compress", *(step["step"] for step in reshaped), *weights]

@@ -9,10 +9,11 @@ import math
 import time
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from compress.errors import visible
 from compress.events import (
     BlockFinished,
     BlockStarted,
@@ -30,6 +31,11 @@ from compress.events import (
 )
 
 VERDICT_STYLES = {"improved": "bold green", "matching": "green", "inconclusive": "yellow", "drop": "dark_orange"}
+
+
+def escape(text: object) -> str:
+    """A name, from wherever it comes, as it is to be read: no markup of rich, nothing that a terminal obeys."""
+    return markup.escape(visible(str(text)))
 
 
 def size(count: float) -> str:
@@ -68,7 +74,9 @@ class Progress:
                 self.began = time.monotonic()
             case ModelReshaped():
                 before, after = event.parameters
-                self.console.print(f"  {event.step}: {event.change}; {before:,} -> [bold]{after:,}[/] parameters")
+                self.console.print(
+                    f"  {event.step}: {escape(event.change)}; {before:,} -> [bold]{after:,}[/] parameters"
+                )
                 self.began = time.monotonic()
             case RunResumed():
                 self.console.print(f"  [bold]goes on behind block {event.done} of {event.count}[/]")
@@ -89,7 +97,9 @@ class Progress:
             case WeightRewritten():
                 self.errors[event.site] = event.weight_error if event.output_error is None else event.output_error
             case Fallback():
-                self.console.print(f"  [bold yellow]fallback[/] {event.site}: {event.step}: {escape(event.reason)}")
+                self.console.print(
+                    f"  [bold yellow]fallback[/] {escape(event.site)}: {event.step}: {escape(event.reason)}"
+                )
             case BlockFinished():
                 self.block(event)
             case RunFinished():
@@ -141,7 +151,7 @@ def passes_table(rows: list[dict[str, Any]]) -> Table:
 
 def inspect_table(view: dict[str, Any]) -> list[Any]:
     """An artifact's facts and its sites."""
-    table = Table(title=f"{view['path']}")
+    table = Table(title=escape(view["path"]))
     for column in ("site", "weight", "bytes", "weight error", "output error", "tokens", "notes"):
         table.add_column(column, justify="left" if column in ("site", "weight", "notes") else "right")
     for name, row in view["sites"].items():
@@ -153,12 +163,12 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         if row.get("starved"):
             notes.append(f"starved: {escape('; '.join(row['starved']))}")
         table.add_row(
-            name, row["weight"], f"{row['bytes']:,}", f"{row['weight_error']:.4f}", output, str(row["tokens"]),
-            ", ".join(notes),
+            escape(name), escape(row["weight"]), f"{row['bytes']:,}", f"{row['weight_error']:.4f}", output,
+            str(row["tokens"]), ", ".join(notes),
         )  # fmt: skip
     sizes = view["sizes"]
     lines = [
-        f"made from [bold]{escape(view['source'])}[/] by Compress {view['version']}; calibration: "
+        f"made from [bold]{escape(view['source'])}[/] by Compress {escape(view['version'])}; calibration: "
         f"{escape(view['calibration'])}",
         f"{size(sizes['source_bytes'])} -> [bold]{size(sizes['bytes'])}[/], "
         f"{sizes['bits_per_weight']:.2f} bits a block weight; probe KL {view['probe']['kl']:.4g} nats",
@@ -166,7 +176,7 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
     ]
     if view.get("base"):
         lines.insert(1, f"a delta of {escape(view['base']['name'])}; errors are relative to the difference")
-    lines[1:1] = [f"{step['change']} ({step['step']})" for step in view["reshaped"]]
+    lines[1:1] = [escape(f"{step['change']} ({step['step']})") for step in view["reshaped"]]
     return [*([table] if view["sites"] else []), *lines]
 
 
@@ -205,14 +215,14 @@ def layer_cells(layer: Any) -> list[str]:
 
 def generation_table(timings: list[Any], title: str, notes: list[str]) -> list[Any]:
     """compress.runtime.bench.GenerationTiming row by row, the dense model first, and sentences on what is worse."""
-    table = Table(title=f"greedy generation, {title}")
+    table = Table(title=f"greedy generation, {escape(title)}")
     columns = ("model", "tokens/s (range)", "ours/dense", "prompt", "then tokens/s", "memory of weights", "of cache")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in timings:
         speed = row.tokens_per_second
         table.add_row(
-            row.name, f"{speed.median:.4g} ({speed.low:.4g}-{speed.high:.4g})",
+            escape(row.name), f"{speed.median:.4g} ({speed.low:.4g}-{speed.high:.4g})",
             "-" if row is timings[0] else ratio(row.speedup), duration(row.prefill.median),
             f"{row.decode.median:.4g} ({row.decode.low:.4g}-{row.decode.high:.4g})", size(row.held_bytes),
             size(row.cache_bytes),
@@ -242,7 +252,7 @@ def mask_notes(mask: dict[str, Any]) -> list[str]:
 def survey_table(view: dict[str, Any]) -> list[Any]:
     """A model's sites by kind, and the rest."""
     total = sum(row["parameters"] for row in view["sites"])
-    table = Table(title=f"{view['path']}: sites of {view['family']}")
+    table = Table(title=escape(f"{view['path']}: sites of {view['family']}"))
     for column in ("sites", "shape [out, in]", "count", "parameters", "share"):
         table.add_column(escape(column), justify="left" if column == "sites" else "right", overflow="fold")
     for row in view["sites"]:
@@ -306,14 +316,15 @@ def exponent(fit: Any, name: str) -> str:
 
 def quality_table(rows: list[Any], title: str) -> Table:
     """Task by task, dense against compressed; `rows` are compress_evals.report.TableRow of one model."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for column in ("task", "dense %", "compressed %", "change, points (95 % CI)", "lost/gained", "p (Holm)", "verdict"):
         table.add_column(column, justify="left" if column in ("task", "verdict") else "right")
     for row in rows:
         pair = row.paired
         style = next((s for word, s in VERDICT_STYLES.items() if row.verdict.startswith(word)), "bold red")
         table.add_row(
-            f"{row.title} [dim](n={pair.n})[/]", f"{100 * row.dense_metric.value:.1f}", f"{100 * row.metric.value:.1f}",
+            f"{escape(row.title)} [dim](n={pair.n})[/]", f"{100 * row.dense_metric.value:.1f}",
+            f"{100 * row.metric.value:.1f}",
             f"{100 * pair.delta:+.1f} ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})", f"{pair.lost}/{pair.gained}",
             "<0.001" if row.p < 0.001 else f"{row.p:.3f}", f"[{style}]{escape(row.verdict)}[/]",
         )  # fmt: skip

@@ -8,11 +8,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000  # characters of a message: names in it may come from anybody
+
 
 class CompressError(Exception):
-    """The parent of every error a user can cause; the command line exits with `exit_code`."""
+    """The parent of every error a user can cause; the command line exits with `exit_code`.
+
+    Its message is one line that a terminal shows as it is, whatever the names in it hold.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible(str(message))[:LONGEST])
 
 
 class RecipeError(CompressError):
@@ -47,6 +55,11 @@ class AcceptanceError(CompressError):
     """The compressed model lost more than the recipe accepts."""
 
     exit_code = 5
+
+
+def visible(text: str) -> str:
+    """The text with every character escaped that does not show: controls, line breaks, half pairs, direction marks."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

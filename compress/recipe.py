@@ -24,6 +24,7 @@ from compress.passes import PASSES, Pass, Reshape, SitePass, governed, load_plug
 
 LARGEST = 64 * 1024
 DEEPEST = 8
+MOST = 64  # passes; whoever needs more makes a pass of his own
 RECIPES = Path(__file__).parent / "_recipes"
 
 
@@ -42,7 +43,7 @@ class Calibration:
     length: Annotated[
         int | None, Field(ge=8, le=1 << 20, description="tokens a window; default: what the model takes, to 2048")
     ] = None
-    seed: Annotated[int, Field(ge=0, description="which windows")] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="which windows")] = 0
     layout: Annotated[
         Literal["packed", "documents"],
         Field(description="windows from documents laid end to end, or of one document each, never padded"),
@@ -238,7 +239,11 @@ def parse(text: str, where: str = "recipe") -> Any:
                 )
             if depth > DEEPEST:
                 raise RecipeError(f"{where}: nested deeper than {DEEPEST} (line {event.start_mark.line + 1})")
+            if isinstance(event, ScalarEvent) and not event.value.isprintable():
+                raise RecipeError(f"{where}: {event.value!r} does not show as it is (line {event.start_mark.line + 1})")
         return yaml.load(io.StringIO(text))
+    except ValueError as error:  # of a scalar that looks like a number or a date and is none
+        raise RecipeError(f"{where}: not valid YAML: {error}") from error
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
@@ -257,6 +262,8 @@ def from_dict(data: Any) -> Recipe:
     steps = data.get("passes")
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         raise RecipeError("passes: expected a list with at least one pass")
+    if len(steps) > MOST:
+        raise RecipeError(f"passes: {len(steps)} are not allowed; at most {MOST}")
     model = data.get("model")
     if model is not None and not isinstance(model, str):
         raise RecipeError(f"model: expected a folder or `builtin`, got {model!r}")
@@ -292,7 +299,9 @@ def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     path = find(recipe)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        text = content.decode("utf-8") if len(content) <= LARGEST else " " * len(content)  # `parse` refuses it
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     data = parse(text, str(path))

@@ -5,12 +5,13 @@ Not here: what is done with them (`artifact.py`) and the tree of a weight, which
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, visible
 
 
 class Tree(TypedDict):
@@ -115,9 +116,12 @@ class Reshaping(TypedDict):
 class Provenance(TypedDict):
     """compress.json: how the artifact was made, and the sha256 of every other file.
 
+    `sha256` is that of all the rest of it, as `artifact.seal` makes it.
     Of a delta also its base, and the dtype of the tensors that the base holds in another one.
     `base_files`, of a delta, are the companion files that it leaves to its base, which has them alike.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
     versions: Versions
     source: Source
@@ -134,6 +138,7 @@ class Provenance(TypedDict):
     untouched: dict[str, tuple[int, str]]
     tensors: dict[str, list[int]]
     files: dict[str, str]
+    sha256: NotRequired[str]
 
 
 SPECS = TypeAdapter(dict[str, SiteSpec])
@@ -142,11 +147,31 @@ PROVENANCES = TypeAdapter(Provenance)
 
 
 def checked(kind: TypeAdapter[Any], value: Any, where: str) -> dict[str, Any]:
-    """The value, if it has the declared form; raises ArtifactError naming the first field that has not."""
+    """The value, if it has the declared form; raises ArtifactError naming the first field that has not.
+
+    Names and words must be such as people can see; only of `recipe` may there be several lines.
+    """
     try:
         found: dict[str, Any] = kind.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"{where}: {place + ': ' if place else ''}{first['msg']}") from error
+    lines = str(found["recipe"]).replace("\n", " ") if "recipe" in found else ""
+    hidden = next((text for text in texts({**found, "recipe": lines}) if visible(text) != text), None)
+    if hidden is not None:
+        raise ArtifactError(f"{where}: {hidden!r} holds characters that do not show")
     return found
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every key and every string below a value."""
+    level = [value]
+    while level:
+        node = level.pop()
+        if isinstance(node, str):
+            yield node
+        elif isinstance(node, Mapping):
+            level += [*node.keys(), *node.values()]
+        elif isinstance(node, (list, tuple)):
+            level += node

@@ -33,6 +33,8 @@ def read_documents(data: str | Path, field: str = "text", split: str = "train") 
     try:
         if path.is_dir():
             return read_dataset(path, field, split)
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise CalibrationError(f"calibration.data: {str(path)[:200]!r} is no file; {ALLOWED}")
         raw = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # not there, a name too long, a NUL, no UTF-8
         raise CalibrationError(

@@ -13,7 +13,17 @@ import pytest
 import torch
 
 import compress
-from compress import RTN, ArtifactError, Calibration, CompressError, Delta, Magnitude, Recipe, RecipeError
+from compress import (
+    RTN,
+    ArtifactError,
+    Calibration,
+    CompressError,
+    Delta,
+    Magnitude,
+    Recipe,
+    RecipeError,
+    VerificationError,
+)
 from compress.artifact import Artifact, verify
 from compress.export.dense import export_dense
 from compress.weights import check_claims
@@ -301,13 +311,11 @@ def test_only_companions_are_taken_from_a_base(own_delta: Path, base: Path, tmp_
         export_dense(own_delta, tmp_path / "out", base)
 
 
-def test_what_nobody_recorded_is_not_copied(own_delta: Path, base: Path, tmp_path: Path) -> None:
-    secret = tmp_path / "secret.txt"
-    secret.write_text("mine")
-    (own_delta / "notes.txt").symlink_to(secret)
+def test_what_nobody_recorded_is_refused(own_delta: Path, base: Path, tmp_path: Path) -> None:
     (own_delta / "special_tokens_map.json").write_text("{}")
-    export_dense(own_delta, tmp_path / "out", base)
-    assert not {"notes.txt", "special_tokens_map.json"} & {file.name for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(VerificationError, match=r"special_tokens_map\.json is not a recorded file"):
+        export_dense(own_delta, tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_link_out_of_a_delta_is_refused(own_delta: Path, base: Path, tmp_path: Path) -> None:

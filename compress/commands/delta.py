@@ -56,7 +56,7 @@ def extract(
 ) -> None:
     """Store what fine-tuning changed, as small as asked, in a folder that is pinned to its base."""
     from compress.codecs import recipes_of
-    from compress.console import Progress
+    from compress.console import Progress, escape
     from compress.extraction import best_of
 
     told = {"--method": method, "--bits": bits, "--size": size, "--distill": distill}
@@ -78,7 +78,7 @@ def extract(
     found = best_of(finetuned, made, target, emit=Progress(screen()), device=device, force=force)
     report = found.report
     value = {**{k: v for k, v in asdict(report).items() if k != "coverage"}, "share": share(report)}
-    lines = [f"probe KL {kl:.4g} nats: {passes}" for passes, kl in found.tried.items()] if len(made) > 1 else []
+    lines = [escape(f"probe KL {kl:.4g} nats: {passes}") for passes, kl in found.tried.items()] if len(made) > 1 else []
     result({**value, "tried": found.tried}, as_json, *lines)
 
 
@@ -115,11 +115,12 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Add a delta to its base: an ordinary model folder, written one tensor at a time and put in place when whole."""
+    from compress.console import escape
     from compress.export.dense import export_dense
     from compress.model.source import locate
 
     place = locate(folder)
     target = out if out is not None else place.resolve().with_name(f"{place.resolve().name}-applied")
     done = export_dense(place, target, locate(base))
-    line = f"{target}: {done.bytes:,} bytes; {done.note}"
+    line = escape(f"{target}: {done.bytes:,} bytes; {done.note}")
     result({**asdict(done), "out": str(target)}, as_json, line)

@@ -40,6 +40,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge fine-tunes of one base into an ordinary model folder, tensor by tensor."""
+    from compress.console import escape
     from compress.merging import merge as run
     from compress.model.memory import release_early
 
@@ -61,7 +62,11 @@ def merge(
             **{name: value for name, value in given.items() if value is not None},
         )
     kept = ", ".join(f"{name} {done.kept[name]:,} of {changed:,}" for name, changed in done.changed.items())
-    result({**asdict(done), "out": str(done.out)}, as_json, f"{done.out}: {done.bytes:,} bytes; entries kept: {kept}")
+    result(
+        {**asdict(done), "out": str(done.out)},
+        as_json,
+        escape(f"{done.out}: {done.bytes:,} bytes; entries kept: {kept}"),
+    )
 
 
 def folders(models: list[str]) -> dict[str, str]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.errors import MarkupError
+from rich.text import Text
 
 from compress.errors import RecipeError
 
@@ -30,7 +32,15 @@ def result(value: Any, as_json: bool, *renderables: Any) -> None:
         return
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for renderable in renderables:
-        console.print(renderable, soft_wrap=isinstance(renderable, str))
+        console.print(readable(renderable), soft_wrap=isinstance(renderable, str))
+
+
+def readable(renderable: Any) -> Any:
+    """A line with the markup it has, or as it is where a name in it, of a folder say, makes that none."""
+    try:
+        return Text.from_markup(renderable) if isinstance(renderable, str) else renderable
+    except MarkupError:
+        return Text(renderable)
 
 
 def bytes_of(text: str, option: str) -> int:

@@ -49,7 +49,7 @@ def serve(
         raise RecipeError(f"--delta: {name!r} is the name of the base; give the delta another one")
     limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
     server = Server(load_tenants(folder, named, most), tokenizer_of(folder), name, limits)
-    screen().print(f"serving {', '.join(server.models())} at http://{host}:{port}")
+    screen().print(f"serving {', '.join(server.models())} at http://{host}:{port}", markup=False)
     serve_forever(server, host, port, deadline)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from compress.errors import ArtifactError
 # in this order: a class that is in several lists is taken from the first
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForMaskedLM",
         "AutoModelForSequenceClassification", "AutoModel")  # fmt: skip
+REPEATED = re.compile(r"(^|_)(layers?|blocks?|depths?)$")  # what a config counts that becomes modules
+FREE = re.compile(r"theta|token|seed|param|length")  # numbers that are no size of anything
+MODULES = 1 << 10  # blocks that are built anyway, and
+ENTRIES = 1 << 24  # numbers that are taken anyway, however few tensors there are
 CHOSEN_HERE = ("attn_implementation", "experts_implementation")  # a name of these may make transformers fetch code
 
 
@@ -56,6 +62,24 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
         raise ArtifactError("config.json: not a language model")
     model.tie_weights()  # type: ignore[operator]
     return model.eval().requires_grad_(False)
+
+
+def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ArtifactError for a number in a config that tensors of these shapes cannot mean.
+
+    Building a model costs time for every block and memory for its tables, before any shape can be compared.
+    """
+    most = max(ENTRIES, sum(prod(shape) for shape in shapes.values()))
+    level: list[tuple[str, Any]] = list(config.items())
+    while level:
+        name, value = level.pop()
+        if isinstance(value, dict):
+            level += value.items() if name != "quantization_config" else ()
+        elif isinstance(value, list):
+            level += [(name, item) for item in value]
+        limit = max(MODULES, len(shapes)) if REPEATED.search(name) else most
+        if isinstance(value, int) and abs(value) > limit and not FREE.search(name):
+            raise ArtifactError(f"config.json: {name} is {value}, its {len(shapes)} tensors allow {limit:,} at most")
 
 
 def without_code(config: Any) -> Any:

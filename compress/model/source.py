@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, visible
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255  # bytes of a file name
+LARGEST = 1 << 28  # bytes of a JSON file; that of 100,000 compressed matrices has a quarter
+DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth
 NUMBERED = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.safetensors")
 WIDTHS = {  # bits
     "F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
@@ -53,15 +56,43 @@ def display_name(folder: Path) -> str:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file; raises ArtifactError naming it otherwise."""
+    """A JSON object from a file; raises ArtifactError naming it otherwise.
+
+    No key may stand twice: readers differ in which of the two they take. Size and depth are bounded.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ArtifactError(f"{path}: {what} is no file")
+        if path.stat().st_size > LARGEST:
+            raise ArtifactError(f"{path}: {what} is larger than {LARGEST:,} bytes")
+        value = strict_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing {what}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: {what} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: {what} must be a JSON object")
+    return value
+
+
+def strict_json(content: bytes) -> Any:
+    """A JSON value; raises ValueError for anything else, a key that stands twice, or too many levels."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice, most = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {twice!r} stands {'twice' if most == 2 else f'{most} times'}")
+        return found
+
+    value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    level: list[Any] = [[value]]
+    depth = 0
+    while level:
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested deeper than {DEEPEST}")
+        values = (v for node in level for v in (node.values() if isinstance(node, dict) else node))
+        level, depth = [v for v in values if isinstance(v, (dict, list))], depth + 1
     return value
 
 
@@ -83,8 +114,15 @@ class Checkpoint:
     decoded_from = ""  # the format, of a subclass that decodes one
 
     def __init__(self, path: Path) -> None:
+        """Raises ArtifactError for a folder without a config, or with a link to a file elsewhere.
+
+        What such a link names would be read, and copied beside the result, as if it were the model's.
+        """
         self.path = path
         self.config = read_json(path / "config.json", "config.json")
+        for link in sorted(file for file in path.iterdir() if file.is_symlink() and file.is_file()):
+            if leaves(link):
+                raise ArtifactError(f"{link}: is a link out of the folder; put the file itself there")
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -98,10 +136,10 @@ class Checkpoint:
                 raise ArtifactError(f"{self.path / INDEX}: no weight_map")
             files = {name: self.inside(str(shard)) for name, shard in sorted(shards.items())}
             self._refuse_strays({path.name for path in files.values()})
-            return files
-        if (self.path / SINGLE).exists():
-            with opened(self.path / SINGLE) as file:
-                return dict.fromkeys(sorted(file.keys()), self.path / SINGLE)
+            return visible_names(files, self.path / INDEX)
+        if (self.path / SINGLE).is_file():  # not a pipe, which nobody may ever write to
+            held = dict.fromkeys(sorted(names_in(self.path / SINGLE)), self.path / SINGLE)
+            return visible_names(held, self.path / SINGLE)
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
         if pickled:
             raise ArtifactError(
@@ -120,9 +158,10 @@ class Checkpoint:
             )
 
     def inside(self, shard: str) -> Path:
-        """The path of a shard, checked to be a plain file of this folder."""
+        """The path of a shard, checked to be a file of this folder."""
         path = self.path / shard
-        if Path(shard).name != shard or len(os.fsencode(shard)) > LONGEST_NAME or not path.is_file():
+        named = Path(shard).name == shard and shard.isprintable() and len(os.fsencode(shard)) <= LONGEST_NAME
+        if not named or not path.is_file():
             raise ArtifactError(f"{self.path / INDEX}: shard {shard!r} is not a file of this folder")
         return path
 
@@ -168,13 +207,15 @@ class Checkpoint:
         for name, shard in self.files.items():
             by_shard.setdefault(shard, []).append(name)
         for shard, names in sorted(by_shard.items()):
+            held = set(names_in(shard))
             with opened(shard) as file:
-                held = set(file.keys())
                 for name in names:
                     if name not in held:
                         raise ArtifactError(f"{shard}: the index promises {name!r}, the shard lacks it")
                     part = file.get_slice(name)
                     headers[name] = Held(str(part.get_dtype()), tuple(part.get_shape()))
+                    if headers[name].dtype not in WIDTHS:
+                        raise ArtifactError(f"{shard}: {name} holds {headers[name].dtype}, which is not read")
         return headers
 
     def nbytes(self) -> int:
@@ -188,6 +229,34 @@ class Checkpoint:
     @cached_property
     def _digests(self) -> dict[str, str]:
         return {shard.name: digest(shard) for shard in sorted(set(self.files.values()))}
+
+
+def leaves(link: Path) -> bool:
+    """Whether a link leads out of its folder, and not to where huggingface_hub keeps the files of its snapshots."""
+    target = link.resolve()
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not cached and target.parent != link.parent.resolve()
+
+
+def visible_names(files: dict[str, Path], where: Path) -> dict[str, Path]:
+    """The files by tensor, if every name is such as people can see; raises ArtifactError otherwise."""
+    for name in files:
+        if visible(name) != name:
+            raise ArtifactError(f"{where}: the tensor name {name!r} holds characters that do not show")
+    return files
+
+
+def names_in(path: Path) -> list[str]:
+    """The tensors that a safetensors file names; raises ArtifactError if it is damaged, or names one twice."""
+    with opened(path) as file:
+        names: list[str] = list(file.keys())
+    with path.open("rb") as raw:  # the library, which has checked all else, keeps the last of two
+        length = int.from_bytes(raw.read(8), "little")
+        try:
+            strict_json(raw.read(length))
+        except ValueError as error:
+            raise ArtifactError(f"{path}: not a readable safetensors file: its header: {error}") from error
+    return names
 
 
 def opened(path: Path) -> Any:

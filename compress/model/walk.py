@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress.errors import ArtifactError, UnsupportedWeight
 from compress.model.anatomy import Anatomy
-from compress.model.architecture import run, skeleton
+from compress.model.architecture import check_sizes, run, skeleton
 from compress.model.block import Block
 from compress.model.layout import Shape
 from compress.model.memory import give_back
@@ -56,6 +56,7 @@ class Walk:
         store: Path | None = None,
     ) -> None:
         self.source, self.device, self.dtype, self.store = source, device, dtype, store
+        check_sizes(config, source.shapes())
         self._look_at(skeleton(config, dtype), source.shapes())
         self.kept_wide = [name.replace("*", ".*") for name in self.model._get_dtype_plan(dtype)]  # always float32
         self.framed = False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.artifact import Artifact, keys, plain_shapes, tensor_of
 from compress.errors import ArtifactError, RecipeError
 from compress.model.anatomy import Anatomy
-from compress.model.architecture import skeleton
+from compress.model.architecture import check_sizes, skeleton
 from compress.runtime.experts import CompressedExperts
 from compress.runtime.explain import explain
 from compress.runtime.generation import Decoder
@@ -159,6 +159,7 @@ def in_stacks(artifact: Artifact) -> set[str]:
     """The sites whose matrices a model keeps in stacks of experts, whatever its file does."""
     if not artifact.specs:
         return set()
+    check_sizes(artifact.config, artifact.shapes())
     model = skeleton(artifact.config, artifact.dtype)
     places = Anatomy(model, plain_shapes(artifact.specs)).places
     missing = artifact.specs.keys() - places.keys()

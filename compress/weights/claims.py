@@ -6,13 +6,17 @@ Not here: whether the stored tensors fit it, which `pack.py` finds out as it rea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 from compress.errors import ArtifactError
 from compress.weights.leaves import BOOKS
+from compress.weights.masks import BY_NAME, WIDEST
 
 Spec = dict[str, Any]
-MOST = 64  # nodes of one tree, of which each may take a whole matrix; no pass makes a tenth of it
+MOST = 64  # nodes of one tree; no pass makes a tenth of it
+ROOM = 16  # entries that all nodes of a tree denote together, times those of its matrix
+SMALL = 1 << 28  # or so many: a permutation of 16,384 inputs, decoded for a matrix with few outputs
 
 
 def check_claims(spec: Spec, shape: tuple[int, int]) -> None:
@@ -21,9 +25,12 @@ def check_claims(spec: Spec, shape: tuple[int, int]) -> None:
         if sum(1 for _ in nodes(spec)) > MOST:
             raise ArtifactError(f"a tree of more than {MOST} parts")
         _check(spec, shape)
+        denoted = sum(prod(sides(node["shape"])) for node in nodes(spec))
+        if denoted > max(ROOM * shape[0] * shape[1], SMALL):
+            raise ArtifactError(f"its parts denote {denoted:,} entries, {ROOM} times those of {list(shape)} may be")
     except KeyError as error:
         raise ArtifactError(f"the specification lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ArtifactError(f"a malformed specification: {error}") from error
 
 
@@ -45,6 +52,9 @@ def _check(spec: Spec, shape: tuple[int, int]) -> None:
                 _check(term, shape)
         case "masked":
             _check(spec["values"], shape)
+            form = spec.get("mask")
+            demand(0 <= whole(spec["kept"]) <= rows * columns, spec, f"{spec['kept']} entries kept")
+            demand(form in (None, BY_NAME) or 1 <= whole(form) <= WIDEST, spec, f"a mask in the form {form!r}")
         case "product":
             inner = sides(spec["left"]["shape"])[1]
             demand(0 <= inner <= max(shape), spec, f"an inner size of {inner}")
@@ -53,7 +63,7 @@ def _check(spec: Spec, shape: tuple[int, int]) -> None:
         case "diagonal" | "permutation" | "hadamard":
             demand(rows == columns, spec, "two unequal sides")
         case "quantized":
-            demand(1 <= int(spec["bits"]) <= 8, spec, f"{spec['bits']} bits")
+            demand(1 <= whole(spec["bits"]) <= 8, spec, f"{spec['bits']} bits")
             demand(groups_fit(spec["scales"], shape), spec, f"scales of {spec['scales']}")
         case "scaled":
             demand(min(sides(spec["tile"])) >= 1, spec, f"tiles of {spec['tile']}")
@@ -67,9 +77,18 @@ def _check(spec: Spec, shape: tuple[int, int]) -> None:
 
 
 def sides(value: Any) -> tuple[int, int]:
-    """Two sides of a matrix."""
-    rows, columns = (int(n) for n in value)
+    """Two sides of a matrix; raises TypeError or ValueError for what is none."""
+    rows, columns = (whole(n) for n in value)
+    if min(rows, columns) < 0:
+        raise ValueError(f"{list(value)} is no shape")
     return rows, columns
+
+
+def whole(value: Any) -> int:
+    """A whole number; raises TypeError for what merely looks like one."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
 
 
 def groups_fit(scales: Any, shape: tuple[int, int]) -> bool:

@@ -163,7 +163,7 @@ def unpack(
         return _unpack(spec, tensors, at, keep_OI, resolve)
     except KeyError as error:
         raise ArtifactError(f"the specification or the file lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError, RuntimeError, IndexError, UnsupportedWeight) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, OverflowError, UnsupportedWeight) as error:
         raise ArtifactError(f"a stored weight does not fit its specification: {error}") from error
 
 
@@ -228,8 +228,11 @@ def _unpack(
         case "diagonal":
             return Diagonal(sized(tensors[f"{at}diagonal"], (rows,)))
         case "permutation":
-            order = sized(tensors[f"{at}order"], (rows,)).long()
-            if not torch.equal(order.sort().values, torch.arange(rows, device=order.device)):
+            held = sized(tensors[f"{at}order"], (rows,))
+            order = held.long()
+            if held.dtype != torch.int32 or not torch.equal(
+                order.sort().values, torch.arange(rows, device=order.device)
+            ):
                 raise ArtifactError("a stored order is not a permutation")
             return Permutation(order)
         case "hadamard":
@@ -267,13 +270,16 @@ def _unpack_codebook(
 def _unpack_mask(spec: Spec, tensors: Mapping[str, Tensor], at: str, shape: tuple[int, int]) -> Tensor:
     form, kept = spec.get("mask"), int(spec["kept"])
     if form != BY_NAME:
-        return unpack_mask(tensors[f"{at}mask"], form, shape, kept)
+        mask_OI = unpack_mask(tensors[f"{at}mask"], form, shape, kept)
+        if int(mask_OI.sum()) != kept:
+            raise ArtifactError(f"a mask keeps {int(mask_OI.sum())} entries, its specification says {kept}")
+        return mask_OI
     device = next((t.device for name, t in tensors.items() if name.startswith(at)), torch.device("cpu"))
     likely = plausible(str(spec["pattern"]), shape[0] * shape[1], kept)  # before anything is drawn
-    mask_OI = regenerated(str(spec["pattern"]), shape, device) if likely else None
-    if mask_OI is None or int(mask_OI.sum()) != kept:
+    drawn_OI = regenerated(str(spec["pattern"]), shape, device) if likely else None
+    if drawn_OI is None or int(drawn_OI.sum()) != kept:
         raise ArtifactError(f"no mask of {kept} entries is called {spec['pattern']!r}")
-    return mask_OI
+    return drawn_OI
 
 
 def is_real(zero: Tensor) -> bool:

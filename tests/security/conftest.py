@@ -1,0 +1,131 @@
+"""What hostile input may cost, and how often it was refused: printed when the suite ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress import CompressError
+
+MEMORY = 1 << 30  # bytes of address space that an attempt may add to those of this process
+SECONDS = 20  # of computing; a machine may be busy
+COUNTS: Counter[str] = Counter()
+Json = dict[str, Any]
+Edit = Callable[[Json], object]
+
+
+def late(*_: Any) -> None:
+    raise TimeoutError(f"an attempt took {SECONDS} seconds")
+
+
+@contextmanager
+def bounds() -> Iterator[None]:
+    """A larger allocation fails inside, and so does whatever takes long."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGPROF, late)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + MEMORY, hard))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture
+def bounded() -> Any:
+    """`with bounded():` an allocation above MEMORY fails, and so does what takes longer than SECONDS."""
+    return bounds
+
+
+@pytest.fixture
+def refuse(tmp_path: Path) -> Callable[..., str]:
+    """`refuse(attempt)`: the message, which must be one visible line of a CompressError; nothing new may lie about."""
+
+    def check(attempt: Callable[[], object], kind: str = "input") -> str:
+        before = sorted(tmp_path.rglob("*"))
+        COUNTS[f"{kind} tried"] += 1
+        with bounds(), pytest.raises(CompressError) as caught:
+            attempt()
+        message = str(caught.value)
+        assert message and message.isprintable() and len(message) <= 2000
+        assert sorted(tmp_path.rglob("*")) == before
+        COUNTS[f"{kind} refused"] += 1
+        return message
+
+    return check
+
+
+@pytest.fixture
+def count() -> Counter[str]:
+    """What was tried and what was refused, by kind."""
+    return COUNTS
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The numbers of SECURITY.md."""
+    for name, number in sorted(COUNTS.items()):
+        terminalreporter.write_line(f"{name}: {number}")
+
+
+@pytest.fixture
+def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file that hostile code would make; it must not be there at the end."""
+    path = tmp_path_factory.mktemp("canary") / "sang"
+    yield path
+    assert not path.exists(), "code of a hostile file was run"
+
+
+@pytest.fixture
+def single(tiny_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(model_folder: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder("llama", sharded=True), tmp_path / "model"))
+
+
+@pytest.fixture
+def edit_json() -> Callable[[Path, Edit], None]:
+    def change(path: Path, edit: Edit) -> None:
+        content = json.loads(path.read_text())
+        edit(content)
+        path.write_text(json.dumps(content))
+
+    return change
+
+
+@pytest.fixture
+def sign() -> Callable[[Path], None]:
+    """Write the hashes that the files of an artifact have now, as one who wants to deceive would."""
+    from compress.artifact import seal
+
+    def write(folder: Path) -> None:
+        told = json.loads((folder / "compress.json").read_text())
+        told["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told["files"]}
+        told["sha256"] = seal(told)
+        (folder / "compress.json").write_text(json.dumps(told))
+
+    return write
+
+
+@pytest.fixture
+def quick() -> Callable[[], float]:
+    """Seconds since the test began."""
+    began = time.monotonic()
+    return lambda: time.monotonic() - began

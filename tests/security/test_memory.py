@@ -1,0 +1,60 @@
+"""A run for which memory does not suffice ends in one line and code 3, keeps nothing, and says what helps."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.model.travellers import Travellers
+
+SAID = "error: out of memory: "
+SOME = 48 << 20  # bytes; the calibration windows of the built-in model alone take more
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("on purpose"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=["Python", "torch", "a GPU"],
+)
+@pytest.mark.parametrize("after", [0, 9])
+def test_a_forward_that_runs_out_of_memory(
+    error: Exception, after: int, tiny_llama: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Travellers.through, []
+
+    def through(self: Travellers, *given: Any, **options: Any) -> Any:
+        calls.append(self)
+        if len(calls) > after:
+            raise error
+        return real(self, *given, **options)
+
+    monkeypatch.setattr(Travellers, "through", through)
+    sized = ["--set", "calibration.samples=4", "--set", "calibration.length=32", "--set", "passes.1.group=8"]
+    code, printed, said = cli("run", "wanda-2of4-gptq-int4", "--model", tiny_llama, "--out", tmp_path / "o", *sized)
+    assert (code, printed) == (3, "")
+    assert said.splitlines()[-1].startswith(SAID) and said.splitlines()[-1].endswith("fewer or shorter samples help")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_limit_of_memory(tmp_path: Path, llama_artifact: Path, cli: Any) -> None:
+    """`llama_artifact` has loaded all modules: the limit is met by tensors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (held + SOME, hard))
+    try:
+        many = ["--set", "calibration.samples=512", "--set", "calibration.length=256"]
+        code, _, said = cli("run", "wanda-2of4-gptq-int4", "--model", "builtin", "--out", tmp_path / "o", *many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert code == 3 and said.splitlines()[-1].startswith(SAID) and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
