@@ -259,7 +259,7 @@ def test_an_interrupt_says_how_to_go_on_and_exits_130(
     assert code == 130
     assert err.splitlines()[-2:] == [
         "interrupted after block 1 of 2; run the same command to continue",
-        "error: interrupted; the output folder is as it was before",
+        "error: interrupted; nothing is left half-written",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.partial", "recipe.yaml"]
     monkeypatch.undo()

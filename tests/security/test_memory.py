@@ -1,4 +1,4 @@
-"""A run for which memory does not suffice ends in one line and code 3, keeps nothing, and says what helps."""
+"""A run for which memory does not suffice ends in one line and code 3, keeps finished blocks alone, and says what helps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_forward_that_runs_out_of_memory(
     code, printed, said = cli("run", "wanda-2of4-gptq-int4", "--model", tiny_llama, "--out", tmp_path / "o", *sized)
     assert (code, printed) == (3, "")
     assert said.splitlines()[-1].startswith(SAID) and said.splitlines()[-1].endswith("fewer or shorter samples help")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == (["o.partial"] if after else [])  # a block was finished
 
 
 def test_a_real_limit_of_memory(tmp_path: Path, llama_artifact: Path, cli: Any) -> None:
