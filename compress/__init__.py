@@ -115,6 +115,7 @@ if TYPE_CHECKING:
     from compress.driver import Report
     from compress.extraction import Extracted
     from compress.merging import Merged
+    from compress.planning import Plan
     from compress.runtime.tenants import Tenants
 
 register_when_needed()
@@ -160,6 +161,13 @@ def run(
     if recipe.accept:
         accept(report.out, source, recipe.accept, device, recipe.delta.base if recipe.delta else None)
     return report
+
+
+def plan_run(model: str | Path | None, recipe: Recipe | str | Path, **options: Any) -> Plan:
+    """What a run will make and need, from headers alone; see `compress.planning.plan_run`."""
+    from compress.planning import plan_run as say
+
+    return say(model, recipe, **options)
 
 
 def load(
@@ -402,5 +410,6 @@ __all__ = [
     "load_tenants",
     "merge",
     "pattern",
+    "plan_run",
     "run",
 ]  # fmt: skip

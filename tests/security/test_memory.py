@@ -1,4 +1,4 @@
-"""A run for which memory does not suffice ends in one line and code 3, keeps finished blocks alone, and says what helps."""
+"""A run for which memory does not suffice ends in one line and code 3, keeps finished blocks, and says what helps."""
 
 from __future__ import annotations
 
