@@ -118,8 +118,8 @@ def load(path: str | Path) -> Sweep:
                 variants += read_entry(entry, f"cells[{i}]", place.parent, faults)
     cells, notes = crossed(variants, models, seeds, faults)
     if faults:
-        lines = "".join(f"\n  {fault}" for fault in faults) if len(faults) > 1 else f" {faults[0]}"
-        raise RecipeError(f"{place}:{f' {len(faults)} errors:' if len(faults) > 1 else ''}{lines}")
+        count = f" {len(faults)} errors:" if len(faults) > 1 else ""
+        raise RecipeError(f"{place}:{count} {'; '.join(map(str, faults))}")
     return Sweep(text=text, asked=asked, cells=cells, notes=notes)
 
 
