@@ -84,12 +84,15 @@ class Journal:
         """A failure to write becomes an ArtifactError."""
         refused = refusal(self.target, error) if error is not None else None
         mended = refused or isinstance(error, ArtifactError) or not isinstance(error, CompressError)
-        useful = mended and self.done and self.artifact.is_dir() if self.matched else not self.fresh
+        done = max(
+            self.done, sum(1 for _ in self.place.glob("*.json")) - 1
+        )  # one may lie there that is not counted yet
+        useful = mended and done and self.artifact.is_dir() if self.matched else not self.fresh
         try:
             if error is None or not useful:
                 self._remove()
             elif self.matched:
-                self.emit(RunInterrupted(done=self.done, count=self.count))
+                self.emit(RunInterrupted(done=done, count=self.count))
         finally:
             os.close(self.handle)
         if refused:

@@ -208,6 +208,7 @@ PRINTING = {
     "compress.__main__",
     "compress.builtin.train",
     "compress_kernels.bench.__main__",
+    "compress_evals.llm_kick",
     "compress_evals.streaming",
 }
 
