@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,7 +182,7 @@ def test_a_statistic_without_calibration_tokens_is_refused(tiny_llama: Path, wal
 
 def test_a_config_nobody_knows_is_refused() -> None:
     with pytest.raises(ArtifactError, match="transformers cannot build this model"):
-        Walk({"model_type": "no_such_family"}, None, torch.float32, torch.device("cpu"))  # type: ignore[arg-type]
+        Walk({"model_type": "no_such_family"}, SimpleNamespace(shapes=dict), torch.float32, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 # -- models in memory ------------------------------------------------------------------------------

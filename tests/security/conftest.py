@@ -20,7 +20,7 @@ import pytest
 from compress import CompressError
 
 MEMORY = 1 << 30  # bytes of address space that an attempt may add to those of this process
-SECONDS = 20  # of computing; a machine may be busy
+SECONDS = 60  # of computing; a machine may be busy
 COUNTS: Counter[str] = Counter()
 Json = dict[str, Any]
 Edit = Callable[[Json], object]
