@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,6 +39,10 @@ from compress.model.walk import Walk
 from compress.passes import PASSES
 from compress.stats import AbsMean, Collector, ColumnNorm, Cross, Gram, Moments, Statistics
 from compress.weights import External
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: what tests interrupt inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 FAMILIES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma")
 SIZES: dict[str, Any] = {
