@@ -1,7 +1,7 @@
 """`python -m compress_evals.llm_kick SWEEP`: which of LLM-KICK's findings hold on the model of a sweep.
 
 Not here: measuring. Each finding is put as a question with a rule that decides it; the rules were written before the
-numbers were seen. Levels are pooled over the tasks of a family, question by question, clusters kept; intervals are 95 %
+sweep was run. Levels are pooled over the tasks of a family, question by question, clusters kept; intervals are 95 %
 each and not corrected for how many there are. Source: Jaiswal et al., "Compressing LLMs: The Truth is Rarely Pure and
 Never Simple", ICLR 2024.
 """
@@ -21,7 +21,7 @@ from compress_evals import stats
 from compress_evals.leaderboard.collect import Board, Entry, collect
 
 CURVES = ("magnitude", "wanda", "sparsegpt")
-CLOSED, CHOICE, OPEN = ("closed book",), ("choice",), ("open book",)
+CLOSED = ("closed book",)
 KEPT = ("matching", "improved")
 FEWEST = 4  # levels of a curve
 HOLDS, PARTLY, NOT, OPEN_QUESTION = "holds", "holds in part", "does not hold", "cannot be told"
@@ -127,18 +127,34 @@ def findings(board: Board) -> list[Finding]:
     cells = Cells(board)
     return [
         perplexity(cells),
-        fails_early(cells),
+        reaches_at_most(
+            cells, "closed book", 0.3, "Closed-book questions fail early",
+            "no method matches the dense model on factoid questions beyond 20 to 25 %; they fail from 30 to 35 %",
+        ),
         n_of_m(cells),
         eight_bits(cells),
-        choices(cells),
-        retrieval(cells),
-        summaries(cells),
+        outlasts(
+            cells, "choice", "Multiple choice breaks later than recall",
+            "MMLU matches to 20 to 40 %, factoid questions to 20 to 25 %", matches=True,
+        ),
+        outlasts(
+            cells, "open book", "Pruned models are better at finding than at knowing",
+            "in-context retrieval matches to 40 to 50 % (its scorer gives 100 % to a model that prints dots)",
+            matches=True,
+        ),
+        outlasts(
+            cells, "summaries", "Summaries hold longer than facts",
+            "in-context summarization stays good where factoid questions have failed", matches=False,
+        ),
         lengths(cells),
-        instructions(cells),
+        reaches_at_most(
+            cells, "instructions", 0.3, "Instructions are followed less from a quarter on",
+            "instruction following matches to about 25 %",
+        ),
         criteria(cells),
         samples(cells),
         repetition(cells),
-    ]
+    ]  # fmt: skip
 
 
 def perplexity(cells: Cells) -> Finding:
@@ -168,15 +184,15 @@ def perplexity(cells: Cells) -> Finding:
     )
 
 
-def fails_early(cells: Cells) -> Finding:
-    """Factoid questions fail from 30 to 35 %."""
-    reached = {method: cells.reach(method, cells.tasks(CLOSED)) for method in cells.curves("closed book")}
+def reaches_at_most(cells: Cells, family: str, most: float, title: str, published: str) -> Finding:
+    """A family is matched to no more than a share removed, under every method."""
+    reached = {method: cells.reach(method, cells.tasks([family])) for method in cells.curves(family)}
     return Finding(
-        title="Closed-book questions fail early",
-        published="no method matches the dense model on factoid questions beyond 20 to 25 %; they fail from 30 to 35 %",
-        rule="closed book matches to no more than 30 %",
+        title=title,
+        published=published,
+        rule=f"the family {family!r} matches to no more than {most:.0%}",
         measured=tuple(f"{method}: {reaches(*found)}" for method, found in reached.items()),
-        verdict=decided([kept <= 0.3 for kept, _ in reached.values()]),
+        verdict=decided([kept <= most for kept, _ in reached.values()]),
     )
 
 
@@ -216,49 +232,18 @@ def eight_bits(cells: Cells) -> Finding:
     )
 
 
-def choices(cells: Cells) -> Finding:
-    """Choices are easier to keep."""
+def outlasts(cells: Cells, family: str, title: str, published: str, *, matches: bool) -> Finding:
+    """A family fails no earlier than closed book under every method and, if asked, `matches` at least as far."""
     lines, later = [], []
-    for method in cells.curves("closed book", "choice"):
-        closed, choice = (cells.reach(method, cells.tasks(family)) for family in (CLOSED, CHOICE))
-        later.append(choice[0] >= closed[0] and (choice[1] or 1.0) >= (closed[1] or 1.0))
-        lines.append(f"{method}: choices {reaches(*choice)}; closed book {reaches(*closed)}")
+    for method in cells.curves(*CLOSED, family):
+        closed, other = (cells.reach(method, cells.tasks(families)) for families in (CLOSED, [family]))
+        later.append((other[1] or 1.0) >= (closed[1] or 1.0) and (not matches or other[0] >= closed[0]))
+        lines.append(f"{method}: {family}: {reaches(*other)}; closed book: {reaches(*closed)}")
+    further = "matches at least as far, and " if matches else ""
     return Finding(
-        title="Multiple choice breaks later than recall",
-        published="MMLU matches to 20 to 40 %, factoid questions to 20 to 25 %",
-        rule="choices match at least as far, and fail no earlier, under every method",
-        measured=tuple(lines),
-        verdict=decided(later),
-    )
-
-
-def retrieval(cells: Cells) -> Finding:
-    """An answer that stands in the prompt is kept longer."""
-    lines, later = [], []
-    for method in cells.curves("closed book", "open book"):
-        closed, opened = (cells.reach(method, cells.tasks(family)) for family in (CLOSED, OPEN))
-        later.append(opened[0] >= closed[0] and (opened[1] or 1.0) >= (closed[1] or 1.0))
-        lines.append(f"{method}: open book {reaches(*opened)}; closed book {reaches(*closed)}")
-    return Finding(
-        title="Pruned models are better at finding than at knowing",
-        published="in-context retrieval matches to 40 to 50 % (its scorer gives 100 % to a model that prints dots)",
-        rule="open book matches at least as far, and fails no earlier, under every method",
-        measured=tuple(lines),
-        verdict=decided(later),
-    )
-
-
-def summaries(cells: Cells) -> Finding:
-    """Summaries hold."""
-    lines, later = [], []
-    for method in cells.curves("closed book", "summaries"):
-        closed, told = cells.reach(method, cells.tasks(CLOSED)), cells.reach(method, cells.tasks(("summaries",)))
-        later.append((told[1] or 1.0) >= (closed[1] or 1.0))
-        lines.append(f"{method}: summaries {reaches(*told)}; closed book {reaches(*closed)}")
-    return Finding(
-        title="Summaries hold longer than facts",
-        published="in-context summarization stays good where factoid questions have failed",
-        rule="summaries fail no earlier than closed book, under every method",
+        title=title,
+        published=published,
+        rule=f"the family {family!r} {further}fails no earlier than closed book, under every method",
         measured=tuple(lines),
         verdict=decided(later),
     )
@@ -285,18 +270,6 @@ def lengths(cells: Cells) -> Finding:
         rule="at 50 % less is kept of the longest context than of the shortest, under every method",
         measured=tuple(lines),
         verdict=decided(falling),
-    )
-
-
-def instructions(cells: Cells) -> Finding:
-    """Instructions are followed to about 25 %."""
-    reached = {method: cells.reach(method, cells.tasks(("instructions",))) for method in cells.curves("instructions")}
-    return Finding(
-        title="Instructions are followed less from a quarter on",
-        published="instruction following matches to about 25 %",
-        rule="instructions match to no more than 30 %",
-        measured=tuple(f"{method}: {reaches(*found)}" for method, found in reached.items()),
-        verdict=decided([kept <= 0.3 for kept, _ in reached.values()]),
     )
 
 
@@ -375,8 +348,8 @@ def points(pair: stats.Paired) -> str:
 
 def reaches(kept: float, fails: float | None) -> str:
     """How far a curve matches, in words."""
-    until = f"match to {kept:.0%}" if kept else "match at no level"
-    return f"{until}, {'never fail' if fails is None else f'fail from {fails:.0%}'}"
+    until = f"matches to {kept:.0%}" if kept else "matches at no level"
+    return f"{until}, {'never fails' if fails is None else f'fails from {fails:.0%}'}"
 
 
 def markdown(found: Sequence[Finding]) -> str:

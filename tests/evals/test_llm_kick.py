@@ -64,7 +64,7 @@ def test_the_page_has_a_row_and_a_section_for_each_finding(board: Board) -> None
     found = findings(board)
     page = markdown(found)
     assert page.count("\n| ") >= len(found) and page.count("### ") == len(found)
-    assert "-50.0 points" in page or "fail from 40%" in page
+    assert "-50.0 points" in page or "fails from 40%" in page
 
 
 def test_a_rule_holds_in_part_if_some_cases_say_so() -> None:
