@@ -436,6 +436,15 @@ def seal(told: Mapping[str, Any]) -> str:
     return sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def check_seal(path: Path, sealed: str | None) -> None:
+    """Raise VerificationError if compress.json says something else than when it was written.
+
+    Folders written before there was a seal have none.
+    """
+    if sealed is not None and sealed != seal(read_json(path / PROVENANCE, "the provenance file")):
+        raise VerificationError(f"{path / PROVENANCE}: its sha256 is not that of what it says; it was changed")
+
+
 def verify(path: Path, base: Path | None = None) -> list[str]:
     """What was checked, one line each.
 
@@ -445,9 +454,6 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
     """
     artifact = Artifact(path, base)
     recorded = artifact.provenance["files"]
-    told = artifact.provenance.get("sha256")
-    if told is not None and told != seal(read_json(path / PROVENANCE, "the provenance file")):
-        raise VerificationError(f"{path / PROVENANCE}: its sha256 is not that of what it says; it was changed")
     for name, known in sorted(recorded.items()):
         file = path / name
         if Path(name).name != name or not file.is_file() or digest(file) != known:
@@ -470,6 +476,7 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
             raise VerificationError(f"{path}: {site} cannot be decoded: {error}") from error
         if not finite:
             raise VerificationError(f"{path}: {site} decodes to values that are not finite")
+    check_seal(path, artifact.provenance.get("sha256"))  # behind the rest, which says better what is wrong
     checks = [
         f"{len(recorded)} files match their sha256",
         f"{len(artifact.specs)} compressed sites decode to finite values",

@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys
+from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys, seal
 from compress.errors import ArtifactError, VerificationError
 from compress.model.source import INDEX, digest
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
@@ -196,7 +196,7 @@ class ArtifactWriter(Part):
         others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
         files = {**self.digests, **others}
         told = {**provenance, **({"base_files": shared} if pin else {}), "files": files}
-        write_json(self.partial / PROVENANCE, told, small=bool(pin))
+        write_json(self.partial / PROVENANCE, {**told, "sha256": seal(told)}, small=bool(pin))
 
     def commit(self) -> None:
         """Flush every file and rename the folder into place; what was there before goes last, and stays on failure."""

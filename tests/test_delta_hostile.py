@@ -24,7 +24,7 @@ from compress import (
     RecipeError,
     VerificationError,
 )
-from compress.artifact import Artifact, verify
+from compress.artifact import Artifact, seal, verify
 from compress.export.dense import export_dense
 from compress.weights import check_claims
 from compress.weights.chance import plausible
@@ -85,7 +85,7 @@ def sign(folder: Path) -> None:
     """Write the hashes that the files have now, as one who wants to deceive would."""
     told = json.loads((folder / "compress.json").read_text())
     told["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in told["files"]}
-    (folder / "compress.json").write_text(json.dumps(told))
+    (folder / "compress.json").write_text(json.dumps({**told, "sha256": seal(told)}))
 
 
 def edit_spec(folder: Path, change: Edit, site: str = SITE) -> None:
@@ -98,7 +98,7 @@ def edit_spec(folder: Path, change: Edit, site: str = SITE) -> None:
 def edit_provenance(folder: Path, change: Edit) -> None:
     told = json.loads((folder / "compress.json").read_text())
     change(told)
-    (folder / "compress.json").write_text(json.dumps(told))
+    (folder / "compress.json").write_text(json.dumps({**told, "sha256": seal(told)}))
 
 
 def external(tensor: str = f"{SITE}.weight", source: str = "base") -> dict[str, Any]:

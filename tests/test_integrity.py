@@ -26,7 +26,7 @@ from compress import (
     Weight,
     WeightPass,
 )
-from compress.artifact import Artifact, verify
+from compress.artifact import Artifact, seal, verify
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -73,7 +73,7 @@ def forge(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     provenance = json.loads((folder / "compress.json").read_text())
     provenance["files"]["config.json"] = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    (folder / "compress.json").write_text(json.dumps(provenance))
+    (folder / "compress.json").write_text(json.dumps({**provenance, "sha256": seal(provenance)}))
 
 
 @pytest.mark.parametrize(

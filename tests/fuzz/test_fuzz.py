@@ -27,11 +27,3 @@ def test_what_is_edited_is_valid_at_first(name: str) -> None:
 @given(data=st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(name: str, data: bytes) -> None:
     targets.held(targets.TARGETS[name], data)
-
-
-FOUND: list[tuple[str, bytes]] = []  # by `make fuzz`; each once ended in something else than a CompressError
-
-
-@pytest.mark.parametrize(("name", "data"), FOUND)
-def test_what_was_found_stays_mended(name: str, data: bytes) -> None:
-    targets.held(targets.TARGETS[name], data)

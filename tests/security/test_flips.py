@@ -31,9 +31,8 @@ def caught(folder: Path, count: Counter[str], kind: str) -> bool:
 
 
 @pytest.fixture
-def sealed(own_artifact: Path, sign: Callable[[Path], None]) -> Path:
-    """An artifact to damage."""
-    sign(own_artifact)
+def sealed(own_artifact: Path) -> Path:
+    """An artifact to damage, as a run wrote it."""
     assert verify(own_artifact)
     return own_artifact
 
@@ -92,7 +91,8 @@ def test_a_cut_at_any_boundary_is_found(sealed: Path, count: Counter[str]) -> No
         before = file.read_bytes()
         for cut in boundaries(file):
             file.write_bytes(before[:cut])
-            assert caught(sealed, count, "cuts"), f"{file.name} cut to {cut}"
+            meaningless = same(file.name, before, before[:cut])  # the newline at the end of compress.json
+            assert meaningless or caught(sealed, count, "cuts"), f"{file.name} cut to {cut}"
         file.write_bytes(before)
 
 
