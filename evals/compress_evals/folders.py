@@ -94,14 +94,9 @@ def evaluate_folders(
     Everything measured is stored in `cache`, by default OUT/cache, and looked up there unless `fresh`.
     Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base or anything to ask.
     """
-    folders = [locate(path) for path in paths]
-    source = base if base is not None else recorded_base(folders[0])
-    names = distinct_names(folders, model_name(source))
-    check_base(folders, locate(source))
-    if text is not None and len(text) < SHORTEST:
-        raise RecipeError(f"--text: {len(text)} characters are too few to measure on; give at least {SHORTEST}")
+    source = base if base is not None else recorded_base(locate(paths[0]))
+    named = checked([locate(path) for path in paths], source, delta_base, text)
     usable(device)
-    below = [base_of(folder, None if delta_base is None else locate(delta_base), BUILTIN) for folder in folders]
     exam = prepare(
         find(suite), tokenizer_of(locate(source)), only=only, limit=limit, seed=seed, data_dir=data_dir, online=online,
         chat_template=chat_template,
@@ -124,7 +119,7 @@ def evaluate_folders(
         seed=seed,
         speed=speed,
     )
-    others = [subject(*found, device) for found in zip(names, folders, below, strict=True)]
+    others = [subject(*found, device) for found in named]
     size = batching.find(dense, exam, session.cache) if batch_size == "auto" else batch_size
     results, fitted = batching.halving(size, partial(ask_all, session, dense, others), meter.note)
     if fitted != size:
@@ -133,6 +128,21 @@ def evaluate_folders(
     if out is not None:
         write(results, out)
     return results
+
+
+def checked(
+    folders: Sequence[Path], source: str | Path, delta_base: str | Path | None, text: str | None
+) -> list[tuple[str, Path, Path | None]]:
+    """Each folder with what it is called and what it is a difference from, before anything is loaded.
+
+    Raises RecipeError for names that are alike or a text that is too short, ArtifactError for another base.
+    """
+    names = distinct_names(folders, model_name(source))
+    check_base(folders, locate(source))
+    if text is not None and len(text) < SHORTEST:
+        raise RecipeError(f"--text: {len(text)} characters are too few to measure on; give at least {SHORTEST}")
+    below = [base_of(folder, None if delta_base is None else locate(delta_base), BUILTIN) for folder in folders]
+    return list(zip(names, folders, below, strict=True))
 
 
 def ask_all(session: Session, dense: Subject, others: Sequence[Subject], size: int) -> list[Results]:
