@@ -109,6 +109,7 @@ def test_a_recipe_that_reads_what_is_no_text(
     data: str, single: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(single.parent)  # "." is a folder of this test, not a checkout with its environment
     calibration = compress.Calibration(data=data, samples=4, length=32)
     refuse(lambda: compress.run(single, [compress.Wanda()], single.parent / "out", calibration=calibration), "recipes")
 
