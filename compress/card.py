@@ -39,6 +39,11 @@ all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}"
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
 {{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
 
+{% if calibration.windows_at_once is defined -%}
+Memory ran out on the way: from then on at most {{ calibration.windows_at_once }} calibration windows went through a
+block at once, which changes rounding only.
+
+{% endif -%}
 {% if base -%}
 ```python
 import compress

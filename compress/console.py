@@ -15,6 +15,7 @@ from rich.table import Table
 
 from compress.errors import visible
 from compress.events import (
+    BatchHalved,
     BlockFinished,
     BlockStarted,
     Event,
@@ -100,6 +101,8 @@ class Progress:
                 self.console.print(
                     f"  [bold yellow]fallback[/] {escape(event.site)}: {event.step}: {escape(event.reason)}"
                 )
+            case BatchHalved():
+                self.console.print(f"  [yellow]out of memory[/]: goes on with {event.windows} windows at once")
             case BlockFinished():
                 self.block(event)
             case RunFinished():

@@ -22,6 +22,7 @@ from compress.card import card
 from compress.deltas import Against, against
 from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight
 from compress.events import (
+    BatchHalved,
     BlockFinished,
     BlockStarted,
     Event,
@@ -106,6 +107,7 @@ def compress(
         held = journal.nbytes
         check_disk(target, source, held)
         walk = Walk(source.config, source, dtype_of(source.config), usable(device))
+        walk.fit.tell = lambda windows: emit(BatchHalved(windows=windows))
         check_tensors(walk, source)
         beside = against(recipe.delta, source, walk) if recipe.delta else None
         if beside:
@@ -213,6 +215,7 @@ class Job:
             self.emit(ResumeUnavailable(reason=f"{type(walk.model).__name__} hands a {reason} from block to block"))
         if journal.done:
             self.emit(RunResumed(done=journal.done, count=journal.count))
+            walk.fit.most = journal.records[-1]["at_once"]
         journal.restore(streams)
         manager = PassManager(self.recipe.passes, self.emit, self.recipe.ordering, budgets)
         since = time.monotonic()
@@ -270,6 +273,7 @@ class Job:
             "rows": {name: record(block.sites[name], sizes[name]) for name in expressed},
             "stored": sum(sizes.values()),
             "weights": sum(site.shape[0] * site.shape[1] for site in block.sites.values()),
+            "at_once": self.walk.fit.most,
         }
         self.remember(facts)
         self.check_limits(self.ledger)
@@ -475,6 +479,7 @@ class Job:
             "recipe": self.named_recipe().to_yaml(),
             "calibration": {
                 "name": self.tokens.name, "sha256": self.tokens.sha256, "tokens": self.tokens.count,
+                **({"windows_at_once": self.walk.fit.most} if self.walk.fit.halved else {}),
             },
             "sizes": sizes,
             "probe": {"tokens": self.tokens.probe_NT.numel(), "kl": kl},

@@ -129,6 +129,13 @@ class Starved(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchHalved(Event):
+    """Memory ran out in a forward: from now on at most so many calibration windows go through a block at once."""
+
+    windows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockFinished(Event):
     """The block is written; `error` is how far the probe's hidden state has drifted from the dense model's.
 

@@ -82,11 +82,12 @@ class Source(TypedDict):
 
 
 class Calibrated(TypedDict):
-    """What the statistics were taken over."""
+    """What the statistics were taken over; `windows_at_once`, how few went together after memory ran out."""
 
     name: str
     sha256: str
     tokens: int
+    windows_at_once: NotRequired[int]
 
 
 class Sizes(TypedDict):

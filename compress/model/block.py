@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from compress.weights import External
 TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; one may be larger
 Group = list[Site]
 Heard = Callable[[str, Tensor], None]
+Inputs = dict[str, list[Tensor]]  # by key, of one batch, each occurrence in order
 
 
 class Stop(Exception):
@@ -64,6 +67,7 @@ class Block:
         self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense = batches, probe, dense
         self.drift = 0.0
+        self.overwritten = False  # whether the block writes over what its sites have read
         inside = {f"{name}.{path}".rstrip("."): part for path, part in module.named_modules()}
         self.sites = {
             p.site: Site(p.site, inside[p.module], p)
@@ -161,22 +165,20 @@ class Block:
             raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, none was given")
         collectors = {key: Collector(kinds, site.shape[1], site.original.data.device) for key, site in leaders.items()}
         last = self._last(leaders)
+        unrouted = [key for key, site in leaders.items() if not site.place.routed]
         paired = any(kind.paired for kind in kinds)
-        dense: dict[str, list[Tensor]] = {}  # of this batch, each occurrence in order
 
-        def heard(key: str, x: Tensor) -> None:
-            collectors[key].update(x, dense[key].pop(0) if dense.get(key) else None)
-            if key == last:
-                raise Stop
+        def run(i: int, part: Travellers) -> tuple[Inputs, Inputs]:
+            if not paired:
+                return {}, self.inputs(part, leaders, last)
+            with self.as_original():
+                dense = self.inputs(self.twins[i].part(part.windows), unrouted, last)
+            return dense, self.inputs(part, leaders, last)
 
         for i, batch in enumerate(self.batches):
-            if paired:
-                dense = self._inputs_of_twin(i, leaders, last)
-            with self._listening(leaders, heard):
-                try:
-                    batch.through(self.module, self.index)
-                except Stop:
-                    continue
+            for dense, found in batch.in_parts(partial(run, i)):
+                feed(collectors, found, dense)
+                del dense, found  # else they live on while the next forward runs
         self._check_heard(leaders, collectors)
         for group in groups:
             site, collector = group[0], collectors[key_of(group[0])]
@@ -184,19 +186,22 @@ class Block:
             for each in group:
                 each.stats = stats
 
-    def _inputs_of_twin(self, index: int, leaders: dict[str, Site], last: str | None) -> dict[str, list[Tensor]]:
-        """What a batch's twin brings to each input that is no expert's, in the dense block."""
-        found: dict[str, list[Tensor]] = {}
+    def inputs(self, travellers: Travellers, keys: Iterable[str], last: str | None) -> Inputs:
+        """What these windows bring to each input of `keys` that they reach; the forward ends with that of `last`."""
+        found: dict[str, list[tuple[Tensor, int]]] = {}
 
         def heard(key: str, x: Tensor) -> None:
-            found.setdefault(key, []).append(x)
+            x = x.clone() if self.overwritten else x
+            found.setdefault(key, []).append((x, x._version))
             if key == last:
                 raise Stop
 
-        wanted = [key for key, site in leaders.items() if not site.place.routed]
-        with self.as_original(), self._listening(wanted, heard), suppress(Stop):
-            self.twins[index].through(self.module, self.index)
-        return found
+        with self._listening(keys, heard), suppress(Stop):
+            travellers.through(self.module, self.index)
+        if any(x._version != version for inputs in found.values() for x, version in inputs):
+            self.overwritten = True  # so copies are taken, now and from now on
+            return self.inputs(travellers, keys, last)
+        return {key: [x for x, _ in inputs] for key, inputs in found.items()}
 
     def targets(self) -> list[Tensor]:
         """What the dense block makes of each batch's twin, [B, T, D]; costs a copy of the hidden states."""
@@ -273,6 +278,13 @@ class Block:
         with self._listening(self.keyed, heard), suppress(Stop):
             travellers.through(self.module, self.index)
         return f"; the first input that is not is that of {first[0]}" if first else ""
+
+
+def feed(collectors: Mapping[str, Collector], found: Inputs, dense: Inputs) -> None:
+    """Add inputs to what is known of them, with the same of the dense model where there are any."""
+    for key, inputs in found.items():
+        for x, dense_x in zip(inputs, chain(dense.get(key, ()), repeat(None)), strict=False):
+            collectors[key].update(x, dense_x)
 
 
 def key_of(site: Site) -> str:

@@ -90,7 +90,9 @@ def computed(source: Checkpoint, like: str, shape: Shape, make: Callable[[], Ten
 
 def walk_over(reshaped: Checkpoint, walk: Walk) -> Walk:
     """A walk over a reshaped model, in the dtype and place of the walk over the model it is made of."""
-    return Walk(reshaped.config, reshaped, walk.dtype, walk.device, walk.store)
+    over = Walk(reshaped.config, reshaped, walk.dtype, walk.device, walk.store)
+    over.fit = walk.fit
+    return over
 
 
 def check_logits(reshaped: Reshaped, walk: Walk, probe_NT: Tensor, meant: Tensor, by: str) -> None:

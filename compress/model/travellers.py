@@ -2,27 +2,32 @@
 
 Windows of a batch are equally long, so there is no padding and none can enter a statistic. Hidden states may be kept
 on disk between blocks; only one batch is then in memory. Each state is a file of its own, so that one a journal names
-stays whole while the next is written. Shape suffixes: B batch, T tokens, D hidden, N windows.
+stays whole while the next is written. A batch that does not fit into memory goes through a block in parts, half as
+large each time, and so does every batch after it. Shape suffixes: B batch, T tokens, D hidden, N windows.
 """
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections import UserDict
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, out_of_memory
+from compress.model.memory import give_back
 
 BATCH_TOKENS = 4096  # a forward: large enough for GEMM speed, small enough for memory
 KEPT = 16  # different recorded tensors of one shape that are compared before another is kept
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+T = TypeVar("T")
 
 
 def batched(windows: Iterable[Tensor], most: int | None = None) -> list[Tensor]:
@@ -53,14 +58,46 @@ def unpadded(ids_NT: Tensor, mask_NT: Tensor | None) -> list[Tensor]:
     return [torch.stack(same) for same in rows.values()]
 
 
+class Fit:
+    """How many windows go through a block at once: as many as a batch has, until memory runs out."""
+
+    def __init__(self) -> None:
+        self.most = sys.maxsize
+        self.tell: Callable[[int], None] = lambda windows: None
+
+    @property
+    def halved(self) -> bool:
+        """Whether memory ran out."""
+        return self.most < sys.maxsize
+
+    def halve(self, windows: int) -> None:
+        """So many were too many."""
+        self.most = (windows + 1) // 2
+        gc.collect()  # an exception may lie in a circle with the frames it came through, and their tensors
+        give_back()
+        self.tell(self.most)
+
+
 class Travellers:
     """A batch of token windows on its way; with `store`, its hidden state lies in a file of that name and a number.
 
-    `kept` is a file that must stay, whatever becomes of the batch.
+    `kept` is a file that must stay, whatever becomes of the batch. `again` gives what blocks are called with for some
+    of the windows; without it they cannot be parted.
     """
 
-    def __init__(self, ids_BT: Tensor, hidden_BTD: Tensor, calls: list[Call], store: Path | None = None) -> None:
+    def __init__(
+        self,
+        ids_BT: Tensor,
+        hidden_BTD: Tensor,
+        calls: list[Call],
+        store: Path | None = None,
+        fit: Fit | None = None,
+        again: Callable[[Tensor], list[Call]] | None = None,
+    ) -> None:
         self.ids_BT, self.calls, self.store = ids_BT, calls, store
+        self.fit, self.again = fit or Fit(), again
+        self.parted: dict[tuple[int, int], list[Call]] = {}
+        self.windows = slice(0, len(ids_BT))  # of a part, which of the batch's they are
         self.file: Path | None = None
         self.kept: Path | None = None
         self.sha256, self.turn = "", 0
@@ -135,10 +172,55 @@ class Travellers:
 
         With `dtype`, every float that the block is called with is given in that.
         """
-        entering_BTD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
-        entering_BTD, args, kwargs = cast((entering_BTD, *self.calls[index]), dtype)
+        outs = list(self.in_parts(lambda part: part._forward(module, index, dtype), hidden_BTD))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _forward(self, module: nn.Module, index: int, dtype: torch.dtype | None) -> Tensor:
+        """The output of block `index` on all windows at once."""
+        entering_BTD, args, kwargs = cast((self.hidden_BTD, *self.calls[index]), dtype)
         out = module(entering_BTD, *args, **kwargs)
         return torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out)  # a tuple before transformers 4.57
+
+    def in_parts(self, run: Callable[[Travellers], T], hidden_BTD: Tensor | None = None) -> Iterator[T]:
+        """`run` of all windows, or of as many at a time as memory holds, on `hidden_BTD`, by default the present state.
+
+        A run that memory did not suffice for is done again with half the windows, so it must change nothing. Raises
+        what says so if a single window does not fit.
+        """
+        entering_BTD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
+        start = 0
+        while start < len(self.ids_BT):
+            stop = min(len(self.ids_BT), start + self.fit.most) if self.divisible else len(self.ids_BT)
+            try:
+                made = run(self.part(slice(start, stop), entering_BTD))
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or not self.divisible or stop - start == 1:
+                    raise
+                too_many = stop - start
+            else:
+                yield made
+                del made  # else it lives on while the next is made
+                start = stop
+                continue
+            self.fit.halve(too_many)  # here the failed forward, which its traceback held, is freed
+
+    @property
+    def divisible(self) -> bool:
+        """Whether windows can go apart: nothing that one block leaves for another belongs to all of them."""
+        return self.again is not None and next(mappings(self.calls), None) is None
+
+    def part(self, windows: slice, entering_BTD: Tensor | None = None) -> Travellers:
+        """Some of the windows, by default in the present state; none of them leaves anything here."""
+        entering_BTD = self.hidden_BTD if entering_BTD is None else entering_BTD
+        ids_BT, calls = self.ids_BT[windows], self.calls
+        if len(ids_BT) < len(self.ids_BT):
+            key = (windows.start, windows.stop)
+            if key not in self.parted and self.again is not None:
+                self.parted[key] = self.again(ids_BT)
+            calls = self.parted[key]
+        part = Travellers(ids_BT, entering_BTD[windows], calls)
+        part.windows = windows
+        return part
 
 
 def read_raw(path: Path, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:

@@ -24,7 +24,7 @@ from compress.model.architecture import check_sizes, run, skeleton
 from compress.model.block import Block
 from compress.model.layout import Shape
 from compress.model.memory import give_back
-from compress.model.travellers import Call, Shared, Travellers
+from compress.model.travellers import Call, Fit, Shared, Travellers
 from compress.weights import External
 from compress.weights.leaves import BASE as BASE
 
@@ -66,7 +66,7 @@ class Walk:
         self.model: Any = model
         self.anatomy = Anatomy(model, shapes)
         self.path, self.blocks = self.anatomy.path, self.anatomy.blocks
-        self.shared = Shared()
+        self.shared, self.fit = Shared(), Fit()
         self.entered = 0
         self.rest: int | None = None  # values a block returns after the hidden state; -1 if it returns no tuple
 
@@ -76,7 +76,6 @@ class Walk:
         """Load everything between token ids and logits that is not in a block; once."""
         if self.framed:
             return
-        self.framed = True
         anatomy = self.anatomy
         names = [n for n in anatomy.layout.wanted if not anatomy.in_block(n) and anatomy.in_language(n)]
         self.assign(self.model, anatomy.layout.state([n for n in names if n not in anatomy.layout.tied], self.tensor))
@@ -90,6 +89,7 @@ class Walk:
                     if buffer.is_meta:
                         raise UnsupportedWeight(f"{module_name}.{name} is a buffer this program cannot fill")
                     module._buffers[name] = buffer.to(self.device)
+        self.framed = True
 
     def drop_frame(self) -> None:
         """Forget what `load_frame` loaded until it is needed again: between entering and leaving, nothing of it is."""
@@ -163,6 +163,26 @@ class Walk:
 
         `stored` batches keep their hidden state in the walk's folder, if it has one.
         """
+        hidden_BTD, calls = self.record(ids_BT)
+        self.entered += 1
+        store = self.store / f"batch-{self.entered}" if stored and self.store is not None else None
+        return Travellers(ids_BT, hidden_BTD, calls, store, self.fit, self.calls)
+
+    def calls(self, ids_BT: Tensor) -> list[Call]:
+        """What each block is called with."""
+        framed = self.framed
+        calls = self.record(ids_BT)[1]
+        if not framed:
+            self.drop_frame()
+        return calls
+
+    def record(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
+        """The hidden state before the first block, and what each block is called with.
+
+        Raises UnsupportedWeight for a model that does not call every block.
+        """
+        if self.rest is None and len(ids_BT) > 1:
+            self.record(ids_BT[:1])  # a block runs for it: on one window, which fits if any does
         self.load_frame()
         calls: list[Call] = [((), {})] * len(self.blocks)
         called: set[int] = set()
@@ -183,9 +203,7 @@ class Walk:
         if not first or len(called) < len(self.blocks):
             missing = next(i for i in range(len(self.blocks)) if i not in called)
             raise UnsupportedWeight(f"{self.path}.{missing} is not called for plain text; it cannot be calibrated")
-        self.entered += 1
-        store = self.store / f"batch-{self.entered}" if stored and self.store is not None else None
-        return Travellers(ids_BT, first[0], calls, store)
+        return first[0], calls
 
     def leave(self, travellers: Travellers) -> Tensor:
         """The logits [B, T, vocabulary] after the last block; hidden states where a model has no head."""

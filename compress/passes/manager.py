@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError, CompressError, RecipeError
-from compress.events import Event, Fallback, Starved, StatisticsCollected, WeightRewritten
+from compress.events import BatchHalved, Event, Fallback, Starved, StatisticsCollected, WeightRewritten
 from compress.model.block import Block
 from compress.model.experts import one_by_one
 from compress.model.site import Site
@@ -105,6 +105,7 @@ class PassManager:
         found: dict[str, Weight] = {}
         with one_by_one(model):
             walk = LiveWalk(model.eval())
+            walk.fit.tell = lambda windows: self.emit(BatchHalved(windows=windows))
             for step in self.passes:
                 for place in walk.anatomy.places.values():
                     if fnmatchcase(place.site, step.sites):
