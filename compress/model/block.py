@@ -191,14 +191,14 @@ class Block:
         found: dict[str, list[tuple[Tensor, int]]] = {}
 
         def heard(key: str, x: Tensor) -> None:
-            x = x.clone() if self.overwritten else x
-            found.setdefault(key, []).append((x, x._version))
+            x = x.clone() if self.overwritten or x.is_inference() else x
+            found.setdefault(key, []).append((x, version_of(x)))
             if key == last:
                 raise Stop
 
         with self._listening(keys, heard), suppress(Stop):
             travellers.through(self.module, self.index)
-        if any(x._version != version for inputs in found.values() for x, version in inputs):
+        if any(version_of(x) != version for inputs in found.values() for x, version in inputs):
             self.overwritten = True  # so copies are taken, now and from now on
             return self.inputs(travellers, keys, last)
         return {key: [x for x, _ in inputs] for key, inputs in found.items()}
@@ -278,6 +278,11 @@ class Block:
         with self._listening(self.keyed, heard), suppress(Stop):
             travellers.through(self.module, self.index)
         return f"; the first input that is not is that of {first[0]}" if first else ""
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor was written to; nobody counts in inference mode."""
+    return 0 if x.is_inference() else x._version
 
 
 def feed(collectors: Mapping[str, Collector], found: Inputs, dense: Inputs) -> None:

@@ -206,19 +206,19 @@ class Travellers:
 
     @property
     def divisible(self) -> bool:
-        """Whether windows can go apart: nothing that one block leaves for another belongs to all of them."""
-        return self.again is not None and next(mappings(self.calls), None) is None
+        """Whether windows can go apart: each has its own row, and no block leaves for another what belongs to all."""
+        apart = self.again is not None and next(mappings(self.calls), None) is None
+        return apart and self.shape[:2] == tuple(self.ids_BT.shape)
 
     def part(self, windows: slice, entering_BTD: Tensor | None = None) -> Travellers:
         """Some of the windows, by default in the present state; none of them leaves anything here."""
         entering_BTD = self.hidden_BTD if entering_BTD is None else entering_BTD
-        ids_BT, calls = self.ids_BT[windows], self.calls
-        if len(ids_BT) < len(self.ids_BT):
-            key = (windows.start, windows.stop)
-            if key not in self.parted and self.again is not None:
-                self.parted[key] = self.again(ids_BT)
-            calls = self.parted[key]
-        part = Travellers(ids_BT, entering_BTD[windows], calls)
+        if windows == slice(0, len(self.ids_BT)):
+            return Travellers(self.ids_BT, entering_BTD, self.calls)
+        ids_BT, key = self.ids_BT[windows], (windows.start, windows.stop)
+        if key not in self.parted and self.again is not None:
+            self.parted[key] = self.again(ids_BT)
+        part = Travellers(ids_BT, entering_BTD[windows], self.parted[key])
         part.windows = windows
         return part
 
