@@ -29,6 +29,10 @@ def sweep(
     keep_models: Annotated[bool, typer.Option("--keep-models", help="keep each compressed model")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells and stop")] = False,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
+    engine: Annotated[str, typer.Option(help="what runs the processes: local, ray")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray cluster that is there; default: one of our own")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compress and evaluate every cell of a sweep, each in a process of its own; run it again to go on."""
@@ -61,7 +65,7 @@ def sweep(
 
             summary = sweeps.run(
                 loaded, place, jobs=jobs, timeout=timeout, keep_models=keep_models, retry_failed=retry_failed,
-                device=device, on_progress=say,
+                device=device, engine=engine, address=address, on_progress=say,
             )  # fmt: skip
     except KeyboardInterrupt:
         console.print(f"stopped; finished cells are in {place}, the same command goes on", markup=False)

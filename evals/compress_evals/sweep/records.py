@@ -27,7 +27,7 @@ from compress_evals.folders import describe
 from compress_evals.suite import find
 from compress_evals.sweep.grid import Asked, Cell, Sweep
 
-RECORD = "cell.json"
+RECORD, LOG = "cell.json", "log.txt"
 PATIENCE = 10.0  # seconds: what a killed sweep was running ends by itself, but not while it still imports
 State = Literal["new", "changed", "done", "failed"]
 
@@ -128,10 +128,10 @@ def strangers(out: Path, cells: Sequence[Cell]) -> list[str]:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[IO[str]]:
-    """Hold the folder of a sweep; the lock goes with the last process that holds it, whatever ended that.
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder of a sweep; the lock goes with the process that holds it, whatever ended that.
 
-    Raises RecipeError if another sweep holds it, or if the folder cannot be written.
+    Raises RecipeError if another sweep holds it or has left a cell running, or if the folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def locked(out: Path) -> Iterator[IO[str]]:
         raise RecipeError(f"--out: {out} cannot be written: {error.strerror}") from error
     with file:
         until = time.monotonic() + PATIENCE
-        while not held(file):
+        while not held(file) or any(map(busy, out.glob(f"cells/*/{LOG}"))):
             if time.monotonic() > until:
                 file.seek(0)
                 raise RecipeError(f"--out: another sweep is running in {out} (process {file.read().strip() or '?'})")
@@ -148,7 +148,16 @@ def locked(out: Path) -> Iterator[IO[str]]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield file
+        yield
+
+
+def busy(path: Path) -> bool:
+    """Whether somebody holds a file, as a cell its log."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            return not held(file)
+    except FileNotFoundError:
+        return False
 
 
 def held(file: IO[str]) -> bool:

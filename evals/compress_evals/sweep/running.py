@@ -1,5 +1,7 @@
 """Run the cells of a sweep, each in a process of its own, some at a time; done ones are left alone.
 
+An engine starts the processes, here (`local.py`) or on Ray (`ray.py`); all else is the same under both.
+
 A cell works in `cells/<id>/work`, and what it made is put in place before its record, so a sweep can be killed at any
 moment and go on. The dense model of a cell is measured by whichever cell of it comes first, and those that follow read
 the cache; until then a model has one cell at a time.
@@ -8,28 +10,30 @@ the cache; until then a model has one cell at a time.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from compress.errors import RecipeError
 from compress_evals.results import RESULTS_FILE
 from compress_evals.sweep.cell import ERROR, JOB, MODEL, RESULTS, job, keywords
 from compress_evals.sweep.grid import Asked, Cell, Sweep
-from compress_evals.sweep.records import Planned, Record, locked, plan, replace_text, write_record
+from compress_evals.sweep.local import Process, Start, local
+from compress_evals.sweep.ray import cluster
+from compress_evals.sweep.records import LOG, Planned, Record, locked, plan, replace_text, write_record
 
+ENGINES = ("local", "ray")
 POLL = 0.1  # seconds between looks at the processes
-WORK, LOG, CACHE, DENSE = "work", "log.txt", "cache", "dense"
+WORK, CACHE, DENSE = "work", "cache", "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +72,7 @@ class Running:
     """A process at work on a cell."""
 
     planned: Planned
-    process: subprocess.Popen[bytes]
-    began: float
-
-    @property
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.monotonic() - self.began
-
-    def kill(self) -> None:
-        """End it and all that it started."""
-        with suppress(ProcessLookupError, PermissionError):  # it has ended, and its number is another's
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        if self.process.stdin:
-            self.process.stdin.close()
+    process: Process
 
 
 @dataclass(kw_only=True)
@@ -110,7 +100,7 @@ class Board:
             return statistics.mean([seconds for label, seconds in took if label == cell.label] or [mean])
 
         ahead = sum(expected(planned.cell) for planned in self.waiting)
-        return (ahead + sum(max(0.0, expected(at.planned.cell) - at.seconds) for at in self.running)) / jobs
+        return (ahead + sum(max(0.0, expected(at.planned.cell) - at.process.seconds) for at in self.running)) / jobs
 
     def progress(self, total: int, jobs: int, ended: Record | None) -> Progress:
         """Where it stands."""
@@ -134,17 +124,21 @@ def run(
     keep_models: bool = False,
     retry_failed: bool = False,
     device: str = "cpu",
+    engine: str = "local",
+    address: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Measure every cell that has no result of the same key in `out`, `jobs` at a time, and give all records.
 
     A cell that fails, or takes more than `timeout` minutes, is recorded with its error and the others go on; it is
     tried again only if it changes or with `retry_failed`. Models are deleted once evaluated unless `keep_models`.
-    Raises RecipeError if another sweep is at work in `out`, if it cannot be written, or if nothing can be asked so.
+    `engine` is `local` or `ray`, on a cluster of its own or the one at `address`. Raises RecipeError if another sweep
+    is at work in `out`, if it cannot be written, if nothing can be asked so, or if there is no such engine.
     """
     began, out = time.monotonic(), Path(out)
     keywords(sweep.asked, out / CACHE)  # what evaluation would refuse is refused now, not in every cell
-    with locked(out) as lock:
+    places = engine_of(engine, jobs, device, address)
+    with locked(out):
         replace_text(out / "sweep.yaml", sweep.text)
         planned = plan(sweep, out, device)
         waiting = [p for p in planned if p.state in ("new", "changed") or (retry_failed and p.state == "failed")]
@@ -154,27 +148,16 @@ def run(
         board.measured = {p.cell.source for p in planned if p.cell.id in kept and p.state == "done"}
         if not board.measured:  # nothing that was compared with them is left
             shutil.rmtree(out / DENSE, ignore_errors=True)
-        say = on_progress or (lambda progress: None)
-        try:
-            while board.waiting or board.running:
-                while len(board.running) < jobs and (chosen := board.next()) is not None:
-                    board.waiting.remove(chosen)
-                    board.running.append(start(chosen, sweep.asked, out, device, jobs, lock))
-                time.sleep(POLL)
-                ended = [end(at, out, timeout, keep_models) for at in finished(board.running, timeout)]
-                for record, source in ended:
-                    board.running = [at for at in board.running if at.planned.cell.id != record.id]
-                    board.records[record.id] = record
-                    board.measured |= {source} if record.status == "done" else set()
-                    say(board.progress(len(planned), jobs, record))
-                if not ended:
-                    say(board.progress(len(planned), jobs, None))
-        except OSError as error:  # a full disk, a folder that went away
-            raise RecipeError(f"--out: {out} cannot be written: {error}") from error
-        finally:
-            for at in board.running:
-                at.kill()
-                shutil.rmtree(work_of(out, at.planned.cell), ignore_errors=True)
+        tell = on_progress or (lambda progress: None)
+        if waiting:
+            with places as start:
+                work_off(
+                    board,
+                    partial(begin, asked=sweep.asked, out=out, device=device, start=start),
+                    partial(end, out=out, timeout=timeout, keep_models=keep_models),
+                    lambda ended: tell(board.progress(len(planned), jobs, ended)),
+                    jobs, timeout, out,
+                )  # fmt: skip
     return Summary(
         out=str(out),
         records=tuple(board.records[p.cell.id] for p in planned),
@@ -182,6 +165,49 @@ def run(
         skipped=tuple(kept),
         seconds=round(time.monotonic() - began, 1),
     )
+
+
+def engine_of(engine: str, jobs: int, device: str, address: str | None) -> AbstractContextManager[Start]:
+    """What starts the processes of cells; raises RecipeError for one that cannot be had."""
+    if engine not in ENGINES:
+        raise RecipeError(f"--engine: {engine!r} is none of {', '.join(ENGINES)}")
+    if engine == "ray":
+        return cluster(jobs, device, address)
+    if address is not None:
+        raise RecipeError("--address: only --engine ray has one")
+    return local(jobs)
+
+
+def work_off(
+    board: Board,
+    begin: Callable[[Planned], Running],
+    end: Callable[[Running], tuple[Record, str]],
+    say: Callable[[Record | None], None],
+    jobs: int,
+    timeout: float | None,
+    out: Path,
+) -> None:
+    """Run what waits until nothing does; whatever ends it early, nothing is left at work."""
+    try:
+        while board.waiting or board.running:
+            while len(board.running) < jobs and (chosen := board.next()) is not None:
+                board.waiting.remove(chosen)
+                board.running.append(begin(chosen))
+            time.sleep(POLL)
+            ended = [end(at) for at in finished(board.running, timeout)]
+            for record, source in ended:
+                board.running = [at for at in board.running if at.planned.cell.id != record.id]
+                board.records[record.id] = record
+                board.measured |= {source} if record.status == "done" else set()
+                say(record)
+            if not ended:
+                say(None)
+    except OSError as error:  # a full disk, a folder that went away
+        raise RecipeError(f"--out: {out} cannot be written: {error}") from error
+    finally:
+        for at in board.running:
+            at.process.kill()
+            shutil.rmtree(work_of(out, at.planned.cell), ignore_errors=True)
 
 
 def work_of(out: Path, cell: Cell) -> Path:
@@ -194,26 +220,14 @@ def command(work: Path) -> list[str]:
     return [sys.executable, "-m", "compress_evals.sweep", str(work)]
 
 
-def start(planned: Planned, asked: Asked, out: Path, device: str, jobs: int, lock: IO[str]) -> Running:
-    """Start the process of a cell; it holds the lock too, so that no sweep begins while an orphan still works."""
+def begin(planned: Planned, *, asked: Asked, out: Path, device: str, start: Start) -> Running:
+    """Start the process of a cell."""
     work = work_of(out, planned.cell)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     told = job(planned.cell, asked, device, out / CACHE)
     (work / JOB).write_text(json.dumps(told, indent=1), encoding="utf-8")
-    with (work.parent / LOG).open("wb") as log:
-        process = subprocess.Popen(
-            command(work), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment(jobs),
-            start_new_session=True, pass_fds=(lock.fileno(),),
-        )  # fmt: skip
-    return Running(planned=planned, process=process, began=time.monotonic())
-
-
-def environment(jobs: int) -> dict[str, str]:
-    """The environment of a cell's process: its share of the cores, unless the user has said how many threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // jobs))
-    return {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    return Running(planned=planned, process=start(command(work), work.parent / LOG))
 
 
 def finished(running: Sequence[Running], timeout: float | None) -> list[Running]:
@@ -223,14 +237,14 @@ def finished(running: Sequence[Running], timeout: float | None) -> list[Running]
 
 def late(at: Running, timeout: float | None) -> bool:
     """Whether it has taken more minutes than it may."""
-    return timeout is not None and at.seconds > 60 * timeout
+    return timeout is not None and at.process.seconds > 60 * timeout
 
 
-def end(at: Running, out: Path, timeout: float | None, keep_models: bool) -> tuple[Record, str]:
+def end(at: Running, *, out: Path, timeout: float | None, keep_models: bool) -> tuple[Record, str]:
     """Put what a process made in place, then the record of its cell; the record, and the model measured."""
     cell, work = at.planned.cell, work_of(out, at.planned.cell)
     error = None if at.process.poll() == 0 else failure(at, work, timeout)
-    at.kill()
+    at.process.kill()
     if error is None and not (work / RESULTS / cell.id / RESULTS_FILE).is_file():
         error = "its process ended without results"
     for old in (RESULTS, MODEL):
@@ -240,7 +254,7 @@ def end(at: Running, out: Path, timeout: float | None, keep_models: bool) -> tup
     shutil.rmtree(work, ignore_errors=True)
     record = Record(
         id=cell.id, model=cell.model, recipe=cell.label, seed=cell.seed, changes=cell.changes,
-        status="failed" if error else "done", error=error, seconds=round(at.seconds, 1), key=at.planned.key,
+        status="failed" if error else "done", error=error, seconds=round(at.process.seconds, 1), key=at.planned.key,
     )  # fmt: skip
     write_record(work.parent, record)
     return record, cell.source
