@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from compress.errors import visible
+from compress.ledger import notes
 from compress.model.anatomy import by_reason
 
 TEMPLATE = """\
@@ -66,12 +67,17 @@ It is an ordinary model folder: `AutoModelForCausalLM.from_pretrained` loads it.
 {% if sites -%}
 ## Sites
 
-| site | weight | bytes | weight error | output error |
-|---|---|---|---|---|
+{% if picture -%}
+![Error and size of the sites over depth]({{ picture }})
+
+{% endif -%}
+| site | weight | bytes | weight error | output error | tokens | notes |
+|---|---|---|---|---|---|---|
 {% endif -%}
 {% for site, row in sites.items() -%}
 | {{ site }} | {{ row.weight }} | {{ "{:,}".format(row.bytes) }} | {{ "%.4f" | format(row.weight_error) }} | \
-{{ "%.4f" | format(row.output_error) if row.output_error is not none else "-" }} |
+{{ "%.4f" | format(row.output_error) if row.output_error is not none else "-" }} | {{ "{:,}".format(row.tokens) }} | \
+{{ row | notes | join("; ") }} |
 {% endfor %}
 Untouched: {{ kept }}.
 {% if starved %}
@@ -94,10 +100,11 @@ def fenced(text: str) -> Markup:
     return Markup(f"{fence}yaml\n{text}{fence}")
 
 
-def card(provenance: Mapping[str, Any]) -> str:
-    """The Markdown of an artifact; it does not know where the artifact lies."""
+def card(provenance: Mapping[str, Any], picture: str = "") -> str:
+    """The Markdown of an artifact, with the file of its picture; it does not know where the artifact lies."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=literal)
     environment.filters["fenced"] = fenced
+    environment.filters["notes"] = notes
     weights = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
     reshaped = provenance.get("reshaped", [])
     tags = ["compress", *(step["step"] for step in reshaped), *weights]
@@ -105,5 +112,9 @@ def card(provenance: Mapping[str, Any]) -> str:
     kept = ", ".join(f"{size:,} parameters ({reason})" for reason, size in reasons.items()) or "nothing"
     starved = sum(bool(row.get("starved")) for row in provenance["sites"].values())
     return environment.from_string(TEMPLATE).render(
-        **{**provenance, "reshaped": reshaped, "base": provenance.get("base")}, tags=tags, kept=kept, starved=starved
+        **{**provenance, "reshaped": reshaped, "base": provenance.get("base")},
+        tags=tags,
+        kept=kept,
+        starved=starved,
+        picture=picture,
     )

@@ -123,7 +123,13 @@ def run(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="any model folder")], as_json: Json = False) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="any model folder")],
+    picture: Annotated[
+        Path | None, typer.Option(help="SVG to write: error and size of a compressed model's sites over depth")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what was done to each site of a compressed model, or which sites any other model has."""
     from compress.artifact import Artifact, is_artifact
     from compress.console import inspect_table, survey_table
@@ -132,10 +138,14 @@ def inspect(folder: Annotated[Path, typer.Argument(help="any model folder")], as
     from compress.survey import survey
 
     if not is_artifact(locate(folder)):
+        if picture is not None:
+            raise RecipeError(f"--picture: {folder} was not compressed; there is no error to draw")
         found = survey(locate(folder))
         result(found, as_json, *survey_table(found))
         return
     made = Artifact(locate(folder)).provenance
+    if picture is not None:
+        draw(made, picture)
     view = {
         "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],
         "calibration": made["calibration"]["name"], "sizes": made["sizes"], "probe": made["probe"],
@@ -143,6 +153,21 @@ def inspect(folder: Annotated[Path, typer.Argument(help="any model folder")], as
         "reshaped": made.get("reshaped", []), "base": made.get("base"), "sites": made["sites"],
     }  # fmt: skip
     result(view, as_json, *inspect_table(view))
+
+
+def draw(provenance: Any, place: Path) -> None:
+    """Write the picture of an artifact; raises RecipeError if there is none, or if the place cannot be written."""
+    from compress.picture import picture
+
+    drawn = picture(provenance)
+    if not drawn:
+        raise RecipeError("--picture: no site of a block was rewritten; there is nothing to draw")
+    if place.suffix != ".svg":
+        raise RecipeError(f"--picture: {place} must be named .svg")
+    try:
+        place.write_text(drawn, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--picture: {place} cannot be written: {error.strerror}") from error
 
 
 @app.command()

@@ -30,6 +30,7 @@ from compress.events import (
     Starved,
     WeightRewritten,
 )
+from compress.ledger import notes
 
 VERDICT_STYLES = {"improved": "bold green", "matching": "green", "inconclusive": "yellow", "drop": "dark_orange"}
 
@@ -159,15 +160,10 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
         table.add_column(column, justify="left" if column in ("site", "weight", "notes") else "right")
     for name, row in view["sites"].items():
         output = "-" if row["output_error"] is None else f"{row['output_error']:.4f}"
-        notes = [f"damping {row['damping']:g}"] if row.get("damping") else []
-        notes += [f"fallback: {escape(reason)}" for _, reason in row["fallbacks"]]
-        if "mask" in row:
-            notes += mask_notes(row["mask"])
-        if row.get("starved"):
-            notes.append(f"starved: {escape('; '.join(row['starved']))}")
+        said = [*map(escape, notes(row)), *(mask_notes(row["mask"]) if "mask" in row else [])]
         table.add_row(
             escape(name), escape(row["weight"]), f"{row['bytes']:,}", f"{row['weight_error']:.4f}", output,
-            str(row["tokens"]), ", ".join(notes),
+            str(row["tokens"]), ", ".join(said),
         )  # fmt: skip
     sizes = view["sizes"]
     lines = [

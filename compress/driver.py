@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -40,6 +38,7 @@ from compress.model.architecture import without_code
 from compress.model.block import Block
 from compress.model.divergence import mean_kl
 from compress.model.family import TESTED
+from compress.model.memory import peak_bytes
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.travellers import Travellers, batched
@@ -48,6 +47,7 @@ from compress.model.whole import Whole
 from compress.passes.base import needs_twins, windows_at_once
 from compress.passes.budget import Budgets, allocations
 from compress.passes.manager import PassManager, ignore
+from compress.picture import picture
 from compress.plan import check_disk, check_tensors, check_values, free_place, outline, plan, tokens_for, usable
 from compress.recipe import Calibration, Recipe
 from compress.runtime.kv import check as check_cache
@@ -56,7 +56,7 @@ from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
 from compress.texts import HUB
 from compress.verification import check_whole
-from compress.writer import ArtifactWriter, Part, Stored
+from compress.writer import PICTURE, ArtifactWriter, Part, Stored
 
 BATCH, TWIN, PROBE, DENSE = "batch.", "twin.", "probe", "dense"  # what walks through the model
 LOGITS = "dense_logits"
@@ -438,7 +438,9 @@ class Job:
             done = {places[site].module for site, spec in writer.specs.items() if is_factored(spec)}
             check_cache(self.walk.model, "latent", done)
         pin, base = (self.beside.pin, self.beside.base.path) if self.beside else (None, None)
-        writer.describe(self.source.path, config, provenance, card(provenance), kv, pin, base)
+        drawn = "" if self.beside else picture(provenance)  # a delta is to be small
+        told = card(provenance, PICTURE if drawn else "")
+        writer.describe(self.source.path, config, provenance, told, kv, pin, base, drawn)
         check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits, base)
         return Report(
             out=writer.out,
@@ -496,17 +498,13 @@ def record(site: Any, nbytes: int) -> dict[str, Any]:
     return {
         "weight": site.weight.describe(),
         "bytes": nbytes,
+        "dense_bytes": site.original.nbytes(),
         "weight_error": site.weight_error,
         "output_error": site.output_error,
         "tokens": site.stats.tokens,
         "fallbacks": [list(fallback) for fallback in site.fallbacks],
         "starved": site.starving,
         **({"inputs": site.inputs} if site.inputs else {}),
+        **({"errors": [list(each) for each in site.errors]} if len(site.errors) > 1 else {}),
         **site.ledger,
     }
-
-
-def peak_bytes() -> int:
-    """The largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

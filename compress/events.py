@@ -98,7 +98,8 @@ class WeightRewritten(Event):
     """One pass replaced one weight; errors are relative to the original weight.
 
     `weight_error` = |W' - W| / |W|; `output_error` = the same through the calibration inputs, for a site's last pass
-    and if a Gram was taken.
+    and if a Gram was taken. `seconds` are the pass's, shared equally by sites that it rewrote at once; `peak_bytes` is
+    the largest that the process has been, so the site at which it grew was the largest moment.
     """
 
     site: str
@@ -107,6 +108,8 @@ class WeightRewritten(Event):
     nbytes: int
     weight_error: float
     output_error: float | None
+    seconds: float
+    peak_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,11 @@ class Pin(TypedDict):
 
 
 class SiteRecord(TypedDict):
-    """What compress.json holds of one site; passes may add more."""
+    """What compress.json holds of one site; passes may add more.
+
+    `errors` are the weight errors after each pass, where there were several; `damping_failed`, what was tried before
+    `damping`; `dead_inputs`, those that no calibration token has used.
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -59,6 +63,11 @@ class SiteRecord(TypedDict):
     tokens: int
     fallbacks: list[tuple[str, str]]
     starved: NotRequired[list[str]]
+    dense_bytes: NotRequired[int]
+    errors: NotRequired[list[tuple[str, float]]]
+    damping: NotRequired[float]
+    damping_failed: NotRequired[list[float]]
+    dead_inputs: NotRequired[int]
 
 
 class Versions(TypedDict):

@@ -29,6 +29,7 @@ from compress.weights import Dense, External, Weight, pack, specify, unpack
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
 REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
 NOT_COPIED = ("config.json", INDEX, PROVENANCE)
+PICTURE = "ledger.svg"
 SMALLEST = 256  # bytes of a tensor worth finding twice
 
 
@@ -177,11 +178,12 @@ class ArtifactWriter(Part):
         kv: Mapping[str, Any] | str | None = None,
         pin: Mapping[str, str] | None = None,
         base: Path | None = None,
+        picture: str = "",
     ) -> None:
         """Write everything that is not weights; a folder without rewritten sites is plain and names no method.
 
         `kv` is how the model shall keep its cache once loaded. A delta names its base by `pin`, and leaves out the
-        files that the folder `base` has alike.
+        files that the folder `base` has alike. `picture` is that of the ledger, if there is one.
         """
         self._number()
         shared = copy_companions(source, self.partial, base)
@@ -193,6 +195,8 @@ class ArtifactWriter(Part):
         named = {"quantization_config": quantization} if provenance["sites"] or pin else {}
         write_json(self.partial / "config.json", {**config, **named}, small=bool(pin))
         (self.partial / "README.md").write_text(card, encoding="utf-8")
+        if picture:
+            (self.partial / PICTURE).write_text(picture, encoding="utf-8")
         others = {f.name: digest(f) for f in sorted(self.partial.iterdir()) if f.name not in self.digests}
         files = {**self.digests, **others}
         told = {**provenance, **({"base_files": shared} if pin else {}), "files": files}

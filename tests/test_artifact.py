@@ -242,8 +242,8 @@ def test_everybody_may_read_the_files(tiny_llama: Path, tmp_path: Path) -> None:
 def test_the_folder_has_the_parts_of_a_hugging_face_model(llama_artifact: Path) -> None:
     names = set(files(llama_artifact))
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
-    assert names == shards | {INDEX, "config.json", "compress.json", "README.md", "generation_config.json",
-                              "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert names == shards | {INDEX, "config.json", "compress.json", "README.md", "ledger.svg",
+                              "generation_config.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
 
 
 def test_the_report_is_what_the_folder_holds(tiny_llama: Path, tmp_path: Path, recipe_24_int4: Recipe) -> None:

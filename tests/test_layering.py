@@ -55,6 +55,8 @@ OWN: dict[str, tuple[str, ...]] = {
     "compress.options": ("compress.errors",),
     "compress.events": ("compress.errors",),
     "compress.kv": ("compress.options", "compress.errors"),
+    "compress.ledger": (),
+    "compress.picture": ("compress.errors",),
     "compress.model": ("compress.model", "compress.stats", "compress.weights", "compress.errors"),
     "compress.passes": ("compress.passes", "compress.model", "compress.stats", "compress.weights", "compress.errors",
                         "compress.events", "compress.options", SOLVER),

@@ -1,12 +1,13 @@
 """Giving freed memory back to the system.
 
 glibc keeps what was freed in its arenas: after a block of a few hundred MB the process would stay that large, and the
-peak of a run would be the sum of its largest moments instead of the largest moment.
+peak of a run would be the sum of its largest moments instead of the largest moment. And how large the process has been.
 """
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
 from functools import cache
 from typing import Any
@@ -34,3 +35,9 @@ def release_early() -> None:
     if (mallopt := libc("mallopt")) is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
         mallopt(M_TRIM_THRESHOLD, LARGE)
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -47,6 +47,7 @@ class Site:
         self.starving: list[str] = []  # what each pass did instead, because too few tokens reached this expert
         self.weight_error: float = 0.0
         self.output_error: float | None = None
+        self.errors: list[tuple[str, float]] = []  # the weight error after each pass, by the pass's name
 
     @property
     def whole(self) -> bool:

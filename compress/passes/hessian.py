@@ -16,6 +16,11 @@ CORNER = 512  # side of the triangles that are inverted by a solve
 TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
 
 
+def rungs(damping: float) -> list[float]:
+    """The dampings that are tried, in this order."""
+    return [damping * 10**rung for rung in range(TRIES)]
+
+
 def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> tuple[Tensor, float] | None:
     """(U, damping used) with U upper triangular, (G + d mean(diag G) 1)^-1 = Uᵀ U, or None if every rung fails.
 
@@ -30,11 +35,11 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
     mean = diagonal.mean().clamp(min=torch.finfo(gram.dtype).tiny)
     diagonal[diagonal == 0] = mean
     plain = diagonal.clone()
-    for rung in range(TRIES):
-        diagonal.copy_(plain + mean * damping * 10**rung)
+    for tried in rungs(damping):
+        diagonal.copy_(plain + mean * tried)
         upper = factor_of_inverse(gram)
         if upper is not None:
-            return upper, damping * 10**rung
+            return upper, tried
     return None
 
 
@@ -82,8 +87,8 @@ def invert_upper(r_II: Tensor) -> None:
 def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Tensor | None = None) -> Tensor | None:
     """The inverse factor of the site's Gram, or None where every damping failed, with a fallback recorded.
 
-    What was used goes into the ledger. `instead` says what `by` does without a factor, and what a damping more than
-    ten times as large as asked comes close to.
+    What was used, and what was tried before it in vain, goes into the ledger. `instead` says what `by` does without a
+    factor, and what a damping more than ten times as large as asked comes close to.
     """
     gram_II = site.stats[Gram]
     site.ledger["dead_inputs"] = int((gram_II.diagonal() == 0).sum())
@@ -91,6 +96,9 @@ def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Te
     found: tuple[Tensor, float] | None = site.stats.derived(
         ("inverse factor", damping, order), lambda: inverse_factor(gram_II, damping, order_I)
     )
+    failed = [tried for tried in rungs(damping) if found is None or tried < found[1]]
+    if failed:
+        site.ledger["damping_failed"] = failed
     if found is None:
         site.fall_back(by, f"the Gram stayed indefinite at {10 ** (TRIES - 1)}x damping; {instead}")
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from compress.errors import CalibrationError, CompressError, RecipeError
 from compress.events import BatchHalved, Event, Fallback, Starved, StatisticsCollected, WeightRewritten
 from compress.model.block import Block
 from compress.model.experts import one_by_one
+from compress.model.memory import peak_bytes
 from compress.model.site import Site
 from compress.model.travellers import batched, unpadded
 from compress.model.walk import LiveWalk
@@ -187,9 +189,11 @@ class PassManager:
             step.check(site.name, site.shape)
         fed = [site for site in sites if not self.starves(step, site)]
         known = {site.name: len(site.fallbacks) for site in fed}
+        began = time.monotonic()
         made = step.rewrite(block, fed) if fed else {}
+        seconds = (time.monotonic() - began) / max(1, len(fed))
         for site in fed:
-            self.put(step, site, made[site.name], known[site.name])
+            self.put(step, site, made[site.name], known[site.name], seconds)
             site.stats.forget()
 
     def steps(self, site: Site) -> list[SitePass]:
@@ -225,10 +229,12 @@ class PassManager:
         for site in sites:
             step.check(site.name, site.shape)
         fed = [site for site in sites if not self.starves(step, site)]
+        began = time.monotonic()
         made = step.rewrite_peers(fed) if fed else {}
+        made = {site.name: made[site.name] if site.name in made else step.rewrite_unfed(site) for site in sites}
+        seconds = (time.monotonic() - began) / len(sites)
         for site in sites:
-            weight = made[site.name] if site.name in made else step.rewrite_unfed(site)
-            self.put(step, site, weight, known[site.name])
+            self.put(step, site, made[site.name], known[site.name], seconds)
 
     def starves(self, step: SitePass, site: Site) -> bool:
         """Whether too few tokens reach a site for a pass; it is then recorded and reported."""
@@ -238,13 +244,14 @@ class PassManager:
         self.emit(Starved(site=site.name, step=step.name, tokens=site.stats.tokens, needed=site.needed))
         return True
 
-    def put(self, step: SitePass, site: Site, weight: Weight, known: int) -> None:
-        """Give a site its new weight and report it, with the fallbacks after the first `known`."""
+    def put(self, step: SitePass, site: Site, weight: Weight, known: int, seconds: float) -> None:
+        """Give a site its new weight, which took `seconds`; report it, with the fallbacks after the first `known`."""
         site.weight = weight
         if not finite(site.view()):
             raise CompressError(f"{step.name}: {site.name}: the rewritten weight is not finite")
         site.ledger |= mask_statistics(weight)
         site.measure(output=step is self.steps(site)[-1])  # of the last pass only: it costs as much as a solver
+        site.errors.append((step.name, site.weight_error))
         for name, reason in site.fallbacks[known:]:
             self.emit(Fallback(site=site.name, step=name, reason=reason))
         self.emit(
@@ -255,6 +262,8 @@ class PassManager:
                 nbytes=weight.nbytes(),
                 weight_error=site.weight_error,
                 output_error=site.output_error,
+                seconds=seconds,
+                peak_bytes=peak_bytes(),
             )
         )
 

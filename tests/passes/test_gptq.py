@@ -133,6 +133,7 @@ def test_the_damping_used_is_recorded(site_of: SiteMaker) -> None:
     site = site_of(normal(17, 48), gram_II=gram)
     GPTQ(group=8).rewrite(site)
     assert site.ledger["damping"] == pytest.approx(0.1)
+    assert site.ledger["damping_failed"] == [0.01]
     assert site.fallbacks == []
 
 

@@ -60,6 +60,18 @@ def test_a_glob_selects_sites_by_their_full_name(tiny_llama: Path, walk_of: Any,
     assert len(found) == 7 + 2
 
 
+def test_a_site_knows_its_error_after_each_pass(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
+    walk, events = walk_of(tiny_llama), []
+    manager = PassManager([Magnitude(), RTN(group=8)], emit=events.append)
+    block = next(iter(manager.run(walk.visit([walk.enter(ids)], walk.enter(ids[:1])))))
+    site = block.sites["model.layers.0.mlp.up_proj"]
+    rewritten = [event for event in events if isinstance(event, WeightRewritten) and event.site == site.name]
+    assert site.errors == [(event.step, event.weight_error) for event in rewritten]
+    assert [step for step, _ in site.errors] == ["magnitude", "rtn"]
+    assert site.errors[0][1] < site.errors[1][1] == site.weight_error
+    assert all(event.seconds > 0 and event.peak_bytes > 2**20 for event in rewritten)
+
+
 def test_the_event_reports_the_size_that_is_stored(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
     event = next(e for e in events_of(walk_of(tiny_llama), [RTN(group=8)], ids) if isinstance(e, WeightRewritten))
     assert event.nbytes == 48 * 48 // 2 + 48 * 6 * 2 + 48 * 6 // 2  # codes, float16 scales, zeros

@@ -125,7 +125,7 @@ def test_a_card_holds_names_and_no_html(name: str, llama_artifact: Path) -> None
     assert front.keys() == {"library_name", "base_model", "tags"}
     assert name == "\ud800" or front["base_model"] == name
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {6} and plain != text
+    assert {line.count("|") for line in rows} == {8} and plain != text
 
 
 @pytest.mark.parametrize("recipe", ["a: '```'\n", "a: |\n  ```\n  <b>x</b>\n  ````\n"])
