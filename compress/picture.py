@@ -27,7 +27,8 @@ svg{background:#fff;color:#222;font:13px system-ui,sans-serif}text{fill:currentC
 .l{fill:none;stroke-width:1.5;stroke-linejoin:round;stroke-opacity:.7}.d{stroke-linecap:round}
 .r{fill:none;stroke-width:2;stroke-opacity:.45}.b{fill-opacity:.35}.f{stroke:#d00;stroke-width:2;fill:none}
 .e{fill:#fff;stroke:#222}
-@media(prefers-color-scheme:dark){svg{background:#16181c;color:#e4e4e4}.f{stroke:#f66}.e{fill:#16181c;stroke:#e4e4e4}}
+@media(prefers-color-scheme:dark){svg{background:#16181c;color:#e4e4e4}.f{stroke:#f66}.e{fill:#16181c;stroke:#e4e4e4}
+.b{fill-opacity:.5}}
 """
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 TITLE = "error and size over depth"
@@ -100,15 +101,16 @@ def words(said: str, most: int) -> str:
 
 def summary(sites: Mapping[str, Row]) -> str:
     """The picture in words, for those who do not see it."""
-    measured = {site: row["output_error"] for site, row in sites.items() if row["output_error"] is not None}
-    key = "output" if measured else "weight"
-    errors = measured or {site: row["weight_error"] for site, row in sites.items()}
-    worst = max(errors, key=lambda site: errors[site])
-    fallbacks = sum(len(row["fallbacks"]) for row in sites.values())
-    return (
-        f"{len(sites)} sites; relative {key} error: median {median(errors.values()):.3f}, largest {errors[worst]:.3f} "
-        f"at {worst}; {fallbacks} fallbacks; {sum(bool(row.get('starved')) for row in sites.values())} starved"
-    )
+    said = [f"{len(sites)} sites"]
+    for key, called in (("output_error", "output error"), ("weight_error", "weight error")):
+        errors = {site: row[key] for site, row in sites.items() if drawable(row[key])}
+        if errors:
+            worst = max(errors, key=lambda site: errors[site])
+            middle = median(errors.values())
+            said.append(f"relative {called}: median {middle:.3f}, largest {errors[worst]:.3f} at {worst}")
+    said.append(f"{sum(len(row['fallbacks']) for row in sites.values())} fallbacks")
+    said.append(f"{sum(bool(row.get('starved')) for row in sites.values())} starved")
+    return "; ".join(said)
 
 
 def legend(colours: Mapping[str, str], rows: Iterable[Row]) -> tuple[list[str], int]:
@@ -124,7 +126,7 @@ def legend(colours: Mapping[str, str], rows: Iterable[Row]) -> tuple[list[str], 
         if x + wide > WIDE - RIGHT:
             x, lines = 30, lines + 1
         y = LEGEND + LINE * (lines - 1)
-        shown += [mark.format(x, y - 4), f'<text x="{x + 11}" y="{y}">{words(said, 40)}</text>']
+        shown += [mark.format(x, y - 4), f'<text x="{x + 12}" y="{y}">{words(said, 40)}</text>']
         x += wide
     return shown, lines
 
