@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,25 @@ def module_name(path: Path) -> str:
 
 FILES = {module_name(path): path for folder in ROOTS.values() for path in sorted(folder.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def every(cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """One test of all these cases, which names those that fail: thousands of tests of a millisecond cost minutes."""
+
+    def of_all(test: Callable[..., None]) -> Callable[[], None]:
+        def run() -> None:
+            failed: list[str] = []
+            for case in cases:
+                try:
+                    test(*case) if isinstance(case, tuple) else test(case)
+                except AssertionError as error:
+                    failed.append(f"{case}: {error}")
+            assert not failed, "\n".join(failed)
+
+        run.__name__ = test.__name__
+        return run
+
+    return of_all
 
 
 def imports(name: str) -> set[str]:
@@ -152,7 +173,7 @@ BENCHES = {
 }
 
 
-@pytest.mark.parametrize(("room", "name"), rooms(OWN))
+@every(rooms(OWN))
 def test_a_room_imports_only_the_rooms_below(room: str, name: str) -> None:
     ours = {module for module in imports(name) if top(module) in ROOTS}
     public = "compress" in OWN[room] or name in VERSIONED
@@ -166,23 +187,23 @@ def test_a_room_imports_only_the_rooms_below(room: str, name: str) -> None:
     assert forbidden == set()
 
 
-@pytest.mark.parametrize(("room", "name"), rooms(OTHERS))
+@every(rooms(OTHERS))
 def test_a_room_needs_only_its_packages(room: str, name: str) -> None:
     foreign = {top(m) for m in imports(name)} - set(ROOTS) - set(sys.stdlib_module_names)
     assert foreign <= {*OTHERS[room], *PEERS.get(name, ())}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in ("compress.cli", "compress.__main__")])
+@every([name for name in FILES if name not in ("compress.cli", "compress.__main__")])
 def test_nobody_imports_the_command_line(name: str) -> None:
     assert not {module for module in imports(name) if under(module, ("compress.cli", "compress.__main__"))}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("compress_kernels")])
+@every([name for name in FILES if not name.startswith("compress_kernels")])
 def test_triton_is_imported_only_by_kernels(name: str) -> None:
     assert "triton" not in {top(module) for module in imports(name)}
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if top(n) == "compress_kernels" and not under(n, (GPU,))])
+@every([n for n in FILES if top(n) == "compress_kernels" and not under(n, (GPU,))])
 def test_kernels_import_triton_lazily(name: str) -> None:
     nodes = [node for node in TREES[name].body if isinstance(node, (ast.Import, ast.ImportFrom))]
     at_top = {alias.name for node in nodes for alias in node.names}
@@ -192,12 +213,12 @@ def test_kernels_import_triton_lazily(name: str) -> None:
     assert not {module for module in at_top if top(module) == "triton" or under(module, (GPU,))}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if top(name) != "compress_kernels"])
+@every([name for name in FILES if top(name) != "compress_kernels"])
 def test_only_ops_reach_the_kernels_that_need_triton(name: str) -> None:
     assert not {module for module in imports(name) if under(module, (GPU,))}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("compress.passes")])
+@every([name for name in FILES if name.startswith("compress.passes")])
 def test_a_pass_touches_no_files_or_progress_bars(name: str) -> None:
     assert not {top(m) for m in imports(name)} & {"pathlib", "os", "shutil", "tqdm", "rich", "json", "io"}
 
@@ -220,31 +241,31 @@ def calls(name: str) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in PRINTING])
+@every([name for name in FILES if name not in PRINTING])
 def test_only_commands_print(name: str) -> None:
     assert "print" not in calls(name)
 
 
-@pytest.mark.parametrize("name", FILES)
+@every(FILES)
 def test_nothing_is_unpickled_or_executed(name: str) -> None:
     assert not {top(module) for module in imports(name)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
     assert not calls(name) & {"torch.load", "torch.save", "eval", "exec", "compile", "os.system"}
 
 
-@pytest.mark.parametrize("name", FILES)
+@every(FILES)
 def test_remote_code_is_never_trusted(name: str) -> None:
     keywords = [k for node in ast.walk(TREES[name]) if isinstance(node, ast.Call) for k in node.keywords]
     assert not [k for k in keywords if k.arg == "trust_remote_code" and ast.unparse(k.value) != "False"]
 
 
-@pytest.mark.parametrize("name", FILES)
+@every(FILES)
 def test_exceptions_are_not_swallowed(name: str) -> None:
     handlers = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler)]
     assert not [h.lineno for h in handlers if h.type is None]
     assert not [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.Assert)]
 
 
-@pytest.mark.parametrize("name", FILES)
+@every(FILES)
 def test_every_module_opens_with_what_it_is(name: str) -> None:
     text = FILES[name].read_text(encoding="utf-8")
     assert not text.strip() or ast.get_docstring(TREES[name])
