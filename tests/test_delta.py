@@ -443,7 +443,14 @@ def test_options_of_a_recipe_stand_unless_they_are_given(
     assert {"model.embed_tokens", "lm_head"} <= Artifact(tmp_path / "d").specs.keys()
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration of a few windows where nobody says otherwise."""
+    monkeypatch.setattr("compress.extraction.Calibration", lambda: FEW)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("few")
 def test_more_bits_than_twice_fit_are_not_asked_for(
     cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path
 ) -> None:
@@ -518,6 +525,7 @@ def test_a_delta_is_evaluated_beside_its_fine_tune(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("method", ["auto", "dare", "delta-come", "lowrank", "sparse"])
 def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any, tmp_path: Path, method: str) -> None:
     base = model_folder("llama", "bfloat16")
@@ -528,6 +536,7 @@ def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any,
     assert 5_000 < stored <= 9_900  # scales of rows of 48 weigh much, chance keeps a few more
 
 
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(("method", "bits"), [("bitdelta", "2"), ("deltazip", "3")])
 def test_other_methods_have_their_own_sizes(
     cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path, method: str, bits: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,19 @@ def inputs_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "site", ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
-)
-@pytest.mark.parametrize("block", [0, 1])
 def test_statistics_are_those_of_the_full_model(
-    block: int, site: str, family: str, model_folder: Any, walk_of: Any, hugging_face: Any, ids: Tensor,
-    assert_close: Close,
-) -> None:  # fmt: skip
-    folder, name = model_folder(family), f"model.layers.{block}.{site}"
-    stats = measured(walk_of(folder), [Look()], [ids])[name]
-    x_TI = inputs_of(hugging_face(folder), ids)[name]
-    assert stats.tokens == ids.numel()
-    assert_close("norm", stats[ColumnNorm], x_TI.norm(dim=0), RATIO)
-    assert_close("gram", stats[Gram], x_TI.T @ x_TI / len(x_TI), RATIO)
+    family: str, model_folder: Any, walk_of: Any, hugging_face: Any, ids: Tensor, assert_close: Close
+) -> None:
+    folder = model_folder(family)
+    found, inputs = measured(walk_of(folder), [Look()], [ids]), inputs_of(hugging_face(folder), ids)
+    for block, site in product(
+        (0, 1), ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    ):
+        name = f"model.layers.{block}.{site}"
+        stats, x_TI = found[name], inputs[name]
+        assert stats.tokens == ids.numel()
+        assert_close(f"{name} norm", stats[ColumnNorm], x_TI.norm(dim=0), RATIO)
+        assert_close(f"{name} gram", stats[Gram], x_TI.T @ x_TI / len(x_TI), RATIO)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1), (1, 2)])

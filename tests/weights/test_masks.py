@@ -212,12 +212,11 @@ def test_no_two_numbers_are_scrambled_to_one() -> None:
     assert scrambled(torch.arange(LOW - 1000, LOW + 1)).unique().numel() == 1001
 
 
-@pytest.mark.slow
 def test_each_bit_of_the_counter_changes_half_of_the_bits_of_the_number() -> None:
     """Within six standard deviations of what a random function does, on 4096 counters."""
-    count = torch.arange(4096)
+    count, drawn = torch.arange(4096), numbers(0, 1 << 20, 1, CPU)
     for bit in range(20):
-        changed = numbers(0, 1 << 20, 1, CPU)[count] ^ numbers(0, 1 << 20, 1, CPU)[count ^ (1 << bit)]
+        changed = drawn[count] ^ drawn[count ^ (1 << bit)]
         for at in range(32):
             share = float(((changed >> at) & 1).float().mean())
             assert abs(share - 0.5) < 6 * 0.5 / 4096**0.5
