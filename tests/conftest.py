@@ -7,12 +7,16 @@ built, never downloaded; their sizes are odd on purpose (width 48, inner 72, voc
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -245,6 +249,65 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return code, printed.out, printed.err
 
     return call
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+ATTEMPTS: Counter[tuple[str, str, str]] = Counter()  # (kind, what, tried or held), of all workers
+Tally = Callable[[str, str], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    """`with tally(kind, what):` counts one attempt, and that it held if nothing is raised inside."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+
+    @contextmanager
+    def attempt(kind: str, what: str) -> Iterator[None]:
+        counts[kind, what, "tried"] += 1
+        yield
+        counts[kind, what, "held"] += 1
+
+    yield attempt
+    request.node.user_properties.append(("attempts", [[*key, number] for key, number in counts.items()]))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what a test counted, in whichever process it ran."""
+    if report.when == "teardown":
+        for name, value in report.user_properties:
+            if name == "attempts":
+                ATTEMPTS.update({(kind, what, state): number for kind, what, state, number in value})  # type: ignore[misc]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of README, SECURITY.md and docs/reliability.md: what was tried, and how often it held."""
+    rows = sorted({(kind, what) for kind, what, _ in ATTEMPTS})
+    if rows:
+        terminalreporter.write_line("\n| kind | what | tried | held |\n|---|---|---|---|")
+    for kind in sorted({kind for kind, _ in rows}):
+        mine = [row for row in rows if row[0] == kind]
+        told = [[what, *(ATTEMPTS[kind, what, state] for state in ("tried", "held"))] for _, what in mine]
+        told.append(["**all**", *(sum(row[column] for row in told) for column in (1, 2))])
+        for what, tried, held in told:
+            terminalreporter.write_line(f"| {kind} | {what} | {tried:,} | {held:,} |")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Callable[..., Any]]:
+    """`forks(**order)`: the answer of `forks.py`, one process that has everything imported and forks for each order."""
+    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def order(**wanted: Any) -> Any:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(wanted, default=str) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield order
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 # -- sites -----------------------------------------------------------------------------------------

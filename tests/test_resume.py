@@ -1,6 +1,6 @@
 """A run that was stopped at any moment goes on behind its last finished block, and writes the bytes it would have.
 
-Kills are SIGKILLs of processes (`killed.py`), at steps that change the disk or after some time; what only has to stop
+Kills are SIGKILLs of processes (`forks.py`), at steps that change the disk or after some time; what only has to stop
 between two blocks is interrupted in this process.
 """
 
@@ -12,10 +12,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ RECIPE = """\
 calibration: {samples: 6, length: 32}
 passes:
   - wanda: {sparsity: 2:4}
-  - gptq: {group: 8, target: original}
-"""
+  - rtn: {group: 8}
+"""  # the cheapest that has states, masks and codes
 MOMENTS = random.Random(10)  # of kills, as shares of a run
-Order = Callable[..., dict[str, Any]]
+Order = Callable[..., Any]
+Tally = Callable[[str, str], AbstractContextManager[None]]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -123,28 +124,22 @@ def continued(model: Path, recipe: Any, out: Path, **options: Any) -> Recording:
 
 
 @pytest.fixture(scope="module")
-def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Order, dict[str, str], int, float]]:
+def killed(
+    model: Path, forks: Order, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Order, dict[str, str], int, float]:
     """How to order a run in a process, the hashes of an uninterrupted one, its steps, and its seconds."""
     place = tmp_path_factory.mktemp("killed")
     recipe = place / "recipe.yaml"
     recipe.write_text(RECIPE)
-    command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def order(out: Path, **wanted: Any) -> dict[str, Any]:
-            assert process.stdin is not None and process.stdout is not None
-            out.parent.mkdir(exist_ok=True)
-            told = {"model": str(model), "recipe": str(recipe), "out": str(out), **wanted}
-            process.stdin.write(json.dumps(told) + "\n")
-            process.stdin.flush()
-            return dict(json.loads(process.stdout.readline()))
+    def order(out: Path, **wanted: Any) -> dict[str, Any]:
+        out.parent.mkdir(exist_ok=True)
+        return dict(forks(model=model, recipe=recipe, out=out, **wanted))
 
-        assert order(place / "whole" / "o")["code"] == 0
-        began = time.monotonic()
-        steps = int(order(place / "counted" / "o")["said"])
-        yield order, hashes(place / "whole" / "o"), steps, time.monotonic() - began
-        assert process.stdin is not None
-        process.stdin.close()
+    assert order(place / "whole" / "o", here=True)["code"] == 0
+    began = time.monotonic()
+    steps = int(order(place / "counted" / "o")["said"])
+    return order, hashes(place / "whole" / "o"), steps, time.monotonic() - began
 
 
 def many(quick: int, slow: int) -> list[Any]:
@@ -153,64 +148,79 @@ def many(quick: int, slow: int) -> list[Any]:
     return [*shares[:quick], *[pytest.param(share, marks=pytest.mark.slow) for share in shares[quick:]]]
 
 
-@pytest.mark.parametrize("share", many(5, 35))
-def test_killed_at_any_step_it_ends_with_the_same_bytes(share: float, killed: Any, tmp_path: Path) -> None:
-    order, whole, steps, _ = killed
-    assert order(tmp_path / "o", last=1 + int(share * steps))["code"] == -9
-    in_place = (tmp_path / "o").exists()  # killed while it tidied up
-    assert not in_place or hashes(tmp_path / "o") == whole
-    assert order(tmp_path / "o", options={"force": in_place})["code"] == 0
-    assert hashes(tmp_path / "o") == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["o"]
-
-
-@pytest.mark.parametrize("share", many(0, 10))
-def test_killed_after_any_time_it_ends_with_the_same_bytes(share: float, killed: Any, tmp_path: Path) -> None:
-    order, whole, _, seconds = killed
-    assert order(tmp_path / "o", after=share * seconds)["code"] in (-9, 0)
-    in_place = (tmp_path / "o").exists()
-    assert not in_place or hashes(tmp_path / "o") == whole
-    assert order(tmp_path / "o", options={"force": in_place})["code"] == 0
-    assert hashes(tmp_path / "o") == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["o"]
-
-
-@pytest.mark.parametrize("share", many(1, 7))
-def test_killed_again_and_again_it_still_ends(share: float, killed: Any, tmp_path: Path) -> None:
-    order, whole, steps, _ = killed
-    for part in (0.3, 0.6, 0.1 + 0.5 * share):
-        assert order(tmp_path / "o", last=1 + int(part * steps))["code"] in (-9, 0)
-        if (tmp_path / "o").exists():
-            break
-    assert (tmp_path / "o").exists() or order(tmp_path / "o")["code"] == 0
-    assert hashes(tmp_path / "o") == whole
-
-
-@pytest.mark.parametrize("left", [pytest.param(n, marks=[pytest.mark.slow] if n % 6 else []) for n in range(1, 31)])
-def test_killed_while_it_replaces_an_output_it_leaves_the_old_or_the_new(
-    left: int, killed: Any, llama_artifact: Path, tmp_path: Path
-) -> None:
+def ended(killed: Any, out: Path) -> None:
+    """Assert that the run, killed anywhere, ends with the same bytes; it may have been about to tidy up."""
     order, whole, _, _ = killed
-    out = Path(shutil.copytree(llama_artifact, tmp_path / "first" / "o"))
-    steps = int(order(out, options={"force": True})["said"])
-    out = Path(shutil.copytree(llama_artifact, tmp_path / "second" / "o"))
-    assert order(out, last=steps - left, options={"force": True})["code"] == -9
-    old = out if out.exists() else out.with_name("o.partial") / "artifact-replaced"
-    assert hashes(old) in (hashes(llama_artifact), whole)
-    assert order(out, options={"force": True})["code"] == 0
+    in_place = out.exists()
+    assert not in_place or hashes(out) == whole
+    assert order(out, options={"force": in_place})["code"] == 0
     assert hashes(out) == whole
     assert [path.name for path in out.parent.iterdir()] == ["o"]
 
 
+@pytest.mark.parametrize("share", many(5, 35))
+def test_killed_at_any_step_it_ends_with_the_same_bytes(
+    share: float, killed: Any, tmp_path: Path, tally: Tally
+) -> None:
+    with tally("fault", "SIGKILL right before a random step"):
+        assert killed[0](tmp_path / "o", last=1 + int(share * killed[2]))["code"] == -9
+        ended(killed, tmp_path / "o")
+
+
+@pytest.mark.parametrize("share", many(0, 10))
+def test_killed_after_any_time_it_ends_with_the_same_bytes(
+    share: float, killed: Any, tmp_path: Path, tally: Tally
+) -> None:
+    with tally("fault", "SIGKILL after a random time"):
+        assert killed[0](tmp_path / "o", after=share * killed[3])["code"] in (-9, 0)
+        ended(killed, tmp_path / "o")
+
+
+@pytest.mark.parametrize("share", many(1, 7))
+def test_killed_again_and_again_it_still_ends(share: float, killed: Any, tmp_path: Path, tally: Tally) -> None:
+    order, _, steps, _ = killed
+    with tally("fault", "SIGKILL three times over"):
+        for part in (0.3, 0.6, 0.1 + 0.5 * share):
+            assert order(tmp_path / "o", last=1 + int(part * steps))["code"] in (-9, 0)
+            if (tmp_path / "o").exists():
+                break
+        ended(killed, tmp_path / "o")
+
+
+@pytest.fixture(scope="module")
+def replacing(killed: Any, llama_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """The steps of a run that replaces an older output."""
+    out = Path(shutil.copytree(llama_artifact, tmp_path_factory.mktemp("replacing") / "o"))
+    return int(killed[0](out, options={"force": True})["said"])
+
+
+@pytest.mark.parametrize("left", [pytest.param(n, marks=[pytest.mark.slow] if n % 6 else []) for n in range(1, 31)])
+def test_killed_while_it_replaces_an_output_it_leaves_the_old_or_the_new(
+    left: int, killed: Any, replacing: int, llama_artifact: Path, tmp_path: Path, tally: Tally
+) -> None:
+    order, whole, _, _ = killed
+    out = Path(shutil.copytree(llama_artifact, tmp_path / "o"))
+    with tally("fault", "SIGKILL at one of the last steps of replacing an output"):
+        assert order(out, last=replacing - left, options={"force": True})["code"] == -9
+        old = out if out.exists() else out.with_name("o.partial") / "artifact-replaced"
+        assert hashes(old) in (hashes(llama_artifact), whole)
+        assert order(out, options={"force": True})["code"] == 0
+        assert hashes(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["o"]
+
+
 @pytest.mark.parametrize("share", many(4, 26))
-def test_on_a_full_disk_it_stops_in_one_line_and_goes_on_later(share: float, killed: Any, tmp_path: Path) -> None:
+def test_on_a_full_disk_it_stops_in_one_line_and_goes_on_later(
+    share: float, killed: Any, tmp_path: Path, tally: Tally
+) -> None:
     order, whole, steps, _ = killed
-    told = order(tmp_path / "o", full=1 + int(share * steps))
-    assert told["code"] in (0, 1)
-    assert told["code"] == 0 or told["said"].startswith("ArtifactError: ")
-    assert told["code"] == 0 or "No space left on device" in told["said"]
-    assert (tmp_path / "o").exists() or order(tmp_path / "o")["code"] == 0
-    assert hashes(tmp_path / "o") == whole
+    with tally("fault", "disk full from a random step on"):
+        told = order(tmp_path / "o", full=1 + int(share * steps))
+        assert told["code"] in (0, 1)
+        assert told["code"] == 0 or told["said"].startswith("ArtifactError: ")
+        assert told["code"] == 0 or "No space left on device" in told["said"]
+        assert (tmp_path / "o").exists() or order(tmp_path / "o")["code"] == 0
+        assert hashes(tmp_path / "o") == whole
 
 
 def test_a_killed_run_loses_at_most_one_block(killed: Any, model: Path, tmp_path: Path) -> None:
@@ -240,15 +250,25 @@ KINDS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """The hashes of an uninterrupted run of a kind of recipe, made once."""
+
+    @cache
+    def made(kind: str) -> dict[str, str]:
+        return hashes(compress.run(model, KINDS[kind], tmp_path_factory.mktemp(kind) / "whole").out)
+
+    return made
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_recipe_goes_on(kind: str, model: Path, tmp_path: Path) -> None:
-    compress.run(model, KINDS[kind], tmp_path / "whole")
+def test_every_kind_of_recipe_goes_on(kind: str, model: Path, tmp_path: Path, whole: Any) -> None:
     stopped(model, KINDS[kind], tmp_path / "o")
     heard = continued(model, KINDS[kind], tmp_path / "o")
     count = heard.told(RunResumed)[0].count
     assert heard.told(RunResumed) == [RunResumed(done=1, count=count)]
     assert [event.index for event in heard.told(BlockStarted)] == list(range(1, count))
-    assert hashes(tmp_path / "o") == hashes(tmp_path / "whole")
+    assert hashes(tmp_path / "o") == whole(kind)
 
 
 @pytest.mark.parametrize("embeddings", ["own", "int8"])
@@ -279,36 +299,29 @@ def test_several_recipes_for_a_delta_leave_nothing_to_go_on_with(model: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
-def test_control_c_once_or_twice_is_safe(presses: int, model: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    command = [sys.executable, "-m", "compress", "run", str(recipe), "--model", str(model), "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    with subprocess.Popen([*command, str(tmp_path / "o")], stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "o.partial" / "records" / "00001.json").exists() and process.poll() is None:
-            time.sleep(0.002)
-        for _ in range(presses):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.01)
-        assert process.stderr is not None
-        said = process.stderr.read()
-        process.wait()
-    assert presses == 2 or process.returncode == 130
-    assert presses == 2 or "run the same command to continue" in said
-    done = subprocess.run([*command, str(tmp_path / "o")], check=True, capture_output=True, text=True)
-    assert "goes on behind block" in done.stderr
-    assert hashes(tmp_path / "o") == hashes(tmp_path / "whole")
+def test_control_c_once_or_twice_is_safe(
+    presses: int, killed: Any, forks: Order, model: Path, tmp_path: Path, tally: Tally
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    line = ["run", tmp_path / "recipe.yaml", "--model", model, "--out", tmp_path / "o"]
+    behind_a_block = {"place": tmp_path, "pattern": "o.partial/records/00001.json"}
+    with tally("fault", "Ctrl-C, once or twice"):
+        [told] = forks(lines=[line], signals=[signal.SIGINT] * presses, **behind_a_block)
+        assert presses == 2 or (told["code"], told["out"]) == (130, "")
+        assert presses == 2 or "run the same command to continue" in told["err"]
+        [told] = forks(lines=[line])
+        assert (told["code"], "goes on behind block" in told["err"]) == (0, True)
+        assert hashes(tmp_path / "o") == killed[1]
 
 
 @pytest.mark.parametrize(("first", "then"), [(True, True), (True, False), (False, True)])
-def test_states_on_disk_and_in_memory_are_interchangeable(first: bool, then: bool, model: Path, tmp_path: Path) -> None:
-    recipe = Recipe(passes=(Realign(), GPTQ(group=8)), calibration=FEW)
-    compress.run(model, recipe, tmp_path / "whole")
-    stopped(model, recipe, tmp_path / "o", behind=1, offload=first)
-    assert continued(model, recipe, tmp_path / "o", offload=then).told(RunResumed)
-    assert hashes(tmp_path / "o") == hashes(tmp_path / "whole")
+def test_states_on_disk_and_in_memory_are_interchangeable(
+    first: bool, then: bool, model: Path, tmp_path: Path, whole: Any
+) -> None:
+    stopped(model, KINDS["twins"], tmp_path / "o", behind=1, offload=first)
+    assert continued(model, KINDS["twins"], tmp_path / "o", offload=then).told(RunResumed)
+    assert hashes(tmp_path / "o") == whole("twins")
 
 
 def test_offloaded_states_are_not_copied(model: Path, tmp_path: Path) -> None:
@@ -367,16 +380,15 @@ def test_a_model_whose_blocks_share_keys_and_values_goes_on(tiny_llama: Path, tm
 
 
 def test_what_cannot_be_stored_is_said_and_done_again(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halfway: Any
 ) -> None:
     recipe = Recipe(passes=PASSES, calibration=FEW)
-    compress.run(model, recipe, tmp_path / "whole")
     monkeypatch.setattr(Travellers, "opaque", "Cache")
     stopped(model, recipe, tmp_path / "o", behind=1)
     heard = continued(model, recipe, tmp_path / "o")
     assert "hands a Cache from block to block" in heard.told(ResumeUnavailable)[0].reason
     assert [event.index for event in heard.told(BlockStarted)] == [0, 1, 2]
-    assert hashes(tmp_path / "o") == hashes(tmp_path / "whole")
+    assert hashes(tmp_path / "o") == halfway[1]
 
 
 def test_a_mixture_of_experts_goes_on(tmp_path: Path, tiny_llama: Path) -> None:
@@ -524,26 +536,27 @@ def cut(path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_never_used(
-    name: str, damage: Callable[[Path], None], own: Path, model: Path, halfway: Any
+    name: str, damage: Callable[[Path], None], own: Path, model: Path, halfway: Any, tally: Tally
 ) -> None:
     damage(own / name)
-    heard = continued(model, Recipe(passes=PASSES, calibration=FEW), own.with_name("o"))
+    with tally("damage", "a record, state, shard or identity of a stopped run"):
+        heard = continued(model, Recipe(passes=PASSES, calibration=FEW), own.with_name("o"))
+        assert [event.index for event in heard.told(BlockStarted)] == [0, 1, 2]
+        assert hashes(own.with_name("o")) == halfway[1]
     if (name, damage) == ("records/00002.json", Path.unlink):  # as if it had never been written
         assert heard.told(RunRestarted)[0].reason.endswith("00001.safetensors is missing or damaged")
     else:
         assert Path(name).name in heard.told(RunRestarted)[0].reason or damage is Path.unlink
-    assert [event.index for event in heard.told(BlockStarted)] == [0, 1, 2]
-    assert hashes(own.with_name("o")) == halfway[1]
 
 
-def test_a_damaged_offloaded_state_is_never_used(model: Path, tmp_path: Path) -> None:
+def test_a_damaged_offloaded_state_is_never_used(model: Path, tmp_path: Path, halfway: Any, tally: Tally) -> None:
     recipe = Recipe(passes=PASSES, calibration=FEW)
-    compress.run(model, recipe, tmp_path / "whole")
     partial = stopped(model, recipe, tmp_path / "o", offload=True)
     flip(next(partial.rglob("batch-*")))
-    heard = continued(model, recipe, tmp_path / "o", offload=True)
-    assert "is missing or damaged" in heard.told(RunRestarted)[0].reason
-    assert hashes(tmp_path / "o") == hashes(tmp_path / "whole")
+    with tally("damage", "an offloaded state of a stopped run"):
+        heard = continued(model, recipe, tmp_path / "o", offload=True)
+        assert "is missing or damaged" in heard.told(RunRestarted)[0].reason
+        assert hashes(tmp_path / "o") == halfway[1]
 
 
 def test_another_shape_than_before_starts_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,11 @@ def test_what_is_edited_is_valid_at_first(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
-@settings(max_examples=60)
-@given(data=st.binary(max_size=60))
-def test_any_bytes_are_read_or_refused(name: str, data: bytes) -> None:
-    targets.held(targets.TARGETS[name], data)
+def test_any_bytes_are_read_or_refused(name: str, tally: Any) -> None:
+    @settings(max_examples=60)
+    @given(data=st.binary(max_size=60))
+    def once(data: bytes) -> None:
+        with tally("fuzz", f"executions of {name}"):
+            targets.held(targets.TARGETS[name], data)
+
+    once()

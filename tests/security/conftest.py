@@ -1,4 +1,4 @@
-"""What hostile input may cost, and how often it was refused: printed when the suite ends."""
+"""What hostile input may cost, and how it is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from compress import CompressError
 
 MEMORY = 1 << 30  # bytes of address space that an attempt may add to those of this process
 SECONDS = 60  # of computing; a machine may be busy
-COUNTS: Counter[str] = Counter()
 Json = dict[str, Any]
 Edit = Callable[[Json], object]
 
@@ -53,33 +51,20 @@ def bounded() -> Any:
 
 
 @pytest.fixture
-def refuse(tmp_path: Path) -> Callable[..., str]:
+def refuse(tmp_path: Path, tally: Any) -> Callable[..., str]:
     """`refuse(attempt)`: the message, which must be one visible line of a CompressError; nothing new may lie about."""
 
-    def check(attempt: Callable[[], object], kind: str = "input") -> str:
+    def check(attempt: Callable[[], object], kind: str, what: str) -> str:
         before = sorted(tmp_path.rglob("*"))
-        COUNTS[f"{kind} tried"] += 1
-        with bounds(), pytest.raises(CompressError) as caught:
-            attempt()
-        message = str(caught.value)
-        assert message and message.isprintable() and len(message) <= 2000
-        assert sorted(tmp_path.rglob("*")) == before
-        COUNTS[f"{kind} refused"] += 1
+        with tally(kind, what):
+            with bounds(), pytest.raises(CompressError) as caught:
+                attempt()
+            message = str(caught.value)
+            assert message and message.isprintable() and len(message) <= 2000
+            assert sorted(tmp_path.rglob("*")) == before
         return message
 
     return check
-
-
-@pytest.fixture
-def count() -> Counter[str]:
-    """What was tried and what was refused, by kind."""
-    return COUNTS
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The numbers of SECURITY.md."""
-    for name, number in sorted(COUNTS.items()):
-        terminalreporter.write_line(f"{name}: {number}")
 
 
 @pytest.fixture

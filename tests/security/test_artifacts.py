@@ -29,7 +29,7 @@ def refused(folder: Path, refuse: Refuse) -> str:
     """The message of loading; verifying and exporting are refused too."""
     out = folder.parent / "out"
     ways = [lambda: compress.load(folder), lambda: verify(folder), lambda: export_dense(folder, out)]
-    said = [refuse(way, "artifacts") for way in ways]  # all of them
+    said = [refuse(way, "bad input", "hostile artifacts and deltas") for way in ways]  # all of them
     return next(iter(said))
 
 
@@ -281,7 +281,7 @@ def test_tensors_that_are_not_there(what: str, change: Any, refuse: Refuse) -> N
 def test_a_cache_that_cannot_be(kv: object, own_artifact: Path, sign: Any, refuse: Refuse, edit_json: Any) -> None:
     edit_json(own_artifact / "config.json", lambda config: config["quantization_config"].update(kv=kv))
     sign(own_artifact)
-    refuse(lambda: compress.load(own_artifact), "artifacts")
+    refuse(lambda: compress.load(own_artifact), "bad input", "hostile artifacts and deltas")
 
 
 @pytest.mark.parametrize("version", ["1", 2, None, 1.5, [1]])
@@ -313,7 +313,7 @@ PROVENANCE: dict[str, Callable[[Spec], object]] = {
 @pytest.mark.parametrize("what", PROVENANCE)
 def test_a_provenance_that_lies(what: str, own_artifact: Path, refuse: Refuse, edit_json: Any, cli: Any) -> None:
     edit_json(own_artifact / "compress.json", PROVENANCE[what])
-    refuse(lambda: verify(own_artifact), "artifacts")
+    refuse(lambda: verify(own_artifact), "bad input", "hostile artifacts and deltas")
     code, _, said = cli("verify", own_artifact)
     assert code in (2, 4) and said.startswith("error: ") and said.count("\n") == 1
 
@@ -369,14 +369,16 @@ def test_a_delta_with_a_lying_base_hash(
         lambda: compress.load_tenants(tiny_llama, {"one": folder}).load("one"),
     ]
     for way in ways:
-        refuse(way, "artifacts")
+        refuse(way, "bad input", "hostile artifacts and deltas")
 
 
 def test_a_base_that_was_changed_is_refused(delta: Path, single: Path, refuse: Refuse) -> None:
     content = bytearray((single / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (single / "model.safetensors").write_bytes(content)
-    assert "is not the base of" in refuse(lambda: compress.load(delta, base=single), "artifacts")
+    assert "is not the base of" in refuse(
+        lambda: compress.load(delta, base=single), "bad input", "hostile artifacts and deltas"
+    )
 
 
 def test_an_untouched_delta_is_not_refused(delta: Path, tiny_llama: Path) -> None:

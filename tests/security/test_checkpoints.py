@@ -35,7 +35,7 @@ def attempts(folder: Path) -> list[Callable[[], object]]:
 
 def refused(folder: Path, refuse: Refuse) -> str:
     """The message of a run; every other way of opening the folder is refused too."""
-    said = [refuse(way, "checkpoints") for way in attempts(folder)]  # all of them
+    said = [refuse(way, "bad input", "hostile checkpoints") for way in attempts(folder)]  # all of them
     return next(iter(said))
 
 
@@ -287,7 +287,9 @@ def test_code_of_an_unknown_model_is_not_run(single: Path, canary: Path, refuse:
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_kernels_of_a_repository_are_not_fetched(key: str, single: Path, refuse: Refuse, edit_json: Any) -> None:
     edit_json(single / "config.json", lambda config: config.update({key: "someone/evil-kernels"}))
-    assert "names an attention or experts implementation" in refuse(lambda: compress.load(single), "checkpoints")
+    assert "names an attention or experts implementation" in refuse(
+        lambda: compress.load(single), "bad input", "hostile checkpoints"
+    )
 
 
 @pytest.mark.parametrize(

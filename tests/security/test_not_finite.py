@@ -22,7 +22,11 @@ VALUES = [float("nan"), float("inf"), -float("inf")]
 
 
 def stopped(model: Path, passes: list[Pass], refuse: Refuse) -> str:
-    return refuse(lambda: compress.run(model, passes, model.parent / "out", calibration=FEW), "not finite")
+    return refuse(
+        lambda: compress.run(model, passes, model.parent / "out", calibration=FEW),
+        "fault",
+        "NaN or infinity at a stage",
+    )
 
 
 def edit(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -55,7 +59,11 @@ def test_in_a_statistic(tiny_llama: Path, tmp_path: Path, refuse: Refuse, monkey
     from compress.stats import ColumnNorm
 
     monkeypatch.setattr(ColumnNorm, "value", lambda self: torch.full_like(self.square_I, float("nan")).float())
-    said = refuse(lambda: compress.run(tiny_llama, [Wanda()], tmp_path / "out", calibration=FEW), "not finite")
+    said = refuse(
+        lambda: compress.run(tiny_llama, [Wanda()], tmp_path / "out", calibration=FEW),
+        "fault",
+        "NaN or infinity at a stage",
+    )
     assert "the ColumnNorm of its input is not finite" in said and "model.layers.0.self_attn" in said
 
 
@@ -86,7 +94,9 @@ def test_in_the_logits_of_the_last_check(
 
     real = RuntimeWalk.replay
     monkeypatch.setattr(RuntimeWalk, "replay", lambda self, *given: real(self, *given).fill_(value))
-    said = refuse(lambda: compress.run(tiny_llama, [Magnitude()], tmp_path / "out"), "not finite")
+    said = refuse(
+        lambda: compress.run(tiny_llama, [Magnitude()], tmp_path / "out"), "fault", "NaN or infinity at a stage"
+    )
     assert "the reloaded model's logits are off" in said
 
 
@@ -98,7 +108,7 @@ def test_in_the_logits_of_the_compressed_model(
 
     real = Walk.leave
     monkeypatch.setattr(Walk, "leave", lambda self, travellers: real(self, travellers).fill_(value))
-    refuse(lambda: compress.run(tiny_llama, [Magnitude()], tmp_path / "out"), "not finite")
+    refuse(lambda: compress.run(tiny_llama, [Magnitude()], tmp_path / "out"), "fault", "NaN or infinity at a stage")
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -108,7 +118,9 @@ def test_in_a_scale_of_an_artifact(value: float, own_artifact: Path, sign: Any, 
     tensors[next(n for n in tensors if n.startswith(SITE) and "scale" in n)].view(-1)[0] = value
     save_file(tensors, shard, metadata={"format": "pt"})
     sign(own_artifact)
-    assert f"{SITE} decodes to values that are not finite" in refuse(lambda: verify(own_artifact), "not finite")
+    assert f"{SITE} decodes to values that are not finite" in refuse(
+        lambda: verify(own_artifact), "fault", "NaN or infinity at a stage"
+    )
 
 
 def test_a_pass_without_poison_is_kept(single: Path) -> None:

@@ -63,24 +63,24 @@ TEXTS: dict[str, str] = {
 def test_a_hostile_recipe(text: str, tmp_path: Path, refuse: Refuse, canary: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(TEXTS[text].replace("CANARY", str(canary)), encoding="utf-8")
-    refuse(lambda: load(path), "recipes")
+    refuse(lambda: load(path), "bad input", "hostile recipes")
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe\x00", b"\x80\x04\x95c__main__\n", GOOD.encode("utf-16"), b"\xed\xa0\x80"])
 def test_bytes_that_are_no_text(raw: bytes, tmp_path: Path, refuse: Refuse) -> None:
     (tmp_path / "r.yaml").write_bytes(raw)
-    refuse(lambda: load(tmp_path / "r.yaml"), "recipes")
+    refuse(lambda: load(tmp_path / "r.yaml"), "bad input", "hostile recipes")
 
 
 def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path, refuse: Refuse) -> None:
     with (tmp_path / "r.yaml").open("wb") as file:
         file.truncate(1 << 40)
-    assert "larger than" in refuse(lambda: load(tmp_path / "r.yaml"), "recipes")
+    assert "larger than" in refuse(lambda: load(tmp_path / "r.yaml"), "bad input", "hostile recipes")
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../../../etc/passwd", "x" * 5000, "a\0b", ""])
 def test_a_place_that_is_no_recipe(name: str, refuse: Refuse) -> None:
-    refuse(lambda: load(name), "recipes")
+    refuse(lambda: load(name), "bad input", "hostile recipes")
 
 
 STRANGE = [float("nan"), float("inf"), -float("inf"), 1e308, -1, 10**30, -(10**30), "", "x" * 10_000, "\x1b[31m",
@@ -89,17 +89,17 @@ STRANGE = [float("nan"), float("inf"), -float("inf"), 1e308, -1, 10**30, -(10**3
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_no_option_of_any_pass_breaks_on_a_strange_value(name: str, count: Any) -> None:
+def test_no_option_of_any_pass_breaks_on_a_strange_value(name: str, tally: Any) -> None:
     """Some values are allowed; every other one is a RecipeError."""
     for option in fields(PASSES[name]):
         for value in STRANGE:
-            count["options tried"] += 1
-            try:
-                from_dict({"passes": [{name: {option.name: value}}]})
-            except compress.RecipeError as error:
-                assert str(error).isprintable()
-            else:
-                assert value == value, f"{name}.{option.name} takes NaN"
+            with tally("bad input", "strange values of options, refused or allowed by the option"):
+                try:
+                    from_dict({"passes": [{name: {option.name: value}}]})
+                except compress.RecipeError as error:
+                    assert str(error).isprintable()
+                else:
+                    assert value == value, f"{name}.{option.name} takes NaN"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,11 @@ def test_a_recipe_that_reads_what_is_no_text(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(single.parent)  # "." is a folder of this test, not a checkout with its environment
     calibration = compress.Calibration(data=data, samples=4, length=32)
-    refuse(lambda: compress.run(single, [compress.Wanda()], single.parent / "out", calibration=calibration), "recipes")
+    refuse(
+        lambda: compress.run(single, [compress.Wanda()], single.parent / "out", calibration=calibration),
+        "bad input",
+        "hostile recipes",
+    )
 
 
 @pytest.mark.parametrize("text", ["an object", "an alias bomb", "9000 passes", "an escape", "1e400"])
