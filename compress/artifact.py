@@ -359,14 +359,16 @@ def padded(matrix: Tensor, rows: int) -> Tensor:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """One sha256 of all tensors of a model: names, dtypes, shapes and bytes, however they are spread over files.
 
-    Reads the model once; then it is remembered for as long as the files stay as they are.
+    Reads the model once; then it is remembered for as long as the files stay as they are. Their own dates do not tell,
+    which anybody may set, nor does a clock that was set back: the kernel's note of the last change does.
     """
-    shards = sorted(set(checkpoint.files.values()))
-    return _fingerprint(checkpoint.path, tuple((str(s), s.stat().st_mtime_ns, s.stat().st_size) for s in shards))
+    shards = [(str(path), path.stat()) for path in sorted(set(checkpoint.files.values()))]
+    stamps = tuple((name, found.st_ino, found.st_ctime_ns, found.st_size) for name, found in shards)
+    return _fingerprint(checkpoint.path, stamps)
 
 
 @lru_cache(maxsize=64)
-def _fingerprint(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
+def _fingerprint(path: Path, stamps: tuple[tuple[str, int, int, int], ...]) -> str:
     del stamps
     return content_hash(Checkpoint(path))
 

@@ -6,6 +6,7 @@ built, never downloaded; their sizes are odd on purpose (width 48, inner 72, voc
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -293,9 +294,52 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(f"| {kind} | {what} | {tried:,} | {held:,} |")
 
 
+OVERRIDE = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: what lets root ignore the modes of files
+VERSION_3 = 0x20080522  # of the structure, linux/capability.h
+
+
+@contextmanager
+def obeying_modes() -> Iterator[None]:
+    """Inside, this thread may write only where modes allow it, whoever runs the tests."""
+    libc, head, before = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(VERSION_3, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(head, before) == 0
+    less = (ctypes.c_uint32 * 6)(*before)
+    less[0] &= ~OVERRIDE  # the effective ones; what is permitted stays, so that it can be taken back
+    assert libc.capset(head, less) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(head, before) == 0
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """Inside, no file of the folder, nor the folder itself, may be written."""
+    paths = [folder, *folder.rglob("*")]
+    modes = {path: path.stat().st_mode for path in paths}
+    for path in reversed(paths):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        with obeying_modes():
+            with pytest.raises(PermissionError):  # so that the test can fail
+                (folder / "x").touch()
+            yield
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
+
+
+@pytest.fixture
+def read_only() -> Callable[[Path], AbstractContextManager[None]]:
+    """`with read_only(folder):` nothing in it may be written, by root neither."""
+    return unwritable
+
+
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Callable[..., Any]]:
+def forks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """`forks(**order)`: the answer of `forks.py`, one process that has everything imported and forks for each order."""
+    first = tmp_path_factory.mktemp("first")
+    (first / "recipe.yaml").write_text("passes: [{rtn: {group: 8}}]\n")
     command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
@@ -305,9 +349,9 @@ def forks() -> Iterator[Callable[..., Any]]:
             process.stdin.flush()
             return json.loads(process.stdout.readline())
 
+        order(here=True, model=tiny_llama, recipe=first / "recipe.yaml", out=first / "o")
         yield order
-        assert process.stdin is not None
-        process.stdin.close()
+        process.kill()  # its children are gone; leaving in order takes seconds
 
 
 # -- sites -----------------------------------------------------------------------------------------

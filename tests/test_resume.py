@@ -136,7 +136,7 @@ def killed(
         out.parent.mkdir(exist_ok=True)
         return dict(forks(model=model, recipe=recipe, out=out, **wanted))
 
-    assert order(place / "whole" / "o", here=True)["code"] == 0
+    assert order(place / "whole" / "o")["code"] == 0
     began = time.monotonic()
     steps = int(order(place / "counted" / "o")["said"])
     return order, hashes(place / "whole" / "o"), steps, time.monotonic() - began

@@ -174,7 +174,7 @@ def train(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
     steps = int(arguments.tokens / (arguments.batch * LENGTH))
     rules = optimizers(model, arguments.rate)
     objective = next_token_loss if arguments.eager else torch.compile(next_token_loss)
-    began, mean = time.time(), None
+    began, mean = time.monotonic(), None
     with (out / "training_log.jsonl").open("w") as log:
         for step, ids in enumerate(stream.batches(steps, arguments.batch), start=1):
             scale = min(1.0, step / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -193,7 +193,7 @@ def train(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
                 row: dict[str, Any] = {
                     "step": step,
                     "tokens": step * arguments.batch * LENGTH,
-                    "seconds": round(time.time() - began),
+                    "seconds": round(time.monotonic() - began),
                     "loss": round(mean, 4),
                     "exposures": round(stream.exposures / len(stream.facts), 1),
                 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -300,11 +301,12 @@ def distinct_names(folders: Sequence[Path], base: str) -> list[str]:
 
 
 def make(out: Path) -> None:
-    """Create the output folder; raises RecipeError if that cannot be done."""
+    """Create the output folder; raises RecipeError if that, or a file in it, cannot be done."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # now, and not when everything has been asked
     except OSError as error:
-        raise RecipeError(f"--out: {out} cannot be created: {error.strerror}") from error
+        raise RecipeError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
 def model_name(source: str | Path) -> str:
@@ -327,8 +329,13 @@ def fidelity_line(result: Results) -> str:
 
 
 def write(results: Sequence[Results], out: Path) -> None:
-    """Write every result with its samples, and the two reports."""
-    for result in results:
-        save(result, out / result.model.name.replace("/", "-"))
-    (out / "report.md").write_text(markdown(results), encoding="utf-8")
-    (out / "report.html").write_text(html(results), encoding="utf-8")
+    """Write every result with its samples, and the two reports; raises RecipeError if the disk refuses."""
+    try:
+        for result in results:
+            save(result, out / result.model.name.replace("/", "-"))
+        (out / "report.md").write_text(markdown(results), encoding="utf-8")
+        (out / "report.html").write_text(html(results), encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"--out: {out} cannot be written: {error.strerror}; what was asked is in the cache"
+        ) from error

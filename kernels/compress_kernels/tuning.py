@@ -98,7 +98,7 @@ def known(kind: str) -> Profile | None:
         return None
     except OSError as error:
         raise TuningError(f"{path}: cannot be read: {error.strerror}") from error
-    profile = _read(path, found.st_mtime_ns, found.st_size)
+    profile = _read(path, found.st_ino, found.st_ctime_ns, found.st_size)
     for what, here in (("device", device_name(kind)), ("torch", torch.__version__)):
         if getattr(profile, what) != here:
             raise TuningError(
@@ -125,7 +125,7 @@ def read(path: Path) -> Profile:
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, changed: int, size: int) -> Profile:
+def _read(path: Path, file: int, changed: int, size: int) -> Profile:
     """A file as it was when it changed last."""
     return read(path)
 
