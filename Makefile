@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 60
 READY := $(VENV)/.ready
 HAS_GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test check fuzz bench bench-gpu format clean
+.PHONY: demo test check fuzz reliability bench bench-gpu format clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +34,9 @@ check: $(READY)  ## format, lint, types and the quick tests, to stay under three
 fuzz: $(READY)  ## any bytes as recipe, headers, config and weights, for FUZZ_SECONDS; under atheris if pip installs it
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]" || echo 'no atheris here: under hypothesis'
 	$(BIN)/python tests/fuzz/run.py $(FUZZ_SECONDS)
+
+reliability: fuzz  ## the table of faults, bad input, damage and fuzzing: what was tried and what held
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m fault
 
 bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, caches, deltas, a 4 GB model, the recipes; takes hours
 	$(BIN)/python -m compress_kernels.bench

@@ -273,6 +273,14 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     request.node.user_properties.append(("attempts", [[*key, number] for key, number in counts.items()]))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what counts, so that `-m fault` prints the whole table and runs nothing else."""
+    for item in items:
+        if "tally" in getattr(item, "fixturenames", ()):
+            item.add_marker("fault")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up what a test counted, in whichever process it ran."""
     if report.when == "teardown":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,17 +24,17 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_json_goes_to_stdout_alone_and_the_reports_are_written(artifact: Path, tmp_path: Path) -> None:
+def test_json_goes_to_stdout_alone_and_the_reports_are_written(artifact: Path, forks: Any, tmp_path: Path) -> None:
     """In a process of its own: what lm-eval and its workers say is not ours to catch in this one."""
-    arguments = [artifact, "--limit", 8, "--out", tmp_path / "e", "--json"]
-    command = [sys.executable, "-m", "compress", "eval", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    dense, small = json.loads(done.stdout)["results"]
+    (tmp_path / "text.txt").write_text(evaluation_text()[:SHORTEST])
+    asked = ["--limit", "8", "--noise", "4", "--text", tmp_path / "text.txt"]
+    [done] = forks(lines=[["eval", artifact, *asked, "--out", tmp_path / "e", "--json"]])
+    assert done["code"] == 0, done["err"]
+    dense, small = json.loads(done["out"])["results"]
     assert (dense["model"]["name"], small["model"]["name"]) == ("builtin", "small")
     assert small["vs"]["tasks"]["facts_trained"]["paired"]["n"] == 8
     n = len(FACTS.tasks)
-    assert f"{n}/{n}" in done.stderr
+    assert f"{n}/{n}" in done["err"]
     assert "</html>" in (tmp_path / "e" / "report.html").read_text()
     assert "facts" in (tmp_path / "e" / "report.md").read_text().lower()
 
@@ -43,7 +42,8 @@ def test_json_goes_to_stdout_alone_and_the_reports_are_written(artifact: Path, t
 @pytest.mark.slow
 def test_the_table_names_the_tasks_and_the_verdicts(cli: Run, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(evaluation_text()[:SHORTEST])
-    code, out, err = cli("eval", artifact, "--limit", 8, "--text", tmp_path / "text.txt", "--out", tmp_path / "e")
+    asked = ("--limit", 8, "--tasks", "facts_trained,facts_mc", "--text", tmp_path / "text.txt")
+    code, out, err = cli("eval", artifact, *asked, "--out", tmp_path / "e")
     assert code == 0, err
     assert "Facts, trained wording (n=8)" in out
     assert "inconclusive" in out
@@ -90,6 +90,18 @@ def test_what_cannot_be_asked_is_one_line_and_asks_nothing(
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
     assert said in err
     assert not (tmp_path / "e").exists()
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_asked(
+    cli: Run, artifact: Path, tmp_path: Path, read_only: Any, tally: Any
+) -> None:
+    (tmp_path / "e").mkdir()
+    options = ("--out", tmp_path / "e", "--cache", tmp_path / "cache")
+    with tally("fault", "a place that may not be written"), read_only(tmp_path / "e"):
+        code, out, err = cli("eval", artifact, *options)
+        assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
+        assert "--out: " in err and "cannot be written: Permission denied" in err
+        assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
 def test_the_tasks_are_listed_with_their_sizes_and_what_they_lack(cli: Run) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +56,36 @@ def timeless(path: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_at_the_next_task(artifact: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_at_the_next_task_and_two_share_a_cache(
+    artifact: Path, forks: Any, tally: Any, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    command = [sys.executable, "-m", "compress", "eval", artifact, "--tasks", ",".join(TASKS), "--limit", "8",
-               "--noise", "4", "--text", tmp_path / "text.txt", "--out"]  # fmt: skip
+    line = ["eval", artifact, "--tasks", ",".join(TASKS), "--limit", "4", "--noise", "4",
+            "--text", tmp_path / "text.txt", "--out"]  # fmt: skip
     stored = tmp_path / "killed" / "cache" / "answers"
-    process = subprocess.Popen([*command, tmp_path / "killed"], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(stored.glob("*.json.gz"))) < 2:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in stored.glob("*.json.gz")}
-    assert 2 <= len(before) < 9  # of three tasks, asked of two models, and once more of the dense one
-    assert not (tmp_path / "killed" / "builtin").exists()
-    subprocess.run([*command, tmp_path / "killed"], check=True, capture_output=True)
-    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
+    imports = ["compress_evals", "lm_eval.models.huggingface", "lm_eval.tasks"]
+    with tally("fault", "SIGKILL of an evaluation"):
+        [told] = forks(
+            lines=[[*line, tmp_path / "killed"]], imports=imports, signals=[signal.SIGKILL], place=stored,
+            pattern="*.json.gz", count=2,
+        )  # fmt: skip
+        assert told["code"] == -signal.SIGKILL
+        before = {path: path.stat().st_mtime_ns for path in stored.glob("*.json.gz")}
+        assert 2 <= len(before) < 9  # of three tasks, asked of two models, and once more of the dense one
+        assert not (tmp_path / "killed" / "builtin").exists()
+    with tally("fault", "evaluations at once with one cache"):
+        beside = [*line, tmp_path / "beside", "--cache", stored.parent]
+        told, other = forks(lines=[[*line, tmp_path / "killed"], beside])
+        assert (told["code"], other["code"]) == (0, 0), told["err"] + other["err"]
+        assert not list(tmp_path.rglob("*.partial*"))
+    [told] = forks(lines=[[*line, tmp_path / "whole"]])
     after = {path: path.stat().st_mtime_ns for path in stored.glob("*.json.gz")}
     assert len(after) == 9 and before.items() <= after.items()  # what was there was not asked again
-    for name in ("builtin", "small"):
-        ours, theirs = (tmp_path / out / name / "results.json" for out in ("killed", "whole"))
-        assert timeless(ours) == timeless(theirs)
-        assert load(ours).rows == load(theirs).rows
+    for out in ("killed", "beside"):
+        for name in ("builtin", "small"):
+            ours, theirs = (tmp_path / folder / name / "results.json" for folder in (out, "whole"))
+            assert timeless(ours) == timeless(theirs)
+            assert load(ours).rows == load(theirs).rows
 
 
 @pytest.mark.slow
@@ -151,13 +156,14 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
 def test_a_model_against_itself_matches_everywhere_and_a_ruined_one_fails(tmp_path: Path) -> None:
     same = shutil.copytree(BUILTIN, tmp_path / "same")
     ruined = compress.run("builtin", [Magnitude(sparsity=0.7)], tmp_path / "ruined").out
-    _, itself, pruned = evaluate_folders([same, ruined], "builtin", limit=200, text=TEXT)
+    closed = ["facts_trained", "facts_question", "facts_cloze"]
+    asked = [*closed, "facts_mc", "facts_context1", "facts_copy"]  # one of each family with short prompts
+    _, itself, pruned = evaluate_folders([same, ruined], "builtin", only=asked, limit=200, text=TEXT)
     assert {cell.paired.verdict for cell in itself.vs.tasks.values()} == {"matching"}
     assert sum(cell.paired.lost + cell.paired.gained for cell in itself.vs.tasks.values()) == 0
     assert (itself.vs.fidelity.kl.value, itself.vs.fidelity.top1) == (0.0, 1.0)
-    closed = {name for name, cell in pruned.vs.tasks.items() if cell.family == "closed book"}
     assert {pruned.vs.tasks[name].paired.verdict for name in closed} == {"fails"}
-    assert len(closed) == 3
+    assert itself.vs.tasks.keys() == set(asked)
 
 
 @pytest.mark.slow

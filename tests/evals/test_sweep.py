@@ -349,9 +349,9 @@ run(load(file), out)
 ORPHAN = "from compress_evals.sweep.cell import end_with_parent\nend_with_parent()\n" + STUB
 
 
-def drive(sweep: Path, out: Path) -> subprocess.Popen[bytes]:
+def drive(stub: str, sweep: Path, out: Path) -> subprocess.Popen[bytes]:
     """A sweep in a process of its own, once its second cell has begun."""
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, ORPHAN, str(sweep), str(out)])
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, stub, str(sweep), str(out)])
     until = time.monotonic() + 60
     while not ((out / "calls").exists() and len(calls(out)) == 2):
         assert time.monotonic() < until and process.poll() is None
@@ -361,22 +361,26 @@ def drive(sweep: Path, out: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_sweep_goes_on_where_it_was_ended(
-    how: signal.Signals, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: signal.Signals, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Any
 ) -> None:
     file, out = written("- {name: m, recipe: magnitude-50, set: {passes.0.sparsity: [0.1, 0.8, 0.2]}}"), tmp_path / "o"
-    process = drive(file, out)
+    process = drive(ORPHAN if how == signal.SIGKILL else STUB, file, out)
     monkeypatch.setattr(records, "PATIENCE", 0.3)
     sweep = load(file)
-    with pytest.raises(RecipeError, match=f"another sweep is running .* .process {process.pid}"):
+    with (
+        tally("fault", "sweeps at once in one folder"),
+        pytest.raises(RecipeError, match=f"another sweep is running .* .process {process.pid}"),
+    ):
         run(sweep, out)
-    process.send_signal(how)
-    process.wait(timeout=30)
-    assert [p.state for p in plan(sweep, out)] == ["done", "new", "new"]
-    monkeypatch.setattr(records, "PATIENCE", 20.0)  # until the orphan is gone
-    (tmp_path / "stub.py").write_text(STUB.replace("time.sleep(60)", "pass"))
-    monkeypatch.setattr(running, "command", lambda work: [sys.executable, str(tmp_path / "stub.py"), str(work)])
-    assert run(sweep, out).ran == ("m-sparsity=0.8", "m-sparsity=0.2")
-    assert not list(out.glob("cells/*/work"))
+    with tally("fault", "SIGKILL or Ctrl-C of a sweep"):
+        process.send_signal(how)
+        process.wait(timeout=30)
+        assert [p.state for p in plan(sweep, out)] == ["done", "new", "new"]
+        monkeypatch.setattr(records, "PATIENCE", 20.0)  # until the orphan is gone
+        (tmp_path / "stub.py").write_text(STUB.replace("time.sleep(60)", "pass"))
+        monkeypatch.setattr(running, "command", lambda work: [sys.executable, str(tmp_path / "stub.py"), str(work)])
+        assert run(sweep, out).ran == ("m-sparsity=0.8", "m-sparsity=0.2")
+        assert not list(out.glob("cells/*/work"))
 
 
 # -- one that is real -------------------------------------------------------------------------------------
