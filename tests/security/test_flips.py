@@ -62,7 +62,7 @@ def test_every_flipped_bit_is_found(sealed: Path, tally: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", [1, 2])
 def test_many_more_flipped_bits_are_found(seed: int, sealed: Path, tally: Any) -> None:
     chance = random.Random(seed)
     flip(sealed, tally, lambda bits: [chance.randrange(bits) for _ in range(5 * FLIPS)])
