@@ -134,13 +134,15 @@ def run(
 ) -> Report:
     """Compress `model` (a folder, `builtin`, or None for the recipe's own) by `recipe` into the folder `out`.
 
-    `recipe` is a Recipe, a recipe file or name, or a list of passes. Raises CompressError children; if the recipe
-    has an `accept` rule and it is broken, AcceptanceError, with the artifact left in place for inspection.
+    `recipe` is a Recipe, a recipe file or name, or a list of passes. In processes that torchrun has started, they work
+    together and each returns the report. Raises CompressError children; if the recipe has an `accept` rule and it is
+    broken, AcceptanceError, with the artifact left in place for inspection.
     """
     from dataclasses import replace
 
     from compress import driver
     from compress import recipe as recipes
+    from compress.team import joined
 
     if isinstance(recipe, (str, Path)):
         recipe = recipes.load(recipe)
@@ -155,11 +157,13 @@ def run(
         raise RecipeError("model: the recipe names no model and none was given")
     if recipe.accept:
         require_evals()
-    report = driver.compress(
-        source, recipe, out, emit=emit or (lambda event: None), device=device, force=force, **options
-    )
-    if recipe.accept:
-        accept(report.out, source, recipe.accept, device, recipe.delta.base if recipe.delta else None)
+    with joined(device) as team:
+        report = driver.compress(
+            source, recipe, out, emit=emit or (lambda event: None), device=device, force=force, **options
+        )
+        if recipe.accept:
+            rule, base = recipe.accept, recipe.delta.base if recipe.delta else None
+            team.first(lambda: accept(report.out, source, rule, team.placed(device), base))
     return report
 
 

@@ -1,7 +1,7 @@
 """The command line: parsing, calling, printing. Results go to stdout, progress and errors to stderr.
 
 Exit codes: 0 ok, 1 `diff` found a difference, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed,
-6 some cells of a sweep failed, 130 interrupted.
+6 some cells of a sweep failed, 7 another process of the run was lost, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from compress.commands.sweep import sweep
 from compress.commands.tasks import tasks
 from compress.commands.tune import tune
 from compress.errors import CompressError, RecipeError, out_of_memory
+from compress.team import spokesman
 
 app = typer.Typer(
     name="compress",
@@ -91,32 +92,37 @@ def run(
 ) -> None:
     """Compress a model by a recipe into a new folder, verified before it is put in place.
 
-    Run again after it was stopped or killed, it goes on behind the last finished block.
+    Run again after it was stopped or killed, it goes on behind the last finished block. Started by
+    `torchrun --nproc-per-node N -m compress run ...`, N processes share the work.
     """
     import compress
     from compress import events
     from compress import recipe as recipes
     from compress.console import Progress
     from compress.model.memory import release_early
+    from compress.team import joined
 
     release_early()
-    loaded = recipes.load(recipe, changes or [])
     target = out if out is not None else Path("out") / Path(recipe).name.removesuffix(".yaml")
-    sinks: list[events.Sink] = [Progress(screen())]
-    if log is not None:
-        sinks.append(events.jsonl(log))  # created now: a place that cannot be written is refused before the work
-    report = compress.run(
-        model,
-        loaded,
-        target,
-        emit=events.fan_out(sinks),
-        device=device,
-        force=force,
-        shard_size=bytes_of(shard_size, "--shard-size"),
-        offload=offload,
-        dequantize=dequantize,
-        restart=restart,
-    )
+    with joined(device, once=True) as team:
+        loaded = recipes.load(recipe, changes or [])
+        sinks: list[events.Sink] = [Progress(screen())]
+        if log is not None and team.chief:
+            sinks.append(events.jsonl(log))  # created now: a place that cannot be written is refused before the work
+        report = compress.run(
+            model,
+            loaded,
+            target,
+            emit=events.fan_out(sinks),
+            device=device,
+            force=force,
+            shard_size=bytes_of(shard_size, "--shard-size"),
+            offload=offload,
+            dequantize=dequantize,
+            restart=restart,
+        )
+    if not team.chief:
+        return
     touched = sum(report.coverage.touched.values())
     coverage = {"touched": touched, "missed": report.coverage.missed, "untouched": report.coverage.reasons()}
     result({**{k: v for k, v in asdict(report).items() if k != "coverage"}, "coverage": coverage}, as_json)
@@ -354,9 +360,10 @@ def passes(as_json: Json = False) -> None:
     result({"passes": rows}, as_json, passes_table(rows))
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr and an exit code."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
+def fail(message: str, code: int, once: bool = False) -> NoReturn:
+    """One line on stderr and an exit code; with `once` the line of the first process is enough for all."""
+    if not once or spokesman():
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
     raise SystemExit(code)
 
 
@@ -379,11 +386,11 @@ def main() -> None:
             raise
         fail(f"out of memory: {str(error).strip().splitlines()[0][:160]}; --offload, fewer or shorter samples help", 3)
     except UsageError as error:  # an unknown option, a missing argument
-        fail(error.format_message(), 2)
+        fail(error.format_message(), 2, once=True)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code
-        fail("interrupted; nothing is left half-written", code)
+        fail("interrupted; nothing is left half-written", code, once=True)
     raise SystemExit(code)
 
 

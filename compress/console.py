@@ -67,9 +67,10 @@ class Progress:
         """Render an event."""
         match event:
             case RunStarted():
+                together = f"; {event.processes} processes" if event.processes > 1 else ""
                 self.console.print(
                     f"[bold]{escape(event.model)}[/]: {event.blocks} blocks, {event.sites} sites; "
-                    f"{escape(' -> '.join(event.steps))}; calibration: {escape(event.calibration)}"
+                    f"{escape(' -> '.join(event.steps))}; calibration: {escape(event.calibration)}{together}"
                 )
                 left = ", ".join(f"{count:,} ({escape(reason)})" for reason, count in event.untouched.items())
                 self.console.print(f"  [dim]parameters left alone: {left or 'none'}[/]")

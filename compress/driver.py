@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
@@ -44,7 +44,7 @@ from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.travellers import Travellers, batched
 from compress.model.walk import Walk
 from compress.model.whole import Whole
-from compress.passes.base import needs_twins, windows_at_once
+from compress.passes.base import BlockPass, needs_twins, windows_at_once
 from compress.passes.budget import Budgets, allocations
 from compress.passes.manager import PassManager, ignore
 from compress.picture import picture
@@ -54,6 +54,7 @@ from compress.runtime.kv import check as check_cache
 from compress.runtime.latent import is_factored
 from compress.shards import SHARD_SIZE, Entry
 from compress.sources import open_source
+from compress.team import Team, joined
 from compress.texts import HUB
 from compress.verification import check_whole
 from compress.writer import PICTURE, ArtifactWriter, Part, Stored
@@ -95,46 +96,34 @@ def compress(
 
     Shards hold at most `shard_size` bytes. With `offload`, the hidden states of calibration windows lie beside `out`
     on disk instead of in memory. With `dequantize`, a model that a known method has quantized is decoded first. What
-    a stopped run has left in `out`.partial is gone on with, and thrown away with `restart`.
+    a stopped run has left in `out`.partial is gone on with, and thrown away with `restart`. Of processes that torchrun
+    has started, each does its share; the first alone writes and emits events, and all return the same.
 
     Raises CompressError children for everything a user can cause; `out` is then as it was before.
     """
     began = time.monotonic()
-    source = open_source(locate(model), dequantize)
-    target = free_place(Path(out), source.path, force)
-    with Journal(target, emit, restart) as journal:  # first of all: a place that cannot be written costs no time
-        free_place(target, source.path, force)  # once more: what was there before may have been put back
-        held = journal.nbytes
-        check_disk(target, source, held)
-        walk = Walk(source.config, source, dtype_of(source.config), usable(device))
-        walk.fit.tell = lambda windows: emit(BatchHalved(windows=windows))
-        check_tensors(walk, source)
-        beside = against(recipe.delta, source, walk) if recipe.delta else None
-        if beside:
-            free_place(target, beside.base.path, force)
-            walk.base = beside.base
-        planned, shaped = outline(walk, source, recipe)
-        check_disk(target, shaped, held)
-        covered = plan(planned, recipe)
-        if recipe.kv:
-            check_cache(planned.model, recipe.kv, to_factor(planned, recipe))
-        tokens = tokens_for(walk, source.path, recipe)
-        job = Job(
-            source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, journal=journal,
-            beside=beside,
-        )  # fmt: skip
-        journal.match(job.identity(shard_size=shard_size, dequantize=dequantize))
-        if not journal.done:  # else an earlier run has looked at the very same bytes
-            check_values(walk, source)
-            if beside:
-                check_values(walk, beside.base)
-            if str(source.config.get("model_type")) not in TESTED:
-                prove(walk, tokens)
-        if offload:
-            walk.store = journal.scratch()
-        writer = ArtifactWriter(target, shard_size, journal.artifact)
-        report = job.run(writer)
-        writer.commit()
+    with joined(device) as team:
+        divisible(recipe, team)
+        emit = emit if team.chief else ignore
+        source = open_source(locate(model), dequantize)
+        target = Path(team.first(lambda: str(free_place(Path(out), source.path, force))))
+        # the journal first of all: a place that cannot be written costs no time
+        with Journal(target, emit, restart, team) as journal:
+            # once more: what was there before may have been put back
+            team.first(lambda: str(free_place(target, source.path, force)))
+            held = team.first(lambda: journal.nbytes)
+            team.first(lambda: check_disk(target, source, held))
+            walk = Walk(source.config, source, dtype_of(source.config), usable(team.placed(device)))
+            walk.fit.tell = lambda windows: emit(BatchHalved(windows=windows))
+            job = planned(source, walk, recipe, target, held, emit, journal)
+            journal.follow(lambda: journal.match(job.identity(shard_size=shard_size, dequantize=dequantize)))
+            if not journal.done:  # else an earlier run has looked at the very same bytes
+                team.first(job.check)
+            if offload:
+                walk.store = journal.scratch()
+            writer = ArtifactWriter(target, shard_size, journal.artifact)
+            report = job.run(writer)
+            team.first(writer.commit)
     emit(
         RunFinished(
             out=str(report.out),
@@ -149,6 +138,40 @@ def compress(
         )
     )
     return report
+
+
+def divisible(recipe: Recipe, team: Team) -> None:
+    """Raise RecipeError for what several processes cannot do together."""
+    for i, step in enumerate(recipe.passes):
+        if team.size > 1 and isinstance(step, BlockPass):
+            raise RecipeError(
+                f"passes[{i}].{step.name}: looks at all windows of a block at once, {team.size} processes divide them; "
+                "run this recipe without torchrun"
+            )
+
+
+def planned(
+    source: Checkpoint, walk: Walk, recipe: Recipe, target: Path, held: int, emit: Callable[[Event], None],
+    journal: Journal,
+) -> Job:  # fmt: skip
+    """The run of a recipe, after everything was refused that can be from headers; `held` bytes of it are on disk."""
+    check_tensors(walk, source)
+    beside = against(recipe.delta, source, walk) if recipe.delta else None
+    if beside:
+        base = beside.base
+        journal.team.first(lambda: str(free_place(target, base.path, True)))  # whether it is free was asked already
+        walk.base = base
+    outlined, shaped = outline(walk, source, recipe)
+    journal.team.first(lambda: check_disk(target, shaped, held))
+    covered = plan(outlined, recipe)
+    if recipe.kv:
+        check_cache(outlined.model, recipe.kv, to_factor(outlined, recipe))
+    tokens = tokens_for(walk, source.path, recipe)
+    journal.team.agree({"recipe": recipe.to_yaml(), "calibration": tokens.sha256, **machine(walk.device), **versions()})
+    return Job(
+        source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, journal=journal,
+        beside=beside,
+    )  # fmt: skip
 
 
 def to_factor(walk: Walk, recipe: Recipe) -> set[str]:
@@ -194,11 +217,20 @@ class Job:
         self.reshaped: list[dict[str, Any]] = []
         self.ledger: dict[str, Any] = {}
         self.stored = self.weights = 0  # bytes and parameters of all sites so far
+        self.team = self.journal.team
 
     def identity(self, **options: Any) -> Identity:
         """What another run must be to go on with this one."""
         base = {f"base.{key}": value for key, value in (self.beside.pin if self.beside else {}).items()}
         return identity(self.source, self.named_recipe(), self.tokens, self.walk.device, **options, **base)
+
+    def check(self) -> None:
+        """Look at every value of the model, and at whether its family can be replayed."""
+        check_values(self.walk, self.source)
+        if self.beside:
+            check_values(self.walk, self.beside.base)
+        if str(self.source.config.get("model_type")) not in TESTED:
+            prove(self.walk, self.tokens)
 
     def run(self, writer: ArtifactWriter) -> Report:
         """Reshape, walk, rewrite, write and verify; the artifact is complete but not yet in place."""
@@ -217,33 +249,36 @@ class Job:
             self.emit(RunResumed(done=journal.done, count=journal.count))
             walk.fit.most = journal.records[-1]["at_once"]
         journal.restore(streams)
-        manager = PassManager(self.recipe.passes, self.emit, self.recipe.ordering, budgets)
+        manager = PassManager(self.recipe.passes, self.emit, self.recipe.ordering, budgets, self.team)
         since = time.monotonic()
         for block in manager.run(self.opened(streams)):
-            part, facts = self.write_block(writer, block)
-            going = {name: stream for name, stream in streams.items() if not block.last or name in (PROBE, DENSE)}
-            journal.record(part, facts, going, {})
-            self.finish_block(block, part.size, time.monotonic() - since)
+            walk.fit.most = self.team.least(walk.fit.most)
+            facts = self.team.first(partial(self.write_block, writer, block))
+            journal.record(facts, self.going(streams, block.last))
+            self.finish_block(block, facts["part"]["size"], time.monotonic() - since)
             since = time.monotonic()
-        return self.conclude(writer, streams[PROBE])
+        told = self.team.first(lambda: self.conclude(writer, streams[PROBE]))
+        return Report(out=writer.out, coverage=self.covered, **told)
 
     def begin(self, writer: ArtifactWriter) -> Budgets:
         """Write what lies in no block and find the budgets, or take both from an earlier run."""
-        journal = self.journal
+        journal, team = self.journal, self.team
         made = content_hash(self.source) if self.recipe.reshapes else ""
-        if journal.records and journal.records[0]["reshaped"] != made:
-            journal.discard("the passes that change the model's shape gave another model than before")
-        for done in journal.records:
+        team.agree({"hash of the reshaped model": made})
+        journal.follow(lambda: self.take_up(writer, made))
+        if not journal.records:
+            facts = team.first(lambda: self.write_frame(writer, made))
+            kept = self.dense_logits if team.chief else None
+            journal.record(facts, {}, {} if kept is None else {LOGITS: kept})
+        return {int(index): told for index, told in journal.records[0]["budgets"].items()}
+
+    def take_up(self, writer: ArtifactWriter, made: str) -> None:
+        """What an earlier run has written is taken, unless its model was reshaped to another."""
+        if self.journal.records and self.journal.records[0]["reshaped"] != made:
+            self.journal.discard("the passes that change the model's shape gave another model than before")
+        for done in self.journal.records:
             writer.take(Part(**done["part"]))
             self.remember(done)
-        if not journal.records:
-            whole = Whole(self.walk, self.tokens.windows, self.tokens.probe_NT)
-            budgets = allocations(self.recipe.passes, whole)
-            part, rows = self.write_frame(writer)
-            facts = {"rows": rows, "stored": 0, "weights": 0, "reshaped": made, "budgets": budgets}
-            self.remember(facts)
-            journal.record(part, facts, {}, {} if self.dense_logits is None else {LOGITS: self.dense_logits})
-        return {int(index): told for index, told in journal.records[0]["budgets"].items()}
 
     def remember(self, facts: dict[str, Any]) -> None:
         """Add what is known of one block, or of what lies in none, to what is known of all."""
@@ -254,22 +289,30 @@ class Job:
     def enter(self) -> dict[str, Travellers]:
         """The tokens before the first block, by name: batches, each once more as a twin, the probe, and it once more.
 
-        Twins are needed by passes that compare with the dense model.
+        Twins are needed by passes that compare with the dense model. Of several processes each has some of the batches.
         """
         walk, passes = self.walk, self.recipe.passes
         measured = any(step.requires for step in self.recipe.weight_passes)
         ids = batched(self.tokens.windows if measured else (), windows_at_once(passes))
-        streams = {f"{BATCH}{i}": walk.enter(ids_BT, stored=True) for i, ids_BT in enumerate(ids)}
+        own = [(i, ids_BT) for i, ids_BT in enumerate(ids) if self.team.owns(i)]
+        streams = {f"{BATCH}{i}": walk.enter(ids_BT, stored=True) for i, ids_BT in own}
         if needs_twins(passes):
-            streams |= {f"{TWIN}{i}": walk.enter(ids_BT, stored=True) for i, ids_BT in enumerate(ids)}
+            streams |= {f"{TWIN}{i}": walk.enter(ids_BT, stored=True) for i, ids_BT in own}
         return streams | {name: walk.enter(self.tokens.probe_NT) for name in (PROBE, DENSE)}
 
-    def write_block(self, writer: ArtifactWriter, block: Block) -> tuple[Part, dict[str, Any]]:
+    def going(self, streams: Mapping[str, Travellers], last: bool) -> dict[str, Travellers]:
+        """What this process records behind a block: its batches unless it was the last, the first also the probe."""
+        everywhere = (PROBE, DENSE)
+        names = [name for name in streams if (self.team.chief if name in everywhere else not last)]
+        return {name: streams[name] for name in names}
+
+    def write_block(self, writer: ArtifactWriter, block: Block) -> dict[str, Any]:
         """Write a block; what was written, and what is to be remembered of it."""
         expressed, plain = self.divide(block)
         part = writer.add(expressed, plain)
         sizes = {s.name: 0 if s.idle else writer.nbytes(s.name, s.weight) for s in block.sites.values()}
         facts = {
+            "part": asdict(part),
             "rows": {name: record(block.sites[name], sizes[name]) for name in expressed},
             "stored": sum(sizes.values()),
             "weights": sum(site.shape[0] * site.shape[1] for site in block.sites.values()),
@@ -277,12 +320,14 @@ class Job:
         }
         self.remember(facts)
         self.check_limits(self.ledger)
-        return part, facts
+        return facts
 
     def replayed(self) -> Tensor:
         """The probe's logits by the model as the walk's source holds it, or as an earlier run has kept them."""
         if self.journal.records:
-            return self.journal.tensors(self.journal.records[0]["state"][0]["file"])[LOGITS].to(self.walk.device)
+            return self.journal.tensors(self.journal.records[0]["state"][0]["file"], (LOGITS,))[LOGITS].to(
+                self.walk.device
+            )
         return self.walk.replay(self.walk.enter(self.tokens.probe_NT))
 
     def reshape(self) -> None:
@@ -313,14 +358,23 @@ class Job:
         self.walk.drop_frame()
         self.source, self.walk = kept, walk
 
-    def write_frame(self, writer: ArtifactWriter) -> tuple[Part, dict[str, Any]]:
-        """Write what lies in no block; with the ledger of the tables that are rewritten, as a delta may have it."""
+    def write_frame(self, writer: ArtifactWriter, made: str) -> dict[str, Any]:
+        """Find the budgets and write what lies in no block; what was written, and what is to be remembered of it.
+
+        With the ledger of the tables that are rewritten, as a delta may have it.
+        """
+        budgets = allocations(self.recipe.passes, Whole(self.walk, self.tokens.windows, self.tokens.probe_NT))
         frame = self.walk.anatomy.frame()
         coded = self.beside.coded_of(frame) if self.beside else {}
         sites = {name.removesuffix(".weight"): Stored(weight=weight, tensor=name) for name, weight in coded.items()}
         part = writer.add(sites, self.entries([name for name in frame if name not in coded]))
         rows = {name: self.beside.record(name, weight) for name, weight in coded.items()} if self.beside else {}
-        return part, {name.removesuffix(".weight"): row for name, row in rows.items()}
+        facts: dict[str, Any] = {
+            "part": asdict(part), "rows": {name.removesuffix(".weight"): row for name, row in rows.items()},
+            "stored": 0, "weights": 0, "reshaped": made, "budgets": budgets,
+        }  # fmt: skip
+        self.remember(facts)
+        return facts
 
     def check_limits(self, ledger: dict[str, Any]) -> None:
         """Raise AcceptanceError as soon as the run can no longer stay within the recipe's limits."""
@@ -350,13 +404,14 @@ class Job:
                 calibration=self.tokens.name,
                 tokens=self.tokens.count,
                 untouched=self.covered.reasons(),
+                processes=self.team.size,
             )
         )
 
     def opened(self, streams: dict[str, Travellers]) -> Iterator[Block]:
         """The blocks of the walk that are not done yet, announced one by one."""
         batches, twins = ([s for name, s in streams.items() if name.startswith(kind)] for kind in (BATCH, TWIN))
-        for block in self.walk.visit(batches, streams[PROBE], streams[DENSE], twins, self.journal.done):
+        for block in self.walk.visit(batches, streams[PROBE], streams[DENSE], twins, self.journal.done, self.team):
             self.emit(BlockStarted(block=block.name, index=block.index, count=len(self.walk.blocks)))
             yield block
 
@@ -415,8 +470,8 @@ class Job:
             )
         )
 
-    def conclude(self, writer: ArtifactWriter, probe: Travellers) -> Report:
-        """Write the descriptions, verify the whole folder, and report."""
+    def conclude(self, writer: ArtifactWriter, probe: Travellers) -> dict[str, Any]:
+        """Write the descriptions, verify the whole folder, and give the numbers of the report."""
         ledger, bits = self.ledger, 8 * self.stored / self.weights
         if self.beside and not writer.weight_map:
             raise RecipeError(f"{self.source.path} does not differ from {self.beside.base.path}; nothing to write")
@@ -442,16 +497,14 @@ class Job:
         told = card(provenance, PICTURE if drawn else "")
         writer.describe(self.source.path, config, provenance, told, kv, pin, base, drawn)
         check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits, base)
-        return Report(
-            out=writer.out,
-            source_bytes=sizes["source_bytes"],
-            artifact_bytes=writer.size,
-            bits_per_weight=bits,
-            kl=kl,
-            fallbacks=sum(len(row["fallbacks"]) for row in ledger.values()),
-            starved=sum(bool(row["starved"]) for row in ledger.values()),
-            coverage=self.covered,
-        )
+        return {
+            "source_bytes": sizes["source_bytes"],
+            "artifact_bytes": writer.size,
+            "bits_per_weight": bits,
+            "kl": kl,
+            "fallbacks": sum(len(row["fallbacks"]) for row in ledger.values()),
+            "starved": sum(bool(row["starved"]) for row in ledger.values()),
+        }
 
     def named_recipe(self) -> Recipe:
         """The recipe without the places where models and files lie."""

@@ -57,6 +57,12 @@ class AcceptanceError(CompressError):
     exit_code = 5
 
 
+class LostProcess(CompressError):
+    """Another process of the same run failed or has gone; what is done of the run can be gone on with."""
+
+    exit_code = 7
+
+
 def visible(text: str) -> str:
     """The text with every character escaped that does not show: controls, line breaks, half pairs, direction marks."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

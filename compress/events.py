@@ -24,7 +24,10 @@ Sink = Callable[[Event], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """The plan is accepted and the walk begins; `untouched` counts the parameters left alone, by reason."""
+    """The plan is accepted and the walk begins; `untouched` counts the parameters left alone, by reason.
+
+    `processes` work on it together.
+    """
 
     model: str
     blocks: int
@@ -33,6 +36,7 @@ class RunStarted(Event):
     calibration: str
     tokens: int
     untouched: dict[str, int]
+    processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

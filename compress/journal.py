@@ -5,6 +5,7 @@ one JSON file for each finished block with the hidden states behind it; `scratch
 by the process that writes here and let go by the kernel when that dies. A record is renamed into place once everything
 it names is on the disk, and only then is what the record before it needed removed: whatever the moment, one whole
 record is there. Hidden states are stored as they are, because states computed again would not have the same bits.
+Of several processes the first writes here; the others add files with the states that they hold, and read.
 Not here: what makes two runs the same (`identity.py`).
 """
 
@@ -15,9 +16,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.artifact import DTYPES
-from compress.errors import ArtifactError, CompressError, RecipeError
+from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError
 from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
 from compress.model.source import digest
 from compress.model.travellers import Travellers, read_raw
 from compress.shards import NAMES, Entry, WriteError, write_tensors
-from compress.writer import Part, flush, missing_parents, refusal, remove_empty
+from compress.team import ALONE, Team
+from compress.writer import flush, missing_parents, refusal, remove_empty
 
 LOCK, IDENTITY = "lock", "identity.json"
 ATTEMPTS = 8  # to lock a folder that another run may be removing
@@ -46,9 +49,9 @@ class Journal:
     does not fit), and if no block was finished.
     """
 
-    def __init__(self, target: Path, emit: Sink, restart: bool = False) -> None:
-        """With `restart`, what an earlier run has left is thrown away."""
-        self.target, self.emit, self.restart = target, emit, restart
+    def __init__(self, target: Path, emit: Sink, restart: bool = False, team: Team = ALONE) -> None:
+        """With `restart`, what an earlier run has left is thrown away. All of a `team` see the same folder."""
+        self.target, self.emit, self.restart, self.team = target, emit, restart, team
         self.folder = target.with_name(f"{target.name}.partial")
         self.artifact, self.place = self.folder / "artifact", self.folder / "records"
         self.records: list[Record] = []  # the first is of what lies in no block
@@ -69,6 +72,11 @@ class Journal:
 
     def __enter__(self) -> Journal:
         """Raises ArtifactError for a place that cannot be written, RecipeError if it is taken or another's."""
+        self.team.first(self._take)
+        return self
+
+    def _take(self) -> None:
+        """Make the folder and lock it."""
         self.made = missing_parents(self.target)
         try:
             self.handle = locked(self.folder, self.target)
@@ -78,25 +86,29 @@ class Journal:
         except OSError as error:
             raise ArtifactError(f"{self.target.parent}: cannot write there: {error.strerror}") from error
         self.fresh = not (self.folder / IDENTITY).exists()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """A failure to write becomes an ArtifactError."""
         refused = refusal(self.target, error) if error is not None else None
-        mended = refused or isinstance(error, ArtifactError) or not isinstance(error, CompressError)
+        if self.team.chief:
+            kept = (ArtifactError, LostProcess)
+            self._leave(error is None, bool(refused) or isinstance(error, kept) or not isinstance(error, CompressError))
+        if refused:
+            raise refused from error
+
+    def _leave(self, complete: bool, mended: bool) -> None:
+        """Let go of the folder, and remove it unless the run can be gone on with once its failure is `mended`."""
         done = max(
             self.done, sum(1 for _ in self.place.glob("*.json")) - 1
         )  # one may lie there that is not counted yet
         useful = mended and done and self.artifact.is_dir() if self.matched else not self.fresh
         try:
-            if error is None or not useful:
+            if complete or not useful:
                 self._remove()
             elif self.matched:
                 self.emit(RunInterrupted(done=done, count=self.count))
         finally:
             os.close(self.handle)
-        if refused:
-            raise refused from error
 
     def _remove(self) -> None:
         """Remove the folder: first what makes it a run to go on with, last the lock."""
@@ -116,12 +128,23 @@ class Journal:
 
     def scratch(self) -> Path:
         """A new folder for hidden states, which records may name: it is of this process alone."""
-        number = 1 + sum(1 for _ in self.folder.glob("scratch-*"))
-        folder = self.folder / f"scratch-{number}"
-        folder.mkdir()
+        for number in count(1 + sum(1 for _ in self.folder.glob("scratch-*"))):
+            folder = self.folder / f"scratch-{number}"
+            with suppress(FileExistsError):  # another process of the team was faster
+                folder.mkdir()
+                break
         return folder
 
     # -- going on ----------------------------------------------------------------------------------
+
+    def follow(self, lead: Callable[[], None]) -> None:
+        """Let the first process of the team do something with the records, then know them all."""
+
+        def led() -> list[Record]:
+            lead()
+            return self.records
+
+        self.records = self.team.first(led)
 
     def match(self, identity: Identity) -> None:
         """Take up what an earlier run has left, if it is the same run; else start with an empty folder.
@@ -189,59 +212,69 @@ class Journal:
                     path.unlink()
 
     def restore(self, streams: Mapping[str, Travellers]) -> None:
-        """Put the hidden states behind the last finished block where they were."""
+        """Put these hidden states behind the last finished block where they were, whichever process held them."""
         for state in self.records[-1]["state"] if self.done else ():
             if "stream" in state:
-                raw = read_raw(self.folder / state["file"], DTYPES[state["dtype"]], state["shape"])
-                streams[state["stream"]].hidden_BTD = raw.to(streams[state["stream"]].device)
+                if (stream := streams.get(state["stream"])) is not None:
+                    raw = read_raw(self.folder / state["file"], DTYPES[state["dtype"]], state["shape"])
+                    stream.hidden_BTD = raw.to(stream.device)
                 continue
             carried: dict[str, dict[str, Tensor]] = {}
-            for name, tensor in self.tensors(state["file"]).items():
-                stream, _, left = name.partition("/")
+            for name, tensor in self.tensors(state["file"], streams).items():
+                which, _, left = name.partition("/")
                 if left:
-                    carried.setdefault(stream, {})[left] = tensor
+                    carried.setdefault(which, {})[left] = tensor
                 else:
-                    streams[stream].hidden_BTD = tensor.to(streams[stream].device)
-            for stream, tensors in carried.items():
-                streams[stream].carry(tensors)
+                    streams[which].hidden_BTD = tensor.to(streams[which].device)
+            for which, tensors in carried.items():
+                streams[which].carry(tensors)
 
-    def tensors(self, file: str) -> dict[str, Tensor]:
-        """The tensors of a file of this folder, copied: what is mapped from a file may lie anywhere in memory."""
+    def tensors(self, file: str, wanted: Container[str]) -> dict[str, Tensor]:
+        """The tensors of `wanted` in a file of this folder, copied: what is mapped from a file may lie anywhere."""
         with safe_open(self.folder / file, framework="pt") as opened:
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            names = [name for name in opened.keys() if name.partition("/")[0] in wanted]  # noqa: SIM118
+            return {name: opened.get_tensor(name).clone() for name in names}
 
     # -- recording ---------------------------------------------------------------------------------
 
     def record(
-        self, part: Part, facts: Mapping[str, Any], streams: Mapping[str, Travellers], more: Mapping[str, Tensor]
+        self, facts: Mapping[str, Any], streams: Mapping[str, Travellers], more: Mapping[str, Tensor] | None = None
     ) -> None:
         """Note what was written, what is to be remembered of it, and the hidden states; when it returns, it is safe.
 
-        States that lie on disk already stay where they are, of the others one file is written, with the tensors
-        `more`. Raises WriteError or OSError if the disk refuses.
+        Each process of a team has `streams` of its own, and notes what all have. Raises WriteError or OSError if the
+        disk refuses.
         """
         if self.unavailable and self.records:
             return
         began = time.monotonic()
         number = len(self.records)
+        held = self.team.share(lambda: (self._states(number, streams, more or {}), []))
+        record = {**facts, "state": [state for states, _ in held for state in states]}
+        if self.team.chief:
+            for folder in (self.artifact, *self.folder.glob("scratch-*")):
+                flush(folder)
+            write(self.place / f"{number:05d}.json", record)
+            for state in self.records[-1]["state"] if number > 1 else ():
+                (self.folder / state["file"]).unlink(missing_ok=True)
+        self.records.append(record)
+        nbytes = sum(path.stat().st_size for path in self.place.glob(f"{number:05d}*"))
+        self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
+
+    def _states(self, number: int, streams: Mapping[str, Travellers], more: Mapping[str, Tensor]) -> list[Record]:
+        """Bring this process's states to the disk: which files hold them.
+
+        Those that lie there already stay where they are, of the others one file is written, with the tensors `more`.
+        """
         state = [self._stored(name, stream) for name, stream in streams.items() if stream.file is not None]
         tensors = {name: stream.hidden_BTD for name, stream in streams.items() if stream.file is None} | dict(more)
         tensors |= {f"{name}/{key}": left for name, s in streams.items() for key, left in s.carried().items()}
         if tensors:
-            path = self.place / f"{number:05d}.safetensors"
+            whose = "" if self.team.chief else f"-{self.team.rank}"
+            path = self.place / f"{number:05d}{whose}.safetensors"
             sha = write_tensors(path, [Entry.of(name, tensor) for name, tensor in tensors.items()])
             state.append({"file": f"{self.place.name}/{path.name}", "sha256": sha})
-        for folder in (self.artifact, *self.folder.glob("scratch-*")):
-            flush(folder)
-        record = {"part": asdict(part), "state": state, **facts}
-        write(self.place / f"{number:05d}.json", record)
-        before = self.records[-1]["state"] if number > 1 else []
-        self.records.append(record)
-        for held in before:
-            (self.folder / held["file"]).unlink(missing_ok=True)
-        written = [self.place / f"{number:05d}{ending}" for ending in (".json", ".safetensors")]
-        nbytes = sum(path.stat().st_size for path in written if path.exists())
-        self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
+        return state
 
     def _stored(self, name: str, stream: Travellers) -> Record:
         """What is to be known of an offloaded state, which is from now on kept until the next record."""

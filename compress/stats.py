@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
+from compress.team import ALONE, Team
 from compress_kernels import solver
 
 
@@ -51,6 +52,15 @@ class Statistic:
     def update_pair(self, dense_TI: Tensor, x_TI: Tensor) -> None:
         """Add a batch of tokens, of a statistic that is paired."""
         raise NotImplementedError
+
+    def divide(self, team: Team, turn: int) -> None:
+        """From now on do only this process's share of what is expensive; a subclass says of what.
+
+        Of several statistics at once, each has a `turn` of its own, so that not all begin with the same process.
+        """
+
+    def unite(self, team: Team) -> None:
+        """Put together what the processes have done of it."""
 
     def value(self) -> Tensor:
         """The statistic so far."""
@@ -162,15 +172,33 @@ class Gram(Statistic):
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.sum_II = torch.zeros(inputs, inputs, device=device)
         self.tokens = 0
+        self.starts = list(range(0, inputs, SIDE))  # of the strips of rows that are accumulated here
+
+    def divide(self, team: Team, turn: int) -> None:
+        """Whole strips, each the same product as alone; where one launch does all of them, all or none."""
+        sizes = [self.sum_II.shape[0] - start for start in self.starts]
+        owners = [0 for _ in sizes] if solver.usable(self.sum_II) else team.deal(sizes)
+        mine = (team.rank - turn) % team.size
+        self.starts = [start for start, owner in zip(self.starts, owners, strict=True) if owner == mine]
+
+    def unite(self, team: Team) -> None:
+        """Each strip from where it was accumulated."""
+        strips = [self.sum_II[start : start + SIDE, start:] for start in self.starts]
+        for starts, found in team.share(lambda: (self.starts, strips)):
+            if starts is not self.starts:
+                for start, strip in zip(starts, found, strict=True):
+                    self.sum_II[start : start + SIDE, start:] = strip
 
     def update(self, x_TI: Tensor) -> None:
         """Add the outer products of a batch."""
         self.tokens += len(x_TI)
+        if not self.starts:
+            return
         if solver.usable(x_TI) and x_TI.dtype in HALVES:
             solver.add_gram(self.sum_II, x_TI.contiguous())
             return
         x_TI = x_TI.float()
-        for start in range(0, self.sum_II.shape[0], SIDE):  # only what lies right of the diagonal: half the work
+        for start in self.starts:  # only what lies right of the diagonal: half the work
             part = slice(start, start + SIDE)
             self.sum_II[part, start:].addmm_(x_TI[:, part].T, x_TI[:, start:])
 
@@ -279,11 +307,18 @@ class Statistics:
 
 
 class Collector:
-    """Fills several statistics from the same tokens."""
+    """Fills several statistics from the same tokens.
 
-    def __init__(self, kinds: Iterable[type[Statistic]], inputs: int, device: torch.device) -> None:
+    Every process of a `team` is given all tokens; what is expensive, each does its share of, by `turn`.
+    """
+
+    def __init__(
+        self, kinds: Iterable[type[Statistic]], inputs: int, device: torch.device, team: Team = ALONE, turn: int = 0
+    ) -> None:
         self.parts = {kind: kind(inputs, device) for kind in kinds}
-        self.tokens = 0
+        self.tokens, self.team = 0, team
+        for part in self.parts.values():
+            part.divide(team, turn)
 
     def update(self, x_BTI: Tensor, dense_BTI: Tensor | None = None) -> None:
         """Add a batch [..., in], and the same tokens of the dense model for what is paired."""
@@ -297,6 +332,8 @@ class Collector:
 
     def finish(self, where: str) -> Statistics:
         """The values; raises CalibrationError naming `where` if one is not finite."""
+        for part in self.parts.values():
+            part.unite(self.team)
         values = {k: part.value() for k, part in self.parts.items() if not part.paired or part.tokens}
         for kind, value in values.items():
             if not finite(value):

@@ -156,6 +156,8 @@ def main() -> None:
         if order.get("here"):
             compress.run(order["model"], order["recipe"], order["out"], **order.get("options", {}))
             answer: Any = {"code": 0}
+        elif "size" in order:
+            answer = importlib.import_module("several").together(order)
         else:
             answer = commands(order) if "lines" in order else apart(order)
         print(json.dumps(answer), flush=True)

@@ -23,6 +23,7 @@ from compress.model.experts import Products
 from compress.model.site import DeltaSite, Site
 from compress.model.travellers import Travellers
 from compress.stats import Collector, Statistic, Statistics
+from compress.team import ALONE, Parcel, Team
 from compress.weights import External
 
 TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; one may be larger
@@ -56,14 +57,16 @@ class Block:
         twins: Sequence[Travellers] = (),
         live: bool = False,
         base: Mapping[str, External] | None = None,
+        team: Team = ALONE,
     ) -> None:
         """`dense` is the probe on its way through the dense model; it is moved through this block at once.
 
         `twins` are the batches once more, on their way through the dense model, for what compares the two.
         A `live` block is of a model that stays in memory and goes on computing as it was made to. `base` holds, by
         site, the matrices of the model that this one was fine-tuned from: then only the differences are rewritten.
+        Of a `team`, each process has the block, and batches and twins of its own.
         """
-        self.twins, self.live = twins, live
+        self.twins, self.live, self.team = twins, live, team
         self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense = batches, probe, dense
         self.drift = 0.0
@@ -160,13 +163,40 @@ class Block:
         """
         kinds = tuple(kinds)
         leaders = {key_of(group[0]): group[0] for group in groups}
-        if not self.batches:
+        collectors = {
+            key: Collector(kinds, site.shape[1], site.original.data.device, self.team, turn)
+            for turn, (key, site) in enumerate(leaders.items())
+        }
+        given = False
+        for dense, found in self._inputs_of_all(leaders, any(kind.paired for kind in kinds)):
+            feed(collectors, found, dense)
+            given = True
+            del dense, found  # else they live on while the next forward runs
+        if not given:
             first = groups[0][0].name
             raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, none was given")
-        collectors = {key: Collector(kinds, site.shape[1], site.original.data.device) for key, site in leaders.items()}
+        self._check_heard(leaders, collectors)
+        for group in groups:
+            site, collector = group[0], collectors[key_of(group[0])]
+            stats = collector.finish(site.name) if collector.tokens else Statistics({}, 0)
+            for each in group:
+                each.stats = stats
+
+    def _inputs_of_all(self, leaders: dict[str, Site], paired: bool) -> Iterator[tuple[Inputs, Inputs]]:
+        """What every process measures, in the order of the batches, which are dealt round; see `_inputs_of_own`."""
+        own = self._inputs_of_own(leaders, paired)
+        given = True
+        while given:
+            given = False
+            for counts, tensors in self.team.share(lambda: counted(next(own, None))):
+                if counts is not None:
+                    yield recounted(counts, tensors)
+                    given = True
+
+    def _inputs_of_own(self, leaders: dict[str, Site], paired: bool) -> Iterator[tuple[Inputs, Inputs]]:
+        """What the batches of this process bring to the dense block, if asked and to no expert, and to this block."""
         last = self._last(leaders)
         unrouted = [key for key, site in leaders.items() if not site.place.routed]
-        paired = any(kind.paired for kind in kinds)
 
         def run(i: int, part: Travellers) -> tuple[Inputs, Inputs]:
             if not paired:
@@ -176,15 +206,7 @@ class Block:
             return dense, self.inputs(part, leaders, last)
 
         for i, batch in enumerate(self.batches):
-            for dense, found in batch.in_parts(partial(run, i)):
-                feed(collectors, found, dense)
-                del dense, found  # else they live on while the next forward runs
-        self._check_heard(leaders, collectors)
-        for group in groups:
-            site, collector = group[0], collectors[key_of(group[0])]
-            stats = collector.finish(site.name) if collector.tokens else Statistics({}, 0)
-            for each in group:
-                each.stats = stats
+            yield from batch.in_parts(partial(run, i))
 
     def inputs(self, travellers: Travellers, keys: Iterable[str], last: str | None) -> Inputs:
         """What these windows bring to each input of `keys` that they reach; the forward ends with that of `last`."""
@@ -290,6 +312,21 @@ def feed(collectors: Mapping[str, Collector], found: Inputs, dense: Inputs) -> N
     for key, inputs in found.items():
         for x, dense_x in zip(inputs, chain(dense.get(key, ()), repeat(None)), strict=False):
             collectors[key].update(x, dense_x)
+
+
+def counted(measured: tuple[Inputs, Inputs] | None) -> Parcel:
+    """Inputs as how many there are of each, and all of them in a row; nothing of nothing."""
+    if measured is None:
+        return None, []
+    counts = [[(key, len(xs)) for key, xs in inputs.items()] for inputs in measured]
+    return counts, [x for inputs in measured for xs in inputs.values() for x in xs]
+
+
+def recounted(counts: Sequence[Sequence[tuple[str, int]]], tensors: list[Tensor]) -> tuple[Inputs, Inputs]:
+    """The inputs that were counted; they are taken out of `tensors`."""
+    tensors.reverse()
+    dense, found = ({key: [tensors.pop() for _ in range(count)] for key, count in each} for each in counts)
+    return dense, found
 
 
 def key_of(site: Site) -> str:

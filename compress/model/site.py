@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cached_property
@@ -16,7 +16,7 @@ from compress.model.anatomy import Place
 from compress.model.family import is_transposed
 from compress.model.transform import statistics_after, statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
-from compress.weights import Dense, External, Masked, Sum, Weight, rounded_for
+from compress.weights import Dense, External, Masked, Sum, Weight, put_together, rounded_for, taken_apart
 
 FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of its inputs if that is more
 
@@ -199,6 +199,29 @@ class Site:
         raise UnsupportedWeight(
             f"{by} needs a {kind.__name__.lower()} weight; {self.name} is already {self._weight.describe()}"
         )
+
+    def told(self, tensors: list[Tensor]) -> dict[str, Any]:
+        """What rewriting has made of this site, as plain data, for another process; its tensors go into `tensors`."""
+        return {
+            "weight": None if self._weight is self.original else taken_apart(self._weight, tensors),
+            "inputs": self.inputs,
+            "ledger": self.ledger,
+            "fallbacks": self.fallbacks,
+            "starving": self.starving,
+            "weight_error": self.weight_error,
+            "output_error": self.output_error,
+            "errors": self.errors,
+        }
+
+    def take(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
+        """Become what the same site is in the process that told it."""
+        if told["weight"] is not None:
+            self.weight = put_together(told["weight"], tensors)
+        self.inputs = told["inputs"]
+        self.ledger, self.starving = dict(told["ledger"]), list(told["starving"])
+        self.fallbacks = [(step, reason) for step, reason in told["fallbacks"]]
+        self.weight_error, self.output_error = told["weight_error"], told["output_error"]
+        self.errors = [(step, error) for step, error in told["errors"]]
 
     def fall_back(self, step: str, reason: str) -> None:
         """Record that `step` did something weaker than asked here."""

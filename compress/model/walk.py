@@ -25,6 +25,7 @@ from compress.model.block import Block
 from compress.model.layout import Shape
 from compress.model.memory import give_back
 from compress.model.travellers import Call, Fit, Shared, Travellers
+from compress.team import ALONE, Team
 from compress.weights import External
 from compress.weights.leaves import BASE as BASE
 
@@ -236,19 +237,20 @@ class Walk:
         dense: Travellers | None = None,
         twins: Sequence[Travellers] = (),
         done: int = 0,
+        team: Team = ALONE,
     ) -> Iterator[Block]:
         """The blocks in order, each loaded before and dropped after its turn, without the first `done`.
 
         Whoever takes a block calls its `advance` before asking for the next one. `dense` are the probe's tokens once
         more, with calls of their own: blocks of some families leave in them what later blocks read. `twins` are the
-        batches once more, which stay dense.
+        batches once more, which stay dense. Of a `team`, each process has batches of its own, the probe and `dense`.
         """
         dense = self.enter(probe.ids_BT) if dense is None else dense
         for index, module in list(enumerate(self.blocks))[done:]:
             self.load_block(index)
             places, last = self.anatomy.of_block(index), index == len(self.blocks) - 1
             base, name = self.base_of(index), f"{self.path}.{index}"
-            block = Block(name, index, module, places, batches, probe, dense, last, twins, self.live, base)
+            block = Block(name, index, module, places, batches, probe, dense, last, twins, self.live, base, team)
             yield block
             block.close()
             self.drop_block(index)

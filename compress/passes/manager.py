@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import Any
@@ -36,7 +36,11 @@ from compress.passes.base import (
 from compress.passes.budget import allocations
 from compress.passes.masks import mask_statistics
 from compress.stats import Statistic, finite
+from compress.team import ALONE, Parcel, Team
 from compress.weights import Weight
+
+SITE_EVENTS = {kind.__name__: kind for kind in (Fallback, Starved, WeightRewritten)}
+Work = tuple[list[Site], list[Site]]  # a group, and those of it that are rewritten by one process
 
 
 def ignore(event: Event) -> None:
@@ -58,15 +62,20 @@ class PassManager:
         emit: Callable[[Event], None] = ignore,
         ordering: str = "site",
         budgets: Mapping[int, Mapping[str, Sparsity]] | None = None,
+        team: Team = ALONE,
     ) -> None:
-        """`budgets` are what `allocations` gave for these passes: the budgets among them are then done with."""
+        """`budgets` are what `allocations` gave for these passes: the budgets among them are then done with.
+
+        The processes of a `team` rewrite each its share of the sites and tell it to the others.
+        """
         if ordering not in ("site", "block", "dense"):
             raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block, dense")
         self.all_passes = tuple(passes)
         self.passes = tuple(step for step in passes if isinstance(step, SitePass))
         self.parts = parts(self.passes)
         self.part = range(0)
-        self.emit, self.ordering, self.given = emit, ordering, budgets
+        self.emit, self.ordering, self.given, self.team = emit, ordering, budgets, team
+        self.said: list[Event] = []  # by this process, of the sites it rewrites at present
         self.budgets: Mapping[int, Mapping[str, Sparsity]] = budgets or {}
         self.chosen: dict[str, dict[int, SitePass]] = {}
 
@@ -158,16 +167,54 @@ class PassManager:
     def rewrite_groups(self, groups: list[list[Site]]) -> None:
         """Rewrite the sites of `groups` and forget their statistics.
 
-        All passes on a site, then the next site; a pass that takes the sites of an input together parts those before
-        and after it.
+        What can be rewritten by itself is dealt to the processes of the team, of which each then takes what the others
+        made: a site, or the sites of an input where a pass takes these together.
         """
-        for group in groups:
-            for joint, run in groupby(self.part, lambda i: self.passes[i].joint):
-                numbers = list(run)
-                for sites in [group] if joint else [[site] for site in group]:
-                    for i in numbers:
-                        self.rewrite_peers(i, sites)
-            group[0].stats.forget()  # a Gram and its factor are the largest things in memory
+        joint = any(self.passes[i].joint for i in self.part)
+        works = [(group, sites) for group in groups for sites in ([group] if joint else [[site] for site in group])]
+        owners = self.team.deal([sum(map(cost, sites)) for _, sites in works])
+        for rank, parcel in enumerate(self.team.share(lambda: self.rewrite_own(works, owners))):
+            if rank != self.team.rank:
+                self.take(parcel, {site.name: site for group in groups for site in group})
+
+    def rewrite_own(self, works: Sequence[Work], owners: Sequence[int]) -> Parcel:
+        """Do the works that this process owns, and tell what it made."""
+        self.said = []
+        done: list[Site] = []
+        for i, (group, sites) in enumerate(works):
+            if owners[i] == self.team.rank:
+                self.rewrite_sites(sites)
+                done += sites
+            if i + 1 == len(works) or works[i + 1][0] is not group:
+                group[0].stats.forget()  # a Gram and its factor are the largest things in memory
+        return self.told(done) if self.team.size > 1 else (None, [])
+
+    def told(self, sites: Sequence[Site]) -> Parcel:
+        """What this process has made of its sites, and what it reported."""
+        tensors: list[Tensor] = []
+        told = {site.name: site.told(tensors) for site in sites}
+        return {"sites": told, "events": [[type(event).__name__, asdict(event)] for event in self.said]}, tensors
+
+    def take(self, parcel: Parcel, sites: Mapping[str, Site]) -> None:
+        """Take over what another process has made of its sites, and report it."""
+        value, tensors = parcel
+        for name, told in value["sites"].items():
+            sites[name].take(told, tensors)
+        for kind, told in value["events"]:
+            self.emit(SITE_EVENTS[kind](**told))
+
+    def rewrite_sites(self, sites: Sequence[Site]) -> None:
+        """All passes on a site, then the next; a pass that takes sites together parts those before and after it."""
+        for joint, run in groupby(self.part, lambda i: self.passes[i].joint):
+            numbers = list(run)
+            for some in [sites] if joint else [[site] for site in sites]:
+                for i in numbers:
+                    self.rewrite_peers(i, some)
+
+    def say(self, event: Event) -> None:
+        """Report what happened to a site."""
+        self.said.append(event)
+        self.emit(event)
 
     def rewrite_peers(self, index: int, sites: Sequence[Site]) -> None:
         """Apply a pass to those of these sites of one input that it selects, together where it is the same on them."""
@@ -241,7 +288,7 @@ class PassManager:
         if not site.starved or not step.requires:
             return False
         site.starving.append(f"{step.name}: {step.unfed}")
-        self.emit(Starved(site=site.name, step=step.name, tokens=site.stats.tokens, needed=site.needed))
+        self.say(Starved(site=site.name, step=step.name, tokens=site.stats.tokens, needed=site.needed))
         return True
 
     def put(self, step: SitePass, site: Site, weight: Weight, known: int, seconds: float) -> None:
@@ -253,8 +300,8 @@ class PassManager:
         site.measure(output=step is self.steps(site)[-1])  # of the last pass only: it costs as much as a solver
         site.errors.append((step.name, site.weight_error))
         for name, reason in site.fallbacks[known:]:
-            self.emit(Fallback(site=site.name, step=name, reason=reason))
-        self.emit(
+            self.say(Fallback(site=site.name, step=name, reason=reason))
+        self.say(
             WeightRewritten(
                 site=site.name,
                 step=step.name,
@@ -266,6 +313,12 @@ class PassManager:
                 peak_bytes=peak_bytes(),
             )
         )
+
+
+def cost(site: Site) -> int:
+    """What solving a site takes, beside others."""
+    rows, columns = site.shape
+    return rows * columns * columns
 
 
 def parts(passes: Sequence[SitePass]) -> list[range]:

@@ -19,9 +19,11 @@ from compress.weights.leaves import (
 )
 from compress.weights.pack import pack, specify, unpack
 from compress.weights.pattern import NM, Blocks, Pattern, PerMatrix, PerRow, pattern
+from compress.weights.tree import put_together, taken_apart
 
 __all__ = [
     "BOOKS", "INPUTS", "NM", "Blocks", "Codebook", "Dense", "Diagonal", "External", "Grid", "Hadamard", "Masked",
     "Nested", "Pattern", "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum",
-    "Weight", "check_claims", "nodes", "pack", "pattern", "rounded_for", "rounded_inputs", "specify", "unpack",
+    "Weight", "check_claims", "nodes", "pack", "pattern", "put_together", "rounded_for", "rounded_inputs", "specify",
+    "taken_apart", "unpack",
 ]  # fmt: skip
