@@ -41,7 +41,7 @@ from compress.model.family import TESTED
 from compress.model.memory import peak_bytes
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
-from compress.model.travellers import Travellers, batched
+from compress.model.travellers import Travellers, batched, tokens_at_once
 from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.passes.base import BlockPass, needs_twins, windows_at_once
@@ -293,7 +293,7 @@ class Job:
         """
         walk, passes = self.walk, self.recipe.passes
         measured = any(step.requires for step in self.recipe.weight_passes)
-        ids = batched(self.tokens.windows if measured else (), windows_at_once(passes))
+        ids = batched(self.tokens.windows if measured else (), tokens_at_once(walk.device), windows_at_once(passes))
         own = [(i, ids_BT) for i, ids_BT in enumerate(ids) if self.team.owns(i)]
         streams = {f"{BATCH}{i}": walk.enter(ids_BT, stored=True) for i, ids_BT in own}
         if needs_twins(passes):

@@ -20,7 +20,7 @@ from compress.artifact import Artifact
 from compress.driver import tokens_for
 from compress.export.dense import export_dense
 from compress.model.source import Checkpoint
-from compress.model.travellers import batched
+from compress.model.travellers import batched, tokens_at_once
 from compress.passes import PassManager
 from compress.recipe import Recipe
 
@@ -52,7 +52,7 @@ def test_the_loaded_model_is_the_compressed_one(
     tokens = tokens_for(walk, model_folder(family), recipe_24_int4)
     with torch.inference_mode():
         probe = walk.enter(tokens.probe_NT)
-        batches = [walk.enter(ids) for ids in batched(tokens.windows)]
+        batches = [walk.enter(ids) for ids in batched(tokens.windows, tokens_at_once(walk.device))]
         list(PassManager(recipe_24_int4.passes).run(walk.visit(batches, probe)))
         want = walk.leave(probe)
     assert_close("logits", logits(compress.load(artifact), tokens.probe_NT), want, RATIO)

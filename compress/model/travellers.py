@@ -23,20 +23,23 @@ from torch import Tensor, nn
 from compress.errors import CalibrationError, out_of_memory
 from compress.model.memory import give_back
 
-BATCH_TOKENS = 4096  # a forward: large enough for GEMM speed, small enough for memory
+BATCH_TOKENS = 4096  # a forward on a GPU: large enough to keep it busy, small enough for memory
+CPU_TOKENS = 1024  # on a CPU products are no slower with so few rows, and what lies between them stays near the cache
 KEPT = 16  # different recorded tensors of one shape that are compared before another is kept
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 T = TypeVar("T")
 
 
-def batched(windows: Iterable[Tensor], most: int | None = None) -> list[Tensor]:
-    """Token windows [N, T], one tensor for each length, in batches of `most`, or of about BATCH_TOKENS tokens."""
+def tokens_at_once(device: torch.device) -> int:
+    """The tokens of a forward, about."""
+    return CPU_TOKENS if device.type == "cpu" else BATCH_TOKENS
+
+
+def batched(windows: Iterable[Tensor], tokens: int, most: int | None = None) -> list[Tensor]:
+    """Token windows [N, T], one tensor for each length, in batches of `most`, or of about so many tokens."""
     return [
-        batch
-        for ids_NT in windows
-        if len(ids_NT)
-        for batch in ids_NT.split(most or max(1, BATCH_TOKENS // ids_NT.shape[1]))
+        batch for ids_NT in windows if len(ids_NT) for batch in ids_NT.split(most or max(1, tokens // ids_NT.shape[1]))
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.model.anatomy import Anatomy
 from compress.model.block import Block
-from compress.model.travellers import batched
+from compress.model.travellers import batched, tokens_at_once
 from compress.model.walk import Walk
 from compress.stats import Statistic
 
@@ -45,7 +45,7 @@ class Whole:
         Costs one forward over the calibration tokens, and a second one with statistics.
         """
         kinds = tuple(kinds)
-        batches = [self.walk.enter(ids, stored=True) for ids in batched(self.windows)]
+        batches = [self.walk.enter(ids, stored=True) for ids in batched(self.windows, tokens_at_once(self.walk.device))]
         probe = self.walk.enter(self.probe_NT)
         try:
             for block in self.walk.visit(batches, probe):

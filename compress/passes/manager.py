@@ -19,7 +19,7 @@ from compress.model.block import Block
 from compress.model.experts import one_by_one
 from compress.model.memory import peak_bytes
 from compress.model.site import Site
-from compress.model.travellers import batched, unpadded
+from compress.model.travellers import batched, tokens_at_once, unpadded
 from compress.model.walk import LiveWalk
 from compress.model.whole import Whole
 from compress.passes.base import (
@@ -124,9 +124,9 @@ class PassManager:
             if self.given is None:
                 self.budgets = allocations(self.all_passes, Whole(walk, windows, windows[0][:1]))
             self.chosen = {}
-            most = windows_at_once(self.passes)
-            batches = [walk.enter(ids_BT) for ids_BT in batched(windows, most)]
-            twins = [walk.enter(ids_BT) for ids_BT in batched(windows if needs_twins(self.passes) else (), most)]
+            size = tokens_at_once(walk.device), windows_at_once(self.passes)
+            batches = [walk.enter(ids_BT) for ids_BT in batched(windows, *size)]
+            twins = [walk.enter(ids_BT) for ids_BT in batched(windows if needs_twins(self.passes) else (), *size)]
             for block in self.run(walk.visit(batches, walk.enter(windows[0][:1]), twins=twins)):
                 found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
         model.train(training)

@@ -18,7 +18,7 @@ import torch
 
 from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
 from compress.model.source import Checkpoint
-from compress.model.travellers import BATCH_TOKENS
+from compress.model.travellers import tokens_at_once
 from compress.model.walk import Walk
 from compress.passes.base import SitePass, needs_twins, windows_at_once
 from compress.plan import longest_window
@@ -52,7 +52,7 @@ def load_of(walk: Walk, recipe: Recipe) -> Load:
     limit = longest_window(walk)
     length = min(recipe.calibration.length or LONGEST, limit)
     measured = any(step.requires for step in recipe.passes)
-    at_once = windows_at_once(recipe.passes) or max(1, BATCH_TOKENS // length)
+    at_once = windows_at_once(recipe.passes) or max(1, tokens_at_once(walk.device) // length)
     windows = recipe.calibration.samples if measured else 0
     return Load(
         tokens=windows * length, batch=min(windows, at_once) * length, length=length,
