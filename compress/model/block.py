@@ -9,7 +9,7 @@ Shape suffixes: B batch, T tokens, D hidden, I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compress.errors import CalibrationError, UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.experts import Products
+from compress.model.memo import Memo
 from compress.model.site import DeltaSite, Site
 from compress.model.travellers import Travellers
 from compress.stats import Collector, Statistic, Statistics
@@ -29,6 +30,7 @@ from compress.weights import External
 TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; one may be larger
 Group = list[Site]
 Heard = Callable[[str, Tensor], None]
+Around = Callable[[], AbstractContextManager[None]]
 Inputs = dict[str, list[Tensor]]  # by key, of one batch, each occurrence in order
 
 
@@ -86,6 +88,12 @@ class Block:
         self.heard: dict[str, int] = {}  # how often each input occurred while the probe passed
         self.unseen = set(self.stacks)  # stacks of experts of which no product was seen
         self.groups = self._groups()
+        self.memo = Memo(module)
+        held = {child: f"{name}.{child}." for child, _ in module.named_children()}
+        self.inner = {
+            child: {site.name for site in self.sites.values() if site.place.module.startswith(prefix)}
+            for child, prefix in held.items()
+        }
 
     # -- who reads what ----------------------------------------------------------------------------
 
@@ -197,19 +205,25 @@ class Block:
         """What the batches of this process bring to the dense block, if asked and to no expert, and to this block."""
         last = self._last(leaders)
         unrouted = [key for key, site in leaders.items() if not site.place.routed]
+        first = min(self.groups.index(self.group_of(site)) for site in leaders.values())
 
         def run(i: int, part: Travellers) -> tuple[Inputs, Inputs]:
-            if not paired:
-                return {}, self.inputs(part, leaders, last)
-            with self.as_original():
-                dense = self.inputs(self.twins[i].part(part.windows), unrouted, last)
-            return dense, self.inputs(part, leaders, last)
+            dense: Inputs = {}
+            if paired:
+                with self.as_original():
+                    dense = self.inputs(self.twins[i].part(part.windows), unrouted, last)
+            return dense, self.inputs(part, leaders, last, lambda: self.remembered(i, part, first))
 
         for i, batch in enumerate(self.batches):
             yield from batch.in_parts(partial(run, i))
 
-    def inputs(self, travellers: Travellers, keys: Iterable[str], last: str | None) -> Inputs:
-        """What these windows bring to each input of `keys` that they reach; the forward ends with that of `last`."""
+    def inputs(
+        self, travellers: Travellers, keys: Iterable[str], last: str | None, around: Around = nullcontext
+    ) -> Inputs:
+        """What these windows bring to each input of `keys` that they reach, by a forward inside `around`.
+
+        It ends with the input `last`.
+        """
         found: dict[str, list[tuple[Tensor, int]]] = {}
 
         def heard(key: str, x: Tensor) -> None:
@@ -218,12 +232,25 @@ class Block:
             if key == last:
                 raise Stop
 
-        with self._listening(keys, heard), suppress(Stop):
+        with around(), self._listening(keys, heard), suppress(Stop):
             travellers.through(self.module, self.index)
         if any(version_of(x) != version for inputs in found.values() for x, version in inputs):
             self.overwritten = True  # so copies are taken, now and from now on
-            return self.inputs(travellers, keys, last)
+            return self.inputs(travellers, keys, last, around)
         return {key: [x for x, _ in inputs] for key, inputs in found.items()}
+
+    def group_of(self, site: Site) -> Group:
+        """The sites that read the same input as this one."""
+        return next(group for group in self.groups if site in group)
+
+    def remembered(self, i: int, part: Travellers, first: int) -> AbstractContextManager[None]:
+        """Run windows of batch `i` without computing again what no site of the groups from `first` on can change."""
+        pending = [site for group in self.groups[first:] for site in group]
+        done = [
+            child for child, inside in self.inner.items() if inside and not any(site.name in inside for site in pending)
+        ]
+        changing = [getattr(site.module, site.place.parameter) for site in pending]
+        return self.memo.used((i, part.windows.start, part.windows.stop), done, changing)
 
     def targets(self) -> list[Tensor]:
         """What the dense block makes of each batch's twin, [B, T, D]; costs a copy of the hidden states."""
@@ -265,10 +292,24 @@ class Block:
         for travellers in batches:
             if self.last and travellers is not self.probe:
                 continue
-            moved = travellers.through(self.module, self.index)
+            moved = self._moved(travellers)
             if not bool(torch.isfinite(moved).all()):
                 raise CalibrationError(f"{self.name}: its output is not finite{self._culprit(travellers)}")
             travellers.hidden_BTD = moved
+
+    def _moved(self, travellers: Travellers) -> Tensor:
+        """The hidden states behind the block; what was kept of the batch is used, and let go."""
+        i = next((i for i, batch in enumerate(self.batches) if batch is travellers), None)
+        if i is None or not self.memo.kept:
+            return travellers.through(self.module, self.index)
+
+        def run(part: Travellers) -> Tensor:
+            with self.memo.used((i, part.windows.start, part.windows.stop), (), ()):
+                return part.through(self.module, self.index)
+
+        outs = list(travellers.in_parts(run))
+        self.memo.forget(i)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def advance(self, batches: Sequence[Travellers] | None = None) -> None:
         """Move `batches`, by default all, and the probe through the block as it now is; sets `drift`.

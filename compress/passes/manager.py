@@ -139,6 +139,9 @@ class PassManager:
             (step for step in self.passes[self.part.start : self.part.stop] if isinstance(step, BlockPass)), None
         )
         apart = self.ordering == "site" and whole is None
+        block.memo.active = (
+            apart and len(self.parts) == 1 and all(batch.divisible and batch.store is None for batch in block.batches)
+        )
         stages = block.stages(groups, self.nbytes) if apart else [groups] if groups else []
         for stage in stages:
             with nullcontext() if self.ordering == "site" else block.as_original():

@@ -20,7 +20,7 @@ from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
 from compress.model.source import Checkpoint
 from compress.model.travellers import tokens_at_once
 from compress.model.walk import Walk
-from compress.passes.base import SitePass, needs_twins, windows_at_once
+from compress.passes.base import BlockPass, SitePass, needs_twins, windows_at_once
 from compress.plan import longest_window
 from compress.planning.costs import COSTS, F32, MEASURED, Work
 from compress.planning.machine import Machine
@@ -108,9 +108,15 @@ def memory_parts(
     written = sum(p.bytes for p in own) + max((F32 * prod(p.shape) for p in own), default=0)
     block = {
         "a block": size.block, "its rewritten weights": rewritten, "hidden states": hidden,
+        "what done parts gave": 0 if offload or not remembers(recipe) else load.tokens * stream,
         "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written),
     }  # fmt: skip
     return max(frame, block, key=lambda parts: sum(parts.values()))
+
+
+def remembers(recipe: Recipe) -> bool:
+    """Whether what done parts of a block give is kept while the rest is measured."""
+    return recipe.ordering == "site" and not any(isinstance(step, BlockPass) for step in recipe.passes)
 
 
 def kinds_of(recipe: Recipe, plan: SitePlan) -> list[type[Statistic]]:

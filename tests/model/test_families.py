@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import RTN, Calibration, Magnitude, PassManager, ShortGPT, Wanda
+from compress import GPTQ, RTN, Calibration, Limits, Magnitude, PassManager, Recipe, ShortGPT, Wanda
 from compress.driver import Report
 from compress.export.dense import export_dense
 from compress.model.anatomy import coverage
 from compress.model.architecture import auto_class, run
 from compress.model.family import TESTED
+from compress.model.memo import Memo
 from compress.model.source import Checkpoint
 
 SMALL: dict[str, Any] = {
@@ -519,3 +520,18 @@ def test_a_model_whose_blocks_depend_on_each_other_is_refused(
     monkeypatch.setattr(type(first), "forward", depends)
     with torch.no_grad(), pytest.raises(compress.UnsupportedWeight, match=r"layers\.1: called alone it is off by"):
         walk.prove(ids[:1])
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mixtral", "opt", "falcon"])
+def test_what_done_parts_of_a_block_gave_is_what_they_would_give(
+    name: str, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = (Wanda(sparsity=0.5), GPTQ(bits=4, group=8))
+    few = Calibration(samples=24, length=64)  # so that some experts are measured
+    recipe = Recipe(passes=steps, calibration=few, limits=Limits(max_starved=1.0))
+    kept = compress.run(folder(name), recipe, tmp_path / "kept" / "out").out
+    never = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(Memo, "active", never, raising=False)
+    again = compress.run(folder(name), recipe, tmp_path / "again" / "out").out
+    files = [{path.name: path.read_bytes() for path in out.iterdir()} for out in (kept, again)]
+    assert files[0] == files[1]
