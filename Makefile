@@ -6,7 +6,9 @@ FUZZ_SECONDS ?= 60
 READY := $(VENV)/.ready
 HAS_GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: demo test check fuzz reliability bench bench-gpu format clean
+PEERS := out/peers/venv
+
+.PHONY: demo test check fuzz reliability bench bench-gpu bench-peers format clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml constraints.txt
@@ -60,6 +62,15 @@ bench-gpu: $(READY)  ## on a GPU: what must be true of it, every kernel beside i
 	$(BIN)/python -m compress_kernels.bench.first
 	$(BIN)/python -m compress_kernels.bench.gpu --out out/kernels/lines.jsonl
 	$(BIN)/python -m compress_kernels.bench.plot out/kernels/lines.jsonl out/kernels/speedup.png
+
+# the tools of others pin older versions of what we use: they get an environment of their own
+$(PEERS)/.ready:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0+cpu" llmcompressor gptqmodel auto-round nvidia-modelopt optimum
+	touch $(PEERS)/.ready
+
+bench-peers: $(READY) $(PEERS)/.ready  ## the same jobs by us and by llm-compressor, Model Optimizer, GPTQModel and AutoRound; takes an hour
+	$(BIN)/python -m compress_evals.peers
 
 format: $(READY)  ## rewrite the code in the house's form
 	$(BIN)/ruff format .

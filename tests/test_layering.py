@@ -159,6 +159,7 @@ def rooms(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 # evaluating folders means reading what they say of themselves; these rooms read, they do not compress
 READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compress.recipe", "compress.survey")
+# what judges other tools reads their formats and draws their windows
 # what times generation needs its clock; a bench that times the inner loops of passes enters them, one of caches makes
 # them itself, one of deltas asks which passes the command line would choose, a leaderboard which kind of compression a
 # pass is; a sweep file is as strict as a recipe
@@ -170,6 +171,8 @@ BENCHES = {
     "compress_evals.latent": ("compress.runtime.kv",),
     "compress_evals.leaderboard.methods": ("compress.passes",),
     "compress_evals.matrices": ("compress.stats",),
+    "compress_evals.peers.score": ("compress.sources", "compress.export.words"),
+    "compress_evals.peers.subjects": ("compress.calibration",),
     "compress_evals.sweep.grid": ("compress.options",),
     "compress_evals.sweep.records": ("compress.options",),
     "compress_evals.tenants": ("compress.codecs", "compress.tenants"),
