@@ -68,7 +68,8 @@ def run_job(python: Path, tool: str, task: str, subject: Subject, folder: Path) 
            "recipe": str(files["yaml"]), "result": str(files["result"])}  # fmt: skip
     files["json"].write_text(json.dumps(job), encoding="utf-8")
     with files["log"].open("w") as log:
-        done = subprocess.run([python, JOB, files["json"]], env=os.environ | CONDITIONS, stdout=log, stderr=log)
+        command = [python, JOB, files["json"]]  # in that folder: gptqmodel leaves logs where it runs
+        done = subprocess.run(command, env=os.environ | CONDITIONS, stdout=log, stderr=log, cwd=folder)
     if done.returncode or not files["result"].exists():
         said = files["log"].read_text(errors="replace").strip().splitlines()[-1:]
         raise RecipeError(f"{subject.name}, {task}, {tool}: failed: {' '.join(said)[:200]}; see {files['log']}")
@@ -91,7 +92,7 @@ def judged(dense: Any, tokenizer: Any, subject: Subject, tool: str, out: Path) -
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run what was asked for and append a line for each job."""
-    folder, path = arguments.out / "jobs", arguments.out / "lines.jsonl"
+    folder, path = arguments.out.absolute() / "jobs", arguments.out / "lines.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "?")
     for name in arguments.subjects:
@@ -99,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> None:
         dense, tokenizer = opened(subject.model, "cpu")
         for task in arguments.tasks:
             for tool in [tool for tool in arguments.tools if task in DOES[tool][0]]:
-                python = Path(sys.executable) if tool == OURS else arguments.peers_python
+                python = Path(sys.executable) if tool == OURS else arguments.peers_python.absolute()
                 runs = [run_job(python, tool, task, subject, folder) for _ in range(arguments.runs)]
                 outs, versions = [run.pop("out") for run in runs], [run.pop("versions") for run in runs]
                 found = judged(dense, tokenizer, subject, tool, Path(outs[-1]))
