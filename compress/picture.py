@@ -30,6 +30,7 @@ svg{background:#fff;color:#222;font:13px system-ui,sans-serif}text{fill:currentC
 @media(prefers-color-scheme:dark){svg{background:#16181c;color:#e4e4e4}.f{stroke:#f66}.e{fill:#16181c;stroke:#e4e4e4}
 .b{fill-opacity:.5}}
 """
+LEAST = 1e-300  # what is smaller is 0 to an axis: a power of ten below it would be
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 TITLE = "error and size over depth"
 FELL, STARVED = '<circle class="f" cx="{}" cy="{}" r="7"/>', '<circle class="e" cx="{}" cy="{}" r="3"/>'
@@ -212,5 +213,5 @@ def frame(blocks: Blocks, title: str, most: float, unit: float, y: int) -> tuple
 
 def nice(value: float) -> float:
     """The next of 1, 2 and 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    power = 10.0 ** math.floor(math.log10(value)) if value >= LEAST else 1.0
     return next((power * digit for digit in (1, 2, 5) if power * digit >= value * (1 - 1e-9)), power * 10)

@@ -96,6 +96,11 @@ def test_what_was_not_measured_is_not_drawn() -> None:
         assert [len(points) for points in dots(svg)] == [1, 1] and bars(svg, pale=True) == []
 
 
+@pytest.mark.parametrize("least", [5e-324, 2e-323, 1e-310, 1e-301])
+def test_an_error_too_small_for_an_axis_is_drawn_as_nothing(least: float) -> None:
+    assert dots(drawn({"l.0.q_proj": row(least, least)})) == dots(drawn({"l.0.q_proj": row(0.0, 0.0)}))
+
+
 def test_kinds_are_called_by_as_much_as_tells_them_apart() -> None:
     kinds = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "self_attn.q_proj"]
     assert list(labels(kinds).values()) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "q"]
