@@ -30,6 +30,7 @@ svg{background:#fff;color:#222;font:13px system-ui,sans-serif}text{fill:currentC
 @media(prefers-color-scheme:dark){svg{background:#16181c;color:#e4e4e4}.f{stroke:#f66}.e{fill:#16181c;stroke:#e4e4e4}
 .b{fill-opacity:.5}}
 """
+PARTS = 8  # of a name that are looked at for its label: anybody may have written one of a hundred thousand
 LEAST = 1e-300  # what is smaller is 0 to an axis: a power of ten below it would be
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 TITLE = "error and size over depth"
@@ -83,8 +84,9 @@ def by_block(sites: Mapping[str, Row]) -> Blocks:
 
 
 def labels(kinds: Iterable[str]) -> dict[str, str]:
-    """What each kind is called in the legend: as much of its end as no other has."""
-    ends = {kind: [".".join(kind.split(".")[-n:]) for n in range(1, kind.count(".") + 2)] for kind in kinds}
+    """What each kind is called in the legend: as much of its end as no other has, or its whole name."""
+    parts = {kind: kind.rsplit(".", PARTS)[-PARTS:] for kind in kinds}
+    ends = {kind: [".".join(last[-n:]) for n in range(1, len(last) + 1)] for kind, last in parts.items()}
     count = Counter(end for each in ends.values() for end in each)
     found = {kind: next((end for end in each if count[end] == 1), kind) for kind, each in ends.items()}
     return {kind: end if "." in end else end.removesuffix("_proj") for kind, end in found.items()}

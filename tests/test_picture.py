@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,15 @@ def test_an_error_too_small_for_an_axis_is_drawn_as_nothing(least: float) -> Non
 def test_kinds_are_called_by_as_much_as_tells_them_apart() -> None:
     kinds = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "self_attn.q_proj"]
     assert list(labels(kinds).values()) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "q"]
+
+
+def test_names_of_ten_thousand_parts_take_no_memory() -> None:
+    kinds = [f"{'a.' * 10_000}{end}" for end in ("b", "c")]
+    tracemalloc.start()
+    found = list(labels(kinds).values())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == ["b", "c"] and peak < 2**24
 
 
 @pytest.mark.parametrize("name", NAMES)
