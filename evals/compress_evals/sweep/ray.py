@@ -99,7 +99,7 @@ def ask(address: str) -> None:
         socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=PATIENCE).close()
         probe = [sys.executable, "-c", PROBE, address]
         done = subprocess.run(probe, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last: a name that cannot be a host's
         raise RecipeError(f"--address: nothing answers at {address}: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise RecipeError(f"--address: no Ray cluster answers at {address} within {PATIENCE:.0f} s") from error
