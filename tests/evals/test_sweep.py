@@ -383,6 +383,18 @@ def test_a_sweep_goes_on_where_it_was_ended(
         assert not list(out.glob("cells/*/work"))
 
 
+def test_a_log_that_may_not_be_written_is_refused_and_none_is_made(
+    written: Written, tmp_path: Path, read_only: Any
+) -> None:
+    sweep, out = load(written("- {name: m, recipe: magnitude-50}")), tmp_path / "o"
+    cell = out / "cells" / "m"
+    cell.mkdir(parents=True)
+    assert not records.busy(cell / "log.txt") and not list(cell.iterdir())
+    (cell / "log.txt").touch()
+    with read_only(cell), pytest.raises(RecipeError, match=r"log\.txt cannot be written: Permission denied"):
+        run(sweep, out)
+
+
 # -- one that is real -------------------------------------------------------------------------------------
 
 

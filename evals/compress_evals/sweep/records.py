@@ -152,12 +152,14 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def busy(path: Path) -> bool:
-    """Whether somebody holds a file, as a cell its log."""
+    """Whether somebody holds a file, as a cell its log; raises RecipeError if it cannot be opened to see that."""
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("r+", encoding="utf-8") as file:  # which makes none
             return not held(file)
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise RecipeError(f"--out: {path} cannot be written: {error.strerror}") from error
 
 
 def held(file: IO[str]) -> bool:
