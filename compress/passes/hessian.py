@@ -87,8 +87,9 @@ def invert_upper(r_II: Tensor) -> None:
 def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Tensor | None = None) -> Tensor | None:
     """The inverse factor of the site's Gram, or None where every damping failed, with a fallback recorded.
 
-    What was used, and what was tried before it in vain, goes into the ledger. `instead` says what `by` does without a
-    factor, and what a damping more than ten times as large as asked comes close to.
+    What was used, and what was tried before it in vain, goes into the ledger, for what an earlier pass wrote there.
+    `instead` says what `by` does without a factor, and what a damping more than ten times as large as asked comes
+    close to.
     """
     gram_II = site.stats[Gram]
     site.ledger["dead_inputs"] = int((gram_II.diagonal() == 0).sum())
@@ -96,6 +97,8 @@ def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Te
     found: tuple[Tensor, float] | None = site.stats.derived(
         ("inverse factor", damping, order), lambda: inverse_factor(gram_II, damping, order_I)
     )
+    for name in ("damping", "damping_failed"):
+        site.ledger.pop(name, None)
     failed = [tried for tried in rungs(damping) if found is None or tried < found[1]]
     if failed:
         site.ledger["damping_failed"] = failed

@@ -135,6 +135,8 @@ def test_the_damping_used_is_recorded(site_of: SiteMaker) -> None:
     assert site.ledger["damping"] == pytest.approx(0.1)
     assert site.ledger["damping_failed"] == [0.01]
     assert site.fallbacks == []
+    GPTQ(group=8, damping=0.2).rewrite(site)  # a second pass, whose first try holds
+    assert site.ledger["damping"] == pytest.approx(0.2) and "damping_failed" not in site.ledger
 
 
 def test_a_hopeless_gram_is_rounded_and_recorded(site_of: SiteMaker) -> None:
