@@ -384,7 +384,8 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if debug or not out_of_memory(error):
             raise
-        fail(f"out of memory: {str(error).strip().splitlines()[0][:160]}; --offload, fewer or shorter samples help", 3)
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]  # Python's own says nothing
+        fail(f"out of memory: {said}; --offload, fewer or shorter samples help", 3)
     except UsageError as error:  # an unknown option, a missing argument
         fail(error.format_message(), 2, once=True)
     except (KeyboardInterrupt, typer.Abort):

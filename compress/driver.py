@@ -18,7 +18,7 @@ from compress.artifact import content_hash
 from compress.calibration import Tokens
 from compress.card import card
 from compress.deltas import Against, against
-from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight
+from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight, out_of_memory
 from compress.events import (
     BatchHalved,
     BlockFinished,
@@ -190,7 +190,7 @@ def prove(walk: Walk, tokens: Tokens) -> None:
     except CompressError:
         raise
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError) as error:
-        if "allocate memory" in str(error):
+        if out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedWeight(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import compress
+from compress.driver import prove
 from compress.events import BatchHalved, Event
 from compress.model.travellers import Travellers
 from compress.stats import ColumnNorm, Gram, Moments, Sample
+from compress.verification import RuntimeWalk
 
 SAYS = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 KINDS = (Gram, ColumnNorm, Moments, Sample)
@@ -112,6 +115,26 @@ def test_a_window_that_does_not_fit_alone_is_one_line(tiny_llama: Path, tmp_path
     only(0)
     code, _, err = cli("run", tmp_path / "recipe.yaml", "--model", tiny_llama, "--out", tmp_path / "out")
     assert code == 3 and "error: out of memory" in err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError(SAYS), RuntimeError("CUDA out of memory."), MemoryError()], ids=repr)
+def test_memory_that_runs_out_in_a_check_is_one_line_and_loses_no_block(
+    error: Exception, tiny_llama: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise error
+
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    line = ("run", tmp_path / "recipe.yaml", "--model", tiny_llama, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(RuntimeWalk, "replay", failing)
+        code, _, err = cli(*line)
+    assert code == 3 and err.splitlines()[-1].startswith("error: out of memory: ")
+    code, _, err = cli(*line)
+    assert (code, "goes on behind block 2 of 2" in err) == (0, True)
+    walk = SimpleNamespace(model=None, prove=failing)
+    with pytest.raises(type(error)):  # and does not tell of the family
+        prove(walk, SimpleNamespace(probe_NT=torch.zeros(1, 1)))  # type: ignore[arg-type]
 
 
 LIMITED = """
