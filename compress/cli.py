@@ -151,6 +151,8 @@ def inspect(
         return
     made = Artifact(locate(folder)).provenance
     if picture is not None:
+        if picture.resolve().parent == locate(folder).resolve():
+            raise RecipeError(f"--picture: {folder} holds what was verified, and nothing more; write it elsewhere")
         draw(made, picture)
     view = {
         "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],

@@ -6,7 +6,7 @@ Bugs are not here: they stay ordinary Python exceptions and keep their traceback
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 LONGEST = 2000  # characters of a message: names in it may come from anybody
 
@@ -73,6 +73,13 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(names)}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def out_of_memory(error: BaseException) -> bool:

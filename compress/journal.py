@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compress.artifact import DTYPES
-from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError
+from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError, causes, out_of_memory
 from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
 from compress.model.source import digest
@@ -92,7 +92,8 @@ class Journal:
         refused = refusal(self.target, error) if error is not None else None
         if self.team.chief:
             kept = (ArtifactError, LostProcess)
-            self._leave(error is None, bool(refused) or isinstance(error, kept) or not isinstance(error, CompressError))
+            mended = bool(refused) or isinstance(error, kept) or not isinstance(error, CompressError)
+            self._leave(error is None, mended or any(map(out_of_memory, causes(error))))
         if refused:
             raise refused from error
 

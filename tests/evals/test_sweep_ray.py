@@ -113,6 +113,7 @@ def test_what_ray_cannot_do_is_refused_before_anything_is_written(
     refused("is not the HOST:PORT", engine="ray", address="ray://head:10001")
     refused("nothing answers at 127.0.0.1:1: ", engine="ray", address="127.0.0.1:1")
     refused("nothing answers at head..local:6379: ", engine="ray", address="head..local:6379")
+    refused("is not the HOST:PORT", engine="ray", address="head:99999")
     assert not (tmp_path / "o").exists()
 
 

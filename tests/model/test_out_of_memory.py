@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.driver import prove
+from compress.errors import VerificationError
 from compress.events import BatchHalved, Event
 from compress.model.travellers import Travellers
 from compress.stats import ColumnNorm, Gram, Moments, Sample
@@ -115,6 +116,23 @@ def test_a_window_that_does_not_fit_alone_is_one_line(tiny_llama: Path, tmp_path
     only(0)
     code, _, err = cli("run", tmp_path / "recipe.yaml", "--model", tiny_llama, "--out", tmp_path / "out")
     assert code == 3 and "error: out of memory" in err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_an_error_that_memory_has_caused_loses_no_block(
+    tiny_llama: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*given: Any) -> Any:
+        raise VerificationError("it does not fit its specification") from RuntimeError(SAYS)
+
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    line = ("run", tmp_path / "recipe.yaml", "--model", tiny_llama, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(RuntimeWalk, "replay", failing)
+        assert cli(*line)[0] == 4
+    code, _, err = cli(*line)
+    assert (code, "goes on behind block 2 of 2" in err) == (0, True)
+    code, _, err = cli("inspect", tmp_path / "out", "--picture", tmp_path / "out" / "more.svg")
+    assert code == 2 and "write it elsewhere" in err and not (tmp_path / "out" / "more.svg").exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError(SAYS), RuntimeError("CUDA out of memory."), MemoryError()], ids=repr)

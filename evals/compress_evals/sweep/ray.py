@@ -93,7 +93,7 @@ def cluster(jobs: int, device: str, address: str | None) -> AbstractContextManag
 def ask(address: str) -> None:
     """Raise RecipeError unless a cluster answers; in a process of its own, because Ray itself waits for minutes."""
     found = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})", address)
-    if found is None:
+    if found is None or int(found[2]) >= 1 << 16:
         raise RecipeError(f"--address: {address!r} is not the HOST:PORT that `ray start --head` gave")
     try:
         socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=PATIENCE).close()
