@@ -167,7 +167,9 @@ def planned(
     if recipe.kv:
         check_cache(outlined.model, recipe.kv, to_factor(outlined, recipe))
     tokens = tokens_for(walk, source.path, recipe)
-    journal.team.agree({"recipe": recipe.to_yaml(), "calibration": tokens.sha256, **machine(walk.device), **versions()})
+    journal.team.agree(
+        lambda: {"recipe": recipe.to_yaml(), "calibration": tokens.sha256, **machine(walk.device), **versions()}
+    )
     return Job(
         source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, journal=journal,
         beside=beside,
@@ -264,7 +266,7 @@ class Job:
         """Write what lies in no block and find the budgets, or take both from an earlier run."""
         journal, team = self.journal, self.team
         made = content_hash(self.source) if self.recipe.reshapes else ""
-        team.agree({"hash of the reshaped model": made})
+        team.agree(lambda: {"hash of the reshaped model": made})
         journal.follow(lambda: self.take_up(writer, made))
         if not journal.records:
             facts = team.first(lambda: self.write_frame(writer, made))

@@ -63,8 +63,8 @@ class Team:
         """What `make` gives in process 0, which alone calls it; JSON must be able to say it. Raises like `share`."""
         return make()
 
-    def agree(self, values: Mapping[str, Any]) -> None:
-        """Raise RecipeError unless every process has these values, by their names."""
+    def agree(self, values: Callable[[], Mapping[str, Any]]) -> None:
+        """Raise RecipeError unless every process has these values, by their names; a process alone does not look."""
 
     def least(self, value: int) -> int:
         """The smallest value of all processes."""
@@ -110,10 +110,11 @@ class Processes(Team):
         found: T = next(self.share(lambda: (make() if self.chief else None, [])))[0]
         return found
 
-    def agree(self, values: Mapping[str, Any]) -> None:
+    def agree(self, values: Callable[[], Mapping[str, Any]]) -> None:
         """Costs one exchange."""
-        told = self._tell({"values": dict(values)})
-        for rank, name in ((rank, name) for rank in range(self.size) for name in values):
+        own = dict(values())
+        told = self._tell({"values": own})
+        for rank, name in ((rank, name) for rank in range(self.size) for name in own):
             first, other = (told[i]["values"][name] for i in (0, rank))
             if first != other:
                 raise RecipeError(
