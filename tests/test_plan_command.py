@@ -169,12 +169,14 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose sides every packaged recipe's groups divide."""
     from compress.model.source import BUILTIN
 
-    return small_llama(tmp_path_factory.mktemp("small") / "m", 128, 256, 4, BUILTIN)
+    return small_llama(tmp_path_factory.mktemp("small") / "m", 128, 256, 2, BUILTIN)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_packaged_recipe_takes_what_was_foreseen(path: Path, small_model: Path, tmp_path: Path) -> None:
+    if path.stem == "shortgpt-25":  # of which a quarter of the blocks are one
+        small_model = small_llama(tmp_path / "m", 128, 256, 4, small_model)
     recipe = load(path, ["calibration.samples=8", "calibration.length=32", "limits.max_fallbacks=1000"])
     steps = [replace(step, steps=2, held_out=4) if hasattr(step, "held_out") else step for step in recipe.passes]
     recipe = replace(recipe, passes=tuple(steps), accept=None, model=None)
