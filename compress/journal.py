@@ -259,6 +259,8 @@ class Journal:
             for state in self.records[-1]["state"] if number > 1 else ():
                 (self.folder / state["file"]).unlink(missing_ok=True)
         self.records.append(record)
+        if not self.team.chief:  # the first may still be renaming what it has written
+            return
         nbytes = sum(path.stat().st_size for path in self.place.glob(f"{number:05d}*"))
         self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
 

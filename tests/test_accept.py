@@ -25,11 +25,11 @@ accept: {{suite: facts, max_drop: 0.08, confidence: 0.95}}
 
 @pytest.fixture(autouse=True)
 def fewer_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule is judged on 80 questions a task, enough for these two recipes; no rule reads the text's fidelity."""
+    """The rule is judged on 60 questions a task, enough for these two recipes; no rule reads the text's fidelity."""
     whole, text = compress.evaluate, evaluation_text()[:SHORTEST]
 
     def evaluate(path: Path, base: str, device: str) -> Any:
-        return whole(path, base, device=device, limit=80, text=text)
+        return whole(path, base, device=device, limit=60, text=text)
 
     monkeypatch.setattr(compress, "evaluate", evaluate)
 

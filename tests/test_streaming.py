@@ -45,7 +45,7 @@ def peak_of(model: Path, out: Path, recipe: str, limit: Callable[[], None] | Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", ["[rtn]", "[{wanda: {sparsity: 2:4}}, gptq]"])
+@pytest.mark.parametrize("passes", ["[{wanda: {sparsity: 2:4}}, gptq]"])
 def test_the_peak_does_not_grow_with_the_model(passes: str, tmp_path: Path) -> None:
     recipe = f"passes: {passes}\ncalibration: {{data: text, samples: 4, length: 128}}"
     block, few, many = block_bytes(WIDE), 4, 14
