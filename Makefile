@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 FUZZ_SECONDS ?= 60
+RUNS ?= 3
 READY := $(VENV)/.ready
 HAS_GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
@@ -70,7 +71,7 @@ $(PEERS)/.ready:
 	touch $(PEERS)/.ready
 
 bench-peers: $(READY) $(PEERS)/.ready  ## the same jobs by us and by llm-compressor, Model Optimizer, GPTQModel and AutoRound; takes an hour
-	$(BIN)/python -m compress_evals.peers
+	$(BIN)/python -m compress_evals.peers --runs $(RUNS)
 
 format: $(READY)  ## rewrite the code in the house's form
 	$(BIN)/ruff format .

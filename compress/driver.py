@@ -38,7 +38,7 @@ from compress.model.architecture import without_code
 from compress.model.block import Block
 from compress.model.divergence import mean_kl
 from compress.model.family import TESTED
-from compress.model.memory import peak_bytes
+from compress.model.memory import give_back, peak_bytes
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.travellers import Travellers, batched, tokens_at_once
@@ -259,7 +259,10 @@ class Job:
             journal.record(facts, self.going(streams, block.last))
             self.finish_block(block, facts["part"]["size"], time.monotonic() - since)
             since = time.monotonic()
-        told = self.team.first(lambda: self.conclude(writer, streams[PROBE]))
+        probe = streams[PROBE]
+        streams.clear()
+        give_back()  # the windows' hidden states are not needed where the artifact is read back
+        told = self.team.first(lambda: self.conclude(writer, probe))
         return Report(out=writer.out, coverage=self.covered, **told)
 
     def begin(self, writer: ArtifactWriter) -> Budgets:

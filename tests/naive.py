@@ -147,17 +147,28 @@ def retained(score_OI: Tensor, n: int, m: int) -> float:
     return float(best.sum() / score_OI.double().sum())
 
 
-def deal(score_OI: Tensor, n: int, m: int) -> Tensor:
-    """That order after each rank, one after the other, has been given to the groups in the best of all ways."""
-    groups_GM = snake(score_OI, m).view(-1, m)
+def deal(score_OI: Tensor, n: int, m: int) -> list[Tensor]:
+    """That order after each rank, one after the other, has been given to the groups in the best of all ways.
+
+    Ways may be equally good, and lead to others: all of them.
+    """
+    ends = [snake(score_OI, m).view(-1, m)]
     for rank in range(m):
         tried = []
-        for order in permutations(range(len(groups_GM))):
-            moved_GM = groups_GM.clone()
-            moved_GM[:, rank] = groups_GM[list(order), rank]
-            tried.append((retained(score_OI[:, moved_GM.flatten()], n, m), moved_GM))
-        groups_GM = max(tried, key=lambda pair: pair[0])[1]
-    return groups_GM.flatten()
+        for groups_GM in ends:
+            for order in permutations(range(len(groups_GM))):
+                moved_GM = groups_GM.clone()
+                moved_GM[:, rank] = groups_GM[list(order), rank]
+                tried.append((retained(score_OI[:, moved_GM.flatten()], n, m), groups_GM, moved_GM))
+        best = [max(value for value, before, _ in tried if before is groups_GM) for groups_GM in ends]
+        found = [
+            moved_GM
+            for most, groups_GM in zip(best, ends, strict=True)
+            for value, before, moved_GM in tried
+            if before is groups_GM and value > most - 1e-7
+        ]
+        ends = list({tuple(groups_GM.flatten().tolist()): groups_GM for groups_GM in found}.values())
+    return [groups_GM.flatten() for groups_GM in ends]
 
 
 def sparsegpt(

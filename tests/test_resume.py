@@ -307,7 +307,11 @@ def test_control_c_once_or_twice_is_safe(
     line = ["run", tmp_path / "recipe.yaml", "--model", model, "--out", tmp_path / "o"]
     behind_a_block = {"place": tmp_path, "pattern": "o.partial/records/00001.json"}
     with tally("fault", "Ctrl-C, once or twice"):
-        [told] = forks(lines=[line], signals=[signal.SIGINT] * presses, **behind_a_block)
+        for _ in range(5):  # on a busy machine a run may end before it is pressed
+            shutil.rmtree(tmp_path / "o", ignore_errors=True)
+            [told] = forks(lines=[line], signals=[signal.SIGINT] * presses, **behind_a_block)
+            if told["code"]:
+                break
         assert presses == 2 or (told["code"], told["out"]) == (130, "")
         assert presses == 2 or "run the same command to continue" in told["err"]
         [told] = forks(lines=[line])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress.errors import CalibrationError, UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.experts import Products
-from compress.model.memo import Memo
+from compress.model.memo import Key, Memo
 from compress.model.site import DeltaSite, Site
 from compress.model.travellers import Travellers
 from compress.stats import Collector, Statistic, Statistics
@@ -28,6 +28,7 @@ from compress.team import ALONE, Parcel, Team
 from compress.weights import External
 
 TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; one may be larger
+WIDEST = 2  # times the hidden state: what is wider is computed again rather than kept
 Group = list[Site]
 Heard = Callable[[str, Tensor], None]
 Around = Callable[[], AbstractContextManager[None]]
@@ -87,13 +88,13 @@ class Block:
             self.keyed.setdefault(key_of(site), []).append(site)
         self.heard: dict[str, int] = {}  # how often each input occurred while the probe passed
         self.unseen = set(self.stacks)  # stacks of experts of which no product was seen
-        self.groups = self._groups()
         self.memo = Memo(module)
         held = {child: f"{name}.{child}." for child, _ in module.named_children()}
         self.inner = {
             child: {site.name for site in self.sites.values() if site.place.module.startswith(prefix)}
             for child, prefix in held.items()
         }
+        self.groups = self._groups()
 
     # -- who reads what ----------------------------------------------------------------------------
 
@@ -114,7 +115,11 @@ class Block:
             else:
                 group += self.keyed[key]
 
-        with self._listening(self.keyed, heard):
+        matrices = {
+            child: [self.sites[name].module for name in names if self.sites[name].whole]
+            for child, names in self.inner.items()
+        }
+        with self._listening(self.keyed, heard), self.memo.watched(matrices):
             self.dense.hidden_BTD = self.dense.through(self.module, self.index)
         groups = [group for _, group in seen]
         groups += [self.keyed[key] for key in self.keyed if key not in placed]  # experts not visited, unused modules
@@ -206,13 +211,18 @@ class Block:
         last = self._last(leaders)
         unrouted = [key for key, site in leaders.items() if not site.place.routed]
         first = min(self.groups.index(self.group_of(site)) for site in leaders.values())
+        ends = [] if last is None else [t for t in self.memo.tails.values() if t.module is leaders[last].module]
+        tail = next(iter(ends), None)
 
         def run(i: int, part: Travellers) -> tuple[Inputs, Inputs]:
             dense: Inputs = {}
             if paired:
                 with self.as_original():
                     dense = self.inputs(self.twins[i].part(part.windows), unrouted, last)
-            return dense, self.inputs(part, leaders, last, lambda: self.remembered(i, part, first))
+            found = self.inputs(part, leaders, last, lambda: self.remembered(i, part, first))
+            if tail is not None and found[str(last)][0].shape[-1] <= WIDEST * part.shape[-1]:
+                self.memo.keep_read(place_of(i, part), tail, found[str(last)][0], self._pending(first))
+            return dense, found
 
         for i, batch in enumerate(self.batches):
             yield from batch.in_parts(partial(run, i))
@@ -249,8 +259,11 @@ class Block:
         done = [
             child for child, inside in self.inner.items() if inside and not any(site.name in inside for site in pending)
         ]
-        changing = [getattr(site.module, site.place.parameter) for site in pending]
-        return self.memo.used((i, part.windows.start, part.windows.stop), done, changing)
+        return self.memo.used(place_of(i, part), done, self._pending(first))
+
+    def _pending(self, first: int) -> list[nn.Parameter]:
+        """What the groups from `first` on may still change."""
+        return [getattr(site.module, site.place.parameter) for group in self.groups[first:] for site in group]
 
     def targets(self) -> list[Tensor]:
         """What the dense block makes of each batch's twin, [B, T, D]; costs a copy of the hidden states."""
@@ -304,7 +317,7 @@ class Block:
             return travellers.through(self.module, self.index)
 
         def run(part: Travellers) -> Tensor:
-            with self.memo.used((i, part.windows.start, part.windows.stop), (), ()):
+            with self.memo.used(place_of(i, part), (), ()):
                 return part.through(self.module, self.index)
 
         outs = list(travellers.in_parts(run))
@@ -324,7 +337,9 @@ class Block:
         self.drift = float((self.probe.hidden_BTD.float() - dense).norm() / dense.norm())
 
     def close(self) -> None:
-        """Let go of every weight, so that whoever still holds this block does not hold its memory."""
+        """Let go of weights and windows, so that whoever still holds this block does not hold their memory."""
+        self.memo.forget()
+        self.batches, self.twins = (), ()
         for site in self.sites.values() if not self.live else ():
             site.release()
         self.sites, self.keyed, self.groups, self.stacks = {}, {}, [], {}
@@ -341,6 +356,11 @@ class Block:
         with self._listening(self.keyed, heard), suppress(Stop):
             travellers.through(self.module, self.index)
         return f"; the first input that is not is that of {first[0]}" if first else ""
+
+
+def place_of(batch: int, part: Travellers) -> Key:
+    """Which windows of which batch."""
+    return batch, part.windows.start, part.windows.stop
 
 
 def version_of(x: Tensor) -> int:

@@ -2,14 +2,17 @@
 
 An input is measured by running the block up to it, so all that lies in front would be computed once more for every
 input. When the last weight inside a direct child of the block (its attention, say) is rewritten, what that child gives
-no longer changes: it is kept for each batch and handed out until the batch has moved on.
+no longer changes: it is kept for each batch and handed out until the batch has moved on. Where a child gives what
+its last matrix gives and nothing else, what that matrix reads is kept as soon as it was measured: then nothing in front
+of it is computed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,13 +20,37 @@ from torch import Tensor, nn
 Key = tuple[int, int, int]  # number of a batch, first and last of its windows
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The matrix whose output is what a child gives, alone or before so many times None."""
+
+    child: str
+    module: nn.Module
+    alone: bool
+    rest: int
+
+    def __call__(self, x: Tensor) -> Any:
+        """What the child gives when its last matrix reads this."""
+        out = self.module(x)
+        return out if self.alone else (out, *[None] * self.rest)
+
+    def final(self, held: Iterable[tuple[nn.Parameter, Tensor]]) -> bool:
+        """Whether its parameters are among those that no longer change."""
+        still = {id(parameter) for parameter, _ in held}
+        return all(id(parameter) in still for parameter in self.module.parameters())
+
+
 @dataclass
 class Kept:
-    """What each call of a child gave in one forward, and the parameters with which it did."""
+    """What each call of a child gave in one forward, and the parameters with which it did.
+
+    Or, until its tail is rewritten, what that reads.
+    """
 
     held: list[tuple[nn.Parameter, Tensor]]
     outputs: list[Any] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    read: Tensor | None = None
 
     @property
     def valid(self) -> bool:
@@ -37,6 +64,7 @@ class Memo:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.active = module, False
         self.kept: dict[Key, dict[str, Kept]] = {}
+        self.tails: dict[str, Tail] = {}
 
     def forget(self, batch: int | None = None) -> None:
         """Let go of what is kept of a batch, by default of all."""
@@ -48,11 +76,14 @@ class Memo:
 
         It is computed again if a parameter has changed that was not among the `changing` when it was kept.
         """
-        found = self.kept.pop(key, {})
-        found = {name: kept for name, kept in found.items() if kept.valid}
+        held = self._held(changing)
+        found = {name: kept for name, kept in self.kept.pop(key, {}).items() if kept.valid}
+        for name, kept in [(name, kept) for name, kept in found.items() if kept.read is not None]:
+            if self.tails[name].final(held):
+                kept.held = held  # its tail is among them now
+            else:
+                del found[name]
         if self.active:
-            still = {id(parameter) for parameter in changing}
-            held = [(p, p.data) for p in self.module.parameters() if id(p) not in still]
             found |= {name: Kept(held) for name in done if name not in found}
         with ExitStack() as stack:
             for name, kept in found.items():
@@ -62,7 +93,47 @@ class Memo:
             self.active = False  # somebody writes over what a child gave
             self.forget()
         elif self.active:
-            self.kept[key] = {name: kept for name, kept in found.items() if kept.outputs}  # not if it was not reached
+            reached = {name: kept for name, kept in found.items() if kept.outputs or kept.read is not None}
+            self.kept[key] = reached
+
+    def keep_read(self, key: Key, tail: Tail, x: Tensor, changing: Iterable[nn.Parameter]) -> None:
+        """Keep what the tail of a child reads of these windows."""
+        if self.active:
+            self.kept.setdefault(key, {})[tail.child] = Kept(self._held(changing), read=x)
+
+    def _held(self, changing: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters that no longer change, with their tensors."""
+        still = {id(parameter) for parameter in changing}
+        return [(p, p.data) for p in self.module.parameters() if id(p) not in still]
+
+    @contextmanager
+    def watched(self, matrices: Mapping[str, Iterable[nn.Module]]) -> Iterator[None]:
+        """Find the tails of children, given the matrices in each, while the block runs once."""
+        last: dict[str, tuple[nn.Module, Any, list[int]]] = {}
+        calls: dict[nn.Module, int] = {}
+
+        def seen(child: str, inside: bool, module: nn.Module, args: Any, out: Any) -> None:
+            calls[module] = calls.get(module, 0) + 1
+            if inside:
+                last[child] = module, out, versions_of([out])
+                return
+            first, *rest = out if isinstance(out, tuple) and out else (out,)
+            matrix, given, version = last.get(child, (module, None, []))
+            same = isinstance(first, Tensor) and first is given and versions_of([first]) == version != []
+            if same and calls[module] == calls[matrix] == 1 and all(value is None for value in rest):
+                self.tails[child] = Tail(child, matrix, not isinstance(out, tuple), len(rest))
+            else:
+                self.tails.pop(child, None)
+
+        with ExitStack() as stack:
+            for child, inside in ((child, list(inside)) for child, inside in matrices.items()):
+                if not inside:
+                    continue
+                for module in inside:
+                    stack.callback(module.register_forward_hook(partial(seen, child, True)).remove)
+                whole = self.module.get_submodule(child)
+                stack.callback(whole.register_forward_hook(partial(seen, child, False)).remove)
+            yield
 
     @contextmanager
     def _handing_out(self, name: str, kept: Kept) -> Iterator[None]:
@@ -73,7 +144,8 @@ class Memo:
         def give(*args: Any, **kwargs: Any) -> Any:
             if not fresh:
                 return next(known)
-            kept.outputs.append(forward(*args, **kwargs))
+            read, kept.read = kept.read, None
+            kept.outputs.append(forward(*args, **kwargs) if read is None else self.tails[name](read))
             kept.versions = versions_of(kept.outputs)
             return kept.outputs[-1]
 

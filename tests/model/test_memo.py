@@ -46,13 +46,13 @@ def test_the_bytes_are_those_of_computing_all_again(
     assert files(kept) == files(again)
 
 
-def calls_of(walk: Any, ids: Tensor, manager: PassManager) -> int:
-    """How many windows pass the output projection of the first block's attention while a batch goes through it."""
+def calls_of(walk: Any, ids: Tensor, manager: PassManager, name: str = "o_proj") -> int:
+    """How often a matrix of the first block's attention reads a batch while that goes through the block."""
     seen: list[int] = []
     with torch.no_grad():
         batch, probe = walk.enter(ids), walk.enter(ids[:1])
         blocks = walk.visit([batch], probe)
-        module: nn.Module = walk.blocks[0].self_attn.o_proj
+        module: nn.Module = walk.blocks[0].self_attn.get_submodule(name)
         hook = module.register_forward_hook(lambda module, args, out: seen.append(args[0].numel() // args[0].shape[-1]))
         next(manager.run(blocks))
         hook.remove()
@@ -62,8 +62,73 @@ def calls_of(walk: Any, ids: Tensor, manager: PassManager) -> int:
 def test_an_attention_that_is_done_is_computed_once(tiny_llama: Path, walk_of: Any, ids: Tensor, without: Any) -> None:
     manager = PassManager([GPTQ(bits=4, group=8)])
     assert calls_of(walk_of(tiny_llama), ids, manager) == 1
+    assert calls_of(walk_of(tiny_llama), ids, manager, "k_proj") == 1
     without()
     assert calls_of(walk_of(tiny_llama), ids, manager) == 3  # for what gate and up read, for what down reads, to go on
+    assert calls_of(walk_of(tiny_llama), ids, manager, "k_proj") == 4  # and for what the output projection reads
+
+
+class Inner(nn.Module):
+    """A child of which what it gives is made by `end` out of what its matrix gives."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        self.up, self.down, self.end = nn.Linear(4, 8), nn.Linear(8, 4), end
+
+    def forward(self, x: Tensor) -> Any:
+        """Two in a row, and the end."""
+        return self.end(self.down(self.up(x)))
+
+
+ENDS: dict[str, tuple[Any, bool]] = {
+    "itself": (lambda y: y, True),
+    "in a tuple": (lambda y: (y, None, None), True),
+    "written over": (lambda y: y.mul_(2), False),
+    "another": (lambda y: y + 1, False),
+    "with more": (lambda y: (y, y), False),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_only_a_child_that_gives_what_its_last_matrix_gives_has_a_tail(end: str) -> None:
+    block, x = nn.Sequential(Inner(ENDS[end][0])), torch.randn(3, 4)
+    memo = Memo(block)
+    with torch.no_grad(), memo.watched({"0": [block[0].up, block[0].down]}):
+        given = block(x)
+    assert bool(memo.tails) == ENDS[end][1]
+    assert not block[0]._forward_hooks and not block[0].down._forward_hooks
+    if memo.tails:
+        again = memo.tails["0"](block[0].up(x))
+        assert type(again) is type(given)
+        firsts = [out[0] if isinstance(out, tuple) else out for out in (given, again)]
+        assert torch.equal(*firsts) and (not isinstance(given, tuple) or again[1:] == given[1:])
+
+
+def test_what_a_tail_read_is_used_once_the_tail_is_final_and_not_if_something_before_it_changed() -> None:
+    block, x, key = nn.Sequential(Inner(lambda y: y)), torch.randn(3, 4), (0, 0, 3)
+    child, memo = block[0], Memo(block)
+    memo.active = True
+    seen: list[Tensor] = []
+    child.up.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        with memo.watched({"0": [child.up, child.down]}):
+            block(x)
+        tail, reads = memo.tails["0"], child.up(x)
+        for touched, calls in ((child.down, 0), (child.up, 1)):
+            memo.forget()
+            memo.keep_read(key, tail, reads, child.down.parameters())
+            touched.weight.data = touched.weight.data + 1
+            seen.clear()
+            for _ in range(2):
+                with memo.used(key, ["0"], ()):
+                    given = block(x)
+                assert torch.equal(given, tail(child.up.forward(x)))
+            assert len(seen) == calls
+        memo.forget()
+        memo.keep_read(key, tail, reads, child.down.parameters())
+        with memo.used(key, [], child.down.parameters()):  # the tail may still change: what it gives is not kept
+            block(x)
+        assert not memo.kept[key]
 
 
 class Two(nn.Module):
