@@ -23,7 +23,7 @@ from compress.shards import Entry, WriteError, split, write_shard
 from compress_evals.streaming import block_bytes, make
 
 WIDE: dict[str, int | float] = {
-    "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
     "num_key_value_heads": 8, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -45,13 +45,13 @@ def peak_of(model: Path, out: Path, recipe: str, limit: Callable[[], None] | Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", ["[{wanda: {sparsity: 2:4}}, gptq]"])
+@pytest.mark.parametrize("passes", ["[{wanda: {sparsity: 2:4}}, {rtn: {group: 64}}]"])
 def test_the_peak_does_not_grow_with_the_model(passes: str, tmp_path: Path) -> None:
-    recipe = f"passes: {passes}\ncalibration: {{data: text, samples: 4, length: 128}}"
-    block, few, many = block_bytes(WIDE), 4, 14
+    recipe = f"passes: {passes}\ncalibration: {{data: text, samples: 2, length: 128}}"
+    block, few, many = block_bytes(WIDE), 4, 11
     peaks = []
     for blocks in (few, many):
-        size = make(tmp_path / f"m{blocks}", blocks * block + 4 * 8192 * 512, shape=WIDE)
+        size = make(tmp_path / f"m{blocks}", blocks * block + 4 * 4096 * 512, shape=WIDE)
         assert size > blocks * block
         peaks.append(peak_of(tmp_path / f"m{blocks}", tmp_path / f"o{blocks}", recipe))
     assert peaks[1] - peaks[0] < (many - few) * block / 3  # a third of what is more; the allocator's noise
@@ -59,12 +59,13 @@ def test_the_peak_does_not_grow_with_the_model(passes: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_folder_larger_than_the_memory_a_process_may_have_completes(tmp_path: Path) -> None:
-    cap = 1000 * MB  # of data: code is not counted, the 260 MB of the interpreter with torch are
+    cap = 780 * MB  # of data: code is not counted, the 440 MB of the interpreter with torch are
 
     def limit() -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # stacks of threads are counted too
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
 
-    size = make(tmp_path / "m", 1100 * MB, shape={**WIDE, "hidden_size": 1024, "intermediate_size": 2816})
+    size = make(tmp_path / "m", 800 * MB, shape={**WIDE, "hidden_size": 1024, "intermediate_size": 2816})
     assert size > cap
     peak_of(tmp_path / "m", tmp_path / "o", "passes: [rtn: {group: 64}]", limit)
     assert len(Artifact(tmp_path / "o").specs) == 7 * (len(list((tmp_path / "m").glob("*.safetensors"))) - 1)

@@ -16,8 +16,8 @@ from compress.builtin.wordings import WORDINGS
 
 
 def drawn(name: str, n: int, seed: int = 1) -> list[str]:
-    rng = random.Random(0)
-    return ["".join(ability(name, seed).document(rng)) for _ in range(n)]
+    rng, made = random.Random(0), ability(name, seed)
+    return ["".join(made.document(rng)) for _ in range(n)]
 
 
 @pytest.mark.parametrize("name", ABILITIES)
