@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
+from compress.model.block import WIDEST
 from compress.model.source import Checkpoint
 from compress.model.travellers import tokens_at_once
 from compress.model.walk import Walk
@@ -204,7 +205,7 @@ def time_parts(
     weights = sum(prod(plan.shape) * active(walk, name) for name, plan in plans.items())
     tokens, hidden = load.tokens * (2 if load.twins else 1), sized(walk, source).hidden
     attention = 4.0 * load.length * hidden * len(walk.blocks)  # a token
-    forwards = forwards_of(walk, recipe, plans) * load.tokens + (tokens - load.tokens)
+    forwards = forwards_of(walk, recipe, plans, hidden) * load.tokens + (tokens - load.tokens)
     probed = 6 * load.probe  # dense, compressed, read back; each in and out
     work = [work for _, work in pairs(recipe, plans)]
     measured = [p for p in plans.values() if Gram in kinds_of(recipe, p)]
@@ -239,19 +240,31 @@ def pairs(recipe: Recipe, plans: Mapping[str, SitePlan]) -> list[tuple[SitePlan,
     return [(p, work_of(recipe.weight_passes[i], p.shape) or Work()) for p in plans.values() for i in p.steps]
 
 
-def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan]) -> float:
-    """Forwards of a block over the calibration tokens: one at the end, and before it as far as each input."""
+def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], hidden: int) -> float:
+    """Forwards of a block over the calibration tokens: as far as each input, then to the end, less what is kept."""
     if not walk.blocks:
         return 0.0
     names = [p.site for p in walk.anatomy.of_block(0)]
     whole = sum(prod(plans[n].shape) for n in names) or 1
-    if recipe.ordering != "site":
-        return 2.0
-    total, before = 1.0, 0
+    total, child, inside, left = 0, "", 0, 0  # `left`: of what the child before gives, what was not computed yet
     for group in read_together_names(names):
-        total += before / whole if any(kinds_of(recipe, plans[n]) for n in group) else 0
-        before += sum(prod(plans[n].shape) for n in group)
-    return total
+        size = sum(prod(plans[n].shape) for n in group)
+        measured = any(kinds_of(recipe, plans[n]) for n in group)
+        if remembers(recipe) and child_of(walk, group[0]) != child:
+            total, inside, left = total + left, 0, 0  # done: it is computed to its end once, and kept
+            child = child_of(walk, group[0])
+        if measured:
+            total = total + inside if recipe.ordering == "site" else inside  # at once, as far as the last
+        inside += size
+        kept = remembers(recipe) and measured and plans[group[0]].shape[1] <= WIDEST * hidden
+        left = size if kept else inside
+    return (total + left) / whole
+
+
+def child_of(walk: Walk, site: str) -> str:
+    """The direct child of a block in which a site lies."""
+    inside = walk.anatomy.places[site].module.removeprefix(f"{walk.path}.")
+    return ".".join(inside.split(".")[1:2])
 
 
 def gathered(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], tokens: int) -> float:

@@ -13,6 +13,8 @@ import compress
 from compress import AWQ, GPTQ, RTN, Calibration, Realign, Recipe, Wanda
 from compress.model.memo import Memo
 from compress.passes import PassManager
+from compress.planning.resources import forwards_of
+from compress.planning.sizes import plan_sites
 
 FEW = Calibration(samples=6, length=32)
 
@@ -66,6 +68,27 @@ def test_an_attention_that_is_done_is_computed_once(tiny_llama: Path, walk_of: A
     without()
     assert calls_of(walk_of(tiny_llama), ids, manager) == 3  # for what gate and up read, for what down reads, to go on
     assert calls_of(walk_of(tiny_llama), ids, manager, "k_proj") == 4  # and for what the output projection reads
+
+
+@pytest.mark.parametrize(("passes", "ordering"), [((GPTQ(bits=4, group=8),), "site"), ((GPTQ(group=8),), "block")])
+def test_a_plan_counts_the_products_that_are_computed(
+    passes: Any, ordering: str, tiny_llama: Path, walk_of: Any, ids: Tensor
+) -> None:
+    walk, recipe = walk_of(tiny_llama), Recipe(passes=passes, ordering=ordering)
+    plans, done = plan_sites(walk, recipe), [0]
+
+    def count(module: Any, args: Any, out: Tensor) -> None:
+        rows = args[0].numel() // args[0].shape[-1]
+        done[0] += rows * module.weight.numel() if rows == ids.numel() else 0  # else it is the probe
+
+    sites = walk.anatomy.of_block(0)
+    with torch.no_grad():
+        batch, probe = walk.enter(ids), walk.enter(ids[:1])
+        for place in sites:
+            walk.model.get_submodule(place.module).register_forward_hook(count)
+        next(PassManager(passes, ordering=ordering).run(walk.visit([batch], probe)))
+    whole = ids.numel() * sum(place.shape[0] * place.shape[1] for place in sites)
+    assert forwards_of(walk, recipe, plans, walk.model.config.hidden_size) == pytest.approx(done[0] / whole)
 
 
 class Inner(nn.Module):
