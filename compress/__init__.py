@@ -112,8 +112,8 @@ from compress.weights import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from compress.driver import Report
     from compress.extraction import Extracted
+    from compress.job import Report
     from compress.merging import Merged
     from compress.planning import Plan
     from compress.runtime.tenants import Tenants

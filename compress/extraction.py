@@ -11,8 +11,9 @@ from typing import Any
 from uuid import uuid4
 
 from compress.codecs import recipes_of
-from compress.driver import Report, compress
+from compress.driver import compress
 from compress.events import Event, RunFinished, RunInterrupted
+from compress.job import Report
 from compress.model.source import locate
 from compress.passes.manager import ignore
 from compress.plan import free_place

@@ -3,7 +3,7 @@
 `torchrun` starts them. Each holds the same model and does its share; what one has computed it tells to all, so that all
 go on with the same bits, which are those of one process. A message is JSON with tensors as raw bytes beside it: nothing
 is pickled. One process alone is a team too, so nobody else asks how many there are.
-Not here: what is divided (`driver.py`, `model/block.py`, `passes/manager.py`).
+Not here: what is divided (`job.py`, `model/block.py`, `passes/manager.py`).
 """
 
 from __future__ import annotations

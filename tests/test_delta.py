@@ -81,7 +81,7 @@ def zipped(tiny_llama: Path, finetuned: Path, tmp_path_factory: pytest.TempPathF
 
 def delta_of(
     model: Path, base: Path, out: Path, *passes: Any, calibration: Calibration = FEW, **options: Any
-) -> compress.driver.Report:  # type: ignore[name-defined]
+) -> compress.job.Report:  # type: ignore[name-defined]
     steps = passes or (RTN(bits=4, group=0),)
     recipe = Recipe(passes=steps, calibration=calibration, delta=Delta(base=str(base), **options))
     return compress.run(model, recipe, out)

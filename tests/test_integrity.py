@@ -208,7 +208,7 @@ def test_a_crash_in_the_last_check_leaves_nothing(
     def fail(*_: Any) -> None:
         raise VerificationError("on purpose")
 
-    monkeypatch.setattr("compress.driver.check_whole", fail)
+    monkeypatch.setattr("compress.job.check_whole", fail)
     with pytest.raises(VerificationError, match="on purpose"):
         compress.run(tiny_llama, [Magnitude()], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -566,7 +566,7 @@ def test_a_damaged_offloaded_state_is_never_used(model: Path, tmp_path: Path, ha
 def test_another_shape_than_before_starts_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = KINDS["shortgpt"]
     stopped(model, recipe, tmp_path / "o")
-    monkeypatch.setattr("compress.driver.content_hash", lambda made: "another")
+    monkeypatch.setattr("compress.job.content_hash", lambda made: "another")
     heard = continued(model, recipe, tmp_path / "o")
     assert "gave another model than before" in heard.told(RunRestarted)[0].reason
     assert len(heard.told(BlockStarted)) == BLOCKS - 1

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import compress
 from compress import GPTQ, RTN, Calibration, Limits, Magnitude, PassManager, Recipe, ShortGPT, Wanda
-from compress.driver import Report
 from compress.export.dense import export_dense
+from compress.job import Report
 from compress.model.anatomy import coverage
 from compress.model.architecture import auto_class, run
 from compress.model.family import TESTED

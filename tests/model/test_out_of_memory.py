@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.driver import prove
 from compress.errors import VerificationError
 from compress.events import BatchHalved, Event
+from compress.job import prove
 from compress.model.travellers import Travellers
 from compress.stats import ColumnNorm, Gram, Moments, Sample
 from compress.verification import RuntimeWalk

@@ -148,7 +148,7 @@ def test_a_family_whose_code_fails_alone_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise IndexError("of the family's own\nmaking")
 
-    monkeypatch.setattr("compress.driver.TESTED", ())
+    monkeypatch.setattr("compress.job.TESTED", ())
     monkeypatch.setattr("compress.model.walk.Walk.prove", fail)
     message = r"LlamaForCausalLM cannot be run block by block: IndexError: of the family's own making$"
     with pytest.raises(UnsupportedWeight, match=message):
