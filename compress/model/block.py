@@ -115,10 +115,11 @@ class Block:
             else:
                 group += self.keyed[key]
 
+        held = {child: [self.sites[name] for name in names] for child, names in self.inner.items()}
         matrices = {
-            child: [self.sites[name].module for name in names if self.sites[name].whole]
-            for child, names in self.inner.items()
-        }
+            child: [site.module for site in sites if site.whole and not site.module._forward_pre_hooks]
+            for child, sites in held.items()
+        }  # what is heard of a hooked input has been through its hook, which would be called once more
         with self._listening(self.keyed, heard), self.memo.watched(matrices):
             self.dense.hidden_BTD = self.dense.through(self.module, self.index)
         groups = [group for _, group in seen]
@@ -212,20 +213,23 @@ class Block:
         unrouted = [key for key, site in leaders.items() if not site.place.routed]
         first = min(self.groups.index(self.group_of(site)) for site in leaders.values())
         ends = [] if last is None else [t for t in self.memo.tails.values() if t.module is leaders[last].module]
-        tail = next(iter(ends), None)
+        tail = None if self.last and first == len(self.groups) - 1 else next(iter(ends), None)
 
-        def run(i: int, part: Travellers) -> tuple[Inputs, Inputs]:
+        def run(i: int, batch: Travellers, part: Travellers) -> tuple[Inputs, Inputs]:
             dense: Inputs = {}
             if paired:
                 with self.as_original():
                     dense = self.inputs(self.twins[i].part(part.windows), unrouted, last)
+            if part.shape != batch.shape:
+                self.memo.part(place_of(i, part))
             found = self.inputs(part, leaders, last, lambda: self.remembered(i, part, first))
-            if tail is not None and found[str(last)][0].shape[-1] <= WIDEST * part.shape[-1]:
-                self.memo.keep_read(place_of(i, part), tail, found[str(last)][0], self._pending(first))
+            for x in found.get(str(last), ()):
+                if tail is not None and x.shape[-1] <= WIDEST * part.shape[-1]:
+                    self.memo.keep_read(place_of(i, part), tail, x, self._pending(first))
             return dense, found
 
         for i, batch in enumerate(self.batches):
-            yield from batch.in_parts(partial(run, i))
+            yield from batch.in_parts(partial(run, i, batch))
 
     def inputs(
         self, travellers: Travellers, keys: Iterable[str], last: str | None, around: Around = nullcontext

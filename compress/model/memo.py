@@ -51,10 +51,16 @@ class Kept:
     outputs: list[Any] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     read: Tensor | None = None
+    read_version: list[int] = field(default_factory=list)
 
     @property
     def valid(self) -> bool:
-        """Whether the parameters are the same tensors in memory, whose place no others can have taken meanwhile."""
+        """Whether the parameters are the same tensors in memory, whose place no others can have taken meanwhile.
+
+        And nobody wrote over what the tail reads.
+        """
+        if self.read is not None and versions_of([self.read]) != self.read_version:
+            return False
         return all(parameter.data_ptr() == tensor.data_ptr() for parameter, tensor in self.held)
 
 
@@ -69,6 +75,13 @@ class Memo:
     def forget(self, batch: int | None = None) -> None:
         """Let go of what is kept of a batch, by default of all."""
         self.kept = {key: found for key, found in self.kept.items() if batch is not None and key[0] != batch}
+
+    def part(self, key: Key) -> None:
+        """Let go of what is kept of these windows together with others: memory did not suffice for so many."""
+        batch, start, stop = key
+        wider = [k for k in self.kept if k[0] == batch and k != key and k[1] <= start and stop <= k[2]]
+        for each in wider:
+            del self.kept[each]
 
     @contextmanager
     def used(self, key: Key, done: Iterable[str], changing: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -99,7 +112,9 @@ class Memo:
     def keep_read(self, key: Key, tail: Tail, x: Tensor, changing: Iterable[nn.Parameter]) -> None:
         """Keep what the tail of a child reads of these windows."""
         if self.active:
-            self.kept.setdefault(key, {})[tail.child] = Kept(self._held(changing), read=x)
+            self.kept.setdefault(key, {})[tail.child] = Kept(
+                self._held(changing), read=x, read_version=versions_of([x])
+            )
 
     def _held(self, changing: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
         """The parameters that no longer change, with their tensors."""
@@ -108,7 +123,7 @@ class Memo:
 
     @contextmanager
     def watched(self, matrices: Mapping[str, Iterable[nn.Module]]) -> Iterator[None]:
-        """Find the tails of children, given the matrices in each, while the block runs once."""
+        """Find the tails of children, given the matrices in each that nobody else hooks, while the block runs once."""
         last: dict[str, tuple[nn.Module, Any, list[int]]] = {}
         calls: dict[nn.Module, int] = {}
 
@@ -117,7 +132,7 @@ class Memo:
             if inside:
                 last[child] = module, out, versions_of([out])
                 return
-            first, *rest = out if isinstance(out, tuple) and out else (out,)
+            first, *rest = out if type(out) is tuple and out else (out,)
             matrix, given, version = last.get(child, (module, None, []))
             same = isinstance(first, Tensor) and first is given and versions_of([first]) == version != []
             if same and calls[module] == calls[matrix] == 1 and all(value is None for value in rest):

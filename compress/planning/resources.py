@@ -109,7 +109,7 @@ def memory_parts(
     written = sum(p.bytes for p in own) + max((F32 * prod(p.shape) for p in own), default=0)
     block = {
         "a block": size.block, "its rewritten weights": rewritten, "hidden states": hidden,
-        "what done parts gave": 0 if offload or not remembers(recipe) else load.tokens * stream,
+        "what done parts gave": 0 if offload else load.tokens * size.itemsize * kept_width(walk, recipe, plans, size),
         "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written),
     }  # fmt: skip
     return max(frame, block, key=lambda parts: sum(parts.values()))
@@ -118,6 +118,17 @@ def memory_parts(
 def remembers(recipe: Recipe) -> bool:
     """Whether what done parts of a block give is kept while the rest is measured."""
     return recipe.ordering == "site" and not any(isinstance(step, BlockPass) for step in recipe.passes)
+
+
+def kept_width(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], size: Sized) -> int:
+    """Values a token that are kept of a block at most: what done children gave, and what the tail of the next reads."""
+    if not remembers(recipe):
+        return 0
+    groups = read_together_names([p.site for p in walk.anatomy.of_block(size.index)])
+    last = {child_of(walk, group[0]): plans[group[0]] for group in groups}
+    reads = [plan.shape[1] if kinds_of(recipe, plan) else 0 for plan in last.values()]
+    kept = [width if width <= WIDEST * size.hidden else 0 for width in reads]
+    return max((i * size.hidden + width for i, width in enumerate(kept)), default=0)
 
 
 def kinds_of(recipe: Recipe, plan: SitePlan) -> list[type[Statistic]]:

@@ -91,6 +91,33 @@ def test_a_plan_counts_the_products_that_are_computed(
     assert forwards_of(walk, recipe, plans, walk.model.config.hidden_size) == pytest.approx(done[0] / whole)
 
 
+@pytest.mark.parametrize("hooked", ["an input that is scaled", "a workspace that is used again"])
+def test_models_that_do_more_than_their_modules_say_are_computed_again(
+    hooked: str, model_folder: Any, ids: Tensor, without: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    room = torch.zeros(1 << 20)
+
+    def scaled(module: Any, args: Any) -> Any:
+        return (args[0] * 1.7,)
+
+    def written(module: Any, args: Any) -> Any:
+        return (room[: args[0].numel()].view_as(args[0]).copy_(args[0]),)
+
+    def rewritten() -> list[Tensor]:
+        model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.register_forward_pre_hook(scaled if "scaled" in hooked else written)
+        many = ids.repeat(40, 1) if ids.ndim == 2 else ids
+        PassManager([GPTQ(bits=4, group=8)]).apply(model, (many + torch.arange(len(many))[:, None]) % 200)
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    kept = rewritten()
+    without()
+    assert all(map(torch.equal, kept, rewritten()))
+
+
 class Inner(nn.Module):
     """A child of which what it gives is made by `end` out of what its matrix gives."""
 
@@ -148,6 +175,16 @@ def test_what_a_tail_read_is_used_once_the_tail_is_final_and_not_if_something_be
                 assert torch.equal(given, tail(child.up.forward(x)))
             assert len(seen) == calls
         memo.forget()
+        memo.keep_read(key, tail, reads, child.down.parameters())
+        reads.add_(0)  # as if a workspace were used again
+        seen.clear()
+        with memo.used(key, ["0"], ()):
+            block(x)
+        assert len(seen) == 1
+        memo.forget()
+        memo.keep_read(key, tail, reads, child.down.parameters())
+        memo.part((0, 0, 2))
+        assert not memo.kept
         memo.keep_read(key, tail, reads, child.down.parameters())
         with memo.used(key, [], child.down.parameters()):  # the tail may still change: what it gives is not kept
             block(x)
