@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -130,7 +130,15 @@ class Inner(nn.Module):
         return self.end(self.down(self.up(x)))
 
 
+class Named(NamedTuple):
+    """What some models give."""
+
+    y: Tensor
+    weights: None = None
+
+
 ENDS: dict[str, tuple[Any, bool]] = {
+    "by name": (Named, False),
     "itself": (lambda y: y, True),
     "in a tuple": (lambda y: (y, None, None), True),
     "written over": (lambda y: y.mul_(2), False),

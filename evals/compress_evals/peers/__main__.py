@@ -124,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     lines = arguments.markdown or arguments.out / "lines.jsonl"
     try:
+        if arguments.runs < 1:
+            raise RecipeError(f"--runs: {arguments.runs} is not 1 or more")
         if arguments.markdown is None:
             torch.set_num_threads(1)
             check_tools(arguments.peers_python, arguments.tools)
