@@ -49,6 +49,11 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def peaks(event: BlockFinished | RunFinished) -> str:
+    """The most memory that was taken, of the host and of a GPU."""
+    return size(event.peak_bytes) + (f", GPU {size(event.gpu_peak_bytes)}" if event.gpu_peak_bytes else "")
+
+
 def change(before: float, after: float) -> str:
     """`2.40x smaller`, or `1.30x LARGER` for what has failed its purpose."""
     return f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x LARGER"
@@ -123,7 +128,7 @@ class Progress:
         worst = f"worst site {max(self.errors.values()):.3f}" if self.errors else "untouched"
         self.console.print(
             f"  block {done}/{event.count}  {worst}  drift {event.error:.3f}  {size(event.nbytes)}  "
-            f"{event.seconds:.1f} s  peak {size(event.peak_bytes)}  [dim]{left:.0f} s left[/]"
+            f"{event.seconds:.1f} s  peak {peaks(event)}  [dim]{left:.0f} s left[/]"
         )
 
     def finish(self, event: RunFinished) -> None:
@@ -134,7 +139,7 @@ class Progress:
             f"{event.bits_per_weight:.2f} bits a block weight; "
             f"probe KL {event.kl:.4g} nats; {event.fallbacks} fallbacks"
             f"{f'; {event.starved} starved' if event.starved else ''}; {event.seconds:.0f} s, "
-            f"peak {size(event.peak_bytes)}\n[bold]{escape(event.out)}[/]"
+            f"peak {peaks(event)}\n[bold]{escape(event.out)}[/]"
         )
 
 

@@ -22,7 +22,7 @@ from compress.events import (
 from compress.identity import machine, versions
 from compress.job import Job, Report
 from compress.journal import Journal
-from compress.model.memory import peak_bytes
+from compress.model.memory import gpu_peak_bytes, peak_bytes
 from compress.model.source import Checkpoint, dtype_of, locate
 from compress.model.walk import Walk
 from compress.passes.base import BlockPass
@@ -93,6 +93,7 @@ def compress(
             starved=report.starved,
             seconds=time.monotonic() - began,
             peak_bytes=peak_bytes(),
+            gpu_peak_bytes=gpu_peak_bytes(walk.device),
         )
     )
     return report

@@ -156,6 +156,7 @@ class BlockFinished(Event):
     nbytes: int
     seconds: float
     peak_bytes: int
+    gpu_peak_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,7 @@ class RunFinished(Event):
     starved: int
     seconds: float
     peak_bytes: int
+    gpu_peak_bytes: int = 0
 
 
 def fan_out(sinks: list[Sink]) -> Sink:

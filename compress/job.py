@@ -37,7 +37,7 @@ from compress.model.architecture import without_code
 from compress.model.block import Block
 from compress.model.divergence import mean_kl
 from compress.model.family import TESTED
-from compress.model.memory import give_back, peak_bytes
+from compress.model.memory import give_back, gpu_peak_bytes, peak_bytes
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint, display_name, locate
 from compress.model.travellers import Travellers, batched, tokens_at_once
@@ -148,8 +148,7 @@ class Job:
         since = time.monotonic()
         for block in manager.run(self.opened(streams)):
             walk.fit.most = self.team.least(walk.fit.most)
-            facts = self.team.first(partial(self.write_block, writer, block))
-            journal.record(facts, self.going(streams, block.last))
+            facts = journal.record(partial(self.write_block, writer, block), self.going(streams, block.last))
             self.finish_block(block, facts["part"]["size"], time.monotonic() - since)
             since = time.monotonic()
         probe = streams[PROBE]
@@ -165,9 +164,8 @@ class Job:
         team.agree(lambda: {"hash of the reshaped model": made})
         journal.follow(lambda: self.take_up(writer, made))
         if not journal.records:
-            facts = team.first(lambda: self.write_frame(writer, made))
             kept = self.dense_logits if team.chief else None
-            journal.record(facts, {}, {} if kept is None else {LOGITS: kept})
+            journal.record(partial(self.write_frame, writer, made), {}, {} if kept is None else {LOGITS: kept})
         return {int(index): told for index, told in journal.records[0]["budgets"].items()}
 
     def take_up(self, writer: ArtifactWriter, made: str) -> None:
@@ -365,6 +363,7 @@ class Job:
                 nbytes=nbytes,
                 seconds=seconds,
                 peak_bytes=peak_bytes(),
+                gpu_peak_bytes=gpu_peak_bytes(self.walk.device),
             )
         )
 

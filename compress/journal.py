@@ -17,7 +17,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Container, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -30,14 +32,15 @@ from compress.artifact import DTYPES
 from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError, causes, out_of_memory
 from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
-from compress.model.source import digest
+from compress.model.source import READERS, digest
 from compress.model.travellers import Travellers, read_raw
-from compress.shards import NAMES, Entry, WriteError, write_tensors
+from compress.shards import NAMES, Entry, WriteError, split, write_tensors
 from compress.team import ALONE, Team
 from compress.writer import flush, missing_parents, refusal, remove_empty
 
 LOCK, IDENTITY = "lock", "identity.json"
 ATTEMPTS = 8  # to lock a folder that another run may be removing
+PART = 1 << 28  # bytes of hidden states in a file; more are hashed and written by several threads
 Record = dict[str, Any]
 
 
@@ -57,6 +60,7 @@ class Journal:
         self.records: list[Record] = []  # the first is of what lies in no block
         self.count = 0
         self.matched = self.unavailable = False
+        self.remover = ThreadPoolExecutor(1)  # the pages of large files are given back while the next block is computed
 
     @property
     def done(self) -> int:
@@ -89,6 +93,7 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """A failure to write becomes an ArtifactError."""
+        self.remover.shutdown()
         refused = refusal(self.target, error) if error is not None else None
         if self.team.chief:
             kept = (ArtifactError, LostProcess)
@@ -214,21 +219,21 @@ class Journal:
 
     def restore(self, streams: Mapping[str, Travellers]) -> None:
         """Put these hidden states behind the last finished block where they were, whichever process held them."""
+        carried: dict[str, dict[str, Tensor]] = {}
         for state in self.records[-1]["state"] if self.done else ():
             if "stream" in state:
                 if (stream := streams.get(state["stream"])) is not None:
                     raw = read_raw(self.folder / state["file"], DTYPES[state["dtype"]], state["shape"])
                     stream.hidden_BTD = raw.to(stream.device)
                 continue
-            carried: dict[str, dict[str, Tensor]] = {}
             for name, tensor in self.tensors(state["file"], streams).items():
                 which, _, left = name.partition("/")
                 if left:
                     carried.setdefault(which, {})[left] = tensor
                 else:
                     streams[which].hidden_BTD = tensor.to(streams[which].device)
-            for which, tensors in carried.items():
-                streams[which].carry(tensors)
+        for which, tensors in carried.items():
+            streams[which].carry(tensors)
 
     def tensors(self, file: str, wanted: Container[str]) -> dict[str, Tensor]:
         """The tensors of `wanted` in a file of this folder, copied: what is mapped from a file may lie anywhere."""
@@ -239,45 +244,53 @@ class Journal:
     # -- recording ---------------------------------------------------------------------------------
 
     def record(
-        self, facts: Mapping[str, Any], streams: Mapping[str, Travellers], more: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Note what was written, what is to be remembered of it, and the hidden states; when it returns, it is safe.
+        self, make: Callable[[], Record], streams: Mapping[str, Travellers], more: Mapping[str, Tensor] | None = None
+    ) -> Record:
+        """Let the first process write with `make`, note what that returns and the hidden states; then it is safe.
 
-        Each process of a team has `streams` of its own, and notes what all have. Raises WriteError or OSError if the
-        disk refuses.
+        States of more than PART bytes are written meanwhile. Each process of a team has `streams` of its own, and notes
+        what all have. Raises WriteError or OSError if the disk refuses.
         """
         if self.unavailable and self.records:
-            return
-        began = time.monotonic()
+            return self.team.first(make)
         number = len(self.records)
-        held = self.team.share(lambda: (self._states(number, streams, more or {}), []))
+        states = partial(self._states, number, streams, more or {})
+        large = sum(stream.nbytes for stream in streams.values() if stream.file is None) > PART
+        with ThreadPoolExecutor(1) as aside:
+            early = aside.submit(states) if large else None
+            facts = self.team.first(make)
+            began = time.monotonic()
+            held = self.team.share(lambda: (early.result() if early else states(), []))
         record = {**facts, "state": [state for states, _ in held for state in states]}
         if self.team.chief:
             for folder in (self.artifact, *self.folder.glob("scratch-*")):
                 flush(folder)
             write(self.place / f"{number:05d}.json", record)
             for state in self.records[-1]["state"] if number > 1 else ():
-                (self.folder / state["file"]).unlink(missing_ok=True)
+                remove = partial((self.folder / state["file"]).unlink, missing_ok=True)
+                self.remover.submit(remove) if large else remove()
         self.records.append(record)
         if not self.team.chief:  # the first may still be renaming what it has written
-            return
+            return facts
         nbytes = sum(path.stat().st_size for path in self.place.glob(f"{number:05d}*"))
         self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
+        return facts
 
     def _states(self, number: int, streams: Mapping[str, Travellers], more: Mapping[str, Tensor]) -> list[Record]:
         """Bring this process's states to the disk: which files hold them.
 
-        Those that lie there already stay where they are, of the others one file is written, with the tensors `more`.
+        Those that lie there already stay where they are, the others are written, with the tensors `more`.
         """
         state = [self._stored(name, stream) for name, stream in streams.items() if stream.file is not None]
         tensors = {name: stream.hidden_BTD for name, stream in streams.items() if stream.file is None} | dict(more)
         tensors |= {f"{name}/{key}": left for name, s in streams.items() for key, left in s.carried().items()}
-        if tensors:
-            whose = "" if self.team.chief else f"-{self.team.rank}"
-            path = self.place / f"{number:05d}{whose}.safetensors"
-            sha = write_tensors(path, [Entry.of(name, tensor) for name, tensor in tensors.items()])
-            state.append({"file": f"{self.place.name}/{path.name}", "sha256": sha})
-        return state
+        whose = "" if self.team.chief else f"-{self.team.rank}"
+        parts = list(split([Entry.of(name, tensor) for name, tensor in tensors.items()], PART))
+        paths = [self.place / f"{number:05d}{whose}{f'.{i}' if i else ''}.safetensors" for i in range(len(parts))]
+        with ThreadPoolExecutor(READERS) as writers:
+            hashes = list((writers.map if len(parts) > 1 else map)(write_tensors, paths, parts))
+        files = [f"{self.place.name}/{path.name}" for path in paths]
+        return state + [{"file": file, "sha256": sha} for file, sha in zip(files, hashes, strict=True)]
 
     def _stored(self, name: str, stream: Travellers) -> Record:
         """What is to be known of an offloaded state, which is from now on kept until the next record."""

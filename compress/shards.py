@@ -81,10 +81,12 @@ def header_of(entries: Sequence[Entry]) -> bytes:
 
 
 def chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in its own order, some at a time."""
+    """The bytes of a tensor in its own order, some at a time; of a GPU's, each is gone when the next is asked for."""
     flat = tensor.detach().reshape(-1)
+    staged = torch.empty(min(AT_ONCE, len(flat)), dtype=flat.dtype, pin_memory=True) if flat.is_cuda else None
     for part in flat.split(AT_ONCE):
-        yield memoryview(part.cpu().contiguous().view(torch.uint8).numpy())
+        there = part.cpu().contiguous() if staged is None else staged[: len(part)].copy_(part)
+        yield memoryview(there.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_shard(path: Path, entries: Iterable[Entry]) -> str:

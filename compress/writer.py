@@ -148,9 +148,10 @@ class ArtifactWriter(Part):
     def _check(self, packed: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Weight]) -> None:
         """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
         for site, meant in packed.items():
-            stored = {p: self._read(key) for p, key in keys(site, self.specs[site]).items()}
+            device = next(iter(meant.values())).device  # where decoding is fast
+            stored = {p: self._read(key).to(device) for p, key in keys(site, self.specs[site]).items()}
             again = pack(unpack(self.specs[site]["tree"], stored, resolve=partial(base_in, weights[site])))
-            if any(not torch.equal(as_bytes(again[p]), as_bytes(t.cpu())) for p, t in meant.items()):
+            if any(not torch.equal(as_bytes(again[p]), as_bytes(t)) for p, t in meant.items()):
                 raise VerificationError(f"{site} decodes differently from what was meant")
 
     def _read(self, key: str) -> Tensor:

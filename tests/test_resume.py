@@ -40,6 +40,7 @@ from compress import (
     SliceGPT,
     Wanda,
     WandaSP,
+    journal,
 )
 from compress.events import (
     BlockFinished,
@@ -335,6 +336,18 @@ def test_offloaded_states_are_not_copied(model: Path, tmp_path: Path) -> None:
     assert [state["stream"] for state in offloaded] == ["batch.0"]
     kept = sorted(path.name for path in partial.rglob("*") if path.name.startswith("batch-"))
     assert kept == [Path(state["file"]).name for state in offloaded]
+
+
+def test_large_states_are_parted_and_go_on(
+    model: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "PART", 1_000)
+    partial = stopped(model, KINDS["twins"], tmp_path / "o", behind=1)
+    last = max((partial / "records").glob("*.json"))
+    named = {state["file"] for state in json.loads(last.read_text())["record"]["state"]}
+    assert len(named) > 2 and named == {f"records/{path.name}" for path in last.parent.glob("*.safetensors")}
+    assert continued(model, KINDS["twins"], tmp_path / "o").told(RunResumed)
+    assert hashes(tmp_path / "o") == whole("twins")
 
 
 def test_shards_of_any_size_go_on(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import sys
 from functools import cache
 from typing import Any
 
+import torch
+
 LARGE = 1 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -41,3 +43,8 @@ def peak_bytes() -> int:
     """The largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gpu_peak_bytes(device: torch.device) -> int:
+    """The most that tensors of this process have taken of a GPU so far; 0 for another device."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ from compress.errors import ArtifactError, visible
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255  # bytes of a file name
+READERS = min(8, os.cpu_count() or 1)  # files that are hashed at once
 LARGEST = 1 << 28  # bytes of a JSON file; that of 100,000 compressed matrices has a quarter
 DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth
 NUMBERED = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.safetensors")
@@ -228,7 +230,9 @@ class Checkpoint:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        return {shard.name: digest(shard) for shard in sorted(set(self.files.values()))}
+        shards = sorted(set(self.files.values()))
+        with ThreadPoolExecutor(READERS) as readers:  # a hash is computed outside of Python's lock
+            return dict(zip((shard.name for shard in shards), readers.map(digest, shards), strict=True))
 
 
 def leaves(link: Path) -> bool:

@@ -138,6 +138,11 @@ class Travellers:
         """That of the hidden state."""
         return tuple(self._hidden.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the hidden state."""
+        return int(self._hidden.nbytes)
+
     def forget(self) -> None:
         """Remove what lies on disk."""
         if self.file is not None:

@@ -167,7 +167,7 @@ def feed_back(
     launched = at_once(w, upper_II, rounding, mask)
     strip = launched or strip_of(rounding, mask)
     keep_OI = torch.empty_like(w, dtype=torch.bool) if mask else None
-    loss = 0.0
+    losses = []
     for start in range(0, w.shape[1], block):
         end = min(start + block, w.shape[1])
         w_BO, u_BB = w[:, start:end].T.contiguous(), upper_II[start:end, start:end]
@@ -181,8 +181,9 @@ def feed_back(
         w[:, start:end] = w_BO.T
         if keep_OI is not None and keep_BO is not None:
             keep_OI[:, start:end] = keep_BO.T
-        loss += float(e_BO.square().sum(dtype=torch.float64)) / 2
+        losses.append(e_BO.square().sum(dtype=torch.float64))  # a number when all is done: a GPU is not waited for
         w[:, end:].addmm_(e_BO.T, upper_II[start:end, end:], alpha=-1)
+    loss = sum(torch.stack(losses).tolist()) / 2 if losses else 0.0
     if launched and mask and isnan(loss):
         raise CalibrationError("a pruning score is NaN; the weights or the calibration statistics are not finite")
     return w, keep_OI, loss

@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.errors import CalibrationError
 from compress.model.site import Site
 from compress.stats import Gram, finite
+from compress_kernels import solver
 
 CORNER = 512  # side of the triangles that are inverted by a solve
 TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
@@ -62,6 +63,8 @@ def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
         return None
     upper = lower.flip(0, 1)
     del lower
+    if solver.usable(upper):
+        upper = upper.contiguous()  # its columns are, as LAPACK has them; kernels read rows
     invert_upper(upper)
     return upper if finite(upper) else None
 

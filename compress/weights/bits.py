@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from compress.errors import ArtifactError
 
+WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """A flat uint8 tensor holding `values` (below 2**bits) end to end, `bits` each, lowest bit first."""
@@ -19,15 +21,23 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         return torch.cat((pack_bits(wide & 255, 8), pack_bits(wide >> 8, bits - 8)))
     if 8 % bits == 0:
         per = 8 // bits
-        some = F.pad(flat.to(torch.uint8), (0, -len(flat) % per)).view(-1, per)
-        shifts = torch.arange(per, dtype=torch.uint8, device=flat.device) * bits
-        joined: Tensor = (some << shifts).sum(1, dtype=torch.uint8)
-        return joined
+        wide = aligned(flat.to(torch.uint8), per).view(WIDE[per])  # value i in byte i: each moves down to its place
+        joined = wide
+        for i in range(1, per):
+            joined = joined | (wide >> (8 - bits) * i)
+        return joined.to(torch.uint8)
     eights = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8).long()
     words = torch.sum(eights << (torch.arange(8, device=flat.device) * bits), 1)  # 8 * bits <= 56 bits
     octets: Tensor = (words[:, None] >> (torch.arange(bits, device=flat.device) * 8)) & 255
     packed: Tensor = octets.to(torch.uint8).reshape(-1)[: packed_size(len(flat), bits)]
     return packed.contiguous()
+
+
+def aligned(flat: Tensor, to: int) -> Tensor:
+    """A flat tensor that begins where words of `to` bytes may, zeros behind it up to whole words."""
+    if len(flat) % to:
+        return F.pad(flat, (0, -len(flat) % to))
+    return flat.contiguous() if flat.storage_offset() % to == 0 else flat.clone()
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -50,9 +60,13 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         low, high = unpack_bits(packed[:count], 8, count), unpack_bits(packed[count:], bits - 8, count)
         return low.int() | (high.int() << 8)
     if 8 % bits == 0:
-        shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
-        small: Tensor = (packed[:, None] >> shifts) & (2**bits - 1)
-        return small.reshape(-1)[:count].contiguous()
+        per = 8 // bits
+        word = packed.to(WIDE[per])
+        spread = word
+        for i in range(1, per):
+            spread = spread | (word << (8 - bits) * i)
+        spread &= sum((2**bits - 1) << 8 * i for i in range(per))
+        return spread.view(torch.uint8)[:count].contiguous()
     octets = F.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()
     words = (octets << (torch.arange(bits, device=packed.device) * 8)).sum(1)
     values: Tensor = (words[:, None] >> (torch.arange(8, device=packed.device) * bits)) & (2**bits - 1)

@@ -1,8 +1,9 @@
 """Time and peak memory of compressing a model much larger than what may be in memory.
 
 `python -m compress_evals.streaming` makes a Llama of random bfloat16 weights in many shards, runs recipes over it, each
-in a process of its own, and prints seconds and peak resident memory beside the file's size. Random weights say nothing
-about quality, and none is reported.
+in a process of its own, and prints seconds and peak resident memory beside the file's size. `--shape 8b` has the widths
+of Llama 3 8B; with `--device cuda` the video memory is told too. Random weights say nothing about quality, and none is
+reported.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ from compress.model.source import locate
 SHAPE = {"vocab_size": 32000, "hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 32,
          "num_key_value_heads": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SHAPES = {
+    "2.6b": SHAPE,
+    "8b": SHAPE | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "rope_theta": 5e5},
+}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-CALIBRATED = "calibration: {data: text, samples: 16, length: 512}\n"
+CALIBRATED = "calibration: {data: text, samples: %d, length: %d}\n"
 RECIPES = {
     "rtn int4": "passes: [rtn: {bits: 4, group: 64}]\n",
     "wanda 2:4": CALIBRATED + "passes: [wanda: {sparsity: 2:4}]\n",
     "gptq int4": CALIBRATED + "passes: [gptq: {bits: 4, group: 64}]\n",
+    "gptq int4 g128": CALIBRATED + "passes: [gptq: {bits: 4, group: 128}]\n",
     "wanda 2:4 + gptq int4": CALIBRATED
     + "passes:\n  - wanda: {sparsity: 2:4}\n  - gptq: {bits: 4, group: 64, target: original}\n",
 }
@@ -59,16 +65,22 @@ def block_tensors(
     return matrices | {f"model.layers.{i}.{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms}
 
 
-def make(folder: Path, size: float, seed: int = 0, shape: dict[str, int | float] | None = None) -> int:
-    """Write a random Llama of about `size` bytes, one shard a block; its tensor bytes. Peak memory is one block."""
+def make(
+    folder: Path, size: float, seed: int = 0, shape: dict[str, int | float] | None = None, device: str = "cpu"
+) -> int:
+    """Write a random Llama of about `size` bytes, one shard a block; its tensor bytes. Peak memory is one block.
+
+    Its numbers are drawn on `device`.
+    """
     shape = SHAPE if shape is None else shape
     hidden, inner, vocabulary = (int(shape[key]) for key in ("hidden_size", "intermediate_size", "vocab_size"))
     keys = hidden * int(shape["num_key_value_heads"]) // int(shape["num_attention_heads"])
     blocks = max(2, round((size - 4 * vocabulary * hidden) / block_bytes(shape)))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(0, columns**-0.5, generator=generator)
+        drawn = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+        return drawn.normal_(0, columns**-0.5, generator=generator).cpu()
 
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -100,19 +112,25 @@ def make(folder: Path, size: float, seed: int = 0, shape: dict[str, int | float]
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run: wall seconds, peak resident bytes (pages mapped from files included), bytes written."""
+    """One run: wall seconds, peak resident bytes (pages mapped from files included), of a GPU, bytes written.
+
+    `recorded` are the seconds in which hidden states were brought to the disk, so that a killed run goes on.
+    """
 
     seconds: float
     peak: int
+    video: int
     written: int
+    recorded: float
 
 
 def measure(model: Path, recipe: str, out: Path, options: list[str]) -> Measured:
     """Run a recipe in a process of its own."""
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = out.with_suffix(".yaml")
+    written, log = out.with_suffix(".yaml"), out.with_suffix(".jsonl")
     written.write_text(recipe)
+    log.unlink(missing_ok=True)
     command = [
         sys.executable,
         "-m",
@@ -123,6 +141,9 @@ def measure(model: Path, recipe: str, out: Path, options: list[str]) -> Measured
         str(model),
         "--out",
         str(out),
+        "--log",
+        str(log),
+        "--restart",
         *options,
     ]
     began = time.monotonic()
@@ -132,7 +153,12 @@ def measure(model: Path, recipe: str, out: Path, options: list[str]) -> Measured
     if child.returncode:
         raise SystemExit(child.returncode)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    return Measured(seconds=time.monotonic() - began, peak=usage.ru_maxrss * 1024, written=size)
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return Measured(
+        seconds=time.monotonic() - began, peak=usage.ru_maxrss * 1024, written=size,
+        video=max(event.get("gpu_peak_bytes", 0) for event in events),
+        recorded=sum(event["seconds"] for event in events if event["event"] == "BlockRecorded"),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -142,21 +168,38 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("out/bench/streaming"), help="where model and results go")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--offload", action="store_true", help="keep hidden states on disk")
+    parser.add_argument("--shape", choices=list(SHAPES), default="2.6b", help="whose widths the blocks have")
+    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     arguments = parser.parse_args()
-    model = arguments.dir / f"llama-{arguments.bytes:.0f}"
+    shape = SHAPES[arguments.shape]
+    model = arguments.dir / f"llama-{arguments.shape}-{arguments.bytes:.0f}"
     if not model.is_dir():
-        make(model, arguments.bytes)
+        make(model, arguments.bytes, shape=shape, device=arguments.device)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     rows = []
     for name in arguments.recipes:
         options = ["--offload"] if arguments.offload else []
-        found = measure(model, RECIPES[name], arguments.dir / "out", options)
-        rows.append(f"| {name} | {found.seconds:.0f} s | {found.peak / 1e9:.2f} GB | {found.written / 1e9:.2f} GB |")
-    device = f"cpu, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        recipe = RECIPES[name].replace("%d", str(arguments.samples), 1).replace("%d", str(arguments.length), 1)
+        found = measure(model, recipe, arguments.dir / "out", [*options, "--device", arguments.device])
+        rows.append(
+            f"| {name} | {found.seconds:.0f} s | {found.recorded:.0f} s | {found.peak / 1e9:.2f} GB | "
+            f"{found.video / 1e9:.2f} GB | {found.written / 1e9:.2f} GB |"
+        )
+    on_gpu = arguments.device.startswith("cuda")
+    device = torch.cuda.get_device_name(arguments.device) if on_gpu else "cpu"
+    shards = len(list(model.glob("*.safetensors")))
+    hidden = arguments.samples * arguments.length * int(shape["hidden_size"]) * 2
     print(
-        f"\n{size / 1e9:.2f} GB of bfloat16 in {len(list(model.glob('*.safetensors')))} shards; {device}; one run each"
+        f"\n{size / 1e9:.2f} GB of bfloat16 in {shards} shards, {arguments.samples} x {arguments.length} tokens, whose "
+        f"hidden states take {hidden / 1e9:.2f} GB; {device}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; one run each"
     )
-    print("| recipe | time | peak resident memory | written |\n|---|---|---|---|\n" + "\n".join(rows))
+    print(
+        "| recipe | time | of it recording | peak resident memory | peak video memory | written |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(rows)
+    )
 
 
 if __name__ == "__main__":

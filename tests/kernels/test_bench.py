@@ -33,6 +33,16 @@ def test_lines_say_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
         assert line.get("error", 0) < (1e-2 if rounds else 2e-3)
 
 
+def test_only_the_named_formats_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "lines.jsonl"
+    gpu.main(["--device", "cpu", "--shapes", "64x256", "--rows", "1", "--formats", "2:4", "dense", "--out", str(out)])
+    assert [json.loads(line).get("format") for line in out.read_text().splitlines()[1:]] == ["dense", "2:4"]
+
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--formats", "int5"])
+    assert "--formats: no 'int5'; there are dense, " in capsys.readouterr().err
+
+
 BITS = {  # a weight of each of our formats, as it is stored: values and masks, then scales
     "int8 row": 8 + 16 / 1024, "int4 g128": 4.125, "int4 g32": 4.5, "int3 g128": 3.125, "int2 g128": 2.125,
     "fp8 row": 8 + 16 / 1024, "2:4": 9, "1:4": 5, "4:8": 9, "2:4 int4 g128": 3.125, "int8 x int8": 8 + 32 / 1024,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,15 @@ def test_a_kernel_runs_on_the_device_of_its_first_argument(monkeypatch: pytest.M
 @pytest.mark.parametrize("file", sorted(path.name for path in GPU.glob("*.py")))
 def test_every_launch_goes_that_way(file: str) -> None:
     assert DIRECT.findall((GPU / file).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in GPU.glob("*.py") if path.stem != "__init__"))
+def test_what_kernels_read_of_a_module_equals_itself(file: str) -> None:
+    triton = pytest.importorskip("triton.language")
+    module = importlib.import_module(f"compress_kernels.gpu.{file}")
+    constants = {name: value.value for name, value in vars(module).items() if isinstance(value, triton.constexpr)}
+    # triton compares them at every launch, and refuses the second one if there is a NaN
+    assert [name for name, value in constants.items() if value != value] == []
 
 
 # -- counters of programs that split the inputs ------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
+from compress.passes import hessian
 from compress.passes.feedback import feed_back
 from compress.passes.hessian import inverse_factor
 from compress.passes.quantization.gptq import PLAIN, FixedGrids, falling, gptq, keeps_groups
@@ -298,3 +299,13 @@ def test_ranges_by_output_never_cost_more_than_whole_ranges() -> None:
 def block_cost(deviation: Tensor, gram: Tensor, group: int) -> Tensor:
     parts = [slice(at, at + group) for at in range(0, len(gram), group)]
     return torch.stack([(deviation[:, p] @ gram[p, p] * deviation[:, p]).sum(1) for p in parts], 1)
+
+
+def test_where_kernels_run_a_factor_lies_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram = torch.randn(40, 20, generator=torch.Generator().manual_seed(0))
+    plain = hessian.factor_of_inverse(gram.T @ gram)
+    monkeypatch.setattr(hessian.solver, "usable", lambda tensor: True)
+    upper = hessian.factor_of_inverse(gram.T @ gram)
+    # LAPACK and cuSOLVER give columns; a sweep reads rows, and without them every column is a dozen launches
+    assert upper is not None and upper.stride() == (20, 1)
+    assert plain is not None and (upper - plain).norm() < 1e-5 * plain.norm()

@@ -86,9 +86,10 @@ def elapsed(calls: Sequence[Callable[[], object]]) -> float:
 
 def bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
     """Bytes a second that a copy moves, read and written: the measured roof."""
-    source = torch.empty(nbytes if device.type == "cuda" else nbytes >> 4, dtype=torch.uint8, device=device)
+    source = torch.ones((nbytes if device.type == "cuda" else nbytes >> 4) // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / statistics.median(spans([lambda: target.copy_(source)], device, 10))
+    # by a kernel: as a node of a graph, a copy of memory is slower
+    return 2 * source.nbytes / statistics.median(spans([lambda: torch.neg(source, out=target)], device, 10))
 
 
 def weights(shape: tuple[int, int], subject: Subject, device: torch.device, dtype: torch.dtype) -> Iterator[Made]:
@@ -131,13 +132,19 @@ def error(made: Made, x: Tensor) -> float:
 
 
 def lines(
-    shapes: Sequence[tuple[int, int]], rows: Sequence[int], device: torch.device, dtype: torch.dtype
+    shapes: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    formats: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """The conditions, then every measurement or why there is none."""
+    """The conditions, then every measurement or why there is none; of the `formats`, by default of all."""
     roof = bandwidth(device)
     yield {"conditions": conditions(device), "roof_bytes_per_second": roof}
     for shape in shapes:
-        for subject in (*peers(device), *(Subject(name=each.name, make=each.make) for each in ours())):
+        for subject in subjects(device):
+            if formats and subject.name not in formats:
+                continue
             if subject.missing:
                 yield {"format": subject.name, "out": shape[0], "in": shape[1], "missing": subject.missing}
                 continue
@@ -145,6 +152,11 @@ def lines(
                 yield from measure(subject, shape, rows, device, dtype, roof)
             except (RuntimeError, ValueError, AttributeError, TypeError) as problem:  # a peer's own failure is a result
                 yield {"format": subject.name, "out": shape[0], "in": shape[1], "failed": str(problem)[:300]}
+
+
+def subjects(device: torch.device) -> list[Subject]:
+    """The peers' formats, then ours."""
+    return [*peers(device), *(Subject(name=each.name, make=each.make) for each in ours())]
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -160,12 +172,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="cpu only tests this command")
     parser.add_argument("--shapes", nargs="+", type=shape_of, default=list(SHAPES), metavar="OUTxIN")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--formats", nargs="+", default=[], help="only these, by name; default: all")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here, or this torch is built without CUDA; --device cpu only tests this command")
-    text = (json.dumps(line) + "\n" for line in lines(given.shapes, given.rows, device, getattr(torch, given.dtype)))
+    known = [subject.name for subject in subjects(device)]
+    if unknown := [name for name in given.formats if name not in known]:
+        parser.error(f"--formats: no {unknown[0]!r}; there are {', '.join(known)}")
+    dtype = getattr(torch, given.dtype)
+    text = (json.dumps(line) + "\n" for line in lines(given.shapes, given.rows, device, dtype, given.formats))
     if given.out is None:
         sys.stdout.writelines(text)
         return

@@ -16,7 +16,6 @@ INPUTS = 128  # of one step of the product: a cache line of a row; then fp8 sums
 ROW = 4096  # entries of a row that a program holds at once
 FLOOR = tl.constexpr(w8a8.FLOOR)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it leaves the nearest integer, ties to even
 
 
@@ -41,7 +40,7 @@ def _quantize_rows_kernel(p_x, p_codes, p_scale, K, LIMIT: tl.constexpr, BLOCK: 
         else:
             b_step = tl.minimum(tl.maximum(b_step, -LIMIT), LIMIT)
         tl.store(p_codes + i_m.to(tl.int64) * K + k + o_k, b_step.to(p_codes.dtype.element_ty), mask=k + o_k < K)
-    tl.store(p_scale + i_m, tl.where(finite, scale, NAN))
+    tl.store(p_scale + i_m, tl.where(finite, scale, float("nan")))
 
 
 @triton.jit
