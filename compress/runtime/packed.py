@@ -32,7 +32,7 @@ WITH_LOW_RANK: dict[type[Any], Callable[[Any, Tensor, Tensor], Form]] = {
 
 
 ABOVE: dict[type[Any], int] = {  # rows of x above which the op decodes, where nothing was measured
-    wq.Packed: dispatch.DENSE_ABOVE, nm.Packed: dispatch.DENSE_ABOVE, bitmap.Packed: dispatch.BITMAP_DENSE_ABOVE
+    wq.Packed: dispatch.DENSE_ABOVE, nm.Packed: dispatch.SLOTS_DENSE_ABOVE, bitmap.Packed: dispatch.BITMAP_DENSE_ABOVE
 }  # fmt: skip
 
 

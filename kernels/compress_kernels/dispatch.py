@@ -2,14 +2,16 @@
 
 Measured choices come from a tuning profile (`tuning.py`, written by `compress tune`). Where nothing was measured, the
 roofline predicts: a product takes at least the time to read its bytes, to multiply, and to issue its instructions.
-Instructions for each weight are read off compiled code (`gpu/aot.py`), so the prediction needs no GPU, but it is a
-prediction and says so. `defaults.json` holds what it rests on.
-Source of the issue bound: a lane issues one instruction a cycle at most; low-bit kernels reach `ISSUED` of that.
+Instructions for each weight are read off compiled code (`gpu/aot.py`); how far each format stays behind its roof was
+measured on an H200 once (`bench/fit.py`). On another GPU it is a prediction, and says so. `defaults.json` holds what it
+rests on.
+Source of the issue bound: a lane issues one instruction a cycle at most; our low-bit kernels reach `ISSUED` of that.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -23,12 +25,15 @@ from compress_kernels import tuning
 
 KERNEL, DENSE = "kernel", "dense"  # the ways
 OP = "gpu"  # how a profile calls the products of packed forms
-ISSUED = 0.55  # of the issue slots; from published charts of low-bit kernels on A100 and H100, not measured by us
-MULTIPLIED = 0.6  # of the tensor cores' rate that a kernel with decoding reaches; an estimate
+START = 4.5e-6  # seconds of any product within a CUDA graph, however small; on an H200, of cuBLAS's too
+ISSUED = 0.3  # of the issue slots that int2, int3 and int4 reach on an H200
+MULTIPLIED = 0.6  # of the tensor cores' rate that a kernel with decoding reaches; an estimate, which binds nothing yet
 LANES = 128  # of a multiprocessor
-# rows of x above which, where nothing was measured, another way is taken: with a dense copy of the matrix (beside whose
-# product decoding costs little; bitmaps decode slowly), by torch's own 8-bit products; specs, not measured
-DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 64, 64
+SMALL = 64  # inputs of a group: in smaller ones, their scales and sums weigh more than their weights
+# rows of x above which, where nothing was tuned, another way is taken: with a dense copy of the matrix, beside whose
+# product decoding costs little, or by torch's own 8-bit products (specs, not measured). On an H200 words lose to the
+# dense copy between 256 and 512 rows, slots between 64 and 256, and bitmaps even at one
+DENSE_ABOVE, SLOTS_DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 128, 0, 64
 SPARSE_FROM = 1024  # rows of x from which sparse tensor cores are used, if they were asked for; specs, not measured
 
 
@@ -46,23 +51,39 @@ class Device:
 SHIPPED = json.loads((Path(__file__).parent / "defaults.json").read_text(encoding="utf-8"))
 DEVICES = tuple(Device(**rates) for rates in SHIPPED["devices"])
 INSTRUCTIONS: dict[str, tuple[float, float, float]] = {name: tuple(n) for name, n in SHIPPED["instructions"].items()}
+SLACK: dict[str, tuple[float, float, float]] = {name: tuple(n) for name, n in SHIPPED["slack"].items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What a weight costs: bytes a weight as stored, and instructions a weight with a tile of 8, 16 and 64 rows."""
+    """What a weight costs: bytes a weight as stored, and instructions a weight with a tile of 8, 16 and 64 rows.
+
+    `slack` is how many times longer than the roofline such tiles take.
+    """
 
     name: str
     bytes: float
     instructions: tuple[float, float, float]
+    slack: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 def format_of(form: Any, weights: int) -> Format:
-    """What a packed form of so many weights costs; n:m that was not counted is taken for the dearest of its values."""
-    kind = str(form.kind)
-    alike = [counts for name, counts in INSTRUCTIONS.items() if name.endswith(kind.rpartition(" ")[2])]
-    counted = INSTRUCTIONS.get(kind) or max(alike)
-    return Format(name=kind, bytes=form.nbytes / weights, instructions=counted)
+    """What a packed form of so many weights costs; n:m that was not counted is taken for the dearest of its values.
+
+    So are small groups for the smallest that were measured, and what was not measured for the one like it.
+    """
+    kind, group = str(form.kind), int(getattr(form, "group", 0))
+    return Format(
+        name=kind,
+        bytes=form.nbytes / weights,
+        instructions=INSTRUCTIONS.get(kind) or dearest(kind, INSTRUCTIONS),
+        slack=(SLACK.get(f"{kind} g32") if 0 < group < SMALL else None) or SLACK.get(kind) or dearest(kind, SLACK),
+    )
+
+
+def dearest(kind: str, known: Mapping[str, tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The largest figures of what stores the same values."""
+    return max((found for name, found in known.items() if name.endswith(kind.rpartition(" ")[2])), default=(1.0,) * 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +128,11 @@ def predict(form: Format, m: int, weights: int, device: Device, path: str = "") 
         "issue": -(-m // (8, 16, 64)[tile]) * weights * form.instructions[tile] / issue_rate(device),
     }
     bound = max(times, key=times.__getitem__)
-    dense = max(2 * weights / device.bandwidth, 2 * m * weights / device.operations)
+    packed = START + form.slack[tile] * times[bound]
+    dense = START + max(2 * weights / device.bandwidth, 2 * m * weights / device.operations)
     decoded = dense + weights * (form.bytes + 2) / device.bandwidth
-    path = path or (KERNEL if times[bound] <= decoded else DENSE)
-    taken = times[bound] if path == KERNEL else decoded
+    path = path or (KERNEL if packed <= decoded else DENSE)
+    taken = packed if path == KERNEL else decoded
     return Choice(path=path, seconds=taken, speedup=dense / taken, bound=bound)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import statistics
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from compress_kernels import dispatch, tuning, wq
-from compress_kernels.bench import first, gpu, plot, search, subjects
+from compress_kernels.bench import first, fit, gpu, plot, search, subjects
 from compress_kernels.dispatch import DEVICES, Format, known, most_rows, predict
 
 CPU = torch.device("cpu")
 INT4 = Format(name="int4 g128", bytes=0.516, instructions=(2.05, 2.4, 3.0))
+EIGHT = Format(name="int8", bytes=1.0, instructions=(2.05, 2.4, 3.0))
+LINES = Path(__file__).parents[2] / "docs" / "kernels-h200.jsonl"
 
 
 def test_lines_say_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
@@ -74,11 +79,34 @@ def test_a_picture_is_drawn_of_what_was_timed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: str(device.kind))
 def test_prediction_is_the_roofline(device: object) -> None:
     few, many = (predict(INT4, m, 1 << 24, device) for m in (1, 4096))  # type: ignore[arg-type]
+    large = predict(EIGHT, 1, 1 << 34, device)  # type: ignore[arg-type]  # where the start of a launch is nothing
 
-    assert (few.path, few.bound) == ("kernel", "memory")
-    assert few.speedup == pytest.approx(2 / INT4.bytes)
+    assert few.path == "kernel" and 1 < few.speedup < 2 / INT4.bytes
+    assert large.bound == "memory" and large.speedup == pytest.approx(2 / EIGHT.bytes, rel=0.01)
     assert many.path == "dense" and many.speedup < 1
     assert 16 <= most_rows(INT4, device) < 4096  # type: ignore[arg-type]
+
+
+def recorded() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_shipped_slack_is_what_the_recorded_lines_give(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, tiles in fit.ratios(recorded(), known("H200")).items():
+        assert dispatch.SLACK[name] == tuple(round(statistics.median(tiles[rows]), 2) for rows in fit.TILES)
+
+
+@pytest.mark.parametrize(("rows", "least", "most"), [(1, 0.7, 1.5), (256, 0.35, 1.2)])  # several tiles hide waits
+def test_what_was_measured_is_near_what_is_expected_with_other_rows(rows: int, least: float, most: float) -> None:
+    kinds = fit.forms()
+    for line in recorded():
+        if line.get("rows") == rows and line["format"] in kinds:
+            name, form = kinds[line["format"]]
+            weights = line["out"] * line["in"]
+            form = replace(form, bytes=line["bytes"] / weights, slack=dispatch.SLACK[name])
+            if not (name == "bitmap" and rows > 64):  # it was decoded
+                expected = predict(form, rows, weights, known("H200"), dispatch.KERNEL)
+                assert least < line["seconds"] / expected.seconds < most, line
 
 
 def test_an_unknown_device_is_taken_for_the_slowest() -> None:

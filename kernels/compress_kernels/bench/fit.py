@@ -1,0 +1,68 @@
+"""`python -m compress_kernels.bench.fit LINES.jsonl`: how many times longer than its roof each format takes.
+
+From the lines of `compress_kernels.bench.gpu`, as the `slack` of `defaults.json`: by kind of packed form, medians over
+shapes with a tile of 8, 16 and 64 rows of x. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress_kernels import dispatch
+from compress_kernels.bench.subjects import ours
+
+TILES = (8, 16, 64)
+SAMPLE = (128, 1024)  # [out, in] of a matrix that shows what a format is called and how many bits it takes
+
+
+def forms() -> dict[str, tuple[str, dispatch.Format]]:
+    """By the name in the lines, what each format's slack is called and what it costs without any."""
+    found = {}
+    for each in ours():
+        form = each.pack(torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0)).half())
+        small = 0 < int(getattr(form, "group", 0)) < dispatch.SMALL
+        known = replace(dispatch.format_of(form, SAMPLE[0] * SAMPLE[1]), slack=(1.0, 1.0, 1.0))
+        found[each.name] = (f"{form.kind} g32" if small else str(form.kind), known)
+    return found
+
+
+def ratios(lines: Iterable[Mapping[str, Any]], device: dispatch.Device, measured: bool = False) -> dict[str, Any]:
+    """By slack, then by tile: measured over expected of each shape; with `measured`, expected as it is shipped.
+
+    Without, what a launch costs at any size is left out of both.
+    """
+    known, found = forms(), defaultdict[str, dict[int, list[float]]](lambda: defaultdict(list))
+    start = 0.0 if measured else dispatch.START
+    for line in lines:
+        if "seconds" in line and line["rows"] in TILES and line["format"] in known:
+            name, form = known[line["format"]]
+            form = replace(form, bytes=line["bytes"] / (line["out"] * line["in"]))
+            form = replace(form, slack=dispatch.SLACK[name]) if measured else form
+            expected = dispatch.predict(form, line["rows"], line["out"] * line["in"], device, dispatch.KERNEL)
+            found[name][line["rows"]].append((line["seconds"] - start) / (expected.seconds - start))
+    return found
+
+
+def main() -> None:
+    """Print the slack of every format."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("lines", type=Path)
+    lines = [json.loads(line) for line in parser.parse_args().lines.read_text(encoding="utf-8").splitlines()]
+    device = dispatch.known(next(line["conditions"]["device"] for line in lines if "conditions" in line))
+    for name, tiles in ratios(lines, device).items():
+        slack = [round(statistics.median(tiles[rows]), 2) for rows in TILES]
+        sys.stdout.write(f'  "{name}": {json.dumps(slack)},\n')
+
+
+if __name__ == "__main__":
+    main()
