@@ -27,8 +27,8 @@ class Config:
     """Tile of rows of x and of outputs, programs that share one tile, warps, stages of the pipeline.
 
     Without `assembly` decoding is plain Triton: slower, for comparison. `dense` decodes the weight first. `subnormal`
-    reads codes as subnormal float16 numbers, with the fewest instructions; it is off: an H200 takes such numbers as they
-    are, but whether it is faster was not measured.
+    reads codes as subnormal float16 numbers, with the fewest instructions; it is off: an H200 takes such numbers as
+    they are, but whether it is faster was not measured.
     """
 
     rows: int
