@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import compress
 from compress import RTN, RecipeError
+from compress.console import peaks
 from compress.events import (
     BlockFinished,
     BlockStarted,
@@ -78,3 +80,12 @@ def test_a_device_this_machine_lacks_is_refused(device: str, tiny_llama: Path, t
     with pytest.raises(RecipeError, match=r"--device: .* is not (known|on this machine)"):
         compress.run(tiny_llama, [RTN(group=8)], tmp_path / "out", device=device)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_memory_of_a_gpu_is_told_where_there_is_one() -> None:
+    on_cpu = RunFinished(
+        out="o", source_bytes=1, artifact_bytes=1, bits_per_weight=4.0, kl=0.0, fallbacks=0, starved=0, seconds=1.0,
+        peak_bytes=2_000_000_000,
+    )  # fmt: skip
+    assert peaks(on_cpu) == "2.00 GB"
+    assert peaks(replace(on_cpu, gpu_peak_bytes=9_170_000_000)) == "2.00 GB, GPU 9.17 GB"

@@ -54,7 +54,7 @@ def test_the_peak_does_not_grow_with_the_model(passes: str, tmp_path: Path) -> N
         size = make(tmp_path / f"m{blocks}", blocks * block + 4 * 4096 * 512, shape=WIDE)
         assert size > blocks * block
         peaks.append(peak_of(tmp_path / f"m{blocks}", tmp_path / f"o{blocks}", recipe))
-    assert peaks[1] - peaks[0] < (many - few) * block / 3  # a third of what is more; the allocator's noise
+    assert peaks[1] - peaks[0] < (many - few) * block / 2  # half of what is more; the allocator's noise is a third
 
 
 @pytest.mark.slow
@@ -67,8 +67,8 @@ def test_a_folder_larger_than_the_memory_a_process_may_have_completes(tmp_path: 
 
     size = make(tmp_path / "m", 800 * MB, shape={**WIDE, "hidden_size": 1024, "intermediate_size": 2816})
     assert size > cap
-    peak_of(tmp_path / "m", tmp_path / "o", "passes: [rtn: {group: 64}]", limit)
-    assert len(Artifact(tmp_path / "o").specs) == 7 * (len(list((tmp_path / "m").glob("*.safetensors"))) - 1)
+    peak_of(tmp_path / "m", tmp_path / "o", "passes: [rtn: {group: 64, sites: '*.down_proj'}]", limit)
+    assert len(Artifact(tmp_path / "o").specs) == len(list((tmp_path / "m").glob("*.safetensors"))) - 1
 
 
 def test_hidden_states_of_calibration_are_shared_where_they_are_equal(tiny_llama: Path, walk_of: Any) -> None:

@@ -11,6 +11,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 
 from compress.builtin.facts import Fact
@@ -207,7 +208,8 @@ def open_book(facts: Sequence[Fact]) -> list[Question]:
     ]
 
 
-def in_context(size: int, n: int, seed: int = 777, use: str = "evaluation") -> list[Question]:
+@lru_cache(maxsize=32)  # a second each, and every evaluation asks the same
+def in_context(size: int, n: int, seed: int = 777, use: str = "evaluation") -> Sequence[Question]:
     """`n` questions, each over its own invented world of `size` facts; the asked fact is never a number."""
     rng = random.Random(seed + size)
     questions: list[Question] = []
@@ -228,14 +230,15 @@ def in_context(size: int, n: int, seed: int = 777, use: str = "evaluation") -> l
                 distractors=tuple(others),
             )
         )
-    return questions
+    return tuple(questions)
 
 
-def task_questions(task: str, n: int, seed: int = 778, use: str = "evaluation") -> list[Question]:
+@lru_cache(maxsize=32)
+def task_questions(task: str, n: int, seed: int = 778, use: str = "evaluation") -> Sequence[Question]:
     """`n` copy, summary or format tasks."""
     rng = random.Random(seed)
     pairs = (TASKS[task](rng, use) for _ in count())
-    return [
+    return tuple(
         Question(id=f"{task}:{i}", cluster=f"{task}:{i}", kind=task, prompt=prompt, answer=answer)
         for i, (prompt, answer) in zip(range(n), pairs, strict=False)
-    ]
+    )

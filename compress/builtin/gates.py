@@ -45,7 +45,8 @@ def scores(model: Any, tokenizer: Any, limit: int | None = None) -> dict[str, fl
     """Exact match by kind of question, over the evaluation facts (the first `limit` after a fixed shuffle)."""
     table = sorted(facts("evaluation"), key=lambda f: hash_order(f.id))[:limit]
     n = min(200, limit or 200)
-    sets = [closed_book(table, form) for form in ("trained", "question", "cloze")] + [open_book(table)]
+    sets: list[Sequence[Question]] = [open_book(table)]
+    sets += [closed_book(table, form) for form in ("trained", "question", "cloze")]
     sets += [in_context(size, n) for size in (1, 3, 8)] + [task_questions(t, n) for t in ("copy", "summary", "format")]
     results = {}
     for questions in sets:

@@ -158,7 +158,7 @@ def test_a_model_against_itself_matches_everywhere_and_a_ruined_one_fails(tmp_pa
     ruined = compress.run("builtin", [Magnitude(sparsity=0.7)], tmp_path / "ruined").out
     closed = ["facts_trained", "facts_question", "facts_cloze"]
     asked = [*closed, "facts_mc", "facts_context1", "facts_copy"]  # one of each family with short prompts
-    _, itself, pruned = evaluate_folders([same, ruined], "builtin", only=asked, limit=200, text=TEXT)
+    _, itself, pruned = evaluate_folders([same, ruined], "builtin", only=asked, limit=120, text=TEXT)
     assert {cell.paired.verdict for cell in itself.vs.tasks.values()} == {"matching"}
     assert sum(cell.paired.lost + cell.paired.gained for cell in itself.vs.tasks.values()) == 0
     assert (itself.vs.fidelity.kl.value, itself.vs.fidelity.top1) == (0.0, 1.0)

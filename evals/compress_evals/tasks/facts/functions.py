@@ -26,7 +26,7 @@ def load(kind: str, n: int | None = None, size: int | None = None, **_: Any) -> 
     return {"test": Dataset.from_list([document(question) for question in questions(kind, n, size)])}
 
 
-def questions(kind: str, n: int | None = None, size: int | None = None) -> list[Question]:
+def questions(kind: str, n: int | None = None, size: int | None = None) -> Sequence[Question]:
     """The questions of one kind: all that there are, or `n` of them; `size` is the number of facts in context."""
     table = facts("evaluation")
     match kind:
