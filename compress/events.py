@@ -161,7 +161,10 @@ class BlockFinished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecorded(Event):
-    """From here on a killed run goes on behind block `done`; what that took, beside the shards: bytes and seconds."""
+    """From here on a killed run goes on behind block `done`: bytes of that, and the seconds that it was waited for.
+
+    Large states are written beside the shards, so those are the seconds after the last shard.
+    """
 
     done: int
     nbytes: int

@@ -60,7 +60,8 @@ class Journal:
         self.records: list[Record] = []  # the first is of what lies in no block
         self.count = 0
         self.matched = self.unavailable = False
-        self.remover = ThreadPoolExecutor(1)  # the pages of large files are given back while the next block is computed
+        # for large states: one thread has them written by several, and one gives back the pages of those before
+        self.aside, self.writers, self.remover = (ThreadPoolExecutor(threads) for threads in (1, READERS, 1))
 
     @property
     def done(self) -> int:
@@ -93,7 +94,7 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """A failure to write becomes an ArtifactError."""
-        self.remover.shutdown()
+        self._end_threads()
         refused = refusal(self.target, error) if error is not None else None
         if self.team.chief:
             kept = (ArtifactError, LostProcess)
@@ -101,6 +102,16 @@ class Journal:
             self._leave(error is None, mended or any(map(out_of_memory, causes(error))))
         if refused:
             raise refused from error
+
+    def _end_threads(self) -> None:
+        """Nothing is written any more once the folder is let go, however often the user presses Ctrl-C meanwhile."""
+        self.writers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.aside, self.writers, self.remover):
+            ended = False
+            while not ended:
+                with suppress(KeyboardInterrupt):
+                    pool.shutdown()
+                    ended = True
 
     def _leave(self, complete: bool, mended: bool) -> None:
         """Let go of the folder, and remove it unless the run can be gone on with once its failure is `mended`."""
@@ -256,11 +267,10 @@ class Journal:
         number = len(self.records)
         states = partial(self._states, number, streams, more or {})
         large = sum(stream.nbytes for stream in streams.values() if stream.file is None) > PART
-        with ThreadPoolExecutor(1) as aside:
-            early = aside.submit(states) if large else None
-            facts = self.team.first(make)
-            began = time.monotonic()
-            held = self.team.share(lambda: (early.result() if early else states(), []))
+        early = self.aside.submit(states) if large else None
+        facts = self.team.first(make)
+        began = time.monotonic()
+        held = self.team.share(lambda: (early.result() if early else states(), []))
         record = {**facts, "state": [state for states, _ in held for state in states]}
         if self.team.chief:
             for folder in (self.artifact, *self.folder.glob("scratch-*")):
@@ -287,8 +297,7 @@ class Journal:
         whose = "" if self.team.chief else f"-{self.team.rank}"
         parts = list(split([Entry.of(name, tensor) for name, tensor in tensors.items()], PART))
         paths = [self.place / f"{number:05d}{whose}{f'.{i}' if i else ''}.safetensors" for i in range(len(parts))]
-        with ThreadPoolExecutor(READERS) as writers:
-            hashes = list((writers.map if len(parts) > 1 else map)(write_tensors, paths, parts))
+        hashes = list((self.writers.map if len(parts) > 1 else map)(write_tensors, paths, parts))
         files = [f"{self.place.name}/{path.name}" for path in paths]
         return state + [{"file": file, "sha256": sha} for file, sha in zip(files, hashes, strict=True)]
 

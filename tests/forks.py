@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -31,12 +32,15 @@ class Steps:
 
     def __init__(self, folder: str, last: int = 0, full: int = 0) -> None:
         self.folder, self.last, self.full, self.count = folder, last, full, 0
+        self.lock = threading.RLock()  # large states are written by several threads
 
     def step(self, removal: bool = False) -> None:
-        self.count += 1
-        if self.count == self.last:
+        with self.lock:
+            self.count += 1
+            count = self.count
+        if count == self.last:
             os.kill(os.getpid(), signal.SIGKILL)
-        if 0 < self.full <= self.count and not removal:
+        if 0 < self.full <= count and not removal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -63,9 +67,11 @@ class Steps:
 
 
 def run(order: dict[str, Any]) -> int:
-    """One run in this process; the steps it took."""
+    """One run in this process; the steps it took. States of more than `part` bytes count as large."""
     import compress
+    from compress import journal
 
+    journal.PART = order.get("part", journal.PART)
     steps = Steps(str(Path(order["out"]).parent), order.get("last", 0), order.get("full", 0))
     steps.watch()
     compress.run(order["model"], order["recipe"], order["out"], **order.get("options", {}))

@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,7 @@ from compress.events import (
     RunRestarted,
     RunResumed,
 )
+from compress.job import Job
 from compress.journal import Journal
 from compress.model.travellers import Shared, Travellers
 
@@ -149,6 +151,11 @@ def many(quick: int, slow: int) -> list[Any]:
     return [*shares[:quick], *[pytest.param(share, marks=pytest.mark.slow) for share in shares[quick:]]]
 
 
+def large(share: float) -> dict[str, int]:
+    """For every other run: all its states count as large, which threads write and remove."""
+    return {"part": 1_000} if int(share * 1_000) % 2 else {}
+
+
 def ended(killed: Any, out: Path) -> None:
     """Assert that the run, killed anywhere, ends with the same bytes; it may have been about to tidy up."""
     order, whole, _, _ = killed
@@ -164,7 +171,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(
     share: float, killed: Any, tmp_path: Path, tally: Tally
 ) -> None:
     with tally("fault", "SIGKILL right before a random step"):
-        assert killed[0](tmp_path / "o", last=1 + int(share * killed[2]))["code"] == -9
+        assert killed[0](tmp_path / "o", last=1 + int(share * killed[2]), **large(share))["code"] == -9
         ended(killed, tmp_path / "o")
 
 
@@ -173,7 +180,7 @@ def test_killed_after_any_time_it_ends_with_the_same_bytes(
     share: float, killed: Any, tmp_path: Path, tally: Tally
 ) -> None:
     with tally("fault", "SIGKILL after a random time"):
-        assert killed[0](tmp_path / "o", after=share * killed[3])["code"] in (-9, 0)
+        assert killed[0](tmp_path / "o", after=share * killed[3], **large(share))["code"] in (-9, 0)
         ended(killed, tmp_path / "o")
 
 
@@ -216,7 +223,7 @@ def test_on_a_full_disk_it_stops_in_one_line_and_goes_on_later(
 ) -> None:
     order, whole, steps, _ = killed
     with tally("fault", "disk full from a random step on"):
-        told = order(tmp_path / "o", full=1 + int(share * steps))
+        told = order(tmp_path / "o", full=1 + int(share * steps), **large(share))
         assert told["code"] in (0, 1)
         assert told["code"] == 0 or told["said"].startswith("ArtifactError: ")
         assert told["code"] == 0 or "No space left on device" in told["said"]
@@ -348,6 +355,44 @@ def test_large_states_are_parted_and_go_on(
     assert len(named) > 2 and named == {f"records/{path.name}" for path in last.parent.glob("*.safetensors")}
     assert continued(model, KINDS["twins"], tmp_path / "o").told(RunResumed)
     assert hashes(tmp_path / "o") == whole("twins")
+
+
+def test_no_thread_writes_once_the_folder_is_let_go(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C comes while the first waits for what threads are writing."""
+    whole, written, blocks = journal.write_tensors, Job.write_block, []
+
+    class Impatient(ThreadPoolExecutor):
+        pressed = False
+
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            if wait and not self.pressed:
+                self.pressed = True
+                raise KeyboardInterrupt
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def slowly(path: Path, entries: Any) -> str:
+        time.sleep(0.3)
+        return whole(path, entries)
+
+    def interrupted(self: Job, writer: Any, block: Any) -> Any:
+        blocks.append(block.index)
+        if len(blocks) == 2:
+            monkeypatch.setattr(journal, "write_tensors", slowly)
+            raise KeyboardInterrupt
+        return written(self, writer, block)
+
+    monkeypatch.setattr(journal, "PART", 1_000)
+    monkeypatch.setattr(journal, "ThreadPoolExecutor", Impatient)
+    monkeypatch.setattr(Job, "write_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(model, Recipe(passes=PASSES, calibration=FEW), tmp_path / "o")
+    left = sorted((tmp_path / "o.partial").rglob("*"))
+    time.sleep(0.5)
+    assert sorted((tmp_path / "o.partial").rglob("*")) == left
+    monkeypatch.undo()
+    assert continued(model, Recipe(passes=PASSES, calibration=FEW), tmp_path / "o").told(RunResumed)
 
 
 def test_shards_of_any_size_go_on(model: Path, tmp_path: Path) -> None:

@@ -31,11 +31,6 @@ WITH_LOW_RANK: dict[type[Any], Callable[[Any, Tensor, Tensor], Form]] = {
 }  # fmt: skip
 
 
-ABOVE: dict[type[Any], int] = {  # rows of x above which the op decodes, where nothing was measured
-    wq.Packed: dispatch.DENSE_ABOVE, nm.Packed: dispatch.SLOTS_DENSE_ABOVE, bitmap.Packed: dispatch.BITMAP_DENSE_ABOVE
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Way:
     """The packed form of an expression, or the reason that there is none."""
@@ -193,9 +188,8 @@ def said(form: Form, rows: int) -> str:
     if measured is not None:
         way, what = measured["path"], f"measured {measured['speedup']} times as fast as decoding first"
     else:
-        decodes = rows > ABOVE.get(type(form), rows)
-        expected = prediction(form, rows, dispatch.DENSE if decodes else dispatch.KERNEL)
-        way, limit = expected.path, f", bound by {expected.bound}" if expected.path == dispatch.KERNEL else ""
-        what = f"expected to be {expected.speedup:.2f} times as fast as a dense matrix{limit} (roofline, not measured)"
+        expected = prediction(form, rows, dispatch.way(form, rows, device_of(form)))
+        way, bound = expected.path, f", bound by {expected.bound}" if expected.path == dispatch.KERNEL else ""
+        what = f"expected to be {expected.speedup:.2f} times as fast as a dense matrix{bound} (roofline, not measured)"
     taken = "read by its kernel" if way == dispatch.KERNEL else "decoded to scratch memory and multiplied as dense"
     return f"{taken}: {what}"

@@ -35,6 +35,8 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 def aligned(flat: Tensor, to: int) -> Tensor:
     """A flat tensor that begins where words of `to` bytes may, zeros behind it up to whole words."""
+    if not len(flat):
+        return torch.zeros_like(flat, memory_format=torch.contiguous_format)
     if len(flat) % to:
         return F.pad(flat, (0, -len(flat) % to))
     return flat.contiguous() if flat.storage_offset() % to == 0 else flat.clone()

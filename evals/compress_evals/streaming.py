@@ -114,7 +114,7 @@ def make(
 class Measured:
     """One run: wall seconds, peak resident bytes (pages mapped from files included), of a GPU, bytes written.
 
-    `recorded` are the seconds in which hidden states were brought to the disk, so that a killed run goes on.
+    `recorded` are the seconds that hidden states were waited for, after the shards, until they were on the disk.
     """
 
     seconds: float
@@ -197,7 +197,7 @@ def main() -> None:
         f"torch {torch.__version__}; one run each"
     )
     print(
-        "| recipe | time | of it recording | peak resident memory | peak video memory | written |\n"
+        "| recipe | time | of it waiting for records | peak resident memory | peak video memory | written |\n"
         "|---|---|---|---|---|---|\n" + "\n".join(rows)
     )
 

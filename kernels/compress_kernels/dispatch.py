@@ -30,10 +30,18 @@ ISSUED = 0.3  # of the issue slots that int2, int3 and int4 reach on an H200
 MULTIPLIED = 0.6  # of the tensor cores' rate that a kernel with decoding reaches; an estimate, which binds nothing yet
 LANES = 128  # of a multiprocessor
 SMALL = 64  # inputs of a group: in smaller ones, their scales and sums weigh more than their weights
+WORDS = ("int2", "int3", "int4", "int8", "e4m3", "e5m2", "e2m1", "book")
+LIKE = {"e5m2": "e4m3", "e2m1": "book"}  # of which no slack was measured
 # rows of x above which, where nothing was tuned, another way is taken: with a dense copy of the matrix, beside whose
-# product decoding costs little, or by torch's own 8-bit products (specs, not measured). On an H200 words lose to the
-# dense copy between 256 and 512 rows, slots between 64 and 256, and bitmaps even at one
-DENSE_ABOVE, SLOTS_DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 128, 0, 64
+# product decoding costs little, or by torch's own 8-bit products (specs, not measured). On an H200 4 and 8 bits take as
+# long at 256 rows as dense and the bytes that decoding moves, other words and slots much longer, bitmaps at one row
+DENSE_ABOVE, HALF_DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 128, 0, 64
+FAST = (
+    "int4",
+    "int8",
+    "e4m3",
+    "e5m2",
+)  # words that stay with their kernel up to DENSE_ABOVE, in groups that are not SMALL
 SPARSE_FROM = 1024  # rows of x from which sparse tensor cores are used, if they were asked for; specs, not measured
 
 
@@ -77,13 +85,37 @@ def format_of(form: Any, weights: int) -> Format:
         name=kind,
         bytes=form.nbytes / weights,
         instructions=INSTRUCTIONS.get(kind) or dearest(kind, INSTRUCTIONS),
-        slack=(SLACK.get(f"{kind} g32") if 0 < group < SMALL else None) or SLACK.get(kind) or dearest(kind, SLACK),
+        slack=SLACK.get(slack_of(kind, group)) or dearest(kind, SLACK),
     )
+
+
+def slack_of(kind: str, group: int) -> str:
+    """Under which name the slack of a kind was measured, or of the one like it."""
+    if kind in WORDS and 0 < group < SMALL:
+        return "int4 g32"
+    return LIKE.get(kind, kind)
+
+
+def above(kind: str, group: int) -> int | None:
+    """Rows of x above which the product of a kind decodes, where nothing was tuned; None if it never does."""
+    if kind == "bitmap":
+        return BITMAP_DENSE_ABOVE
+    if kind in WORDS:
+        return DENSE_ABOVE if kind in FAST and not 0 < group < SMALL else HALF_DENSE_ABOVE
+    return HALF_DENSE_ABOVE if ":" in kind else None
+
+
+def way(form: Any, rows: int, device: torch.device) -> str:
+    """Which way a packed form goes for so many rows of x."""
+    limit = above(str(form.kind), int(getattr(form, "group", 0)))
+    out, inputs = form.shape
+    decoded = limit is not None and decodes(str(form.kind), rows, out, inputs, device, limit)
+    return DENSE if decoded else KERNEL
 
 
 def dearest(kind: str, known: Mapping[str, tuple[float, float, float]]) -> tuple[float, float, float]:
     """The largest figures of what stores the same values."""
-    return max((found for name, found in known.items() if name.endswith(kind.rpartition(" ")[2])), default=(1.0,) * 3)
+    return max(found for name, found in known.items() if name.endswith(kind.rpartition(" ")[2]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -269,7 +269,7 @@ def test_split_inputs_give_the_same_bits_and_leave_zeros(device: torch.device) -
     assert not launch.workspace(launch.Config(rows=8, outputs=64, splits=2), 3, OUT, device)[1].any()
 
 
-@pytest.mark.parametrize("rows", [3, dispatch.SLOTS_DENSE_ABOVE + 1])
+@pytest.mark.parametrize("rows", [3, dispatch.HALF_DENSE_ABOVE + 1])
 def test_few_rows_and_many_rows_agree(rows: int, device: torch.device, assert_close: Close) -> None:
     from compress_kernels.gpu import nm as gpu
 
@@ -335,7 +335,7 @@ def test_many_rows_can_go_to_sparse_tensor_cores(
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", library)
     monkeypatch.setattr(dispatch, "SPARSE_FROM", 3)
-    monkeypatch.setattr(dispatch, "SLOTS_DENSE_ABOVE", 2)
+    monkeypatch.setattr(dispatch, "HALF_DENSE_ABOVE", 2)
     packed, want = weight("half", 2, 4)
     x, bias = inputs_of(13, IN, torch.float16), inputs_of(1, OUT, torch.float16)[0]
     packed = replace(moved(packed, device), cores=want.half().to(device))

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,20 @@ def forms() -> dict[str, tuple[str, dispatch.Format]]:
     return found
 
 
-def ratios(lines: Iterable[Mapping[str, Any]], device: dispatch.Device, measured: bool = False) -> dict[str, Any]:
-    """By slack, then by tile: measured over expected of each shape; with `measured`, expected as it is shipped.
+def ratios(
+    lines: Iterable[Mapping[str, Any]], device: dispatch.Device, rows: Collection[int] = TILES, shipped: bool = False
+) -> dict[str, dict[int, list[float]]]:
+    """By slack, then by rows: measured over expected of each shape that a kernel computed, without its start.
 
-    Without, what a launch costs at any size is left out of both.
+    With `shipped`, over what is expected with the shipped slack, start included.
     """
     known, found = forms(), defaultdict[str, dict[int, list[float]]](lambda: defaultdict(list))
-    start = 0.0 if measured else dispatch.START
+    start = 0.0 if shipped else dispatch.START
     for line in lines:
-        if "seconds" in line and line["rows"] in TILES and line["format"] in known:
+        if line.get("rows") in rows and line["format"] in known and line["way"] == dispatch.KERNEL:
             name, form = known[line["format"]]
             form = replace(form, bytes=line["bytes"] / (line["out"] * line["in"]))
-            form = replace(form, slack=dispatch.SLACK[name]) if measured else form
+            form = replace(form, slack=dispatch.SLACK[name]) if shipped else form
             expected = dispatch.predict(form, line["rows"], line["out"] * line["in"], device, dispatch.KERNEL)
             found[name][line["rows"]].append((line["seconds"] - start) / (expected.seconds - start))
     return found

@@ -119,6 +119,7 @@ def measure(
         median = statistics.median(taken)
         yield {
             "format": subject.name, "out": shape[0], "in": shape[1], "rows": m, "dtype": str(dtype).partition(".")[2],
+            "way": copies[0].way(m),
             "seconds": median, "p10": low, "p90": high, "replays": REPLAYS, "copies": len(copies),
             "bytes": copies[0].nbytes, "bytes_per_second": copies[0].nbytes / median,
             "of_roof": copies[0].nbytes / median / roof, "error": error(copies[0], x),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import bitmap, nm, w8a8, wq
+from compress_kernels import bitmap, dispatch, nm, w8a8, wq
 
 Product = Callable[[Tensor], Tensor]
 GROUP = 128
@@ -24,11 +24,15 @@ GROUP = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """One weight: how it multiplies, the bytes that a product reads, and the matrix [out, in] that it denotes."""
+    """One weight: how it multiplies, the bytes that a product reads, and the matrix [out, in] that it denotes.
+
+    `way` says for a number of rows whether our kernel multiplies, or what it decodes to is multiplied as dense.
+    """
 
     product: Product
     nbytes: int
     matrix: Tensor
+    way: Callable[[int], str] = lambda rows: "library"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +49,27 @@ Form = wq.Packed | nm.Packed | bitmap.Packed | w8a8.Packed
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """A packed form of ours: how it is made from a matrix, multiplied and decoded."""
+    """A packed form of ours: how it is made from a matrix, multiplied and decoded.
+
+    With `kernel`, `linear` is the kernel, whichever way the op would go.
+    """
 
     name: str
     pack: Callable[[Tensor], Form]
     linear: Callable[[Any, Tensor], Tensor]
     reference: Callable[[Any], Tensor]
     missing: str = ""
+    kernel: bool = False
 
     def make(self, w_OI: Tensor) -> Made:
         """One weight."""
         form = self.pack(w_OI)
-        return Made(product=partial(self.linear, form), nbytes=form.nbytes, matrix=self.reference(form).to(w_OI.dtype))
+
+        def way(rows: int) -> str:
+            return dispatch.KERNEL if self.kernel else dispatch.way(form, rows, w_OI.device)
+
+        matrix = self.reference(form).to(w_OI.dtype)
+        return Made(product=partial(self.linear, form), nbytes=form.nbytes, matrix=matrix, way=way)
 
 
 def integers(w_OI: Tensor, bits: int, group: int) -> wq.Packed:
@@ -104,6 +117,15 @@ def anywhere(w_OI: Tensor) -> bitmap.Packed:
     return bitmap.pack(w_OI, w_OI.abs() > w_OI.abs().float().median())
 
 
+def by_kernel(form: bitmap.Packed, x: Tensor) -> Tensor:
+    """A product by the kernel itself, which the op never takes where nothing was tuned."""
+    if not x.is_cuda:
+        return bitmap.linear(form, x)
+    from compress_kernels.gpu import bitmap as gpu
+
+    return gpu.linear(x, form, None)
+
+
 def eight(w_OI: Tensor) -> w8a8.Packed:
     """Eight-bit codes for eight-bit inputs."""
     codes, scale = grid(w_OI, 8, 0)
@@ -125,7 +147,7 @@ def ours() -> Iterator[Ours]:
     for keep, of in ((2, 4), (1, 4), (4, 8)):
         yield of_slots(f"{keep}:{of}", partial(sparse, keep=keep, of=of))
     yield of_slots("2:4 int4 g128", partial(sparse, keep=2, of=4, bits=4))
-    yield Ours(name="50% anywhere", pack=anywhere, linear=bitmap.linear, reference=bitmap.reference)
+    yield Ours(name="50% anywhere", pack=anywhere, linear=by_kernel, reference=bitmap.reference, kernel=True)
     yield Ours(name="int8 x int8", pack=eight, linear=w8a8.linear, reference=decoded)
 
 

@@ -50,7 +50,7 @@ def heuristic(m: int, n: int, device: torch.device) -> Config:
     """A fair tile for x of `m` rows and `n` outputs, not measured; a kernel fits it to its registers, then `split`."""
     rows = next((tile for tile in (8, 16, 32, 64) if m <= tile), 64)
     outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
-    return Config(rows=rows, outputs=outputs, dense=m > dispatch.DENSE_ABOVE)
+    return Config(rows=rows, outputs=outputs)
 
 
 def split(config: Config, m: int, n: int, blocks: int, device: torch.device) -> Config:

@@ -179,7 +179,7 @@ def product(x: Tensor, ready: Tensor | None, w: nm.Packed, bias: Tensor | None) 
     """
     x_MI = x.reshape(-1, x.shape[-1]).contiguous()
     rows = x_MI.shape[0]
-    if dispatch.decodes(w.kind, rows, *w.shape, x.device, dispatch.SLOTS_DENSE_ABOVE):
+    if dispatch.decodes(w.kind, rows, *w.shape, x.device, dispatch.HALF_DENSE_ABOVE):
         if w.cores is not None and rows >= dispatch.SPARSE_FROM:
             y = sparse_cores.product(x_MI, w.cores, bias).view(*x.shape[:-1], w.shape[0])
         else:

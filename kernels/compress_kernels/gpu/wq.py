@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import low_rank
+from compress_kernels import dispatch, low_rank
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.decode import load_book, plane
@@ -142,6 +142,7 @@ def heuristic(form: str, m: int, n: int, k: int, group: int, device: torch.devic
     """A fair configuration without measuring."""
     wide = width(form, group)
     chosen = fitted(form, group, launch.heuristic(m, n, device), k % wide == 0)
+    chosen = replace(chosen, dense=m > (dispatch.above(form, group) or 0))
     return launch.split(chosen, m, n, -(-k // wide), device)
 
 
