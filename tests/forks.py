@@ -155,6 +155,7 @@ def main() -> None:
     import compress
     import compress.cli
 
+    os.fsync = lambda handle: None  # what is killed leaves its files to a system that lives on
     for line in sys.stdin:
         order = json.loads(line)
         for name in order.get("imports", ()):  # here, so that children find it

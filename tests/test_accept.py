@@ -23,13 +23,19 @@ accept: {{suite: facts, max_drop: 0.08, confidence: 0.95}}
 """
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the dense model's answers stay."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def fewer_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+def fewer_questions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule is judged on 60 questions a task, enough for these two recipes; no rule reads the text's fidelity."""
     whole, text = compress.evaluate, evaluation_text()[:SHORTEST]
 
     def evaluate(path: Path, base: str, device: str) -> Any:
-        return whole(path, base, device=device, limit=60, text=text)
+        return whole(path, base, device=device, limit=60, text=text, cache=cache)
 
     monkeypatch.setattr(compress, "evaluate", evaluate)
 
