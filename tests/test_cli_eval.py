@@ -27,12 +27,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_json_goes_to_stdout_alone_and_the_reports_are_written(artifact: Path, forks: Any, tmp_path: Path) -> None:
     """In a process of its own: what lm-eval and its workers say is not ours to catch in this one."""
     (tmp_path / "text.txt").write_text(evaluation_text()[:SHORTEST])
-    asked = ["--limit", "8", "--noise", "4", "--text", tmp_path / "text.txt"]
+    asked = ["--limit", "4", "--noise", "2", "--text", tmp_path / "text.txt"]
     [done] = forks(lines=[["eval", artifact, *asked, "--out", tmp_path / "e", "--json"]])
     assert done["code"] == 0, done["err"]
     dense, small = json.loads(done["out"])["results"]
     assert (dense["model"]["name"], small["model"]["name"]) == ("builtin", "small")
-    assert small["vs"]["tasks"]["facts_trained"]["paired"]["n"] == 8
+    assert small["vs"]["tasks"]["facts_trained"]["paired"]["n"] == 4
     n = len(FACTS.tasks)
     assert f"{n}/{n}" in done["err"]
     assert "</html>" in (tmp_path / "e" / "report.html").read_text()

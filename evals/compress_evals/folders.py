@@ -38,6 +38,7 @@ from compress_evals.subject import Subject
 from compress_evals.suite import FACTS, find
 
 Progress = Callable[[str], None]
+GENERATED = {"prompt": 64, "new": 128, "runs": 5}  # as `compress bench --generate`
 SHORTEST = 4000  # characters of a text to measure on: some windows to resample
 SETTINGS = ("config.json", "generation_config.json")  # what else in a folder decides what its model says
 
@@ -208,14 +209,9 @@ def timed(dense: Subject, other: Subject) -> Speed:
     """Greedy generation of both models in turn."""
     from compress.runtime.bench import measure_generation
 
-    prompt, new, runs = 64, 128, 5  # as `compress bench --generate`
-    first, second = measure_generation(
-        {"dense": dense.model, other.name: other.model}, prompt=prompt, new=new, runs=runs
-    )
+    first, second = measure_generation({"dense": dense.model, other.name: other.model}, **GENERATED)
     return Speed(
-        prompt=prompt,
-        new=new,
-        runs=runs,
+        **GENERATED,
         dense=first.tokens_per_second.median,
         compressed=second.tokens_per_second.median,
         ratio=second.speedup.median,

@@ -158,7 +158,7 @@ def test_a_model_against_itself_matches_everywhere_and_a_ruined_one_fails(tmp_pa
     ruined = compress.run("builtin", [Magnitude(sparsity=0.7)], tmp_path / "ruined").out
     closed = ["facts_trained", "facts_question", "facts_cloze"]
     asked = [*closed, "facts_mc", "facts_context1", "facts_copy"]  # one of each family with short prompts
-    _, itself, pruned = evaluate_folders([same, ruined], "builtin", only=asked, limit=120, text=TEXT)
+    _, itself, pruned = evaluate_folders([same, ruined], "builtin", only=asked, limit=80, text=TEXT)
     assert {cell.paired.verdict for cell in itself.vs.tasks.values()} == {"matching"}
     assert sum(cell.paired.lost + cell.paired.gained for cell in itself.vs.tasks.values()) == 0
     assert (itself.vs.fidelity.kl.value, itself.vs.fidelity.top1) == (0.0, 1.0)
@@ -167,12 +167,14 @@ def test_a_model_against_itself_matches_everywhere_and_a_ruined_one_fails(tmp_pa
 
 
 @pytest.mark.slow
-def test_generation_is_timed_beside_dense_if_asked(artifact: Path) -> None:
+def test_generation_is_timed_beside_dense_if_asked(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folders.GENERATED == {"prompt": 64, "new": 128, "runs": 5}
+    monkeypatch.setattr(folders, "GENERATED", {"prompt": 16, "new": 32, "runs": 3})
     _, small = evaluated(artifact, only=TASKS[:1], limit=4, speed=True)
     speed = small.vs.speed
     assert speed.dense > 0 and speed.compressed > 0
     assert speed.low <= speed.ratio <= speed.high
-    assert (speed.prompt, speed.new, speed.runs) == (64, 128, 5)
+    assert (speed.prompt, speed.new, speed.runs) == (16, 32, 3)
 
 
 def test_an_identity_is_of_weights_and_settings_and_not_of_names(tmp_path: Path) -> None:

@@ -410,7 +410,8 @@ def test_a_real_cell_is_compressed_and_evaluated_in_its_process(
     cells = (
         "- {name: bad, recipe: wanda-50, set: {calibration.data: nowhere.txt, calibration.length: 64}}\n- magnitude-50"
     )
-    sweep = load(written(cells, f"models: [{tiny_llama}]\neval: {{limit: 4, text: text.txt}}"))
+    asked = "{limit: 4, text: text.txt, tasks: [facts_trained, facts_mc]}"
+    sweep = load(written(cells, f"models: [{tiny_llama}]\neval: {asked}"))
     bad, good = run(sweep, tmp_path / "o").records
     assert "'nowhere.txt' cannot be read" in str(bad.error)
     assert good.error is None, (tmp_path / "o/cells/magnitude-50/log.txt").read_text()[-2000:]

@@ -233,7 +233,7 @@ def test_a_merged_model_is_an_ordinary_one(
 
 # -- memory ----------------------------------------------------------------------------------------
 
-SIDE, COUNT = 1024, 32  # 67 MB a model in bfloat16, 2 MB a tensor
+SIDE, COUNT = 1024, 24  # 50 MB a model in bfloat16, 2 MB a tensor
 
 
 def large(folder: Path, seed: int) -> Path:
