@@ -46,7 +46,7 @@ def ratios(
     known, found = forms(), defaultdict[str, dict[int, list[float]]](lambda: defaultdict(list))
     start = 0.0 if shipped else dispatch.START
     for line in lines:
-        if line.get("rows") in rows and line["format"] in known and line["way"] == dispatch.KERNEL:
+        if line.get("rows") in rows and line["format"] in known and line.get("way") == dispatch.KERNEL:
             name, form = known[line["format"]]
             form = replace(form, bytes=line["bytes"] / (line["out"] * line["in"]))
             form = replace(form, slack=dispatch.SLACK[name]) if shipped else form
@@ -59,8 +59,12 @@ def main() -> None:
     """Print the slack of every format."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lines", type=Path)
-    lines = [json.loads(line) for line in parser.parse_args().lines.read_text(encoding="utf-8").splitlines()]
-    device = dispatch.known(next(line["conditions"]["device"] for line in lines if "conditions" in line))
+    path = parser.parse_args().lines
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        device = dispatch.known(lines[0]["conditions"]["device"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"{path}: no lines of compress_kernels.bench.gpu: {error}")
     for name, tiles in ratios(lines, device).items():
         slack = [round(statistics.median(tiles[rows]), 2) for rows in TILES]
         sys.stdout.write(f'  "{name}": {json.dumps(slack)},\n')
