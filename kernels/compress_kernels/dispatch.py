@@ -11,7 +11,6 @@ Source of the issue bound: a lane issues one instruction a cycle at most; our lo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -31,17 +30,13 @@ MULTIPLIED = 0.6  # of the tensor cores' rate that a kernel with decoding reache
 LANES = 128  # of a multiprocessor
 SMALL = 64  # inputs of a group: in smaller ones, their scales and sums weigh more than their weights
 WORDS = ("int2", "int3", "int4", "int8", "e4m3", "e5m2", "e2m1", "book")
-LIKE = {"e5m2": "e4m3", "e2m1": "book"}  # of which no slack was measured
+LIKE = {"e5m2": "e4m3", "e2m1": "book", "fp8 x fp8": "int8 x int8"}  # of which no slack was measured
 # rows of x above which, where nothing was tuned, another way is taken: with a dense copy of the matrix, beside whose
 # product decoding costs little, or by torch's own 8-bit products (specs, not measured). On an H200 4 and 8 bits take as
 # long at 256 rows as dense and the bytes that decoding moves, other words and slots much longer, bitmaps at one row
 DENSE_ABOVE, HALF_DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 128, 0, 64
-FAST = (
-    "int4",
-    "int8",
-    "e4m3",
-    "e5m2",
-)  # words that stay with their kernel up to DENSE_ABOVE, in groups that are not SMALL
+# words whose kernel is taken up to DENSE_ABOVE, if their groups are not SMALL
+FAST = ("int4", "int8", "e4m3", "e5m2")
 SPARSE_FROM = 1024  # rows of x from which sparse tensor cores are used, if they were asked for; specs, not measured
 
 
@@ -81,11 +76,12 @@ def format_of(form: Any, weights: int) -> Format:
     So are small groups for the smallest that were measured, and what was not measured for the one like it.
     """
     kind, group = str(form.kind), int(getattr(form, "group", 0))
+    alike = [counts for name, counts in INSTRUCTIONS.items() if name.endswith(kind.rpartition(" ")[2])]
     return Format(
         name=kind,
         bytes=form.nbytes / weights,
-        instructions=INSTRUCTIONS.get(kind) or dearest(kind, INSTRUCTIONS),
-        slack=SLACK.get(slack_of(kind, group)) or dearest(kind, SLACK),
+        instructions=INSTRUCTIONS.get(kind) or max(alike),
+        slack=SLACK[slack_of(kind, group)],
     )
 
 
@@ -93,7 +89,9 @@ def slack_of(kind: str, group: int) -> str:
     """Under which name the slack of a kind was measured, or of the one like it."""
     if kind in WORDS and 0 < group < SMALL:
         return "int4 g32"
-    return LIKE.get(kind, kind)
+    if kind in SLACK or ":" not in kind:
+        return LIKE.get(kind, kind)
+    return "4:8 half" if kind.endswith("half") else "2:4 nibble"
 
 
 def above(kind: str, group: int) -> int | None:
@@ -111,11 +109,6 @@ def way(form: Any, rows: int, device: torch.device) -> str:
     out, inputs = form.shape
     decoded = limit is not None and decodes(str(form.kind), rows, out, inputs, device, limit)
     return DENSE if decoded else KERNEL
-
-
-def dearest(kind: str, known: Mapping[str, tuple[float, float, float]]) -> tuple[float, float, float]:
-    """The largest figures of what stores the same values."""
-    return max(found for name, found in known.items() if name.endswith(kind.rpartition(" ")[2]))
 
 
 @dataclass(frozen=True, kw_only=True)

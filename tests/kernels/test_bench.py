@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,14 @@ def test_the_shipped_slack_is_what_the_recorded_lines_give() -> None:
     assert {
         name: tuple(round(statistics.median(tiles[rows]), 2) for rows in fit.TILES) for name, tiles in found.items()
     } == dispatch.SLACK
+
+
+@pytest.mark.parametrize("group", [0, 16, 128])
+@pytest.mark.parametrize("kind", [*dispatch.INSTRUCTIONS, "3:8 fp8", "5:16 half", "1:4 int8"])
+def test_every_kind_has_a_slack(kind: str, group: int) -> None:
+    form = dispatch.format_of(SimpleNamespace(kind=kind, group=group, nbytes=100), 100)
+    assert form.slack in dispatch.SLACK.values()
+    assert (form.slack == dispatch.SLACK["int4 g32"]) == (kind in dispatch.WORDS and group == 16)
 
 
 @pytest.mark.parametrize(("rows", "least", "most"), [(1, 0.7, 1.5), (256, 0.35, 1.2)])  # several tiles hide waits
