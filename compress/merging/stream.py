@@ -18,6 +18,7 @@ from compress.merging.inputs import Inputs, Member, checked
 from compress.merging.method import Change, Method, parts
 from compress.merging.shares import Share
 from compress.shards import Entry
+from compress.stats import finite
 
 Make = Callable[[str], Tensor]
 
@@ -104,6 +105,6 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def finite_in(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor; raises ArtifactError if values were too large for the dtype."""
-    if not bool(torch.isfinite(merged).all()):
+    if not finite(merged):
         raise ArtifactError(f"{name}: merged values are too large for {dtype}; lower scale or weights")
     return merged

@@ -23,7 +23,7 @@ from compress.model.experts import Products
 from compress.model.memo import Key, Memo
 from compress.model.site import DeltaSite, Site
 from compress.model.travellers import Travellers
-from compress.stats import Collector, Statistic, Statistics
+from compress.stats import Collector, Statistic, Statistics, finite
 from compress.team import ALONE, Parcel, Team
 from compress.weights import External
 
@@ -310,7 +310,7 @@ class Block:
             if self.last and travellers is not self.probe:
                 continue
             moved = self._moved(travellers)
-            if not bool(torch.isfinite(moved).all()):
+            if not finite(moved):
                 raise CalibrationError(f"{self.name}: its output is not finite{self._culprit(travellers)}")
             travellers.hidden_BTD = moved
 
@@ -353,7 +353,7 @@ class Block:
         first: list[str] = []
 
         def heard(key: str, x: Tensor) -> None:
-            if not bool(torch.isfinite(x).all()):
+            if not finite(x):
                 first.append(self.keyed[key][0].name)
                 raise Stop
 

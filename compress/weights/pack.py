@@ -41,7 +41,7 @@ def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[st
     """The tensors that are stored for `weight`, by their path in the tree; pruned entries are dropped."""
 
     def kept(t: Tensor) -> Tensor:
-        return (t if keep_OI is None else t[keep_OI]).reshape(-1)
+        return t.reshape(-1) if keep_OI is None else t.masked_select(keep_OI)
 
     match weight:
         case Dense(data):
@@ -185,8 +185,7 @@ def _unpack(
         if keep_OI is None:
             return t.view(rows, columns)
         whole = fill.expand(rows, columns).to(t.dtype).clone()
-        whole[keep_OI] = sized(t, (count(),))
-        return whole
+        return whole.masked_scatter_(keep_OI, sized(t, (count(),)))
 
     def count() -> int:
         return rows * columns if keep_OI is None else int(keep_OI.sum())
@@ -289,13 +288,13 @@ def is_real(zero: Tensor) -> bool:
 
 def taken(data: Tensor, keep_OI: Tensor | None) -> Tensor:
     """The kept entries of a matrix of bytes, flat; float8 has no indexing of its own."""
-    return (data if keep_OI is None else data.view(torch.uint8)[keep_OI].view(data.dtype)).reshape(-1)
+    return data.reshape(-1) if keep_OI is None else data.view(torch.uint8).masked_select(keep_OI).view(data.dtype)
 
 
 def spread_bytes(data: Tensor, keep_OI: Tensor) -> Tensor:
     """The inverse of `taken`; 0 elsewhere."""
     whole = torch.zeros(keep_OI.shape, dtype=torch.uint8, device=data.device)
-    whole[keep_OI] = sized(data, (int(keep_OI.sum()),)).view(torch.uint8)
+    whole.masked_scatter_(keep_OI, sized(data, (int(keep_OI.sum()),)).view(torch.uint8))
     return whole.view(data.dtype)
 
 

@@ -19,6 +19,7 @@ from compress.errors import CalibrationError, RecipeError
 from compress_kernels import solver
 
 AT_ONCE = 1 << 20  # entries worked on together
+FEW = 8  # entries of a group whose pairs are compared: 28
 
 
 def drop_count(size: int, sparsity: float) -> int:
@@ -38,7 +39,7 @@ def percent(sparsity: float) -> str:
 
 def refuse_nan(score: Tensor) -> None:
     """Raise CalibrationError if a score is NaN."""
-    if bool(torch.isnan(score).any()):
+    if score.numel() and bool(torch.isnan(score.amax())):  # which a NaN goes through
         raise CalibrationError("a pruning score is NaN; the weights or the calibration statistics are not finite")
 
 
@@ -61,6 +62,21 @@ def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
         missing = drop - below.sum(1, keepdim=True, dtype=torch.int32)
         keep_GN[start : start + step] = ~(below | (level & (level.cumsum(1, dtype=torch.int32) <= missing)))
     return keep_GN
+
+
+def keep_of_few(score_MG: Tensor, drop: int) -> Tensor:
+    """`keep_highest` of each column, for columns of a few entries: each pair is compared once.
+
+    Raises CalibrationError if a score is NaN.
+    """
+    refuse_nan(score_MG)
+    rank_M = torch.arange(len(score_MG), dtype=torch.int8, device=score_MG.device)  # if each is above those before it
+    rank_MG = rank_M[:, None].repeat(1, score_MG.shape[1])
+    for apart in range(1, len(score_MG)):
+        lower_PG = (score_MG[apart:] < score_MG[:-apart]).view(torch.int8)
+        rank_MG[:-apart] += lower_PG
+        rank_MG[apart:] -= lower_PG
+    return rank_MG >= drop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +138,19 @@ class NM(Pattern):
         if solver.usable(score_OB):
             refuse_nan(score_OB)
             return solver.keep_nm(score_GM, self.n).view(score_OB.shape)
-        return keep_highest(score_GM, self.m - self.n).view(score_OB.shape)
+        if self.m > FEW:
+            return keep_highest(score_GM, self.m - self.n).view(score_OB.shape)
+        keep_GM = torch.empty_like(score_GM, dtype=torch.bool)
+        for start in range(0, len(score_GM), AT_ONCE // self.m):
+            part = slice(start, start + AT_ONCE // self.m)
+            keep_GM[part] = self.keep_group(score_GM[part].T.contiguous()).T
+        return keep_GM.view(score_OB.shape)
+
+    def keep_group(self, score_MO: Tensor) -> Tensor:
+        """The n highest of each column: groups that lie across, [m, any number]."""
+        if self.m > FEW:
+            return keep_highest(score_MO.T.contiguous(), self.m - self.n).T
+        return keep_of_few(score_MO, self.m - self.n)
 
 
 @dataclass(frozen=True, kw_only=True)
