@@ -16,7 +16,8 @@ from torch import Tensor
 
 from compress import CalibrationError, Magnitude, PassManager, Site, Weight, WeightPass
 from compress.events import Event, StatisticsCollected
-from compress.stats import Collector, ColumnNorm, Gram, Statistics
+from compress.model.memory import FEW, lasting
+from compress.stats import Collector, ColumnNorm, Gram, Statistics, finite, products_of
 
 Close = Callable[[str, Tensor, Tensor, float], None]
 # a float32 activation carries about 1e-6 of relative error through a block; squares double it
@@ -217,3 +218,46 @@ def test_the_probe_of_a_dense_ordering_still_walks_the_rewritten_model(tiny_llam
         probe = walk.enter(ids)
         list(PassManager([ATTENTION, Look()], ordering="dense").run(walk.visit([walk.enter(ids)], probe)))
         assert not torch.allclose(walk.leave(probe), walk.dense_logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gram_loses_nothing_to_how_this_machine_multiplies(dtype: torch.dtype) -> None:
+    """Products of bf16 inputs are exact, those of float32 stay float32; either way only sums are rounded."""
+    x_TI = torch.randn(1000, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    before = setting and setting.fp32_precision
+    collector = Collector([Gram], 96, x_TI.device)
+    collector.update(x_TI)
+    want_II = (x_TI.double().T @ x_TI.double() / len(x_TI)).float()
+    assert float((collector.finish("x")[Gram] - want_II).norm() / want_II.norm()) < 2e-6
+    assert (setting and setting.fp32_precision) == before
+
+
+def test_how_products_are_made_is_put_back_after_a_failure() -> None:
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    before = setting and setting.fp32_precision
+    with pytest.raises(ZeroDivisionError), products_of(torch.zeros(1, dtype=torch.bfloat16)):
+        _ = 1 / 0
+    assert (setting and setting.fp32_precision) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    for size in (1, 7, 100):
+        for at in range(size):
+            for value in (torch.nan, torch.inf, -torch.inf):
+                x_I = torch.ones(size)
+                assert finite(x_I.to(dtype))
+                x_I[at] = value
+                assert not finite(x_I.to(dtype)), (size, at, value)
+
+
+def test_what_lasts_has_the_same_values_elsewhere() -> None:
+    x = torch.randn(FEW // 4, generator=torch.Generator().manual_seed(2)).view(-1, 64)
+    apart = lasting(x)
+    assert torch.equal(apart, x)
+    assert apart.data_ptr() != x.data_ptr()
+    small = x[:1]
+    assert lasting(small) is small
+    turned = x.T
+    assert lasting(turned) is turned  # strides are part of what was given

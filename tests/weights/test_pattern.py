@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.errors import CalibrationError, RecipeError
 from compress.weights import NM, Blocks, PerMatrix, PerRow, pattern
-from compress.weights.pattern import drop_count, keep_highest
+from compress.weights.pattern import drop_count, keep_highest, keep_of_few
 
 SIZES = (1, 2, 3, 7, 16, 97, 100, 101, 4096, 4097)
 SPARSITIES = ("0", "0.01", "0.1", "0.25", "0.29", "0.5", "0.57", "0.999", "1")
@@ -193,3 +193,18 @@ def test_a_pattern_says_which_shape_it_cannot_follow(sparsity: float | str, scop
 @pytest.mark.parametrize(("sparsity", "scope"), [("2:4", "row"), (0.5, "row"), (0.5, "matrix"), (0.5, "11x4")])
 def test_a_pattern_accepts_a_shape_it_fits(sparsity: float | str, scope: str) -> None:
     assert pattern(sparsity, scope).check((33, 36)) is None
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 5, 8])
+def test_few_entries_compared_in_pairs_keep_what_sorting_keeps(m: int) -> None:
+    """Also where scores are equal, which a coarse grid of them makes frequent."""
+    score_MG = torch.randint(4, (m, 300), generator=torch.Generator().manual_seed(m)).float()
+    for drop in range(m + 1):
+        assert torch.equal(keep_of_few(score_MG, drop), keep_highest(score_MG.T.contiguous(), drop).T)
+
+
+def test_a_nan_among_few_is_refused() -> None:
+    score_MG = torch.ones(4, 300)
+    score_MG[2, 170] = torch.nan
+    with pytest.raises(CalibrationError, match="NaN"):
+        keep_of_few(score_MG, 2)
