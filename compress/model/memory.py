@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 1 << 24  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
-TRIM = 2 * LARGE  # of free heap at its end, which a forward then need not ask for again
+LARGE = 1 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
+TRIM = LARGE
 FEW = 1 << 18  # bytes; less may live in the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
