@@ -7,18 +7,14 @@ peak of a run would be the sum of its largest moments instead of the largest mom
 from __future__ import annotations
 
 import ctypes
-import mmap
 import resource
 import sys
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 LARGE = 1 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
-TRIM = LARGE
-FEW = 1 << 18  # bytes; less may live in the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -36,25 +32,11 @@ def give_back() -> None:
 
 def release_early() -> None:
     """Let large blocks go back as soon as they are freed, for this whole process: glibc would raise its threshold to
-    32 MB by itself, and keep twice that free. For a command; a library leaves this to its host.
-
-    What a forward makes and drops is mostly smaller: new pages for each would cost as much as the products of a model
-    of 512 columns. So the heap serves it again and again, and what stays must not lie between: see `lasting`.
+    32 MB and keep what is below in its heap. For a command; a library leaves this to its host.
     """
     if (mallopt := libc("mallopt")) is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
-        mallopt(M_TRIM_THRESHOLD, TRIM)
-
-
-def lasting(tensor: Tensor) -> Tensor:
-    """The same values in a mapping of their own, which goes back when the tensor is freed; small ones as they are.
-
-    For what outlives the forward that made it: left in the heap, it would hold apart the space of forwards to come.
-    """
-    if tensor.device.type != "cpu" or tensor.nbytes < FEW or not tensor.is_contiguous():
-        return tensor
-    place = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(place, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+        mallopt(M_TRIM_THRESHOLD, LARGE)
 
 
 def peak_bytes() -> int:

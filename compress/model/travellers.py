@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CalibrationError, out_of_memory
-from compress.model.memory import give_back, lasting
+from compress.model.memory import give_back
 
 BATCH_TOKENS = 4096  # a forward on a GPU: large enough to keep it busy, small enough for memory
 CPU_TOKENS = 1024  # on a CPU products are no slower with so few rows, and what lies between them stays near the cache
@@ -126,7 +126,7 @@ class Travellers:
             if before is not None and before != self.kept:
                 before.unlink()
             hidden_BTD = torch.empty_like(hidden_BTD, device="meta")
-        self._hidden = hidden_BTD if self.again is None else lasting(hidden_BTD)  # a part does not last
+        self._hidden = hidden_BTD
 
     @property
     def dtype(self) -> torch.dtype:

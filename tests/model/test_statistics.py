@@ -16,7 +16,6 @@ from torch import Tensor
 
 from compress import CalibrationError, Magnitude, PassManager, Site, Weight, WeightPass
 from compress.events import Event, StatisticsCollected
-from compress.model.memory import FEW, lasting
 from compress.stats import Collector, ColumnNorm, Gram, Statistics, finite, products_of
 
 Close = Callable[[str, Tensor, Tensor, float], None]
@@ -250,14 +249,3 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype
                 assert finite(x_I.to(dtype))
                 x_I[at] = value
                 assert not finite(x_I.to(dtype)), (size, at, value)
-
-
-def test_what_lasts_has_the_same_values_elsewhere() -> None:
-    x = torch.randn(FEW // 4, generator=torch.Generator().manual_seed(2)).view(-1, 64)
-    apart = lasting(x)
-    assert torch.equal(apart, x)
-    assert apart.data_ptr() != x.data_ptr()
-    small = x[:1]
-    assert lasting(small) is small
-    turned = x.T
-    assert lasting(turned) is turned  # strides are part of what was given
