@@ -103,7 +103,7 @@ def check_values(walk: Walk, source: Checkpoint) -> None:
         if slot is not None and slot.parameter in layout.parameters and kind not in FLOATS:
             raise ArtifactError(f"{source.path}: {name} holds {kind}, the model floating-point numbers")
         found = source.tensor(name)
-        if found.is_floating_point() and not finite(found):
+        if not finite(found):
             raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
 
 

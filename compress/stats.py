@@ -33,8 +33,7 @@ def finite(tensor: Tensor) -> bool:
 @cache
 def tiled() -> bool:
     """Whether this CPU multiplies tiles of bf16 (AMX) and PyTorch can be told to use them."""
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(told.get("amx_bf16")) and hasattr(torch.backends.mkldnn, "matmul")
+    return torch.cpu.get_capabilities().get("amx_bf16", False) and hasattr(torch.backends.mkldnn, "matmul")
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Inputs:
 def checked(source: Checkpoint, name: str) -> Tensor:
     """One tensor; raises ArtifactError if it holds NaN or infinite values."""
     found = source.tensor(name)
-    if found.is_floating_point() and not finite(found):
+    if not finite(found):
         raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
     return found
 

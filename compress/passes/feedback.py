@@ -131,7 +131,7 @@ class Chosen:
         """The mask of a group of m, when its first column is reached."""
         if isinstance(self.pattern, NM) and at % self.pattern.m == 0:
             part = slice(at, at + self.pattern.m)
-            keep_BO[part] = self.pattern.keep_group(self.score(at, w_BO[part], diagonal_B[part]))
+            keep_BO[part] = self.pattern.keep_across(self.score(at, w_BO[part], diagonal_B[part]))
 
     def choice(self, part: slice) -> Choice | None:
         """The n of m, or None where a block's mask was chosen when it was entered."""

@@ -135,22 +135,25 @@ class NM(Pattern):
         if reason:
             raise RecipeError(reason)
         score_GM = score_OB.reshape(-1, self.m)
-        if solver.usable(score_OB):
-            refuse_nan(score_OB)
-            return solver.keep_nm(score_GM, self.n).view(score_OB.shape)
-        if self.m > FEW:
-            return keep_highest(score_GM, self.m - self.n).view(score_OB.shape)
         keep_GM = torch.empty_like(score_GM, dtype=torch.bool)
-        for start in range(0, len(score_GM), AT_ONCE // self.m):
-            part = slice(start, start + AT_ONCE // self.m)
-            keep_GM[part] = self.keep_group(score_GM[part].T.contiguous()).T
+        step = max(1, AT_ONCE // self.m) if self.in_pairs(score_OB) else max(1, len(score_GM))
+        for part in (slice(start, start + step) for start in range(0, len(score_GM), step)):
+            keep_GM[part] = self.keep_across(score_GM[part].T).T
         return keep_GM.view(score_OB.shape)
 
-    def keep_group(self, score_MO: Tensor) -> Tensor:
-        """The n highest of each column: groups that lie across, [m, any number]."""
-        if self.m > FEW:
-            return keep_highest(score_MO.T.contiguous(), self.m - self.n).T
-        return keep_of_few(score_MO, self.m - self.n)
+    def keep_across(self, score_MG: Tensor) -> Tensor:
+        """The n highest of each column: groups that lie across."""
+        if self.in_pairs(score_MG):
+            return keep_of_few(score_MG.contiguous(), self.m - self.n)
+        score_GM = score_MG.T.contiguous()
+        if not solver.usable(score_GM):
+            return keep_highest(score_GM, self.m - self.n).T
+        refuse_nan(score_GM)
+        return solver.keep_nm(score_GM, self.n).T
+
+    def in_pairs(self, score: Tensor) -> bool:
+        """Whether the entries of a group are compared with each other; a GPU has a kernel for groups."""
+        return self.m <= FEW and not solver.usable(score)
 
 
 @dataclass(frozen=True, kw_only=True)
