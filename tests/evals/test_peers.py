@@ -44,12 +44,13 @@ def test_the_measurement_counts_the_work_and_its_memory_and_not_what_came_before
         "before = bytearray(40 << 20); spent = time.process_time()\n"
         "while time.process_time() - spent < 0.3: pass\n"
         "def work():\n"
-        "    held = bytearray(60 << 20); began = time.process_time()\n"
+        "    began = time.process_time(); held = bytearray(60 << 20)\n"
         "    while time.process_time() - began < 0.2: pass\n"
         "print(json.dumps(job.measured(work)))\n"
     )
     found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
-    assert 0.19 <= found["cpu"] < 0.3 <= found["wall"] + 0.11
+    assert 0.19 <= found["cpu"] < 0.5  # 0.2, and what a busy machine adds; with what came before it is over 0.5
+    assert found["wall"] >= 0.19
     assert 59 * MIB <= found["peak"] - found["base"] < 64 * MIB  # a kernel counts pages lazily
     assert 58 * MIB <= found["anonymous_peak"] - found["anonymous_base"] < 64 * MIB
     assert found["base"] > 40 * MIB
