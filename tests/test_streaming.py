@@ -59,14 +59,14 @@ def test_the_peak_does_not_grow_with_the_model(passes: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_folder_larger_than_the_memory_a_process_may_have_completes(tmp_path: Path) -> None:
-    cap = 780 * MB  # of data: code is not counted, the 440 MB of the interpreter with torch are
+    cap = 820 * MB  # of data: code is not counted, the 440 MB of the interpreter with torch are
 
     def limit() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # stacks of threads are counted too
         resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
 
     short = {"max_position_embeddings": 64}  # of the windows of the probe, which goes through three times
-    size = make(tmp_path / "m", 800 * MB, shape={**WIDE, **short, "hidden_size": 1024, "intermediate_size": 2816})
+    size = make(tmp_path / "m", 840 * MB, shape={**WIDE, **short, "hidden_size": 1024, "intermediate_size": 2816})
     assert size > cap
     peak_of(tmp_path / "m", tmp_path / "o", "passes: [rtn: {group: 64, sites: '*.down_proj'}]", limit)
     assert len(Artifact(tmp_path / "o").specs) == len(list((tmp_path / "m").glob("*.safetensors"))) - 1

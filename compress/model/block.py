@@ -21,6 +21,7 @@ from compress.errors import CalibrationError, UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.experts import Products
 from compress.model.memo import Key, Memo
+from compress.model.memory import passing
 from compress.model.site import DeltaSite, Site
 from compress.model.travellers import Travellers
 from compress.stats import Collector, Statistic, Statistics, finite
@@ -183,7 +184,8 @@ class Block:
         }
         given = False
         for dense, found in self._inputs_of_all(leaders, any(kind.paired for kind in kinds)):
-            feed(collectors, found, dense)
+            with passing(watch=False):
+                feed(collectors, found, dense)
             given = True
             del dense, found  # else they live on while the next forward runs
         if not given:

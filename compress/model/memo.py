@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compress.model.memory import lasting
+
 Key = tuple[int, int, int]  # number of a batch, first and last of its windows
 
 
@@ -112,6 +114,7 @@ class Memo:
     def keep_read(self, key: Key, tail: Tail, x: Tensor, changing: Iterable[nn.Parameter]) -> None:
         """Keep what the tail of a child reads of these windows."""
         if self.active:
+            x = lasting(x)
             self.kept.setdefault(key, {})[tail.child] = Kept(
                 self._held(changing), read=x, read_version=versions_of([x])
             )
@@ -160,7 +163,8 @@ class Memo:
             if not fresh:
                 return next(known)
             read, kept.read = kept.read, None
-            kept.outputs.append(forward(*args, **kwargs) if read is None else self.tails[name](read))
+            given = forward(*args, **kwargs) if read is None else self.tails[name](read)
+            kept.outputs.append(all_lasting(given))
             kept.versions = versions_of(kept.outputs)
             return kept.outputs[-1]
 
@@ -171,6 +175,13 @@ class Memo:
             del child.forward
             if before is not None:
                 child.forward = before
+
+
+def all_lasting(output: Any) -> Any:
+    """What a child gave, its tensors apart from what forwards make and drop."""
+    if type(output) is tuple:
+        return tuple(all_lasting(value) for value in output)
+    return lasting(output) if isinstance(output, Tensor) else output
 
 
 def versions_of(outputs: Iterable[Any]) -> list[int]:

@@ -7,14 +7,23 @@ peak of a run would be the sum of its largest moments instead of the largest mom
 from __future__ import annotations
 
 import ctypes
+import mmap
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LARGE = 1 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
+PASSING = 1 << 22  # the same while something computes that drops what it makes
+TRIM = 1 << 26  # bytes that may be free at the end of the heap: what a forward of a narrow model makes and drops
+SPREAD = 1 << 23  # bytes by which the process may have grown before the heap gives its free pages back
+SMALL = 1 << 18  # bytes; what is smaller may last in the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -35,8 +44,68 @@ def release_early() -> None:
     32 MB and keep what is below in its heap. For a command; a library leaves this to its host.
     """
     if (mallopt := libc("mallopt")) is not None:
+        HEAP.early = True
         mallopt(M_MMAP_THRESHOLD, LARGE)
-        mallopt(M_TRIM_THRESHOLD, LARGE)
+        mallopt(M_TRIM_THRESHOLD, TRIM)
+
+
+class Heap:
+    """What serves computations that drop all they make, such as a forward: the heap, where `release_early` was called.
+
+    A mapping of its own for each activation would be cleared by the kernel page by page, which on a narrow model takes
+    as long as its products. Best fit, though, spreads over all that is free, so the heap gives its pages back whenever
+    the process has grown by SPREAD. What outlives the computation must not lie between: see `lasting`.
+    """
+
+    def __init__(self) -> None:
+        self.early = False
+        self.resident = 0  # after the first computation since pages went back; 0 before it
+
+    @contextmanager
+    def passing(self, watch: bool = True) -> Iterator[None]:
+        """Inside, what is allocated is freed soon, or made `lasting`; `watch` the largest kind, each like the last."""
+        mallopt = libc("mallopt") if self.early else None
+        if mallopt is None:
+            yield
+            return
+        mallopt(M_MMAP_THRESHOLD, PASSING)
+        try:
+            yield
+        finally:
+            mallopt(M_MMAP_THRESHOLD, LARGE)
+            if watch:
+                self.watch(resident_bytes())
+
+    def watch(self, now: int) -> None:
+        """Give back if the process, `now` so large, has grown by more than SPREAD."""
+        if not self.resident:
+            self.resident = now
+        elif now > self.resident + SPREAD:
+            self.resident = 0
+            give_back()
+
+
+HEAP = Heap()
+passing = HEAP.passing
+
+
+def lasting(tensor: Tensor) -> Tensor:
+    """The same values in a mapping of their own, which goes back when the tensor is freed, where `passing` matters.
+
+    A tensor that is small, not contiguous or not on the CPU is returned as it is.
+    """
+    if not HEAP.early or tensor.device.type != "cpu" or tensor.nbytes < SMALL or not tensor.is_contiguous():
+        return tensor
+    place = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(place, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+
+
+def resident_bytes() -> int:
+    """The resident size of this process now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def peak_bytes() -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CalibrationError, out_of_memory
-from compress.model.memory import give_back
+from compress.model.memory import give_back, lasting, passing
 
 BATCH_TOKENS = 4096  # a forward on a GPU: large enough to keep it busy, small enough for memory
 CPU_TOKENS = 1024  # on a CPU products are no slower with so few rows, and what lies between them stays near the cache
@@ -126,7 +126,7 @@ class Travellers:
             if before is not None and before != self.kept:
                 before.unlink()
             hidden_BTD = torch.empty_like(hidden_BTD, device="meta")
-        self._hidden = hidden_BTD
+        self._hidden = hidden_BTD if self.again is None else lasting(hidden_BTD)  # a part does not last
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,7 +186,8 @@ class Travellers:
     def _forward(self, module: nn.Module, index: int, dtype: torch.dtype | None) -> Tensor:
         """The output of block `index` on all windows at once."""
         entering_BTD, args, kwargs = cast((self.hidden_BTD, *self.calls[index]), dtype)
-        out = module(entering_BTD, *args, **kwargs)
+        with passing():
+            out = module(entering_BTD, *args, **kwargs)
         return torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out)  # a tuple before transformers 4.57
 
     def in_parts(self, run: Callable[[Travellers], T], hidden_BTD: Tensor | None = None) -> Iterator[T]:
