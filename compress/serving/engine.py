@@ -148,16 +148,20 @@ class Engine:
         running = self.running
         if running is None:
             return
-        dropped = [
-            one for one in running.sequences if one.tenant is not None and one.tenant not in self.tenants.entries
-        ]
-        fail(dropped, "this model is no longer served")
-        if any(sequence.cancelled for sequence in running.sequences):
-            running = running.select([row for row, one in enumerate(running.sequences) if not one.cancelled])
-            self.running = running
-        if running is not None:
-            running.mask_BT = torch.cat((running.mask_BT, running.mask_BT.new_ones(len(running.sequences), 1)), 1)
-            self.running = self._advanced(running, running.last_B1)
+        with self.tenants.lock:  # so that no tenant goes between the look and the step
+            self._fail_dropped(running.sequences)
+            if any(sequence.cancelled for sequence in running.sequences):
+                running = running.select([row for row, one in enumerate(running.sequences) if not one.cancelled])
+                self.running = running
+            if running is not None:
+                more_B1 = running.mask_BT.new_ones(len(running.sequences), 1)
+                running.mask_BT = torch.cat((running.mask_BT, more_B1), 1)
+                self.running = self._advanced(running, running.last_B1)
+
+    def _fail_dropped(self, sequences: list[Sequence]) -> None:
+        """End what asks for a tenant that is gone."""
+        known = self.tenants.entries
+        fail([s for s in sequences if s.tenant is not None and s.tenant not in known], "this model is no longer served")
 
     def _advanced(self, running: Running, ids_BS: Tensor) -> Running | None:
         """The sequences that go on after one more token each; None if none does."""

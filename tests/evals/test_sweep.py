@@ -216,7 +216,7 @@ def test_cells_are_measured_once_and_their_results_put_in_place(written: Written
     ended = [progress for progress in seen if progress.ended]
     assert [(p.done, p.total) for p in ended] == [(1, 2), (2, 2)]
     assert ended[0].seconds_left is not None and ended[0].seconds_left >= 0
-    assert seen[0].seconds_left is None
+    assert all(progress.seconds_left is None for progress in seen[: seen.index(ended[0])])  # none, on a busy machine
 
 
 @pytest.mark.usefixtures("stub")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from compress import Dense
 from compress.runtime.tenants import Difference
+from compress.serving import engine
 from compress.serving.app import Server
 
 MODELS = ("tiny", "a", "b", "c")
@@ -296,6 +298,29 @@ def test_a_tenant_dropped_while_it_answers_fails_alone(make_server: Make, talk: 
         return await asyncio.gather(*both)
 
     answers = talk(server, act)
+    assert [a.status_code for a in answers] == [500, 200]
+    assert "no longer served" in answers[0].json()["error"]["message"]
+
+
+def test_a_tenant_dropped_just_before_a_step_waits_until_it_is_done(
+    make_server: Make, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, plain, drops = make_server(), engine.logits_of, list[threading.Thread]()
+
+    def logits(tenants: Any, running: Any, ids_BS: Any) -> Any:
+        if not drops and tuple(ids_BS.shape) == (2, 1):  # a step, not the prompts
+            drops.append(threading.Thread(target=tenants.drop, args="a"))
+            drops[0].start()
+            drops[0].join(0.2)  # time enough to get ahead of the step, if it could
+        return plain(tenants, running, ids_BS)
+
+    monkeypatch.setattr(engine, "logits_of", logits)
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/completions", json=ask(m, max_tokens=100)) for m in "ab"))
+
+    answers = talk(server, act)
+    drops[0].join()
     assert [a.status_code for a in answers] == [500, 200]
     assert "no longer served" in answers[0].json()["error"]["message"]
 
