@@ -1,4 +1,4 @@
-"""`python -m compress_kernels.gpu.aot [--markdown] [FAMILY ...]`: compile every kernel for GPUs not here, and count.
+"""`python -m compress_kernels.gpu.aot [--markdown] [--first] [FAMILY ...]`: compile kernels for GPUs not here; count.
 
 For each case and architecture one JSON line, or a row of one table: registers, spilled bytes (stack), shared memory,
 and the instructions that one thread of the innermost loop issues for each weight, read off the machine code. A tile of
@@ -113,10 +113,10 @@ def innermost(code: str) -> list[str]:
     return [name for name, _ in lines[begin : end + 1]]
 
 
-def cases(families: tuple[str, ...]) -> Iterator[Case]:
-    """The cases of some families."""
+def cases(families: tuple[str, ...], most: int | None = None) -> Iterator[Case]:
+    """The cases of some families, at `most` so many of each."""
     for family in families:
-        yield from importlib.import_module(f"compress_kernels.gpu.{family}").CASES
+        yield from importlib.import_module(f"compress_kernels.gpu.{family}").CASES[:most]
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -137,11 +137,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; all if none is named")
     parser.add_argument("--markdown", action="store_true", help="print a table")
+    parser.add_argument("--first", action="store_true", help="only the first case of each family")
     given = parser.parse_args()
     families = tuple(given.families) or FAMILIES
     if unknown := set(families) - set(FAMILIES):
         parser.error(f"no family {min(unknown)!r}; there are {', '.join(FAMILIES)}")
-    lines = (measured(case, architecture) for case in cases(families) for architecture in case.architectures)
+    chosen = cases(families, 1 if given.first else None)
+    lines = (measured(case, architecture) for case in chosen for architecture in case.architectures)
     for text in table(lines) if given.markdown else map(json.dumps, lines):
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
