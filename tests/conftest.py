@@ -148,19 +148,8 @@ def build_model(kind: str, seed: int = 0) -> nn.Module:
 @pytest.fixture(scope="session", autouse=True)
 def encoded_once() -> Iterator[None]:
     """The same texts are encoded by the same tokenizer once: it took a seventh of each run of a tiny model."""
-    plain, known = calibration.encode, {}
-
-    def encode(documents: list[Any], tokenizer: Any, chat: bool = False) -> list[list[int]]:
-        if chat or not hasattr(tokenizer, "backend_tokenizer") or not all(isinstance(d, str) for d in documents):
-            return plain(documents, tokenizer, chat)
-        opening = f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
-        key = hash((opening, tuple(documents)))
-        if key not in known:
-            known[key] = plain(documents, tokenizer, chat)
-        return known[key]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "encode", encode)
+        patch.setattr(calibration, "encode", load_beside("encoded").once(calibration.encode))
         yield
 
 

@@ -152,9 +152,13 @@ def interrupt(child: int, order: dict[str, Any]) -> None:
 
 def main() -> None:
     """Answer orders until there are no more."""
+    from encoded import once
+
     import compress
     import compress.cli
+    from compress import calibration
 
+    calibration.encode = once(calibration.encode)  # what is encoded before a fork, its children know
     os.fsync = lambda handle: None  # what is killed leaves its files to a system that lives on
     for line in sys.stdin:
         order = json.loads(line)

@@ -169,7 +169,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose sides every packaged recipe's groups divide."""
     from compress.model.source import BUILTIN
 
-    return small_llama(tmp_path_factory.mktemp("small") / "m", 128, 256, 2, BUILTIN)
+    return small_llama(tmp_path_factory.mktemp("small") / "m", 128, 256, 1, BUILTIN)
 
 
 @pytest.mark.slow
