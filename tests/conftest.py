@@ -57,6 +57,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 PECULIAR: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
+    "short": {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False},
     "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
     "mistral": {"sliding_window": 16, "tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": False},

@@ -451,11 +451,10 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few")
-def test_more_bits_than_twice_fit_are_not_asked_for(
-    cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path
-) -> None:
-    asked = ("--base", tiny_llama, "--method", "auto", "--bits", "9", "--out", tmp_path / "d", "--json")
-    code, printed, said = cli("delta", "extract", finetuned, *asked)
+def test_more_bits_than_twice_fit_are_not_asked_for(cli: Run, model_folder: Any, tmp_path: Path) -> None:
+    base = model_folder("short")
+    asked = ("--base", base, "--method", "auto", "--bits", "9", "--out", tmp_path / "d", "--json")
+    code, printed, said = cli("delta", "extract", tuned(base, tmp_path / "tuned"), *asked)
     assert code == 0, said
     assert json.loads(printed)["bits_per_weight"] <= 9
 
@@ -528,12 +527,12 @@ def test_a_delta_is_evaluated_beside_its_fine_tune(
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("method", ["auto", "dare", "delta-come", "lowrank", "sparse"])
 def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any, tmp_path: Path, method: str) -> None:
-    base = model_folder("llama", "bfloat16")
-    asked = ("--base", base, "--method", method, "--size", "9KB", "--out", tmp_path / "d", "--json")
+    base = model_folder("short", "bfloat16")
+    asked = ("--base", base, "--method", method, "--size", "5KB", "--out", tmp_path / "d", "--json")
     code, _, said = cli("delta", "extract", tuned(base, tmp_path / "tuned"), *asked)
     assert code == 0, said
     stored = sum(row["bytes"] for row in Artifact(tmp_path / "d").provenance["sites"].values())
-    assert 5_000 < stored <= 9_900  # scales of rows of 48 weigh much, chance keeps a few more
+    assert 2_500 < stored <= 5_500  # scales of rows of 48 weigh much, chance keeps a few more
 
 
 @pytest.mark.usefixtures("few")
@@ -548,20 +547,23 @@ def test_other_methods_have_their_own_sizes(
 
 
 @pytest.mark.slow
-def test_auto_keeps_the_better_of_what_it_makes(tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
-    told: list[Any] = []
-    found = compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0, calibration=FEW, emit=told.append)
+def test_auto_keeps_the_better_of_what_it_makes(
+    model_folder: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    base, told = model_folder("short"), list[Any]()
+    finetuned = tuned(base, tmp_path_factory.mktemp("tuned") / "m")
+    found = compress.extract(finetuned, base, tmp_path / "d", bits=1.0, calibration=FEW, emit=told.append)
     assert len(found.tried) == 2
     assert {event.out for event in told if isinstance(event, RunFinished)} == {str(tmp_path / "d")}
     assert found.report.kl == min(found.tried.values())
     assert Artifact(tmp_path / "d").provenance["probe"]["kl"] == found.report.kl
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
-    again = compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0, calibration=FEW, force=True)
+    again = compress.extract(finetuned, base, tmp_path / "d", bits=1.0, calibration=FEW, force=True)
     assert again.tried == found.tried
     with pytest.raises(RecipeError, match="exists"):
-        compress.extract(finetuned, tiny_llama, tmp_path / "d", bits=1.0)
+        compress.extract(finetuned, base, tmp_path / "d", bits=1.0)
     with pytest.raises(RecipeError, match="not allowed"):
-        compress.extract(finetuned, tiny_llama, tmp_path / "e", method="bitdelta", embeddings="half")
+        compress.extract(finetuned, base, tmp_path / "e", method="bitdelta", embeddings="half")
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 

@@ -540,7 +540,7 @@ def untrained(kick_data: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
-def test_a_quarter_of_the_sample_is_asked_of_a_tiny_model(kick_data: Path, untrained: tuple[Any, Any]) -> None:
+def test_an_eighth_of_the_sample_is_asked_of_a_tiny_model(kick_data: Path, untrained: tuple[Any, Any]) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -555,12 +555,12 @@ def test_a_quarter_of_the_sample_is_asked_of_a_tiny_model(kick_data: Path, untra
             include_path=str(KICK.folder), include_defaults=False, metadata={"data_dir": str(kick_data)}
         ),
         bootstrap_iters=0,
-        limit=50,
+        limit=25,
     )
     assert found is not None
     for task in asked:
-        assert found["n-samples"][task.name] == {"original": 200, "effective": 50}
-        ceiling = task.chance + (0.25 if task.chance else 0.02)  # 3.5 standard errors of 50 questions
+        assert found["n-samples"][task.name] == {"original": 200, "effective": 25}
+        ceiling = task.chance + (0.35 if task.chance else 0.02)  # 3.5 standard errors of 25 questions
         assert found["results"][task.name][f"{task.headline},none"] <= ceiling, task.name
 
 
