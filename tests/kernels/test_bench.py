@@ -183,7 +183,7 @@ def test_tuning_a_gpu_that_is_not_here_is_refused() -> None:
 def test_predictions_rest_on_what_is_counted(family: str, name: str, kind: str) -> None:
     counted = json.loads((Path(__file__).parent / "instructions" / f"{family}.json").read_text(encoding="utf-8"))
 
-    found = counted["per_weight"][f"{name} bf16 8x128 sm_90"]
+    found = counted["cases"][f"{name} bf16 8x128 sm_90"]["per_weight"]
 
     assert dispatch.INSTRUCTIONS[kind][0] == pytest.approx(found, rel=0.1)
 
