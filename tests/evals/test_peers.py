@@ -154,7 +154,7 @@ def test_the_windows_handed_over_are_the_text_of_the_random_model(tmp_path: Path
     assert not {tuple(row) for row in subject.judged_NT.tolist()} & {tuple(row) for row in rows.tolist()}
 
 
-def tiny(model: Path) -> None:
+def tiny(model: Path, dtype: torch.dtype) -> None:
     """A tokenizer of one word a token, as `make_random` writes it beside its model."""
     subjects.word_tokenizer(16).save_pretrained(model)
 

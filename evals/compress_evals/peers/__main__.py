@@ -26,7 +26,7 @@ from compress.errors import CompressError, RecipeError
 from compress_evals.folders import opened
 from compress_evals.peers.lines import OURS, Line, append, document, read
 from compress_evals.peers.score import Quality, in_place, quality, tensors_of
-from compress_evals.peers.subjects import TASKS, Subject, prepared
+from compress_evals.peers.subjects import SUBJECTS, TASKS, Subject, prepared
 from compress_evals.run import evaluate
 
 JOB = Path(__file__).with_name("job.py")
@@ -98,6 +98,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for name in arguments.subjects:
         subject = prepared(name, folder)
         dense, tokenizer = opened(subject.model, "cpu")
+        dense = dense.float()  # so that what is judged is the weights, whatever a forward in bf16 makes of them
         for task in arguments.tasks:
             for tool in [tool for tool in arguments.tools if task in DOES[tool][0]]:
                 python = Path(sys.executable) if tool == OURS else arguments.peers_python.absolute()
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress_evals.peers", description=__doc__)
     parser.add_argument("--peers-python", type=Path, default=Path("out/peers/venv/bin/python"), metavar="PATH")
     parser.add_argument("--out", type=Path, default=Path("out/peers"), help="where models, results and lines go")
-    parser.add_argument("--subjects", nargs="+", default=["m512", "builtin"], choices=["m512", "builtin"])
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--tools", nargs="+", default=list(DOES), choices=list(DOES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--runs", type=int, default=3, help="of each job")

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from compress_evals.peers.score import Quality
+from compress_evals.peers.subjects import SUBJECTS
 
 MIB = 1 << 20
 OURS = "ours"
@@ -78,7 +79,7 @@ def read(path: Path) -> list[Line]:
     told = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     last = {line.key: line for line in (Line(**{**each, "quality": Quality(**each["quality"])}) for each in told)}
     order = list(TITLES)
-    return sorted(last.values(), key=lambda line: (line.subject != "m512", order.index(line.task), line.tool != OURS))
+    return sorted(last.values(), key=lambda one: (SUBJECTS.index(one.subject), order.index(one.task), one.tool != OURS))
 
 
 def table(lines: Sequence[Line]) -> str:

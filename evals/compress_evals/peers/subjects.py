@@ -24,6 +24,7 @@ from compress_evals.folders import tokenizer_of
 VOCABULARY, SAMPLES, LENGTH = 1024, 64, 512  # of the random model
 SPARE = 4 * 256  # tokens that our calibration sets apart as its probe
 JUDGED = 8  # windows on which the random model's layers are compared
+SUBJECTS = ("m512", "m512-bf16", "builtin")
 TASKS = ("wanda", "sparsegpt", "gptq", "rtn")
 PASSES = {  # as near to what the other tools do by default as our options go
     "wanda": "wanda: {sparsity: 2:4}",
@@ -55,7 +56,7 @@ class Subject:
 def prepared(name: str, folder: Path) -> Subject:
     """A subject by name, with its files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    return {"m512": random_model, "builtin": trained_model}[name](folder)
+    return trained_model(folder) if name == "builtin" else random_model(name, folder)
 
 
 def drawn(calibration: Calibration, tokenizer: Any, longest: int, ids: Path) -> str:
@@ -65,37 +66,37 @@ def drawn(calibration: Calibration, tokenizer: Any, longest: int, ids: Path) -> 
     return tokens.sha256
 
 
-def random_model(folder: Path) -> Subject:
-    """A Llama of 26.7 million random float32 parameters, calibrated on random tokens.
+def random_model(name: str, folder: Path) -> Subject:
+    """A Llama of 26.7 million random parameters, float32 or bf16 as its name says, calibrated on random tokens.
 
     What a method does to it says whether two tools compute the same, not whether a method is good.
     """
-    model, text = folder / "m512", folder / "m512.txt"
+    model, text = folder / name, folder / f"{name}.txt"
     if not model.is_dir():
-        make_random(model)
+        make_random(model, torch.bfloat16 if name.endswith("bf16") else torch.float32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, (SAMPLES * LENGTH + SPARE,), generator=generator)
     text.write_text(" ".join(f"t{i}" for i in ids.tolist()), encoding="utf-8")
     calibration = Calibration(data=str(text), samples=SAMPLES, length=LENGTH)
-    windows = folder / "m512.safetensors"
+    windows = folder / f"{name}.safetensors"
     return Subject(
-        name="m512", model=model, calibration=calibration, ids=windows,
+        name=name, model=model, calibration=calibration, ids=windows,
         sha256=drawn(calibration, tokenizer_of(model), LENGTH, windows),
         judged_NT=torch.randint(VOCABULARY, (JUDGED, LENGTH), generator=generator), knows=False,
     )  # fmt: skip
 
 
-def make_random(model: Path) -> None:
+def make_random(model: Path, dtype: torch.dtype) -> None:
     """Write the random model, with a tokenizer of one word a token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False, dtype="float32",
+        max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = LlamaForCausalLM(config)
+        made = LlamaForCausalLM(config).to(dtype)
     part = model.with_name(f"{model.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     made.save_pretrained(part)
