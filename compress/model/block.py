@@ -21,7 +21,7 @@ from compress.errors import CalibrationError, UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.experts import Products
 from compress.model.memo import Key, Memo
-from compress.model.memory import passing
+from compress.model.memory import lasting, passing
 from compress.model.site import DeltaSite, Site
 from compress.model.travellers import Travellers
 from compress.stats import Collector, Statistic, Statistics, finite
@@ -274,7 +274,7 @@ class Block:
     def targets(self) -> list[Tensor]:
         """What the dense block makes of each batch's twin, [B, T, D]; costs a copy of the hidden states."""
         with self.as_original():
-            return [twin.through(self.module, self.index) for twin in self.twins]
+            return [lasting(twin.through(self.module, self.index)) for twin in self.twins]
 
     @contextmanager
     def as_original(self) -> Iterator[None]:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
-PASSING = 1 << 22  # the same while something computes that drops what it makes
+PASSING = 1 << 22  # the same while something computes that drops what it makes; with 8 MB peaks were a tenth higher
 TRIM = 1 << 26  # bytes that may be free at the end of the heap: what a forward of a narrow model makes and drops
-SPREAD = 1 << 23  # bytes by which the process may have grown before the heap gives its free pages back
-SMALL = 1 << 18  # bytes; what is smaller may last in the heap
+SPREAD = 1 << 23  # bytes by which the process may have grown before the heap gives its free pages back; 16 MB: as above
+SMALL = 1 << 18  # bytes; what is smaller may last in the heap, and would waste much of a page
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -33,12 +33,6 @@ def libc(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
-def give_back() -> None:
-    """Return the free pages of the heap to the system."""
-    if (trim := libc("malloc_trim")) is not None:
-        trim(0)
-
-
 def release_early() -> None:
     """Let large blocks go back as soon as they are freed, for this whole process: glibc would raise its threshold to
     32 MB and keep what is below in its heap. For a command; a library leaves this to its host.
@@ -46,7 +40,7 @@ def release_early() -> None:
     if (mallopt := libc("mallopt")) is not None:
         HEAP.early = True
         mallopt(M_MMAP_THRESHOLD, LARGE)
-        mallopt(M_TRIM_THRESHOLD, TRIM)
+        mallopt(M_TRIM_THRESHOLD, LARGE)
 
 
 class Heap:
@@ -58,20 +52,26 @@ class Heap:
     """
 
     def __init__(self) -> None:
-        self.early = False
+        self.early = self.inside = False
         self.resident = 0  # after the first computation since pages went back; 0 before it
 
     @contextmanager
     def passing(self, watch: bool = True) -> Iterator[None]:
-        """Inside, what is allocated is freed soon, or made `lasting`; `watch` the largest kind, each like the last."""
-        mallopt = libc("mallopt") if self.early else None
+        """Inside, what is allocated is freed soon, or made `lasting`; `watch` the largest kind, each like the last.
+
+        Where gradients are wanted nothing changes, since what they need stays.
+        """
+        mallopt = libc("mallopt") if self.early and not self.inside and not torch.is_grad_enabled() else None
         if mallopt is None:
             yield
             return
+        self.inside = True
         mallopt(M_MMAP_THRESHOLD, PASSING)
+        mallopt(M_TRIM_THRESHOLD, TRIM)  # it stays: what follows would give back what the next computation needs
         try:
             yield
         finally:
+            self.inside = False
             mallopt(M_MMAP_THRESHOLD, LARGE)
             if watch:
                 self.watch(resident_bytes())
@@ -81,23 +81,33 @@ class Heap:
         if not self.resident:
             self.resident = now
         elif now > self.resident + SPREAD:
-            self.resident = 0
             give_back()
 
 
-HEAP = Heap()
+HEAP = Heap()  # the settings of malloc are those of the process, so there is one
 passing = HEAP.passing
+
+
+def give_back() -> None:
+    """Return the free pages of the heap to the system."""
+    HEAP.resident = 0
+    if (trim := libc("malloc_trim")) is not None:
+        trim(0)
 
 
 def lasting(tensor: Tensor) -> Tensor:
     """The same values in a mapping of their own, which goes back when the tensor is freed, where `passing` matters.
 
-    A tensor that is small, not contiguous or not on the CPU is returned as it is.
+    A tensor that is small, not contiguous or not on the CPU is returned as it is. Raises MemoryError.
     """
     if not HEAP.early or tensor.device.type != "cpu" or tensor.nbytes < SMALL or not tensor.is_contiguous():
         return tensor
-    place = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(place, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
+    try:
+        place = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    storage = torch.frombuffer(place, dtype=tensor.dtype).untyped_storage()
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride()).copy_(tensor)  # no view
 
 
 def resident_bytes() -> int:

@@ -94,7 +94,7 @@ class Tenants:
             self.entries[name] = entry
 
     def drop(self, name: str) -> None:
-        """Forget a tenant; raises RecipeError if there is none of this name."""
+        """Forget a tenant, after the step that runs; raises RecipeError if there is none of this name."""
         with self.lock:
             self.unload(self.entry(name))
             del self.entries[name]

@@ -79,7 +79,8 @@ def read(path: Path) -> list[Line]:
     told = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     last = {line.key: line for line in (Line(**{**each, "quality": Quality(**each["quality"])}) for each in told)}
     order = list(TITLES)
-    return sorted(last.values(), key=lambda one: (SUBJECTS.index(one.subject), order.index(one.task), one.tool != OURS))
+    subjects = [*SUBJECTS, *sorted({line.subject for line in last.values()} - set(SUBJECTS))]
+    return sorted(last.values(), key=lambda one: (subjects.index(one.subject), order.index(one.task), one.tool != OURS))
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -1,9 +1,9 @@
 """What a tool has left of a model, read from the folder that it wrote and judged the same way for all.
 
-Each folder is decoded to plain matrices in the dense model's dtype. The error of a linear map is |(W' - W) X| / |W X|
-with the inputs X that the dense model gives it, on tokens that no tool was calibrated on; KL is of the dense model's
-next-token distributions from those of the model with all decoded matrices in place. Shape suffixes: N windows,
-T tokens, O out, I in.
+Each folder is decoded to plain matrices, and all forwards are in float32. The error of a linear map is
+|(W' - W) X| / |W X| with the inputs X that the dense model gives it, on tokens that no tool was calibrated on; KL is of
+the dense model's next-token distributions from those of the model with all decoded matrices in place. Shape suffixes:
+N windows, T tokens, O out, I in.
 """
 
 from __future__ import annotations
