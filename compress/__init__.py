@@ -1,12 +1,13 @@
 """Compress: turn a Hugging Face language model into a smaller one and prove what was lost.
 
-Importing is light: transformers, triton, bitsandbytes and lm-eval load when something needs them. The one side
-effect is that transformers will know the quantization method `compress`.
+Importing is light: torch loads with the first name that needs it; transformers, triton, bitsandbytes and lm-eval when
+something needs them. The one side effect is that transformers will know the quantization method `compress`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,101 +25,118 @@ from compress.errors import (
     VerificationError,
 )  # fmt: skip
 from compress.events import Event
-from compress.kv import KV
-from compress.model.site import Site
-from compress.passes import (
-    ALPS,
-    ASVD,
-    AWQ,
-    DARE,
-    FLAP,
-    FP8,
-    GPTQ,
-    HQQ,
-    LRQ,
-    MXFP4,
-    NF4,
-    NVFP4,
-    OATS,
-    OWL,
-    RIA,
-    RPCA,
-    RTN,
-    SVD,
-    SVDLLM,
-    VQ,
-    Auto,
-    BitDelta,
-    BlockPass,
-    BlockQuantizer,
-    Budget,
-    Codec,
-    Corrector,
-    DeltaCoMe,
-    DSnoT,
-    Factorizer,
-    FineTune,
-    FlexRound,
-    Global,
-    GridQuantizer,
-    Int8,
-    Magnitude,
-    Pass,
-    PassManager,
-    Pruner,
-    Quantizer,
-    QuaRot,
-    Ranks,
-    Realign,
-    ReALLM,
-    Reconstruct,
-    Refiner,
-    Repair,
-    Rotate,
-    Sensitivity,
-    ShortGPT,
-    SitePass,
-    SliceGPT,
-    SLiM,
-    SmoothQuant,
-    SparseGPT,
-    Swaps,
-    TransMLA,
-    Wanda,
-    WandaSP,
-    WeightPass,
-    WeLore,
-)
-from compress.recipe import Accept, Calibration, Delta, Limits, Recipe
 from compress.runtime.hf import register_when_needed
-from compress.weights import (
-    NM,
-    Codebook,
-    Dense,
-    Diagonal,
-    External,
-    Grid,
-    Hadamard,
-    Masked,
-    Nested,
-    Permutation,
-    Product,
-    Quantized,
-    Scaled,
-    Signs,
-    Sum,
-    Weight,
-    pattern,
-)  # fmt: skip
 
 if TYPE_CHECKING:
     from compress.extraction import Extracted
     from compress.job import Report
+    from compress.kv import KV
     from compress.merging import Merged
+    from compress.model.site import Site
+    from compress.passes import (
+        ALPS,
+        ASVD,
+        AWQ,
+        DARE,
+        FLAP,
+        FP8,
+        GPTQ,
+        HQQ,
+        LRQ,
+        MXFP4,
+        NF4,
+        NVFP4,
+        OATS,
+        OWL,
+        RIA,
+        RPCA,
+        RTN,
+        SVD,
+        SVDLLM,
+        VQ,
+        Auto,
+        BitDelta,
+        BlockPass,
+        BlockQuantizer,
+        Budget,
+        Codec,
+        Corrector,
+        DeltaCoMe,
+        DSnoT,
+        Factorizer,
+        FineTune,
+        FlexRound,
+        Global,
+        GridQuantizer,
+        Int8,
+        Magnitude,
+        Pass,
+        PassManager,
+        Pruner,
+        Quantizer,
+        QuaRot,
+        Ranks,
+        Realign,
+        ReALLM,
+        Reconstruct,
+        Refiner,
+        Repair,
+        Rotate,
+        Sensitivity,
+        ShortGPT,
+        SitePass,
+        SliceGPT,
+        SLiM,
+        SmoothQuant,
+        SparseGPT,
+        Swaps,
+        TransMLA,
+        Wanda,
+        WandaSP,
+        WeightPass,
+        WeLore,
+    )
     from compress.planning import Plan
+    from compress.recipe import Accept, Calibration, Delta, Limits, Recipe
     from compress.runtime.tenants import Tenants
+    from compress.weights import (
+        NM,
+        Codebook,
+        Dense,
+        Diagonal,
+        External,
+        Grid,
+        Hadamard,
+        Masked,
+        Nested,
+        Permutation,
+        Product,
+        Quantized,
+        Scaled,
+        Signs,
+        Sum,
+        Weight,
+        pattern,
+    )  # fmt: skip
 
 register_when_needed()
+# where the names of `__all__` are that the lines above only tell type checkers, the light ones first
+HOMES = ("compress.kv", "compress.recipe", "compress.weights", "compress.passes", "compress.model.site")
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__` that needs torch, or one of our modules, when it is first asked for."""
+    if name in __all__:
+        for home in map(import_module, HOMES):
+            if hasattr(home, name):
+                return globals().setdefault(name, getattr(home, name))
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def run(
@@ -142,6 +160,7 @@ def run(
 
     from compress import driver
     from compress import recipe as recipes
+    from compress.recipe import Recipe
     from compress.team import joined
 
     if isinstance(recipe, (str, Path)):

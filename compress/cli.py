@@ -31,7 +31,6 @@ from compress.commands.sweep import sweep
 from compress.commands.tasks import tasks
 from compress.commands.tune import tune
 from compress.errors import CompressError, RecipeError, out_of_memory
-from compress.team import spokesman
 
 app = typer.Typer(
     name="compress",
@@ -363,8 +362,8 @@ def passes(as_json: Json = False) -> None:
 
 
 def fail(message: str, code: int, once: bool = False) -> NoReturn:
-    """One line on stderr and an exit code; with `once` the line of the first process is enough for all."""
-    if not once or spokesman():
+    """One line on stderr and an exit code; with `once` the line of torchrun's first process is enough for all."""
+    if not once or os.environ.get("RANK", "0") == "0":
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
     raise SystemExit(code)
 

@@ -268,11 +268,6 @@ def local_rank() -> int:
     return number("LOCAL_RANK", 0)
 
 
-def spokesman() -> bool:
-    """Whether this process speaks to the user, where all are told the same and have not joined yet."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 # -- messages --------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,20 @@ def test_importing_does_not_import(imported: dict[str, Any], module: str) -> Non
     assert module not in imported["modules"]
 
 
+def test_the_command_line_answers_before_torch_is_loaded() -> None:
+    done = python("import sys; import compress.cli; print({'torch', 'scipy', 'numpy'} & {*sys.modules})")
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_every_name_is_there_when_asked_for_and_nothing_else_is() -> None:
+    assert {*compress.__all__} <= {*dir(compress)}
+    missing = [name for name in compress.__all__ if not hasattr(compress, name)]
+    assert not missing
+    assert compress.GPTQ is compress.passes.GPTQ
+    with pytest.raises(AttributeError, match="'compress' has no attribute 'GPTQQ'"):
+        _ = compress.GPTQQ
+
+
 def test_importing_configures_no_logging(imported: dict[str, Any]) -> None:
     assert imported["handlers"] == 0
 

@@ -8,10 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from compress import recipe as recipes
 from compress.commands.output import Json, Out, bytes_of, result, screen
 from compress.errors import RecipeError
-from compress.recipe import Delta, Recipe
 
 app = typer.Typer(name="delta", help="Store fine-tuned models as small differences from one base.")
 Base = Annotated[str, typer.Option("--base", help="the model that was fine-tuned: a folder, or `builtin`")]
@@ -55,9 +53,11 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Store what fine-tuning changed, as small as asked, in a folder that is pinned to its base."""
+    from compress import recipe as recipes
     from compress.codecs import recipes_of
     from compress.console import Progress, escape
     from compress.extraction import best_of
+    from compress.recipe import Delta, Recipe
 
     told = {"--method": method, "--bits": bits, "--size": size, "--distill": distill}
     policies = {"embeddings": embeddings, "head": head, "others": others, "vocabulary": vocabulary}

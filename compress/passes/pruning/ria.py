@@ -10,7 +10,6 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from compress.errors import RecipeError
@@ -96,6 +95,8 @@ def deal(score_OI: Tensor, chosen: NM) -> Tensor:
     Columns are ranked by their total and dealt over the groups in snake order, so that each group gets one of every
     rank; then the columns of one rank are assigned to groups anew, rank after rank, for the most that can be retained.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     groups = score_OI.shape[1] // chosen.m
     ranked = score_OI.sum(0).argsort(descending=True, stable=True).view(chosen.m, groups)
     ranked[1::2] = ranked[1::2].flip(1)
