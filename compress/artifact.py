@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.errors import ArtifactError, RecipeError, VerificationError
+from compress.errors import ArtifactError, RecipeError, VerificationError, out_of_memory
 from compress.model.source import Checkpoint, Held, digest, dtype_of, read_json
 from compress.schema import PINS, PROVENANCES, SPECS, checked
 from compress.shards import NAMES, Entry, chunks
@@ -475,6 +475,8 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
         except ArtifactError as error:
             raise VerificationError(str(error)) from error
         except RuntimeError as error:  # torch, of stored tensors whose dtypes do not go together
+            if out_of_memory(error):  # which says nothing about the file
+                raise
             raise VerificationError(f"{path}: {site} cannot be decoded: {error}") from error
         if not finite:
             raise VerificationError(f"{path}: {site} decodes to values that are not finite")

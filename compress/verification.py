@@ -34,7 +34,7 @@ class RuntimeWalk(Walk):
 
     def __init__(self, artifact: Artifact, walk: Walk) -> None:
         super().__init__(artifact.config, artifact, artifact.dtype, walk.device)
-        self.artifact, self.rest = artifact, walk.rest
+        self.artifact, self.rest, self.fit = artifact, walk.rest, walk.fit
 
     def load_block(self, index: int) -> None:
         """Bring a block's plain tensors and put the modules of its sites in their places."""

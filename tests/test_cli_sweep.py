@@ -79,6 +79,17 @@ def test_a_dry_run_lists_the_cells_and_the_time_left_and_measures_nothing(
     assert not (tmp_path / "o/cells/m-sparsity=0.2").exists()
 
 
+def test_a_dry_run_looks_for_the_engine_too(cli: Run, file: Callable[[str], Path], tmp_path: Path) -> None:
+    for said, *given in (
+        ("only --engine ray has one", "--address", "head:6379"),
+        ("is none of local, ray", "--engine", "slurm"),
+        ("nothing answers at 127.0.0.1:1: ", "--engine", "ray", "--address", "127.0.0.1:1"),
+    ):
+        code, _, err = cli("sweep", file("0.1"), "--out", tmp_path / "o", "--dry-run", *given)
+        assert code == 2 and said in err
+    assert not (tmp_path / "o").exists()
+
+
 def test_an_interrupt_stops_the_cells_and_leaves_nothing_half_written(
     cli: Run, file: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def sweep(
     if len(notes) > SHOWN:
         console.print(f"note: and {len(notes) - SHOWN} more, in --json")
     if dry_run:
+        sweeps.engine_of(engine, jobs, device, address)
         planned = sweeps.plan(loaded, place, device)
         value, shown = listing(planned, jobs, retry_failed)
         result({"out": str(place), "notes": notes, **value}, as_json, *shown)

@@ -79,6 +79,12 @@ def card(facts: Mapping[str, Any]) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
+            *(
+                f"Memory ran out while `{label}` was measured: at most {tokens['windows_at_once']} calibration windows "
+                "went through it at once.\n"
+                for label, tokens in merge.get("calibration", {}).items()
+                if "windows_at_once" in tokens
+            ),
             "Nothing here says how well it works: run `compress eval` on the tasks that matter.",
             "",
         ]

@@ -104,8 +104,11 @@ class SideBySide:
             yield self.stream.entries(anatomy.tensors_of(blocks[0].index), partial(self.merged, blocks=present))
 
     def facts(self) -> dict[str, Any]:
-        """The tokens of each model, and the tensors that are no mean."""
-        named = {label: {"name": tokens.name, "sha256": tokens.sha256} for label, tokens in self.tokens.items()}
+        """The tokens of each model, how few windows went together if memory ran out, and what is no mean."""
+        named: dict[str, Any] = {label: {"name": t.name, "sha256": t.sha256} for label, t in self.tokens.items()}
+        for label, walk in self.walks.items():
+            if walk.fit.halved:
+                named[label]["windows_at_once"] = walk.fit.most
         return {"calibration": named, "regressed": sorted(self.regressed)}
 
     def merged(self, name: str, blocks: Mapping[str, Block]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import compress
+from compress import Calibration, Quantized
+from compress.artifact import Artifact
 from compress.errors import VerificationError
 from compress.events import BatchHalved, Event
 from compress.job import prove
+from compress.merging import merge
+from compress.model.source import Checkpoint, dtype_of
 from compress.model.travellers import Travellers
+from compress.model.walk import Walk
 from compress.stats import ColumnNorm, Gram, Moments, Sample
 from compress.verification import RuntimeWalk
 
@@ -111,6 +118,44 @@ def test_a_run_goes_on_with_fewer_windows_and_says_so(tiny_llama: Path, tmp_path
     assert "at most 2 calibration windows" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_merge_goes_on_with_fewer_windows_and_says_so(tiny_llama: Path, tmp_path: Path, only: Any) -> None:
+    tuned = {"left": tmp_path / "left", "right": tmp_path / "right"}
+    for seed, folder in enumerate(tuned.values()):
+        draws = torch.Generator().manual_seed(seed)
+        weights = load_file(shutil.copytree(tiny_llama, folder) / "model.safetensors")
+        moved = {name: t + 0.01 * torch.randn(t.shape, generator=draws).to(t) for name, t in weights.items()}
+        save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+    few = Calibration(data="text", samples=6, length=32)
+    merge(tiny_llama, tuned, tmp_path / "whole", method="regmean", calibration=few)
+    only(2)
+    merge(tiny_llama, tuned, tmp_path / "out", method="regmean", calibration=few)
+    whole, parted = (json.loads((tmp_path / out / "compress.json").read_text())["merge"] for out in ("whole", "out"))
+    assert all("windows_at_once" not in told for told in whole["calibration"].values())
+    assert [told["windows_at_once"] for told in parted["calibration"].values()] == [2, 2]
+    said = "while `left` was measured: at most 2 calibration windows"
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    assert "Memory" not in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_what_was_written_is_read_back_by_as_few_windows_as_fitted(tiny_llama: Path, tmp_path: Path) -> None:
+    held = Checkpoint(tiny_llama)
+    walk = Walk(held.config, held, dtype_of(held.config), torch.device("cpu"))
+    compress.run(tiny_llama, [compress.RTN(group=8)], tmp_path / "out")
+    assert RuntimeWalk(Artifact(tmp_path / "out"), walk).fit is walk.fit
+
+
+def test_memory_that_runs_out_in_verify_is_not_called_damage(
+    tiny_llama: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Quantized) -> Tensor:
+        raise RuntimeError(SAYS)
+
+    compress.run(tiny_llama, [compress.RTN(group=8)], tmp_path / "out")
+    monkeypatch.setattr(Quantized, "dense", failing)
+    code, _, err = cli("verify", tmp_path / "out")
+    assert code == 3 and err.startswith("error: out of memory: ") and "decoded" not in err
+
+
 def test_a_window_that_does_not_fit_alone_is_one_line(tiny_llama: Path, tmp_path: Path, only: Any, cli: Any) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     only(0)
@@ -158,7 +203,7 @@ def test_memory_that_runs_out_in_a_check_is_one_line_and_loses_no_block(
 LIMITED = """
 import resource, sys
 import compress
-from compress.events import BatchHalved, RunStarted
+from compress.events import BatchHalved, BlockFinished, RunStarted
 from compress.model.memory import release_early
 
 release_early()  # as the command line does
@@ -169,6 +214,8 @@ def emit(event):
         resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[4]),) * 2)
     if isinstance(event, BatchHalved):
         print(event.windows)
+    if isinstance(event, BlockFinished) and event.index + 1 == event.count:
+        print("read back")
 
 compress.run(sys.argv[1], sys.argv[2], sys.argv[3], emit=emit)
 """
@@ -189,7 +236,7 @@ def test_a_process_that_may_not_grow_halves_and_finishes(tmp_path: Path, model_f
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "model"), str(recipe), str(tmp_path / "out"), "330000000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    halved = [int(line) for line in done.stdout.split()]
+    halved = [int(line) for line in done.stdout.partition("read back")[0].split()]
     assert halved and halved == [16 >> i for i in range(1, len(halved) + 1)]
     told = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert told["calibration"]["windows_at_once"] == halved[-1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from compress_evals.sweep.grid import Asked, Cell, Sweep, load
 from compress_evals.sweep.records import Planned, Record, plan, strangers
-from compress_evals.sweep.running import Board, Progress, Summary, as_dict, run
+from compress_evals.sweep.running import Board, Progress, Summary, as_dict, engine_of, run
 
 __all__ = [
     "Asked",
@@ -22,6 +22,7 @@ __all__ = [
     "Summary",
     "Sweep",
     "as_dict",
+    "engine_of",
     "load",
     "plan",
     "run",
