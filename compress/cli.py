@@ -26,6 +26,7 @@ from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
 from compress.commands.output import Json, Out, bytes_of, quiet_loading, result, screen
 from compress.commands.plan import plan
+from compress.commands.recipes import recipes
 from compress.commands.serve import serve
 from compress.commands.sweep import sweep
 from compress.commands.tasks import tasks
@@ -49,6 +50,7 @@ app.command()(leaderboard)
 app.command()(tasks)
 app.command()(merge)
 app.command()(plan)
+app.command()(recipes)
 app.command()(serve)
 app.command()(sweep)
 app.command()(tune)
@@ -96,7 +98,7 @@ def run(
     """
     import compress
     from compress import events
-    from compress import recipe as recipes
+    from compress import recipe as read
     from compress.console import Progress
     from compress.model.memory import release_early
     from compress.team import joined
@@ -104,7 +106,7 @@ def run(
     release_early()
     target = out if out is not None else Path("out") / Path(recipe).name.removesuffix(".yaml")
     with joined(device, once=True) as team:
-        loaded = recipes.load(recipe, changes or [])
+        loaded = read.load(recipe, changes or [])
         sinks: list[events.Sink] = [Progress(screen())]
         if log is not None and team.chief:
             sinks.append(events.jsonl(log))  # created now: a place that cannot be written is refused before the work

@@ -68,11 +68,13 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """`; did you mean ...?` with the nearest allowed name, else the list of allowed names."""
+def nearest(name: str, allowed: Iterable[str], otherwise: str | None = None) -> str:
+    """`; did you mean ...?` with the nearest allowed name, else the list of allowed names, or what is said instead."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(names)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; allowed: {', '.join(names)}" if otherwise is None else otherwise
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -318,17 +318,17 @@ def find(recipe: str | Path) -> Path:
             return path
     except (OSError, ValueError) as error:  # a name too long, a NUL
         raise RecipeError(f"no recipe file at {str(recipe)[:60]!r}: {error}") from error
-    folder = packaged_folder()
-    packaged = folder / f"{path.name.removesuffix('.yaml')}.yaml"
-    if path.parent == Path() and packaged.is_file():
-        return packaged
-    names = [p.stem for p in folder.glob("*.yaml")]
-    raise RecipeError(f"no recipe file at {str(recipe)!r}{nearest(path.stem, names)}")
+    known = packaged()
+    if path.parent == Path() and path.name.removesuffix(".yaml") in known:
+        return known[path.name.removesuffix(".yaml")]
+    hint = nearest(path.stem, known, "; `compress recipes` lists those that are packaged")
+    raise RecipeError(f"no recipe file at {str(recipe)!r}{hint}")
 
 
-def packaged_folder() -> Path:
-    """Where the packaged recipes lie: inside an installed wheel, or beside the package in a checkout."""
-    return RECIPES if RECIPES.is_dir() else Path(__file__).parent.parent / "recipes"
+def packaged() -> dict[str, Path]:
+    """Name -> file of the packaged recipes: inside an installed wheel, or beside the package in a checkout."""
+    folder = RECIPES if RECIPES.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def apply_change(data: Any, change: str) -> None:

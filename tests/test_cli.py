@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.recipe import packaged, parse
+
 Run = Callable[..., tuple[int, str, str]]
 RECIPE = "passes:\n  - wanda: {sparsity: 2:4}\n  - gptq: {bits: 4, group: 24}\ncalibration: {samples: 4, length: 32}\n"
 
@@ -142,6 +144,27 @@ def test_passes_lists_options_defaults_and_source(cli: Run) -> None:
     assert all(row["source"] and row["summary"] for row in rows.values())
     assert {o["name"]: o["default"] for o in rows["gptq"]["options"]}["damping"] == 0.01
     assert "Frantar" in cli("passes")[1]
+
+
+def test_recipes_are_listed_with_their_figures_and_printed_as_they_are(cli: Run) -> None:
+    rows = {row["name"]: row for row in json.loads(cli("recipes", "--json")[1])["recipes"]}
+    assert {*rows} == {*packaged()}
+    assert all(row["what"] and row["source"] and row["result"] and row["kl"] is not None for row in rows.values())
+    assert (rows["gptq-int4"]["bits"], rows["gptq-int4"]["kl"], rows["flap-20"]["bits"]) == (4.31, 0.007, None)
+    shown = cli("recipes")[1]
+    assert all(name in shown for name in rows)
+    code, text, _ = cli("recipes", "wanda-2of4")
+    assert code == 0 and parse(text) == parse(packaged()["wanda-2of4"].read_text())
+    assert json.loads(cli("recipes", "wanda-2of4", "--json")[1])["text"] == packaged()["wanda-2of4"].read_text()
+
+
+def test_a_name_like_none_points_to_the_list(cli: Run) -> None:
+    code, out, err = cli("recipes", "wanda-2of5")
+    assert (code, out) == (2, "") and "did you mean 'wanda-2of4'" in err
+    code, out, err = cli("run", "zzzz", "--model", "builtin")
+    assert (code, out) == (2, "") and err.endswith(
+        "no recipe file at 'zzzz'; `compress recipes` lists those that are packaged\n"
+    )
 
 
 def test_version_prints_the_version(cli: Run) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from compress import GPTQ, KV, RTN, SVD, Accept, Calibration, Limits, Magnitude, Recipe, RecipeError, Wanda, WeightPass
 from compress.passes import PASSES, Pass
-from compress.recipe import DEEPEST, LARGEST, apply_change, find, from_dict, load, packaged_folder, parse
+from compress.recipe import DEEPEST, LARGEST, apply_change, find, from_dict, load, packaged, parse
 
-PACKAGED = sorted(packaged_folder().glob("*.yaml"))
+PACKAGED = list(packaged().values())
 
 
 def read(text: str) -> Recipe:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import compress
-from compress.recipe import load, packaged_folder
+from compress.recipe import load, packaged
 from compress_evals.folders import evaluate_folders, model_name
 from compress_evals.results import Results
 
@@ -44,7 +44,7 @@ def measure(model: str, recipes: Sequence[str], limit: int | None, folder: Path)
     for name in recipes:
         sys.stderr.write(f"{model}: {name}\n")
         out = folder / name
-        recipe = load(packaged_folder() / f"{name}.yaml")
+        recipe = load(packaged()[name])
         compress.run(model, recipe, out)
         outs.append(out)
     dense, *found = evaluate_folders(outs, model, limit=limit)
@@ -130,7 +130,7 @@ def colour(name: str) -> str:
     """
     if name == "dense":
         return "#555555"
-    steps = load(packaged_folder() / f"{name}.yaml").passes
+    steps = load(packaged()[name]).passes
     made = {str(getattr(step, "gives", "")) for step in steps}
     masked = any(getattr(step, "sparsity", None) is not None for step in steps)
     if "quantized" in made:
@@ -155,7 +155,7 @@ def spread_labels(points: Sequence[tuple[str, float, float, float, float]]) -> l
 
 def main() -> None:
     """Parse, measure, print."""
-    names = sorted(path.stem for path in packaged_folder().glob("*.yaml"))
+    names = list(packaged())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["builtin"])
     parser.add_argument("--recipes", nargs="+", default=names, choices=names)

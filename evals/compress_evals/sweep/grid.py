@@ -23,7 +23,7 @@ from pydantic import Field
 from compress.errors import CompressError, RecipeError, nearest
 from compress.model.source import BUILTIN, locate
 from compress.options import build, check_options
-from compress.recipe import Recipe, from_dict, packaged_folder, parse, put
+from compress.recipe import Recipe, from_dict, packaged, parse, put
 from compress_evals.folders import model_name
 from compress_evals.suite import find as find_suite
 
@@ -228,15 +228,16 @@ def find(recipe: Any, folder: Path, where: str) -> Path:
     """A recipe file beside the sweep file, or a packaged recipe; never one of the current folder."""
     if not isinstance(recipe, str) or not recipe or "\0" in recipe:
         raise RecipeError(f"{where}.recipe: expected a file or the name of a packaged recipe, got {recipe!r}")
-    packaged = packaged_folder() / f"{Path(recipe).name.removesuffix('.yaml')}.yaml"
-    for path in (folder / recipe, *([packaged] if Path(recipe).parent == Path() else [])):
+    known = packaged()
+    named = known.get(Path(recipe).name.removesuffix(".yaml")) if Path(recipe).parent == Path() else None
+    for path in (folder / recipe, *([named] if named else [])):
         try:
             if path.is_file():
                 return path
         except OSError as error:  # a name too long
             raise RecipeError(f"{where}.recipe: no file at {recipe[:60]!r}: {error.strerror}") from error
-    names = [path.stem for path in packaged_folder().glob("*.yaml")]
-    raise RecipeError(f"{where}.recipe: no recipe file at {recipe!r}{nearest(Path(recipe).stem, names)}")
+    hint = nearest(Path(recipe).stem, known, "; `compress recipes` lists those that are packaged")
+    raise RecipeError(f"{where}.recipe: no recipe file at {recipe!r}{hint}")
 
 
 def read_axes(value: Any, where: str) -> dict[str, list[Any]]:
