@@ -1,14 +1,13 @@
 """Results as a table, as Markdown and as one self-contained HTML page.
 
-Not here: any statistic but Holm's adjustment, which must cover every cell of the table that is shown. Everything
-drawn is computed here as plain data; `report.html.j2` only places it, and escapes it: model names and recipes
-come from strangers. The page has no script and loads nothing.
+Not here: any statistic but Holm's adjustment, which must cover every cell of the table that is shown, and where plots
+have what (plots.py). `report.html.j2` escapes what it places: model names and recipes come from strangers. The page has
+no script and loads nothing.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compress.builtin.facts import TIERS
 from compress.errors import ArtifactError
-from compress_evals.comparison import retained
 from compress_evals.noise import sentence
-from compress_evals.results import Comparison, Metric, Results
+from compress_evals.plots import forest, scatter
+from compress_evals.results import Comparison, Metric, Results, versus
 from compress_evals.stats import Paired, detectable_effect, holm, verdict_text
+from compress_evals.wording import fenced, md, md_table, p_value, percent, points, size_change
 
 GLYPHS = {"improved": "▲", "matching": "●", "drop": "▼", "fails": "✕", "inconclusive": "?"}
 MEANINGS = {
@@ -54,60 +54,6 @@ class TableRow:
     verdict: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Whisker:
-    """One difference with its interval, in the coordinates of the forest plot; `fill` marks the model."""
-
-    y: float
-    x: float
-    low: float
-    high: float
-    verdict: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forest:
-    """The differences of one model, task by task; `band` is where a loss counts as matching."""
-
-    model: str
-    width: int
-    height: int
-    left: int
-    zero: float
-    ticks: tuple[tuple[float, str], ...]
-    labels: tuple[tuple[float, str], ...]
-    bands: tuple[tuple[float, float, float], ...]
-    whiskers: tuple[Whisker, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dot:
-    """One model in the scatter: mean and worst family, joined, and where its name is written."""
-
-    x: float
-    y: float
-    worst_y: float
-    name: str
-    name_x: float
-    name_y: float
-    anchor: str
-    dense: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scatter:
-    """Quality kept against size on disk."""
-
-    width: int
-    height: int
-    left: int
-    bottom: int
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    dots: tuple[Dot, ...]
-
-
 def split(results: Sequence[Results]) -> tuple[Results, list[Results]]:
     """The dense result, which has no `vs`, and the compressed ones compared with it, in their order.
 
@@ -137,7 +83,7 @@ def check_reference(dense: Results, compressed: Results) -> None:
 def table_rows(results: Sequence[Results]) -> list[TableRow]:
     """One row for every task of every compressed model, p adjusted over all of them; pure data for any output."""
     dense, compressed = split(results)
-    pairs = [(result, task, cell) for result in compressed for task, cell in _versus(result).tasks.items()]
+    pairs = [(result, task, cell) for result in compressed for task, cell in versus(result).tasks.items()]
     adjusted = holm([cell.paired.p for _, _, cell in pairs])
     return [
         TableRow(
@@ -172,7 +118,7 @@ def markdown(results: Sequence[Results]) -> str:
         parts += [md(line) for line in (tally(result), noise_line(dense, result), speed_line(result)) if line]
     if compressed:
         parts += ["## By how often a fact was shown", md_table(*tier_table(dense, compressed))]
-    if any(_versus(result).fidelity for result in compressed):
+    if any(versus(result).fidelity for result in compressed):
         parts += ["## Fidelity to dense", md_table(*fidelity_table(compressed))]
     return "\n\n".join(parts) + "\n"
 
@@ -204,8 +150,8 @@ def html(results: Sequence[Results]) -> str:
         fidelity=fidelity_table(compressed),
         glyphs=GLYPHS,
         meanings=MEANINGS,
-        margin=_versus(compressed[0]).margin if compressed else None,
-        notes=[f"{result.model.name}: {note}" for result in compressed for note in _versus(result).notes],
+        margin=versus(compressed[0]).margin if compressed else None,
+        notes=[f"{result.model.name}: {note}" for result in compressed for note in versus(result).notes],
     )
 
 
@@ -253,7 +199,7 @@ def calibration(result: Results) -> str:
 
 def tally(result: Results) -> str:
     """How many tasks got which verdict, and the family that kept least."""
-    comparison = _versus(result)
+    comparison = versus(result)
     counts = Counter(cell.paired.verdict for cell in comparison.tasks.values())
     words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in GLYPHS if counts[verdict])
     return f"{words}. {worst(comparison)}"
@@ -268,12 +214,12 @@ def worst(comparison: Comparison) -> str:
 
 def noise_line(dense: Results, result: Results) -> str:
     """Which differences are no larger than the dense model's own noise; empty if that was not measured."""
-    return sentence(dense.noise, {name: (cell.title, cell.paired) for name, cell in _versus(result).tasks.items()})
+    return sentence(dense.noise, {name: (cell.title, cell.paired) for name, cell in versus(result).tasks.items()})
 
 
 def speed_line(result: Results) -> str:
     """How fast text is generated beside dense, as a sentence; empty if it was not timed."""
-    speed = _versus(result).speed
+    speed = versus(result).speed
     if speed is None:
         return ""
     return (
@@ -297,30 +243,6 @@ def cut_to_fit(dense: Results) -> list[str]:
         for task in dense.tasks.values()
         if task.truncated
     ]
-
-
-def size_change(before: int | None, after: int | None) -> str:
-    """Bytes on disk before and after; empty if the size after is not known."""
-    if after is None:
-        return ""
-    if not before:
-        return byte_size(after)
-    return f"{byte_size(before)} → {byte_size(after)} ({100 * (after / before - 1):+.0f} %)".replace("-", "−")
-
-
-def percent(metric: Metric) -> str:
-    """A score and its interval in percent."""
-    return f"{100 * metric.value:.1f} [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
-
-
-def points(pair: Paired) -> str:
-    """A difference and its interval in points, with a sign."""
-    return f"{signed(pair.delta)} [{signed(pair.low)}, {signed(pair.high)}]"
-
-
-def p_value(p: float) -> str:
-    """A p value to three places, never as zero."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def tier_table(dense: Results, compressed: Sequence[Results]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -349,7 +271,7 @@ def fidelity_table(compressed: Sequence[Results]) -> tuple[tuple[str, ...], list
         "same top token in answers",
         "bits per byte (not a quality metric)",
     )
-    found = [(result.model.name, _versus(result).fidelity) for result in compressed]
+    found = [(result.model.name, versus(result).fidelity) for result in compressed]
     return header, [
         (
             name,
@@ -365,114 +287,11 @@ def fidelity_table(compressed: Sequence[Results]) -> tuple[tuple[str, ...], list
     ]
 
 
-# -- plots ---------------------------------------------------------------------------------------
-
-
-def forest(result: Results, width: int = 980) -> Forest:
-    """The geometry of the differences of one model: a line a task, the margin of each as a band."""
-    comparison, left, step = _versus(result), 190, 26
-    pairs = [(cell.title, cell.paired) for cell in comparison.tasks.values()]
-    lowest = min(-0.1, *(min(pair.low, -pair.margin) for _, pair in pairs))
-    highest = max(0.05, *(pair.high for _, pair in pairs))
-    spacing = _spacing(highest - lowest)
-    first, last = math.floor(lowest / spacing), math.ceil(highest / spacing)
-
-    def place(value: float) -> float:
-        return round(left + (value / spacing - first) / (last - first) * (width - left - 20), 1)
-
-    def line(i: int) -> float:
-        return 24 + i * step
-
-    return Forest(
-        model=result.model.name,
-        width=width,
-        height=24 + len(pairs) * step + 26,
-        left=left,
-        zero=place(0.0),
-        ticks=tuple((place(i * spacing), _tick(i * spacing)) for i in range(first, last + 1)),
-        labels=tuple((line(i), title) for i, (title, _) in enumerate(pairs)),
-        bands=tuple((line(i), place(-pair.margin), place(0.0)) for i, (_, pair) in enumerate(pairs)),
-        whiskers=tuple(
-            Whisker(
-                y=line(i),
-                x=place(pair.delta),
-                low=place(pair.low),
-                high=place(pair.high),
-                verdict=pair.verdict,
-                text=f"{title}: {points(pair)} points, {verdict_text(pair)}",
-            )
-            for i, (title, pair) in enumerate(pairs)
-        ),
-    )
-
-
-def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
-    """The geometry of quality kept against bytes on disk; None if a size is not known."""
-    shown = [(result, result.model.bytes_on_disk) for result in (dense, *compressed)]
-    sizes = [size for _, size in shown if size]
-    if len(sizes) != len(shown):
-        return None
-    width, height, left, right, bottom, top = 980, 380, 60, 40, 46, 34
-    spacing = _spacing(max(sizes) * 1.05)
-    most = math.ceil(max(sizes) * 1.05 / spacing) * spacing
-
-    def across(size: float) -> float:
-        return round(left + size / most * (width - left - right), 1)
-
-    def up(kept: float) -> float:
-        return round(height - bottom - min(max(kept, 0.0), 1.1) * (height - bottom - top), 1)
-
-    kept = [_kept(dense, result) for result, _ in shown]
-    spots = [(across(size), up(mean)) for size, (mean, _) in zip(sizes, kept, strict=True)]
-    names = [result.model.name for result, _ in shown]
-    dots = zip(names, spots, kept, place_names(names, spots, width), strict=True)
-    return Scatter(
-        width=width,
-        height=height,
-        left=left,
-        bottom=bottom,
-        x_ticks=tuple((across(i * spacing), byte_size(i * spacing)) for i in range(round(most / spacing) + 1)),
-        y_ticks=tuple((up(i / 4), f"{25 * i} %") for i in range(5)),
-        dots=tuple(
-            Dot(x=x, y=y, worst_y=up(worst), name=name, name_x=at[0], name_y=at[1], anchor=anchor, dense=i == 0)
-            for i, (name, (x, y), (_, worst), (*at, anchor)) in enumerate(dots)
-        ),
-    )
-
-
-def place_names(
-    names: Sequence[str], spots: Sequence[tuple[float, float]], width: float
-) -> list[tuple[float, float, str]]:
-    """Where to write each name beside its spot, and its text anchor, so that few overlap: the first free place wins."""
-    taken: list[tuple[float, float, float]] = [(x - 6, x + 6, y) for x, y in spots]
-    placed = []
-    for name, (x, y) in zip(names, spots, strict=True):
-        length = 7.2 * len(name)  # a letter of the plot's 12.5 px font, generously
-        choices = [(side, dy) for dy in (-8, 18, -24, 34) for side in (1, -1)]
-        boxes = [(x + 9 if side > 0 else x - 9 - length, y + dy, side) for side, dy in choices]
-        inside = [box for box in boxes if box[0] >= 0 and box[0] + length <= width] or boxes
-        free = [
-            (left, at, side)
-            for left, at, side in inside
-            if all(left > b or left + length < a or abs(at - 4 - c) > 12 for a, b, c in taken)
-        ]
-        left, at, side = (free or inside)[0]
-        taken.append((left, left + length, at - 4))
-        placed.append((x + 9 * side, at, "start" if side > 0 else "end"))
-    return placed
-
-
 # -- parts ---------------------------------------------------------------------------------------
 
 
-def _kept(dense: Results, result: Results) -> tuple[float, float]:
-    """The mean and the smallest, over families, of the score kept above chance."""
-    shares = list(retained(dense.tasks, result.tasks).values()) or [0.0]
-    return sum(shares) / len(shares), min(shares)
-
-
 def _card(dense: Results, result: Results) -> dict[str, Any]:
-    comparison = _versus(result)
+    comparison = versus(result)
     counts = Counter(cell.paired.verdict for cell in comparison.tasks.values())
     return {
         "name": result.model.name,
@@ -504,52 +323,3 @@ def _cells(row: TableRow) -> tuple[str, ...]:
 
 def _score_cells(result: Results, task: str) -> tuple[str, str, str]:
     return result.tasks[task].title, str(result.tasks[task].n), percent(result.tasks[task].score)
-
-
-def _versus(result: Results) -> Comparison:
-    if result.vs is None:
-        raise ArtifactError(f"{result.model.name} has not been compared with a dense result")
-    return result.vs
-
-
-def signed(fraction: float) -> str:
-    """A fraction in points, with its sign unless it is zero."""
-    rounded = round(100 * fraction, 1) + 0.0
-    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
-
-
-def _tick(fraction: float) -> str:
-    rounded = round(100 * fraction)
-    return f"{rounded:+d}".replace("-", "−") if rounded else "0"
-
-
-def byte_size(count: float) -> str:
-    """A number of bytes in three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _spacing(extent: float) -> float:
-    """A round distance between ticks that gives four to nine of them."""
-    power = 10.0 ** math.floor(math.log10(extent))
-    return next(power * step for step in (0.1, 0.2, 0.5, 1.0, 2.0) if extent / (power * step) <= 9)
-
-
-def md(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
-
-
-def md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its cells as they are read."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell if cell == '---' else md(cell) for cell in line)} |" for line in lines)
-
-
-def fenced(text: str) -> str:
-    """Text as a code block that it cannot end."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}yaml\n{text.rstrip()}\n{fence}"

@@ -251,6 +251,13 @@ class Results(Stored):
     rows: dict[str, tuple[Row, ...]] = Field(default_factory=dict, exclude=True)
 
 
+def versus(result: Results) -> Comparison:
+    """What a result is beside dense; raises ArtifactError if it has not been compared."""
+    if result.vs is None:
+        raise ArtifactError(f"{result.model.name} has not been compared with a dense result")
+    return result.vs
+
+
 def task_hash(rows: Sequence[Row]) -> str:
     """The hash of all questions of a task in their order."""
     return hashlib.sha256("\n".join(row.hash for row in rows).encode()).hexdigest()

@@ -12,18 +12,10 @@ from compress.errors import ArtifactError
 from compress_evals.comparison import compare
 from compress_evals.leaderboard.collect import Board, Entry
 from compress_evals.leaderboard.facts import facts
-from compress_evals.report import (
-    calibration,
-    cut_to_fit,
-    forest,
-    html,
-    markdown,
-    place_names,
-    scatter,
-    size_change,
-    table_rows,
-)
+from compress_evals.plots import forest, place_names, scatter
+from compress_evals.report import calibration, cut_to_fit, html, markdown, table_rows
 from compress_evals.results import Results
+from compress_evals.wording import size_change
 
 HOSTILE = "<script>alert(1)</script>\"'>&|`x`"
 VOID = {"meta", "br", "hr", "img", "input", "link"}

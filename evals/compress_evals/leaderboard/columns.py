@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from compress_evals.leaderboard.rank import Kept
 from compress_evals.leaderboard.table import SEVERITY, FamilyCell, Line
-from compress_evals.report import byte_size, signed
+from compress_evals.wording import byte_size, signed
 
 GROUPS = {
     "kept": "Kept of dense, %",

@@ -18,8 +18,9 @@ from compress_evals.leaderboard.facts import facts
 from compress_evals.leaderboard.naming import readable
 from compress_evals.leaderboard.rank import Kept
 from compress_evals.leaderboard.table import FamilyCell, Line, families
-from compress_evals.report import GLYPHS, byte_size, md, md_table, signed
+from compress_evals.report import GLYPHS
 from compress_evals.results import Stored
+from compress_evals.wording import byte_size, md, md_table, signed
 
 SCHEMA = 1
 KIND = "compress leaderboard"

@@ -6,8 +6,9 @@ from collections import Counter
 
 from compress_evals.comparison import MUST_AGREE
 from compress_evals.leaderboard.collect import Board, Collection, Entry
-from compress_evals.report import byte_size, cut_to_fit, header_line
+from compress_evals.report import cut_to_fit, header_line
 from compress_evals.results import Results
+from compress_evals.wording import byte_size
 
 
 def facts(board: Board) -> list[tuple[str, str]]:

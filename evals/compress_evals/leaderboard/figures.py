@@ -15,7 +15,7 @@ from typing import Any
 from compress_evals.leaderboard.rank import Kept
 from compress_evals.leaderboard.svg import LIGHT, STAND_IN, axes_of, drawing, inline, save_picture
 from compress_evals.leaderboard.table import Line
-from compress_evals.report import byte_size, signed
+from compress_evals.wording import byte_size, signed
 
 WIDE = 4  # sizes further apart than this are drawn on a logarithmic axis
 NAMED = 14  # names that fit beside the points of a front

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from compress_evals.leaderboard.collect import Board
 from compress_evals.leaderboard.table import Line
-from compress_evals.report import signed
+from compress_evals.wording import signed
 
 STEPS = (1.0, 3.0, 8.0, 20.0)  # points at which the colour changes
 

@@ -25,20 +25,8 @@ from compress_evals.leaderboard.figures import flips, trade_offs
 from compress_evals.leaderboard.heat import heat
 from compress_evals.leaderboard.naming import readable
 from compress_evals.leaderboard.table import SEVERITY, Line, families
-from compress_evals.report import (
-    GLYPHS,
-    MEANINGS,
-    TableRow,
-    calibration,
-    fidelity_table,
-    p_value,
-    percent,
-    points,
-    signed,
-    size_change,
-    table_rows,
-    tier_table,
-)
+from compress_evals.report import GLYPHS, MEANINGS, TableRow, calibration, fidelity_table, table_rows, tier_table
+from compress_evals.wording import p_value, percent, points, signed, size_change
 
 TEMPLATES = Path(__file__).parent / "templates"
 
