@@ -238,6 +238,7 @@ PRINTING = {
     "compress.builtin.train",
     "compress_kernels.bench.__main__",
     "compress_evals.llm_kick",
+    "compress_evals.foresight",
     "compress_evals.streaming",
 }
 

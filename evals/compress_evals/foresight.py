@@ -1,0 +1,103 @@
+"""How near `compress plan` comes: bytes, peak memory and seconds foreseen, beside those of runs.
+
+`python -m compress_evals.foresight` makes random Llamas of several widths, asks for the plan of each recipe and runs
+it, in processes of their own. Seconds are compared with the wall's, less those that importing takes: a plan is of an
+idle machine, which this must be too, and leaves them out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+
+from compress_evals.streaming import SHAPE, block_bytes, make
+
+RECIPES = ("rtn-int4", "magnitude-50", "wanda-50", "wanda-2of4", "sparsegpt-50", "gptq-int4", "wanda-2of4-gptq-int4",
+           "svd-llm-20")  # fmt: skip
+VOCABULARY = 4096  # entries: those of the built-in model's tokenizer, and some more
+LOADED = "import compress.driver, transformers.models.llama.modeling_llama"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What a process took: seconds, peak resident bytes, and what it said on stdout."""
+
+    seconds: float
+    peak: int
+    said: str
+
+
+def ran(*line: str) -> Ran:
+    """Run a line of Python's; SystemExit with its code if it fails."""
+    with TemporaryFile("w+", encoding="utf-8") as said:
+        child = subprocess.Popen([sys.executable, *line], stdout=said)
+        began = time.monotonic()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(child.returncode)
+        said.seek(0)
+        return Ran(seconds=time.monotonic() - began, peak=usage.ru_maxrss * 1024, said=said.read())
+
+
+def model_of(folder: Path, width: int, blocks: int) -> Path:
+    """A random Llama of this width, made if it is not there."""
+    model = folder / f"llama-{width}x{blocks}"
+    inner = -(-width * 8 // 3 // 128) * 128
+    shape = SHAPE | {
+        "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": inner,
+        "num_attention_heads": width // 64, "num_key_value_heads": width // 64,
+    }  # fmt: skip
+    if not model.is_dir():
+        make(model, 4 * VOCABULARY * width + blocks * block_bytes(shape), shape=shape)
+    return model
+
+
+def compared(model: Path, recipe: str, samples: int, out: Path, importing: float) -> str:
+    """A row of the table: one recipe on one model."""
+    asked = (recipe, "--model", str(model), "--set", f"calibration.samples={samples}")
+    plan = json.loads(ran("-m", "compress", "plan", *asked, "--json").said)
+    done = ran("-m", "compress", "run", *asked, "--out", str(out), "--force", "--json")
+    held = json.loads((out / "compress.json").read_text(encoding="utf-8"))["sizes"]["bytes"]
+    foreseen, seconds, taken = plan["needs"]["memory"]["bytes"], sum(plan["seconds"].values()), done.seconds - importing
+    exact = "yes" if held == plan["bytes"] else f"off by {held - plan['bytes']:+,}"
+    return (
+        f"| {model.name.removeprefix('llama-')} | {recipe} | {exact} | {foreseen / 1e6:.0f} | {done.peak / 1e6:.0f} | "
+        f"{100 * (foreseen / done.peak - 1):+.1f} % | {seconds:.1f} | {taken:.1f} | {seconds / taken:.2f} |"
+    )
+
+
+def main() -> None:
+    """Make the models, plan and run, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows, of as many tokens as recipes say")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--dir", type=Path, default=Path("out/bench/foresight"), help="where models and results go")
+    arguments = parser.parse_args()
+    importing = min(ran("-c", LOADED).seconds for _ in range(3))
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; bfloat16, "
+        f"{arguments.blocks} blocks, {arguments.samples} windows; one run each; importing takes {importing:.1f} s\n\n"
+        "| width x blocks | recipe | bytes exact | memory foreseen, MB | measured, MB | off by | time foreseen, s | "
+        "measured, s | ratio |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for width in arguments.widths:
+        model = model_of(arguments.dir, width, arguments.blocks)
+        for recipe in arguments.recipes:
+            print(compared(model, recipe, arguments.samples, arguments.dir / "out", importing), flush=True)
+
+
+if __name__ == "__main__":
+    main()
