@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from compress.builtin.facts import facts
+from compress.model.source import locate
 from compress_evals.run import load_tasks
-from compress_evals.suite import FACTS
+from compress_evals.suite import FACTS, FEWEST_TOKENS
 from compress_evals.tasks.facts.functions import generated, greedy_match, questions, strict_choice
 
 CHOICE = {"gold": 1}
@@ -79,6 +81,19 @@ def test_a_choice_must_win_strictly_and_be_finite() -> None:
     }
     found = {case: strict_choice(CHOICE, [(score, False) for score in row])["acc"] for case, row in scores.items()}
     assert found == dict.fromkeys(scores, 0.0) | {"right": 1.0}
+
+
+def test_who_knows_nothing_gets_what_the_choices_call_chance(tasks: dict[str, Any]) -> None:
+    """By summed likelihood a model without knowledge takes the choice of fewest tokens; of several, any."""
+    tokenizer = AutoTokenizer.from_pretrained(locate("builtin"))
+    won = 0.0
+    documents = list(tasks["facts_mc"].eval_docs)
+    for document in documents:
+        lengths = [len(tokenizer(f" {choice}", add_special_tokens=False).input_ids) for choice in document["choices"]]
+        shortest = [i for i, length in enumerate(lengths) if length == min(lengths)]
+        won += (document["gold"] in shortest) / len(shortest)
+    assert won / len(documents) == pytest.approx(FEWEST_TOKENS, abs=5e-4)
+    assert next(task.chance for task in FACTS.tasks if task.name == "facts_mc") == FEWEST_TOKENS
 
 
 def test_lm_eval_uses_the_strict_choice(tasks: dict[str, Any]) -> None:
