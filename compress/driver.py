@@ -27,7 +27,8 @@ from compress.model.source import Checkpoint, dtype_of, locate
 from compress.model.walk import Walk
 from compress.passes.base import BlockPass
 from compress.passes.manager import ignore
-from compress.plan import check_disk, check_tensors, free_place, outline, plan, tokens_for, usable
+from compress.plan import check_tensors, free_place, outline, plan, tokens_for, usable
+from compress.planning import check_room
 from compress.recipe import Recipe
 from compress.runtime.kv import check as check_cache
 from compress.shards import SHARD_SIZE
@@ -69,11 +70,9 @@ def compress(
         with Journal(target, emit, restart, team) as journal:
             # once more: what was there before may have been put back
             team.first(lambda: str(free_place(target, source.path, force)))
-            held = team.first(lambda: journal.nbytes)
-            team.first(lambda: check_disk(target, source, held))
             walk = Walk(source.config, source, dtype_of(source.config), usable(team.placed(device)))
             walk.fit.tell = lambda windows: emit(BatchHalved(windows=windows))
-            job = planned(source, walk, recipe, target, held, emit, journal)
+            job = planned(source, walk, recipe, target, offload, emit, journal)
             journal.follow(lambda: journal.match(job.identity(shard_size=shard_size, dequantize=dequantize)))
             if not journal.done:  # else an earlier run has looked at the very same bytes
                 team.first(job.check)
@@ -110,10 +109,10 @@ def divisible(recipe: Recipe, team: Team) -> None:
 
 
 def planned(
-    source: Checkpoint, walk: Walk, recipe: Recipe, target: Path, held: int, emit: Callable[[Event], None],
+    source: Checkpoint, walk: Walk, recipe: Recipe, target: Path, offload: bool, emit: Callable[[Event], None],
     journal: Journal,
 ) -> Job:  # fmt: skip
-    """The run of a recipe, after everything was refused that can be from headers; `held` bytes of it are on disk."""
+    """The run of a recipe, after everything was refused that can be from headers, a disk that is too small among it."""
     check_tensors(walk, source)
     beside = against(recipe.delta, source, walk) if recipe.delta else None
     if beside:
@@ -121,8 +120,8 @@ def planned(
         journal.team.first(lambda: str(free_place(target, base.path, True)))  # whether it is free was asked already
         walk.base = base
     outlined, shaped = outline(walk, source, recipe)
-    journal.team.first(lambda: check_disk(target, shaped, held))
     covered = plan(outlined, recipe)
+    journal.team.first(lambda: check_room(outlined, shaped, recipe, target, offload=offload, held=journal.nbytes))
     if recipe.kv:
         check_cache(outlined.model, recipe.kv, to_factor(outlined, recipe))
     tokens = tokens_for(walk, source.path, recipe)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,11 +32,12 @@ from compress import (
     Site,
     Wanda,
     WeightPass,
+    journal,
     run,
 )
 from compress.artifact import Artifact
 from compress.calibration import draw
-from compress.model.source import Checkpoint
+from compress.model.source import BUILTIN, Checkpoint
 from compress.passes import PASSES, Pass
 from compress.planning import Machine, Plan, plan_run
 from compress.planning.machine import measure, place, read, write
@@ -167,8 +169,6 @@ def small_llama(folder: Path, width: int, inner: int, blocks: int, tokenizer: Pa
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose sides every packaged recipe's groups divide."""
-    from compress.model.source import BUILTIN
-
     return small_llama(tmp_path_factory.mktemp("small") / "m", 128, 256, 1, BUILTIN)
 
 
@@ -255,14 +255,51 @@ def test_a_card_that_says_nothing_is_no_error(card: str, tiny_llama: Path, tmp_p
 
 
 def test_what_will_not_fit_is_an_error_with_the_amount(tiny_llama: Path) -> None:
-    plan = planned(tiny_llama, RTN(bits=4, group=8), disk=plan_bytes(tiny_llama) - 1)
+    needed = planned(tiny_llama, RTN(bits=4, group=8)).needs["disk"].bytes
+    plan = planned(tiny_llama, RTN(bits=4, group=8), disk=needed - 1)
     with pytest.raises(PlanError, match=r"disk: .* bytes are needed, .* are there \(the limit given\): 1 too few"):
         plan.check()
-    planned(tiny_llama, RTN(bits=4, group=8), disk=plan_bytes(tiny_llama)).check()
+    planned(tiny_llama, RTN(bits=4, group=8), disk=needed).check()
 
 
-def plan_bytes(model: Path) -> int:
-    return planned(model, RTN(bits=4, group=8)).bytes
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_disk_takes_what_was_foreseen(offload: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the states of two blocks, without which a killed run could not go on; they are most of it here."""
+    seen = []
+
+    def weighed(path: Path, value: Any) -> None:
+        partial_folder = tmp_path / "o.partial"
+        seen.append(sum(file.stat().st_size for file in partial_folder.rglob("*.*") if file.is_file()))
+        written(path, value)
+
+    written = journal.write
+    model = small_llama(tmp_path / "m", 64, 96, 4, BUILTIN)
+    recipe = Recipe(passes=(Wanda(),), calibration=Calibration(samples=64, length=64))
+    plan = plan_run(model, recipe, machine=MACHINE, offload=offload)
+    monkeypatch.setattr(journal, "write", weighed)
+    run(model, recipe, tmp_path / "o", offload=offload)
+    assert plan.needs["disk"].bytes == pytest.approx(max(seen), rel=0.1)
+
+
+def test_a_run_and_its_plan_agree_on_whether_the_disk_will_do(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small artifact needs no room for the model it is made of."""
+    recipe = Recipe(passes=(RTN(bits=4, group=8),), calibration=FEW)
+    needed = plan_run(tiny_llama, recipe, machine=MACHINE).needs["disk"].bytes
+    assert needed < Checkpoint(tiny_llama).nbytes()
+    for free, fits in ((needed, True), (needed - 100, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        plan = plan_run(tiny_llama, recipe, machine=MACHINE)
+        if fits:
+            plan.check()
+            run(tiny_llama, recipe, tmp_path / "o")
+            continue
+        with pytest.raises(PlanError, match="disk: "):
+            plan.check()
+        with pytest.raises(PlanError, match=r"bytes are free, the run may need .* more \(tensors .*, hidden states "):
+            run(tiny_llama, recipe, tmp_path / "more")
+        assert not (tmp_path / "more").exists() and not (tmp_path / "more.partial").exists()
 
 
 def hidden_states(model: Path, samples: int, offload: bool = False) -> int:
@@ -396,8 +433,6 @@ def commands_in_a_process(out: Path, *lines: list[str]) -> tuple[dict[str, Any],
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in kilobytes, /proc")
 @pytest.mark.parametrize("recipe", ["gptq-int4", "magnitude-50"])
 def test_peak_memory_is_within_a_fifth(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.model.source import BUILTIN
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write(MACHINE, place("cpu"))
     folder = small_llama(tmp_path / "m", 1024, 2816, 2, BUILTIN)

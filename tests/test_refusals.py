@@ -279,14 +279,14 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_too_small_is_found_before_the_work(single: Path, full_disk: Path) -> None:
     (full_disk / "else").write_bytes(bytes(300_000))
-    with pytest.raises(compress.PlanError, match=r"bytes are free, the output may take") as told:
+    with pytest.raises(compress.PlanError, match=r"bytes are free, the run may need") as told:
         compress.run(single, [RTN(group=8)], full_disk / "o")
     assert told.value.exit_code == 3
     assert [f.name for f in full_disk.iterdir()] == ["else"]
 
 
 def test_a_disk_that_fills_up_during_the_work(single: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.driver.check_disk", lambda *_: (full_disk / "else").write_bytes(bytes(300_000)))
+    monkeypatch.setattr("compress.driver.check_room", lambda *_, **__: (full_disk / "else").write_bytes(bytes(300_000)))
     before = hashes(single)
     with pytest.raises(ArtifactError, match=r"o: cannot be written: .*No space left on device"):
         compress.run(single, [Magnitude(sparsity=0.1)], full_disk / "o")
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up_during_the_work(single: Path, full_disk: Path, mon
 def test_hidden_states_that_do_not_fit_on_the_disk(
     single: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.driver.check_disk", lambda *_: None)
+    monkeypatch.setattr("compress.driver.check_room", lambda *_, **__: None)
     recipe = Recipe(passes=(Wanda(),), calibration=Calibration(samples=64, length=64))
     with pytest.raises(ArtifactError, match=r"cannot be written: .*No space left on device"):
         compress.run(single, recipe, full_disk / "o", offload=True)

@@ -25,6 +25,7 @@ from compress.planning.trust import licence, trust
 from compress.recipe import Recipe, load
 from compress.sources import open_source
 
+AMPLE = 2  # times the bytes of a model: what no recipe makes of it
 SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms and biases", "other tensors"
 
 
@@ -239,9 +240,7 @@ def needs(
     there = memory if memory is not None else resources.free_memory()
     if memory is None and there is not None:
         there += resources.resident()  # what this process has will be that of the run
-    stored = {"tensors": most}
-    if offload:
-        stored["hidden states"] = activations(walk, source, recipe)
+    stored = resources.disk_parts(walk, source, recipe, most, offload)
     target = out.expanduser().resolve()
     folder = next(parent for parent in (target, *target.parents) if parent.is_dir())
     found = {
@@ -256,15 +255,28 @@ def needs(
     return found
 
 
-def activations(walk: Walk, source: Checkpoint, recipe: Recipe) -> int:
-    """Bytes of all hidden states of the calibration tokens."""
-    load = resources.load_of(walk, recipe)
-    return load.tokens * (2 if load.twins else 1) * resources.sized(walk, source).hidden * walk.dtype.itemsize
-
-
 def limit_name(limit: int | None, else_: str) -> str:
     """Where a number of bytes comes from."""
     return else_ if limit is None else "the limit given"
 
 
-__all__ = ["ClassPlan", "Machine", "Need", "PassPlan", "Plan", "SitePlan", "plan_run"]
+def check_room(
+    walk: Walk, source: Checkpoint, recipe: Recipe, target: Path, *, offload: bool = False, held: int = 0
+) -> None:
+    """Raise PlanError if the disk cannot take what a run writes, of which `held` bytes are there.
+
+    Where there is room for what no recipe needs, sites are not looked at.
+    """
+    there = next(parent for parent in target.parents if parent.is_dir())
+    free = shutil.disk_usage(there).free + held
+    if free >= sum(resources.disk_parts(walk, source, recipe, AMPLE * source.nbytes(), offload).values()):
+        return
+    parts = resources.disk_parts(walk, source, recipe, stored_bytes(walk, source, plan_sites(walk, recipe))[1], offload)
+    if free < sum(parts.values()):
+        told = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+        raise PlanError(
+            f"{there}: {free - held:,} bytes are free, the run may need {sum(parts.values()) - held:,} more ({told})"
+        )
+
+
+__all__ = ["ClassPlan", "Machine", "Need", "PassPlan", "Plan", "SitePlan", "check_room", "plan_run"]

@@ -29,6 +29,7 @@ from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
 from compress.stats import SIDE, Gram, Statistic
 
+PROBES = 4  # the probe's states on the disk: those of the model and of the dense one, of two blocks
 STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: tokenizer, texts, libraries of products
 WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
 HASHED = 1.0e9  # bytes a second of sha256, of any x86-64 or ARM processor of this decade
@@ -113,6 +114,18 @@ def memory_parts(
         "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written),
     }  # fmt: skip
     return max(frame, block, key=lambda parts: sum(parts.values()))
+
+
+def disk_parts(walk: Walk, source: Checkpoint, recipe: Recipe, most: int, offload: bool) -> dict[str, int]:
+    """Bytes that a run has on the disk at its largest: its tensors, at most, and what it needs to go on after a kill.
+
+    Hidden states are written behind each block but the last, and those before them removed once they are safe.
+    Offloaded ones lie there from the start.
+    """
+    load, blocks = load_of(walk, recipe), len(walk.blocks)
+    times = min(2, max(blocks - 1, int(offload)))
+    states = times * load.tokens * (2 if load.twins else 1) + PROBES * load.probe
+    return {"tensors": most, "hidden states": states * sized(walk, source).hidden * walk.dtype.itemsize}
 
 
 def remembers(recipe: Recipe) -> bool:

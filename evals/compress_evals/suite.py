@@ -16,9 +16,7 @@ from compress.errors import RecipeError, nearest
 TASKS = Path(__file__).parent / "tasks"  # what `lm-eval --include_path` takes
 MINI = "_mini"
 NOISE_FOLLOWS = 0.11  # of IFEval's prompts are followed by random words
-FEWEST_TOKENS = (
-    0.368  # of the four choices of facts are right where the shortest is taken, as models do that know nothing
-)
+FEWEST_TOKENS = 0.368  # of questions with four facts are won by the shortest, which a model without knowledge takes
 ALWAYS_YES = 0.622  # of BoolQ's questions have that answer: more than a coin gets
 
 
