@@ -38,10 +38,11 @@ from compress import (
 from compress.artifact import Artifact
 from compress.calibration import draw
 from compress.model.source import BUILTIN, Checkpoint
+from compress.model.travellers import CPU_TOKENS
 from compress.passes import PASSES, Pass
 from compress.planning import Machine, Plan, plan_run
 from compress.planning.machine import measure, place, read, write
-from compress.planning.resources import within_group
+from compress.planning.resources import CODE, within_group
 from compress.recipe import load
 from compress.weights import Dense, Weight
 
@@ -136,15 +137,20 @@ def test_a_pass_that_says_nothing_is_counted_as_it_was(tiny_llama: Path, monkeyp
     assert plan.unmodelled == ("silent",)
 
 
-def test_experts_that_are_left_beside_others_are_counted(tmp_path: Path) -> None:
+def small_mixtral(folder: Path, dtype: torch.dtype) -> Path:
+    """Two blocks of three experts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: dict[str, Any] = {
         "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 1, "vocab_size": 211,
     }  # fmt: skip
-    folder = tmp_path / "m"
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **config)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **config)).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def test_experts_that_are_left_beside_others_are_counted(tmp_path: Path) -> None:
+    folder = small_mixtral(tmp_path / "m", torch.float32)
     step = RTN(bits=4, group=8, sites="*experts.0.*")
     plan, artifact = planned(folder, step), made(folder, tmp_path / "o", step)
     assert (plan.exact, plan.bytes) == (True, artifact.provenance["sizes"]["bytes"])
@@ -311,6 +317,20 @@ def test_more_windows_need_more_memory_unless_they_are_offloaded(tiny_llama: Pat
     few, many = hidden_states(tiny_llama, 128), hidden_states(tiny_llama, 256)
     assert many - few == 128 * 64 * 48 * 4
     assert hidden_states(tiny_llama, 256, offload=True) < few
+
+
+def test_experts_of_16_bits_need_memory_for_the_sizes_of_their_products(tmp_path: Path) -> None:
+    """Two products an expert in each batch, and two more if the inputs' Grams are taken; none where others compute."""
+
+    def need(folder: Path, *passes: Pass) -> int:
+        recipe = Recipe(passes=passes, calibration=Calibration(samples=40, length=64))
+        return plan_run(folder, recipe, machine=MACHINE).needs["memory"].parts["products of many sizes"]
+
+    half = small_mixtral(tmp_path / "half", torch.bfloat16)
+    batches = -(-40 // (CPU_TOKENS // 64))
+    assert need(half, Wanda()) == CODE * batches * 2 * 3 * 2
+    assert need(half, GPTQ(group=8)) == 2 * need(half, Wanda())
+    assert need(small_mixtral(tmp_path / "whole", torch.float32), Wanda()) == 0
 
 
 def test_the_limit_of_a_control_group_counts(tmp_path: Path) -> None:

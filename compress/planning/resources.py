@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
+from compress.model.anatomy import Place
 from compress.model.block import WIDEST
 from compress.model.source import Checkpoint
 from compress.model.travellers import tokens_at_once
@@ -29,6 +30,7 @@ from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
 from compress.stats import SIDE, Gram, Statistic
 
+CODES, CODE = 1024, 850_000  # products of different sizes that oneDNN remembers, bytes of each: measured with AMX
 PROBES = 4  # the probe's states on the disk: those of the model and of the dense one, of two blocks
 STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: tokenizer, texts, libraries of products
 WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
@@ -112,8 +114,27 @@ def memory_parts(
         "a block": size.block, "its rewritten weights": rewritten, "hidden states": hidden,
         "what done parts gave": 0 if offload else load.tokens * size.itemsize * kept_width(walk, recipe, plans, size),
         "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written),
+        "products of many sizes": sizes_bytes(walk, recipe, plans, load),
     }  # fmt: skip
     return max(frame, block, key=lambda parts: sum(parts.values()))
+
+
+def sizes_bytes(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], load: Load) -> int:
+    """What oneDNN keeps of products on a CPU: code for each number of rows, and each expert gets another in each batch.
+
+    In float32 others compute, who keep nothing.
+    """
+    if walk.device.type != "cpu" or walk.dtype.itemsize >= F32:
+        return 0
+    routed = [p for i in range(len(walk.blocks)) for p in walk.anatomy.of_block(i) if p.routed]
+    grams = {key_of(p) for p in routed if Gram in kinds_of(recipe, plans[p.site])}
+    batches = -(-load.tokens // load.batch) if load.batch else 1  # at least the probe
+    return CODE * min(CODES, batches * (len({key_of(p) for p in routed}) + len(grams)))
+
+
+def key_of(place: Place) -> tuple[str, str, int | None]:
+    """The product that a site is in, alone or as a part of one."""
+    return place.module, place.parameter, place.expert
 
 
 def disk_parts(walk: Walk, source: Checkpoint, recipe: Recipe, most: int, offload: bool) -> dict[str, int]:
