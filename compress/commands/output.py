@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.errors import MarkupError
+from rich.table import Table
 from rich.text import Text
 
+from compress.commands.fitted import Fitted
 from compress.errors import RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
@@ -30,9 +32,11 @@ def result(value: Any, as_json: bool, *renderables: Any) -> None:
     if as_json:
         typer.echo(json.dumps(value, indent=1, default=str))
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if terminal else 160)
     for renderable in renderables:
-        console.print(readable(renderable), soft_wrap=isinstance(renderable, str))
+        fits = Fitted(renderable) if terminal and isinstance(renderable, Table) else readable(renderable)
+        console.print(fits, soft_wrap=isinstance(renderable, str))
 
 
 def readable(renderable: Any) -> Any:
