@@ -7,6 +7,7 @@ tags, and within a size and a depth. An error names its path: `passes[1].gptq.bi
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -295,7 +296,8 @@ def read_pass(step: Any, where: str) -> Pass:
 def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from a file, or by the name of a packaged one, with `path=value` changes applied.
 
-    A path is dotted; the option of a pass is named by its index: `passes.0.sparsity=0.6`.
+    A path is dotted; the option of a pass is named by its index, `passes.0.sparsity=0.6`, or as errors name it,
+    `passes[0].wanda.sparsity=0.6`.
     """
     path = find(recipe)
     try:
@@ -344,16 +346,20 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
     """Set one dotted path of parsed recipe data in place; raises RecipeError, from `where`, if it leads nowhere."""
     if not isinstance(data, dict):
         raise RecipeError("recipe: expected a mapping with `passes`")
-    keys = path.split(".")
+    keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".")  # errors say `passes[0]`
     here: Any = data
+    name = ""  # of the pass whose options are here
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(here, list):
             if not (key.isascii() and key.isdigit()) or int(key) >= len(here):
-                raise RecipeError(f"{where}: no item {key!r}; there are {len(here)}")
+                there = "is 1" if len(here) == 1 else f"are {len(here)}"
+                raise RecipeError(f"{where}: no item {key!r}; there {there}, counted from 0")
             if last:
                 raise RecipeError(f"{where}: name an option, such as {path}.sparsity")
-            here = open_step(here, int(key))
+            name, here = open_step(here, int(key))
+        elif key == name and not last:  # as errors say it: `passes[0].gptq.bits`
+            name = ""
         elif last:
             here[key] = value
         else:
@@ -362,14 +368,14 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
             raise RecipeError(f"{where}: {key!r} has no options")
 
 
-def open_step(steps: list[Any], index: int) -> Any:
-    """The options of a step, made a mapping if the step was a bare name."""
+def open_step(steps: list[Any], index: int) -> tuple[str, Any]:
+    """The name of a step and its options, made a mapping if the step was a bare name; None for what is no step."""
     step = steps[index]
     if isinstance(step, str):
         step = steps[index] = {step: {}}
     if not isinstance(step, dict) or len(step) != 1:
-        return None
+        return "", None
     ((name, options),) = step.items()
     if options is None:
         options = step[name] = {}
-    return options
+    return str(name), options
