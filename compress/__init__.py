@@ -171,9 +171,7 @@ def run(
         recipe = Recipe(passes=tuple(recipe))
     if calibration is not None:
         recipe = replace(recipe, calibration=calibration)
-    source = model if model is not None else recipe.model
-    if source is None:
-        raise RecipeError("model: the recipe names no model and none was given")
+    source = recipes.model_of(recipe, model)
     if recipe.accept:
         require_evals()
     with joined(device) as team:

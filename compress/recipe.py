@@ -312,6 +312,16 @@ def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
     return from_dict(data)
 
 
+def model_of(recipe: Recipe, given: str | Path | None) -> str | Path:
+    """The model that is given, else the recipe's own; raises RecipeError if there is neither."""
+    found = given if given is not None else recipe.model
+    if found is None:
+        raise RecipeError(
+            "model: the recipe names no model and none was given; give a folder, or `builtin` (option: --model FOLDER)"
+        )
+    return found
+
+
 def find(recipe: str | Path) -> Path:
     """The file a user means: a path, or the name of a packaged recipe."""
     path = Path(recipe)

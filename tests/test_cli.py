@@ -253,9 +253,10 @@ def test_a_pickled_checkpoint_is_refused_unread(cli: Run, recipe: Path, tiny_lla
 
 
 def test_a_recipe_without_a_model_asks_for_one(cli: Run, recipe: Path, tmp_path: Path) -> None:
-    code, _, err = cli("run", recipe, "--out", tmp_path / "o")
-    assert code == 2
-    assert "model" in err
+    for line in (["run", recipe, "--out", tmp_path / "o"], ["plan", recipe]):
+        code, out, err = cli(*line)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert "none was given; give a folder, or `builtin` (option: --model FOLDER)" in err
 
 
 def test_a_device_this_machine_lacks_is_named(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:

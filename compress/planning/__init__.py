@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from compress.errors import PlanError, RecipeError
+from compress.errors import PlanError
 from compress.model.anatomy import Coverage
 from compress.model.family import TESTED
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
@@ -22,7 +22,7 @@ from compress.planning.machine import Machine
 from compress.planning.machine import machine as profile_of
 from compress.planning.sizes import SitePlan, plan_sites, stored_bytes, stored_sites
 from compress.planning.trust import licence, trust
-from compress.recipe import Recipe, load
+from compress.recipe import Recipe, load, model_of
 from compress.sources import open_source
 
 AMPLE = 2  # times the bytes of a model: what no recipe makes of it
@@ -138,10 +138,7 @@ def plan_run(
     whatever `run` would refuse before its walk, but for damaged values and missing calibration data.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    given = model if model is not None else recipe.model
-    if given is None:
-        raise RecipeError("model: the recipe names no model and none was given")
-    source = open_source(locate(given), dequantize)
+    source = open_source(locate(model_of(recipe, model)), dequantize)
     walk = Walk(source.config, source, dtype_of(source.config), usable(device))
     check_tensors(walk, source)
     process = resources.process_bytes()
