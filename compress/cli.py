@@ -24,7 +24,7 @@ from compress.commands.eval import evaluate
 from compress.commands.judge import judge
 from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
-from compress.commands.output import Json, Out, bytes_of, quiet_loading, result, screen
+from compress.commands.output import Json, Out, bytes_of, one_model, quiet_loading, result, screen
 from compress.commands.plan import plan
 from compress.commands.recipes import recipes
 from compress.commands.serve import serve
@@ -103,6 +103,7 @@ def run(
     from compress.model.memory import release_early
     from compress.team import joined
 
+    one_model(model, changes or [])
     release_early()
     target = out if out is not None else Path("out") / Path(recipe).name.removesuffix(".yaml")
     with joined(device, once=True) as team:

@@ -175,7 +175,7 @@ def test_version_prints_the_version(cli: Run) -> None:
 
 BAD = {
     "unknown pass": (
-        ["--set", "model=x"],
+        [],
         "passes: [{wandaa: {}}]",
         "passes[0]: unknown pass 'wandaa'; did you mean 'wanda'?",
     ),
@@ -257,6 +257,13 @@ def test_a_recipe_without_a_model_asks_for_one(cli: Run, recipe: Path, tmp_path:
         code, out, err = cli(*line)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
         assert "none was given; give a folder, or `builtin` (option: --model FOLDER)" in err
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_model_given_twice_is_refused(command: str, cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    code, out, err = cli(command, recipe, "--model", tiny_llama, "--set", "model=builtin", "--out", tmp_path / "o")
+    assert (code, out, err) == (2, "", "error: --set model: --model says which; give one of both\n")
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_device_this_machine_lacks_is_named(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:

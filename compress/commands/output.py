@@ -56,6 +56,12 @@ def bytes_of(text: str, option: str) -> int:
     return int(size)
 
 
+def one_model(model: str | None, changes: list[str]) -> None:
+    """Raise RecipeError if --model and --set both say which model."""
+    if model is not None and any(change.partition("=")[0] == "model" for change in changes):
+        raise RecipeError("--set model: --model says which; give one of both")
+
+
 def quiet_loading() -> None:
     """No loading bars of transformers: they break the lines of ours."""
     from transformers.utils import logging

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands.output import Json, bytes_of, result
+from compress.commands.output import Json, bytes_of, one_model, result
 
 
 def plan(
@@ -31,6 +31,7 @@ def plan(
     from compress import recipe as recipes
     from compress.planning import plan_run
 
+    one_model(model, changes or [])
     found = plan_run(
         model,
         recipes.load(recipe, changes or []),
