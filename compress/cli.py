@@ -24,7 +24,7 @@ from compress.commands.eval import evaluate
 from compress.commands.judge import judge
 from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
-from compress.commands.output import Json, Out, bytes_of, one_model, quiet_loading, result, screen
+from compress.commands.output import Json, bytes_of, one_model, out_option, quiet_loading, result, screen
 from compress.commands.plan import plan
 from compress.commands.recipes import recipes
 from compress.commands.serve import serve
@@ -76,7 +76,7 @@ def options(
 def run(
     recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a packaged one")] = "quickstart",
     model: Annotated[str | None, typer.Option(help="model folder, or `builtin`; default: the recipe's")] = None,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("out/<recipe>")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="passes.0.sparsity=0.6, and so on")] = None,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     log: Annotated[Path | None, typer.Option(help="append every event as a JSON line to this file")] = None,
@@ -276,7 +276,7 @@ def export(
     to: Annotated[
         str, typer.Option("--to", help="format: bitsandbytes, compressed-tensors, dense, gguf, gptq")
     ] = "dense",
-    out: Out = None,
+    out: Annotated[Path | None, out_option("<folder>-<format>, beside it")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a compressed model in a format that other tools load; it is read back before it is put in place."""

@@ -78,6 +78,21 @@ def test_export_dense_refuses_an_existing_folder(cli: Run, recipe: Path, tiny_ll
     assert "exists" in err
 
 
+DEFAULTS = {"run": "out/<recipe>", "export": "<folder>-<format>", "delta extract": "out/<folder>-<method>",
+            "delta apply": "<folder>-applied"}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", DEFAULTS)
+def test_help_says_where_a_command_writes_by_default(command: str, cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert f"folder to write; must not exist; default: {DEFAULTS[command]}" in cli(*command.split(), "--help")[1]
+
+
+@pytest.mark.parametrize("line", [["run", "rtn-int4", "--model", "builtin"], ["export", "x"], ["merge", "x", "y"]])
+def test_an_empty_out_is_not_taken_for_the_current_folder(line: list[str], cli: Run) -> None:
+    assert cli(*line, "--out", "") == (2, "", "error: --out: is empty; name a folder\n")
+
+
 def test_export_names_the_formats_it_knows(cli: Run, tmp_path: Path) -> None:
     code, _, err = cli("export", tmp_path, "--to", "onnx")
     assert code == 2

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from compress.commands.output import Json, Out, bytes_of, result, screen
+from compress.commands.output import Json, bytes_of, out_option, result, screen
 from compress.errors import RecipeError
 
 app = typer.Typer(name="delta", help="Store fine-tuned models as small differences from one base.")
@@ -34,7 +34,7 @@ def extract(
         int | None, typer.Option(min=1, help="bitdelta: steps in which each block learns the scales of its signs")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="instead of --method: a recipe, done to the difference")] = None,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("out/<folder>-<method>")] = None,
     data: Annotated[
         str | None, typer.Option(help="calibration text, best of what the model was tuned for; default: the recipe's")
     ] = None,
@@ -111,7 +111,7 @@ def share(report: object) -> float:
 def apply(
     folder: Annotated[Path, typer.Argument(help="a delta")],
     base: Base,
-    out: Out = None,
+    out: Annotated[Path | None, out_option("<folder>-applied, beside it")] = None,
     as_json: Json = False,
 ) -> None:
     """Add a delta to its base: an ordinary model folder, written one tensor at a time and put in place when whole."""

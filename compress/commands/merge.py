@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands.output import Json, result, screen
+from compress.commands.output import Json, out_option, result, screen
 from compress.errors import RecipeError
 
 Number = float | None  # of an option that only some methods have
@@ -17,7 +17,7 @@ Number = float | None  # of an option that only some methods have
 def merge(
     base: Annotated[str, typer.Argument(help="the model that all were tuned from, or `builtin`")],
     models: Annotated[list[str], typer.Argument(help="fine-tunes or compressed deltas: FOLDER, or NAME=FOLDER")],
-    out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist")],
+    out: Annotated[Path, out_option()],
     method: Annotated[
         str, typer.Option(help="average, breadcrumbs, dare-linear, dare-ties, della, regmean, task-arithmetic, ties")
     ] = "task-arithmetic",

@@ -18,7 +18,19 @@ from compress.commands.fitted import Fitted
 from compress.errors import RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
-Out = Annotated[Path | None, typer.Option("--out", help="folder to write; must not exist")]
+
+
+def folder(text: str) -> Path:
+    """The folder that --out names; raises RecipeError for no name, which Path takes for the current folder."""
+    if not text:
+        raise RecipeError("--out: is empty; name a folder")
+    return Path(text)
+
+
+def out_option(default: str = "") -> Any:
+    """The option --out of a command that writes a folder, and where that goes by `default`."""
+    said = f"; default: {default}" if default else ""
+    return typer.Option("--out", parser=folder, metavar="<path>", help=f"folder to write; must not exist{said}")
 
 
 def screen() -> Console:
