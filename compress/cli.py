@@ -31,7 +31,7 @@ from compress.commands.serve import serve
 from compress.commands.sweep import sweep
 from compress.commands.tasks import tasks
 from compress.commands.tune import tune
-from compress.errors import CompressError, RecipeError, out_of_memory
+from compress.errors import CompressError, RecipeError, nearest, out_of_memory
 
 app = typer.Typer(
     name="compress",
@@ -347,21 +347,27 @@ def widths(text: str) -> list[float]:
 
 
 @app.command()
-def passes(as_json: Json = False) -> None:
-    """List every pass with its options, defaults and source."""
+def passes(
+    name: Annotated[str | None, typer.Argument(help="show only this one")] = None,
+    as_json: Json = False,
+) -> None:
+    """List every pass, or one, with its options, defaults and source."""
     from compress.console import passes_table
     from compress.options import describe
     from compress.passes import PASSES, load_plugins
 
     load_plugins()
+    if name is not None and name not in PASSES:
+        raise RecipeError(f"no pass {name!r}{nearest(name, PASSES)}")
     rows = []
-    for name, kind in sorted(PASSES.items()):
+    for known, kind in sorted(PASSES.items()):
         text, _, source = (kind.__doc__ or "").partition("Source:")
         rows.append(
-            {"name": name, "summary": " ".join(text.split()), "source": " ".join(source.split()),
+            {"name": known, "summary": " ".join(text.split()), "source": " ".join(source.split()),
              "options": describe(kind)}
         )  # fmt: skip
-    result({"passes": rows}, as_json, passes_table(rows))
+    chosen = [row for row in rows if name in (None, row["name"])]
+    result({"passes": chosen}, as_json, passes_table(chosen))
 
 
 def fail(message: str, code: int, once: bool = False) -> NoReturn:

@@ -161,6 +161,14 @@ def test_passes_lists_options_defaults_and_source(cli: Run) -> None:
     assert "Frantar" in cli("passes")[1]
 
 
+def test_passes_shows_one_by_name(cli: Run) -> None:
+    (row,) = json.loads(cli("passes", "gptq", "--json")[1])["passes"]
+    assert row["name"] == "gptq" and row in json.loads(cli("passes", "--json")[1])["passes"]
+    shown = cli("passes", "gptq")[1]
+    assert "Frantar" in shown and "wanda" not in shown
+    assert cli("passes", "gtpq") == (2, "", "error: no pass 'gtpq'; did you mean 'gptq'?\n")
+
+
 def test_recipes_are_listed_with_their_figures_and_printed_as_they_are(cli: Run) -> None:
     rows = {row["name"]: row for row in json.loads(cli("recipes", "--json")[1])["recipes"]}
     assert {*rows} == {*packaged()}
