@@ -69,7 +69,7 @@ def read(name: str, folder: Path | None, online: bool) -> Found:
         path = _locate(folder, WITHIN.get(name, name))
         if path is not None:
             return _from_folder(path, folder.resolve())
-    missing = f"{name}: no data folder was given" if folder is None else f"{name} is not in the data folder {folder}"
+    missing = f"{name}: no data folder was given" if folder is None else f"{name}: not in the data folder {folder}"
     if not online:
         raise Unavailable(f"{missing} and --online was not")
     if name not in HUB:

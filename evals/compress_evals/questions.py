@@ -22,6 +22,7 @@ from compress_evals.suite import FACTS, Suite, Task
 
 PACKAGE = Path(__file__).parent
 DEFAULT_GENERATED = 256  # lm-eval's, where a task does not say
+SHOWN = 3  # names of one reason
 GENERATED = 8  # characters of a prompt that take about as long as one generated token
 
 Arguments = tuple[Any, ...]
@@ -91,7 +92,7 @@ def prepare(
     """
     had, skipped = availability(suite.chosen(only), data_dir, online)
     if not had:
-        reasons = "; ".join(dict.fromkeys(skip.reason for skip in skipped.values()))
+        reasons = grouped(skip.reason for skip in skipped.values())
         raise RecipeError(
             f"{suite.name}: no task can be asked: {reasons or 'the suite is empty'}. Give --data-dir FOLDER, or "
             "--online; --suite facts is the twin that needs neither"
@@ -157,6 +158,21 @@ def availability(
         else:
             had[task.name] = found
     return had, skipped
+
+
+def grouped(reasons: Iterable[str]) -> str:
+    """Reasons such as `mmlu/test: no data folder was given`, each said once behind the data it is true of."""
+    lacking: dict[str, list[str]] = {}
+    for reason in dict.fromkeys(reasons):
+        name, _, why = reason.partition(": ")
+        lacking.setdefault(why, []).append(name)
+    return "; ".join(f"{few(names)}: {why}" for why, names in lacking.items())
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def load_tasks(

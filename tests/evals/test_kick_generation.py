@@ -86,7 +86,7 @@ def test_a_malformed_row_is_named() -> None:
 
 
 def test_an_absent_set_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="cnn_dailymail/test is not in the data folder"):
+    with pytest.raises(Unavailable, match="cnn_dailymail/test: not in the data folder"):
         build("short", tmp_path)
     with pytest.raises(ValueError, match="kind 'haiku'"):
         build("haiku", tmp_path)

@@ -43,6 +43,16 @@ def test_if_nothing_is_left_the_ways_out_are_named(tokenizer: Any) -> None:
         prepare(needing("facts_copy"), tokenizer, only=["facts_copy"])
 
 
+def test_a_reason_that_many_tasks_share_is_said_once(tokenizer: Any) -> None:
+    with pytest.raises(RecipeError) as error:
+        prepare(KICK, tokenizer)
+    assert str(error.value).startswith(
+        "kick: no task can be asked: freebaseqa/eval, triviaqa/no_context, nq/questions and 14 more: "
+        "no data folder was given and --online was not. Give --data-dir FOLDER"
+    )
+    assert questions.grouped(["a: none", "b: broken", "c: none", "a: none"]) == "a, c: none; b: broken"
+
+
 def test_data_that_are_had_are_named(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "freebaseqa").mkdir()
     (tmp_path / "freebaseqa" / "eval.jsonl").write_text('{"question": "q"}\n')
