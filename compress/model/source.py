@@ -28,6 +28,7 @@ LONGEST_NAME = 255  # bytes of a file name
 READERS = min(8, os.cpu_count() or 1)  # files that are hashed at once
 LARGEST = 1 << 28  # bytes of a JSON file; that of 100,000 compressed matrices has a quarter
 DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # such as org/name
 NUMBERED = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.safetensors")
 WIDTHS = {  # bits
     "F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
@@ -44,11 +45,12 @@ def locate(model: str | Path) -> Path:
     path = BUILTIN if str(model) == "builtin" else Path(str(model))
     try:
         path = path.expanduser()
-        found = bool(str(model)) and (path / "config.json").is_file()
+        found, there = bool(str(model)) and (path / "config.json").is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a NUL
-        found = False
+        found = there = False
     if not found:
-        raise ArtifactError(f"no model folder at {str(model)!r}; give a folder with config.json, or `builtin`")
+        hint = "nothing is downloaded: " if HUB_ID.fullmatch(str(model)) and not there else ""
+        raise ArtifactError(f"no model folder at {str(model)!r}; {hint}give a folder with config.json, or `builtin`")
     return path
 
 

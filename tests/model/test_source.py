@@ -57,6 +57,18 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
         compress.run(tmp_path / "nowhere", [Magnitude()], tmp_path / "out")
 
 
+def test_a_name_of_the_hub_is_told_that_nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArtifactError, match=r"at 'org/Name-1\.5B'; nothing is downloaded: give a folder with config"):
+        locate("org/Name-1.5B")
+    for path in ("./nowhere", "/org/name", "nowhere"):
+        with pytest.raises(ArtifactError, match=r"'; give a folder with config"):
+            locate(path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match=r"'; give a folder with config"):
+        locate("org/name")
+
+
 def test_builtin_is_a_model(tmp_path: Path) -> None:
     assert (locate("builtin") / "config.json").is_file()
 
