@@ -1,12 +1,14 @@
 """What two model folders have different, tensor by tensor; one tensor of each is in memory at a time.
 
-Either may be an artifact or any other model folder. What is stored alike is not decoded. What a reader would question:
-errors are relative to the first folder, so they change if the two change places.
+Either may be an artifact or any other model folder. What is stored alike is not decoded. config.json is compared by
+key, what goes with the weights beside it (tokenizer, generation, licence) by hash; README.md and ledgers are not: they
+say how a model was made. What a reader would question: errors are relative to the first folder, so they change if the
+two change places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.artifact import Artifact, is_artifact
+from compress.artifact import METHOD, Artifact, is_artifact
 from compress.errors import ArtifactError
 from compress.model.memory import give_back
-from compress.model.source import Checkpoint, display_name, locate
+from compress.model.source import Checkpoint, digest, display_name, locate
 from compress.recipe import parse
 from compress.sources import open_source
 from compress.weights import Masked, Sum, Weight
-from compress.writer import as_bytes
+from compress.writer import as_bytes, is_companion
 
 AT_ONCE = 1 << 22  # entries compared together
+UNSAID = ("transformers_version", "_name_or_path", "quantization_config")  # of a config: nothing of the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,8 @@ class TensorDifference:
 class Difference:
     """What two folders have different; `same` counts the tensors that both store with the same bytes.
 
-    `recipe`, `versions` and `calibration` hold (a, b) by key where they differ, of two artifacts.
+    `config` holds (a, b) by key where they differ, `files` the sha256 of the other files that go with the weights;
+    `recipe`, `versions` and `calibration` the same of two artifacts. None stands for what one lacks.
     """
 
     a: str
@@ -56,6 +60,8 @@ class Difference:
     same: int
     tensors: tuple[TensorDifference, ...]
     bytes: tuple[int, int]
+    config: Mapping[str, tuple[Any, Any]]
+    files: Mapping[str, tuple[Any, Any]]
     recipe: Mapping[str, tuple[Any, Any]]
     calibration: Mapping[str, tuple[Any, Any]]
     versions: Mapping[str, tuple[Any, Any]]
@@ -63,8 +69,8 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Whether tensors, recipe and calibration are the same; versions may differ."""
-        return not (self.tensors or self.recipe or self.calibration)
+        """Whether tensors, config, files, recipe and calibration are the same; versions may differ."""
+        return not (self.tensors or self.config or self.files or self.recipe or self.calibration)
 
 
 def compare(a: str | Path, b: str | Path, base: str | Path | None = None) -> Difference:
@@ -84,7 +90,8 @@ def compare(a: str | Path, b: str | Path, base: str | Path | None = None) -> Dif
     return Difference(
         a=display_name(one.path), b=display_name(other.path), same=same, tensors=tuple(rows),
         bytes=(stored_bytes(one), stored_bytes(other)),
-        recipe=by_key(*(flat(parse(t["recipe"], "recipe")) if t else None for t in told)),
+        config=apart(settings(one), settings(other)), files=by_key(companions(one), companions(other)),
+        recipe=apart(*(parse(t["recipe"], "recipe") for t in told if t)) if all(told) else {},
         calibration=by_key(*(t["calibration"] if t else None for t in told)),
         versions=by_key(*(t["versions"] if t else None for t in told)),
         errors=by_key(*({n: row.get("output_error") for n, row in t["sites"].items()} if t else None for t in told)),
@@ -217,19 +224,33 @@ def mask_of(weight: Weight) -> Tensor | None:
             return None
 
 
-def flat(value: Any, at: str = "") -> dict[str, Any]:
-    """Plain data by dotted path."""
-    return dict(walked(value, at))
+def settings(source: Checkpoint) -> dict[str, Any]:
+    """What config.json says of the model; of how it is stored, only the cache: the rest is compared by tensor."""
+    held = {key: value for key, value in source.config.items() if key not in UNSAID}
+    told = source.config.get("quantization_config")
+    ours = isinstance(told, dict) and told.get("quant_method") == METHOD
+    return {**held, "kv": told.get("kv")} if told and ours else held
 
 
-def walked(value: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """The leaves of plain data with their paths."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    if parts is None:
-        yield at, value
-    else:
-        for key, part in parts:
-            yield from walked(part, f"{at}.{key}" if at else str(key))
+def companions(source: Checkpoint) -> dict[str, str]:
+    """The sha256 of each file that goes with the weights, with those that a delta leaves to its base."""
+    names = sorted(file.name for file in source.path.iterdir() if is_companion(file.name) and file.is_file())
+    left = source.provenance.get("base_files", {}) if isinstance(source, Artifact) and source.is_delta else {}
+    return {**left, **{name: digest(source.path / name) for name in names}}
+
+
+def apart(one: Any, other: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
+    """(a, b) by dotted path where plain data differs, None for what one lacks; whole where the two share no key."""
+    if one == other:
+        return {}
+    parts = [dict(enumerate(value)) if isinstance(value, list) else value for value in (one, other)]
+    alike = type(one) is type(other) and isinstance(one, (dict, list))
+    if not alike or (at and not parts[0].keys() & parts[1].keys()):
+        return {at: (one, other)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys((*parts[0], *parts[1])):
+        found |= apart(parts[0].get(key), parts[1].get(key), f"{at}.{key}" if at else str(key))
+    return found
 
 
 def by_key(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:

@@ -54,8 +54,10 @@ def test_errors_masks_and_bits_are_those_of_the_matrices(pair: tuple[Path, Path]
 
 def test_recipes_differ_by_key(pair: tuple[Path, Path]) -> None:
     found = compare(*pair)
-    assert found.recipe["passes.0.magnitude.sparsity"] == ("2:4", None)
-    assert found.recipe["passes.1.gptq.bits"] == (None, 4)
+    first, second = found.recipe["passes.0"], found.recipe["passes.1"]
+    assert [list(step) for step in first] == [["magnitude"], ["wanda"]]
+    assert second[0] is None and second[1]["gptq"]["bits"] == 4
+    assert found.recipe.keys() == {"passes.0", "passes.1", "calibration"}  # magnitude reads no tokens
     assert not found.versions
     assert not found.equal
 
@@ -111,6 +113,51 @@ def test_what_is_not_a_number_is_not_equal_to_another(tiny_llama: Path, tmp_path
     assert compare(broken, broken).equal
 
 
+def edited(folder: Path, place: Path, name: str, **changes: Any) -> Path:
+    """A copy of a model folder with other settings in one of its JSON files."""
+    shutil.copytree(folder, place)
+    held = json.loads((place / name).read_text())
+    (place / name).write_text(json.dumps({**held, **changes}))
+    return place
+
+
+def test_what_the_model_computes_and_reads_is_compared(tiny_llama: Path, tmp_path: Path, cli: Command) -> None:
+    cases = {
+        "config.json": ({"rms_norm_eps": 0.5}, "config: rms_norm_eps: 1e-06 and 0.5"),
+        "generation_config.json": ({"top_k": 3}, "files: generation_config.json: "),
+        "tokenizer.json": ({"version": "2"}, "files: tokenizer.json: "),
+    }
+    for name, (changes, said) in cases.items():
+        code, out, err = cli("diff", tiny_llama, edited(tiny_llama, tmp_path / name, name, **changes))
+        assert (code, err) == (1, ""), name
+        assert out.count(said) == 1
+        assert out.count("config: ") + out.count("files: ") == 1
+
+
+def test_what_says_nothing_of_the_model_is_not_compared(llama_artifact: Path, tmp_path: Path) -> None:
+    other = edited(llama_artifact, tmp_path / "m", "config.json", transformers_version="9", _name_or_path="x")
+    assert compare(llama_artifact, other).equal
+
+
+def test_config_is_compared_by_key_and_a_cache_with_it(llama_artifact: Path, tmp_path: Path) -> None:
+    held = json.loads((llama_artifact / "config.json").read_text())
+    changes = {"eos_token_id": [2, 3], "rope_parameters": {**held["rope_parameters"], "rope_theta": 5.0},
+               "quantization_config": {**held["quantization_config"], "kv": {"bits": 4}}}  # fmt: skip
+    found = compare(llama_artifact, edited(llama_artifact, tmp_path / "m", "config.json", **changes))
+    assert found.config == {
+        "eos_token_id": (held["eos_token_id"], [2, 3]),
+        "rope_parameters.rope_theta": (held["rope_parameters"]["rope_theta"], 5.0),
+        "kv": (None, {"bits": 4}),
+    }
+
+
+def test_a_value_that_does_not_show_is_escaped(tiny_llama: Path, tmp_path: Path, cli: Command) -> None:
+    other = edited(tiny_llama, tmp_path / "m", "config.json", **{"[red]\x1b": "\x1b]0;title\nequal"})
+    code, out, _ = cli("diff", tiny_llama, other)
+    assert code == 1
+    assert r"config: [red]\x1b: absent and \x1b]0;title\nequal" in out
+
+
 def test_a_matrix_of_zeros_differs_without_end() -> None:
     assert relative_error(torch.zeros(3), torch.ones(3)) == float("inf")
     assert relative_error(torch.zeros(3), torch.zeros(3)) == 0
@@ -133,7 +180,7 @@ def test_one_tensor_of_each_is_read_at_a_time(pair: tuple[Path, Path], monkeypat
 def test_the_command_exits_with_1_and_shows_what_differs(pair: tuple[Path, Path], cli: Command) -> None:
     code, out, err = cli("diff", *pair)
     assert (code, err) == (1, "")
-    for said in (SITE, "masks agree", "recipe: passes.1.gptq.bits: None and 4", "evaluations are not compared"):
+    for said in (SITE, "masks agree", "recipe: passes.1: absent and gptq(sites=*, ", "evaluations are not compared"):
         assert said in out
 
 

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from compress.commands.output import Json, result
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, visible
 
 DIFFERENT = 1  # the exit code
+SHOWN = 300  # characters of a value
+HASHED = 12  # of a sha256
 
 
 def diff(
@@ -25,9 +27,9 @@ def diff(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what two model folders have different: tensors, recipe, versions, sizes, evaluations.
+    """Say what two model folders have different: tensors, config, tokenizer, recipe, versions, sizes, evaluations.
 
-    Exit code 0 if tensors, recipe, calibration and evaluations are the same, 1 if not.
+    Exit code 0 if all but the versions is the same, 1 if not.
     """
     from compress.differences import compare
 
@@ -94,14 +96,21 @@ def shown(found: Any, results: list[dict[str, Any]], note: str, same: bool) -> l
     lines: list[Any] = [f"A = {escape(found.a)}, B = {escape(found.b)}: {head}"]
     lines += [tensors_table(found)] if found.tensors else []
     lines.append(f"bytes of tensors: {found.bytes[0]:,} and {found.bytes[1]:,}")
-    for title in ("recipe", "calibration", "versions"):
-        lines += [
-            f"{title}: {key}: {escape(str(x))} and {escape(str(y))}" for key, (x, y) in getattr(found, title).items()
-        ]
+    for title in ("config", "files", "recipe", "calibration", "versions"):
+        for key, pair in getattr(found, title).items():
+            one, other = (told(value)[: HASHED if title == "files" else SHOWN] for value in pair)
+            lines.append(escape(f"{title}: {visible(key)}: {one} and {other}"))
     if found.errors:
         lines.append(f"output errors differ at {len(found.errors):,} sites; --json lists them")
     lines += [results_table(results)] if results else [note]
     return [*lines, "[green]equal[/]" if same else "[yellow]different[/]"]
+
+
+def told(value: Any) -> str:
+    """A value of a config or a recipe, in which a pass stands as `name(option=value)`; None is what one side lacks."""
+    if isinstance(value, dict) and len(value) == 1 and isinstance(options := next(iter(value.values())), dict):
+        return visible(f"{next(iter(value))}({', '.join(f'{key}={held}' for key, held in options.items())})")
+    return "absent" if value is None else visible(str(value))
 
 
 def tensors_table(found: Any) -> Any:
