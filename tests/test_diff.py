@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress import GPTQ, RTN, ArtifactError, Calibration, Magnitude, Wanda, run
 from compress.artifact import Artifact
+from compress.commands import diff as diffs
 from compress.differences import compare, relative_error
 from compress.model.source import Checkpoint
 
@@ -190,6 +191,36 @@ def test_the_command_gives_json_without_infinities(tiny_llama: Path, tmp_path: P
     told = json.loads(out, parse_constant=lambda text: pytest.fail(text))
     assert (code, told["equal"]) == (1, False)
     assert [row["error"] for row in told["tensors"]] == ["inf"]
+
+
+@pytest.mark.parametrize("kept", ["one.eval", "other.eval"])
+def test_results_are_found_beside_either_folder(kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffs, "compared", lambda a, b: ([], f"{a.parent.name} {b.parent.name}"))
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+        (tmp_path / kept / name).mkdir(parents=True)
+        (tmp_path / kept / name / "results.json").touch()
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert diffs.compared_beside(one, other) == ([], "one other")
+    assert diffs.compared_beside(other, one) == ([], "other one")
+    evaluation = tmp_path / kept
+    assert [place.parent.name for place in diffs.named((evaluation, evaluation), one, other)] == ["one", "other"]
+    assert diffs.named((evaluation / "other", Path("x")), one, other) == (evaluation / "other", Path("x"))
+
+
+def test_a_result_of_another_folder_of_that_name_is_not_taken(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "m").mkdir(parents=True)
+        (tmp_path / name / "m" / "config.json").touch()
+    (tmp_path / "a" / "m.eval" / "m").mkdir(parents=True)
+    (tmp_path / "a" / "m.eval" / "m" / "results.json").touch()
+    assert diffs.beside(str(tmp_path / "a" / "m"), str(tmp_path / "b" / "m")) is None
+    for name in ("a-m", "b-m"):
+        (tmp_path / "a" / "m.eval" / name).mkdir()
+        (tmp_path / "a" / "m.eval" / name / "results.json").touch()
+    found = diffs.beside(str(tmp_path / "a" / "m"), str(tmp_path / "b" / "m"))
+    assert found is not None and [place.parent.name for place in found] == ["a-m", "b-m"]
 
 
 def test_deltas_need_their_base(tiny_llama: Path, tmp_path: Path, cli: Command) -> None:

@@ -1,4 +1,7 @@
-"""`compress diff`: two model folders compared tensor by tensor, and result by result."""
+"""`compress diff`: two model folders compared tensor by tensor, and result by result.
+
+Results are found by where `compress eval` writes them: beside the first folder it was given, under the names of all.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,9 @@ def diff(
     base: Annotated[str | None, typer.Option("--base", help="of deltas: the model they belong to")] = None,
     results: Annotated[
         tuple[Path, Path] | None,
-        typer.Option("--results", help="evaluations of both, in order; default: those in <folder>.eval"),
+        typer.Option(
+            "--results", help="results of both, in order, or the evaluation that holds them; default: <folder>.eval"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -34,7 +39,7 @@ def diff(
     from compress.differences import compare
 
     found = compare(a, b, base)
-    rows, note = compared(*results) if results is not None else compared_beside(a, b)
+    rows, note = compared(*named(results, a, b)) if results is not None else compared_beside(a, b)
     same = found.equal and not any(row["delta"] for row in rows)
     value = {**asdict(found), "results": rows, "results_note": note, "equal": same}
     result(finite(value), as_json, *shown(found, rows, note, same))
@@ -42,22 +47,49 @@ def diff(
         raise typer.Exit(DIFFERENT)
 
 
-def beside(folder: str) -> Path | None:
-    """Where `compress eval` writes the result of a folder, if it is there."""
-    from compress.model.source import display_name, locate
+def result_in(evaluation: Path, folder: Path, other: Path) -> Path | None:
+    """Where `compress eval` writes the result of a folder, if it is there; not what may be that of the `other`.
 
-    place = locate(folder).resolve()
-    found = place.with_name(f"{place.name}.eval") / display_name(place) / "results.json"
-    return found if found.is_file() else None
+    A name that two models have, it writes with the parent's.
+    """
+    from compress.model.source import display_name
+
+    names = [f"{folder.parent.name}-{folder.name}", display_name(folder)]
+    own = evaluation.resolve() == folder.with_name(f"{folder.name}.eval")
+    places = [evaluation / name / "results.json" for name in names[: 2 if own or other.name != folder.name else 1]]
+    return next((place for place in places if place.is_file()), None)
+
+
+def named(given: tuple[Path, Path], a: str, b: str) -> tuple[Path, Path]:
+    """The results given; of an evaluation of several models, that of each folder."""
+    from compress.model.source import locate
+
+    places = [locate(folder).resolve() for folder in (a, b)]
+    one, other = (result_in(held, *pair) for held, pair in zip(given, (places, places[::-1]), strict=True))
+    return one or given[0], other or given[1]
+
+
+def beside(a: str, b: str) -> tuple[Path, Path] | None:
+    """Where `compress eval` writes the results of two folders: each beside its own, or both beside one of them."""
+    from compress.model.source import locate
+
+    one, other = (locate(folder).resolve() for folder in (a, b))
+    ours, theirs = (folder.with_name(f"{folder.name}.eval") for folder in (one, other))
+    for held, also in ((ours, theirs), (ours, ours), (theirs, theirs)):
+        first, second = result_in(held, one, other), result_in(also, other, one)
+        if first and second:
+            return first, second
+    return None
 
 
 def compared_beside(a: str, b: str) -> tuple[list[dict[str, Any]], str]:
     """What `compared` gives for the results beside two folders; why not, if it gives nothing."""
-    one, other = beside(a), beside(b)
-    if one is None or other is None:
-        return [], "evaluations are not compared: not both folders have one beside them (<folder>.eval)"
+    found = beside(a, b)
+    if found is None:
+        why = "not both folders have one beside them (<folder>.eval); --results names others"
+        return [], f"evaluations are not compared: {why}"
     try:
-        return compared(one, other)
+        return compared(*found)
     except ArtifactError as error:  # nobody asked for these; with --results it is refused
         return [], f"evaluations are not compared: {error}"
 
