@@ -1,7 +1,7 @@
 """What this machine and installation are, what is missing and what that would enable; and a bundle for a bug report.
 
 A bundle is a zip of text files that are named here, one by one: no weights, no tokenizer, no calibration tokens, and no
-environment variables. The home directory is written `~` everywhere.
+environment variables. The home directory is written `~` everywhere, and names and text that are no Unicode escaped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from compress import __version__
-from compress.errors import ArtifactError, RecipeError
+from compress.errors import ArtifactError, RecipeError, visible
 from compress.model.source import read_json
 from compress.planning import machine, resources
 from compress_kernels import tuning
@@ -170,7 +170,7 @@ def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, 
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; give an artifact, or the partial folder of a run")
     wanted = sorted({file for pattern in (*BUNDLED, *JOURNALS) for file in folder.glob(pattern)})
-    read = {file.relative_to(folder).as_posix(): read_text(file) for file in wanted}
+    read = {visible(file.relative_to(folder).as_posix()): read_text(file) for file in wanted}
     texts = {name: text for name, text in read.items() if text is not None}
     if not {"compress.json", "identity.json"} & set(texts):
         raise ArtifactError(f"{folder}: neither an artifact nor the partial folder of a run; nothing to report")
@@ -185,7 +185,7 @@ def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, 
         texts["plan.json"] = json.dumps(plan, indent=1, default=str)
     texts["doctor.json"] = json.dumps(examine(), indent=1)
     texts["files.txt"] = "".join(
-        f"{file.stat().st_size:>14,} {file.relative_to(folder)}\n"
+        f"{file.stat().st_size:>14,} {visible(str(file.relative_to(folder)))}\n"
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     )
@@ -221,7 +221,8 @@ def write_zip(target: Path, texts: dict[str, str]) -> None:
     try:
         with zipfile.ZipFile(partial, "x", zipfile.ZIP_DEFLATED) as packed:
             for name, text in texts.items():
-                packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), text, zipfile.ZIP_DEFLATED)
+                content = text.encode(errors="backslashreplace")  # JSON may escape half of a pair
+                packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)

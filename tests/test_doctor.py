@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -124,6 +125,17 @@ def test_the_partial_folder_of_a_run_is_bundled(tmp_path: Path) -> None:
     assert doctor.bundle(tmp_path / "b.zip", partial) == [
         "doctor.json", "files.txt", "identity.json", "records/0001.json",
     ]  # fmt: skip
+
+
+def test_names_and_text_that_are_no_unicode_are_escaped(cli: Command, own_artifact: Path, tmp_path: Path) -> None:
+    (own_artifact / os.fsdecode(b"a\xff\n")).touch()
+    ledger = json.loads((own_artifact / "compress.json").read_text())
+    (own_artifact / "compress.json").write_text(json.dumps({**ledger, "recipe": "\ud800"}))
+    code, _, err = cli("doctor", own_artifact, "--bundle", tmp_path / "b.zip")
+    assert (code, err) == (0, "")
+    held = contents(tmp_path / "b.zip")
+    assert held["recipe.yaml"] == r"\ud800"
+    assert r" a\udcff\n" in held["files.txt"].splitlines()[1]  # by name
 
 
 def test_a_link_out_of_the_folder_is_not_followed(own_artifact: Path, tmp_path: Path) -> None:
