@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from compress import __version__
 from compress.calibration import Tokens
 from compress.model.source import INDEX, Checkpoint, digest
 from compress.passes.base import Pass
-from compress.recipe import Recipe
+from compress.recipe import DEEPEST, Recipe
 from compress.writer import is_companion
 
 Identity = dict[str, Any]  # dotted name -> plain value
@@ -99,12 +100,38 @@ def foreign_code(passes: Iterable[Pass]) -> Iterable[tuple[str, str]]:
 
 
 def flat(name: str, value: Any) -> Identity:
-    """The leaves of plain data by their dotted paths."""
-    if isinstance(value, Mapping):
+    """The leaves of plain data by their dotted paths; what is empty is one."""
+    if isinstance(value, Mapping) and value:
         return {k: v for key, part in value.items() for k, v in flat(f"{name}.{key}", part).items()}
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         return {k: v for i, part in enumerate(value) for k, v in flat(f"{name}[{i}]", part).items()}
     return {name: value}
+
+
+def recipe_in(known: Identity) -> Any:
+    """The recipe of a run as plain data, the inverse of `flat`; what names places has only their names.
+
+    Raises ValueError for what `identity` does not write.
+    """
+    whole: dict[str | int, Any] = {}
+    for name, value in known.items():
+        if name.startswith("recipe."):
+            path = [int(i) if i else key for key, i in re.findall(r"([^.\[\]]+)|\[(\d+)\]", name)]
+            here = whole
+            for part in path[:-1]:
+                here = here.setdefault(part, {})
+                if not isinstance(here, dict) or len(path) > DEEPEST:
+                    raise ValueError(f"{shown(name)} is no leaf of a recipe")
+            here[path[-1]] = value
+    return listed(whole.get("recipe"))
+
+
+def listed(value: Any) -> Any:
+    """Plain data in which mappings of 0, 1, ... are the lists that they stand for."""
+    if not isinstance(value, dict):
+        return value
+    parts = {key: listed(part) for key, part in value.items()}
+    return list(parts.values()) if parts and list(parts) == list(range(len(parts))) else parts
 
 
 def difference(known: Identity, wanted: Identity) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from compress import __version__, doctor
+from compress import GPTQ, RTN, Recipe, Wanda, __version__, doctor, journal
+from compress.identity import flat
+from compress.passes import Global
 from compress.planning.machine import place
 from compress_kernels import tuning
 
@@ -125,6 +127,41 @@ def test_the_partial_folder_of_a_run_is_bundled(tmp_path: Path) -> None:
     assert doctor.bundle(tmp_path / "b.zip", partial) == [
         "doctor.json", "files.txt", "identity.json", "records/0001.json",
     ]  # fmt: skip
+
+
+def left_by(recipe: Recipe, partial: Path) -> Path:
+    """The partial folder of a run of this recipe."""
+    partial.mkdir()
+    journal.write(partial / "identity.json", flat("recipe", json.loads(json.dumps(recipe.to_dict()))))
+    return partial
+
+
+def test_the_plan_of_a_stopped_run_is_bundled(
+    cli: Command, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.planning.profile_of", lambda device: some_machine())
+    recipe = Recipe(passes=(Global(), Wanda(sparsity="2:4"), GPTQ(bits=3, group=8)))
+    partial = left_by(recipe, tmp_path / "o.partial")
+    code, out, err = cli("doctor", partial, "--bundle", tmp_path / "b.zip", "--model", tiny_llama)
+    assert (code, err) == (0, "") and "no plan" not in out
+    told = json.loads(contents(tmp_path / "b.zip")["plan.json"])
+    assert [step["options"] for step in told["passes"]] == [str(step) for step in recipe.passes]
+
+
+def test_a_plan_that_cannot_be_made_is_left_out_and_told(cli: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    partial = left_by(Recipe(passes=(RTN(bits=4, group=7),)), tmp_path / "o.partial")
+    cases = {"7": None, "is damaged": "{}", "passes: expected a list": {"recipe.passes[9].rtn.bits": 4},
+             "damaged": {"recipe.a": 1, "recipe.a.b": 1}}  # fmt: skip
+    for why, identity in cases.items():
+        if isinstance(identity, str):
+            (partial / "identity.json").write_text(identity)
+        elif identity is not None:
+            journal.write(partial / "identity.json", identity)
+        target = tmp_path / f"{why[:2]}.zip"
+        code, out, err = cli("doctor", partial, "--bundle", target, "--model", tiny_llama)
+        assert (code, err) == (0, ""), why
+        assert "no plan: " in out and why in out
+        assert "identity.json" in contents(target) and "plan.json" not in contents(target)
 
 
 def test_names_and_text_that_are_no_unicode_are_escaped(cli: Command, own_artifact: Path, tmp_path: Path) -> None:

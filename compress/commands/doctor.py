@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from compress.commands.output import Json, result
-from compress.errors import RecipeError
+from compress.errors import ArtifactError, CompressError, RecipeError
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
 
 
 def doctor(
@@ -30,20 +34,41 @@ def doctor(
         return
     if folder is None:
         raise RecipeError("--bundle: give the folder of an artifact, or the partial folder of a run")
-    names = doctors.bundle(bundle, folder, log, None if model is None else plan_of(folder, model))
+    plan, without = (None, "") if model is None else plan_of(folder, model)
+    names = doctors.bundle(bundle, folder, log, plan)
     line = f"{bundle}: {', '.join(names)}; no weights, no tokens, your home directory is `~`: look before you send it"
-    result({"bundle": str(bundle), "files": names}, as_json, line)
+    value = {"bundle": str(bundle), "files": names, **({"no_plan": without} if without else {})}
+    result(value, as_json, *([f"no plan: {escape(without)}"] if without else []), escape(line))
 
 
-def plan_of(folder: Path, model: str) -> dict[str, Any]:
-    """The plan of the recipe that made an artifact."""
-    from compress.artifact import Artifact
+def plan_of(folder: Path, model: str) -> tuple[dict[str, Any] | None, str]:
+    """The plan of the recipe that made an artifact, or that a stopped run was making it by; or why there is none."""
     from compress.commands.plan import value_of
+    from compress.model.source import locate
     from compress.planning import plan_run
+
+    locate(model)  # a name that is wrong is said
+    try:
+        return value_of(plan_run(model, recipe_of(folder))), ""
+    except CompressError as error:  # what is damaged is what is reported
+        return None, str(error)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that an artifact or the partial folder of a run records; names in it may have been places."""
+    from compress.artifact import PROVENANCE
+    from compress.identity import recipe_in
+    from compress.journal import IDENTITY, read
+    from compress.model.source import read_json
     from compress.recipe import from_dict, parse
 
-    recipe = from_dict(parse(Artifact(folder).provenance["recipe"], "the recipe of the artifact"))
-    return value_of(plan_run(model, recipe))
+    if (folder / PROVENANCE).is_file() or not (folder / IDENTITY).is_file():
+        held = read_json(folder / PROVENANCE, "the provenance file")
+        return from_dict(parse(str(held.get("recipe")), "the recipe of the artifact"))
+    try:
+        return from_dict(recipe_in(dict(read(folder / IDENTITY))))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder / IDENTITY}: is damaged") from error
 
 
 def shown(found: dict[str, Any]) -> list[Any]:
