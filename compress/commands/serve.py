@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compress.commands.output import bytes_of, screen
+from compress.commands.output import bytes_of, quiet_loading, screen
 from compress.errors import ArtifactError, RecipeError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -40,7 +40,7 @@ def serve(
 
     from compress.model.source import display_name, locate
     from compress.serving.app import Limits, Server
-    from compress.serving.process import serve_forever
+    from compress.serving.process import bound, serve_forever
     from compress.tenants import load_tenants
 
     folder = locate(base)
@@ -48,9 +48,11 @@ def serve(
     if name in named:
         raise RecipeError(f"--delta: {name!r} is the name of the base; give the delta another one")
     limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
-    server = Server(load_tenants(folder, named, most), tokenizer_of(folder), name, limits)
-    screen().print(f"serving {', '.join(server.models())} at http://{host}:{port}", markup=False)
-    serve_forever(server, host, port, deadline)
+    quiet_loading()
+    with bound(host, port) as listener:  # a port in use is told before anything is loaded
+        server = Server(load_tenants(folder, named, most), tokenizer_of(folder), name, limits)
+        said = f"serving {', '.join(server.models())} at http://{host}:{port}"
+        serve_forever(server, listener, deadline, lambda: screen().print(said, markup=False))
 
 
 def require_serving() -> None:

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import signal
+import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
+from compress.errors import RecipeError
 from compress.serving.app import Server, make_app
 
 BACKLOG = 1024  # connections that the system holds before they are accepted
 
 
-def serve_forever(server: Server, host: str, port: int, deadline: int) -> None:
-    """Serve until SIGTERM or SIGINT; then accept nothing more and give what runs `deadline` seconds."""
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that has its address and does not listen yet; of several addresses that of IPv4.
+
+    Raises RecipeError if the address cannot be had.
+    """
+    try:
+        family, kind, _, _, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        found = socket.socket(family, kind)
+    except (OSError, UnicodeError) as error:
+        raise RecipeError(f"--host: {host!r} is no address: {error}") from error
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise refused(host, port, error) from error
+    return found
+
+
+def refused(host: str, port: int, error: OSError) -> RecipeError:
+    """What to raise where the system gives no port."""
+    if error.errno == errno.EADDRINUSE:
+        return RecipeError(f"--port: {port} is in use")
+    return RecipeError(f"--port: {port} at {host} cannot be had: {error.strerror}")
+
+
+def serve_forever(server: Server, listener: socket.socket, deadline: int, ready: Callable[[], None]) -> None:
+    """Listen, say `ready`, and serve until SIGTERM or SIGINT; then give what runs `deadline` seconds.
+
+    Raises RecipeError if another process has come to listen at the address of `listener`.
+    """
 
     def stopped(_: int, __: FrameType | None) -> None:
         """uvicorn has stopped cleanly by then, and raises the signal once more for whoever was there before."""
@@ -22,8 +55,6 @@ def serve_forever(server: Server, host: str, port: int, deadline: int) -> None:
         signal.signal(number, stopped)
     config = uvicorn.Config(
         make_app(server),
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -31,4 +62,10 @@ def serve_forever(server: Server, host: str, port: int, deadline: int) -> None:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=deadline,
     )
-    uvicorn.Server(config).run()
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port, *_ = listener.getsockname()
+        raise refused(host, port, error) from error
+    ready()
+    uvicorn.Server(config).run([listener])

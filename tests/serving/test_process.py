@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ import compress
 from compress import Calibration, Delta, Magnitude, Recipe, RecipeError
 from compress.commands.serve import deltas_of
 from compress.errors import ArtifactError
+from compress.serving import process as process_
 from compress.tenants import load_tenants
 
 START = "import typer; from compress.commands.serve import serve; typer.run(serve)"
@@ -75,6 +77,33 @@ def test_names_on_the_command_line() -> None:
             deltas_of([wrong])
     with pytest.raises(RecipeError, match="twice"):
         deltas_of(["a=x", "a=y"])
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(
+    tiny_llama: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.tenants.load_tenants", lambda *_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli("serve", tiny_llama, "--port", port) == (2, "", f"error: --port: {port} is in use\n")
+    code, out, err = cli("serve", tiny_llama, "--host", "256.1.1.1")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--host: '256.1.1.1' is no address" in err
+
+
+def test_it_is_said_to_serve_once_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_, "make_app", lambda server: server)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(process_.uvicorn.Server, "run", lambda *_: None)
+    said: list[None] = []
+    with process_.bound("localhost", 0) as listener, process_.bound(*listener.getsockname()) as late:
+        address = listener.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        server: Any = None
+        process_.serve_forever(server, listener, 1, lambda: said.append(socket.create_connection(address).close()))
+        with pytest.raises(RecipeError, match="is in use"):  # neither listened when they were bound
+            process_.serve_forever(server, late, 1, lambda: pytest.fail("said"))
+    assert said == [None]
 
 
 # -- a real process ---------------------------------------------------------------------------------------
