@@ -1,5 +1,7 @@
 """The model card of an artifact: plain Markdown made of its provenance, so it cannot say anything else.
 
+But for licence, language and use, which are those that the card of its source states.
+
 Names in it may come from anybody. They are written such that neither Markdown, HTML nor the YAML above takes them for
 its own.
 """
@@ -14,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from compress.errors import visible
+from compress.frontmatter import Said, lines
 from compress.ledger import notes
 from compress.model.anatomy import by_reason
 
@@ -22,6 +25,9 @@ TEMPLATE = """\
 library_name: transformers
 base_model: {{ (base.name if base else source.name) | tojson }}
 tags: {{ tags | tojson }}
+{% for line in said -%}
+{{ line }}
+{% endfor -%}
 ---
 # {{ source.name }}, compressed
 
@@ -85,6 +91,30 @@ Too few calibration tokens reached {{ starved }} of the experts' matrices; they 
 {% endif -%}
 """
 
+EXPORTED = """\
+---
+{% if library -%}
+library_name: {{ library }}
+{% endif -%}
+base_model: {{ source.name | tojson }}
+tags: {{ ["compress", format] | tojson }}
+{% for line in said -%}
+{{ line }}
+{% endfor -%}
+---
+# {{ source.name }}, compressed, in the format {{ format }}
+
+Made from `{{ source.name }}` by Compress {{ versions.compress }}, by the recipe below, and written in this format:
+{{ note }}.
+{% if base %}
+What was compressed is its difference from `{{ base.name }}`, to which it is added again here.
+{% endif %}
+Nothing here says how well it works: `compress eval` on the folder it was exported from says what was lost.
+
+## Recipe
+
+{{ recipe | fenced }}
+"""
 
 SPECIAL = {ord(c): f"&#{ord(c)};" for c in "&<>`|[]"}
 
@@ -100,21 +130,43 @@ def fenced(text: str) -> Markup:
     return Markup(f"{fence}yaml\n{text}{fence}")
 
 
-def card(provenance: Mapping[str, Any], picture: str = "") -> str:
-    """The Markdown of an artifact, with the file of its picture; it does not know where the artifact lies."""
+def filled(template: str, **values: Any) -> str:
+    """A template with values in it."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=literal)
     environment.filters["fenced"] = fenced
     environment.filters["notes"] = notes
+    return environment.from_string(template).render(**values)
+
+
+def card(provenance: Mapping[str, Any], picture: str = "", said: Said | None = None) -> str:
+    """The Markdown of an artifact, with the file of its picture and what the card of its source said.
+
+    It does not know where the artifact lies.
+    """
     weights = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
     reshaped = provenance.get("reshaped", [])
     tags = ["compress", *(step["step"] for step in reshaped), *weights]
     reasons = by_reason(provenance["untouched"].values())
     kept = ", ".join(f"{size:,} parameters ({reason})" for reason, size in reasons.items()) or "nothing"
     starved = sum(bool(row.get("starved")) for row in provenance["sites"].values())
-    return environment.from_string(TEMPLATE).render(
+    return filled(
+        TEMPLATE,
         **{**provenance, "reshaped": reshaped, "base": provenance.get("base")},
         tags=tags,
         kept=kept,
         starved=starved,
         picture=picture,
+        said=list(map(Markup, lines(said or {}))),
+    )
+
+
+def export_card(provenance: Mapping[str, Any], form: str, note: str, said: Said) -> str:
+    """The Markdown of an artifact written in another format, with what the artifact's own card said."""
+    return filled(
+        EXPORTED,
+        **{**provenance, "base": provenance.get("base")},
+        format=form,
+        library="" if form == "gguf" else "transformers",
+        note=note,
+        said=list(map(Markup, lines(said))),
     )

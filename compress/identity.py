@@ -20,6 +20,7 @@ import torch
 
 from compress import __version__
 from compress.calibration import Tokens
+from compress.frontmatter import carried
 from compress.model.source import INDEX, Checkpoint, digest
 from compress.passes.base import Pass
 from compress.recipe import DEEPEST, Recipe
@@ -39,6 +40,7 @@ def identity(source: Checkpoint, recipe: Recipe, tokens: Tokens, device: torch.d
         **flat("recipe", json.loads(json.dumps(recipe.to_dict(), default=str))),
         **{f"options.{name}": value for name, value in options.items()},
         **{f"model.{name}": sha for name, sha in model_files(source).items()},
+        **{f"model.card.{key}": value for key, value in carried(source.path).items()},
         "calibration.name": tokens.name,
         "calibration.tokens": token_hash(tokens),
         **{f"machine.{name}": value for name, value in machine(device).items()},

@@ -29,6 +29,7 @@ from compress.events import (
     RunResumed,
     RunStarted,
 )
+from compress.frontmatter import carried
 from compress.identity import Identity, identity, machine, versions
 from compress.journal import Journal
 from compress.kv import written
@@ -391,7 +392,7 @@ class Job:
             check_cache(self.walk.model, "latent", done)
         pin, base = (self.beside.pin, self.beside.base.path) if self.beside else (None, None)
         drawn = "" if self.beside else picture(provenance)  # a delta is to be small
-        told = card(provenance, PICTURE if drawn else "")
+        told = card(provenance, PICTURE if drawn else "", carried(self.source.path))
         writer.describe(self.source.path, config, provenance, told, kv, pin, base, drawn)
         check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits, base)
         return {

@@ -28,6 +28,8 @@ from compress.weights import Dense, External, Weight, pack, specify, unpack
 
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
 REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
+NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+LONGEST_NOTICE = 1 << 20  # bytes; what is longer is no text that people agreed to
 NOT_COPIED = ("config.json", INDEX, PROVENANCE)
 PICTURE = "ledger.svg"
 SMALLEST = 256  # bytes of a tensor worth finding twice
@@ -283,6 +285,8 @@ def copy_companions(source: Path, target: Path, base: Path | None = None) -> dic
     for file in sorted(source.iterdir()):
         if not is_companion(file.name) or not file.is_file() or (recorded is not None and file.name not in recorded):
             continue
+        if file.name.upper().startswith(NOTICES) and file.stat().st_size > LONGEST_NOTICE:
+            continue
         if recorded is not None and file.resolve().parent != source.resolve():
             raise ArtifactError(f"{file}: is a link out of the folder; put the file itself there")
         if base is not None and same_file(file, base / file.name):
@@ -308,7 +312,7 @@ def copy_shared(delta: Artifact, target: Path) -> None:
 
 def is_companion(name: str) -> bool:
     """Whether a file of this name belongs beside the weights whatever the format."""
-    licence = name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+    licence = name.upper().startswith(NOTICES)
     wanted = Path(name).suffix in COPIED and name not in NOT_COPIED and not name.endswith("index.json")
     return wanted or licence
 

@@ -257,6 +257,12 @@ def test_a_card_that_says_nothing_is_no_error(card: str, tiny_llama: Path, tmp_p
     assert planned(folder, RTN(bits=4, group=8)).licence == {}
 
 
+def test_a_link_with_signs_of_yaml_in_it_is_read(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    (folder / "README.md").write_text("---\nlicense_link: https://a/b?c=1&d=2\nterms: |\n  *all* !of\n---\n")
+    assert planned(folder, RTN(bits=4, group=8)).licence == {"license_link": "https://a/b?c=1&d=2"}
+
+
 # -- whether it fits -------------------------------------------------------------------------------
 
 

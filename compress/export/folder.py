@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from compress.artifact import Artifact, verify
+from compress.card import export_card
 from compress.errors import ArtifactError, RecipeError, VerificationError
 from compress.export.leaf import Leaf, leaf, leaves
+from compress.frontmatter import CARD, carried
 from compress.model.source import INDEX, Checkpoint
 from compress.plan import free_place
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
@@ -122,9 +124,15 @@ def write_folder(path: Path, out: Path, kind: type[Form]) -> Exported:
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         write_json(partial / "config.json", {**config, "quantization_config": form.config()})
         rounding = compare(form, Checkpoint(partial))
-    return Exported(
-        out=out, format=form.name, bytes=size, rounding=rounding, note=form.note(rounding) + mask_note(artifact)
-    )
+        note = form.note(rounding) + mask_note(artifact)
+        write_card(artifact, partial, form.name, note)
+    return Exported(out=out, format=form.name, bytes=size, rounding=rounding, note=note)
+
+
+def write_card(artifact: Artifact, folder: Path, form: str, note: str) -> None:
+    """Write the model card of an artifact in another format, with the licence that its own card states."""
+    text = export_card(artifact.provenance, form, note, carried(artifact.path))
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def mask_note(artifact: Artifact) -> str:

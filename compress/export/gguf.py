@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, RecipeError, UnsupportedWeight, VerificationError
-from compress.export.folder import Exported, difference, mask_note, put_in_place
+from compress.export.folder import Exported, difference, mask_note, put_in_place, write_card
 from compress.export.gguf_metadata import add_metadata, check_architecture, frequency_factors, head_dim
 from compress.export.gguf_vocabulary import add_vocabulary
 from compress.export.leaf import Leaf, leaf
@@ -71,9 +71,10 @@ def export_gguf(path: Path, out: Path) -> Exported:
         copy_companions(path, partial)
         rounding = compare(artifact, partial / "model.gguf")
         size = sum(count(p.shape) for p in pieces)
-    types = ", ".join(sorted({p.type for p in pieces}))
-    lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
-    note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
+        types = ", ".join(sorted({p.type for p in pieces}))
+        lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
+        note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
+        write_card(artifact, partial, NAME, note)
     return Exported(out=out, format=NAME, bytes=size, rounding=rounding, note=note)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress.artifact import Artifact
 from compress.errors import RecipeError, VerificationError, nearest
+from compress.frontmatter import carried
 from compress.merging.arithmetic import Average, TaskArithmetic
 from compress.merging.breadcrumbs import Breadcrumbs
 from compress.merging.dare import DareLinear, DareTies
@@ -159,7 +160,8 @@ def finish(writer: ArtifactWriter, inputs: Inputs, facts: dict[str, Any]) -> Non
     config = {key: value for key, value in told.items() if key not in ("dtype", "torch_dtype")} | kept
     if isinstance(inputs.teller, Artifact):  # a delta leaves out what its base has alike
         copy_shared(inputs.teller, writer.partial)
-    writer.describe(inputs.teller.path, config, facts, card(facts))
+    cards = [carried(source.path) for source in (inputs.base, *(member.source for member in inputs.members))]
+    writer.describe(inputs.teller.path, config, facts, card(facts, cards))
     written = Checkpoint(writer.partial).headers
     if written != {name: inputs.header(name) for name in inputs.names()}:
         raise VerificationError(f"{writer.out}: its tensors are not those that were meant")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from compress import __version__
+from compress.frontmatter import Said, agreed, lines
 from compress.merging.inputs import Inputs, Member
 from compress.merging.method import Method
 from compress.merging.shares import Share
@@ -52,9 +53,10 @@ def of_model(member: Member, share: Share, tally: list[int]) -> dict[str, Any]:
     }
 
 
-def card(facts: Mapping[str, Any]) -> str:
-    """The Markdown of a merged folder."""
-    merge = facts["merge"]
+def card(facts: Mapping[str, Any], cards: Sequence[Said] = ()) -> str:
+    """The Markdown of a merged folder, with what the cards of all that was merged say alike."""
+    merge, said = facts["merge"], agreed(cards)
+    differ = any("license" in card for card in cards) and "license" not in said
     named = [merge["base"]["name"], *(model["name"] for model in merge["models"].values())]
     options = ", ".join(f"{key} {value}" for key, value in merge["options"].items())
     rows = [
@@ -68,6 +70,7 @@ def card(facts: Mapping[str, Any]) -> str:
             "base_model:",
             *(f"- {json.dumps(name)}" for name in dict.fromkeys(named)),
             'tags: ["compress", "merge"]',
+            *lines(said),
             "---",
             f"# {' + '.join(merge['models'])}, merged",
             "",
@@ -85,6 +88,7 @@ def card(facts: Mapping[str, Any]) -> str:
                 for label, tokens in merge.get("calibration", {}).items()
                 if "windows_at_once" in tokens
             ),
+            *(["The cards of what was merged state different licences; each of them holds.\n"] if differ else []),
             "Nothing here says how well it works: run `compress eval` on the tasks that matter.",
             "",
         ]
