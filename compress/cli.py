@@ -105,6 +105,7 @@ def run(
 
     one_model(model, changes or [])
     release_early()
+    quiet_loading()
     target = out if out is not None else Path("out") / Path(recipe).name.removesuffix(".yaml")
     with joined(device, once=True) as team:
         loaded = read.load(recipe, changes or [])
@@ -282,6 +283,7 @@ def export(
     """Write a compressed model in a format that other tools load; it is read back before it is put in place."""
     from compress.export import export as write
 
+    quiet_loading()
     place = folder.resolve()
     target = out if out is not None else place.with_name(f"{place.name}-{Path(to).name}")
     done = write(folder, to, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -75,7 +76,8 @@ def one_model(model: str | None, changes: list[str]) -> None:
 
 
 def quiet_loading() -> None:
-    """No loading bars of transformers: they break the lines of ours."""
-    from transformers.utils import logging
+    """No loading bars of transformers, no advice of bitsandbytes on kernels: they break the lines of ours."""
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ from compress.errors import RecipeError
 from compress.export.folder import Exported, Form, write_folder
 from compress.export.leaf import Leaf
 from compress.export.words import to_nibbles
-from compress.weights import BOOKS, Codebook, Dense, Nested, Quantized, Weight
+from compress.weights import BOOKS, Codebook, Dense, Nested, Quantized, Scaled, Weight
 from compress.weights.leaves import DYNAMIC
 
 NAME = "bitsandbytes"
@@ -66,7 +66,7 @@ class BitsAndBytes(Form):
                 found = self.int8(site, site.weight)
             case _:
                 reason = "it has nf4 by blocks and symmetric 8-bit integers by row"
-                raise site.refused(NAME, reason, "use --to compressed-tensors, gptq or dense")
+                raise site.refused(NAME, reason, f"use --to {others(site.weight)}")
         if found.bits != next(iter(self.schemes.values()), found).bits:
             raise site.refused(NAME, "all layers are of 4 bits or all of 8", "use --to compressed-tensors or dense")
         return found
@@ -150,6 +150,19 @@ class BitsAndBytes(Form):
             return "exact nf4; transformers loads it with bitsandbytes"
         off = f"int8 within {rounding:.1e} of a matrix" if rounding else "int8 exact in the model's dtype"
         return f"{off}; bitsandbytes rounds inputs below 6.0 to int8, whatever the recipe did"
+
+
+def others(weight: Weight) -> str:
+    """The formats that have weights of this kind; each says itself what of them it takes."""
+    match weight:
+        case Quantized(zero=None):
+            return "compressed-tensors, gptq, gguf or dense"
+        case Quantized():
+            return "gptq, gguf or dense"
+        case Codebook() | Scaled():
+            return "compressed-tensors or dense"
+        case _:
+            return "dense"
 
 
 def scales_of(scale: Weight) -> tuple[dict[str, Tensor], dict[str, Any]]:

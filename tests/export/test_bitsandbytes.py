@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import compress
 from compress import RTN, Magnitude, UnsupportedWeight
 from compress.artifact import Artifact
-from compress.export import export
+from compress.export import FORMATS, export
+from compress.export.dense import export_dense
 from compress.passes import NF4, Int8
 
 pytest.importorskip("bitsandbytes")
@@ -68,7 +70,8 @@ def test_modules_left_plain_are_named(artifact_of: Any, stock: Any, tmp_path: Pa
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "int4": ([RTN(bits=4, group=32)], "nf4 by blocks and symmetric 8-bit integers by row"),
+    "int4": ([RTN(bits=4, group=32)], "8-bit integers by row; use --to gptq, gguf or dense"),
+    "symmetric int4": ([RTN(bits=4, group=32, symmetric=True)], "use --to compressed-tensors, gptq, gguf or dense"),
     "int8 by group": ([RTN(bits=8, group=32, symmetric=True)], "use group: 0"),
     "int8 with fp8 inputs": ([Int8(inputs="fp8")], "round inputs to int8"),
     "nf4 with rounded inputs": ([NF4(inputs="int8")], "do not round inputs"),
@@ -88,3 +91,14 @@ def test_what_it_cannot_say_is_refused_by_name(case: str, artifact_of: Any, tmp_
 def test_other_blocks_are_refused(leaves: Any, artifact_of: Any, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedWeight, match="no blocks of 16"):
         export(artifact_of([leaves(kind="nf4-16")]), BNB, tmp_path / "out")
+
+
+def test_the_library_gives_no_advice_where_our_lines_stand(
+    artifact_of: Any, tmp_path: Path, cli: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does when it is imported, where a processor has bfloat16 products and the hub's kernels are not there."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "level", logging.NOTSET)
+    monkeypatch.setitem(FORMATS, BNB, lambda path, out: logger.warning("Failed to load") or export_dense(path, out))
+    code, _, err = cli("export", artifact_of([NF4()]), "--to", BNB, "--out", tmp_path / "out")
+    assert (code, err, caplog.text) == (0, "", "")
