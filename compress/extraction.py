@@ -15,10 +15,10 @@ from compress.driver import compress
 from compress.events import Event, RunFinished, RunInterrupted
 from compress.job import Report
 from compress.model.source import locate
+from compress.partial import exchange
 from compress.passes.manager import ignore
 from compress.plan import free_place
 from compress.recipe import Calibration, Delta, Recipe
-from compress.writer import exchange
 
 
 @dataclass(frozen=True, kw_only=True)

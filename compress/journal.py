@@ -34,9 +34,10 @@ from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
 from compress.model.source import READERS, digest
 from compress.model.travellers import Travellers, read_raw
+from compress.partial import flush, missing_parents, remove_empty
 from compress.shards import NAMES, Entry, WriteError, split, write_tensors
 from compress.team import ALONE, Team
-from compress.writer import flush, missing_parents, refusal, remove_empty
+from compress.writer import refusal
 
 LOCK, IDENTITY = "lock", "identity.json"
 ATTEMPTS = 8  # to lock a folder that another run may be removing

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor
 from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys, seal
 from compress.errors import ArtifactError, VerificationError
 from compress.model.source import INDEX, digest
+from compress.partial import exchange, flush, missing_parents, remove_empty
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
 from compress.weights import Dense, External, Weight, pack, specify, unpack
 
@@ -212,36 +212,6 @@ class ArtifactWriter(Part):
         exchange(self.partial, self.out)
 
 
-def exchange(made: Path, out: Path) -> None:
-    """Rename a folder to `out`; what was there before goes last, and stays on failure."""
-    before = made.with_name(f"{made.name}-replaced")
-    replaced = out.exists()
-    if replaced:
-        out.rename(before)
-    try:
-        made.rename(out)
-    except BaseException as error:
-        if replaced:
-            before.rename(out)
-        if isinstance(error, OSError):
-            raise ArtifactError(f"{out}: cannot be put in place: {error}") from error
-        raise
-    flush(out.parent)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def missing_parents(out: Path) -> list[Path]:
-    """The folders above `out` that are not there yet, innermost first."""
-    return [parent for parent in out.parents if not parent.exists()]
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders that hold nothing, in this order."""
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
 def refusal(out: Path, error: BaseException) -> ArtifactError | None:
     """What to raise if a disk would not take what was written."""
     if isinstance(error, WriteError):
@@ -329,15 +299,6 @@ def same_file(one: Path, other: Path) -> bool:
     """Whether two files hold the same bytes; reads them only if they are of one size."""
     alike = other.is_file() and one.stat().st_size == other.stat().st_size
     return alike and digest(one) == digest(other)
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, value: Any, small: bool = False) -> None:
