@@ -5,6 +5,7 @@ From headers and the architecture alone; no weight is read. Raises CompressError
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -47,13 +48,16 @@ def free_place(out: Path, source: Path, force: bool) -> Path:
     """The output path, absolute.
 
     Raises RecipeError if something is there and may not be replaced: without `force` anything, with it everything
-    but an empty folder or an artifact of ours; and if it would swallow the source or lie inside it.
+    but an empty folder or an artifact of ours; if it would swallow the source or lie inside it; and for a name that
+    is not UTF-8, under which safetensors writes nothing.
     """
     try:
         out, source = out.expanduser().resolve(), source.resolve()
         out.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
         raise RecipeError(f"--out: {getattr(error, 'strerror', None) or error}: {str(out)[:60]}") from error
+    if os.fsencode(out) != str(out).encode("utf-8", "replace"):
+        raise RecipeError(f"--out: {out} is not UTF-8; choose another name")
     if out == source or out in source.parents or source in out.parents:
         raise RecipeError(f"--out: {out} must not be, hold or lie in the model folder {source}")
     if not out.exists():

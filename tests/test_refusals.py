@@ -238,6 +238,11 @@ def test_a_place_where_this_user_may_not_write(single: Path, read_only: Path, re
     assert f"{read_only}: cannot write there: " in refused(single, out=read_only / "o")
 
 
+def test_a_place_whose_name_is_no_text(single: Path, tmp_path: Path, refused: Any) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))
+    assert refused(single, out=place / "o") == f"error: --out: {tmp_path}/o\\udcff/o is not UTF-8; choose another name"
+
+
 def command(model: Path, out: Path, *options: str) -> list[str]:
     yaml = out.with_name("recipe.yaml")
     yaml.write_text("passes: [rtn: {group: 8}]")
