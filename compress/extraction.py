@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from compress.codecs import recipes_of
 from compress.driver import compress
 from compress.events import Event, RunFinished, RunInterrupted
 from compress.job import Report
 from compress.model.source import locate
-from compress.partial import exchange
+from compress.partial import beside, exchange
 from compress.passes.manager import ignore
 from compress.plan import free_place
 from compress.recipe import Calibration, Delta, Recipe
@@ -77,16 +74,6 @@ def best_of(
         best = min(reports, key=lambda report: report.kl)
         exchange(best.out, target)
     return Extracted(report=replace(best, out=target), tried=tried)
-
-
-@contextmanager
-def beside(target: Path) -> Any:
-    """A folder next to `target` that is gone at the end."""
-    folder = target.parent / f"{target.name}.partial-{uuid4().hex[:8]}"
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def named(recipe: Recipe) -> str:

@@ -34,13 +34,12 @@ from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
 from compress.model.source import READERS, digest
 from compress.model.travellers import Travellers, read_raw
-from compress.partial import flush, missing_parents, remove_empty
+from compress.partial import ATTEMPTS, LOCK, flush, missing_parents, put_back, remove_empty, same
 from compress.shards import NAMES, Entry, WriteError, split, write_tensors
 from compress.team import ALONE, Team
 from compress.writer import refusal
 
-LOCK, IDENTITY = "lock", "identity.json"
-ATTEMPTS = 8  # to lock a folder that another run may be removing
+IDENTITY = "identity.json"
 PART = 1 << 28  # bytes of hidden states in a file; more are hashed and written by several threads
 Record = dict[str, Any]
 
@@ -86,9 +85,7 @@ class Journal:
         self.made = missing_parents(self.target)
         try:
             self.handle = locked(self.folder, self.target)
-            replaced = self.artifact.with_name(f"{self.artifact.name}-replaced")
-            if replaced.exists() and not self.target.exists():  # killed between the two renames of a replacement
-                replaced.rename(self.target)
+            put_back(self.artifact, self.target)
         except OSError as error:
             raise ArtifactError(f"{self.target.parent}: cannot write there: {error.strerror}") from error
         self.fresh = not (self.folder / IDENTITY).exists()
@@ -342,11 +339,6 @@ def locked(folder: Path, target: Path) -> int:
             raise
         os.close(handle)
     raise RecipeError(f"--out: {folder} comes and goes; other processes are using it")
-
-
-def same(handle: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
-    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
 
 
 def write(path: Path, value: Any) -> None:

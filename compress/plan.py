@@ -1,6 +1,7 @@
 """Everything that can be refused before any time is spent: places, devices, shapes, coverage, disk.
 
-From headers and the architecture alone; no weight is read. Raises CompressError children and changes nothing.
+From headers and the architecture alone; no weight is read. Raises CompressError children and changes nothing, but that
+`free_place` removes what dead processes have left.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
+from compress.partial import clear
 from compress.passes.base import Pass, SitePass
 from compress.recipe import Calibration, Recipe
 from compress.stats import finite
@@ -45,7 +47,7 @@ def usable(device: str) -> torch.device:
 
 
 def free_place(out: Path, source: Path, force: bool) -> Path:
-    """The output path, absolute.
+    """The output path, absolute, after what was killed while it made the like is removed, or put back.
 
     Raises RecipeError if something is there and may not be replaced: without `force` anything, with it everything
     but an empty folder or an artifact of ours; if it would swallow the source or lie inside it; and for a name that
@@ -60,6 +62,7 @@ def free_place(out: Path, source: Path, force: bool) -> Path:
         raise RecipeError(f"--out: {out} is not UTF-8; choose another name")
     if out == source or out in source.parents or source in out.parents:
         raise RecipeError(f"--out: {out} must not be, hold or lie in the model folder {source}")
+    clear(out)
     if not out.exists():
         return out
     if not force:

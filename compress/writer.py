@@ -1,4 +1,4 @@
-"""Writing an artifact: block by block into `OUT.partial-<id>`, verified, then renamed into place.
+"""Writing an artifact: block by block into a folder beside OUT, verified, then renamed into place.
 
 Nothing in it depends on time, place or speed: the same run writes the same bytes.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ from torch import Tensor
 from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys, seal
 from compress.errors import ArtifactError, VerificationError
 from compress.model.source import INDEX, digest
-from compress.partial import exchange, flush, missing_parents, remove_empty
-from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
+from compress.partial import beside, exchange, flush
+from compress.shards import Entry, WriteError, split, write_shard
 from compress.weights import Dense, External, Weight, pack, specify, unpack
 
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
@@ -85,32 +85,14 @@ class Part:
 
 
 class ArtifactWriter(Part):
-    """Writes OUT block by block into a partial folder; `commit` puts it in place.
+    """Writes OUT block by block into the folder `partial`, which is its owner's; `commit` puts it in place.
 
-    A shard holds at most one block and, unless one tensor is larger, at most `shard_size` bytes. Used as a context it
-    makes a folder of its own and leaves nothing behind; given one, as `partial`, that is its owner's.
+    A shard holds at most one block and, unless one tensor is larger, at most `shard_size` bytes.
     """
 
-    def __init__(self, out: Path, shard_size: int = SHARD_SIZE, partial: Path | None = None) -> None:
+    def __init__(self, out: Path, shard_size: int, partial: Path) -> None:
         super().__init__()
-        self.out, self.shard_size = out, shard_size
-        self.partial = partial or out.parent / f"{out.name}.partial-{uuid4().hex[:8]}"
-        self.made = missing_parents(out)
-
-    def __enter__(self) -> ArtifactWriter:
-        try:
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise ArtifactError(f"{self.out.parent}: cannot write there: {error.strerror}") from error
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Leave nothing behind unless committed; a failure to write becomes an ArtifactError."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-        if kind is not None:
-            remove_empty(self.made)
-        if error is not None and (refused := refusal(self.out, error)):
-            raise refused from error
+        self.out, self.shard_size, self.partial = out, shard_size, partial
 
     def add(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> Part:
         """Write rewritten sites and untouched tensors, read them back, and compare; what was added.
@@ -210,6 +192,20 @@ class ArtifactWriter(Part):
         for path in (*self.partial.iterdir(), self.partial):
             flush(path)
         exchange(self.partial, self.out)
+
+
+@contextmanager
+def writing(out: Path, shard_size: int) -> Iterator[ArtifactWriter]:
+    """A writer in a folder of its own, which leaves nothing behind; a failure to write becomes an ArtifactError."""
+    with beside(out) as folder:
+        writer = ArtifactWriter(out, shard_size, folder / "artifact")
+        try:
+            writer.partial.mkdir()
+            yield writer
+        except (OSError, WriteError) as error:
+            if refused := refusal(out, error):
+                raise refused from error
+            raise
 
 
 def refusal(out: Path, error: BaseException) -> ArtifactError | None:

@@ -115,8 +115,25 @@ def command(line: list[str], out: int, err: int) -> int:
     return 1
 
 
+def dying(place: str, last: int) -> None:
+    """End this process right before it renames anything from or to a place for the `last` time."""
+    count = 0
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event == "os.rename" and place in map(str, arguments[:2]):
+            count += 1
+            if count == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+
+
 def commands(order: dict[str, Any]) -> list[dict[str, Any]]:
-    """Command lines at once, each in a child; the first gets `signals` as soon as `count` files match `pattern`."""
+    """Command lines at once, each in a child; the first gets `signals` as soon as `count` files match `pattern`.
+
+    All die right before the rename of `place` that is the `renames`-th.
+    """
     starting, start = os.pipe()
     with ExitStack() as opened:
         children = []
@@ -126,6 +143,8 @@ def commands(order: dict[str, Any]) -> list[dict[str, Any]]:
             if not child:
                 os.close(start)
                 os.read(starting, 1)  # until all are there
+                if "renames" in order:
+                    dying(order["place"], order["renames"])
                 code = command(line, files[0].fileno(), files[1].fileno())
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)

@@ -98,7 +98,7 @@ OWN: dict[str, tuple[str, ...]] = {
                         "compress.partial", "compress.weights", "compress.model.source", "compress.plan",
                         "compress.shards", "compress.writer", "compress.errors"),
     "compress.merging": ("compress.merging", "compress.artifact", "compress.calibration", "compress.frontmatter",
-                         "compress.model", "compress.options", "compress.partial", "compress.plan",
+                         "compress.model", "compress.options", "compress.plan",
                          "compress.recipe", "compress.shards", "compress.sources", "compress.stats",
                          "compress.weights.pattern", "compress.writer", "compress.errors"),
     "compress.runtime": ("compress.runtime", "compress.artifact", "compress.weights", "compress.errors",
@@ -167,13 +167,14 @@ READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compr
 # what judges other tools reads their formats and draws their windows
 # what times generation needs its clock; a bench that times the inner loops of passes enters them, one of caches makes
 # them itself, one of deltas asks which passes the command line would choose, a leaderboard which kind of compression a
-# pass is; a sweep file is as strict as a recipe
+# pass is, and is put in place as an artifact is; a sweep file is as strict as a recipe
 BENCHES = {
     "compress_evals.folders": ("compress.runtime.bench",),
     "compress_evals.deltas": ("compress.codecs",),
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
     "compress_evals.kv": ("compress.runtime.kv", "compress.runtime.latent"),
     "compress_evals.latent": ("compress.runtime.kv",),
+    "compress_evals.leaderboard.site": ("compress.partial",),
     "compress_evals.leaderboard.methods": ("compress.passes",),
     "compress_evals.matrices": ("compress.stats",),
     "compress_evals.peers.score": ("compress.sources", "compress.export.words"),

@@ -6,13 +6,11 @@ Not here: how a format stores a weight; each has its own file.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from compress.errors import ArtifactError, RecipeError, VerificationError
 from compress.export.leaf import Leaf, leaf, leaves
 from compress.frontmatter import CARD, carried
 from compress.model.source import INDEX, Checkpoint
+from compress.partial import beside
 from compress.plan import free_place
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
 from compress.writer import copy_companions, write_json
@@ -151,15 +150,14 @@ def put_in_place(path: Path, out: Path, base: Path | None = None) -> Iterator[tu
     if artifact.is_delta and base is None:
         raise ArtifactError(f"{path}: is a delta of {artifact.pin_name}; give its base, or apply it first")
     verify(path, base)
-    partial = out.parent / f"{out.name}.partial-{uuid4().hex[:8]}"
-    try:
-        partial.mkdir(parents=True)
-        yield artifact, partial
-        partial.rename(out)
-    except (OSError, WriteError) as error:
-        raise ArtifactError(f"{out}: cannot be written: {error.__cause__ or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with beside(out) as folder:
+        partial = folder / "export"
+        try:
+            partial.mkdir()
+            yield artifact, partial
+            partial.rename(out)
+        except (OSError, WriteError) as error:
+            raise ArtifactError(f"{out}: cannot be written: {error.__cause__ or error}") from error
 
 
 def write_shards(artifact: Artifact, folder: Path, entries: Any) -> int:

@@ -34,7 +34,7 @@ from compress.options import build
 from compress.plan import check_disk, free_place, usable
 from compress.recipe import Calibration
 from compress.shards import SHARD_SIZE, Entry
-from compress.writer import ArtifactWriter, copy_shared
+from compress.writer import ArtifactWriter, copy_shared, writing
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
@@ -86,7 +86,7 @@ def merge(
     inputs = open_inputs(root, folders)
     told = shares(weights or {}, inputs.order, inputs.names(), chosen)
     check_disk(target, inputs.base)
-    with ArtifactWriter(target, shard_size) as writer:
+    with writing(target, shard_size) as writer:
         stream = Stream(inputs, chosen, told)
         work: Work = Whole(stream)
         if isinstance(chosen, RegMean):

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from compress.errors import RecipeError
+from compress.partial import beside, clear, exchange
 from compress_evals.leaderboard.collect import MADE_HERE, Board, Collection, collect
 from compress_evals.leaderboard.export import KIND, LeaderboardOut, as_csv, as_data, as_markdown
 from compress_evals.leaderboard.figures import picture as draw_picture
@@ -51,15 +50,15 @@ def publish(
         check_picture(picture)
     collection = collect(paths)
     tables = [(board, lines(board)) for board in collection.boards]
-    partial = site.parent / f"{site.name}.partial-{uuid4().hex[:8]}"
-    try:
-        partial.mkdir(parents=True)
-        _write(collection, tables, partial, examples)
-        _put(partial, site)
-    except OSError as error:
-        raise RecipeError(f"--out: {site} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with beside(site) as folder:
+        partial = folder / "site"
+        try:
+            partial.mkdir()
+            _write(collection, tables, partial, examples)
+            _keep(partial, site)
+            exchange(partial, site)
+        except OSError as error:
+            raise RecipeError(f"--out: {site} cannot be written: {error.strerror}") from error
     if picture is not None:
         draw_picture(tables[0][1], picture)
     return Published(
@@ -75,6 +74,7 @@ def check_target(site: Path, paths: Sequence[Path], force: bool) -> None:
     for path in paths:
         if path.resolve().is_relative_to(place) or Path.cwd().is_relative_to(place):
             raise RecipeError(f"--out: {site} holds {path}, or is where you are; give a folder of its own")
+    clear(site)
     if site.is_file() or site.is_symlink():
         raise RecipeError(f"--out: {site} is not a folder")
     if site.is_dir() and any(site.iterdir()) and not force and not is_site(site):
@@ -137,8 +137,8 @@ def _text(path: Path, content: str) -> None:
     path.write_bytes(content.encode("utf-8", "replace"))
 
 
-def _put(partial: Path, site: Path) -> None:
-    """Put a finished folder in place of `site`; if that fails, what was there is put back."""
+def _keep(partial: Path, site: Path) -> None:
+    """Copy what somebody put into `site` to the folder that takes its place."""
     for path in strangers(site):
         target = partial / path.name
         if target.exists():  # a board that is new is called so
@@ -147,13 +147,3 @@ def _put(partial: Path, site: Path) -> None:
             shutil.copytree(path, target, symlinks=True)
         else:
             shutil.copy2(path, target, follow_symlinks=False)
-    old = site.parent / f"{site.name}.partial-{uuid4().hex[:8]}"
-    if site.exists():
-        site.rename(old)
-    try:
-        partial.rename(site)
-    except OSError:
-        with suppress(OSError):
-            old.rename(site)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +23,15 @@ from compress_evals.results import Results
 
 Store = Callable[[Path, Sequence[Results]], Path]
 Versus = Callable[..., Results]
+REPLACING = """
+import os, pathlib, sys
+from compress import partial
+site = pathlib.Path(sys.argv[1])
+with partial.beside(site) as folder:
+    (folder / "site").mkdir()
+    rename, partial.Path.rename = partial.Path.rename, lambda *paths: (rename(*paths), os.kill(os.getpid(), 9))
+    partial.exchange(folder / "site", site)
+"""  # killed behind the first of two renames
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -209,6 +220,19 @@ def test_only_a_site_of_ours_is_replaced(dense: Results, versus: Versus, stored:
     for folder in (tmp_path, results, results / "r0"):
         with pytest.raises(RecipeError, match="folder of its own"):
             publish([results / "r0"], folder, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "site"]
+
+
+def test_a_site_that_was_being_replaced_by_a_killed_process_is_put_back(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    results, site = stored(tmp_path / "in", [dense, versus("one", {})]), tmp_path / "site"
+    publish([results], site)
+    (site / "findings.md").write_text("mine", encoding="utf-8")
+    subprocess.run([sys.executable, "-c", REPLACING, site], check=False, timeout=60)
+    assert not site.exists()
+    publish([results], site)
+    assert (site / "findings.md").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "site"]
 
 
