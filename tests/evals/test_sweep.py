@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,23 @@ def test_a_suite_that_asks_something_else_reruns_all(
     sweep = pruned(written, 0.1)
     run(sweep, tmp_path / "o")
     monkeypatch.setattr(records, "suite_digest", lambda name: "of another task file")
+    assert [p.state for p in plan(sweep, tmp_path / "o")] == ["changed"]
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("file", ["m/config.json", "m/tokenizer.json", "cal.txt"])
+def test_a_model_or_a_calibration_text_that_says_something_else_reruns_its_cells(
+    file: str, written: Written, tiny_llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    (tmp_path / "cal.txt").write_text("one " * 2000)
+    (tmp_path / "mine.yaml").write_text(
+        f"calibration: {{data: {tmp_path / 'cal.txt'}}}\npasses: [magnitude: {{sparsity: 0.1}}]"
+    )
+    sweep = load(written("- {recipe: mine.yaml}", "models: [m]"))
+    run(sweep, tmp_path / "o")
+    assert [p.state for p in plan(sweep, tmp_path / "o")] == ["done"]
+    (tmp_path / file).write_text((tmp_path / file).read_text() + " ")
     assert [p.state for p in plan(sweep, tmp_path / "o")] == ["changed"]
 
 

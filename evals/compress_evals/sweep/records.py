@@ -1,7 +1,7 @@
 """What a sweep leaves on disk: `cell.json` of each cell, the key that says whether it still holds, and the lock.
 
-A key covers what a result depends on: the recipe with every option, the weights, what was asked with the text and data
-it names, and our version.
+A key covers what a result depends on: the recipe with every option, the model's weights, config and tokenizer, those
+of a delta's base, calibration text that is a file, what was asked with the text and data it names, and our version.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from compress_evals.folders import describe
 from compress_evals.suite import find
 from compress_evals.sweep.grid import Asked, Cell, Sweep
 
+DESCRIBING = (".json", ".model", ".txt", ".jinja")  # of a model folder: config, tokenizer, chat template
 RECORD, LOG = "cell.json", "log.txt"
 PATIENCE = 10.0  # seconds: what a killed sweep was running ends by itself, but not while it still imports
 State = Literal["new", "changed", "done", "failed"]
@@ -62,21 +63,42 @@ class Planned:
 
 
 def plan(sweep: Sweep, out: str | Path, device: str = "cpu") -> list[Planned]:
-    """Every cell of a sweep, and whether `out` holds its result already. Reads each model once, for its hash."""
-    shas = {source: describe(locate(source))["sha"] for source in {cell.source for cell in sweep.cells}}
+    """Every cell of a sweep, and whether `out` holds its result already. Reads each model and text once."""
+    model, text = cache(model_digest), cache(text_digest)
     found = []
     for cell in sweep.cells:
-        key, record = key_of(cell, shas[cell.source], sweep, device), read_record(Path(out) / "cells" / cell.id)
+        delta = cell.recipe.delta
+        read = [model(cell.source), "" if delta is None else model(delta.base), text(cell.recipe.calibration.data)]
+        key, record = key_of(cell, read, sweep, device), read_record(Path(out) / "cells" / cell.id)
         state: State = "new" if record is None else record.status if record.key == key else "changed"
         found.append(Planned(cell=cell, key=key, state=state, record=record))
     return found
 
 
-def key_of(cell: Cell, sha: str, sweep: Sweep, device: str) -> str:
-    """The sha256 of all that the result of a cell depends on."""
-    parts = [cell.recipe.to_dict(), sha, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
+def key_of(cell: Cell, read: Sequence[str], sweep: Sweep, device: str) -> str:
+    """The sha256 of all that the result of a cell depends on; `read` are those of the files that its recipe names."""
+    parts = [cell.recipe.to_dict(), *read, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
     parts += [compress.__version__, *files_digest(sweep.asked)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def model_digest(model: str) -> str:
+    """The sha256 of a model's weights and of whatever else in its folder says how it reads and what it computes."""
+    folder = locate(model)
+    described = sorted(path for path in folder.iterdir() if path.suffix in DESCRIBING and path.is_file())
+    told = [describe(folder)["sha"], *([path.name, digest(path)] for path in described)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def text_digest(data: str) -> str:
+    """The sha256 of calibration text that is a file or a folder of files; empty for what only has a name."""
+    path = Path(data)
+    try:
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        told = [[str(file.relative_to(path)), digest(file)] for file in files]
+    except (OSError, ValueError):  # no path at all; one that cannot be read fails in its cell
+        return ""
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else ""
 
 
 def files_digest(asked: Asked) -> list[str]:
