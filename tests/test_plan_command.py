@@ -42,7 +42,7 @@ from compress.model.travellers import CPU_TOKENS
 from compress.passes import PASSES, Pass
 from compress.planning import Machine, Plan, plan_run
 from compress.planning.machine import measure, place, read, write
-from compress.planning.resources import CODE, within_group
+from compress.planning.resources import CODE, VERSION_1, VERSION_2, within_group, within_limit
 from compress.recipe import load
 from compress.weights import Dense, Weight
 
@@ -345,6 +345,27 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path) -> None:
     assert within_group(tmp_path) == 2000
     (tmp_path / "memory.max").write_text("max\n")
     assert within_group(tmp_path) is None
+
+
+@pytest.mark.parametrize(("kind", "names"), [("", VERSION_2), ("cpu,memory", VERSION_1)])
+def test_the_group_within_a_group_counts(kind: str, names: tuple[str, str], tmp_path: Path) -> None:
+    """As batch schedulers and services make them; what is outside of what can be seen is left out."""
+    told, top = tmp_path / "told", tmp_path / ("memory" if kind else "")
+    told.write_text(f"5:cpuset:/elsewhere\n4:{kind}:/slice/job\n")
+    for group, most in (("", "9000"), ("slice", "4000"), ("slice/job", "max")):
+        (top / group).mkdir(exist_ok=True, parents=True)
+        for name, value in zip(names, (most, "1000"), strict=True):
+            (top / group / name).write_text(f"{value}\n")
+    assert within_group(tmp_path, told) == 3000
+    assert within_group(tmp_path / "none", told) is None
+
+
+def test_a_limit_of_the_process_counts() -> None:
+    code = "from compress.planning.resources import free_memory, within_limit; print(free_memory(), within_limit())"
+    line = f"ulimit -v 4000000; {sys.executable} -c '{code}'"
+    free, left = map(int, subprocess.run(["bash", "-c", line], check=True, capture_output=True).stdout.split())
+    assert 0 < left < 4_000_000 * 1024 and free <= left
+    assert within_limit() is None
 
 
 def test_the_command_exits_with_3_and_one_line(command: Command, tiny_llama: Path) -> None:

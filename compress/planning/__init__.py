@@ -25,6 +25,7 @@ from compress.planning.trust import licence, trust
 from compress.recipe import Recipe, load, model_of
 from compress.sources import open_source
 
+ASSUMES = ("all scales fit float16 (those of weights from 1e-4 to 1e5 do)", "no two matrices of a block are equal")
 AMPLE = 2  # times the bytes of a model: what no recipe makes of it
 SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms and biases", "other tensors"
 
@@ -78,8 +79,8 @@ class Plan:
     """What a run of a recipe on a model will make and need.
 
     `bytes` and `most` are those of all tensors (`sizes.bytes` of compress.json): equal, and exact, where nothing
-    depends on values. `unmodelled` are passes whose own memory and time are left out of `needs` and `seconds`; `vram`
-    is among `needs` on a GPU only.
+    depends on values but what `assumes` says. `unmodelled` are passes whose own memory and time are left out of `needs`
+    and `seconds`; `vram` is among `needs` on a GPU only.
     """
 
     model: str
@@ -99,6 +100,7 @@ class Plan:
     needs: Mapping[str, Need]
     seconds: Mapping[str, float]
     unmodelled: tuple[str, ...]
+    assumes: tuple[str, ...]
     licence: Mapping[str, str]
     trust: tuple[str, ...]
 
@@ -165,6 +167,7 @@ def plan_run(
         needs=needs(planned, shaped, recipe, sites, most, process, Path(out), device, memory, disk, offload),
         seconds=resources.time_parts(planned, shaped, recipe, sites, machine, size),
         unmodelled=tuple(resources.not_modelled(recipe)),
+        assumes=ASSUMES if any(site.steps for site in sites.values()) else (),
         licence=licence(source.path),
         trust=tuple(trust(source)),
     )

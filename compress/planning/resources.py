@@ -31,6 +31,9 @@ from compress.recipe import Recipe
 from compress.stats import SIDE, Gram, Statistic
 
 CODES, CODE = 1024, 850_000  # products of different sizes that oneDNN remembers, bytes of each: measured with AMX
+GROUPS = Path("/sys/fs/cgroup")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # files of a control group
+VERSION_2 = ("memory.max", "memory.current")
 PROBES = 4  # the probe's states on the disk: those of the model and of the dense one, of two blocks
 STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: tokenizer, texts, libraries of products
 WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
@@ -210,9 +213,22 @@ def resident() -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that a new process can have, within the limit of its control group; None where nobody says."""
-    found = [value for value in (available(), within_group()) if value is not None]
+    """Bytes of memory that a new process can have, within all limits; None where nobody says."""
+    found = [value for value in (available(), within_group(), within_limit()) if value is not None]
     return min(found) if found else None
+
+
+def within_limit() -> int | None:
+    """What `ulimit -v` leaves, which counts all that is mapped, used or not; None if there is no such limit."""
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most == resource.RLIM_INFINITY:
+        return None
+    try:
+        return most - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return most
 
 
 def available() -> int | None:
@@ -225,18 +241,29 @@ def available() -> int | None:
     return int(told["MemAvailable"]) * 1024 if "MemAvailable" in told else None
 
 
-def within_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the control group of a container leaves."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
-        except OSError:
+def within_group(root: Path = GROUPS, told: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the control groups leave that this process is in, each within the next; None where none has a limit."""
+    try:
+        lines = told.read_text().splitlines()
+    except OSError:
+        return None
+    left = []
+    for _, kinds, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if kinds and "memory" not in kinds.split(","):
             continue
-        return int(most) - int(now) if most.isdigit() and int(most) < 1 << 60 else None
-    return None
+        top, names = (root, VERSION_2) if not kinds else (root / "memory", VERSION_1)
+        group = top / path.lstrip("/")
+        left += [unused(folder, *names) for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    return min((room for room in left if room is not None), default=None)
+
+
+def unused(group: Path, limit: str, used: str) -> int | None:
+    """What a control group leaves; None if it has no limit."""
+    try:
+        most, now = (group / limit).read_text().strip(), (group / used).read_text().strip()
+    except OSError:
+        return None
+    return int(most) - int(now) if most.isdigit() and int(most) < 1 << 60 else None
 
 
 # -- time ------------------------------------------------------------------------------------------
