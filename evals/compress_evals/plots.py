@@ -117,10 +117,13 @@ def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
     def across(size: float) -> float:
         return round(left + size / most * (width - left - right), 1)
 
-    def up(kept: float) -> float:
-        return round(height - bottom - min(max(kept, 0.0), 1.1) * (height - bottom - top), 1)
-
     kept = [_kept(dense, result) for result, _ in shown]
+    highest = max(1.0, *(share for pair in kept for share in pair))  # some answer more than dense does
+    step = max(0.25, _spacing(highest))
+
+    def up(share: float) -> float:
+        return round(height - bottom - max(share, 0.0) / highest * (height - bottom - top), 1)
+
     spots = [(across(size), up(mean)) for size, (mean, _) in zip(sizes, kept, strict=True)]
     names = [result.model.name for result, _ in shown]
     dots = zip(names, spots, kept, place_names(names, spots, width), strict=True)
@@ -130,7 +133,7 @@ def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
         left=left,
         bottom=bottom,
         x_ticks=tuple((across(i * spacing), byte_size(i * spacing)) for i in range(round(most / spacing) + 1)),
-        y_ticks=tuple((up(i / 4), f"{25 * i} %") for i in range(5)),
+        y_ticks=tuple((up(i * step), f"{100 * i * step:.0f} %") for i in range(int(highest / step) + 1)),
         dots=tuple(
             Dot(x=x, y=y, worst_y=up(worst), name=name, name_x=at[0], name_y=at[1], anchor=anchor, dense=i == 0)
             for i, (name, (x, y), (_, worst), (*at, anchor)) in enumerate(dots)

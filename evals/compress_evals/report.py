@@ -22,6 +22,7 @@ from compress_evals.noise import sentence
 from compress_evals.plots import forest, scatter
 from compress_evals.results import Comparison, Metric, Results, versus
 from compress_evals.stats import Paired, detectable_effect, holm, verdict_text
+from compress_evals.suite import FACTS
 from compress_evals.wording import fenced, md, md_table, p_value, percent, points, size_change
 
 GLYPHS = {"improved": "▲", "matching": "●", "drop": "▼", "fails": "✕", "inconclusive": "?"}
@@ -229,11 +230,26 @@ def speed_line(result: Results) -> str:
 
 
 def caveats(dense: Results) -> list[str]:
-    """The tasks that were not asked, and why, and those whose prompts were cut to fit."""
+    """What a reader must know first: tasks not asked, and why; prompts cut to fit; a dense model that knows nothing."""
     skipped = [f"Not asked: {skip.title} ({skip.family}): {skip.reason}" for skip in dense.skipped.values()]
     cut = [f"{task.title} ({task.truncated} of {task.n})" for task in dense.tasks.values() if task.truncated]
     context = dense.engine.max_length
-    return skipped + ([f"Longer than the context of {context:,} tokens, so cut: {'; '.join(cut)}"] if cut else [])
+    long = [f"Longer than the context of {context:,} tokens, so cut: {'; '.join(cut)}"] if cut else []
+    return [*skipped, *long, *ignorance(dense)]
+
+
+def ignorance(dense: Results) -> list[str]:
+    """That there is nothing to lose, where the dense model is no better than chance in half of the tasks or more."""
+    counted = {name: task for name, task in dense.tasks.items() if not task.control}
+    idle = [task for task in counted.values() if not task.headroom]
+    if not idle or 2 * len(idle) < len(counted):
+        return []
+    ours = all(name.startswith(f"{FACTS.name}_") for name in counted)
+    hint = f". `{FACTS.name}` asks what the built-in model was taught, --suite kick real questions of any model"
+    return [
+        f"{dense.model.name} is no better than chance in {len(idle)} of {len(counted)} tasks: in them nothing can be "
+        f"lost and a verdict says nothing{hint if ours else ''}"
+    ]
 
 
 def cut_to_fit(dense: Results) -> list[str]:

@@ -13,7 +13,7 @@ from compress_evals.comparison import compare
 from compress_evals.leaderboard.collect import Board, Entry
 from compress_evals.leaderboard.facts import facts
 from compress_evals.plots import forest, place_names, scatter
-from compress_evals.report import calibration, cut_to_fit, html, markdown, table_rows
+from compress_evals.report import calibration, cut_to_fit, html, ignorance, markdown, table_rows
 from compress_evals.results import Results
 from compress_evals.wording import size_change
 
@@ -162,6 +162,27 @@ def test_the_scatter_needs_every_size(dense: Results, versus: Callable[..., Resu
     unknown = versus("one", 40)
     unknown = unknown.model_copy(update={"model": unknown.model.model_copy(update={"bytes_on_disk": None})})
     assert scatter(dense, [unknown]) is None
+
+
+def test_who_answers_more_than_dense_stays_in_the_scatter(make_results: Callable[..., Results]) -> None:
+    dense = make_results("dense", {"facts_trained": [1] * 100 + [0] * 100}, bytes_on_disk=8_000_000)
+    better = make_results("better", {"facts_trained": [1] * 150 + [0] * 50}, bytes_on_disk=4_000_000)
+    drawn = scatter(dense, [better.model_copy(update={"vs": compare(dense, better)})])
+    assert drawn is not None
+    assert 20 < drawn.dots[1].y < drawn.dots[0].y and drawn.dots[1].name_y > 12  # whole, and named
+    assert drawn.y_ticks[-1][1] == "150 %" and drawn.y_ticks[4][0] == drawn.dots[0].y
+
+
+def test_a_dense_model_that_knows_nothing_is_said(make_results: Callable[..., Results]) -> None:
+    known, unknown = [1] * 200, [0] * 200
+    half = make_results("m", {"facts_a": known, "facts_b": unknown})
+    assert ignorance(half) == [
+        "m is no better than chance in 1 of 2 tasks: in them nothing can be lost and a verdict says nothing. `facts` "
+        "asks what the built-in model was taught, --suite kick real questions of any model"
+    ]
+    assert ignorance(make_results("m", {"facts_a": known, "facts_b": known, "facts_c": unknown})) == []
+    [other] = ignorance(make_results("m", {"kick_a": unknown}))
+    assert other.endswith("a verdict says nothing")
 
 
 def test_names_of_close_points_are_not_written_over_each_other() -> None:
