@@ -38,7 +38,7 @@ def chosen(step: Any, rows: int, columns: int) -> Work:
 
 def rounded(step: Any, rows: int, columns: int) -> Work:
     """Codes to nearest, the range searched or not."""
-    tries = 80 if step.search is True else 24 if step.search == "output" else 1
+    tries = 45 if step.search is True else 24 if step.search == "output" else 1
     return Work(nbytes=(F32 + 1) * rows * columns + 40e6, passes=CODING * (1 + tries))
 
 
