@@ -63,7 +63,7 @@ def shown(found: Any, every: bool) -> list[Any]:
         f"{found.dtype}): {size(found.source_bytes)} -> {exact} [bold]{found.bytes:,}[/] bytes of tensors "
         f"({change(found.source_bytes, found.bytes)}), {found.bits_per_weight:.2f} bits a block weight"
     )
-    head += f" [dim](if {' and '.join(found.assumes)})[/]" if found.assumes else ""
+    head += f" [dim](if {'; and if '.join(found.assumes)})[/]" if found.assumes else ""
     lines: list[Any] = [head, *(f"a model {change}" for change in found.reshaped), classes_table(found)]
     lines += [sites_table(found)] if every else []
     lines += [contracts_table(found), *left_alone(found), needs_table(found), *time_lines(found)]

@@ -25,7 +25,7 @@ from compress.planning.trust import licence, trust
 from compress.recipe import Recipe, load, model_of
 from compress.sources import open_source
 
-ASSUMES = ("all scales fit float16 (those of weights from 1e-4 to 1e5 do)", "no two matrices of a block are equal")
+ASSUMES = ("scales fit float16, as those of weights from 1e-4 to 1e5 do", "no two matrices of a block are equal")
 AMPLE = 2  # times the bytes of a model: what no recipe makes of it
 SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms and biases", "other tensors"
 
