@@ -274,7 +274,7 @@ def test_the_files_left_to_the_base_are_recorded_and_no_others_come_back(
     assert sorted(shared) == sorted(file.name for file in finetuned.glob("tokenizer*"))
     assert all(hashlib.sha256((base / name).read_bytes()).hexdigest() == sha for name, sha in shared.items())
     export_dense(delta, tmp_path / "applied", base)
-    kept = {"config.json", *(file.name for file in finetuned.glob("tokenizer*"))}
+    kept = {"config.json", "README.md", *(file.name for file in finetuned.glob("tokenizer*"))}
     assert {f.name for f in (tmp_path / "applied").iterdir() if "safetensors" not in f.name} == kept
 
 
