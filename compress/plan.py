@@ -72,10 +72,10 @@ def free_place(out: Path, source: Path, force: bool) -> Path:
     return out
 
 
-def check_disk(out: Path, source: Checkpoint, held: int = 0) -> None:
-    """Raise PlanError if the disk cannot hold an output as large as the source, of which `held` bytes are there."""
+def check_disk(out: Path, source: Checkpoint) -> None:
+    """Raise PlanError if the disk cannot hold an output as large as the source, as a merged model is."""
     there = next(parent for parent in out.parents if parent.exists())
-    needed = max(source.nbytes(), sum(shard.stat().st_size for shard in set(source.files.values()))) - held
+    needed = max(source.nbytes(), sum(shard.stat().st_size for shard in set(source.files.values())))
     free = shutil.disk_usage(there).free
     if free < needed:
         raise PlanError(f"{there}: {free:,} bytes are free, the output may take {needed:,}")
