@@ -88,9 +88,15 @@ def test_help_says_where_a_command_writes_by_default(command: str, cli: Run, mon
     assert f"folder to write; must not exist; default: {DEFAULTS[command]}" in cli(*command.split(), "--help")[1]
 
 
-@pytest.mark.parametrize("line", [["run", "rtn-int4", "--model", "builtin"], ["export", "x"], ["merge", "x", "y"]])
-def test_an_empty_out_is_not_taken_for_the_current_folder(line: list[str], cli: Run) -> None:
-    assert cli(*line, "--out", "") == (2, "", "error: --out: is empty; name a folder\n")
+WRITING = (
+    "run rtn-int4 --model builtin", "export x", "merge x y", "plan quickstart", "eval x", "sweep x", "tune",
+    "leaderboard x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRITING)
+def test_an_empty_out_is_not_taken_for_the_current_folder(line: str, cli: Run) -> None:
+    assert cli(*line.split(), "--out", "") == (2, "", "error: --out: is empty; name a place to write to\n")
 
 
 def test_export_names_the_formats_it_knows(cli: Run, tmp_path: Path) -> None:

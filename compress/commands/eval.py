@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from compress.commands.output import Json, quiet_loading, result, screen
+from compress.commands.output import Json, out_option, quiet_loading, result, screen
 from compress.errors import AcceptanceError, RecipeError
 
 Suite = Annotated[str, typer.Option("--suite", help="facts (built in), kick, or kick_mini: 200 questions a task")]
@@ -28,7 +28,7 @@ def evaluate(
     delta_base: Annotated[
         str | None, typer.Option(help="what deltas among the folders are added to; default: builtin if they are of it")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="where results and report.html go; default: <folder>.eval")] = None,
+    out: Annotated[Path | None, out_option("<folder>.eval", what="where results and report.html go")] = None,
     suite: Suite = "facts",
     data_dir: DataDir = None,
     online: Online = False,

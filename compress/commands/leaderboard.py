@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from compress.commands.output import Json, result, screen
+from compress.commands.output import Json, out_option, result, screen
 
 
 def leaderboard(
     results: Annotated[list[Path], typer.Argument(help="folders of `compress eval` or `compress sweep`")],
-    out: Annotated[Path, typer.Option("--out", help="folder of the site; one made before is replaced")],
+    out: Annotated[Path, out_option(what="folder of the site; one made before is replaced")],
     force: Annotated[bool, typer.Option("--force", help="replace any folder")] = False,
     picture: Annotated[
         Path | None, typer.Option("--picture", help="also write worst family against size, as .svg or .png")

@@ -21,17 +21,17 @@ from compress.errors import RecipeError
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 
 
-def folder(text: str) -> Path:
-    """The folder that --out names; raises RecipeError for no name, which Path takes for the current folder."""
+def place(text: str) -> Path:
+    """The place that --out names; raises RecipeError for no name, which Path takes for the current folder."""
     if not text:
-        raise RecipeError("--out: is empty; name a folder")
+        raise RecipeError("--out: is empty; name a place to write to")
     return Path(text)
 
 
-def out_option(default: str = "") -> Any:
-    """The option --out of a command that writes a folder, and where that goes by `default`."""
+def out_option(default: str = "", what: str = "folder to write; must not exist") -> Any:
+    """The option --out: `what` it names, and where that is by `default`."""
     said = f"; default: {default}" if default else ""
-    return typer.Option("--out", parser=folder, metavar="<path>", help=f"folder to write; must not exist{said}")
+    return typer.Option("--out", parser=place, metavar="<path>", help=f"{what}{said}")
 
 
 def screen() -> Console:

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands.output import Json, bytes_of, one_model, result
+from compress.commands.output import Json, bytes_of, one_model, out_option, result
 
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a packaged one")] = "quickstart",
     model: Annotated[str | None, typer.Option(help="model folder, or `builtin`; default: the recipe's")] = None,
-    out: Annotated[Path, typer.Option(help="where the artifact would go: its disk is looked at")] = Path("out"),
+    out: Annotated[Path, out_option(what="where the artifact would go: its disk is looked at")] = Path("out"),
     changes: Annotated[list[str] | None, typer.Option("--set", help="passes.0.sparsity=0.6, and so on")] = None,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     memory: Annotated[str | None, typer.Option(help="memory there is, such as 16GB; default: what is free")] = None,

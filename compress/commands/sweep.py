@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.commands.output import Json, result, screen
+from compress.commands.output import Json, out_option, result, screen
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,9 +20,7 @@ SHOWN = 5  # notes
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="the sweep: YAML with `cells`, and perhaps `models`, `seeds`, `eval`")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="folder to write, or to go on in; default: out/<file>")
-    ] = None,
+    out: Annotated[Path | None, out_option("out/<file>", what="folder to write, or to go on in")] = None,
     jobs: Annotated[int, typer.Option(min=1, max=256, help="cells at a time; they share the cores")] = 1,
     timeout: Annotated[float | None, typer.Option(min=0.01, help="minutes a cell may take")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try again what failed earlier")] = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands.output import Json, result, screen
+from compress.commands.output import Json, out_option, result, screen
 from compress.errors import RecipeError
 
 CHOSEN = ("packed", "kernel")  # what a profile calls the packed product, on a CPU and on a GPU
@@ -15,7 +15,7 @@ CHOSEN = ("packed", "kernel")  # what a profile calls the packed product, on a C
 
 def tune(
     device: Annotated[str, typer.Option(help="what to measure")] = "cpu",
-    out: Annotated[Path | None, typer.Option("--out", help="file to write; default: where loading looks")] = None,
+    out: Annotated[Path | None, out_option("where loading looks", what="file to write")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure where packed products beat plain ones on this machine; models loaded later are prepared by it."""
