@@ -119,9 +119,11 @@ class Reference:
         others_T = q_TV.scatter(-1, at_TK, -math.inf).logsumexp(-1)  # log of the mass of all other tokens
         p_TN, q_TN = (torch.cat([x_TK, x_T[:, None]], -1) for x_TK, x_T in ((p_TK, rest_T), (q_TK, others_T)))
         kl_T = torch.where(p_TN.isneginf(), 0.0, p_TN.exp() * (p_TN - q_TN)).sum(-1)
+        # of tokens tied for the likeliest `topk` puts any first, `argmax` the one with the smallest number
+        best_T = at_TK.where(p_TK == p_TK[:, :1], self.vocabulary).amin(-1)
         loss_T = -q_TV.gather(-1, target_T.to(q_TV.device)[:, None]).squeeze(-1)
         broken_T = p_TN.isnan().any(-1) | q_TV.isnan().any(-1)
-        return tokens_of(kl_T, at_TK[:, 0] == q_TV.argmax(-1), stored("loss"), loss_T, broken_T)
+        return tokens_of(kl_T, best_T == q_TV.argmax(-1), stored("loss"), loss_T, broken_T)
 
 
 def of(dense: Subject, windows: Mapping[str, Sequence[Window]], cache: Cache, parts: dict[str, Any]) -> Reference:

@@ -132,6 +132,18 @@ def test_a_model_against_itself_is_at_no_distance_when_cut(
     assert (found.kl.value, found.top1, found.answer_top1) == (0.0, 1.0, 1.0)
 
 
+def test_tokens_that_are_tied_are_the_same_likeliest_token_when_cut(
+    model: Any, exam: Exam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = copy.deepcopy(model)
+    head = tied.get_output_embeddings().weight
+    with torch.no_grad():
+        head[len(head) // 2 :] = head[: len(head) // 2]  # every token has a twin, as bfloat16 makes some
+    monkeypatch.setattr(references, "LARGEST", 1)
+    found = fidelity(subject("dense", tied), subject("same", tied), exam, Cache(tmp_path), TEXT)
+    assert (found.kl.value, found.top1, found.answer_top1) == (0.0, 1.0, 1.0)
+
+
 def test_models_of_different_vocabularies_are_refused(model: Any, exam: Exam, tmp_path: Path) -> None:
     wider = copy.deepcopy(model)
     wider.resize_token_embeddings(720)
