@@ -13,14 +13,17 @@ from compress_evals.endpoint import Unanswered
 
 LOWEST, HIGHEST = 1, 10
 _PREFERENCES = {"a": "A", "b": "B", "tie": "tie"}
+# `better: A`, also as JSON that is not quite; not what goes on behind `B is better`, such as `. A is short`
+_BETTER = re.compile(r"(?i)(?<!\w )\bbetter[\"'*`\s]*[:=][\"'*`\s]*(A|B|tie)\b")
+# not the first number of a range: `score (1-10): 8`
+_SCORE = re.compile(r"(?i)score\W{0,6}(\d+(?:\.\d+)?)(?!\.?\d|\s*(?:-|–|to\b)\s*\d)|(\d+(?:\.\d+)?)\s*/\s*10\b")
 
 
 def read_score(reply: str) -> float:
     """The score in a judge's reply, as JSON or as text that names one; raises Unanswered if there is none."""
     found = _field(reply, "score")
     if isinstance(found, bool) or not isinstance(found, (int, float)):
-        named = re.findall(r"(?i)score\W{0,6}(\d+(?:\.\d+)?)|(\d+(?:\.\d+)?)\s*/\s*10\b", reply)
-        numbers = {float(one or other) for one, other in named}
+        numbers = {float(one or other) for one, other in _SCORE.findall(reply)}
         if len(numbers) != 1:
             raise Unanswered("no score in the reply")
         [found] = numbers
@@ -32,7 +35,7 @@ def read_score(reply: str) -> float:
 def read_preference(reply: str) -> str:
     """`A`, `B` or `tie` in a judge's reply, as JSON or as text that names one; raises Unanswered if there is none."""
     found = _field(reply, "better")
-    named = [found] if isinstance(found, str) else re.findall(r"(?i)better\W{0,6}(A|B|tie)\b", reply)
+    named = [found] if isinstance(found, str) else _BETTER.findall(reply)
     meant = {_PREFERENCES.get(name.strip().lower()) for name in named or [reply]}
     if len(meant) != 1 or None in meant:
         raise Unanswered("no preference in the reply")
