@@ -7,6 +7,7 @@ Source: Jaiswal et al., "Compressing LLMs: The Truth is Rarely Pure and Never Si
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ def _panel(
     def bits_per_byte(line: Line) -> float | None:
         return line.fidelity.compressed_bits_per_byte if line.fidelity else None
 
+    def finite_bits(line: Line) -> float | None:
+        """None also where a model gives no distribution: that is in the table, and on no axis."""
+        bits = bits_per_byte(line)
+        return bits if bits is not None and math.isfinite(bits) else None
+
     every = [line for method in sorted(methods) for line in methods[method]]
     dense = 100 * every[0].families[index].paired.dense
     with drawing() as library:
@@ -90,8 +96,8 @@ def _panel(
         axes = axes_of(figure, STAND_IN, xlabel=label, ylabel="Score, %")
         axes.axhline(dense, color=STAND_IN["soft"], linewidth=1, dashes=(1, 2))
         _lines(axes, methods, budget, score)
-        if any(bits_per_byte(line) is not None for line in every):
-            _overlay(axes, methods, budget, bits_per_byte)
+        if any(finite_bits(line) is not None for line in every):
+            _overlay(axes, methods, budget, finite_bits)
         axes.set_ylim(-3, 103)
         if label.startswith("Bits"):
             axes.invert_xaxis()  # damage grows to the right, as in the other

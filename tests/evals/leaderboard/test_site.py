@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,12 +12,14 @@ import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from compress.errors import ArtifactError, RecipeError
+from compress_evals.fidelity import Estimate
 from compress_evals.leaderboard import publish
 from compress_evals.leaderboard.export import LeaderboardOut
 from compress_evals.results import Results
@@ -296,3 +299,19 @@ def test_a_dense_model_without_others_has_an_empty_board(
     cell(results / "cells")
     publish([results], tmp_path / "site")
     assert "0 compressed models" in Page(tmp_path / "site" / "index.html").text
+
+
+def test_a_model_without_distributions_is_on_the_board_and_on_no_axis(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    def wanda(sparsity: float, bits: float) -> Results:
+        made = versus(f"wanda {sparsity}", {"facts_mc": 10}, recipe=f"passes:\n- wanda: {{sparsity: {sparsity}}}\n")
+        assert made.vs is not None and made.vs.fidelity is not None
+        found = replace(made.vs.fidelity, compressed_bits_per_byte=bits, kl=Estimate(value=bits, low=bits, high=bits))
+        return made.model_copy(update={"vs": made.vs.model_copy(update={"fidelity": found})})
+
+    publish([stored(tmp_path / "in", [dense, wanda(0.1, 1.8), wanda(0.9, math.inf)])], tmp_path / "site")
+    assert "inf" in Page(tmp_path / "site" / "index.html").text
+    data = json.loads((tmp_path / "site" / "leaderboard.json").read_text(encoding="utf-8"))
+    assert [model["bits_per_byte"] for model in data["boards"][0]["models"]] == [1.8, "Infinity"]
+    LeaderboardOut.model_validate(data)
