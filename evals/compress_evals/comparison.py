@@ -109,11 +109,12 @@ def check_comparable(dense: Results, compressed: Results) -> None:
 def disagreement(dense: Sequence[Row], compressed: Sequence[Row]) -> float | None:
     """The share of questions to which the two said different things, right or wrong; None if it is not known.
 
-    Two wrong answers that differ count: accuracy does not see them. Source: Dutta et al., "Accuracy is not all you
-    need", NeurIPS 2024, there called flips for choices.
+    Two wrong answers that differ count: accuracy does not see them. What is nothing once normalised, as the letter A
+    and a full stop are, is compared as it is. Source: Dutta et al., "Accuracy is not all you need", NeurIPS 2024, there
+    called flips for choices.
     """
-    texts = said_by_both(dense, compressed)
-    return sum(normalise(a) != normalise(b) for a, b in texts) / len(texts) if texts else None
+    texts = [[normalise(text) or text.strip() for text in pair] for pair in said_by_both(dense, compressed)]
+    return sum(a != b for a, b in texts) / len(texts) if texts else None
 
 
 def agreement_of_texts(dense: Results, compressed: Results, task: str) -> float | None:

@@ -150,6 +150,14 @@ def test_disagreement_counts_two_wrong_answers_that_differ() -> None:
     assert disagreement([*dense, row(None)], [*compressed, row("x")]) is None
 
 
+@pytest.mark.parametrize(
+    ("said", "differs"), [("A", 0.0), (" A", 0.0), ("B", 1.0), ("", 1.0), (".", 1.0), ("The", 1.0)]
+)
+def test_the_letter_a_is_an_answer_and_no_article(said: str, differs: float) -> None:
+    rows = [[Row(id="a:1", cluster="1", hash="0", scores={"acc": 0.0}, said=text)] for text in ("A", said)]
+    assert disagreement(*rows) == differs
+
+
 def test_the_worth_of_a_passage_is_compared_on_the_questions_asked_both_ways(
     make_results: Callable[..., Results],
 ) -> None:
