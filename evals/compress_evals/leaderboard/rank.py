@@ -59,9 +59,25 @@ def standings(board: Board) -> list[Standing]:
     index = _cluster_index(board)
     found = [_standing(board, entry, index) for entry in board.compressed]
     ranked = [(i, kept) for i, standing in enumerate(found) if (kept := standing.kept) is not None]
-    ranks = significance_groups([kept.value / len(kept.errors) + kept.errors for _, kept in ranked])
+    ranks = significance_groups(_columns([kept for _, kept in ranked], 2 * len(board.clusters)))
     numbers = {i: rank for (i, _), rank in zip(ranked, ranks, strict=True)}
     return [replace(standing, rank=numbers.get(i)) for i, standing in enumerate(found)]
+
+
+def _columns(found: Sequence[Kept], pseudo: int) -> list[Floats]:
+    """What each model kept as a sum over clusters, for `significance_groups`.
+
+    The last `pseudo` errors, of one question more lost and one more gained, are the same for all and would cancel in a
+    difference: each model has half of them, in squares, to itself. Without them four answers, all one model's, would
+    be a surely better model (p = 0.046, the exact one 0.125).
+    """
+    columns = []
+    for i, kept in enumerate(found):
+        own = np.zeros(2 * len(found))
+        own[2 * i : 2 * i + 2] = np.array([1.0, -1.0]) * math.sqrt(float((kept.errors[-pseudo:] ** 2).sum())) / 2
+        errors = np.r_[kept.errors[:-pseudo], own]
+        columns.append(kept.value / len(errors) + errors)
+    return columns
 
 
 def _standing(board: Board, entry: Entry, index: Mapping[str, Numbers]) -> Standing:

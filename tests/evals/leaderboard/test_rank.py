@@ -106,6 +106,16 @@ def test_models_share_a_rank_unless_one_is_surely_better(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("more", "ranks"), [(4, (1, 1)), (5, (1, 1)), (6, (1, 2)), (7, (1, 2))])
+def test_few_answers_separate_two_models_as_in_the_exact_test(
+    more: int, ranks: tuple[int, int], dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    # all one way, the exact p is 2 / 2^more: 0.125, 0.0625, 0.031, 0.016
+    models = [versus(f"m{lost}", {"facts_mc": lost}, sha=str(lost) * 64) for lost in (2, 2 + more)]
+    [board] = collect([stored(tmp_path, [dense, *models])]).boards
+    assert tuple(line.standing.rank for line in lines(board)) == ranks
+
+
 def test_a_family_is_judged_as_one(make_results: Callable[..., Results], stored: Store, tmp_path: Path) -> None:
     before = {"facts_trained": [1] * 60, "facts_question": [1] * 60}
     after = {"facts_trained": [1] * 60, "facts_question": [0] * 30 + [1] * 30}
