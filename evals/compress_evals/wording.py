@@ -42,7 +42,7 @@ def signed(fraction: float) -> str:
 def byte_size(count: float) -> str:
     """A number of bytes in three digits."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # what rounds to 1000 is 1 of the next
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -194,6 +194,7 @@ def test_sizes_read_well() -> None:
     assert size_change(8_400_000, 3_600_000) == "8.4 MB → 3.6 MB (−57 %)"
     assert size_change(None, 1_500) == "1.5 kB"
     assert size_change(5, None) == ""
+    assert size_change(None, 999_700) == "1 MB"  # and not 1e+03 kB
 
 
 def test_the_calibration_is_named_with_a_short_hash(make_results: Callable[..., Results]) -> None:
