@@ -349,8 +349,9 @@ def wanted(asked: Questions, i: int) -> str:
 
 
 def code(suite: Suite) -> str:
-    """The hash of the Python that makes and scores a suite's questions: that of its folder, and of all metrics."""
-    files = [*sorted(suite.folder.glob("*.py")), *sorted((PACKAGE / "metrics").rglob("*.py"))]
+    """The hash of what makes and scores a suite's questions: its files, and the Python of all suites and metrics."""
+    shared = (path for folder in ("metrics", "tasks") for path in sorted((PACKAGE / folder).rglob("*.py")))
+    files = [*sorted(path for path in suite.folder.iterdir() if path.suffix in (".py", ".yaml")), *shared]
     return hashed([[path.name, path.read_text(encoding="utf-8")] for path in files])
 
 

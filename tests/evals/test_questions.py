@@ -133,6 +133,7 @@ def edited(tmp_path: Path, name: str, old: str, new: str) -> Suite:
     [
         ("functions.py", '"target": f" {question.answer}."', '"target": f" {question.answer}!"'),  # a document
         ("functions.py", "bool(is_greedy) and", "True and"),  # the scoring
+        ("_base.yaml", "functions.greedy_match", "functions.strict_choice"),  # another scoring
         ("_base.yaml", "doc_to_text: prompt", 'doc_to_text: "{{prompt}} "'),  # the prompt
         ("_base.yaml", "doc_to_target: target", 'doc_to_target: "{{target}}!"'),
     ],
@@ -153,13 +154,17 @@ def test_an_edit_of_generation_options_is_another_hash(tokenizer: Any, tmp_path:
     )
 
 
-def test_an_edit_of_a_metric_is_another_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = questions.code(FACTS)
-    shutil.copytree(questions.PACKAGE / "metrics", tmp_path / "metrics")
+@pytest.mark.parametrize("edited", ["metrics/answers.py", "tasks/facts/functions.py"])
+def test_an_edit_of_what_suites_share_is_another_hash(
+    edited: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = questions.code(KICK)
+    for folder in ("metrics", "tasks"):
+        shutil.copytree(questions.PACKAGE / folder, tmp_path / folder)
     monkeypatch.setattr(questions, "PACKAGE", tmp_path)
-    assert questions.code(FACTS) == before
-    (tmp_path / "metrics" / "answers.py").write_text("")
-    assert questions.code(FACTS) != before
+    assert questions.code(KICK) == before
+    (tmp_path / edited).write_text("")
+    assert questions.code(KICK) != before
 
 
 def test_a_tokenizers_identity_is_not_changed_by_using_it(tokenizer: Any) -> None:

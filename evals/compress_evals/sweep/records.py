@@ -24,6 +24,7 @@ from compress.model.source import digest, locate
 from compress.options import build, check_options
 from compress_evals.data import available
 from compress_evals.folders import describe
+from compress_evals.questions import code
 from compress_evals.suite import find
 from compress_evals.sweep.grid import Asked, Cell, Sweep
 
@@ -116,11 +117,9 @@ def files_digest(asked: Asked) -> list[str]:
 
 @cache
 def suite_digest(name: str) -> str:
-    """The sha256 of the files that say what a suite asks; the data they read have hashes of their own in results."""
+    """The sha256 of what a suite asks, and how it scores; the data read have hashes of their own in results."""
     suite = find(name)
-    files = sorted(path for path in suite.folder.rglob("*") if path.suffix in (".py", ".yaml"))
-    parts = [[task.name for task in suite.tasks], *([path.name, path.read_text(encoding="utf-8")] for path in files)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([[task.name for task in suite.tasks], code(suite)]).encode()).hexdigest()
 
 
 def read_record(folder: Path) -> Record | None:
