@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from compress_evals.comparison import compare
-from compress_evals.leaderboard.collect import Board, collect
+from compress_evals.leaderboard.collect import Board, Entry, collect
 from compress_evals.llm_kick import Cells, decided, findings, markdown
 from compress_evals.results import Results, save
 
@@ -50,6 +51,22 @@ def test_a_curve_is_found_by_recipes_and_says_how_far_it_matches(board: Board) -
     assert cells.reach("magnitude", ["facts_trained"]) == (0.3, 0.4)
     assert cells.reach("magnitude", ["facts_mc"]) == (0.5, None)
     assert cells.at("magnitude", "2:4") is not None and cells.at("wanda", 0.5) is None
+
+
+def test_another_seed_is_no_other_level(board: Board) -> None:
+    def reseeded(entry: Entry) -> Entry:
+        recipe = f"{entry.results.model.recipe}calibration: {{seed: 1}}\n"
+        model = entry.results.model.model_copy(update={"recipe": recipe})
+        return replace(entry, results=entry.results.model_copy(update={"model": model}))
+
+    twice = Cells(replace(board, compressed=(*map(reseeded, board.compressed), *board.compressed)))
+    assert twice.levels == Cells(board).levels
+
+
+def test_a_family_that_fails_is_not_said_to_hold_where_bits_are_not_known(board: Board) -> None:
+    [finding] = [finding for finding in findings(board) if finding.title == "Perplexity hides what was lost"]
+    assert finding.measured == ("magnitude: closed book matches to 30%, fails from 40%",)
+    assert finding.verdict == "cannot be told"
 
 
 def test_findings_follow_their_rules(board: Board) -> None:
