@@ -33,8 +33,9 @@ class Paired:
     `delta` is compressed minus dense; `low`, `high` its 95 % interval; `margin` the loss that still counts
     as matching, absolute; `p` two-sided; `needed` the questions at which an inconclusive result would settle
     (80 % power at the observed effect), None if it is settled or no number would do; `detectable` the smallest
-    true difference this comparison sees with 80 % power. `table` holds the clusters as (sum of differences,
-    questions, how many such clusters): all that the bootstrap needs, so any other bound can be recomputed.
+    true difference this comparison sees with 80 % power. `binary` scores are 0 or 1, or differences of such. `table`
+    holds the clusters as (sum of differences, questions, how many such clusters): all that the bootstrap needs, so any
+    other bound can be recomputed.
     """
 
     n: int
@@ -203,11 +204,12 @@ def paired(
         raise ValueError(f"cannot pair {len(before)} dense with {len(after)} compressed scores")
     difference = after - before
     sums, sizes = _by_cluster(difference, cluster)
-    table, binary = _table(sums, sizes), _is_binary(np.concatenate([before, after]))
+    table, scores = _table(sums, sizes), np.concatenate([before, after])
+    binary = _is_binary(np.abs(scores))
     draws = bootstrap(_with_pseudo_clusters(table) if binary else table, iters, seed)
     low, high = (float(bound) for bound in np.quantile(draws, [0.025, 0.975]))
     lost, gained = int((difference < 0).sum()), int((difference > 0).sum())
-    single = binary and len(sums) == len(difference)
+    single = _is_binary(scores) and len(sums) == len(difference)
     delta, allowed = float(difference.mean()), margin * float(before.mean())
     verdict, error = judge(low, high, allowed), float(draws.std())
     return Paired(

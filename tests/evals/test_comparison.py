@@ -168,6 +168,12 @@ def test_the_worth_of_a_passage_is_compared_on_the_questions_asked_both_ways(
     assert gap.low <= gap.delta <= gap.high
 
 
+def test_the_worth_of_a_passage_is_not_certain_because_no_answer_changed(make_results: Callable[..., Results]) -> None:
+    scores = {"facts_open": [1, 1, 1, 0], "facts_trained": [0, 1, 0, 1]}  # worth -1 at one question
+    [gap] = compare(make_results("dense", scores), make_results("same", scores)).gaps.values()
+    assert gap.delta == 0 and gap.low < 0 < gap.high
+
+
 def test_a_control_is_compared_and_counts_for_nothing(make_results: Callable[..., Results]) -> None:
     def controlled(results: Results) -> Results:
         tasks = {n: t.model_copy(update={"control": n == "facts_mc"}) for n, t in results.tasks.items()}
