@@ -29,6 +29,7 @@ from compress_evals.results import (
 )
 from compress_evals.suite import Gap, find
 
+ASKED_ALIKE = ("task_hash", "shots", "version")  # of a task; the version tells what no hash does, such as the scoring
 MUST_AGREE = ("suite", "lm_eval", "batch_size", "max_length", "bos", "chat_template")
 NOTED = ("torch", "transformers", "device", "dtype")
 SUMMARIES = "summaries"  # the family whose texts are compared with the dense model's own
@@ -100,7 +101,7 @@ def check_comparable(dense: Results, compressed: Results) -> None:
         different = sorted(dense.tasks.keys() ^ compressed.tasks.keys())
         raise ArtifactError(f"{pair} were not asked the same tasks; only one has {', '.join(different)}")
     for task, result in dense.tasks.items():
-        if result.task_hash != compressed.tasks[task].task_hash or result.shots != compressed.tasks[task].shots:
+        if any(getattr(result, field) != getattr(compressed.tasks[task], field) for field in ASKED_ALIKE):
             raise ArtifactError(f"{pair} were asked different questions in {task}: same limit, seed and version?")
         if len(dense.rows.get(task, ())) != result.n or len(compressed.rows.get(task, ())) != result.n:
             raise ArtifactError(f"{pair}: the questions of {task} are not loaded; read both results with load()")

@@ -108,6 +108,13 @@ def test_measured_otherwise_is_refused(dense: Results, small: Results, field: di
         compare(dense, changed(small, **field))
 
 
+@pytest.mark.parametrize("field", [{"version": "2"}, {"shots": 5}])
+def test_a_task_of_another_version_is_refused(dense: Results, small: Results, field: dict[str, Any]) -> None:
+    tasks = small.tasks | {"facts_copy": small.tasks["facts_copy"].model_copy(update=field)}
+    with pytest.raises(ArtifactError, match="different questions in facts_copy: same limit, seed and version"):
+        compare(dense, small.model_copy(update={"tasks": tasks}))
+
+
 def test_another_dtype_is_noted(dense: Results, small: Results) -> None:
     assert compare(dense, changed(small, dtype="bfloat16")).notes == ("dtype: dense float32, compressed bfloat16",)
     assert compare(dense, small).notes == ()

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from compress.errors import ArtifactError
-from compress_evals.comparison import MUST_AGREE
+from compress_evals.comparison import ASKED_ALIKE, MUST_AGREE
 from compress_evals.leaderboard.naming import distinct, one_line
 from compress_evals.results import RESULTS_FILE, Results, load
 from compress_evals.stats import Floats
@@ -131,7 +131,7 @@ def why_not(dense: Entry, compressed: Entry) -> str | None:
         return f"tasks: only one has {', '.join(sorted(ours.tasks.keys() ^ theirs.tasks.keys()))}"
     for name, task in ours.tasks.items():
         other = theirs.tasks[name]
-        if task.task_hash != other.task_hash or task.shots != other.shots:
+        if any(getattr(task, field) != getattr(other, field) for field in ASKED_ALIKE):
             return f"{name}: other questions; same limit, seed and version?"
         if dense.sources[name] != compressed.sources[name]:
             return f"{name}: questions from {dense.sources[name]} and from {compressed.sources[name]}"

@@ -68,9 +68,11 @@ def test_what_fits_no_dense_result_is_refused_with_the_difference(
     engine = one.engine.model_copy(update={"batch_size": 8})
     data = Data(source="hub", name="x", sha256="0")
     hub = {name: task.model_copy(update={"data": data}) for name, task in one.tasks.items()}
+    newer = {name: task.model_copy(update={"version": "9"}) for name, task in one.tasks.items()}
     better = make_results("dense", {task: [1.0] * 39 + [0.0] for task in one.tasks})
     cases = {
         "batch_size: 64 and 8": [dense, one.model_copy(update={"engine": engine})],
+        "facts_trained: other questions": [dense, one.model_copy(update={"tasks": newer})],
         "questions from built in and from hub": [dense, one.model_copy(update={"tasks": hub})],
         "another measurement of the dense model": [better, one],
         "no dense result of that name": [one],
