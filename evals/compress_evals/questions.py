@@ -278,18 +278,27 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def beginning_with_bos(tokenizer: Any) -> Any:
-    """The tokenizer, or a copy of it, that puts the BOS token before every text; as it is if it has none.
+    """The tokenizer, or a copy of it, that puts the BOS token before every text and no EOS behind it.
 
-    lm-eval's `add_bos_token` only asks for special tokens, and a fast tokenizer without a post-processor adds none.
+    It is as it is if it has no BOS: lm-eval then asks for no special tokens at all. Its `add_bos_token` only asks for
+    them, and a fast tokenizer without a post-processor adds none; one saved with `add_eos_token`, as some are after
+    fine-tuning, would end every prompt before its answer.
     """
-    bos = tokenizer.bos_token_id
-    if bos is None or tokenizer("a").input_ids[:1] == [bos]:
+    if tokenizer.bos_token_id is None or _begins(tokenizer):
         return tokenizer
     prepared = copy.deepcopy(tokenizer)
-    prepared.add_bos_token = True
-    if prepared("a").input_ids[:1] != [bos]:
-        raise ArtifactError(f"{type(tokenizer).__name__} cannot be made to begin a text with {tokenizer.bos_token!r}")
+    prepared.add_bos_token, prepared.add_eos_token = True, False
+    if not _begins(prepared):
+        raise ArtifactError(
+            f"{type(tokenizer).__name__} cannot be made to begin a text with {tokenizer.bos_token!r} and not to end it"
+        )
     return prepared
+
+
+def _begins(tokenizer: Any) -> bool:
+    """Whether a text begins with BOS and goes on behind its last word."""
+    ids = tokenizer("a").input_ids
+    return bool(ids[:1] == [tokenizer.bos_token_id] and ids[-1:] != [tokenizer.eos_token_id])
 
 
 def prompt_and_then(arguments: Arguments) -> tuple[str, Any]:

@@ -89,6 +89,23 @@ def test_prompts_begin_with_bos_once_in_scoring_and_generation(model: Any, token
     assert (ids == tokenizer.bos_token_id).sum() == 2
 
 
+@pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", None])
+def test_no_prompt_ends_before_its_answer(template: str | None, tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    ending = copy.deepcopy(tokenizer)
+    if template is None:
+        ending.add_bos_token = ending.add_eos_token = True
+    else:
+        specials = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+        ending.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
+    assert ending("a").input_ids[-1] == tokenizer.eos_token_id
+    text, plain = "Question: a Answer:", run.beginning_with_bos(tokenizer)
+    prepared = run.beginning_with_bos(ending)
+    assert prepared(text).input_ids == plain(text).input_ids
+    assert ending("a").input_ids[-1] == tokenizer.eos_token_id  # the caller's is left alone
+
+
 def test_the_callers_tokenizer_is_left_alone(tokenizer: Any) -> None:
     assert run.beginning_with_bos(tokenizer) is not tokenizer
     assert tokenizer("a").input_ids[0] != tokenizer.bos_token_id
