@@ -11,27 +11,23 @@ from math import floor, log
 import torch
 from torch import Tensor
 
-from compress.passes.hessian import damp
-
-DAMPING = 1e-6  # of the factor of a Gram that is not of full rank, where there are more outputs than inputs
-
 
 def principal(w_OI: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Orthonormal U [out, R] and the energies [R] of W along it, falling, for the full R = min(out, in).
 
     The eigenvectors and eigenvalues of W G Wᵀ, of which the first r hold as much of the output as any r directions
     can: tr((W - A) G (W - A)ᵀ) of A = U Uᵀ W is the sum of the energies that are left out, and least for its rank. If
-    there are more outputs than inputs they are found by those of the smaller Cᵀ Wᵀ W C with G = C Cᵀ. In float32 an
-    energy below a part in 10^6 of the largest is noise. With a white input this is the singular value decomposition.
+    there are more outputs than inputs, W = Q R, they are those of the smaller R behind Q: no root of G is taken, which
+    may be singular. In float32 an energy below a part in 10^6 of the largest is noise. With a white input this is the
+    singular value decomposition.
     Source: Wang et al., SVD-LLM, ICLR 2025, theorem 1, without its inverse: S S^-1 cancels in U Uᵀ W.
     """
-    if w_OI.shape[0] <= w_OI.shape[1]:
-        values_R, basis_OR = torch.linalg.eigh(weighed(w_OI, metric) @ w_OI.T)
-        return values_R.flip(0).clamp(min=0), basis_OR.flip(1)
-    root_OI = rooted(w_OI, metric)
-    values_R, basis_IR = torch.linalg.eigh(root_OI.T @ root_OI)
-    basis_OR = torch.linalg.qr(root_OI @ basis_IR.flip(1)).Q
-    return values_R.flip(0).clamp(min=0), basis_OR
+    if w_OI.shape[0] > w_OI.shape[1]:
+        outer_OI, inner_II = torch.linalg.qr(w_OI)
+        values_R, basis_IR = principal(inner_II, metric)
+        return values_R, outer_OI @ basis_IR
+    values_R, basis_OR = torch.linalg.eigh(weighed(w_OI, metric) @ w_OI.T)
+    return values_R.flip(0).clamp(min=0), basis_OR.flip(1)
 
 
 def weighed(w_OI: Tensor, metric: Tensor | None) -> Tensor:
@@ -39,13 +35,6 @@ def weighed(w_OI: Tensor, metric: Tensor | None) -> Tensor:
     if metric is None:
         return w_OI
     return w_OI @ metric if metric.ndim == 2 else w_OI * metric
-
-
-def rooted(w_OI: Tensor, metric: Tensor | None) -> Tensor:
-    """W C with G = C Cᵀ."""
-    if metric is None:
-        return w_OI
-    return w_OI @ torch.linalg.cholesky(damp(metric, DAMPING)) if metric.ndim == 2 else w_OI * metric.sqrt()
 
 
 def output_basis(w_OI: Tensor, metric: Tensor | None, rank: int) -> Tensor:

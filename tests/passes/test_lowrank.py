@@ -74,6 +74,18 @@ def test_any_root_of_the_gram_gives_the_same_matrix(
         assert naive.relative_mse(want, got) < 1e-6
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(200, 256), (300, 256)])
+def test_inputs_with_a_common_mean_need_not_be_many(
+    rows: int, columns: int, site_of: SiteMaker, naive: ModuleType
+) -> None:
+    mean = 3 * normal(columns, seed=4)
+    x = tokens(columns // 2, columns) + mean  # a Gram that is singular, and in float32 indefinite
+    site = site_of(normal(rows, columns), x)
+    lost = naive.energy(SVDLLM(removed=0.6).rewrite(site).dense() - site.original.data, gram_of(x))
+    energies = torch.linalg.svdvals(site.original.data.double() @ x.double().T / len(x) ** 0.5).square()
+    assert lost == pytest.approx(float(energies[site.ledger["rank"] :].sum()), rel=1e-3)
+
+
 def test_the_golden_losses_of_a_falling_spectrum(naive: ModuleType) -> None:
     """lowrank_quant_delta.md section 0.1: plain .2396, asvd .0646 (alpha .5) and .0580 (1), svd-llm .01020."""
     w, x = naive.golden_spectrum()
