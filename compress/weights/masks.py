@@ -67,7 +67,7 @@ def likely_bytes(kept: int, entries: int, pattern: str) -> int:
     Gaps are then geometric: of a share p kept one is at least n with probability (1 - p)**n, so the high part of a gap
     with w low bits is q / (1 - q) on average, q = (1 - p)**(2**w).
     """
-    if RULE.fullmatch(pattern):
+    if RULE.fullmatch(pattern) or not kept:
         return 0
     bitmap = packed_size(entries, 1)
     if 2 * kept >= entries:

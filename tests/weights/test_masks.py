@@ -16,7 +16,7 @@ from compress import RTN, ArtifactError, Dense, Magnitude, Masked
 from compress.weights import pack, pattern, specify, unpack
 from compress.weights.bits import packed_size
 from compress.weights.chance import LOW, numbers, regenerated, rule_name, scrambled
-from compress.weights.masks import BY_NAME, form_of, mask_bytes, pack_mask, unpack_mask
+from compress.weights.masks import BY_NAME, form_of, likely_bytes, mask_bytes, pack_mask, unpack_mask
 
 CPU = torch.device("cpu")
 
@@ -79,6 +79,11 @@ def test_the_form_is_the_smallest_of_all(density: float) -> None:
     mask_OI = chosen(density, 64, 300)
     sizes = {width: mask_bytes(mask_OI, width) for width in (None, *range(1, 25))}
     assert sizes[form_of(mask_OI, "any")] == min(sizes.values())
+
+
+def test_a_mask_that_keeps_nothing_takes_nothing() -> None:
+    mask_OI = chosen(0.0, 63, 100)
+    assert likely_bytes(0, mask_OI.numel(), "100%") == mask_bytes(mask_OI, form_of(mask_OI, "100%")) == 0
 
 
 def sparse() -> Masked:
