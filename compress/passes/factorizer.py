@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import floor, log2
 from typing import Annotated
 
 import torch
@@ -104,6 +105,8 @@ class Factorizer(WeightPass):
 def joined(sites: Sequence[Site], whole: Sequence[Dense], metric: Tensor | None, rank: int) -> dict[str, Weight]:
     """Matrices that read one input, each as its own left factor and one right factor of this rank for all."""
     units = [unit(dense.data.float(), metric) if len(sites) > 1 else 1.0 for dense in whole]
+    power = 2.0 ** floor(log2(max(units)))  # their ratios count; near 1 a float16 factor loses nothing
+    units = [u / power for u in units]
     w_OI = torch.cat([dense.data.float() / u for dense, u in zip(whole, units, strict=True)])
     energy_R, basis_OO = principal(w_OI, metric)
     left_OR = basis_OO[:, :rank]

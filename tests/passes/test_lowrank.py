@@ -22,6 +22,7 @@ from compress import Calibration, Dense, Product, Recipe, RecipeError
 from compress.artifact import Artifact, keys, verify
 from compress.model.site import Site
 from compress.passes import ASVD, GPTQ, RTN, SVD, SVDLLM, Factorizer, FineTune, Ranks, Realign, Sensitivity, WeLore
+from compress.passes.factorizer import joined
 from compress.passes.ranks import Part, above, budget_of, cheapest, given, parameters
 from compress.passes.whitened import principal, rank_within
 from compress.stats import Gram
@@ -215,6 +216,16 @@ def test_peers_share_one_right_factor(site_of: SiteMaker, naive: ModuleType) -> 
     want = naive.svd_llm(stacked, torch.linalg.cholesky(gram_of(x).double()), rank)
     got = torch.cat([made[site.name].dense() / unit for site, unit in zip(sites, units, strict=True)])
     assert naive.relative_mse(want, got) < 1e-6
+
+
+def test_loud_inputs_do_not_make_a_shared_factor_vanish_in_float16(site_of: SiteMaker, naive: ModuleType) -> None:
+    x = 1e4 * tokens(300, 64)
+    sites = [site_of(normal(64, 64, seed=i).half(), x) for i in range(2)]
+    for i, site in enumerate(sites):
+        site.name = f"proj{i}"
+    made = joined(sites, [Dense(site.original.data) for site in sites], sites[0].stats[Gram], 64)
+    for site in sites:  # of full rank: only the rounding of the factors is lost, a part in 2000 of each
+        assert naive.relative_mse(site.original.data.double(), made[site.name].dense().double()) < 2000**-2
 
 
 def test_a_shared_factor_is_stored_once(shared: Path) -> None:
