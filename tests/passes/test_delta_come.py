@@ -87,6 +87,12 @@ def test_an_exact_low_rank_is_kept_in_16_bits(site_of: SiteMaker, assert_close: 
     assert site.ledger["bands"].keys() == {"16"}
 
 
+def test_an_input_that_is_always_0_leaves_it_to_the_weights(site_of: SiteMaker) -> None:
+    silent = DeltaCoMe(bits=2).rewrite(site_of(falling(0.7, 64, 96), torch.zeros(300, 96)))
+    plain = DeltaCoMe(bits=2, whitened=False, rounding="nearest").rewrite(site_of(falling(0.7, 64, 96)))
+    assert torch.equal(silent.dense(), plain.dense())
+
+
 def test_a_sum_of_products_of_codes(site_of: SiteMaker) -> None:
     result = DeltaCoMe(bits=2).rewrite(site_of(falling(0.7, 64, 96), tokens(300, 96)))
     assert isinstance(result, Sum)

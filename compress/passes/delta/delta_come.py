@@ -321,8 +321,8 @@ class DeltaCoMe(Codec, name="delta-come"):
             )
 
     def rewrite(self, site: Site) -> Weight:
-        """Its bands, by the Gram of its input if one is needed."""
-        if not self.requires:
+        """Its bands, by the Gram of its input if one is needed, and is not 0."""
+        if not self.requires or not site.stats[Gram].any():
             return self.banded(site, Heard())
         gram_II, upper_II = site.stats[Gram], None
         if self.rounding == "gptq":
