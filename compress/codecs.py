@@ -37,9 +37,9 @@ def dare(bits: float) -> Steps:
     return [{"dare": {"density": min(1.0, round(bits * ROOM / CODED, 5))}}, {"rtn": {"bits": CODED, "group": -1}}]
 
 
-def lowrank(bits: float) -> Steps:
-    """Whitened factors in full."""
-    return [{"svd-llm": {"removed": 1 - bits / PLAIN}}]
+def lowrank(bits: float, number: int = PLAIN) -> Steps:
+    """Whitened factors in full: in numbers of `number` bits, as the model's are."""
+    return [{"svd-llm": {"removed": 1 - bits / number}}]
 
 
 def sparse(bits: float) -> Steps:
@@ -77,11 +77,11 @@ METHODS: dict[str, Callable[[float], Steps]] = {
 }  # fmt: skip
 
 
-def recipes_of(method: str, bits: float, distill: int = 0) -> list[tuple[Pass, ...]]:
+def recipes_of(method: str, bits: float, distill: int = 0, number: int = PLAIN) -> list[tuple[Pass, ...]]:
     """The passes of a method at so many bits a weight, of signs with so many steps of learning their scales.
 
-    More than one list where it is to be tried which is better. Raises RecipeError for a method that cannot be that
-    small, or has no scales to learn.
+    More than one list where it is to be tried which is better. `number` are the bits of one of the model's own. Raises
+    RecipeError for a method that cannot be that small, or has no scales to learn.
     """
     if method not in METHODS:
         raise RecipeError(f"--method: {method!r} is unknown{nearest(method, METHODS)}")
@@ -90,8 +90,9 @@ def recipes_of(method: str, bits: float, distill: int = 0) -> list[tuple[Pass, .
     if distill and method != "bitdelta":
         raise RecipeError(f"--distill: {method} has no scales that could be learned alone; use bitdelta")
     learned: Steps = [{"finetune": {"steps": distill}}] if distill else []
-    choices = [METHODS[method](bits), *([nearest_auto(bits)] if method == "auto" else [])]
-    return [tuple(read_pass(step, method) for step in steps + learned) for steps in choices]
+    steps = lowrank(bits, number) if method == "lowrank" else METHODS[method](bits)
+    choices = [steps, *([nearest_auto(bits)] if method == "auto" else [])]
+    return [tuple(read_pass(step, method) for step in choice + learned) for choice in choices]
 
 
 __all__ = ["METHODS", "kept_within", "nearest_auto", "recipes_of"]

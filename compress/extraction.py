@@ -11,11 +11,12 @@ from compress.codecs import recipes_of
 from compress.driver import compress
 from compress.events import Event, RunFinished, RunInterrupted
 from compress.job import Report
-from compress.model.source import locate
+from compress.model.source import dtype_of, locate
 from compress.partial import beside, exchange
 from compress.passes.manager import ignore
 from compress.plan import free_place
 from compress.recipe import Calibration, Delta, Recipe
+from compress.sources import open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +50,14 @@ def extract(
     delta = Delta(base=str(base), **policies)
     recipes = [
         Recipe(passes=passes, delta=delta, calibration=calibration or Calibration())
-        for passes in recipes_of(method, bits, distill)
+        for passes in recipes_of(method, bits, distill, number_bits(finetuned))
     ]
     return best_of(finetuned, recipes, Path(out), force=force, emit=emit, device=device)
+
+
+def number_bits(model: str | Path) -> int:
+    """Bits of a number of a model, in which a delta of it keeps its factors."""
+    return 8 * dtype_of(open_source(locate(model)).config).itemsize
 
 
 def best_of(

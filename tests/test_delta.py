@@ -536,7 +536,7 @@ def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any,
 
 
 @pytest.mark.usefixtures("few")
-@pytest.mark.parametrize(("method", "bits"), [("bitdelta", "2"), ("deltazip", "3")])
+@pytest.mark.parametrize(("method", "bits"), [("bitdelta", "2"), ("deltazip", "3"), ("lowrank", "4")])
 def test_other_methods_have_their_own_sizes(
     cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path, method: str, bits: str
 ) -> None:

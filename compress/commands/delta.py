@@ -56,7 +56,7 @@ def extract(
     from compress import recipe as recipes
     from compress.codecs import recipes_of
     from compress.console import Progress, escape
-    from compress.extraction import best_of
+    from compress.extraction import best_of, number_bits
     from compress.recipe import Delta, Recipe
 
     told = {"--method": method, "--bits": bits, "--size": size, "--distill": distill}
@@ -69,7 +69,8 @@ def extract(
         loaded = recipes.load(recipe)
         made = [replace(loaded, delta=replace(loaded.delta or Delta(base=base), **chosen))]
     else:
-        lists = recipes_of(method or "auto", bits_of(bits, size, finetuned), distill or 0)
+        asked = bits_of(bits, size, finetuned)
+        lists = recipes_of(method or "auto", asked, distill or 0, number_bits(finetuned))
         made = [Recipe(passes=passes, delta=Delta(**chosen)) for passes in lists]
     if data is not None:
         made = [replace(one, calibration=replace(one.calibration, data=data)) for one in made]
