@@ -120,6 +120,17 @@ def test_the_defaults_come_within_a_hundredth_of_the_least_loss(site_of: SiteMak
     assert 0 < site.ledger["steps"] <= 50
 
 
+def test_an_input_that_is_most_of_the_residual_does_not_end_it(site_of: SiteMaker, naive: ModuleType) -> None:
+    x = tokens()
+    x[::50, 3] = 1e4 * x.abs().mean()
+    site = site_of(normal(ROWS, WIDTH), x)
+    w, keep = site.original.data, Wanda().rewrite(site).mask_OI
+    gram = site.stats[Gram] + 0.01 * torch.eye(WIDTH)
+    solved, _ = least_squares(w, keep, gram, w * keep)
+    best = torch.stack([naive.least_squares_row(w[r], keep[r], gram) for r in range(ROWS)])
+    assert sum(losses(naive, site, solved, gram)) == pytest.approx(sum(losses(naive, site, best, gram)), rel=0.05)
+
+
 # -- one sweep -------------------------------------------------------------------------------------
 
 

@@ -76,20 +76,24 @@ def least_squares(
     """(values 0 where `keep_OI` is False that minimise the loss of each row, steps taken), float32.
 
     Solves G_KK w'_K = (G w)_K for all rows at once by conjugate gradients with the diagonal as preconditioner; ends
-    when the residual of all rows together has fallen to `tolerance` of that of a start from 0. Each step costs one
-    product [out, in] @ [in, in]; G must be positive definite.
+    when the residual of all rows together has fallen to `tolerance` of that of a start from 0, which one loud input
+    may be nearly all of, and what it is worth, r r / diag G, to `tolerance` of the loss. Each step costs one product
+    [out, in] @ [in, in]; G must be positive definite.
     """
     inverse_I = 1 / gram_II.diagonal()
     now_OI = start_OI * keep_OI
-    residual_OI = ((w_OI - now_OI) @ gram_II).mul_(keep_OI)
+    residual_OI = (w_OI - now_OI) @ gram_II
+    loss = float((residual_OI * (w_OI - now_OI)).sum())
+    residual_OI *= keep_OI
     enough = tolerance * float(((w_OI @ gram_II) * keep_OI).norm())
     scaled_OI = residual_OI * inverse_I
     direction_OI = scaled_OI.clone()
     rho_O = (residual_OI * scaled_OI).sum(1)
     taken = 0
-    while taken < steps and float(residual_OI.norm()) > enough:
+    while taken < steps and (float(residual_OI.norm()) > enough or float(rho_O.sum()) > tolerance * loss):
         image_OI = (direction_OI @ gram_II).mul_(keep_OI)
         step_O = rho_O / (direction_OI * image_OI).sum(1).clamp(min=1e-30)
+        loss -= float((step_O * rho_O).sum())
         now_OI.addcmul_(step_O[:, None], direction_OI)
         residual_OI.addcmul_(step_O[:, None], image_OI, value=-1)
         scaled_OI = residual_OI * inverse_I
