@@ -30,7 +30,8 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """The next token."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    p_V = (logits_V.double().cpu() / sampling.temperature).softmax(-1)
+    below_V = logits_V.double().cpu() - float(logits_V.max())  # at most 0, which no temperature makes infinite
+    p_V = (below_V / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         falling, order = p_V.sort(descending=True)
         beyond = falling.cumsum(-1) - falling >= sampling.top_p  # the likeliest always stays

@@ -116,6 +116,17 @@ def test_a_seed_repeats_an_answer_and_another_changes_it(make_server: Make, talk
     assert first == second != third
 
 
+def test_a_temperature_next_to_nothing_is_the_likeliest_token(make_server: Make, talk: Talk) -> None:
+    """Scores divided by it are beyond any number; that must not fail the request, nor those that run beside it."""
+    asked = [ask(temperature=temperature) for temperature in (0, 5e-324, 1e-308)]
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/completions", json=one) for one in asked))
+
+    likeliest, *others = (answer.json()["choices"] for answer in talk(make_server(), act))
+    assert all(choices == likeliest for choices in others)
+
+
 def test_usage_counts_and_the_reason_to_end(make_server: Make, talk: Talk) -> None:
     server = make_server()
     text = solo(server, ask(max_tokens=20))
