@@ -73,6 +73,10 @@ class Server:
                 raise Refusal(400, f"prompt: tokens are whole numbers from 0 to {rows - 1}", param="prompt")
             return [int(token) for token in prompt]
         text = prompt if isinstance(prompt, str) else "".join(map(str, prompt))
+        if any(
+            "\ud800" <= character <= "\udfff" for character in text
+        ):  # JSON can say half a pair, tokenizers stop at it
+            raise Refusal(400, "prompt: holds half of a surrogate pair, which is no character", param="prompt")
         return [int(token) for token in self.tokenizer(text)["input_ids"]]
 
     def chat_tokens(self, asked: Chat) -> list[int]:

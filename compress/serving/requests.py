@@ -108,6 +108,6 @@ def parsed(body: bytes, kind: type[Kind]) -> Kind:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"][:1])
+        place = ".".join(str(part) for part in first["loc"][:1])[:100]
         said = "is not supported here" if first["type"] == "extra_forbidden" else first["msg"]
-        raise Refusal(400, f"{place}: {said}", param=place[:100], code="invalid_value") from error
+        raise Refusal(400, f"{place}: {said}", param=place, code="invalid_value") from error

@@ -170,6 +170,8 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {  # path, body, status, what is s
     "empty body": ("completions", b"", 400, "not JSON"),
     "empty prompt": ("completions", ask(prompt=[]), 400, "is empty"),
     "two prompts": ("completions", ask(prompt=["x", "y"]), 400, "prompt"),
+    "half a character": ("completions", ask(prompt="\ud800"), 400, "half of a surrogate pair"),
+    "half of one in a list": ("completions", ask(prompt=["x\udfff"]), 400, "half of a surrogate pair"),
     "token too large": ("completions", ask(prompt=[5, 10**9]), 400, "whole numbers"),
     "prompt too long": ("completions", ask(prompt=[5] * 128), 400, "context of 128"),
     "two answers": ("completions", ask(n=2), 400, "n:"),
