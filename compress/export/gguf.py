@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, RecipeError, UnsupportedWeight, VerificationError
 from compress.export.folder import Exported, difference, mask_note, put_in_place, write_card
-from compress.export.gguf_metadata import add_metadata, check_architecture, frequency_factors, head_dim
+from compress.export.gguf_metadata import add_metadata, frequency_factors, llama_config
 from compress.export.gguf_vocabulary import add_vocabulary
 from compress.export.leaf import Leaf, leaf
 from compress.export.words import to_nibbles
@@ -63,13 +63,13 @@ def export_gguf(path: Path, out: Path) -> Exported:
         raise RecipeError("--to gguf needs gguf: pip install 'compress-llm[formats]'") from error
     del gguf
     with put_in_place(path, out) as (artifact, partial):
-        check_architecture(artifact)
-        pieces = [piece(artifact, name) for name in artifact.names()] + rope_factors(artifact.config)
+        config = llama_config(artifact)
+        pieces = [piece(artifact, config, name) for name in artifact.names()] + rope_factors(config)
         if all(p.type in PLAIN.values() for p in pieces):
             raise RecipeError(f"{path}: no site is quantized, so gguf has nothing to say; use --to dense")
-        vocabulary = write(artifact, pieces, partial / "model.gguf")
+        vocabulary = write(artifact, config, pieces, partial / "model.gguf")
         copy_companions(path, partial)
-        rounding = compare(artifact, partial / "model.gguf")
+        rounding = compare(artifact, config, partial / "model.gguf")
         size = sum(count(p.shape) for p in pieces)
         types = ", ".join(sorted({p.type for p in pieces}))
         lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
@@ -92,10 +92,10 @@ def renamed(name: str) -> str:
     return f"blk.{parts[2]}.{INNER[middle]}.{end}"
 
 
-def piece(artifact: Artifact, name: str) -> Piece:
+def piece(artifact: Artifact, config: Mapping[str, Any], name: str) -> Piece:
     """A tensor of the plain model as the file holds it; raises UnsupportedWeight if it has no type there."""
     sites, held = artifact.holders.get(name, []), artifact.headers[name]
-    new, order = renamed(name), row_order(artifact.config, name)
+    new, order = renamed(name), row_order(config, name)
     if sites:
         site = leaf(artifact, sites[0], NAME)
         if not isinstance(site.weight, Dense):
@@ -176,8 +176,8 @@ def row_order(config: Mapping[str, Any], name: str) -> Tensor | None:
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
     if heads is None:
         return None
-    count_of = int(config.get(heads) or config["num_attention_heads"])
-    rows = count_of * head_dim(config)
+    count_of = int(config[heads])
+    rows = count_of * int(config["head_dim"])
     return torch.arange(rows).view(count_of, 2, -1).transpose(1, 2).reshape(-1)
 
 
@@ -192,15 +192,15 @@ def rope_factors(config: Mapping[str, Any]) -> list[Piece]:
 # -- the file --------------------------------------------------------------------------------------
 
 
-def write(artifact: Artifact, pieces: list[Piece], path: Path) -> str:
+def write(artifact: Artifact, config: Mapping[str, Any], pieces: list[Piece], path: Path) -> str:
     """Write the file, one tensor in memory at a time; what became of the tokenizer."""
     import numpy
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, "llama")
     try:
-        add_metadata(writer, artifact, {p.type for p in pieces})
-        vocabulary = add_vocabulary(writer, artifact)
+        add_metadata(writer, artifact, config, {p.type for p in pieces})
+        vocabulary = add_vocabulary(writer, artifact, int(config["vocab_size"]))
         for p in pieces:
             kind = GGMLQuantizationType[p.type]
             writer.add_tensor_info(p.name, p.shape, numpy.dtype(numpy.uint8), count(p.shape), raw_dtype=kind)
@@ -214,7 +214,7 @@ def write(artifact: Artifact, pieces: list[Piece], path: Path) -> str:
     return vocabulary
 
 
-def compare(artifact: Artifact, path: Path) -> float:
+def compare(artifact: Artifact, config: Mapping[str, Any], path: Path) -> float:
     """Read the file back; the largest relative RMS difference of a site from the artifact's.
 
     Raises VerificationError if one is larger than the rounding of offsets, or anything else differs at all.
@@ -226,7 +226,7 @@ def compare(artifact: Artifact, path: Path) -> float:
     for name in artifact.names():
         tensor = found[renamed(name)]
         got = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        order = row_order(artifact.config, name)
+        order = row_order(config, name)
         got = got if order is None else got[order.argsort()]
         sites = artifact.holders.get(name, [])
         quantized = sites and tensor.tensor_type.name not in PLAIN.values()

@@ -10,33 +10,35 @@ from torch import Tensor
 
 from compress.artifact import Artifact
 from compress.errors import RecipeError
+from compress.model.architecture import parsed
 
 
-def check_architecture(artifact: Artifact) -> None:
-    """Raise RecipeError for what the names and metadata here do not cover."""
-    config = artifact.config
-    if config.get("model_type") != "llama":
-        kind = config.get("model_type")
+def llama_config(artifact: Artifact) -> dict[str, Any]:
+    """The config as transformers reads it: old names by their new ones, what is left out by its default.
+
+    Raises RecipeError for what the names and metadata here do not cover.
+    """
+    kind = artifact.config.get("model_type")
+    if kind != "llama":
         raise RecipeError(
             f"--to gguf writes the architecture llama, this is {kind}; use --to compressed-tensors or dense"
         )
-    rope = rope_of(config)
-    if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise RecipeError(
-            f"--to gguf knows rope types default, linear and llama3, not {rope['rope_type']}; use --to dense"
-        )
-    if config.get("hidden_act", "silu") != "silu" or config.get("mlp_bias"):
+    config: dict[str, Any] = parsed(artifact.config).to_dict()
+    rope = config["rope_parameters"]["rope_type"]
+    if rope not in ("default", "linear", "llama3"):
+        raise RecipeError(f"--to gguf knows rope types default, linear and llama3, not {rope}; use --to dense")
+    if config["hidden_act"] != "silu" or config["mlp_bias"]:
         raise RecipeError(
             "--to gguf: llama.cpp's llama has silu and no biases in its feed-forward part; use --to dense"
         )
+    return config
 
 
-def add_metadata(writer: Any, artifact: Artifact, types: set[str]) -> None:
+def add_metadata(writer: Any, artifact: Artifact, config: Mapping[str, Any], types: set[str]) -> None:
     """What llama.cpp must know of the model."""
     from gguf import LlamaFileType, RopeScalingType
 
-    config, rope = artifact.config, rope_of(artifact.config)
-    heads = int(config["num_attention_heads"])
+    rope, head_dim = config["rope_parameters"], int(config["head_dim"])
     writer.add_name(str(artifact.provenance["source"]["name"]))
     kind = next((kind for kind in ("Q8_0", "Q4_1", "Q4_0") if kind in types), "Q8_0")
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
@@ -46,28 +48,16 @@ def add_metadata(writer: Any, artifact: Artifact, types: set[str]) -> None:
     writer.add_embedding_length(int(config["hidden_size"]))
     writer.add_block_count(int(config["num_hidden_layers"]))
     writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
-    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_head_count(int(config["num_attention_heads"]))
+    writer.add_head_count_kv(int(config["num_key_value_heads"]))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    if rope.get("rope_type") == "linear":
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-
-
-def head_dim(config: Mapping[str, Any]) -> int:
-    """Width of one attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the rotation, under either name."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    return found
 
 
 def frequency_factors(config: Mapping[str, Any]) -> Tensor | None:
@@ -75,10 +65,10 @@ def frequency_factors(config: Mapping[str, Any]) -> Tensor | None:
 
     Source: transformers, `_compute_llama3_parameters`.
     """
-    rope = rope_of(config)
-    if rope.get("rope_type") != "llama3":
+    rope, head_dim = config["rope_parameters"], int(config["head_dim"])
+    if rope["rope_type"] != "llama3":
         return None
-    half = torch.arange(0, head_dim(config), 2, dtype=torch.float64) / head_dim(config)
+    half = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     waves = 2 * torch.pi * float(rope["rope_theta"]) ** half
     low, high, factor = (float(rope[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
     smooth = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)

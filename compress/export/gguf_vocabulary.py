@@ -27,7 +27,7 @@ CUTS: dict[str, list[dict[str, Any]]] = {  # llama.cpp's name -> the pre-tokeniz
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
 
 
-def add_vocabulary(writer: Any, artifact: Artifact) -> str:
+def add_vocabulary(writer: Any, artifact: Artifact, size: int) -> str:
     """Add the tokens, merges and special tokens if llama.cpp has a name for the rule; what was done, for people."""
     from gguf import SpecialVocab
 
@@ -36,7 +36,6 @@ def add_vocabulary(writer: Any, artifact: Artifact) -> str:
     cut = name_of_cut(told)
     if cut is None:
         return "its tokenizer has no name in llama.cpp and is not in the file, but beside it"
-    size = int(artifact.config["vocab_size"])
     tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
     for token, i in told["model"]["vocab"].items():
         tokens[i], types[i] = token, NORMAL

@@ -37,24 +37,30 @@ def auto_class(config: Any) -> Any:
     return next((auto for auto, kinds in known if kinds), transformers.AutoModelForCausalLM)
 
 
+def parsed(config: Mapping[str, Any]) -> Any:
+    """A config as transformers reads it: old names by their new ones, what is left out by its default."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    plain = {key: value for key, value in without_code(dict(config)).items() if key != "quantization_config"}
+    # it writes infinity as {"__float__": "Infinity"}
+    return AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(plain))
+
+
 def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
     """The model of a config with parameters on the meta device and buffers real.
 
     Raises ArtifactError for a config transformers does not know, or an encoder-decoder.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, PreTrainedConfig
 
-    plain = {key: value for key, value in without_code(config).items() if key != "quantization_config"}
-    if plain.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder"):
         raise ArtifactError(
-            f"config.json: {plain.get('model_type')} is an encoder-decoder; only one stack of blocks is walked"
+            f"config.json: {config.get('model_type')} is an encoder-decoder; only one stack of blocks is walked"
         )
     try:  # transformers raises whatever a wrong value happens to break; none of it is a bug of ours
-        plain = PreTrainedConfig._decode_special_floats(plain)  # it writes infinity as {"__float__": "Infinity"}
-        parsed = AutoConfig.for_model(**plain)
+        read = parsed(config)
         with init_empty_weights(include_buffers=False):
-            model = auto_class(parsed).from_config(parsed, dtype=dtype, experts_implementation="eager")
+            model = auto_class(read).from_config(read, dtype=dtype, experts_implementation="eager")
     except Exception as error:
         reason = " ".join(str(error).split())[:240] or type(error).__name__
         raise ArtifactError(f"config.json: transformers cannot build this model: {reason}") from error

@@ -5,6 +5,8 @@ llama.cpp itself was run once on files of the built-in model (see docs/export.md
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,37 @@ def test_stretched_positions_are_said(small: Any, artifact_of: Any, tmp_path: Pa
     ).fields
     told = {key: keys[f"llama.rope.{key}"].contents() for key in ("freq_base", "scaling.type", "scaling.factor")}
     assert told == {"freq_base": 500.0, "scaling.type": "linear", "scaling.factor": 4.0}
+
+
+def rewritten(folder: Path, out: Path, name: str, change: Any) -> Path:
+    """A copy of a model folder with one of its JSON files changed."""
+    shutil.copytree(folder, out)
+    told = json.loads((out / name).read_text())
+    (out / name).write_text(json.dumps(change(told)))
+    return out
+
+
+def old_config(told: dict[str, Any], kind: str) -> dict[str, Any]:
+    """A config as it was written before 2024, which leaves out what is usual."""
+    new = ("rope_parameters", "rms_norm_eps", "max_position_embeddings", "head_dim")
+    kept = {key: value for key, value in told.items() if key not in new}
+    return {**kept, "rope_theta": 500.0, "rope_scaling": {"type": kind, "factor": 4.0}}
+
+
+def test_an_old_config_is_read_as_transformers_reads_it(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    model = rewritten(small(), tmp_path / "old", "config.json", lambda told: old_config(told, "linear"))
+    keys = gguf.GGUFReader(
+        export(artifact_of(CASES["Q8_0"], model), "gguf", tmp_path / "out").out / "model.gguf"
+    ).fields
+    names = ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "context_length")
+    assert [keys[f"llama.{name}"].contents() for name in names] == [500.0, "linear", 4.0, 2048]
+    assert keys["llama.attention.layer_norm_rms_epsilon"].contents() == pytest.approx(1e-6)
+
+
+def test_an_old_config_of_another_rotation_is_refused(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    model = rewritten(small(), tmp_path / "old", "config.json", lambda told: old_config(told, "dynamic"))
+    with pytest.raises(RecipeError, match="not dynamic"):
+        export(artifact_of(CASES["Q8_0"], model), "gguf", tmp_path / "out")
 
 
 def test_the_factors_of_frequencies_are_in_the_file(small: Any, artifact_of: Any, tmp_path: Path) -> None:
