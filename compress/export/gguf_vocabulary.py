@@ -28,7 +28,10 @@ NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
 
 
 def add_vocabulary(writer: Any, artifact: Artifact, size: int) -> str:
-    """Add the tokens, merges and special tokens if llama.cpp has a name for the rule; what was done, for people."""
+    """Add the tokens, merges and special tokens if llama.cpp has a name for the rule; what was done, for people.
+
+    A token from `size` on has no row in the model, such as one for padding that was added later: it is left out.
+    """
     from gguf import SpecialVocab
 
     path = artifact.path / "tokenizer.json"
@@ -36,17 +39,17 @@ def add_vocabulary(writer: Any, artifact: Artifact, size: int) -> str:
     cut = name_of_cut(told)
     if cut is None:
         return "its tokenizer has no name in llama.cpp and is not in the file, but beside it"
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
-    for token, i in told["model"]["vocab"].items():
-        tokens[i], types[i] = token, NORMAL
+    found = {i: (token, NORMAL) for token, i in told["model"]["vocab"].items()}
     for added in told.get("added_tokens", []):
-        tokens[added["id"]], types[added["id"]] = added["content"], CONTROL if added["special"] else USER
+        found[added["id"]] = added["content"], CONTROL if added["special"] else USER
+    tokens, types = zip(*(found.get(i, (f"[PAD{i}]", UNUSED)) for i in range(size)), strict=True)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(cut)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     SpecialVocab(artifact.path, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
-    return f"its tokenizer is llama.cpp's {cut}"
+    left_out = f", without the tokens from {size} on, which have no row in the model" if max(found) >= size else ""
+    return f"its tokenizer is llama.cpp's {cut}{left_out}"
 
 
 def name_of_cut(told: dict[str, Any]) -> str | None:

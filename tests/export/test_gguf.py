@@ -18,6 +18,7 @@ from compress import RTN, Magnitude, RecipeError, UnsupportedWeight
 from compress.artifact import Artifact
 from compress.export import export
 from compress.export.gguf_metadata import frequency_factors
+from compress.model.source import locate
 from compress.passes import HQQ, NF4, Int8
 
 gguf = pytest.importorskip("gguf")
@@ -164,6 +165,22 @@ def test_an_old_config_of_another_rotation_is_refused(small: Any, artifact_of: A
     model = rewritten(small(), tmp_path / "old", "config.json", lambda told: old_config(told, "dynamic"))
     with pytest.raises(RecipeError, match="not dynamic"):
         export(artifact_of(CASES["Q8_0"], model), "gguf", tmp_path / "out")
+
+
+def test_tokens_without_a_row_are_left_out(artifact_of: Any, tmp_path: Path) -> None:
+    """As of models whose token for padding was added later, without a row for it."""
+
+    def with_padding(told: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **told,
+            "added_tokens": [*told["added_tokens"], {**told["added_tokens"][0], "id": 4096, "content": "+"}],
+        }
+
+    model = rewritten(locate("builtin"), tmp_path / "padded", "tokenizer.json", with_padding)
+    done = export(artifact_of(CASES["Q8_0"], model), "gguf", tmp_path / "out")
+    fields = gguf.GGUFReader(done.out / "model.gguf").fields
+    assert len(fields["tokenizer.ggml.tokens"].data) == len(fields["tokenizer.ggml.token_type"].data) == 4096
+    assert "without the tokens from 4096 on" in done.note
 
 
 def test_the_factors_of_frequencies_are_in_the_file(small: Any, artifact_of: Any, tmp_path: Path) -> None:
