@@ -155,6 +155,34 @@ def test_casting_leaves_the_stored_tensors_alone(llama_artifact: Path) -> None:
     assert all(torch.equal(cast[key.replace(".weight_", ".stored_")], stored[key]) for key in scales)
 
 
+@pytest.fixture(scope="session")
+def experts_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small mixture of experts, every matrix of which is rounded."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path_factory.mktemp("experts")
+    sizes = {"vocab_size": 211, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    )
+    model.save_pretrained(folder / "model")
+    return compress.run(folder / "model", [RTN(bits=4, group=16)], folder / "out").out
+
+
+@pytest.mark.parametrize("folder", ["llama_artifact", "experts_artifact"])
+def test_stored_tensors_that_are_loaded_later_are_computed_with(
+    folder: str, request: pytest.FixtureRequest, ids: Tensor, assert_close: Any
+) -> None:
+    prepared, lean = (compress.load(request.getfixturevalue(folder), low_memory=low) for low in (False, True))
+    before = logits(prepared, ids)
+    state = {key: t * 0.5 if key.endswith("scale") else t for key, t in prepared.state_dict().items()}
+    for model in (prepared, lean):
+        model.load_state_dict(state)
+    assert not torch.allclose(logits(prepared, ids), before)
+    assert_close("logits", logits(prepared, ids), logits(lean, ids), RATIO)
+
+
 def test_kept_weights_obey_the_pattern(artifact: Path) -> None:
     source = Artifact(artifact)
     kept = [source.expression(site).mask_OI.unflatten(1, (-1, 4)).sum(2).unique().tolist() for site in source.specs]

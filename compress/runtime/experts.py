@@ -26,10 +26,11 @@ class CompressedExperts:
     dtype: torch.dtype
     decoded: dict[str, Tensor]
     kept: bool
+    replaced: bool  # whether stored tensors came after the stacks were decoded
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Decode every stack once, for computing in `dtype`."""
-        self.dtype, self.kept = dtype, True
+        self.dtype, self.kept, self.replaced = dtype, True, False
         self.decoded = self.decode()
 
     def decode(self) -> dict[str, Tensor]:
@@ -60,11 +61,22 @@ class CompressedExperts:
         finally:
             self.decoded = {}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Note whether other stored tensors come; they are there when `decode_again` is called."""
+        super()._load_from_state_dict(state_dict, prefix, *others)  # type: ignore[misc]
+        self.replaced = self.kept and any(key.startswith(f"{prefix}stored.") for key in state_dict)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move what was decoded with the module."""
         moved = super()._apply(fn, recurse)  # type: ignore[misc]
         self.decoded = {name: fn(stack) for name, stack in self.decoded.items()}
         return moved
+
+
+def decode_again(module: Any, _: Any) -> None:
+    """Decode the stacks of stored tensors that `load_state_dict` has replaced."""
+    if module.replaced:
+        module.prepare(module.dtype)
 
 
 def compress_experts(module: Any, stored: Sequence[tuple[Place, dict[str, Any]]], dtype: torch.dtype) -> None:
@@ -74,6 +86,8 @@ def compress_experts(module: Any, stored: Sequence[tuple[Place, dict[str, Any]]]
     for name in names:
         del module._parameters[name]
     module.stored = nn.ModuleList(StoredWeight(spec) for _, spec in stored)
-    module.places, module.dtype, module.decoded, module.kept = [place for place, _ in stored], dtype, {}, False
+    module.places, module.dtype, module.decoded = [place for place, _ in stored], dtype, {}
+    module.kept = module.replaced = False
+    module.register_load_state_dict_post_hook(decode_again)
     stacks = {name: property(partial(CompressedExperts.stack, name=name)) for name in names}
     module.__class__ = type(f"Compressed{type(module).__name__}", (CompressedExperts, type(module)), stacks)

@@ -121,6 +121,13 @@ class CompressedLinear(StoredWeight):
             self.park()
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Take other stored tensors; what was lowered of those before is lowered again."""
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if self.device is not None and any(f"{prefix}{name}" in state_dict for name in self.names.values()):
+            self._put(self.device)
+            self.prepare(self.dtype, **self.asked)
+
     @property
     def weight(self) -> Tensor:
         """The matrix as the family's module would hold it, decoded at each access; of no values before loading."""
