@@ -18,14 +18,17 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from compress.errors import RecipeError
 from compress.runtime.tenants import Tenants
 from compress.serving.answers import Answer, event
 from compress.serving.engine import Closed, Engine, Full
 from compress.serving.errors import Refusal
 from compress.serving.metrics import Metrics
 from compress.serving.requests import Asked, Chat, Completion, body_of, parsed
-from compress.serving.running import Piece, Sequence
+from compress.serving.running import Piece, Sequence, check_cache
 from compress.serving.text import Text
+
+LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,12 @@ class Server:
     """A base and its tenants behind an engine."""
 
     def __init__(self, tenants: Tenants, tokenizer: Any, name: str, limits: Limits) -> None:
+        """Raises RecipeError for a base that cannot be served."""
+        check_cache(tenants.model)
         self.tenants, self.tokenizer, self.name, self.limits = tenants, tokenizer, name, limits
         self.engine = Engine(tenants, max_batch=limits.max_batch, max_queue=limits.max_queue)
         self.metrics = Metrics(self.engine, tenants)
-        self.context = int(tenants.model.config.get_text_config().max_position_embeddings)
+        self.context = context_of(tenants.model)
         self.ends = end_tokens(tenants.model, tokenizer)
         self.started = int(time.time())
 
@@ -191,6 +196,17 @@ class Server:
         self.metrics.requests.labels(answer.model, outcome).inc()
         self.metrics.tokens.labels(answer.model, "completion").inc(sequence.made)
         self.metrics.seconds.observe(time.monotonic() - start)
+
+
+def context_of(model: Any) -> int:
+    """The longest text of a model; raises RecipeError if its config tells none."""
+    config = model.config.get_text_config()
+    found = next((told for told in (getattr(config, name, None) for name in LENGTHS) if told), None)
+    if found is None:
+        raise RecipeError(
+            f"{type(model).__name__}: its config has none of {', '.join(LENGTHS)}: how long may a text be?"
+        )
+    return int(found)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from compress.errors import RecipeError
 from compress.runtime.tenants import Tenants
 from compress.serving.sampling import Sampling
 from compress.serving.text import Text
@@ -112,6 +114,15 @@ def stacked(one: Tensor, other: Tensor, length: int) -> Tensor:
 def by_tenant(sequences: Many[Sequence]) -> list[int]:
     """The rows sorted by tenant, the base first."""
     return sorted(range(len(sequences)), key=lambda row: sequences[row].tenant or "")
+
+
+def check_cache(model: Any) -> None:
+    """Raise RecipeError unless keys and values are all that a model keeps of a text: nothing else is kept here."""
+    cached = "past_key_values" in signature(model.forward).parameters and model.can_generate()
+    if not cached or not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
+        raise RecipeError(
+            f"{type(model).__name__} cannot be served: it keeps more of a text than keys and values, or less"
+        )
 
 
 def logits_of(tenants: Tenants, running: Running, ids_BS: Tensor) -> Tensor:

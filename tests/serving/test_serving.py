@@ -12,10 +12,11 @@ import httpx
 import pytest
 import torch
 
+import compress
 from compress import Dense
-from compress.runtime.tenants import Difference
+from compress.runtime.tenants import Difference, Tenants
 from compress.serving import engine
-from compress.serving.app import Server
+from compress.serving.app import Limits, Server, context_of
 
 MODELS = ("tiny", "a", "b", "c")
 Talk = Callable[..., Any]
@@ -200,6 +201,26 @@ def test_what_is_wrong_is_said_in_one_shape(case: str, make_server: Make, talk: 
     assert said in answer.json()["error"]["message"]
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert after.status_code == 200
+
+
+def of_kind(kind: str) -> Any:
+    """A small model of another family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "n_head": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+
+
+@pytest.mark.parametrize(("kind", "said"), [("mamba", "more of a text than keys and values"), ("bloom", "how long")])
+def test_a_base_that_cannot_be_served_is_refused_at_once(kind: str, said: str) -> None:
+    with pytest.raises(compress.RecipeError, match=said):
+        Server(Tenants(of_kind(kind), {}), None, kind, Limits())
+
+
+def test_the_longest_text_goes_by_several_names() -> None:
+    model = of_kind("bloom")
+    model.config.seq_length = 64
+    assert context_of(model) == 64
 
 
 def test_other_paths_and_methods_are_refused_in_the_same_shape(make_server: Make, talk: Talk) -> None:
