@@ -158,8 +158,7 @@ class Server:
                 done, _ = await asyncio.wait({next_piece, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if next_piece not in done:
                     next_piece.cancel()
-                    last = Piece(error="the client went away")
-                    break
+                    raise Refusal(400, "the client went away")
                 last = next_piece.result()
                 text.append(last.text)
         finally:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from compress.serving.errors import Refusal
 from compress.serving.sampling import Sampling
@@ -88,11 +89,14 @@ async def body_of(request: Request, limit: int) -> bytes:
     if told.isdecimal() and int(told[:20]) > limit:
         raise too_long
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_long
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise too_long
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise Refusal(400, "the body ends before its end") from error
     return b"".join(parts)
 
 

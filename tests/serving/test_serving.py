@@ -375,3 +375,24 @@ def test_a_cancelled_sequence_leaves_the_batch(make_server: Make, talk: Talk) ->
     assert talk(server, act).status_code == 200
     counted = server.metrics.requests.labels("a", "cancelled")._value.get()
     assert counted == 1
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_client_that_leaves_is_no_failure(cut: bool, make_server: Make, talk: Talk) -> None:
+    server, body = make_server(), json.dumps(ask("a", max_tokens=100)).encode()
+    told = {"type": "http.request", "body": body[:9] if cut else body, "more_body": cut}
+    messages = iter([told])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages, {"type": "http.disconnect"})
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def act(client: Any) -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        await client._transport.app(scope, receive, send)
+
+    talk(server, act)
+    counted = {o: server.metrics.requests.labels("a", o)._value.get() for o in ("cancelled", "failed")}
+    assert counted == {"cancelled": 0 if cut else 1, "failed": 0}
