@@ -13,6 +13,7 @@ from compress.commands.output import bytes_of, quiet_loading, screen
 from compress.errors import ArtifactError, RecipeError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what arrives in a header as it was sent
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -35,8 +36,8 @@ def serve(
     require_serving()
     named = deltas_of(delta or [])
     body, most = bytes_of(max_body, "--max-body"), None if budget is None else bytes_of(budget, "--budget")
-    if api_key is not None and not api_key.strip():
-        raise RecipeError("--api-key: is empty")
+    if api_key is not None and KEY.fullmatch(api_key) is None:
+        raise RecipeError("--api-key: is empty, has space around it, or characters that a header cannot hold")
 
     from compress.model.source import display_name, locate
     from compress.serving.app import Limits, Server

@@ -79,6 +79,13 @@ def test_names_on_the_command_line() -> None:
         deltas_of(["a=x", "a=y"])
 
 
+@pytest.mark.parametrize("key", ["", " ", "k\n", " k", "schlüssel"])
+def test_a_key_that_no_client_can_send_is_refused(key: str, cli: Callable[..., tuple[int, str, str]]) -> None:
+    """Such as one read from a file with its last line break: a server with it refuses everybody."""
+    code, _, err = cli("serve", "builtin", "--api-key", key)
+    assert code == 2 and err.startswith("error: --api-key: is empty, has space around it") and err.count("\n") == 1
+
+
 def test_a_port_in_use_is_told_before_anything_is_loaded(
     tiny_llama: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
