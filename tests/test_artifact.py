@@ -183,6 +183,19 @@ def test_stored_tensors_that_are_loaded_later_are_computed_with(
     assert_close("logits", logits(prepared, ids), logits(lean, ids), RATIO)
 
 
+def test_experts_with_low_memory_may_be_called_while_they_compute(experts_artifact: Path, ids: Tensor) -> None:
+    """As by another thread, that is done in the middle of the first call."""
+    model = compress.load(experts_artifact, low_memory=True)
+    want, others = logits(model, ids), iter([1])
+
+    def meanwhile(*_: Any) -> None:
+        if next(others, 0):
+            logits(model, ids)
+
+    model.model.layers[0].mlp.experts.act_fn.register_forward_pre_hook(meanwhile)
+    assert torch.equal(logits(model, ids), want)
+
+
 def test_kept_weights_obey_the_pattern(artifact: Path) -> None:
     source = Artifact(artifact)
     kept = [source.expression(site).mask_OI.unflatten(1, (-1, 4)).sum(2).unique().tolist() for site in source.specs]

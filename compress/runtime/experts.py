@@ -7,6 +7,7 @@ parameters. They are decoded once, or with `low_memory` for the length of each c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from typing import Any, cast
 
@@ -55,11 +56,9 @@ class CompressedExperts:
         """What the family computes."""
         if self.kept:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        self.decoded = self.decode()
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.decoded = {}
+        called = copy(self)  # which another thread does not have
+        called.decoded = self.decode()
+        return super(CompressedExperts, called).forward(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """Note whether other stored tensors come; they are there when `decode_again` is called."""
