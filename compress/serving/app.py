@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,17 +42,36 @@ class Limits:
     api_key: str | None = None
 
 
-class Server:
-    """A base and its tenants behind an engine."""
+@dataclass(frozen=True, kw_only=True)
+class Language:
+    """How a model's tokens are read: its tokenizer, and the tokens that end a text."""
 
-    def __init__(self, tenants: Tenants, tokenizer: Any, name: str, limits: Limits) -> None:
+    tokenizer: Any
+    ends: frozenset[int]
+
+    @staticmethod
+    def of(tokenizer: Any, told: Any) -> Language:
+        """With the end that the settings of the model tell, a number or several or None, and the tokenizer's."""
+        found: set[int] = set()
+        for end in (told, getattr(tokenizer, "eos_token_id", None)):
+            found |= set(end) if isinstance(end, (list, tuple)) else set() if end is None else {int(end)}
+        return Language(tokenizer=tokenizer, ends=frozenset(found))
+
+
+class Server:
+    """A base and its tenants behind an engine; `own` are the languages of tenants that have not the base's."""
+
+    def __init__(
+        self, tenants: Tenants, tokenizer: Any, name: str, limits: Limits, own: Mapping[str, Language] | None = None
+    ) -> None:
         """Raises RecipeError for a base that cannot be served."""
         check_cache(tenants.model)
         self.tenants, self.tokenizer, self.name, self.limits = tenants, tokenizer, name, limits
+        self.own = own or {}
         self.engine = Engine(tenants, max_batch=limits.max_batch, max_queue=limits.max_queue)
         self.metrics = Metrics(self.engine, tenants)
         self.context = context_of(tenants.model)
-        self.ends = end_tokens(tenants.model, tokenizer)
+        self.language = Language.of(tokenizer, getattr(tenants.model.generation_config, "eos_token_id", None))
         self.started = int(time.time())
 
     # -- from a request to a sequence ---------------------------------------------------------------------
@@ -67,10 +86,15 @@ class Server:
             raise Refusal(404, f"the model {model[:100]!r} does not exist", param="model", code="model_not_found")
         return None if model == self.name else model
 
+    def language_of(self, model: str) -> Language:
+        """The language of a model that is served."""
+        return self.own.get(model, self.language)
+
     def tokens(self, asked: Asked) -> list[int]:
         """The prompt as tokens; raises Refusal 400 if it cannot be one."""
         if isinstance(asked, Chat):
             return self.chat_tokens(asked)
+        tokenizer = self.language_of(asked.model).tokenizer
         prompt = asked.prompt if isinstance(asked, Completion) else ""
         if isinstance(prompt, list) and not any(isinstance(one, str) for one in prompt):
             rows = self.tenants.model.get_input_embeddings().num_embeddings
@@ -82,22 +106,25 @@ class Server:
             "\ud800" <= character <= "\udfff" for character in text
         ):  # JSON can say half a pair, tokenizers stop at it
             raise Refusal(400, "prompt: holds half of a surrogate pair, which is no character", param="prompt")
-        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+        return [int(token) for token in tokenizer(text)["input_ids"]]
 
     def chat_tokens(self, asked: Chat) -> list[int]:
         """A conversation as tokens, by the tokenizer's own template, which transformers runs in a sandbox."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise Refusal(400, f"the tokenizer of {self.name} has no chat template; use /v1/completions", param="model")
+        tokenizer = self.language_of(asked.model).tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise Refusal(
+                400, f"the tokenizer of {asked.model} has no chat template; use /v1/completions", param="model"
+            )
         said = [message.model_dump() for message in asked.messages]
         try:
-            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template refuses in its own words, with any kind of error
             raise Refusal(400, "messages: the chat template does not take these", param="messages") from error
-        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def sequence(self, asked: Asked, emit: Callable[[Piece], None]) -> Sequence:
         """What the engine is given; raises Refusal if it cannot be."""
-        tenant = self.tenant(asked.model)
+        tenant, language = self.tenant(asked.model), self.language_of(asked.model)
         prompt = self.tokens(asked)
         place = "messages" if isinstance(asked, Chat) else "prompt"
         if not prompt:
@@ -114,8 +141,8 @@ class Server:
             tenant=tenant,
             limit=min(room, wanted or self.limits.max_tokens),
             sampling=asked.sampling(),
-            text=Text(self.tokenizer, asked.stops()),
-            ends=self.ends,
+            text=Text(language.tokenizer, asked.stops()),
+            ends=language.ends,
             emit=emit,
         )
 
@@ -206,14 +233,6 @@ def context_of(model: Any) -> int:
             f"{type(model).__name__}: its config has none of {', '.join(LENGTHS)}: how long may a text be?"
         )
     return int(found)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text, by the model's settings and the tokenizer's."""
-    found: set[int] = set()
-    for told in (getattr(model.generation_config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
-        found |= set(told) if isinstance(told, (list, tuple)) else set() if told is None else {int(told)}
-    return frozenset(found)
 
 
 async def disconnected(request: Request) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,9 +20,12 @@ import torch
 
 import compress
 from compress import Calibration, Delta, Magnitude, Recipe, RecipeError
-from compress.commands.serve import deltas_of
+from compress.commands.serve import deltas_of, own_languages, tokenizer_of
 from compress.errors import ArtifactError
 from compress.serving import process as process_
+from compress.serving.app import Limits, Server
+from compress.serving.errors import Refusal
+from compress.serving.requests import Chat
 from compress.tenants import load_tenants
 
 START = "import typer; from compress.commands.serve import serve; typer.run(serve)"
@@ -68,6 +72,26 @@ def test_another_base_is_refused(folders: dict[str, Path], tiny_llama: Path) -> 
         load_tenants(folders["a-whole"], {"a": folders["a"]})
     with pytest.raises(ArtifactError, match="not a Compress artifact"):
         load_tenants(tiny_llama, {"a": folders["a-whole"]})
+
+
+def test_a_fine_tune_is_spoken_to_in_its_own_language(
+    tiny_llama: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its template, and the token that ends its answers, are not its base's; one without such files has the base's."""
+    tuned = shutil.copytree(folders["a-whole"], tmp_path / "tuned")
+    tokenizer = tokenizer_of(tiny_llama)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # type: ignore[attr-defined]
+    tokenizer.save_pretrained(tuned)  # type: ignore[attr-defined]
+    (tuned / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    recipe = Recipe(passes=(Magnitude(sparsity=0.5),), calibration=FEW, delta=Delta(base=str(tiny_llama)))
+    named = {"a": compress.run(tuned, recipe, tmp_path / "out").out, "b": folders["b"]}
+    tenants, base = load_tenants(tiny_llama, named), tokenizer_of(tiny_llama)
+    server = Server(tenants, base, "tiny", Limits(), own_languages(tiny_llama, named, base))
+    said = {"model": "a", "messages": [{"role": "user", "content": "x"}]}
+    assert server.tokens(Chat.model_validate(said))
+    assert {7, 9} <= server.language_of("a").ends and not {7, 9} & server.language_of("b").ends
+    with pytest.raises(Refusal, match="tokenizer of b has no chat template"):
+        server.tokens(Chat.model_validate({**said, "model": "b"}))
 
 
 def test_names_on_the_command_line() -> None:
