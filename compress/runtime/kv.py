@@ -272,12 +272,14 @@ def _enter(
     new: Callable[[], Cache], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Add a new cache to the arguments of a forward that would make its own."""
-    given = signature(model.forward).bind_partial(*args, **kwargs).arguments
+    bound = signature(model.forward).bind_partial(*args, **kwargs)
+    given = bound.arguments
     asked = given.get("use_cache")
     if asked is None:
         asked = getattr(model.config.get_text_config(decoder=True), "use_cache", False)
     if asked and given.get("past_key_values") is None:
-        return args, {**kwargs, "past_key_values": new()}
+        given["past_key_values"] = new()
+        return bound.args, bound.kwargs
     return None
 
 

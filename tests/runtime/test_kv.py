@@ -322,6 +322,7 @@ def test_a_forward_makes_one_and_a_scoring_forward_none(builtin: tuple[Any, Any]
     with torch.inference_mode():
         found = quantized(prompt)
         assert isinstance(found.past_key_values, QuantizedCache)
+        assert isinstance(quantized(prompt, None, None, None).past_key_values, QuantizedCache)  # by position
         assert quantized(prompt, use_cache=False).past_key_values is None
         assert torch.equal(found.logits, plain(prompt).logits)
 
