@@ -57,6 +57,13 @@ class Language:
             found |= set(end) if isinstance(end, (list, tuple)) else set() if end is None else {int(end)}
         return Language(tokenizer=tokenizer, ends=frozenset(found))
 
+    def opened(self, text: str) -> list[int]:
+        """A text that is to go on, as tokens: without the EOS that some tokenizers are set to add behind it."""
+        ids = [int(token) for token in self.tokenizer(text)["input_ids"]]
+        said = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        added = ids[-1:] == [getattr(self.tokenizer, "eos_token_id", None)] != said[-1:]
+        return ids[:-1] or ids if added else ids
+
 
 class Server:
     """A base and its tenants behind an engine; `own` are the languages of tenants that have not the base's."""
@@ -94,7 +101,6 @@ class Server:
         """The prompt as tokens; raises Refusal 400 if it cannot be one."""
         if isinstance(asked, Chat):
             return self.chat_tokens(asked)
-        tokenizer = self.language_of(asked.model).tokenizer
         prompt = asked.prompt if isinstance(asked, Completion) else ""
         if isinstance(prompt, list) and not any(isinstance(one, str) for one in prompt):
             rows = self.tenants.model.get_input_embeddings().num_embeddings
@@ -106,7 +112,7 @@ class Server:
             "\ud800" <= character <= "\udfff" for character in text
         ):  # JSON can say half a pair, tokenizers stop at it
             raise Refusal(400, "prompt: holds half of a surrogate pair, which is no character", param="prompt")
-        return [int(token) for token in tokenizer(text)["input_ids"]]
+        return self.language_of(asked.model).opened(text)
 
     def chat_tokens(self, asked: Chat) -> list[int]:
         """A conversation as tokens, by the tokenizer's own template, which transformers runs in a sandbox."""

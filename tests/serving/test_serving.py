@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -11,12 +12,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import compress
 from compress import Dense
+from compress.model.source import locate
 from compress.runtime.tenants import Difference, Tenants
 from compress.serving import engine
-from compress.serving.app import Limits, Server, context_of
+from compress.serving.app import Language, Limits, Server, context_of
 
 MODELS = ("tiny", "a", "b", "c")
 Talk = Callable[..., Any]
@@ -396,3 +399,18 @@ def test_a_client_that_leaves_is_no_failure(cut: bool, make_server: Make, talk: 
     talk(server, act)
     counted = {o: server.metrics.requests.labels("a", o)._value.get() for o in ("cancelled", "failed")}
     assert counted == {"cancelled": 0 if cut else 1, "failed": 0}
+
+
+def test_a_prompt_stays_open_whatever_a_tokenizer_adds_behind_texts() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain = AutoTokenizer.from_pretrained(locate("builtin"))
+    ending = copy.deepcopy(plain)
+    specials = [("<s>", plain.bos_token_id), ("</s>", plain.eos_token_id)]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=specials)
+    assert ending("The end").input_ids[-1] == plain.eos_token_id
+    told = Language.of(ending, None)
+    inner = plain("The end", add_special_tokens=False).input_ids
+    assert told.opened("The end") == [plain.bos_token_id, *inner]
+    assert told.opened("") == [plain.bos_token_id]
+    assert Language.of(plain, None).opened("The end</s>") == plain("The end</s>").input_ids  # its own stays
