@@ -95,7 +95,7 @@ def shown(results: list[Any]) -> list[Any]:
 
     dense, *others = results
     rows = evals.table_rows(results)
-    parts: list[Any] = list(map(escape, caveats(dense)))
+    parts: list[Any] = list(map(escape, caveats(dense, others)))
     for found in others:
         mine = [row for row in rows if row.model == found.model.name]
         parts.append(quality_table(mine, f"{found.model.name} against {dense.model.name}"))

@@ -11,6 +11,8 @@ from compress_evals.results import Results, versus
 from compress_evals.stats import verdict_text
 from compress_evals.wording import byte_size, points
 
+LETTER = 7.2  # width of one in a plot's 12.5 px font, generously
+
 
 @dataclass(frozen=True, kw_only=True)
 class Whisker:
@@ -68,8 +70,9 @@ class Scatter:
 
 def forest(result: Results, width: int = 980) -> Forest:
     """The geometry of the differences of one model: a line a task, the margin of each as a band."""
-    comparison, left, step = versus(result), 190, 26
+    comparison, step = versus(result), 26
     pairs = [(cell.title, cell.paired) for cell in comparison.tasks.values()]
+    left = max(190, *(round(LETTER * len(title)) + 20 for title, _ in pairs))
     lowest = min(-0.1, *(min(pair.low, -pair.margin) for _, pair in pairs))
     highest = max(0.05, *(pair.high for _, pair in pairs))
     spacing = _spacing(highest - lowest)
@@ -148,7 +151,7 @@ def place_names(
     taken: list[tuple[float, float, float]] = [(x - 6, x + 6, y) for x, y in spots]
     placed = []
     for name, (x, y) in zip(names, spots, strict=True):
-        length = 7.2 * len(name)  # a letter of the plot's 12.5 px font, generously
+        length = LETTER * len(name)
         choices = [(side, dy) for dy in (-8, 18, -24, 34) for side in (1, -1)]
         boxes = [(x + 9 if side > 0 else x - 9 - length, y + dy, side) for side, dy in choices]
         inside = [box for box in boxes if box[0] >= 0 and box[0] + length <= width] or boxes

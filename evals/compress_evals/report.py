@@ -34,6 +34,7 @@ MEANINGS = {
     "inconclusive": "too few questions to tell; not the same as no loss",
 }
 ASSUMED_FLIPS = 0.1  # between int4 (about 2 %) and 2:4 pruning (about 30 %) on the built-in model
+SILENT = 0.1  # share of questions with an answer, fewer than dense has, that is told
 _TEMPLATES = Path(__file__).parent
 
 
@@ -106,7 +107,7 @@ def markdown(results: Sequence[Results]) -> str:
     """The report as Markdown: what was compressed, the table for each model, tiers and fidelity."""
     dense, compressed = split(results)
     parts = [f"# {md(headline(dense, compressed))}", md(header_line(dense))]
-    parts += [f"- {md(line)}" for line in caveats(dense)]
+    parts += [f"- {md(line)}" for line in caveats(dense, compressed)]
     if not compressed:
         parts.append(md_table(("task", "n", "score"), [_score_cells(dense, task) for task in dense.tasks]))
     rows = table_rows(results)
@@ -139,7 +140,7 @@ def html(results: Sequence[Results]) -> str:
     return environment.get_template("report.html.j2").render(
         title=headline(dense, compressed),
         header=header_line(dense),
-        caveats=caveats(dense),
+        caveats=caveats(dense, compressed),
         dense=dense,
         dense_rows=[_score_cells(dense, task) for task in dense.tasks],
         cards=[_card(dense, result) for result in compressed],
@@ -229,13 +230,27 @@ def speed_line(result: Results) -> str:
     )
 
 
-def caveats(dense: Results) -> list[str]:
-    """What a reader must know first: tasks not asked, and why; prompts cut to fit; a dense model that knows nothing."""
+def caveats(dense: Results, compressed: Sequence[Results]) -> list[str]:
+    """What a reader must know first: tasks not asked, and why; prompts cut to fit; who knows or says nothing."""
     skipped = [f"Not asked: {skip.title} ({skip.family}): {skip.reason}" for skip in dense.skipped.values()]
     cut = [f"{task.title} ({task.truncated} of {task.n})" for task in dense.tasks.values() if task.truncated]
     context = dense.engine.max_length
     long = [f"Longer than the context of {context:,} tokens, so cut: {'; '.join(cut)}"] if cut else []
-    return [*skipped, *long, *ignorance(dense)]
+    silent = [line for result in compressed if (line := silence(dense, result))]
+    return [*skipped, *long, *ignorance(dense), *silent]
+
+
+def silence(dense: Results, result: Results) -> str:
+    """The tasks in which it gives an answer at all to far fewer questions than dense does; empty if there are none."""
+    told = []
+    for name, task in dense.tasks.items():
+        other = result.tasks.get(name)
+        if other is None or not {"valid"} <= {*task.metrics} & {*other.metrics}:
+            continue
+        before, after = task.metrics["valid"].value, other.metrics["valid"].value
+        if before - after >= SILENT:
+            told.append(f"{task.title} ({100 * after:.0f} % of questions, dense {100 * before:.0f} %)")
+    return f"{result.model.name} often gives no answer, which hides what it knows: {'; '.join(told)}" if told else ""
 
 
 def ignorance(dense: Results) -> list[str]:

@@ -13,8 +13,8 @@ from compress_evals.comparison import compare
 from compress_evals.leaderboard.collect import Board, Entry
 from compress_evals.leaderboard.facts import facts
 from compress_evals.plots import forest, place_names, scatter
-from compress_evals.report import calibration, cut_to_fit, html, ignorance, markdown, table_rows
-from compress_evals.results import Results
+from compress_evals.report import calibration, caveats, cut_to_fit, html, ignorance, markdown, silence, table_rows
+from compress_evals.results import Metric, Results
 from compress_evals.wording import size_change
 
 HOSTILE = "<script>alert(1)</script>\"'>&|`x`"
@@ -185,6 +185,33 @@ def test_a_dense_model_that_knows_nothing_is_said(make_results: Callable[..., Re
     assert other.endswith("a verdict says nothing")
 
 
+def test_a_model_that_falls_silent_is_said_to(make_results: Callable[..., Results]) -> None:
+    def measured(name: str, said: float) -> Results:
+        made = make_results(name, {"facts_a": [1.0] * 20, "facts_b": [1.0] * 20})
+        task = made.tasks["facts_a"]
+        metrics = {**task.metrics, "valid": Metric(value=said, low=said, high=said)}
+        return made.model_copy(
+            update={"tasks": {**made.tasks, "facts_a": task.model_copy(update={"metrics": metrics})}}
+        )
+
+    dense = measured("dense", 0.95)
+    assert caveats(dense, [measured("talks", 0.86)]) == []
+    [line] = caveats(dense, [measured("talks", 0.9), measured("mute", 0.17)])
+    assert line == (
+        "mute often gives no answer, which hides what it knows: Title of facts_a (17 % of questions, dense 95 %)"
+    )
+    assert silence(dense, make_results("other", {"facts_a": [1.0] * 20})) == ""
+
+
+def test_the_longest_title_fits_beside_its_whisker(make_results: Callable[..., Results]) -> None:
+    dense, small = (make_results(name, {"facts_a": [1.0] * 20}) for name in ("dense", "small"))
+    long = "Natural Questions, with the passage, " * 2
+    named = {"facts_a": dense.tasks["facts_a"].model_copy(update={"title": long})}
+    dense, small = (found.model_copy(update={"tasks": named}) for found in (dense, small))
+    drawn = forest(small.model_copy(update={"vs": compare(dense, small)}))
+    assert drawn.left >= 6.5 * len(long) and max(x for x, _ in drawn.ticks) <= drawn.width
+
+
 def test_names_of_close_points_are_not_written_over_each_other() -> None:
     placed = place_names(["int4 g64", "int4 g128"], [(300.0, 50.0), (310.0, 50.0)], 980)
     assert abs(placed[0][1] - placed[1][1]) > 12 or placed[0][2] != placed[1][2]
@@ -206,7 +233,7 @@ def test_the_calibration_is_named_with_a_short_hash(make_results: Callable[..., 
 
 
 def test_what_was_skipped_cut_or_is_within_noise_is_said(make_results: Callable[..., Results]) -> None:
-    from compress_evals.report import caveats, noise_line, speed_line
+    from compress_evals.report import noise_line, speed_line
     from compress_evals.results import Noise, Skipped, Speed
 
     dense = make_results("dense", {"facts_trained": [1] * 400, "facts_mc": [1] * 400})
@@ -228,7 +255,7 @@ def test_what_was_skipped_cut_or_is_within_noise_is_said(make_results: Callable[
         "Title of facts_mc.",
         "Generates 20.0 tokens/s, dense 10.0: 2.00x (1.90 to 2.10 over 5 runs of 64 + 128 tokens).",
     ]
-    assert [*caveats(dense), noise_line(dense, small), speed_line(small)] == lines
+    assert [*caveats(dense, [small]), noise_line(dense, small), speed_line(small)] == lines
     page, text = html([dense, small]), markdown([dense, small])
     assert "X &lt;b&gt;" in page and "X <b>" not in page
     assert all(part in page for part in ("so cut: Title", "own noise (1 of 200", "20.0 tokens/s"))
