@@ -195,7 +195,9 @@ def facts_line(dense: Results, result: Results) -> str:
 def calibration(result: Results) -> str:
     """What the model was calibrated on, as recorded, with hashes cut short; `none recorded` if nobody said."""
     recorded = result.model.calibration or {}
-    shown = {key: str(value)[:12] if key in ("sha256", "hash") else str(value) for key, value in recorded.items()}
+    shown = {
+        key: str(value)[:12] if key in ("sha256", "hash") else str(value) for key, value in recorded.items() if value
+    }
     return ", ".join(f"{key} {value}" for key, value in shown.items()) or "none recorded"
 
 

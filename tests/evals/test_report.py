@@ -230,6 +230,8 @@ def test_the_calibration_is_named_with_a_short_hash(make_results: Callable[..., 
     )
     assert calibration(made) == "name mixed, sha256 0123456789ab, tokens 32768"
     assert calibration(make_results("b", {"t": [1]})) == "none recorded"
+    unfed = make_results("c", {"t": [1]}, calibration={"name": "none (data-free)", "sha256": "", "tokens": 0})
+    assert calibration(unfed) == "name none (data-free)"
 
 
 def test_what_was_skipped_cut_or_is_within_noise_is_said(make_results: Callable[..., Results]) -> None:
