@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -379,6 +382,29 @@ def fail(message: str, code: int, once: bool = False) -> NoReturn:
     raise SystemExit(code)
 
 
+def answered(debug: bool) -> int:
+    """The exit code of the command; that of Ctrl-C also where compiled code made another exception of it."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = plain and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, press)
+    try:
+        return app(standalone_mode=False) or 0
+    except Exception:  # a tensor that is just read, say: "could not determine the shape of object"
+        if debug or not pressed:
+            raise
+        return INTERRUPTED
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main() -> None:
     """Run the command line; every error a user can cause is one line and an exit code."""
     debug = "--debug" in sys.argv
@@ -388,7 +414,7 @@ def main() -> None:
         sys.argv.append("--help")
     code = 0
     try:
-        code = app(standalone_mode=False) or 0
+        code = answered(debug)
     except CompressError as error:
         if debug:
             raise

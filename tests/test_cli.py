@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -340,3 +343,18 @@ def test_verifying_something_else_is_refused(cli: Run, tiny_llama: Path) -> None
     code, _, err = cli("verify", tiny_llama)
     assert code == 2
     assert "not a Compress artifact" in err
+
+
+def test_an_interrupt_that_compiled_code_made_an_error_of_is_one(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swallowed(**_: Any) -> int:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr("compress.cli.app", swallowed)
+        assert cli("passes") == (130, "", "error: interrupted; nothing is left half-written\n")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
