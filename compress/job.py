@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.artifact import content_hash
@@ -31,7 +32,7 @@ from compress.events import (
 )
 from compress.frontmatter import carried
 from compress.identity import Identity, identity, machine, versions
-from compress.journal import Journal
+from compress.journal import Journal, Write
 from compress.kv import written
 from compress.model.anatomy import Coverage
 from compress.model.architecture import without_code
@@ -55,7 +56,7 @@ from compress.runtime.latent import is_factored
 from compress.shards import Entry
 from compress.texts import HUB
 from compress.verification import check_whole
-from compress.writer import PICTURE, ArtifactWriter, Part, Stored
+from compress.writer import PICTURE, ArtifactWriter, Packed, Part, Stored
 
 BATCH, TWIN, PROBE, DENSE = "batch.", "twin.", "probe", "dense"  # what walks through the model
 LOGITS = "dense_logits"
@@ -113,6 +114,8 @@ class Job:
         self.reshaped: list[dict[str, Any]] = []
         self.ledger: dict[str, Any] = {}
         self.stored = self.weights = 0  # bytes and parameters of all sites so far
+        self.nbytes = 0  # of what was packed last
+        self.budgets: dict[Any, Any] = {}
         self.team = self.journal.team
 
     def identity(self, **options: Any) -> Identity:
@@ -135,6 +138,7 @@ class Job:
         self.settle()
         walk, journal = self.walk, self.journal
         journal.count = len(walk.blocks)
+        journal.beside = self.beside_what()
         budgets = self.begin(writer)
         streams = self.enter()
         walk.drop_frame()
@@ -149,14 +153,20 @@ class Job:
         since = time.monotonic()
         for block in manager.run(self.opened(streams)):
             walk.fit.most = self.team.least(walk.fit.most)
-            facts = journal.record(partial(self.write_block, writer, block), self.going(streams, block.last))
-            self.finish_block(block, facts["part"]["size"], time.monotonic() - since)
+            journal.record(partial(self.pack_block, writer, block), self.going(streams, block.last))
+            self.finish_block(block, time.monotonic() - since)
             since = time.monotonic()
+        journal.settle()
         probe = streams[PROBE]
         streams.clear()
         give_back()  # the windows' hidden states are not needed where the artifact is read back
         told = self.team.first(lambda: self.conclude(writer, probe))
         return Report(out=writer.out, coverage=self.covered, **told)
+
+    def beside_what(self) -> torch.device | None:
+        """The GPU that may go on computing while a block is recorded; not where tensors of the source are computed."""
+        device = self.walk.device
+        return device if device.type == "cuda" and self.team.size == 1 and type(self.source) is Checkpoint else None
 
     def begin(self, writer: ArtifactWriter) -> Budgets:
         """Write what lies in no block and find the budgets, or take both from an earlier run."""
@@ -164,10 +174,12 @@ class Job:
         made = content_hash(self.source) if self.recipe.reshapes else ""
         team.agree(lambda: {"hash of the reshaped model": made})
         journal.follow(lambda: self.take_up(writer, made))
-        if not journal.records:
+        if journal.records:
+            self.budgets = journal.records[0]["budgets"]
+        else:
             kept = self.dense_logits if team.chief else None
-            journal.record(partial(self.write_frame, writer, made), {}, {} if kept is None else {LOGITS: kept})
-        return {int(index): told for index, told in journal.records[0]["budgets"].items()}
+            journal.record(partial(self.pack_frame, writer, made), {}, {} if kept is None else {LOGITS: kept})
+        return {int(index): told for index, told in team.first(lambda: self.budgets).items()}
 
     def take_up(self, writer: ArtifactWriter, made: str) -> None:
         """What an earlier run has written is taken, unless its model was reshaped to another."""
@@ -203,13 +215,12 @@ class Job:
         names = [name for name in streams if (self.team.chief if name in everywhere else not last)]
         return {name: streams[name] for name in names}
 
-    def write_block(self, writer: ArtifactWriter, block: Block) -> dict[str, Any]:
-        """Write a block; what was written, and what is to be remembered of it."""
+    def pack_block(self, writer: ArtifactWriter, block: Block) -> Write:
+        """Pack a block; what is left to do is to write it."""
         expressed, plain = self.divide(block)
-        part = writer.add(expressed, plain)
-        sizes = {s.name: 0 if s.idle else writer.nbytes(s.name, s.weight) for s in block.sites.values()}
+        packed = writer.pack(expressed, plain)
+        sizes = {s.name: 0 if s.idle else packed.nbytes(s.name, s.weight) for s in block.sites.values()}
         facts = {
-            "part": asdict(part),
             "rows": {name: record(block.sites[name], sizes[name]) for name in expressed},
             "stored": sum(sizes.values()),
             "weights": sum(site.shape[0] * site.shape[1] for site in block.sites.values()),
@@ -217,7 +228,12 @@ class Job:
         }
         self.remember(facts)
         self.check_limits(self.ledger)
-        return facts
+        return self.ready(writer, packed, facts)
+
+    def ready(self, writer: ArtifactWriter, packed: Packed, facts: dict[str, Any]) -> Write:
+        """What writes the packed, and gives the facts with what was written."""
+        self.nbytes = packed.size
+        return lambda: {**facts, "part": asdict(writer.write(packed))}
 
     def replayed(self) -> Tensor:
         """The probe's logits by the model as the walk's source holds it, or as an earlier run has kept them."""
@@ -255,23 +271,23 @@ class Job:
         self.walk.drop_frame()
         self.source, self.walk = kept, walk
 
-    def write_frame(self, writer: ArtifactWriter, made: str) -> dict[str, Any]:
-        """Find the budgets and write what lies in no block; what was written, and what is to be remembered of it.
+    def pack_frame(self, writer: ArtifactWriter, made: str) -> Write:
+        """Find the budgets and pack what lies in no block; what is left to do is to write it.
 
         With the ledger of the tables that are rewritten, as a delta may have it.
         """
-        budgets = allocations(self.recipe.passes, Whole(self.walk, self.tokens.windows, self.tokens.probe_NT))
+        self.budgets = allocations(self.recipe.passes, Whole(self.walk, self.tokens.windows, self.tokens.probe_NT))
         frame = self.walk.anatomy.frame()
         coded = self.beside.coded_of(frame) if self.beside else {}
         sites = {name.removesuffix(".weight"): Stored(weight=weight, tensor=name) for name, weight in coded.items()}
-        part = writer.add(sites, self.entries([name for name in frame if name not in coded]))
+        packed = writer.pack(sites, self.entries([name for name in frame if name not in coded]))
         rows = {name: self.beside.record(name, weight) for name, weight in coded.items()} if self.beside else {}
         facts: dict[str, Any] = {
-            "part": asdict(part), "rows": {name.removesuffix(".weight"): row for name, row in rows.items()},
-            "stored": 0, "weights": 0, "reshaped": made, "budgets": budgets,
+            "rows": {name.removesuffix(".weight"): row for name, row in rows.items()},
+            "stored": 0, "weights": 0, "reshaped": made, "budgets": self.budgets,
         }  # fmt: skip
         self.remember(facts)
-        return facts
+        return self.ready(writer, packed, facts)
 
     def check_limits(self, ledger: dict[str, Any]) -> None:
         """Raise AcceptanceError as soon as the run can no longer stay within the recipe's limits."""
@@ -353,7 +369,7 @@ class Job:
             for name in names
         ]
 
-    def finish_block(self, block: Block, nbytes: int, seconds: float) -> None:
+    def finish_block(self, block: Block, seconds: float) -> None:
         """Emit BlockFinished."""
         self.emit(
             BlockFinished(
@@ -361,7 +377,7 @@ class Job:
                 index=block.index,
                 count=len(self.walk.blocks),
                 error=block.drift,
-                nbytes=nbytes,
+                nbytes=self.nbytes,
                 seconds=seconds,
                 peak_bytes=peak_bytes(),
                 gpu_peak_bytes=gpu_peak_bytes(self.walk.device),

@@ -4,7 +4,8 @@
 one JSON file for each finished block with the hidden states behind it; `scratch-N`, offloaded states; and `lock`, held
 by the process that writes here and let go by the kernel when that dies. A record is renamed into place once everything
 it names is on the disk, and only then is what the record before it needed removed: whatever the moment, one whole
-record is there. Hidden states are stored as they are, because states computed again would not have the same bits.
+record is there. Where a GPU computes, a block is recorded while the next is computed, never two at once. Hidden states
+are stored as they are, because states computed again would not have the same bits.
 Of several processes the first writes here; the others add files with the states that they hold, and read.
 Not here: what makes two runs the same (`identity.py`).
 """
@@ -17,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Container, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -25,6 +26,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from compress.artifact import DTYPES
 from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError, causes, out_of_memory
 from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
+from compress.model.memory import apart, staged
 from compress.model.source import READERS, digest
 from compress.model.travellers import Travellers, read_raw
 from compress.partial import ATTEMPTS, LOCK, flush, missing_parents, put_back, remove_empty, same
@@ -42,6 +45,8 @@ from compress.writer import refusal
 IDENTITY = "identity.json"
 PART = 1 << 28  # bytes of hidden states in a file; more are hashed and written by several threads
 Record = dict[str, Any]
+Write = Callable[[], Record]  # writes what is ready to be, and says what a record needs of it
+Writing = tuple[Path, Callable[[], str]]  # a file and what waits until it is on the disk, for its sha256
 
 
 class Journal:
@@ -60,7 +65,9 @@ class Journal:
         self.records: list[Record] = []  # the first is of what lies in no block
         self.count = 0
         self.matched = self.unavailable = False
-        # for large states: one thread has them written by several, and one gives back the pages of those before
+        self.beside: torch.device | None = None  # the GPU that goes on computing while a block is recorded
+        self.pending: Future[None] | None = None
+        # one records beside, several write large states, and one gives back the pages of those before
         self.aside, self.writers, self.remover = (ThreadPoolExecutor(threads) for threads in (1, READERS, 1))
 
     @property
@@ -102,8 +109,12 @@ class Journal:
             raise refused from error
 
     def _end_threads(self) -> None:
-        """Nothing is written any more once the folder is let go, however often the user presses Ctrl-C meanwhile."""
-        self.writers.shutdown(wait=False, cancel_futures=True)
+        """Nothing is written any more once the folder is let go, however often the user presses Ctrl-C meanwhile.
+
+        A block that is computed and under way to the disk arrives there.
+        """
+        if self.pending is None:
+            self.writers.shutdown(wait=False, cancel_futures=True)
         for pool in (self.aside, self.writers, self.remover):
             ended = False
             while not ended:
@@ -253,23 +264,62 @@ class Journal:
     # -- recording ---------------------------------------------------------------------------------
 
     def record(
-        self, make: Callable[[], Record], streams: Mapping[str, Travellers], more: Mapping[str, Tensor] | None = None
-    ) -> Record:
-        """Let the first process write with `make`, note what that returns and the hidden states; then it is safe.
+        self, make: Callable[[], Write], streams: Mapping[str, Travellers], more: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Let the first process make ready and write what it has, note it and the hidden states; then it is safe.
 
         States of more than PART bytes are written meanwhile. Each process of a team has `streams` of its own, and notes
-        what all have. Raises WriteError or OSError if the disk refuses.
+        what all have. Where a GPU computes `beside`, this returns once all is ready and copied, and what was recorded
+        before is safe. Raises WriteError or OSError if the disk refuses, now or at the next record.
         """
+        self.settle()
         if self.unavailable and self.records:
-            return self.team.first(make)
-        number = len(self.records)
-        states = partial(self._states, number, streams, more or {})
-        large = sum(stream.nbytes for stream in streams.values() if stream.file is None) > PART
-        early = self.aside.submit(states) if large else None
-        facts = self.team.first(make)
+            self.team.first(lambda: make()())
+            return
+        stored = {name: stream for name, stream in streams.items() if stream.file is not None}
+        tensors = {name: stream.hidden_BTD for name, stream in streams.items() if name not in stored} | dict(more or {})
+        tensors |= {f"{name}/{key}": left for name, s in streams.items() for key, left in s.carried().items()}
+        if self.beside is not None and not stored:
+            self.pending = self.aside.submit(self._record_beside, self.beside, make(), staged(tensors, self.beside))
+            return
+        writing = self._writing(tensors)
+        facts = self.team.first(lambda: make()())
         began = time.monotonic()
-        held = self.team.share(lambda: (early.result() if early else states(), []))
-        record = {**facts, "state": [state for states, _ in held for state in states]}
+        held = self.team.share(lambda: ([self._stored(*of) for of in stored.items()] + self._written(writing), []))
+        self._seal({**facts, "state": [state for states, _ in held for state in states]}, len(writing) > 1)
+        self._tell(began)
+
+    def settle(self) -> None:
+        """Wait until what is being recorded is safe; raises what went wrong with it."""
+        if self.pending is not None:
+            began, pending = time.monotonic(), self.pending
+            pending.result()
+            self.pending = None
+            self._tell(began)
+
+    def _record_beside(self, device: torch.device, write: Write, tensors: Mapping[str, Tensor]) -> None:
+        """Write what is ready, by a thread of its own."""
+        with apart(device):
+            writing = self._writing(tensors)
+            facts = write()
+            self._seal({**facts, "state": self._written(writing)}, len(writing) > 1)
+
+    def _writing(self, tensors: Mapping[str, Tensor]) -> list[Writing]:
+        """Begin to bring states to the disk: large ones by threads at once, others when they are waited for."""
+        number, whose = len(self.records), "" if self.team.chief else f"-{self.team.rank}"
+        parts = list(split([Entry.of(name, tensor) for name, tensor in tensors.items()], PART))
+        paths = [self.place / f"{number:05d}{whose}{f'.{i}' if i else ''}.safetensors" for i in range(len(parts))]
+        tasks = [partial(write_tensors, path, part) for path, part in zip(paths, parts, strict=True)]
+        begun = [self.writers.submit(task).result for task in tasks] if len(parts) > 1 else tasks
+        return list(zip(paths, begun, strict=True))
+
+    def _written(self, writing: list[Writing]) -> list[Record]:
+        """Which files hold states, once they do."""
+        return [{"file": f"{self.place.name}/{path.name}", "sha256": finish()} for path, finish in writing]
+
+    def _seal(self, record: Record, large: bool) -> None:
+        """Note what is written and was computed; then what only the record before needed goes."""
+        number = len(self.records)
         if self.team.chief:
             for folder in (self.artifact, *self.folder.glob("scratch-*")):
                 flush(folder)
@@ -278,26 +328,12 @@ class Journal:
                 remove = partial((self.folder / state["file"]).unlink, missing_ok=True)
                 self.remover.submit(remove) if large else remove()
         self.records.append(record)
-        if not self.team.chief:  # the first may still be renaming what it has written
-            return facts
-        nbytes = sum(path.stat().st_size for path in self.place.glob(f"{number:05d}*"))
-        self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
-        return facts
 
-    def _states(self, number: int, streams: Mapping[str, Travellers], more: Mapping[str, Tensor]) -> list[Record]:
-        """Bring this process's states to the disk: which files hold them.
-
-        Those that lie there already stay where they are, the others are written, with the tensors `more`.
-        """
-        state = [self._stored(name, stream) for name, stream in streams.items() if stream.file is not None]
-        tensors = {name: stream.hidden_BTD for name, stream in streams.items() if stream.file is None} | dict(more)
-        tensors |= {f"{name}/{key}": left for name, s in streams.items() for key, left in s.carried().items()}
-        whose = "" if self.team.chief else f"-{self.team.rank}"
-        parts = list(split([Entry.of(name, tensor) for name, tensor in tensors.items()], PART))
-        paths = [self.place / f"{number:05d}{whose}{f'.{i}' if i else ''}.safetensors" for i in range(len(parts))]
-        hashes = list((self.writers.map if len(parts) > 1 else map)(write_tensors, paths, parts))
-        files = [f"{self.place.name}/{path.name}" for path in paths]
-        return state + [{"file": file, "sha256": sha} for file, sha in zip(files, hashes, strict=True)]
+    def _tell(self, began: float) -> None:
+        """Emit BlockRecorded; `began` is when nothing was left to do but wait."""
+        if self.team.chief:
+            nbytes = sum(path.stat().st_size for path in self.place.glob(f"{self.done:05d}*"))
+            self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
 
     def _stored(self, name: str, stream: Travellers) -> Record:
         """What is to be known of an offloaded state, which is from now on kept until the next record."""

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeEr
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
-from compress.model.source import Checkpoint
+from compress.model.source import READERS, Checkpoint
 from compress.model.walk import Walk
 from compress.partial import clear
 from compress.passes.base import Pass, SitePass
 from compress.recipe import Calibration, Recipe
-from compress.stats import finite
+from compress.stats import finite_alone
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 VOCABULARIES = (
@@ -101,17 +102,28 @@ def check_tensors(walk: Walk, source: Checkpoint) -> None:
 def check_values(walk: Walk, source: Checkpoint) -> None:
     """Raise ArtifactError for the first tensor that holds NaN, infinite values, or no floating-point numbers.
 
-    Reads every tensor of the model once, so that a run cannot meet them after hours.
+    Reads every tensor of the model once, so that a run cannot meet them after hours; several at once where nothing is
+    decoded.
     """
     layout = walk.anatomy.layout
-    for name in (name for name in source.names() if name not in layout.unknown):
-        slot = layout.slots.get(name)
-        kind = source.headers[name].dtype
-        if slot is not None and slot.parameter in layout.parameters and kind not in FLOATS:
-            raise ArtifactError(f"{source.path}: {name} holds {kind}, the model floating-point numbers")
-        found = source.tensor(name)
-        if not finite(found):
-            raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
+    names = [name for name in source.names() if name not in layout.unknown]
+    with ThreadPoolExecutor(READERS if type(source) is Checkpoint else 1) as readers:
+        sound = [readers.submit(sound_in, source, name) for name in names]
+        try:
+            for name, good in zip(names, sound, strict=True):
+                slot = layout.slots.get(name)
+                kind = source.headers[name].dtype
+                if slot is not None and slot.parameter in layout.parameters and kind not in FLOATS:
+                    raise ArtifactError(f"{source.path}: {name} holds {kind}, the model floating-point numbers")
+                if not good.result():
+                    raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+def sound_in(source: Checkpoint, name: str) -> bool:
+    """Whether every value of a tensor is finite."""
+    return finite_alone(source.tensor(name))
 
 
 def outline(walk: Walk, source: Checkpoint, recipe: Recipe) -> tuple[Walk, Checkpoint]:

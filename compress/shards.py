@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,30 +95,33 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> str:
 
     Raises WriteError if the disk refuses, VerificationError if the file does not hold what was written.
     """
-    sha = write_tensors(path, entries)
-    if digest(path) != sha:
-        raise VerificationError(f"{path.name}: it reads back differently from what was written")
-    return sha
+    return write_tensors(path, entries, reread=True)
 
 
-def write_tensors(path: Path, entries: Iterable[Entry]) -> str:
+def write_tensors(path: Path, entries: Iterable[Entry], *, reread: bool = False) -> str:
     """Write one safetensors file, readable by everyone, down to the disk; its sha256.
 
-    Raises WriteError if the disk refuses.
+    What is written is hashed meanwhile, and with `reread` read again while the disk takes it. Raises WriteError if the
+    disk refuses, VerificationError if the file does not hold what was written.
     """
     ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, count(e.shape)), e.name))  # wide ones first: aligned
     sha = hashlib.sha256()
     try:
-        with path.open("wb") as file:
+        with path.open("wb") as file, ThreadPoolExecutor(1) as aside:
             for piece in pieces(ordered):
+                hashed = aside.submit(sha.update, piece)
                 file.write(piece)
-                sha.update(piece)
+                hashed.result()
             file.flush()
+            again = aside.submit(digest, path) if reread else None
             os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
+            found = again.result() if again else sha.hexdigest()
     except OSError as error:
         raise WriteError(str(path)) from error
-    return sha.hexdigest()
+    if found != sha.hexdigest():
+        raise VerificationError(f"{path.name}: it reads back differently from what was written")
+    return found
 
 
 def pieces(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:

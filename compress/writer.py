@@ -72,7 +72,6 @@ class Part:
     digests: dict[str, str] = field(default_factory=dict)  # file -> sha256
     weight_map: dict[str, str] = field(default_factory=dict)  # key -> file
     specs: dict[str, Any] = field(default_factory=dict)
-    spared: dict[str, int] = field(default_factory=dict)  # bytes of a site that another one keeps
     size: int = 0
 
     def take(self, other: Part) -> None:
@@ -80,8 +79,27 @@ class Part:
         self.digests |= other.digests
         self.weight_map |= other.weight_map
         self.specs |= other.specs
-        self.spared |= other.spared
         self.size += other.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What is to be written together: its entries, of rewritten sites the tensors meant, and what a delta refers to."""
+
+    entries: list[Entry]
+    meant: dict[str, dict[str, Tensor]]
+    bases: dict[str, list[External]]
+    specs: dict[str, Any]
+    spared: dict[str, int]  # bytes of a site that another one keeps
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(entry.nbytes for entry in self.entries)
+
+    def nbytes(self, site: str, weight: Weight) -> int:
+        """Bytes that a site takes of this; what another site keeps for it is not its own."""
+        return weight.nbytes() - self.spared.get(site, 0)
 
 
 class ArtifactWriter(Part):
@@ -99,42 +117,51 @@ class ArtifactWriter(Part):
 
         Raises VerificationError if a file does not hold what was meant.
         """
+        return self.write(self.pack(sites, plain))
+
+    def pack(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> Packed:
+        """What is to be written of rewritten sites, beside untouched tensors; it holds no weight but as packed."""
         entries, packed = list(plain), {}
         known: dict[Any, str] = {}
-        added = Part()
+        specs: dict[str, Any] = {}
+        spared: dict[str, int] = {}
         for site, stored in sites.items():
             if isinstance(stored.weight, Dense) and not stored.part:
                 kept = stored.weight.data.T if stored.transposed else stored.weight.data
                 entries.append(Entry.of(stored.tensor, kept))
                 continue
             packed[site] = pack(stored.weight)
-            added.specs[site] = spec = site_spec(site, stored, packed[site])
+            specs[site] = spec = site_spec(site, stored, packed[site])
             shared = {} if stored.part else share(packed[site], keys(site, spec), known)
             entries += [
                 Entry.of(key, packed[site][path]) for path, key in keys(site, spec).items() if path not in shared
             ]
             if shared:
                 spec["shared"] = shared
-                added.spared[site] = sum(packed[site][path].nbytes for path in shared)
-        for i, part in enumerate(split(entries, self.shard_size), len(self.digests) + 1):
+                spared[site] = sum(packed[site][path].nbytes for path in shared)
+        bases = {site: externals(sites[site].weight) for site in packed}
+        return Packed(entries=entries, meant=packed, bases=bases, specs=specs, spared=spared)
+
+    def write(self, packed: Packed) -> Part:
+        """Write what was packed, read it back and compare; what was added.
+
+        Raises VerificationError if a file does not hold what was meant.
+        """
+        added = Part(specs=packed.specs, size=packed.size)
+        for i, part in enumerate(split(packed.entries, self.shard_size), len(self.digests) + 1):
             path = self.partial / f"part-{i:05d}.safetensors"
             added.digests[path.name] = write_shard(path, part)
             added.weight_map |= {entry.name: path.name for entry in part}
-        added.size = sum(entry.nbytes for entry in entries)
         self.take(added)
-        self._check(packed, {site: sites[site].weight for site in packed})
+        self._check(packed)
         return added
 
-    def nbytes(self, site: str, weight: Weight) -> int:
-        """Bytes that a site takes of what was written; what another site keeps for it is not its own."""
-        return weight.nbytes() - self.spared.get(site, 0)
-
-    def _check(self, packed: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Weight]) -> None:
+    def _check(self, packed: Packed) -> None:
         """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
-        for site, meant in packed.items():
+        for site, meant in packed.meant.items():
             device = next(iter(meant.values())).device  # where decoding is fast
             stored = {p: self._read(key).to(device) for p, key in keys(site, self.specs[site]).items()}
-            again = pack(unpack(self.specs[site]["tree"], stored, resolve=partial(base_in, weights[site])))
+            again = pack(unpack(self.specs[site]["tree"], stored, resolve=partial(base_in, packed.bases[site])))
             if any(not torch.equal(as_bytes(again[p]), as_bytes(t)) for p, t in meant.items()):
                 raise VerificationError(f"{site} decodes differently from what was meant")
 
@@ -217,12 +244,17 @@ def refusal(out: Path, error: BaseException) -> ArtifactError | None:
     return None
 
 
-def base_in(weight: Weight, source: str, tensor: str) -> Tensor:
-    """The matrix of a base model in the expression of a delta."""
-    for leaf in (weight, *weight.children()):
-        if isinstance(leaf, External) and (leaf.source, leaf.tensor) == (source, tensor):
+def externals(weight: Weight) -> list[External]:
+    """What the expression of a delta refers to of a base model."""
+    return [leaf for leaf in (weight, *weight.children()) if isinstance(leaf, External)]
+
+
+def base_in(leaves: Iterable[External], source: str, tensor: str) -> Tensor:
+    """The matrix of a base model among these."""
+    for leaf in leaves:
+        if (leaf.source, leaf.tensor) == (source, tensor):
             return leaf.data
-    raise ArtifactError(f"no {tensor} of {source} in {weight.describe()}")
+    raise ArtifactError(f"no {tensor} of {source} in what is written")
 
 
 def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[Any, str]) -> dict[str, str]:

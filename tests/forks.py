@@ -67,11 +67,19 @@ class Steps:
 
 
 def run(order: dict[str, Any]) -> int:
-    """One run in this process; the steps it took. States of more than `part` bytes count as large."""
+    """One run in this process; the steps it took. States of more than `part` bytes count as large.
+
+    With `beside`, blocks are recorded while the next is computed, as where a GPU computes.
+    """
+    import torch
+
     import compress
     from compress import journal
+    from compress.job import Job
 
     journal.PART = order.get("part", journal.PART)
+    if order.get("beside"):
+        Job.beside_what = lambda self: torch.device("cpu")  # type: ignore[method-assign]
     steps = Steps(str(Path(order["out"]).parent), order.get("last", 0), order.get("full", 0))
     steps.watch()
     compress.run(order["model"], order["recipe"], order["out"], **order.get("options", {}))

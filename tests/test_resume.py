@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,7 @@ from compress.events import (
 from compress.job import Job
 from compress.journal import Journal
 from compress.model.travellers import Shared, Travellers
+from compress.shards import WriteError
 
 BLOCKS = 3
 FEW = Calibration(samples=6, length=32)
@@ -152,8 +154,12 @@ def many(quick: int, slow: int) -> list[Any]:
 
 
 def large(share: float) -> dict[str, int]:
-    """For every other run: all its states count as large, which threads write and remove."""
-    return {"part": 1_000} if int(share * 1_000) % 2 else {}
+    """For every other run: all its states count as large, which threads write; for every third: beside the next block.
+
+    A run that goes on does neither.
+    """
+    number = int(share * 1_000)
+    return ({"part": 1_000} if number % 2 else {}) | ({} if number % 3 else {"beside": 1})
 
 
 def ended(killed: Any, out: Path) -> None:
@@ -357,11 +363,67 @@ def test_large_states_are_parted_and_go_on(
     assert hashes(tmp_path / "o") == whole("twins")
 
 
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are recorded while the next is computed, as where a GPU computes."""
+    monkeypatch.setattr(Job, "beside_what", lambda self: torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["data-free", "budget", "twins", "tuned"])
+def test_what_is_recorded_beside_the_next_block_is_the_same(
+    kind: str, model: Path, tmp_path: Path, whole: Any, beside: None
+) -> None:
+    stopped(model, KINDS[kind], tmp_path / "o", behind=1)
+    assert continued(model, KINDS[kind], tmp_path / "o").told(RunResumed) == [RunResumed(done=2, count=BLOCKS)]
+    assert hashes(tmp_path / "o") == whole(kind)
+
+
+def test_the_next_block_does_not_wait_for_a_record(
+    model: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, beside: None
+) -> None:
+    computing, written = threading.Event(), journal.write_tensors
+
+    def late(path: Path, entries: Any) -> str:
+        assert computing.wait(60) or path.name.startswith("00000")
+        return written(path, entries)
+
+    class Watching(Recording):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if isinstance(event, BlockStarted):
+                computing.clear() if event.index == 0 else computing.set()
+
+    monkeypatch.setattr(journal, "write_tensors", late)
+    heard = Watching()
+    compress.run(model, KINDS["twins"], tmp_path / "o", emit=heard)
+    told = [(type(event), getattr(event, "index", getattr(event, "done", 0))) for event in heard.events]
+    assert told.index((BlockStarted, 1)) < told.index((BlockRecorded, 1)) < told.index((BlockStarted, 2))
+    assert hashes(tmp_path / "o") == whole("twins")
+
+
+def test_an_error_of_a_record_beside_ends_the_run_which_goes_on(
+    model: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, beside: None
+) -> None:
+    written = journal.write_tensors
+
+    def full(path: Path, entries: Any) -> str:
+        if path.name.startswith("00002"):
+            raise WriteError(str(path)) from OSError(28, "No space left on device")
+        return written(path, entries)
+
+    monkeypatch.setattr(journal, "write_tensors", full)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        compress.run(model, KINDS["twins"], tmp_path / "o")
+    monkeypatch.setattr(journal, "write_tensors", written)
+    assert continued(model, KINDS["twins"], tmp_path / "o").told(RunResumed) == [RunResumed(done=1, count=BLOCKS)]
+    assert hashes(tmp_path / "o") == whole("twins")
+
+
 def test_no_thread_writes_once_the_folder_is_let_go(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second Ctrl-C comes while the first waits for what threads are writing."""
-    whole, written, blocks = journal.write_tensors, Job.write_block, []
+    whole, written, blocks = journal.write_tensors, Job.pack_block, []
 
     class Impatient(ThreadPoolExecutor):
         pressed = False
@@ -385,7 +447,7 @@ def test_no_thread_writes_once_the_folder_is_let_go(
 
     monkeypatch.setattr(journal, "PART", 1_000)
     monkeypatch.setattr(journal, "ThreadPoolExecutor", Impatient)
-    monkeypatch.setattr(Job, "write_block", interrupted)
+    monkeypatch.setattr(Job, "pack_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compress.run(model, Recipe(passes=PASSES, calibration=FEW), tmp_path / "o")
     left = sorted((tmp_path / "o.partial").rglob("*"))

@@ -10,8 +10,8 @@ import ctypes
 import mmap
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,21 @@ def lasting(tensor: Tensor) -> Tensor:
         raise MemoryError(str(error)) from error
     storage = torch.frombuffer(place, dtype=tensor.dtype).untyped_storage()
     return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride()).copy_(tensor)  # no view
+
+
+def staged(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copies in the host's memory, from a GPU in page-locked pages; then all that `device` was given to do is done."""
+    copies = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()}
+    for name, copy in copies.items():
+        copy.copy_(tensors[name], non_blocking=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return copies
+
+
+def apart(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, this thread's work on a GPU goes beside that of others; what it begins with must be complete."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def resident_bytes() -> int:

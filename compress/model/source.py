@@ -25,7 +25,7 @@ from compress.errors import ArtifactError, visible
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 255  # bytes of a file name
-READERS = min(8, os.cpu_count() or 1)  # files that are hashed at once
+READERS = min(16, os.cpu_count() or 1)  # files that are hashed, written or looked through at once
 LARGEST = 1 << 28  # bytes of a JSON file; that of 100,000 compressed matrices has a quarter
 DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # such as org/name
