@@ -120,6 +120,8 @@ class Job:
 
     def identity(self, **options: Any) -> Identity:
         """What another run must be to go on with this one."""
+        if type(self.source) is Checkpoint:
+            self.source.unsound()  # hashes in the same reading
         base = {f"base.{key}": value for key, value in (self.beside.pin if self.beside else {}).items()}
         return identity(self.source, self.named_recipe(), self.tokens, self.walk.device, **options, **base)
 

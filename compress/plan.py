@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeEr
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
-from compress.model.source import READERS, Checkpoint
+from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.partial import clear
 from compress.passes.base import Pass, SitePass
 from compress.recipe import Calibration, Recipe
-from compress.stats import finite_alone
+from compress.stats import finite
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 VOCABULARIES = (
@@ -102,28 +101,18 @@ def check_tensors(walk: Walk, source: Checkpoint) -> None:
 def check_values(walk: Walk, source: Checkpoint) -> None:
     """Raise ArtifactError for the first tensor that holds NaN, infinite values, or no floating-point numbers.
 
-    Reads every tensor of the model once, so that a run cannot meet them after hours; several at once where nothing is
-    decoded.
+    Every tensor of the model is read for it, so that a run cannot meet them after hours; of files that nothing decodes,
+    as they are hashed.
     """
+    unsound = source.unsound() if type(source) is Checkpoint else None
     layout = walk.anatomy.layout
-    names = [name for name in source.names() if name not in layout.unknown]
-    with ThreadPoolExecutor(READERS if type(source) is Checkpoint else 1) as readers:
-        sound = [readers.submit(sound_in, source, name) for name in names]
-        try:
-            for name, good in zip(names, sound, strict=True):
-                slot = layout.slots.get(name)
-                kind = source.headers[name].dtype
-                if slot is not None and slot.parameter in layout.parameters and kind not in FLOATS:
-                    raise ArtifactError(f"{source.path}: {name} holds {kind}, the model floating-point numbers")
-                if not good.result():
-                    raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
-        finally:
-            readers.shutdown(cancel_futures=True)
-
-
-def sound_in(source: Checkpoint, name: str) -> bool:
-    """Whether every value of a tensor is finite."""
-    return finite_alone(source.tensor(name))
+    for name in (name for name in source.names() if name not in layout.unknown):
+        slot = layout.slots.get(name)
+        kind = source.headers[name].dtype
+        if slot is not None and slot.parameter in layout.parameters and kind not in FLOATS:
+            raise ArtifactError(f"{source.path}: {name} holds {kind}, the model floating-point numbers")
+        if name in unsound if unsound is not None else not finite(source.tensor(name)):
+            raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
 
 
 def outline(walk: Walk, source: Checkpoint, recipe: Recipe) -> tuple[Walk, Checkpoint]:

@@ -12,19 +12,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compress.errors import CalibrationError
 from compress.team import ALONE, Team
 from compress_kernels import solver
-
-WORDS = {  # integers as wide as a float, and its exponent: all of its bits are 1 in what is not finite
-    torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000),
-}  # fmt: skip
-WORDS_AT_ONCE = 1 << 17
 
 
 def finite(tensor: Tensor) -> bool:
@@ -35,21 +28,6 @@ def finite(tensor: Tensor) -> bool:
     narrow = tensor.dtype.itemsize == 1  # float8: no comparison is implemented
     ends = [torch.stack(torch.aminmax(part.float() if narrow else part)) for part in parts]  # NaN goes through
     return bool(torch.isfinite(torch.stack(ends)).all())
-
-
-def finite_alone(tensor: Tensor) -> bool:
-    """The same by one thread, where others look at other tensors: by bits, as PyTorch starts threads of its own."""
-    if tensor.device.type != "cpu" or tensor.dtype not in WORDS or not tensor.numel():
-        return finite(tensor)
-    word, least = WORDS[tensor.dtype]
-    bits_N = tensor.detach().reshape(-1).view(word).numpy()
-    room = np.empty(min(WORDS_AT_ONCE, len(bits_N)), bits_N.dtype)
-    magnitude = np.iinfo(bits_N.dtype).max
-    for start in range(0, len(bits_N), WORDS_AT_ONCE):
-        part = bits_N[start : start + WORDS_AT_ONCE]
-        if np.bitwise_and(part, magnitude, out=room[: len(part)]).max() >= least:
-            return False
-    return True
 
 
 @cache

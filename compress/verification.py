@@ -52,7 +52,7 @@ class RuntimeWalk(Walk):
             old = self.model.get_submodule(place.module)
             module = CompressedLinear(self.artifact.specs[place.site], getattr(old, "bias", None), self.dtype)
             self._fill(module, place.site)
-            module.prepare(self.dtype, floats=True)
+            module.prepare(self.dtype, floats=True, park=False)
             parent, _, leaf = place.module.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, module)
         for path, stored in stacked.items():
@@ -120,16 +120,20 @@ def relative(got: Tensor, want: Tensor) -> float:
 def check_runtime(artifact: Artifact, walk: Walk) -> None:
     """Compute with and without preparing, for the sites of the first compressed block, and compare with the weights.
 
-    Raises VerificationError if a stored site computes something else than `x @ W.T`.
+    Where the walk computes: on a GPU its kernels. Raises VerificationError if a stored site computes something else
+    than `x @ W.T`.
     """
     blocks = ([p.site for p in walk.anatomy.of_block(i) if p.site in artifact.specs] for i in range(len(walk.blocks)))
     for site in next((sites for sites in blocks if sites), []):
         module = CompressedLinear(artifact.specs[site], None, artifact.dtype)
-        module.fill({path: artifact.stored_tensor(key) for path, key in keys(site, artifact.specs[site]).items()})
-        x_TI = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0)).to(artifact.dtype)
-        inputs = artifact.specs[site].get("inputs")
-        read_TI = rounded_for(artifact.expression(site), x_TI, inputs) if inputs else x_TI
-        rows = artifact.expression(site).dense().split(ROWS)
+        artifact.check(site)
+        stored = keys(site, artifact.specs[site])
+        module.fill({path: artifact.stored_tensor(key).to(walk.device) for path, key in stored.items()})
+        x_TI = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0))
+        x_TI = x_TI.to(walk.device, artifact.dtype)
+        inputs, weight = artifact.specs[site].get("inputs"), module.expression
+        read_TI = rounded_for(weight, x_TI, inputs) if inputs else x_TI
+        rows = weight.dense().split(ROWS)
         wanted = torch.cat([F.linear(read_TI.double(), w_OI.double()) for w_OI in rows], 1)
         for prepared in (False, True):
             if prepared:

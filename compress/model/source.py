@@ -9,13 +9,16 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,8 +27,10 @@ from compress.errors import ArtifactError, visible
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+META = "__metadata__"
 LONGEST_NAME = 255  # bytes of a file name
-READERS = min(16, os.cpu_count() or 1)  # files that are hashed, written or looked through at once
+READERS = min(16, os.cpu_count() or 1)  # files that are read or written at once
+AT_ONCE = 1 << 20  # bytes that are hashed and looked at while they lie near the processor
 LARGEST = 1 << 28  # bytes of a JSON file; that of 100,000 compressed matrices has a quarter
 DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # such as org/name
@@ -34,7 +39,12 @@ WIDTHS = {  # bits
     "F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
     "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+FLOATS = {  # integers as wide as a float, and its exponent: all of its bits are 1 in what is not finite
+    "F16": (np.int16, 0x7C00), "BF16": (np.int16, 0x7F80), "F32": (np.int32, 0x7F800000),
+    "F64": (np.int64, 0x7FF0000000000000),
+}  # fmt: skip
 BUILTIN = Path(__file__).parent.parent / "builtin" / "weights"
+T = TypeVar("T")
 
 
 def locate(model: str | Path) -> Path:
@@ -230,11 +240,25 @@ class Checkpoint:
         """Shard name -> sha256 of its bytes."""
         return dict(self._digests)
 
+    def unsound(self) -> frozenset[str]:
+        """The stored tensors of 16 bits or more that hold NaN or infinite values; `digests` costs nothing then."""
+        return self._unsound
+
     @cached_property
     def _digests(self) -> dict[str, str]:
+        return dict(self._of_shards(digest))
+
+    @cached_property
+    def _unsound(self) -> frozenset[str]:
+        found = list(self._of_shards(read_through))
+        self.__dict__["_digests"] = {shard: sha for shard, (sha, _) in found}
+        return frozenset(name for _, (_, names) in found for name in names)
+
+    def _of_shards(self, read: Callable[[Path], T]) -> Iterator[tuple[str, T]]:
+        """Name of each shard and what `read` gives of it; it reads and computes outside of Python's lock."""
         shards = sorted(set(self.files.values()))
-        with ThreadPoolExecutor(READERS) as readers:  # a hash is computed outside of Python's lock
-            return dict(zip((shard.name for shard in shards), readers.map(digest, shards), strict=True))
+        with ThreadPoolExecutor(READERS) as readers:
+            yield from zip((shard.name for shard in shards), readers.map(read, shards), strict=True)
 
 
 def leaves(link: Path) -> bool:
@@ -277,6 +301,44 @@ def digest(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(path)
+
+
+def read_through(path: Path) -> tuple[str, set[str]]:
+    """sha256 of a safetensors file, and which of its tensors hold NaN or infinite values; it is read once."""
+    sha, unsound = hashlib.sha256(), set[str]()
+    room = memoryview(bytearray(AT_ONCE))
+    with path.open("rb") as file:
+
+        def pieces(size: int) -> Iterator[memoryview]:
+            while size and (length := file.readinto(room[: min(size, AT_ONCE)])):
+                sha.update(room[:length])
+                size -= length
+                yield room[:length]
+
+        size = int.from_bytes(b"".join(map(bytes, pieces(8))), "little")
+        told = json.loads(b"".join(map(bytes, pieces(size))))
+        held = sorted((t["data_offsets"], name, t["dtype"]) for name, t in told.items() if name != META)
+        place = 0
+        for (start, end), name, kind in held:
+            if start < place:
+                raise ArtifactError(f"{path}: not a readable safetensors file: {name!r} overlaps another tensor")
+            for _ in pieces(start - place):
+                pass
+            sound = [finite(piece, kind) for piece in pieces(end - start)]
+            unsound |= set() if all(sound) else {name}
+            place = end
+        for _ in pieces(sys.maxsize):
+            pass
+    return sha.hexdigest(), unsound
+
+
+def finite(piece: memoryview, kind: str) -> bool:
+    """Whether all values are finite, by their bits; others than floats are."""
+    if kind not in FLOATS or not len(piece):
+        return True
+    word, exponent = FLOATS[kind]
+    words_N = np.frombuffer(piece, word)
+    return bool((words_N & np.iinfo(words_N.dtype).max).max() < exponent)
 
 
 def _digest(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest

@@ -82,11 +82,12 @@ class CompressedLinear(StoredWeight):
         self.lowered: nn.Module | None = None
         self.asked: dict[str, bool] = {}  # how it was prepared
 
-    def prepare(self, dtype: torch.dtype, *, floats: bool = False, lean: bool = False) -> None:
+    def prepare(self, dtype: torch.dtype, *, floats: bool = False, lean: bool = False, park: bool = True) -> None:
         """Decode once into the fastest module for inputs of `dtype`, or the one that computes as passes do (`floats`).
 
         The two agree to the last bits, but such a bit may send the next layer's input to another step of its grid.
-        With `lean` memory comes first: what no kernel reads packed is decoded at every call.
+        With `lean` memory comes first: what no kernel reads packed is decoded at every call. Without `park` the stored
+        tensors stay where they are.
         """
         self.dtype, self.asked = dtype, {"floats": floats, "lean": lean}
         self.device = next(self.buffers(recurse=False)).device
@@ -95,7 +96,8 @@ class CompressedLinear(StoredWeight):
             self.lowered = lower_lean(self.expression, dtype, inputs)
         else:
             self.lowered = lower(self.expression, dtype, inputs, floats=floats)
-        self.park()
+        if park:
+            self.park()
 
     def park(self) -> None:
         """Keep the stored tensors in host memory if a GPU computes with a packed form and has no use for them."""

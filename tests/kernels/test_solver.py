@@ -96,8 +96,8 @@ def test_sweep(way: str, columns: int, outputs: int, device: torch.device, asser
 
     assert_close("values", got_w.cpu(), want[0], RATIO)
     for column in range(outputs):  # whose sizes differ by orders of magnitude
-        # what is left of a rounded weight: a GPU fuses products and sums
-        assert_close("errors", got_e.cpu()[:, column], want[1][:, column], 4 * RATIO)
+        # what is left of a rounded weight, at eight bits a hundredth of it: a GPU fuses products and sums
+        assert_close("errors", got_e.cpu()[:, column], want[1][:, column], 10 * RATIO)
     assert (codes is None) == (want[3] is None) and (codes is None or torch.equal(codes.cpu(), want[3]))
     assert (got_keep is None) == (want[2] is None) and (got_keep is None or torch.equal(got_keep.cpu(), want[2]))
 
