@@ -67,6 +67,7 @@ class Journal:
         self.matched = self.unavailable = False
         self.beside: torch.device | None = None  # the GPU that goes on computing while a block is recorded
         self.pending: Future[None] | None = None
+        self.spare: list[Path] = []  # files of states that no record needs any more
         # one records beside, several write large states, and one gives back the pages of those before
         self.aside, self.writers, self.remover = (ThreadPoolExecutor(threads) for threads in (1, READERS, 1))
 
@@ -119,6 +120,8 @@ class Journal:
             ended = False
             while not ended:
                 with suppress(KeyboardInterrupt):
+                    if pool is self.remover:
+                        self._remove_aside()
                     pool.shutdown()
                     ended = True
 
@@ -286,7 +289,7 @@ class Journal:
         facts = self.team.first(lambda: make()())
         began = time.monotonic()
         held = self.team.share(lambda: ([self._stored(*of) for of in stored.items()] + self._written(writing), []))
-        self._seal({**facts, "state": [state for states, _ in held for state in states]}, len(writing) > 1)
+        self._seal({**facts, "state": [state for states, _ in held for state in states]})
         self._tell(began)
 
     def settle(self) -> None:
@@ -302,13 +305,17 @@ class Journal:
         with apart(device):
             writing = self._writing(tensors)
             facts = write()
-            self._seal({**facts, "state": self._written(writing)}, len(writing) > 1)
+            self._seal({**facts, "state": self._written(writing)})
 
     def _writing(self, tensors: Mapping[str, Tensor]) -> list[Writing]:
         """Begin to bring states to the disk: large ones by threads at once, others when they are waited for."""
         number, whose = len(self.records), "" if self.team.chief else f"-{self.team.rank}"
         parts = list(split([Entry.of(name, tensor) for name, tensor in tensors.items()], PART))
         paths = [self.place / f"{number:05d}{whose}{f'.{i}' if i else ''}.safetensors" for i in range(len(parts))]
+        spare, self.spare = self.spare[: len(paths)], self.spare[len(paths) :]
+        self._remove_aside()
+        for old, path in zip(spare, paths, strict=False):  # their pages and blocks are taken over
+            old.rename(path)
         tasks = [partial(write_tensors, path, part) for path, part in zip(paths, parts, strict=True)]
         begun = [self.writers.submit(task).result for task in tasks] if len(parts) > 1 else tasks
         return list(zip(paths, begun, strict=True))
@@ -317,17 +324,30 @@ class Journal:
         """Which files hold states, once they do."""
         return [{"file": f"{self.place.name}/{path.name}", "sha256": finish()} for path, finish in writing]
 
-    def _seal(self, record: Record, large: bool) -> None:
-        """Note what is written and was computed; then what only the record before needed goes."""
+    def _seal(self, record: Record) -> None:
+        """Note what is written and was computed; then what only the record before needed goes.
+
+        Of large states the files stay for the next: to give back and take again their pages costs as much as writing.
+        """
         number = len(self.records)
         if self.team.chief:
             for folder in (self.artifact, *self.folder.glob("scratch-*")):
                 flush(folder)
             write(self.place / f"{number:05d}.json", record)
-            for state in self.records[-1]["state"] if number > 1 else ():
-                remove = partial((self.folder / state["file"]).unlink, missing_ok=True)
-                self.remover.submit(remove) if large else remove()
+            old = [self.folder / state["file"] for state in (self.records[-1]["state"] if number > 1 else ())]
+            self.spare = [path for path in old if path.parent == self.place and len(old) > 1]
+            for path in old:
+                if path not in self.spare:
+                    path.unlink(missing_ok=True)
+            if len(record["state"]) <= 1:
+                self._remove_aside()
         self.records.append(record)
+
+    def _remove_aside(self) -> None:
+        """Let a thread remove the files that nothing needs any more."""
+        for path in self.spare:
+            self.remover.submit(path.unlink, missing_ok=True)
+        self.spare = []
 
     def _tell(self, began: float) -> None:
         """Emit BlockRecorded; `began` is when nothing was left to do but wait."""

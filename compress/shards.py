@@ -107,11 +107,12 @@ def write_tensors(path: Path, entries: Iterable[Entry], *, reread: bool = False)
     ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, count(e.shape)), e.name))  # wide ones first: aligned
     sha = hashlib.sha256()
     try:
-        with path.open("wb") as file, ThreadPoolExecutor(1) as aside:
+        with path.open("r+b" if path.exists() else "wb") as file, ThreadPoolExecutor(1) as aside:
             for piece in pieces(ordered):
                 hashed = aside.submit(sha.update, piece)
                 file.write(piece)
                 hashed.result()
+            file.truncate()
             file.flush()
             again = aside.submit(digest, path) if reread else None
             os.fchmod(file.fileno(), 0o644)

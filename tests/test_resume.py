@@ -419,6 +419,31 @@ def test_an_error_of_a_record_beside_ends_the_run_which_goes_on(
     assert hashes(tmp_path / "o") == whole("twins")
 
 
+@pytest.mark.parametrize("aside", [False, True])
+def test_files_of_large_states_are_taken_over(
+    aside: bool, model: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So there are never more than those of two blocks, and none is removed and made again."""
+    monkeypatch.setattr(journal, "PART", 1_000)
+    if aside:
+        monkeypatch.setattr(Job, "beside_what", lambda self: torch.device("cpu"))
+    seen: list[dict[int, str]] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, BlockRecorded):
+            found = (tmp_path / "o.partial" / "records").glob("*.safetensors")
+            seen.append({path.stat().st_ino: path.name.partition(".")[0] for path in found})
+
+    deep = deeper(model, tmp_path / "deep", blocks=5)
+    compress.run(deep, KINDS["twins"], tmp_path / "o", emit=look)
+    files, numbers = [len(found) for found in seen], [set(found.values()) for found in seen]
+    assert numbers[3] == {"00002", "00003"} and files[3] == files[2] == 2 * files[1] > 2
+    assert seen[2].keys() == seen[3].keys() == seen[4].keys()  # the very same files
+    monkeypatch.undo()
+    compress.run(deep, KINDS["twins"], tmp_path / "again")
+    assert hashes(tmp_path / "o") == hashes(tmp_path / "again")
+
+
 def test_no_thread_writes_once_the_folder_is_let_go(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +15,8 @@ WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """A flat uint8 tensor holding `values` (below 2**bits) end to end, `bits` each, lowest bit first."""
     flat = values.reshape(-1)
+    if bits == 1 and flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.detach().numpy().astype(bool, copy=False), bitorder="little"))
     if bits == 8:
         return flat.to(torch.uint8)
     if bits > 8:  # two planes: the low bytes, then the rest
@@ -56,6 +59,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         raise ArtifactError(
             f"a packed tensor holds {packed.numel()} {packed.dtype} entries; expected {packed_size(count, bits)} uint8"
         )
+    if bits == 1 and packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little"))
     if bits == 8:
         return packed.clone()
     if bits > 8:

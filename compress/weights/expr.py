@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import UnsupportedWeight
+from compress.weights.kept import kept_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ class Masked(Weight):
     @property
     def kept(self) -> int:
         """Entries that the mask keeps."""
-        return int(self.mask_OI.sum()) if self.told is None else self.told
+        return kept_of(self.mask_OI) if self.told is None else self.told
 
     def dense(self) -> Tensor:
         """The values with the masked-out entries exactly 0, even where a value is not finite."""

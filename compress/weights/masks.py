@@ -16,6 +16,7 @@ from torch import Tensor
 from compress.errors import ArtifactError
 from compress.weights.bits import pack_bits, packed_size, unpack_bits
 from compress.weights.chance import RULE, regenerated
+from compress.weights.kept import kept_of, where
 
 BY_NAME = "name"
 WIDEST = 24  # low bits of a gap
@@ -27,7 +28,7 @@ def form_of(mask_OI: Tensor, pattern: str) -> Form:
     said_OI = regenerated(pattern, (mask_OI.shape[0], mask_OI.shape[1]), mask_OI.device)
     if said_OI is not None and torch.equal(said_OI, mask_OI):
         return BY_NAME
-    kept = int(mask_OI.sum())
+    kept = kept_of(mask_OI)
     return None if 2 * kept >= mask_OI.numel() else best_width(gaps(mask_OI), mask_OI.numel())
 
 
@@ -45,7 +46,7 @@ def best_width(gap_K: Tensor, entries: int) -> int | None:
 
 def gaps(mask_OI: Tensor) -> Tensor:
     """How many entries are dropped before each kept one, int64 [kept]."""
-    place_K = mask_OI.reshape(-1).nonzero()[:, 0]
+    place_K = where(mask_OI.reshape(-1))
     return torch.diff(place_K, prepend=place_K.new_full((1,), -1)) - 1
 
 
@@ -99,7 +100,7 @@ def unpack_mask(packed: Tensor, form: Any, shape: tuple[int, int], kept: int) ->
         raise ArtifactError(f"a mask of {kept} entries in the form {form!r}; allowed: 1 to {WIDEST} low bits, or none")
     split = packed_size(kept, form)
     low_K, unary = unpack_bits(packed[:split], form, kept).long(), packed[split:]
-    end_K = unpack_bits(unary, 1, 8 * len(unary)).nonzero()[:, 0]
+    end_K = where(unpack_bits(unary, 1, 8 * len(unary)))
     if len(end_K) != kept or len(unary) != packed_size(int(end_K[-1]) + 1 if kept else 0, 1):
         raise ArtifactError(f"a mask has {len(end_K)} gaps in {len(packed)} bytes, expected {kept}")
     high_K = torch.diff(end_K, prepend=end_K.new_full((1,), -1)) - 1

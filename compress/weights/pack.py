@@ -17,6 +17,7 @@ from compress.errors import ArtifactError, UnsupportedWeight
 from compress.weights.bits import pack_bits, packed_size, unpack_bits
 from compress.weights.chance import plausible, regenerated
 from compress.weights.expr import Masked, Product, Sum, Weight
+from compress.weights.kept import kept_of, put, take
 from compress.weights.leaves import (
     BOOKS,
     Codebook,
@@ -41,7 +42,7 @@ def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[st
     """The tensors that are stored for `weight`, by their path in the tree; pruned entries are dropped."""
 
     def kept(t: Tensor) -> Tensor:
-        return t.reshape(-1) if keep_OI is None else t.masked_select(keep_OI)
+        return t.reshape(-1) if keep_OI is None else take(t, keep_OI)
 
     match weight:
         case Dense(data):
@@ -134,7 +135,7 @@ def specify(weight: Weight) -> Spec:
                     "scale": specify(scale)}  # fmt: skip
         case Masked(values, mask_OI, pattern):
             form = form_of(mask_OI, pattern)
-            return {"kind": "masked", "shape": shape, "pattern": pattern, "kept": int(mask_OI.sum()),
+            return {"kind": "masked", "shape": shape, "pattern": pattern, "kept": kept_of(mask_OI),
                     **({} if form is None else {"mask": form}), "values": specify(values)}  # fmt: skip
         case Sum(terms):
             return {"kind": "sum", "shape": shape, "terms": [specify(term) for term in terms]}
@@ -185,22 +186,20 @@ def _unpack(
         if keep_OI is None:
             return t.view(rows, columns)
         whole = fill.expand(rows, columns).to(t.dtype).clone()
-        return whole.masked_scatter_(keep_OI, sized(t, (count(),)))
-
-    def count() -> int:
-        return rows * columns if keep_OI is None else int(keep_OI.sum())
+        return put(whole, keep_OI, sized(t, (kept,)))
 
     def below(child: Spec, name: str, keep: Tensor | None = None) -> Weight:
         return _unpack(child, tensors, f"{at}{name}.", keep, resolve)
 
+    kept = rows * columns if keep_OI is None else kept_of(keep_OI)
     match spec["kind"]:
         case "dense":
             data = tensors[f"{at}data"]
             return Dense(spread(data, torch.zeros((), dtype=data.dtype, device=data.device)))
         case "quantized":
-            return _unpack_quantized(spec, tensors, at, count(), spread)
+            return _unpack_quantized(spec, tensors, at, kept, spread)
         case "signs":
-            positive = unpack_bits(tensors[f"{at}signs"], 1, count()).bool()
+            positive = unpack_bits(tensors[f"{at}signs"], 1, kept).bool()
             scale = sized(tensors[f"{at}scale"], (1, 1), (rows, 1))
             return Signs(spread(positive, torch.zeros((), device=positive.device)), scale)
         case "scaled":
@@ -212,7 +211,7 @@ def _unpack(
         case "nested":
             blocks = -(-rows * columns // Nested.BLOCK)
             codes = spread(
-                unpack_bits(tensors[f"{at}codes"], 8, count()), torch.zeros((), device=tensors[f"{at}codes"].device)
+                unpack_bits(tensors[f"{at}codes"], 8, kept), torch.zeros((), device=tensors[f"{at}codes"].device)
             )
             return Nested(codes, sized(tensors[f"{at}absmax"], (blocks,)), sized(tensors[f"{at}offset"], (1,)))
         case "masked":
@@ -254,15 +253,13 @@ def _unpack_codebook(
     book = BOOKS[spec["book"]].to(packed.device) if named else tensors[f"{at}book"].view(spec["book"])
     rows, width = (int(n) for n in spec["codes"])
     dropped = keep_OI is not None and book.shape[1] == 1
-    count = int(keep_OI.sum()) if keep_OI is not None and dropped else rows * width
-    codes = unpack_bits(packed, max(1, (book.shape[0] - 1).bit_length()), count)
-    if count and int(codes.max()) >= book.shape[0]:
+    held = kept_of(keep_OI) if keep_OI is not None and dropped else rows * width
+    codes = unpack_bits(packed, max(1, (book.shape[0] - 1).bit_length()), held)
+    if held and int(codes.max()) >= book.shape[0]:
         raise ArtifactError(f"a code names entry {int(codes.max())} of a book of {book.shape[0]}")
     if keep_OI is not None and dropped:
         zero = int(book[:, 0].abs().argmin())  # a dropped entry reads as the code of zero, if the book has one
-        spread = torch.full((rows, width), zero, dtype=codes.dtype, device=codes.device)
-        spread[keep_OI] = codes
-        codes = spread
+        codes = put(torch.full((rows, width), zero, dtype=codes.dtype, device=codes.device), keep_OI, codes)
     return Codebook(codes.view(rows, width), book, scale, spec["book"] if named else "")
 
 
@@ -270,13 +267,13 @@ def _unpack_mask(spec: Spec, tensors: Mapping[str, Tensor], at: str, shape: tupl
     form, kept = spec.get("mask"), int(spec["kept"])
     if form != BY_NAME:
         mask_OI = unpack_mask(tensors[f"{at}mask"], form, shape, kept)
-        if int(mask_OI.sum()) != kept:
-            raise ArtifactError(f"a mask keeps {int(mask_OI.sum())} entries, its specification says {kept}")
+        if kept_of(mask_OI) != kept:
+            raise ArtifactError(f"a mask keeps {kept_of(mask_OI)} entries, its specification says {kept}")
         return mask_OI
     device = next((t.device for name, t in tensors.items() if name.startswith(at)), torch.device("cpu"))
     likely = plausible(str(spec["pattern"]), shape[0] * shape[1], kept)  # before anything is drawn
     drawn_OI = regenerated(str(spec["pattern"]), shape, device) if likely else None
-    if drawn_OI is None or int(drawn_OI.sum()) != kept:
+    if drawn_OI is None or kept_of(drawn_OI) != kept:
         raise ArtifactError(f"no mask of {kept} entries is called {spec['pattern']!r}")
     return drawn_OI
 
@@ -287,15 +284,14 @@ def is_real(zero: Tensor) -> bool:
 
 
 def taken(data: Tensor, keep_OI: Tensor | None) -> Tensor:
-    """The kept entries of a matrix of bytes, flat; float8 has no indexing of its own."""
-    return data.reshape(-1) if keep_OI is None else data.view(torch.uint8).masked_select(keep_OI).view(data.dtype)
+    """The kept entries of a matrix of bytes, flat."""
+    return data.reshape(-1) if keep_OI is None else take(data, keep_OI)
 
 
 def spread_bytes(data: Tensor, keep_OI: Tensor) -> Tensor:
     """The inverse of `taken`; 0 elsewhere."""
     whole = torch.zeros(keep_OI.shape, dtype=torch.uint8, device=data.device)
-    whole.masked_scatter_(keep_OI, sized(data, (int(keep_OI.sum()),)).view(torch.uint8))
-    return whole.view(data.dtype)
+    return put(whole, keep_OI, sized(data, (kept_of(keep_OI),))).view(data.dtype)
 
 
 def _unpack_quantized(
