@@ -40,6 +40,7 @@ class RuntimeWalk(Walk):
         """Bring a block's plain tensors and put the modules of its sites in their places."""
         places = [p for p in self.anatomy.of_block(index) if p.site in self.artifact.specs]
         held = {f"{place.module}.{place.parameter}" for place in places}
+        self.look_ahead(index + 1)
         prefix = f"{self.path}.{index}."
         names = [name for name in self.anatomy.parameters_of(index) if name not in held]
         state = self.anatomy.layout.state(names, self.tensor)
@@ -61,6 +62,13 @@ class RuntimeWalk(Walk):
             for (place, _), part in zip(stored, experts.stored, strict=True):
                 self._fill(part, place.site)
             experts.prepare(self.dtype)
+
+    def look_ahead(self, index: int) -> None:
+        """The same for what is stored of a block."""
+        if index < len(self.blocks):
+            specs = {place.site: self.artifact.specs.get(place.site) for place in self.anatomy.of_block(index)}
+            stored = [key for site, spec in specs.items() if spec for key in keys(site, spec).values()]
+            self.artifact.ahead([*stored, *self.anatomy.tensors_of(index)])
 
     def _fill(self, module: StoredWeight, site: str) -> None:
         """Give a module the stored tensors of its site."""

@@ -11,8 +11,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -30,7 +31,7 @@ INDEX = "model.safetensors.index.json"
 META = "__metadata__"
 LONGEST_NAME = 255  # bytes of a file name
 READERS = min(16, os.cpu_count() or 1)  # files that are read or written at once
-AT_ONCE = 1 << 20  # bytes that are hashed and looked at while they lie near the processor
+AT_ONCE = 1 << 22  # bytes that are hashed and looked at; with fewer, threads wait for each other
 LARGEST = 1 << 28  # bytes of a JSON file; that of 100,000 compressed matrices has a quarter
 DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # such as org/name
@@ -201,6 +202,31 @@ class Checkpoint:
                 raise ArtifactError(f"{self.files[name]}: cannot read {name!r}: {error}") from error
         return found
 
+    def ahead(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors before they are asked for, where it takes such hints."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        by_shard: dict[Path, list[str]] = {}
+        for name in names:
+            if name in self.files:
+                by_shard.setdefault(self.files[name], []).append(name)
+        for shard, held in by_shard.items():
+            with shard.open("rb") as file, suppress(OSError):  # it is no more than a hint
+                for start, end in (self._spans[name] for name in held):
+                    os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """Where in its shard each tensor lies."""
+        found: dict[str, tuple[int, int]] = {}
+        for shard in sorted(set(self.files.values())):
+            with shard.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                told = json.loads(file.read(length))
+            offsets = {name: held["data_offsets"] for name, held in told.items() if name != META}
+            found |= {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()}
+        return found
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, from the headers alone."""
         return {name: held.shape for name, held in self.headers.items()}
@@ -306,7 +332,7 @@ def digest(path: Path) -> str:
 def read_through(path: Path) -> tuple[str, set[str]]:
     """sha256 of a safetensors file, and which of its tensors hold NaN or infinite values; it is read once."""
     sha, unsound = hashlib.sha256(), set[str]()
-    room = memoryview(bytearray(AT_ONCE))
+    room, other = memoryview(bytearray(AT_ONCE)), np.empty(AT_ONCE, np.uint8)
     with path.open("rb") as file:
 
         def pieces(size: int) -> Iterator[memoryview]:
@@ -324,7 +350,7 @@ def read_through(path: Path) -> tuple[str, set[str]]:
                 raise ArtifactError(f"{path}: not a readable safetensors file: {name!r} overlaps another tensor")
             for _ in pieces(start - place):
                 pass
-            sound = [finite(piece, kind) for piece in pieces(end - start)]
+            sound = [finite(piece, kind, other) for piece in pieces(end - start)]
             unsound |= set() if all(sound) else {name}
             place = end
         for _ in pieces(sys.maxsize):
@@ -332,13 +358,14 @@ def read_through(path: Path) -> tuple[str, set[str]]:
     return sha.hexdigest(), unsound
 
 
-def finite(piece: memoryview, kind: str) -> bool:
-    """Whether all values are finite, by their bits; others than floats are."""
+def finite(piece: memoryview, kind: str, room_B: np.ndarray) -> bool:
+    """Whether all values are finite, by their bits; others than floats are. `room_B` is written over."""
     if kind not in FLOATS or not len(piece):
         return True
     word, exponent = FLOATS[kind]
     words_N = np.frombuffer(piece, word)
-    return bool((words_N & np.iinfo(words_N.dtype).max).max() < exponent)
+    magnitudes_N = np.bitwise_and(words_N, np.iinfo(words_N.dtype).max, out=room_B.view(word)[: len(words_N)])
+    return bool(magnitudes_N.max() < exponent)
 
 
 def _digest(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest

@@ -12,6 +12,7 @@ import gc
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,7 +187,7 @@ class Travellers:
     def _forward(self, module: nn.Module, index: int, dtype: torch.dtype | None) -> Tensor:
         """The output of block `index` on all windows at once."""
         entering_BTD, args, kwargs = cast((self.hidden_BTD, *self.calls[index]), dtype)
-        with passing():
+        with passing() if entering_BTD.device.type == "cpu" else nullcontext():
             out = module(entering_BTD, *args, **kwargs)
         return torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out)  # a tuple before transformers 4.57
 

@@ -24,6 +24,7 @@ from compress.model.architecture import check_sizes, run, skeleton
 from compress.model.block import Block
 from compress.model.layout import Shape
 from compress.model.memory import give_back
+from compress.model.source import Checkpoint
 from compress.model.travellers import Call, Fit, Shared, Travellers
 from compress.team import ALONE, Team
 from compress.weights import External
@@ -120,6 +121,7 @@ class Walk:
     def load_block(self, index: int) -> None:
         """Bring one block's tensors to the device; raises ArtifactError if one is missing or has another shape."""
         block, prefix = self.blocks[index], f"{self.path}.{index}."
+        self.look_ahead(index + 1)
         state = self.anatomy.layout.state(self.anatomy.parameters_of(index), self.tensor)
         self.assign(block, {name.removeprefix(prefix): t for name, t in state.items()})
         for name, parameter in block.named_parameters():
@@ -129,6 +131,13 @@ class Walk:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         block.requires_grad_(False)
+
+    def look_ahead(self, index: int) -> None:
+        """Have the files of a block read while the one before it is used."""
+        if index < len(self.blocks):
+            for source in (self.source, self.base):
+                if isinstance(source, Checkpoint):
+                    source.ahead(self.anatomy.tensors_of(index))
 
     def base_of(self, index: int) -> dict[str, External] | None:
         """The base model's matrix [out, in] of each site of a block, on the device; None without a base."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress import ArtifactError, CalibrationError, Magnitude, Wanda
+from compress.model import source
 from compress.model.source import Checkpoint, dtype_of, locate
 
 INDEX = "model.safetensors.index.json"
@@ -252,3 +255,36 @@ def test_a_folder_without_a_vocabulary_counts_as_without_a_tokenizer(tiny_llama:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CalibrationError, match="no tokenizer can be loaded"):
         compress.run(folder, [compress.Wanda()], tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32])
+@pytest.mark.parametrize("at_once", [8, 1 << 22])
+def test_one_reading_gives_hashes_and_what_is_not_finite(
+    at_once: int, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    wanted, tensors = set(), {}
+    for i, value in enumerate((0.0, 1.0, -3e4, float("nan"), float("inf"), -float("inf"))):
+        name = f"t{i}"
+        tensors[name] = torch.ones(3, 7).to(dtype)
+        if dtype.is_floating_point:
+            tensors[name][i % 3, i] = value
+            wanted |= {name} if not torch.isfinite(tensors[name]).all() else set()
+    tensors["most"] = torch.full((5,), torch.finfo(dtype).min if dtype.is_floating_point else -1, dtype=dtype)
+    tensors["none"] = torch.empty(0, dtype=dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(source, "AT_ONCE", at_once)
+    opened = Checkpoint(folder)
+    assert opened.unsound() == wanted
+    assert opened.digests() == {SINGLE: hashlib.sha256((folder / SINGLE).read_bytes()).hexdigest()}
+
+
+def test_asking_ahead_changes_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, start, size, how: asked.append((start, size)))
+    opened = Checkpoint(tiny_llama)
+    opened.ahead(["not there", *opened.names()])
+    size = (tiny_llama / "model.safetensors").stat().st_size
+    assert sum(length for _, length in asked) == opened.nbytes() and max(map(sum, asked)) == size
+    monkeypatch.delattr(os, "posix_fadvise")
+    opened.ahead(opened.names())
