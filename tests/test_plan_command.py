@@ -325,6 +325,24 @@ def test_more_windows_need_more_memory_unless_they_are_offloaded(tiny_llama: Pat
     assert hidden_states(tiny_llama, 256, offload=True) < few
 
 
+def test_where_a_gpu_computes_the_host_holds_files_and_copies(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.planning.resources.video_memory", lambda device: (10**12, "a GPU"))
+
+    def held(offload: bool, **options: Any) -> dict[str, int]:
+        recipe = Recipe(passes=(GPTQ(group=24),), calibration=Calibration(samples=128, length=64), **options)
+        found = plan_run(tiny_llama, recipe, machine=MACHINE, offload=offload).needs
+        assert found["vram"].there == 10**12 and "hidden states" in found["vram"].parts
+        return dict(found["memory"].parts)
+
+    source = Checkpoint(tiny_llama)
+    frame = sum(size.nbytes for name, size in source.headers.items() if ".layers." not in name)
+    assert held(False)["copies of hidden states"] == 128 * 64 * 48 * 4
+    assert held(False)["embeddings and head"] == frame
+    assert held(True)["copies of hidden states"] == 0
+
+
 def test_experts_of_16_bits_need_memory_for_the_sizes_of_their_products(tmp_path: Path) -> None:
     """Two products an expert in each batch, and two more if the inputs' Grams are taken; none where others compute."""
 

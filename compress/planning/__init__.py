@@ -236,7 +236,7 @@ def needs(
     """Memory, disk and, on a GPU, video memory."""
     parts = resources.memory_parts(walk, source, recipe, plans, offload)
     video = resources.video_memory(device)
-    host = {"the process": process, **(parts if video is None else {"a block": parts.get("a block", 0)})}
+    host = {"the process": process, **(parts if video is None else resources.host_parts(walk, source, recipe, offload))}
     there = memory if memory is not None else resources.free_memory()
     if memory is None and there is not None:
         there += resources.resident()  # what this process has will be that of the run

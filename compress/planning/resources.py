@@ -122,6 +122,17 @@ def memory_parts(
     return max(frame, block, key=lambda parts: sum(parts.values()))
 
 
+def host_parts(walk: Walk, source: Checkpoint, recipe: Recipe, offload: bool = False) -> dict[str, int]:
+    """Bytes of the host's memory where a GPU computes: pages of files on their way there, and states on theirs to disk.
+
+    Hidden states are copied where a block is recorded while the next is computed.
+    """
+    size, load = sized(walk, source), load_of(walk, recipe)
+    beside = type(source) is Checkpoint and not offload and recipe.delta is None
+    hidden = load.tokens * (2 if load.twins else 1) * size.hidden * size.itemsize
+    return {"a block": size.block, "embeddings and head": size.frame, "copies of hidden states": beside * hidden}
+
+
 def sizes_bytes(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], load: Load) -> int:
     """What oneDNN keeps of products on a CPU: code for each number of rows, and each expert gets another in each batch.
 
