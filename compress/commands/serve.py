@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from compress.commands.output import bytes_of, quiet_loading, screen
-from compress.errors import ArtifactError, RecipeError
-
-if TYPE_CHECKING:
-    from compress.serving.app import Language
+from compress.errors import RecipeError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what arrives in a header as it was sent
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -47,6 +41,7 @@ def serve(
 
     from compress.model.source import display_name, locate
     from compress.serving.app import Limits, Server
+    from compress.serving.languages import own_languages, tokenizer_of
     from compress.serving.process import bound, serve_forever
     from compress.tenants import load_tenants
 
@@ -81,46 +76,3 @@ def deltas_of(given: list[str]) -> dict[str, Path]:
             raise RecipeError(f"--delta: {name!r} is given twice")
         found[name] = Path(folder)
     return found
-
-
-def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> dict[str, Language]:
-    """The languages of the fine-tunes that differ from their base in a file beside the weights.
-
-    `tokenizer` is the base's, which those keep that have none. Raises ArtifactError for one that cannot be read.
-    """
-    from compress.artifact import Artifact
-    from compress.model.source import locate, read_json
-    from compress.serving.app import Language
-    from compress.writer import copy_companions, copy_shared, is_companion, write_json
-
-    found: dict[str, Language] = {}
-    for name, given in deltas.items():
-        delta = Artifact(locate(given), base)
-        if not any(map(is_companion, delta.provenance["files"])):
-            continue
-        with TemporaryDirectory() as made:  # a tokenizer is read from one folder, and a delta leaves files to its base
-            beside = Path(made)
-            copy_shared(delta, beside)
-            copy_companions(delta.path, beside)
-            write_json(beside / "config.json", {k: v for k, v in delta.config.items() if k != "quantization_config"})
-            own = (
-                tokenizer_of(beside, delta.path)
-                if any((beside / name).is_file() for name in VOCABULARIES)
-                else tokenizer
-            )
-            settings = beside / "generation_config.json"
-            told = read_json(settings, "the generation config") if settings.is_file() else delta.config
-        found[name] = Language.of(own, told.get("eos_token_id"))
-    return found
-
-
-def tokenizer_of(folder: Path, told: Path | None = None) -> object:
-    """The tokenizer in a model folder; raises ArtifactError, which names `told`, if there is none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged folder breaks transformers in many ways
-        raise ArtifactError(
-            f"{told or folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0][:200]}"
-        ) from error

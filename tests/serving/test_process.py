@@ -20,11 +20,12 @@ import torch
 
 import compress
 from compress import Calibration, Delta, Magnitude, Recipe, RecipeError
-from compress.commands.serve import deltas_of, own_languages, tokenizer_of
+from compress.commands.serve import deltas_of
 from compress.errors import ArtifactError
 from compress.serving import process as process_
 from compress.serving.app import Limits, Server
 from compress.serving.errors import Refusal
+from compress.serving.languages import own_languages, tokenizer_of
 from compress.serving.requests import Chat
 from compress.tenants import load_tenants
 
