@@ -122,7 +122,13 @@ def staged(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
 
 def apart(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, this thread's work on a GPU goes beside that of others; what it begins with must be complete."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+    return torch.cuda.stream(side(device)) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def side(device: torch.device) -> Any:
+    """The stream beside the usual one: always the same, since memory that was used on one is kept for it."""
+    return torch.cuda.Stream(device)
 
 
 def resident_bytes() -> int:
