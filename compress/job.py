@@ -166,9 +166,12 @@ class Job:
         return Report(out=writer.out, coverage=self.covered, **told)
 
     def beside_what(self) -> torch.device | None:
-        """The GPU that may go on computing while a block is recorded; not where tensors of the source are computed."""
-        device = self.walk.device
-        return device if device.type == "cuda" and self.team.size == 1 and type(self.source) is Checkpoint else None
+        """The GPU that may go on computing while a block is recorded; not where tensors of the source are computed.
+
+        Nor for a delta, which would hold matrices of the base of one more block.
+        """
+        device, plain = self.walk.device, type(self.source) is Checkpoint and self.beside is None
+        return device if device.type == "cuda" and self.team.size == 1 and plain else None
 
     def begin(self, writer: ArtifactWriter) -> Budgets:
         """Write what lies in no block and find the budgets, or take both from an earlier run."""

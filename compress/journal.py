@@ -114,7 +114,7 @@ class Journal:
 
         A block that is computed and under way to the disk arrives there.
         """
-        if self.pending is None:
+        if self.beside is None:
             self.writers.shutdown(wait=False, cancel_futures=True)
         for pool in (self.aside, self.writers, self.remover):
             ended = False
@@ -308,7 +308,7 @@ class Journal:
             self._seal({**facts, "state": self._written(writing)})
 
     def _writing(self, tensors: Mapping[str, Tensor]) -> list[Writing]:
-        """Begin to bring states to the disk: large ones by threads at once, others when they are waited for."""
+        """Begin to bring states to the disk: if they take several files by threads, else when it is waited for."""
         number, whose = len(self.records), "" if self.team.chief else f"-{self.team.rank}"
         parts = list(split([Entry.of(name, tensor) for name, tensor in tensors.items()], PART))
         paths = [self.place / f"{number:05d}{whose}{f'.{i}' if i else ''}.safetensors" for i in range(len(parts))]
@@ -327,7 +327,8 @@ class Journal:
     def _seal(self, record: Record) -> None:
         """Note what is written and was computed; then what only the record before needed goes.
 
-        Of large states the files stay for the next: to give back and take again their pages costs as much as writing.
+        Where there are several files, as of large states, they stay for the next: to give back and take again their
+        pages costs as much as writing.
         """
         number = len(self.records)
         if self.team.chief:

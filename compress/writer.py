@@ -120,7 +120,10 @@ class ArtifactWriter(Part):
         return self.write(self.pack(sites, plain))
 
     def pack(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> Packed:
-        """What is to be written of rewritten sites, beside untouched tensors; it holds no weight but as packed."""
+        """What is to be written of rewritten sites, beside untouched tensors.
+
+        It holds weights as packed, plain ones and a delta's base as they are: nobody may write over these until then.
+        """
         entries, packed = list(plain), {}
         known: dict[Any, str] = {}
         specs: dict[str, Any] = {}

@@ -23,6 +23,7 @@ from compress import (
     RTN,
     SVD,
     Calibration,
+    Delta,
     Magnitude,
     PlanError,
     Recipe,
@@ -336,9 +337,11 @@ def test_where_a_gpu_computes_the_host_holds_files_and_copies(
         assert found["vram"].there == 10**12 and "hidden states" in found["vram"].parts
         return dict(found["memory"].parts)
 
+    assert held(False, delta=Delta(base=str(tiny_llama)))["copies of hidden states"] == 0
+
     source = Checkpoint(tiny_llama)
     frame = sum(size.nbytes for name, size in source.headers.items() if ".layers." not in name)
-    assert held(False)["copies of hidden states"] == 128 * 64 * 48 * 4
+    assert held(False)["copies of hidden states"] == 8 * 2**18  # 1,024 tokens of 48 float32 each, in page-locked memory
     assert held(False)["embeddings and head"] == frame
     assert held(True)["copies of hidden states"] == 0
 

@@ -208,10 +208,10 @@ class Checkpoint:
             return
         by_shard: dict[Path, list[str]] = {}
         for name in names:
-            if name in self.files:
+            if name in self.files and name in self._spans:
                 by_shard.setdefault(self.files[name], []).append(name)
         for shard, held in by_shard.items():
-            with shard.open("rb") as file, suppress(OSError):  # it is no more than a hint
+            with suppress(OSError), shard.open("rb") as file:  # it is no more than a hint
                 for start, end in (self._spans[name] for name in held):
                     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
@@ -223,8 +223,8 @@ class Checkpoint:
             with shard.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 told = json.loads(file.read(length))
-            offsets = {name: held["data_offsets"] for name, held in told.items() if name != META}
-            found |= {name: (8 + length + start, 8 + length + end) for name, (start, end) in offsets.items()}
+            mine = {name: held["data_offsets"] for name, held in told.items() if self.files.get(name) == shard}
+            found |= {name: (8 + length + start, 8 + length + end) for name, (start, end) in mine.items()}
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -276,9 +276,9 @@ class Checkpoint:
 
     @cached_property
     def _unsound(self) -> frozenset[str]:
-        found = list(self._of_shards(read_through))
-        self.__dict__["_digests"] = {shard: sha for shard, (sha, _) in found}
-        return frozenset(name for _, (_, names) in found for name in names)
+        found = dict(self._of_shards(read_through))
+        self.__dict__["_digests"] = {shard: sha for shard, (sha, _) in found.items()}
+        return frozenset(name for name, shard in self.files.items() if name in found[shard.name][1])  # not of a copy
 
     def _of_shards(self, read: Callable[[Path], T]) -> Iterator[tuple[str, T]]:
         """Name of each shard and what `read` gives of it; it reads and computes outside of Python's lock."""

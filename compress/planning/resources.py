@@ -112,11 +112,13 @@ def memory_parts(
     forward = max(load.batch, load.probe) * size.width * (3 * size.itemsize + 2 * F32)
     statistics = max((statistics_bytes(recipe, p) for p in own), default=0)
     solving = max((solver_bytes(recipe, p) for p in own), default=0)
-    written = sum(p.bytes for p in own) + max((F32 * prod(p.shape) for p in own), default=0)
+    stored = sum(p.bytes for p in own)
+    written = stored + max((F32 * prod(p.shape) for p in own), default=0)
+    beside = stored if walk.device.type == "cuda" and recorded_beside(source, recipe, offload) else 0
     block = {
         "a block": size.block, "its rewritten weights": rewritten, "hidden states": hidden,
         "what done parts gave": 0 if offload else load.tokens * size.itemsize * kept_width(walk, recipe, plans, size),
-        "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written),
+        "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written) + beside,
         "products of many sizes": sizes_bytes(walk, recipe, plans, load),
     }  # fmt: skip
     return max(frame, block, key=lambda parts: sum(parts.values()))
@@ -128,9 +130,16 @@ def host_parts(walk: Walk, source: Checkpoint, recipe: Recipe, offload: bool = F
     Hidden states are copied where a block is recorded while the next is computed.
     """
     size, load = sized(walk, source), load_of(walk, recipe)
-    beside = type(source) is Checkpoint and not offload and recipe.delta is None
-    hidden = load.tokens * (2 if load.twins else 1) * size.hidden * size.itemsize
-    return {"a block": size.block, "embeddings and head": size.frame, "copies of hidden states": beside * hidden}
+    copies = 0
+    if recorded_beside(source, recipe, offload) and load.batch:
+        held = 1 << (load.batch * size.hidden * size.itemsize - 1).bit_length()  # page-locked memory comes so
+        copies = -(-load.tokens // load.batch) * (2 if load.twins else 1) * held
+    return {"a block": size.block, "embeddings and head": size.frame, "copies of hidden states": copies}
+
+
+def recorded_beside(source: Checkpoint, recipe: Recipe, offload: bool) -> bool:
+    """Whether a block is written while the next is computed, where a GPU does that; see `Job.beside_what`."""
+    return type(source) is Checkpoint and not offload and recipe.delta is None
 
 
 def sizes_bytes(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], load: Load) -> int:

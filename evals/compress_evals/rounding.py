@@ -97,6 +97,8 @@ def main() -> None:
     parser.add_argument("--tokens", nargs=2, type=int, default=TOKENS, help="of a forward, in the two runs")
     parser.add_argument("--limit", type=int, default=None, help="questions a task")
     arguments = parser.parse_args()
+    if arguments.tokens[0] == arguments.tokens[1]:
+        parser.error("--tokens: give two different numbers")
     rows = []
     for name in arguments.recipes:
         sys.stderr.write(f"{arguments.model}: {name}\n")

@@ -279,9 +279,36 @@ def test_one_reading_gives_hashes_and_what_is_not_finite(
     assert opened.digests() == {SINGLE: hashlib.sha256((folder / SINGLE).read_bytes()).hexdigest()}
 
 
-def test_asking_ahead_changes_nothing(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_finite_in_a_copy_that_the_index_does_not_name_is_not_looked_at(
+    sharded: Path,
+) -> None:
+    index = json.loads((sharded / INDEX).read_text())["weight_map"]
+    name, other = next((n, f) for n, s in index.items() for f in index.values() if f != s)
+    held = load_file(sharded / other)
+    save_file(held | {name: torch.full((2, 2), float("nan"))}, sharded / other, metadata={"format": "pt"})
+    opened = Checkpoint(sharded)
+    assert opened.unsound() == frozenset()
+    assert opened.digests() == {
+        f: hashlib.sha256((sharded / f).read_bytes()).hexdigest() for f in sorted({*index.values()})
+    }
+    opened.ahead([name])
+    start, end = opened._spans[name]
+    assert end - start == opened.headers[name].nbytes
+
+
+def test_a_hint_for_a_shard_that_is_gone_is_none(single: Path) -> None:
+    opened = Checkpoint(single)
+    assert opened._spans.keys() == set(opened.names())
+    (single / SINGLE).unlink()
+    opened.ahead(opened.names())
+
+
+def test_every_byte_is_asked_for_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda handle, start, size, how: asked.append((start, size)))
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda handle, start, size, how: asked.append((start, size)), raising=False
+    )
     opened = Checkpoint(tiny_llama)
     opened.ahead(["not there", *opened.names()])
     size = (tiny_llama / "model.safetensors").stat().st_size
