@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress_evals.leaderboard.labels import along, placed
 from compress_evals.leaderboard.rank import Kept
 from compress_evals.leaderboard.svg import LIGHT, STAND_IN, axes_of, drawing, inline, save_picture
 from compress_evals.leaderboard.table import Line
@@ -170,7 +171,7 @@ def _draw(
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.margins(x=0.12, y=0.12)
-    _names(axes, best, colours)
+    _names(figure, axes, best, spots, colours)
     return figure
 
 
@@ -185,13 +186,27 @@ def _dots(
         dots.set_urls([link for _, _, link in spots])
 
 
-def _names(axes: Any, best: Sequence[Point], colours: Mapping[str, str]) -> None:
-    """The names on the front, beside their points, by turns above and below."""
-    step = max(1, math.ceil(len(best) / NAMED))
-    for i, p in enumerate(best[::step]):
-        name = p.name if len(p.name) <= 24 else p.name[:23] + "…"
-        axes.annotate(
-            name, (p.x, p.y), xytext=(6, -10 if i % 2 else 6), textcoords="offset points", fontsize=8,
-            color=colours["ink"], annotation_clip=False,
-            bbox={"facecolor": colours["card"], "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+def _names(figure: Any, axes: Any, best: Sequence[Point], spots: Sequence[Point], colours: Mapping[str, str]) -> None:
+    """The names on the front, beside their points; the layout stays as it is without them."""
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
+    (left, bottom), (right, top) = axes.get_window_extent().get_points() * scale
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across, up = axes.transData.transform((x, y)) * scale
+        return float(across), float(up)
+
+    named = best[:: max(1, math.ceil(len(best) / NAMED))]
+    names = [p.name if len(p.name) <= 24 else p.name[:23] + "…" for p in named]
+    line = along([at(*corner) for corner in zip(*axes.lines[-1].get_data(), strict=True)])
+    anchors, room = [at(p.x, p.y) for p in named], (left, bottom, right + 0.1 * (right - left), top)
+    for p, name, anchor, corner in zip(
+        named, names, anchors, placed(names, anchors, [at(p.x, p.y) for p in spots], line, room), strict=True
+    ):
+        shift = corner[0] - anchor[0], corner[1] - anchor[1]
+        text = axes.annotate(
+            name, (p.x, p.y), xytext=shift, textcoords="offset points", fontsize=8, color=colours["ink"],
+            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colours["soft"], "linewidth": 0.5},
+            bbox={"facecolor": colours["card"], "edgecolor": "none", "alpha": 0.85, "pad": 0.4},
         )  # fmt: skip
+        text.set_in_layout(False)
