@@ -220,11 +220,9 @@ class Checkpoint:
         """Where in its shard each tensor lies."""
         found: dict[str, tuple[int, int]] = {}
         for shard in sorted(set(self.files.values())):
-            with shard.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                told = json.loads(file.read(length))
+            begin, told = header_of(shard)
             mine = {name: held["data_offsets"] for name, held in told.items() if self.files.get(name) == shard}
-            found |= {name: (8 + length + start, 8 + length + end) for name, (start, end) in mine.items()}
+            found |= {name: (begin + start, begin + end) for name, (start, end) in mine.items()}
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -329,6 +327,14 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(path)
 
 
+def header_of(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where values begin in a safetensors file that the library has checked, and what is said of each tensor."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        told = json.loads(file.read(length))
+    return 8 + length, {name: held for name, held in told.items() if name != META}
+
+
 def read_through(path: Path) -> tuple[str, set[str]]:
     """sha256 of a safetensors file, and which of its tensors hold NaN or infinite values; it is read once."""
     sha, unsound = hashlib.sha256(), set[str]()
@@ -341,9 +347,10 @@ def read_through(path: Path) -> tuple[str, set[str]]:
                 size -= length
                 yield room[:length]
 
-        size = int.from_bytes(b"".join(map(bytes, pieces(8))), "little")
-        told = json.loads(b"".join(map(bytes, pieces(size))))
-        held = sorted((t["data_offsets"], name, t["dtype"]) for name, t in told.items() if name != META)
+        begin, told = header_of(path)
+        held = sorted((tensor["data_offsets"], name, tensor["dtype"]) for name, tensor in told.items())
+        for _ in pieces(begin):
+            pass
         place = 0
         for (start, end), name, kind in held:
             if start < place:
