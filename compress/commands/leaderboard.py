@@ -20,6 +20,9 @@ def leaderboard(
     examples: Annotated[
         int, typer.Option(min=0, max=20, help="answers lost, and gained, of a task that a model's page shows")
     ] = 20,
+    each_run: Annotated[
+        bool, typer.Option("--each-run", help="a line for every calibration seed, not one for the mean of a recipe's")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Publish results as one page to sort and filter, a page a model, Markdown, CSV and JSON; no server needed."""
@@ -29,7 +32,7 @@ def leaderboard(
     from compress_evals.leaderboard import publish
 
     with screen().status("reading results"):
-        done = publish(results, out, force=force, picture=picture, examples=examples)
+        done = publish(results, out, force=force, picture=picture, examples=examples, each_run=each_run)
     value = {
         "out": str(out),
         "boards": [{"dense": name, "models": models, "failed": failed} for name, models, failed in done.boards],

@@ -51,12 +51,12 @@ def at_once(tokens: int) -> Iterator[None]:
 
 
 def again(model: str, name: str, tokens: Sequence[int], limit: int | None, folder: Path) -> Again:
-    """Run a packaged recipe twice and compare what came out."""
+    """Run a packaged recipe twice and compare what came out; `folder` also keeps the dense model's answers."""
     outs = []
     for count in tokens:
         with at_once(count):
             outs.append(compress.run(model, load(packaged()[name]), folder / f"{name}-{count}").out)
-    _, first, second = evaluate_folders(outs, model, only=TASKS, limit=limit)
+    _, first, second = evaluate_folders(outs, model, only=TASKS, limit=limit, cache=folder / "cache")
     tasks = compare(first, second).tasks
     return Again(
         recipe=name, kl=(divergence(first), divergence(second)),
@@ -100,9 +100,9 @@ def main() -> None:
     if arguments.tokens[0] == arguments.tokens[1]:
         parser.error("--tokens: give two different numbers")
     rows = []
-    for name in arguments.recipes:
-        sys.stderr.write(f"{arguments.model}: {name}\n")
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.recipes:
+            sys.stderr.write(f"{arguments.model}: {name}\n")
             rows.append(again(arguments.model, name, arguments.tokens, arguments.limit, Path(folder)))
     sys.stdout.write(
         f"{arguments.model}, cpu, calibration {' and '.join(map(str, arguments.tokens))} tokens at a time; the second "

@@ -15,12 +15,13 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, stdtr
+
+from compress_evals.runs import CONFIDENCE, ONE, Interval, Runs, between_runs, two_sided, with_runs
 
 Floats = NDArray[np.float64]
-Interval = tuple[float, float]
 Table = tuple[tuple[float, float, int], ...]
 
-CONFIDENCE = 0.95
 POWER = 0.80
 VERDICTS = ("improved", "matching", "drop", "fails", "inconclusive")
 _CHUNK = 1 << 22  # random numbers drawn at a time: 32 MB
@@ -202,39 +203,68 @@ def paired(
     before, after = _floats(dense), _floats(compressed)
     if before.shape != after.shape or not len(before):
         raise ValueError(f"cannot pair {len(before)} dense with {len(after)} compressed scores")
-    difference = after - before
-    sums, sizes = _by_cluster(difference, cluster)
-    table, scores = _table(sums, sizes), np.concatenate([before, after])
+    return paired_runs(before, after[None], cluster, margin, iters, seed)[0]
+
+
+def paired_runs(
+    dense: ArrayLike,
+    runs: ArrayLike,
+    cluster: Sequence[str] | None = None,
+    margin: float = 0.05,
+    iters: int = 10000,
+    seed: int = 0,
+) -> tuple[Paired, Runs]:
+    """`paired` for several runs of one recipe: would other questions, and other runs, say the same?
+
+    `runs` [runs, questions]. `compressed`, `delta` and `table` are of the means over runs; `low`, `high`, `p` and the
+    verdict include the spread of runs, which is returned too. `flips` is the mean over runs, `lost` and `gained` are
+    such means rounded. `needed` is None also where no number of questions would do, for runs lie too far apart.
+
+    Raises ValueError for scores that cannot be paired.
+    """
+    before, after = _floats(dense), _floats(runs)
+    if after.ndim != 2 or after.shape[1:] != before.shape or not after.size:
+        raise ValueError(f"cannot pair {len(before)} dense scores with runs of shape {after.shape}")
+    differences = after - before
+    sums = np.stack([_by_cluster(row, cluster)[0] for row in differences])
+    sizes = _by_cluster(before, cluster)[1]
+    deltas, delta = differences.mean(axis=1), float(differences.mean())
+    spread = between_runs(deltas, (sums - np.outer(deltas, sizes)) / len(before))
+    table, scores = _table(sums.mean(axis=0), sizes), np.concatenate([before, after.ravel()])
     binary = _is_binary(np.abs(scores))
     draws = bootstrap(_with_pseudo_clusters(table) if binary else table, iters, seed)
-    low, high = (float(bound) for bound in np.quantile(draws, [0.025, 0.975]))
-    lost, gained = int((difference < 0).sum()), int((difference > 0).sum())
-    single = _is_binary(scores) and len(sums) == len(difference)
-    delta, allowed = float(difference.mean()), margin * float(before.mean())
-    verdict, error = judge(low, high, allowed), float(draws.std())
+    low, high = with_runs(delta, (float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))), spread)
+    lost, gained = float((differences < 0).sum()) / len(after), float((differences > 0).sum()) / len(after)
+    single = _is_binary(scores) and len(sizes) == len(before) and len(after) == 1
+    allowed, error = margin * float(before.mean()), float(draws.std())
+    verdict, by_runs = judge(low, high, allowed), spread.half / quantile(CONFIDENCE)
+    p = mcnemar(round(lost), round(gained)) if single else sign_flip(sums.sum(axis=0), iters, seed)
     return Paired(
-        n=len(difference),
-        clusters=len(sums),
+        n=len(before),
+        clusters=len(sizes),
         dense=float(before.mean()),
         compressed=float(after.mean()),
         delta=delta,
         low=low,
         high=high,
-        lost=lost,
-        gained=gained,
-        flips=(lost + gained) / len(difference),
-        p=mcnemar(lost, gained) if single else sign_flip(sums, iters, seed),
+        lost=round(lost),
+        gained=round(gained),
+        flips=(lost + gained) / len(before),
+        p=max(p, two_sided(delta, error**2, spread)),
         margin=allowed,
         verdict=verdict,
-        needed=_needed(len(difference), delta, allowed, error) if verdict == "inconclusive" else None,
-        detectable=_both_quantiles() * error,
+        needed=_needed(len(before), delta, allowed, error, by_runs) if verdict == "inconclusive" else None,
+        detectable=_both_quantiles() * math.hypot(error, by_runs),
         binary=binary,
         table=table,
-    )
+    ), spread
 
 
 def significance_groups(
-    columns: Sequence[ArrayLike], cluster: Sequence[str] | None = None, confidence: float = CONFIDENCE
+    columns: Sequence[ArrayLike],
+    cluster: Sequence[str] | None = None,
+    confidence: float = CONFIDENCE,
+    runs: Sequence[Runs] | None = None,
 ) -> list[int]:
     """The rank of each model, from per-question scores (one column a model, rows aligned); ties where none is better.
 
@@ -244,7 +274,8 @@ def significance_groups(
     and tests against it alone would find a difference among ten equal models one time in eight.
 
     The test is `sign_flip` by its normal approximation, continuity-corrected for whole numbers: close to the exact
-    one from about ten flips on, and a Gram matrix gives all pairs at once. Raises ValueError for ragged columns.
+    one from about ten flips on, and a Gram matrix gives all pairs at once. A column that is a mean over `runs` adds
+    their variance, and the test becomes Student's (Satterthwaite). Raises ValueError for ragged columns.
     """
     scores = [_floats(column) for column in columns]
     if len({len(column) for column in scores}) > 1:
@@ -252,7 +283,7 @@ def significance_groups(
     if not scores:
         return []
     sums = np.stack([_by_cluster(column, cluster)[0] for column in scores])
-    apart = _pairwise_p(sums) < 1 - confidence
+    apart = _pairwise_p(sums, runs) < 1 - confidence
     order = sorted(range(len(scores)), key=lambda i: -float(sums[i].sum()))
     ranks, anchor = [1] * len(scores), 0
     for place, i in enumerate(order):
@@ -279,10 +310,13 @@ def verdict_text(pair: Paired) -> str:
     return f"inconclusive (need n>={pair.needed})"
 
 
-def _needed(n: int, delta: float, margin: float, error: float) -> int | None:
-    """Questions for 80 % power to show either that the loss is within the margin or that there is one."""
-    distance = max(delta + margin, -delta)
-    return max(n + 1, math.ceil(n * (_both_quantiles() * error / distance) ** 2)) if distance > 0 else None
+def _needed(n: int, delta: float, margin: float, error: float, by_runs: float) -> int | None:
+    """Questions for 80 % power to show either that the loss is within the margin or that there is one.
+
+    `by_runs` is the error that runs add, which questions do not lessen.
+    """
+    distance = max(delta + margin, -delta) / _both_quantiles()
+    return max(n + 1, math.ceil(n * error**2 / (distance**2 - by_runs**2))) if distance > by_runs else None
 
 
 def _both_quantiles() -> float:
@@ -323,16 +357,22 @@ def _by_cluster(values: Floats, cluster: Sequence[str] | None) -> tuple[Floats, 
     return np.bincount(ids, values).astype(np.float64), np.bincount(ids).astype(np.float64)
 
 
-def _pairwise_p(sums: Floats) -> Floats:
+def _pairwise_p(sums: Floats, runs: Sequence[Runs] | None = None) -> Floats:
     """Two-sided p of every pair of rows (summed scores by cluster), adjusted over all pairs; 1 on the diagonal."""
+    runs = runs or [ONE] * len(sums)
     gram, totals = sums @ sums.T, sums.sum(axis=1)
     squares = np.add.outer(gram.diagonal(), gram.diagonal()) - 2 * gram  # sum of squared differences of clusters
+    added = np.array([spread.variance for spread in runs])
+    uncertain = np.array([spread.variance**2 / spread.freedom if spread.variance else 0.0 for spread in runs])
     whole = bool(np.array_equal(sums, np.round(sums)))
     distance = np.maximum(np.abs(np.subtract.outer(totals, totals)) - whole, 0.0)
     upper = np.triu_indices(len(sums), k=1)
-    z = distance[upper] / np.sqrt(np.maximum(squares[upper], 1e-12))
+    variance = np.maximum(squares + np.add.outer(added, added), 1e-12)[upper]
+    doubt = np.add.outer(uncertain, uncertain)[upper]
+    freedom = np.divide(variance**2, doubt, out=np.full_like(doubt, np.inf), where=doubt > 0)
+    z = distance[upper] / np.sqrt(variance)
     adjusted: Floats = np.ones((len(sums), len(sums)))
-    adjusted[upper] = holm([math.erfc(value / math.sqrt(2)) for value in z.tolist()])
+    adjusted[upper] = holm((2 * np.where(np.isinf(freedom), ndtr(-z), stdtr(freedom, -z))).tolist())
     paired_p: Floats = np.minimum(adjusted, adjusted.T)
     return paired_p
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from compress.model import travellers
 from compress_evals import rounding
+from compress_evals.fidelity import evaluation_text
+from compress_evals.folders import SHORTEST, evaluate_folders
 
 
-def test_what_reads_no_data_is_the_same_and_what_does_is_told(tmp_path: Path) -> None:
+def test_what_reads_no_data_is_the_same_and_what_does_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = evaluation_text()[:SHORTEST]
+    monkeypatch.setattr(rounding, "evaluate_folders", partial(evaluate_folders, text=text))
     before = travellers.CPU_TOKENS
     same, other = (rounding.again("builtin", name, (256, 2048), 12, tmp_path) for name in ("rtn-int8", "gptq-int2"))
     assert before == travellers.CPU_TOKENS

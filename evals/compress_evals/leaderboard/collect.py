@@ -44,12 +44,16 @@ class Cell(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One result: `results` without its rows, the headline scores question by question, and where it was found."""
+    """One result: `results` without its rows, the headline scores question by question, and where it was found.
+
+    With `runs` it is the mean over them (`leaderboard/runs.py`).
+    """
 
     name: str
     place: str
     results: Results
     scores: Mapping[str, Floats]
+    runs: tuple[Entry, ...] = ()
 
     @property
     def sources(self) -> dict[str, str | None]:

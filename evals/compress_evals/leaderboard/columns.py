@@ -15,6 +15,7 @@ from compress_evals.wording import byte_size, signed
 GROUPS = {
     "kept": "Kept of dense, %",
     "verdicts": "Verdicts",
+    "runs": "Runs",
     "size": "Size",
     "speed": "Decoding",
     "scores": "Scores, %",
@@ -55,7 +56,7 @@ class Column:
 
 def columns(lines: Sequence[Line], families: Sequence[str]) -> list[Column]:
     """The columns that these lines have something to show in, in order."""
-    every = [*_kept(), _verdicts(), *_size(), _speed(), *_by_family(families), *_fidelity()]
+    every = [*_kept(), _verdicts(), *_runs(), *_size(), _speed(), *_by_family(families), *_fidelity()]
     return [column for column in every if not lines or any(column.cell(line).sort is not None for line in lines)]
 
 
@@ -87,6 +88,30 @@ def _verdicts() -> Column:
         ),
         first="ascending",
     )
+
+
+def _runs() -> Iterator[Column]:
+    yield Column(
+        group="runs",
+        label="Seeds",
+        about="calibration seeds that the line is the mean of; intervals, verdicts and ranks include their spread",
+        cell=lambda line: Cell(sort=len(line.runs), text=str(len(line.runs))) if line.runs else Cell(),
+    )
+    yield Column(
+        group="runs",
+        label="Between runs, points",
+        about="standard deviation of a run's score beyond what questions explain, of the family where it is largest",
+        cell=_apart,
+    )
+
+
+def _apart(line: Line) -> Cell:
+    counted = [cell for cell in line.families if not cell.control and cell.runs.count > 1]
+    if not counted:
+        return Cell()
+    most = max(counted, key=lambda cell: cell.runs.between)
+    between = 100 * most.runs.between
+    return Cell(sort=between, text=f"{between:.1f}", small=most.family if between else "")
 
 
 def _size() -> Iterator[Column]:

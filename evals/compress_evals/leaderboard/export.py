@@ -31,6 +31,10 @@ FORMULAS = {
     "of what was kept the delta method over clusters",
     "rank": "by the worst family kept; shared by those that cannot be told apart from their group's first, 5 %, Holm",
 }
+OF_RUNS = (
+    "A line of several runs is the mean over calibration seeds; its interval, verdict and rank ask about other "
+    "questions and other runs."
+)
 COLUMNS = {
     "board": "number of the board; lines of different boards must not be compared",
     "rank": FORMULAS["rank"],
@@ -42,6 +46,7 @@ COLUMNS = {
     "worst_kept_low": "95 % interval", "worst_kept_high": "95 % interval", "mean_kept": "mean over families",
     "worst_verdict": "worst verdict of any family but controls", "kl": "KL(dense || compressed), nats a token",
     "bits_per_byte": "of plain text; not a quality metric",
+    "runs": "calibration seeds that the line is the mean of",
 }  # fmt: skip
 FAMILY_COLUMNS = {
     "score": "mean over questions", "low": "95 % interval of the score", "high": "95 % interval of the score",
@@ -49,6 +54,7 @@ FAMILY_COLUMNS = {
     "delta_low": "95 % interval of the difference", "delta_high": "95 % interval of the difference",
     "verdict": "non-inferiority by the interval of the difference", "flips": "share of questions that flipped",
     "disagreement": "share of questions answered differently", "kept": FORMULAS["kept"],
+    "between": "standard deviation of the score between runs beyond what questions explain; empty for a single run",
 }  # fmt: skip
 
 
@@ -80,6 +86,7 @@ class FamilyOut(Stored):
     lost: int
     gained: int
     disagreement: float | None
+    between: float | None = Field(description=FAMILY_COLUMNS["between"])
 
 
 class TaskOut(Stored):
@@ -98,6 +105,16 @@ class TaskOut(Stored):
     delta_high: float
     p_holm: float = Field(description="adjusted for every task of every model of the board")
     verdict: str
+
+
+class RunOut(Stored):
+    """One run of a line that is the mean of several."""
+
+    name: str
+    page: str = Field(description="address of its page, from the folder of the board")
+    sha: str | None
+    scores: dict[str, float] = Field(description="by family")
+    kl: float | None
 
 
 class ModelOut(Stored):
@@ -123,6 +140,7 @@ class ModelOut(Stored):
     bits_per_byte: float | None = Field(description=COLUMNS["bits_per_byte"])
     families: tuple[FamilyOut, ...]
     tasks: dict[str, TaskOut]
+    runs: tuple[RunOut, ...] = Field(description="empty for a single run")
 
 
 class FailedOut(Stored):
@@ -195,6 +213,7 @@ def as_markdown(board: Board, lines: Sequence[Line]) -> str:
     parts.append(
         "A rank is shared by models that cannot be told apart, at 5 % after Holm. Kept: (score − chance) ∕ "
         "(dense − chance). Brackets are 95 % intervals, numbers in parentheses differences from dense in points."
+        + (f" {OF_RUNS}" if any(line.runs for line in lines) else "")
     )
     if board.failed:
         rows = [(c.recipe, c.id, " ".join((c.error or "").split())[:300]) for c in board.failed]
@@ -232,7 +251,18 @@ def _model(line: Line, rows: Sequence[Any]) -> ModelOut:
         mean_kept=_share(line.standing.mean),
         families=tuple(map(_family, line.families)),
         tasks={row.task: _task(line, row) for row in rows},
+        runs=tuple(map(_run, line.runs)),
         **{name: values[name] for name in same},
+    )
+
+
+def _run(line: Line) -> RunOut:
+    return RunOut(
+        name=line.name,
+        page=f"models/{line.slug}.html",
+        sha=line.entry.results.model.sha,
+        scores={cell.family: cell.paired.compressed for cell in line.families},
+        kl=line.fidelity.kl.value if line.fidelity else None,
     )
 
 
@@ -251,8 +281,12 @@ def _family(cell: FamilyCell) -> FamilyOut:
         family=cell.family, control=cell.control, n=pair.n, score=pair.compressed, low=cell.low, high=cell.high,
         dense=pair.dense, normalised=cell.normalised, kept=_share(cell.kept), delta=pair.delta, delta_low=pair.low,
         delta_high=pair.high, verdict=pair.verdict, flips=pair.flips, lost=pair.lost, gained=pair.gained,
-        disagreement=cell.disagreement,
+        disagreement=cell.disagreement, between=_between(cell),
     )  # fmt: skip
+
+
+def _between(cell: FamilyCell) -> float | None:
+    return cell.runs.between if cell.runs.count > 1 else None
 
 
 def _failed(cell: Cell) -> FailedOut:
@@ -271,7 +305,7 @@ def _line_values(line: Line) -> list[Any]:
         line.bytes, line.ratio, line.speed.ratio if line.speed else None, line.standing.worst,
         kept.value if kept else None, kept.low if kept else None, kept.high if kept else None,
         mean.value if mean else None, line.worst_verdict, fidelity.kl.value if fidelity else None,
-        fidelity.compressed_bits_per_byte if fidelity else None,
+        fidelity.compressed_bits_per_byte if fidelity else None, max(1, len(line.runs)),
     ]  # fmt: skip
 
 
@@ -281,7 +315,7 @@ def _family_values(cell: FamilyCell | None) -> list[Any]:
     pair = cell.paired
     return [
         pair.compressed, cell.low, cell.high, cell.normalised, pair.delta, pair.low, pair.high, pair.verdict,
-        pair.flips, cell.disagreement, cell.kept.value if cell.kept else None,
+        pair.flips, cell.disagreement, cell.kept.value if cell.kept else None, _between(cell),
     ]  # fmt: skip
 
 
@@ -299,8 +333,9 @@ def _md_cells(line: Line) -> list[str]:
     kept, mean = line.standing.kept, line.standing.mean
     verdicts = "; ".join(f"{GLYPHS[verdict]} {verdict}: {families}" for verdict, families in line.verdict_lists())
     worst = f"{_interval(kept)} {line.standing.worst}" if kept else "–"
+    runs = f" ({len(line.runs)} runs)" if line.runs else ""
     return [
-        str(line.standing.rank or "–"), readable(line.name), worst,
+        str(line.standing.rank or "–"), readable(line.name) + runs, worst,
         f"{100 * mean.value:.1f}" if mean else "–", verdicts,
         "–" if line.bits is None else f"{line.bits:.2f}", "–" if line.bytes is None else byte_size(line.bytes),
         "–" if line.ratio is None else f"{line.ratio:.2f}",

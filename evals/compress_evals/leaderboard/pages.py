@@ -52,8 +52,13 @@ def board_page(board: Board, lines: Sequence[Line], *, home: str = "") -> str:
     )
 
 
-def model_page(board: Board, line: Line, rows: Sequence[TableRow], place: int, of: int, examples: int) -> str:
-    """The page of one model: what it lost task by task, and of each at most `examples` answers lost and gained."""
+def model_page(
+    board: Board, line: Line, rows: Sequence[TableRow], place: int, of: int, examples: int, mean: Line | None = None
+) -> str:
+    """The page of one model: what it lost task by task, and of each at most `examples` answers lost and gained.
+
+    `mean` is the line of several runs that this one belongs to.
+    """
     results = line.entry.results
     dense = board.dense.results
     return _render(
@@ -64,6 +69,7 @@ def model_page(board: Board, line: Line, rows: Sequence[TableRow], place: int, o
         rows={family: [row for row in rows if row.family == family] for family in families(board)},
         place=place,
         of=of,
+        mean=mean,
         size=size_change(line.versus.dense_bytes, line.bytes),
         calibration=calibration(results),
         tiers=tier_table(dense, [results]),
@@ -80,14 +86,16 @@ def boards_page(collection: Collection, summaries: Sequence[tuple[str, Sequence[
 
 
 def rows_by_model(board: Board) -> dict[str, list[TableRow]]:
-    """The task tables of all models of a board, with p adjusted for every cell of it."""
-    compressed = [
-        entry.results.model_copy(update={"model": entry.results.model.model_copy(update={"name": entry.name})})
-        for entry in board.compressed
-    ]
-    found: dict[str, list[TableRow]] = {entry.name: [] for entry in board.compressed}
-    for row in table_rows([board.dense.results, *compressed]):
-        found[row.model].append(row)
+    """The task tables of all models of a board, with p adjusted for every cell of it; those of single runs apart."""
+    found: dict[str, list[TableRow]] = {}
+    for entries in (board.compressed, [run for entry in board.compressed for run in entry.runs]):
+        named = [
+            entry.results.model_copy(update={"model": entry.results.model.model_copy(update={"name": entry.name})})
+            for entry in entries
+        ]
+        found |= {entry.name: [] for entry in entries}
+        for row in table_rows([board.dense.results, *named]) if named else ():
+            found[row.model].append(row)
     return found
 
 

@@ -21,19 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress_evals.leaderboard.collect import Board, Entry
-from compress_evals.stats import CONFIDENCE, Floats, quantile, significance_groups
+from compress_evals.runs import CONFIDENCE, ONE, Runs, between_runs, with_runs
+from compress_evals.stats import Floats, quantile, significance_groups
 
 Numbers = NDArray[np.intp]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A share of the dense score with its 95 % interval; `errors` are the clusters' parts of its error, adding to 0."""
+    """A share of the dense score with its 95 % interval; `errors` are the clusters' parts of its error, adding to 0.
+
+    `runs` is how far the runs lie apart that it is the mean of.
+    """
 
     value: float
     low: float
     high: float
     errors: Floats
+    runs: Runs = ONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,8 @@ def standings(board: Board) -> list[Standing]:
     index = _cluster_index(board)
     found = [_standing(board, entry, index) for entry in board.compressed]
     ranked = [(i, kept) for i, standing in enumerate(found) if (kept := standing.kept) is not None]
-    ranks = significance_groups(_columns([kept for _, kept in ranked], 2 * len(board.clusters)))
+    shares = [kept for _, kept in ranked]
+    ranks = significance_groups(_columns(shares, 2 * len(board.clusters)), runs=[kept.runs for kept in shares])
     numbers = {i: rank for (i, _), rank in zip(ranked, ranks, strict=True)}
     return [replace(standing, rank=numbers.get(i)) for i, standing in enumerate(found)]
 
@@ -81,14 +87,25 @@ def _columns(found: Sequence[Kept], pseudo: int) -> list[Floats]:
 
 
 def _standing(board: Board, entry: Entry, index: Mapping[str, Numbers]) -> Standing:
+    if not entry.runs:
+        kept = _families(board, entry, index)
+        return _judged(kept, _mean(list(kept.values())) if kept else None)
+    runs = [_standing(board, run, index) for run in entry.runs]
+    kept = {family: _over([run.families[family] for run in runs]) for family in runs[0].families}
+    return _judged(kept, _over([run.mean for run in runs if run.mean is not None]) if kept else None)
+
+
+def _judged(kept: Mapping[str, Kept], mean: Kept | None) -> Standing:
+    return Standing(families=kept, worst=min(kept, key=lambda family: kept[family].value, default=None), mean=mean)
+
+
+def _families(board: Board, entry: Entry, index: Mapping[str, Numbers]) -> dict[str, Kept]:
     families: dict[str, list[Kept]] = {}
     for name, task in board.dense.results.tasks.items():
         if not task.control and task.headroom:
             part = _task(board.dense.scores[name], entry.scores[name], task.chance, index[name], len(index[""]))
             families.setdefault(task.family, []).append(part)
-    kept = {family: _mean(parts) for family, parts in families.items()}
-    worst = min(kept, key=lambda family: kept[family].value, default=None)
-    return Standing(families=kept, worst=worst, mean=_mean(list(kept.values())) if kept else None)
+    return {family: _mean(parts) for family, parts in families.items()}
 
 
 def _cluster_index(board: Board) -> dict[str, Numbers]:
@@ -125,6 +142,13 @@ def _mean(parts: Sequence[Kept]) -> Kept:
     return _with_interval(value, np.sum([part.errors for part in parts], axis=0) / len(parts))
 
 
-def _with_interval(value: float, errors: Floats) -> Kept:
+def _over(runs: Sequence[Kept]) -> Kept:
+    """The mean over runs."""
+    values, errors = np.array([run.value for run in runs]), np.stack([run.errors for run in runs])
+    return _with_interval(float(values.mean()), errors.mean(axis=0), between_runs(values, errors))
+
+
+def _with_interval(value: float, errors: Floats, runs: Runs = ONE) -> Kept:
     half = quantile(CONFIDENCE) * math.sqrt(float((errors**2).sum()))
-    return Kept(value=value, low=value - half, high=value + half, errors=errors)
+    low, high = with_runs(value, (value - half, value + half), runs)
+    return Kept(value=value, low=low, high=high, errors=errors, runs=runs)

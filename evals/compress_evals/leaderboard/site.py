@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.errors import RecipeError
@@ -19,6 +19,7 @@ from compress_evals.leaderboard.export import KIND, LeaderboardOut, as_csv, as_d
 from compress_evals.leaderboard.figures import picture as draw_picture
 from compress_evals.leaderboard.naming import slugs
 from compress_evals.leaderboard.pages import board_page, boards_page, model_page, rows_by_model
+from compress_evals.leaderboard.runs import together
 from compress_evals.leaderboard.svg import check_picture
 from compress_evals.leaderboard.table import Line, lines
 from compress_evals.report import TableRow
@@ -37,11 +38,18 @@ class Published:
 
 
 def publish(
-    paths: Sequence[Path], site: Path, *, force: bool = False, picture: Path | None = None, examples: int = EXAMPLES
+    paths: Sequence[Path],
+    site: Path,
+    *,
+    force: bool = False,
+    picture: Path | None = None,
+    examples: int = EXAMPLES,
+    each_run: bool = False,
 ) -> Published:
     """Make the site of all results below `paths`; `picture` also gets the first board's front as SVG or PNG.
 
     A model's page shows at most `examples` of the answers of a task that were lost, and as many that were gained.
+    Results of one recipe with several calibration seeds are one line, their mean, unless `each_run` is to have its own.
 
     Raises ArtifactError for results that cannot be read or paired, RecipeError for a folder that must not be replaced.
     """
@@ -49,6 +57,8 @@ def publish(
     if picture is not None:
         check_picture(picture)
     collection = collect(paths)
+    if not each_run:
+        collection = replace(collection, boards=tuple(map(together, collection.boards)))
     tables = [(board, lines(board)) for board in collection.boards]
     with beside(site) as folder:
         partial = folder / "site"
@@ -123,8 +133,9 @@ def _board(
     (out / "models").mkdir(parents=True, exist_ok=True)
     _text(out / "index.html", board_page(board, found, home=home))
     for place, line in enumerate(found, start=1):
-        page = model_page(board, line, rows[line.name], place, len(found), examples)
-        _text(out / "models" / f"{line.slug}.html", page)
+        for of_it, mean in [(line, None), *((run, line) for run in line.runs)]:
+            page = model_page(board, of_it, rows[of_it.name], place, len(found), examples, mean)
+            _text(out / "models" / f"{of_it.slug}.html", page)
 
 
 def _data(boards: Sequence[tuple[Board, str, Sequence[Line], dict[str, list]]], out: Path) -> None:  # type: ignore[type-arg]

@@ -7,8 +7,8 @@ one: all its questions together, those about one subject still one cluster, so i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from compress_evals.leaderboard.methods import Method, method_of
 from compress_evals.leaderboard.naming import slugs
 from compress_evals.leaderboard.rank import Kept, Standing, standings
 from compress_evals.results import Comparison, Speed, TaskComparison
+from compress_evals.runs import ONE, Interval, Runs, with_runs
 from compress_evals.stats import Paired
 
 SEVERITY = ("fails", "drop", "inconclusive", "matching", "improved")  # worst first
@@ -29,12 +30,13 @@ class FamilyCell:
     """One family of one model; `low` and `high` are the 95 % interval of its score, the mean over questions.
 
     `normalised` is the mean over its tasks of (score - chance) / (1 - chance); `kept` None where dense is not surely
-    above chance.
+    above chance. `runs` is how far the runs lie apart that it is the mean of.
     """
 
     family: str
     control: bool
     paired: Paired
+    runs: Runs
     low: float
     high: float
     normalised: float
@@ -52,6 +54,7 @@ class Line:
     method: Method
     standing: Standing
     families: tuple[FamilyCell, ...]
+    runs: tuple[Line, ...] = ()
 
     @property
     def name(self) -> str:
@@ -105,7 +108,7 @@ class Line:
     def flips(self) -> float:
         """The share of questions that flipped, over all tasks but controls."""
         counted = [c.paired for c in self.families if not c.control]
-        return sum(p.lost + p.gained for p in counted) / max(1, sum(p.n for p in counted))
+        return sum(p.flips * p.n for p in counted) / max(1, sum(p.n for p in counted))
 
     @property
     def delta(self) -> float:
@@ -116,8 +119,20 @@ class Line:
 
 def lines(board: Board) -> list[Line]:
     """The lines of a board by what the worst family kept, best first."""
-    names = slugs(entry.name for entry in board.compressed)
-    found = [
+    single = tuple(run for entry in board.compressed for run in entry.runs)
+    names = slugs(entry.name for entry in (*board.compressed, *single))
+    found = _lines(board, names)
+    runs = iter(_lines(replace(board, compressed=single), names[len(board.compressed) :]))
+    found = [replace(line, runs=tuple(_unranked(next(runs)) for _ in line.entry.runs)) for line in found]
+    return sorted(found, key=lambda line: (-(line.standing.kept.value if line.standing.kept else -math.inf), line.name))
+
+
+def _unranked(line: Line) -> Line:
+    return replace(line, standing=replace(line.standing, rank=None))
+
+
+def _lines(board: Board, names: Sequence[str]) -> list[Line]:
+    return [
         Line(
             entry=entry,
             versus=versus,
@@ -126,10 +141,9 @@ def lines(board: Board) -> list[Line]:
             standing=standing,
             families=tuple(family_cell(board, entry, f, standing) for f in families(board)),
         )
-        for entry, slug, standing in zip(board.compressed, names, standings(board), strict=True)
+        for entry, slug, standing in zip(board.compressed, names, standings(board), strict=False)
         if (versus := entry.results.vs) is not None
     ]
-    return sorted(found, key=lambda line: (-(line.standing.kept.value if line.standing.kept else -math.inf), line.name))
 
 
 def families(board: Board) -> list[str]:
@@ -143,14 +157,15 @@ def family_cell(board: Board, entry: Entry, family: str, standing: Standing) -> 
     """One family of one model, all its tasks together."""
     tasks = {name: task for name, task in board.dense.results.tasks.items() if task.family == family}
     compared = {name: entry.results.vs.tasks[name] for name in tasks} if entry.results.vs else {}
-    ours = np.concatenate([entry.scores[name] for name in tasks])
     clusters = [cluster for name in tasks for cluster in board.clusters[name]]
-    low, high = _interval(entry, list(tasks), ours, clusters)
+    paired, runs = _paired(board, entry, compared, clusters)
+    low, high = _interval(entry, list(tasks), clusters, runs)
     above = [(entry.scores[name].mean() - task.chance) / (1 - task.chance) for name, task in tasks.items()]
     return FamilyCell(
         family=family,
         control=all(task.control for task in tasks.values()),
-        paired=_paired(board, entry, compared, clusters),
+        paired=paired,
+        runs=runs,
         low=low,
         high=high,
         normalised=float(np.mean(above)),
@@ -159,20 +174,30 @@ def family_cell(board: Board, entry: Entry, family: str, standing: Standing) -> 
     )
 
 
-def _paired(board: Board, entry: Entry, compared: Mapping[str, TaskComparison], clusters: Sequence[str]) -> Paired:
-    if len(compared) == 1:
-        return next(iter(compared.values())).paired
-    before, after = (np.concatenate([e.scores[name] for name in compared]) for e in (board.dense, entry))
+def _paired(
+    board: Board, entry: Entry, compared: Mapping[str, TaskComparison], clusters: Sequence[str]
+) -> tuple[Paired, Runs]:
+    if len(compared) == 1 and not entry.runs:
+        return next(iter(compared.values())).paired, ONE
+    before = _joined(board.dense, compared)
+    after = [_joined(run, compared) for run in entry.runs or (entry,)]
     versus = entry.results.vs
     iters, seed = (versus.iters, versus.seed) if versus else (10000, 0)
-    return stats.paired(before, after, clusters, board.margin, iters, seed)
+    return stats.paired_runs(before, after, clusters, board.margin, iters, seed)
 
 
-def _interval(entry: Entry, tasks: Sequence[str], scores: stats.Floats, clusters: Sequence[str]) -> stats.Interval:
+def _interval(entry: Entry, tasks: Sequence[str], clusters: Sequence[str], runs: Runs) -> Interval:
     if len(tasks) == 1:
         metric = entry.results.tasks[tasks[0]].score
         return metric.low, metric.high
-    return stats.mean_interval(scores, clusters, seed=entry.results.seed)
+    scores = _joined(entry, tasks)
+    over_questions = stats.mean_interval(scores, clusters, seed=entry.results.seed)
+    low, high = with_runs(float(scores.mean()), over_questions, runs)
+    return max(0.0, low), min(1.0, high)  # a headline score is a share
+
+
+def _joined(entry: Entry, tasks: Iterable[str]) -> stats.Floats:
+    return np.concatenate([entry.scores[name] for name in tasks])
 
 
 def _disagreement(compared: Mapping[str, TaskComparison]) -> float | None:

@@ -1,0 +1,246 @@
+"""Results of one recipe with several calibration seeds as one line: the mean over runs, and how far runs lie apart.
+
+Not here: the statistics (`compress_evals.runs`, `stats.paired_runs`). Results are runs of one recipe if their recipes
+differ in nothing but `calibration.seed`, and all differ in that: two results of one seed were made apart for a reason.
+Where the answers to single questions decide (headline scores, differences), what questions explain is not counted as
+spread of runs; of all other numbers (KL, strata, gaps) the whole spread is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from compress.errors import RecipeError
+from compress.recipe import parse
+from compress_evals.comparison import worst_family
+from compress_evals.fidelity import Estimate, Fidelity
+from compress_evals.leaderboard.collect import Board, Entry
+from compress_evals.results import (
+    Comparison,
+    GapChange,
+    Metric,
+    ModelFacts,
+    Results,
+    Speed,
+    TaskComparison,
+    TaskResult,
+    TierScore,
+    versus,
+)
+from compress_evals.runs import Runs, plain_spread, with_runs
+from compress_evals.stats import holm, paired_runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeded:
+    """A result, the seed of its calibration, and its recipe without that."""
+
+    entry: Entry
+    seed: int
+    recipe: str
+
+
+def together(board: Board) -> Board:
+    """The board with the runs of each recipe as one entry, which stands where its first run stood."""
+    seeded = [found for entry in board.compressed if (found := _seeded(entry)) is not None]
+    groups: dict[str, list[Seeded]] = {}
+    for found in seeded:
+        groups.setdefault(found.recipe, []).append(found)
+    several = [group for group in groups.values() if len(group) > 1 and len({run.seed for run in group}) == len(group)]
+    taken = Counter(entry.name for entry in board.compressed)
+    first = {id(group[0].entry): _merged(board, group, taken) for group in several}
+    rest = {id(run.entry) for group in several for run in group[1:]}
+    entries = [first.get(id(entry), entry) for entry in board.compressed if id(entry) not in rest]
+    return replace(board, compressed=tuple(entries))
+
+
+def _seeded(entry: Entry) -> Seeded | None:
+    """What a result's recipe says of its seed; None where nobody said, or it cannot be read."""
+    try:
+        data = parse(entry.results.model.recipe or "", "recipe")
+    except RecipeError:
+        return None
+    calibration = data.get("calibration") if isinstance(data, Mapping) else None
+    seed = calibration.get("seed") if isinstance(calibration, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(calibration, Mapping) or type(seed) is not int:
+        return None
+    rest = {**data, "calibration": {key: value for key, value in calibration.items() if key != "seed"}}
+    return Seeded(entry=entry, seed=seed, recipe=json.dumps(rest, sort_keys=True, default=str))
+
+
+def _merged(board: Board, group: Sequence[Seeded], taken: Counter[str]) -> Entry:
+    """The runs as one entry. A run is called by its seed; they share the name that the sweep gave them but for that."""
+    group = sorted(group, key=lambda run: run.seed)
+    stems = {re.sub(r"-seed=\d+(?![\w.])", "", run.entry.name) for run in group}
+    stem = stems.pop() if len(stems) == 1 else group[0].entry.name
+    if taken[stem] > (stem in {run.entry.name for run in group}):  # somebody else is called so
+        stem = f"{stem} ({len(group)} runs)"
+    runs = tuple(replace(run.entry, name=f"{stem}, seed {run.seed}") for run in group)
+    return Entry(
+        name=stem,
+        place=runs[0].place,
+        results=_results(board, runs, [run.seed for run in group]),
+        scores={task: np.mean([run.scores[task] for run in runs], axis=0) for task in runs[0].scores},
+        runs=runs,
+    )
+
+
+def _results(board: Board, runs: Sequence[Entry], seeds: Sequence[int]) -> Results:
+    found = [run.results for run in runs]
+    pairs = {name: _task(board, runs, name) for name in found[0].tasks}
+    tasks = {name: result for name, (result, _) in pairs.items()}
+    compared = {name: pair for name, (_, pair) in pairs.items()}
+    adjusted = holm([task.paired.p for task in compared.values()])
+    compared = {
+        name: task.model_copy(update={"p_holm": p}) for (name, task), p in zip(compared.items(), adjusted, strict=True)
+    }
+    noted = [note for result in found for note in result.notes]
+    return found[0].model_copy(
+        update={
+            "model": _facts([result.model for result in found]),
+            "tasks": tasks,
+            "seconds": sum(result.seconds for result in found),
+            "notes": tuple(dict.fromkeys(noted)),
+            "vs": _comparison(board, [versus(result) for result in found], tasks, compared, seeds),
+        }
+    )
+
+
+def _facts(models: Sequence[ModelFacts]) -> ModelFacts:
+    """What is the same in all runs; sizes are means, for they may differ by a few bytes."""
+    sha = {model.sha for model in models}
+    return models[0].model_copy(
+        update={
+            "sha": models[0].sha if len(sha) == 1 else None,
+            "bytes_on_disk": _mean([model.bytes_on_disk for model in models], round),
+            "bits_per_weight": _mean([model.bits_per_weight for model in models]),
+        }
+    )
+
+
+def _mean(values: Sequence[float | None], made: Callable[[float], Any] = float) -> Any:
+    known = [value for value in values if value is not None]
+    return made(sum(known) / len(known)) if len(known) == len(values) else None
+
+
+def _task(board: Board, runs: Sequence[Entry], name: str) -> tuple[TaskResult, TaskComparison]:
+    found = [run.results.tasks[name] for run in runs]
+    compared = [versus(run.results) for run in runs]
+    pair, spread = paired_runs(
+        board.dense.scores[name], [run.scores[name] for run in runs], board.clusters[name], board.margin,
+        compared[0].iters, compared[0].seed,
+    )  # fmt: skip
+    metrics = {
+        key: _metric([task.metrics[key] for task in found], spread if key == found[0].headline else None)
+        for key in found[0].metrics
+    }
+    tiers = {tier: _tier([task.tiers[tier] for task in found]) for tier in found[0].tiers}
+    said = [comparison.tasks[name] for comparison in compared]
+    result = found[0].model_copy(update={"metrics": metrics, "tiers": tiers})
+    return result, said[0].model_copy(
+        update={
+            "paired": pair,
+            "disagreement": _mean([task.disagreement for task in said]),
+            "agreement": _mean([task.agreement for task in said]),
+            "lost": (),
+            "gained": (),
+        }
+    )
+
+
+def _comparison(
+    board: Board,
+    compared: Sequence[Comparison],
+    tasks: Mapping[str, TaskResult],
+    pairs: Mapping[str, TaskComparison],
+    seeds: Sequence[int],
+) -> Comparison:
+    notes = [f"mean of {len(compared)} runs, calibration seeds {', '.join(map(str, seeds))}"]
+    notes += [note for comparison in compared for note in comparison.notes]
+    return compared[0].model_copy(
+        update={
+            "tasks": pairs,
+            "worst": worst_family(board.dense.results.tasks, tasks),
+            "gaps": {name: _gap([comparison.gaps[name] for comparison in compared]) for name in compared[0].gaps},
+            "fidelity": _fidelity([comparison.fidelity for comparison in compared]),
+            "speed": _speed([comparison.speed for comparison in compared]),
+            "notes": tuple(dict.fromkeys(notes)),
+        }
+    )
+
+
+def _over(
+    values: Sequence[float], lows: Sequence[float], highs: Sequence[float], spread: Runs | None = None
+) -> tuple[float, float, float]:
+    """The mean with an interval as wide as that of one run, and what runs add to it."""
+    value, low, high = (float(np.mean(part)) for part in (values, lows, highs))
+    if not np.isfinite([*values, *lows, *highs]).all():
+        return value, low, high
+    return value, *with_runs(value, (low, high), spread or plain_spread(values))
+
+
+def _metric(metrics: Sequence[Metric], spread: Runs | None) -> Metric:
+    value, low, high = _over([m.value for m in metrics], [m.low for m in metrics], [m.high for m in metrics], spread)
+    if all(m.low >= 0 and m.high <= 1 for m in metrics):  # a share
+        low, high = max(0.0, low), min(1.0, high)
+    return Metric(value=value, low=low, high=high, higher=metrics[0].higher)
+
+
+def _tier(tiers: Sequence[TierScore]) -> TierScore:
+    value, low, high = _over([t.value for t in tiers], [t.low for t in tiers], [t.high for t in tiers])
+    return TierScore(n=tiers[0].n, value=value, low=max(0.0, low), high=min(1.0, high))
+
+
+def _gap(gaps: Sequence[GapChange]) -> GapChange:
+    delta, low, high = _over([g.delta for g in gaps], [g.low for g in gaps], [g.high for g in gaps])
+    return GapChange(
+        dense=gaps[0].dense, compressed=float(np.mean([g.compressed for g in gaps])), delta=delta, low=low, high=high
+    )
+
+
+def _estimate(estimates: Sequence[Estimate], least: float = -math.inf) -> Estimate:
+    value, low, high = _over([e.value for e in estimates], [e.low for e in estimates], [e.high for e in estimates])
+    return Estimate(value=value, low=max(least, low), high=high)
+
+
+def _fidelity(found: Sequence[Fidelity | None]) -> Fidelity | None:
+    """Means, if all were measured on the same text."""
+    known = [one for one in found if one is not None]
+    if len(known) != len(found) or len({(one.text_sha256, one.tokens, one.top) for one in known}) > 1:
+        return None
+    return replace(
+        known[0],
+        kl=_estimate([one.kl for one in known], 0.0),
+        kl_p50=float(np.mean([one.kl_p50 for one in known])),
+        kl_p99=float(np.mean([one.kl_p99 for one in known])),
+        top1=float(np.mean([one.top1 for one in known])),
+        compressed_bits_per_byte=float(np.mean([one.compressed_bits_per_byte for one in known])),
+        bits_per_byte_difference=_estimate([one.bits_per_byte_difference for one in known]),
+        answer_kl=_estimate([one.answer_kl for one in known], 0.0),
+        answer_top1=float(np.mean([one.answer_top1 for one in known])),
+    )
+
+
+def _speed(found: Sequence[Speed | None]) -> Speed | None:
+    """Means, with the smallest and the largest ratio of all."""
+    known = [one for one in found if one is not None]
+    if len(known) != len(found) or len({(one.prompt, one.new) for one in known}) > 1:
+        return None
+    return known[0].model_copy(
+        update={
+            "runs": sum(one.runs for one in known),
+            "dense": float(np.mean([one.dense for one in known])),
+            "compressed": float(np.mean([one.compressed for one in known])),
+            "ratio": float(np.mean([one.ratio for one in known])),
+            "low": min(one.low for one in known),
+            "high": max(one.high for one in known),
+        }
+    )

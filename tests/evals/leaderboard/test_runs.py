@@ -1,0 +1,163 @@
+"""Several calibration seeds of one recipe: one line, its own pages, data that say so, and nothing merged by mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compress_evals.comparison import compare
+from compress_evals.leaderboard import publish
+from compress_evals.leaderboard.collect import Board, collect
+from compress_evals.leaderboard.runs import together
+from compress_evals.leaderboard.table import lines
+from compress_evals.results import Results
+
+Versus = Callable[..., Results]
+Store = Callable[[Path, Sequence[Results]], Path]
+
+
+def text(seed: int | None, method: str = "gptq") -> str:
+    calibration = "" if seed is None else f"calibration: {{samples: 128, seed: {seed}}}\n"
+    return f"model: builtin\n{calibration}passes:\n- {method}: {{bits: 4}}\n"
+
+
+@pytest.fixture
+def runs(versus: Versus) -> list[Results]:
+    """Three seeds that lose 2, 6 and 13 of 40, another recipe, and one that does not say its seed."""
+    lost = {0: 2, 1: 6, 2: 13}
+    made = [
+        versus(f"gptq{f'-seed={seed}' * (seed > 0)}", {"facts_mc": n}, sha=str(seed) * 64, recipe=text(seed))
+        for seed, n in lost.items()
+    ]
+    other = versus("rtn", {"facts_mc": 5}, sha="a" * 64, recipe=text(0, "rtn"))
+    silent = versus("silent", {"facts_mc": 5}, sha="b" * 64, recipe=text(None))
+    return [*made, other, silent]
+
+
+@pytest.fixture
+def board(dense: Results, runs: list[Results], stored: Store, tmp_path: Path) -> Board:
+    [board] = collect([stored(tmp_path / "results", [dense, *runs])]).boards
+    return board
+
+
+def test_seeds_of_a_recipe_are_one_line(board: Board) -> None:
+    merged = together(board)
+    assert [(entry.name, len(entry.runs)) for entry in merged.compressed] == [("gptq", 3), ("rtn", 0), ("silent", 0)]
+    [first] = [entry for entry in merged.compressed if entry.runs]
+    assert [run.name for run in first.runs] == ["gptq, seed 0", "gptq, seed 1", "gptq, seed 2"]
+    assert first.scores["facts_mc"].mean() == pytest.approx(1 - (2 + 6 + 13) / 3 / 40)
+    assert first.results.model.sha is None
+    [line] = [line for line in lines(merged) if line.runs]
+    [cell] = [cell for cell in line.families if cell.paired.delta]
+    assert cell.paired.delta == pytest.approx(-7 / 40)
+    assert line.fidelity is not None and line.fidelity.kl.value == pytest.approx(0.07)
+    assert line.fidelity.kl.low == 0 and line.fidelity.kl.high > 0.13  # Student's t of .02, .06 and .13
+    assert all(0 <= cell.low <= cell.high <= 1 for cell in line.families)
+
+
+def test_the_interval_is_wider_than_that_of_the_mean_as_one_run(board: Board) -> None:
+    merged = lines(together(board))
+    [line] = [line for line in merged if line.runs]
+    [cell] = [cell for cell in line.families if cell.paired.delta]
+    alone = [run.families[line.families.index(cell)].paired for run in line.runs]
+    assert cell.runs.count == 3 and 0.1 < cell.runs.between < np.std([0.05, 0.15, 0.325], ddof=1)
+    assert cell.paired.high - cell.paired.low > max(pair.high - pair.low for pair in alone)
+    assert cell.low < min(run.families[line.families.index(cell)].low for run in line.runs)
+    assert [pair.verdict for pair in alone] == ["inconclusive", "drop", "fails"]
+    assert cell.paired.verdict == "inconclusive"
+    assert line.standing.kept is not None and line.standing.kept.value == pytest.approx(1 - 7 / 40)
+    assert line.standing.kept.runs.between == pytest.approx(cell.runs.between, abs=0.002)
+    assert {other.standing.rank for other in merged} == {1}  # runs that far apart are surely worse than nobody
+    assert all(run.standing.rank is None for run in line.runs)
+
+
+def test_equal_runs_have_the_interval_of_one(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
+    made = [versus(f"rtn-seed={seed}", {"facts_mc": 4}, sha="c" * 64, recipe=text(seed)) for seed in (1, 2, 3)]
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    [line], [once, *_] = lines(together(board)), lines(board)
+    for ours, theirs in zip(line.families, once.families, strict=True):
+        assert (ours.paired.low, ours.paired.high) == pytest.approx((theirs.paired.low, theirs.paired.high))
+        assert (ours.low, ours.high, ours.runs.between) == pytest.approx((theirs.low, theirs.high, 0))
+    assert line.name == "rtn" and line.entry.results.model.sha == "c" * 64
+
+
+def test_a_seed_that_comes_twice_keeps_all_apart(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
+    made = [
+        versus(name, {"facts_mc": n}, sha=str(n) * 64, recipe=text(seed))
+        for name, n, seed in (("before", 1, 0), ("after", 2, 0), ("later", 3, 1))
+    ]
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    assert together(board) == board
+
+
+def test_a_name_that_is_taken_is_not_given_again(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
+    made = [versus(f"x-seed={seed}", {"facts_mc": seed}, sha=str(seed) * 64, recipe=text(seed)) for seed in (1, 2)]
+    made.append(versus("x", {"facts_mc": 9}, sha="9" * 64, recipe=text(0, "rtn")))
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    assert [entry.name for entry in together(board).compressed] == ["x (2 runs)", "x"]
+
+
+def test_what_was_not_measured_in_every_run_is_not_said(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    one, two = (versus(f"g-seed={s}", {"facts_mc": s}, sha=str(s) * 64, recipe=text(s)) for s in (1, 2))
+    assert two.vs is not None
+    two = two.model_copy(update={"vs": two.vs.model_copy(update={"fidelity": None})})
+    [board] = collect([stored(tmp_path, [dense, one, two])]).boards
+    [line] = lines(together(board))
+    assert line.fidelity is None and line.speed is None
+
+
+def test_an_infinite_divergence_stays_infinite(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
+    made = []
+    for seed in (1, 2):
+        result = versus(f"g-seed={seed}", {"facts_mc": seed}, sha=str(seed) * 64, recipe=text(seed))
+        assert result.vs is not None and result.vs.fidelity is not None
+        worst = {"value": math.inf, "low": math.inf, "high": math.inf} if seed == 2 else {}
+        kl = type(result.vs.fidelity.kl)(**({"value": 0.1, "low": 0.1, "high": 0.1} | worst))
+        fidelity = type(result.vs.fidelity)(**{**vars(result.vs.fidelity), "kl": kl})
+        made.append(result.model_copy(update={"vs": result.vs.model_copy(update={"fidelity": fidelity})}))
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    [line] = lines(together(board))
+    assert line.fidelity is not None and line.fidelity.kl.value == math.inf
+
+
+def test_the_site_says_so_on_pages_and_in_data(
+    dense: Results, runs: list[Results], stored: Store, tmp_path: Path
+) -> None:
+    results = stored(tmp_path / "results", [dense, *runs])
+    publish([results], tmp_path / "site")
+    page = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "gptq</bdi>, 3 runs" in page and "Between runs, points" in page and "other runs" in page
+    assert 'href="models/gptq-seed-1.html"' not in page  # single runs are not in the table
+    mean = (tmp_path / "site" / "models" / "gptq.html").read_text(encoding="utf-8")
+    single = (tmp_path / "site" / "models" / "gptq-seed-1.html").read_text(encoding="utf-8")
+    assert 'href="gptq-seed-1.html"' in mean and "between runs" in mean and "calibration seeds 0, 1, 2" in mean
+    assert 'one of 3 runs of <a href="gptq.html">' in single and "every single run" in single
+    [found] = json.loads((tmp_path / "site" / "leaderboard.json").read_text(encoding="utf-8"))["boards"]
+    [model] = [model for model in found["models"] if model["runs"]]
+    assert [run["page"] for run in model["runs"]] == [f"models/gptq-seed-{seed}.html" for seed in range(3)]
+    with (tmp_path / "site" / "leaderboard.csv").open(encoding="utf-8", newline="") as stream:
+        rows = {row["model"]: row for row in csv.DictReader(stream)}
+    assert (rows["gptq"]["runs"], rows["rtn"]["runs"]) == ("3", "1")
+    assert float(rows["gptq"]["facts_mc between"]) > 0.1 and rows["rtn"]["facts_mc between"] == ""
+    assert "gptq (3 runs)" in (tmp_path / "site" / "leaderboard.md").read_text(encoding="utf-8")
+
+
+def test_every_run_can_have_a_line(dense: Results, runs: list[Results], stored: Store, tmp_path: Path) -> None:
+    results = stored(tmp_path / "results", [dense, *runs])
+    done = publish([results], tmp_path / "site", each_run=True)
+    assert done.boards == (("dense", 5, 0),)
+    assert "Between runs" not in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_run_is_compared_as_it_was(board: Board, dense: Results, runs: list[Results]) -> None:
+    [line] = [line for line in lines(together(board)) if line.runs]
+    again = compare(dense, runs[1], iters=200)
+    assert line.runs[1].versus.tasks["facts_mc"].paired == again.tasks["facts_mc"].paired
