@@ -72,7 +72,9 @@ class Subject:
         """The model as lm-eval asks it, so many requests at once; `on_rows` hears of each batch that was computed."""
         if self._scorer is None:
             with quiet():
-                self._scorer = wrap(self.model, exam.tokenizer, batch_size)
+                from compress_evals.scorer import Scorer
+
+                self._scorer = Scorer(self.model, exam.tokenizer, batch_size)
             self._heard = hear(self._scorer)
         self._scorer.batch_size_per_gpu = batch_size
         self._heard[:] = [] if on_rows is None else [on_rows]
@@ -126,22 +128,6 @@ def software() -> dict[str, str]:
     """The versions that may change an answer."""
     names = ("compress-llm", "lm_eval", "torch", "transformers", "tokenizers")
     return {name: version(name) for name in names}
-
-
-def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """lm-eval's wrapper of a live model."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    bos = tokenizer.bos_token_id
-    return HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        add_bos_token=bos is not None,
-        prefix_token_id=bos,
-        softmax_dtype=torch.float32,  # log-softmax in bfloat16 makes ties that the logits do not have
-    )
 
 
 def hear(scorer: Any) -> list[Rows]:

@@ -1,0 +1,77 @@
+"""lm-eval's wrapper of a live model, which computes logits only where they are read.
+
+lm-eval asks for the likelihood of a few tokens behind a long prompt, and takes logits, and their log-softmax in
+float32, of the whole prompt: 49,152 to 128,256 numbers a token that nobody looks at. Here the output layer sees the end
+of each batch only, and no keys and values are kept. Not here: batches, prompts and what is done with likelihoods, which
+stay lm-eval's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import pad_and_concat
+from torch import Tensor
+
+
+class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
+    """A live model as lm-eval asks it, so many requests at once."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        """Nothing is computed yet."""
+        bos = tokenizer.bos_token_id
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            add_bos_token=bos is not None,
+            prefix_token_id=bos,
+            softmax_dtype=torch.float32,  # log-softmax in bfloat16 makes ties that the logits do not have
+        )
+        self._options = options(model) if pads_with_zeros() else None
+        self._longest: int | None = None  # tokens of the longest continuation that is being scored
+
+    def _loglikelihood_tokens(self, requests: Any, *positional: Any, **named: Any) -> Any:
+        self._longest = max((len(continuation) for *_, continuation in requests), default=None)
+        try:
+            return super()._loglikelihood_tokens(requests, *positional, **named)
+        finally:
+            self._longest = None
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if self._longest is None or self._options is None or attn_mask is not None or labels is not None:
+            whole: Tensor = super()._model_call(inps, attn_mask, labels)
+            return whole
+        with torch.no_grad():
+            logits: Tensor = self.model(inps, logits_to_keep=read(inps, self._longest), **self._options).logits
+            return logits
+
+
+def read(inps: Tensor, longest: int) -> int:
+    """How many logits at the end of a batch hold all that is read.
+
+    `inps` [rows, tokens] is padded with zeros on the right, and of each row only the last `longest` are read. lm-eval
+    takes what is missing at the front into account. A zero at the end of a row is taken for padding, and one more is
+    computed.
+    """
+    tokens = inps.shape[1]
+    last = ((inps != 0) * torch.arange(1, tokens + 1, device=inps.device)).amax(dim=1)
+    return min(tokens, tokens - int(last.min()) + longest)
+
+
+def options(model: Any) -> dict[str, Any] | None:
+    """What else to give the model; None if it cannot leave logits out."""
+    known = inspect.signature(model.forward).parameters
+    if "logits_to_keep" not in known:
+        return None
+    return {"use_cache": False} if "use_cache" in known else {}
+
+
+@cache
+def pads_with_zeros() -> bool:
+    """Whether lm-eval pads as `read` relies on."""
+    return bool(pad_and_concat(3, [torch.tensor([7])], padding_side="right").tolist() == [[7, 0, 0]])

@@ -1,0 +1,102 @@
+"""Logits where they are read, and nowhere else: the same likelihoods as lm-eval's own wrapper gives."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from compress_evals import scorer
+from compress_evals.scorer import Scorer, read
+
+
+def requests(rng: random.Random, count: int) -> list[tuple[None, list[int], list[int]]]:
+    """Prompts and continuations of any lengths, with zeros among their tokens and contexts that occur twice."""
+    contexts = [[rng.randrange(0, 300) for _ in range(rng.randrange(1, 60))] for _ in range(count // 2)]
+    made = [(None, context, [rng.randrange(0, 300) for _ in range(rng.randrange(1, 9))]) for context in contexts]
+    single = [(None, context, [rng.randrange(0, 300)]) for context in contexts]
+    return [*made, *single, (None, [0, 0, 0], [0, 0]), (None, [5, 0], [0])]
+
+
+def likelihoods(model: Any, asked: Any, size: int) -> Any:
+    return model._loglikelihood_tokens(asked, disable_tqdm=True, override_bs=size)
+
+
+@pytest.fixture
+def pair(model: Any, tokenizer: Any) -> tuple[Scorer, Any]:
+    """Our wrapper, and lm-eval's own with the same settings."""
+    ours = Scorer(model, tokenizer, 8)
+    return ours, HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=8, add_bos_token=True,
+        prefix_token_id=tokenizer.bos_token_id, softmax_dtype=torch.float32,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_likelihoods_are_those_of_whole_logits(pair: tuple[Scorer, Any], size: int) -> None:
+    ours, theirs = pair
+    ours.batch_size_per_gpu = theirs.batch_size_per_gpu = size
+    asked = requests(random.Random(size), 40)
+    for mine, whole in zip(likelihoods(ours, asked, size), likelihoods(theirs, asked, size), strict=True):
+        assert mine[0] == pytest.approx(whole[0], abs=1e-4) and mine[1] == whole[1]
+
+
+def test_only_the_end_of_a_batch_has_logits(pair: tuple[Scorer, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair
+    kept = []
+    call = ours._model_call
+    monkeypatch.setattr(
+        ours, "_model_call", lambda inps: kept.append((inps.shape[1], call(inps).shape[1])) or call(inps)
+    )
+    likelihoods(ours, [(None, list(range(1, 50)), [3, 4]), (None, list(range(1, 48)), [3])], 2)
+    assert kept == [(50, 5)]  # the shorter row ends three tokens earlier, and two are read
+    assert ours._model_call(torch.ones(1, 9, dtype=torch.long)).shape[1] == 9  # asked for by somebody else: all
+
+
+@pytest.mark.parametrize(
+    ("rows", "longest", "kept"),
+    [
+        ([[1, 2, 3, 4]], 1, 1),
+        ([[1, 2, 3, 4], [1, 2, 0, 0]], 1, 3),
+        ([[1, 2, 3, 0]], 1, 2),  # a zero that may be a token
+        ([[0, 0, 0, 0]], 1, 4),
+        ([[1, 2, 3, 4]], 9, 4),
+    ],
+)
+def test_as_much_is_kept_as_is_read(rows: list[list[int]], longest: int, kept: int) -> None:
+    assert read(torch.tensor(rows), longest) == kept
+
+
+def test_a_model_that_cannot_leave_logits_out_computes_them_all(pair: tuple[Scorer, Any], model: Any) -> None:
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return model(input_ids)
+
+    assert scorer.options(Plain()) is None
+    ours, theirs = pair
+    ours._options = None
+    asked = requests(random.Random(3), 10)
+    assert likelihoods(ours, asked, 8) == likelihoods(theirs, asked, 8)
+
+
+def test_a_padding_that_is_not_known_is_not_relied_on(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "pad_and_concat", lambda *_, **__: torch.tensor([[7, 1, 1]]))
+    scorer.pads_with_zeros.cache_clear()
+    try:
+        assert Scorer(model, tokenizer, 8)._options is None
+    finally:
+        scorer.pads_with_zeros.cache_clear()
+
+
+def test_rolling_likelihoods_read_everything(pair: tuple[Scorer, Any], tokenizer: Any) -> None:
+    ours, theirs = pair
+    text = "The capital of France is Paris, and of Italy it is Rome. " * 8
+    windows = [(None, [tokenizer.bos_token_id], tokenizer.encode(text, add_special_tokens=False))]
+    [mine], [whole] = likelihoods(ours, windows, 1), likelihoods(theirs, windows, 1)
+    assert mine[0] == pytest.approx(whole[0], rel=1e-5) and math.isfinite(mine[0])
