@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,11 @@ def together(board: Board) -> Board:
     for found in seeded:
         groups.setdefault(found.recipe, []).append(found)
     several = [group for group in groups.values() if len(group) > 1 and len({run.seed for run in group}) == len(group)]
-    taken = Counter(entry.name for entry in board.compressed)
-    first = {id(group[0].entry): _merged(board, group, taken) for group in several}
+    taken = {board.dense.name, *(entry.name for entry in board.compressed)}
+    first: dict[int, Entry] = {}
+    for group in several:
+        merged = first[id(group[0].entry)] = _merged(board, group, taken)
+        taken |= {merged.name, *(run.name for run in merged.runs)}
     rest = {id(run.entry) for group in several for run in group[1:]}
     entries = [first.get(id(entry), entry) for entry in board.compressed if id(entry) not in rest]
     return replace(board, compressed=tuple(entries))
@@ -76,36 +79,53 @@ def _seeded(entry: Entry) -> Seeded | None:
     return Seeded(entry=entry, seed=seed, recipe=json.dumps(rest, sort_keys=True, default=str))
 
 
-def _merged(board: Board, group: Sequence[Seeded], taken: Counter[str]) -> Entry:
-    """The runs as one entry. A run is called by its seed; they share the name that the sweep gave them but for that."""
+def _merged(board: Board, group: Sequence[Seeded], taken: Set[str]) -> Entry:
+    """The runs as one entry."""
     group = sorted(group, key=lambda run: run.seed)
-    stems = {re.sub(r"-seed=\d+(?![\w.])", "", run.entry.name) for run in group}
-    stem = stems.pop() if len(stems) == 1 else group[0].entry.name
-    if taken[stem] > (stem in {run.entry.name for run in group}):  # somebody else is called so
-        stem = f"{stem} ({len(group)} runs)"
-    runs = tuple(replace(run.entry, name=f"{stem}, seed {run.seed}") for run in group)
+    name, names = _called(group, taken)
+    runs = tuple(replace(run.entry, name=its) for run, its in zip(group, names, strict=True))
     return Entry(
-        name=stem,
+        name=name,
         place=runs[0].place,
-        results=_results(board, runs, [run.seed for run in group]),
+        results=_results(board, name, runs, [run.seed for run in group]),
         scores={task: np.mean([run.scores[task] for run in runs], axis=0) for task in runs[0].scores},
         runs=runs,
     )
 
 
-def _results(board: Board, runs: Sequence[Entry], seeds: Sequence[int]) -> Results:
+def _called(group: Sequence[Seeded], taken: Set[str]) -> tuple[str, list[str]]:
+    """Names of the line and of its runs that nobody else has.
+
+    The line is called what the runs' names share but for the seed, a run by its seed; runs whose names share nothing
+    keep them.
+    """
+    own = [run.entry.name for run in group]
+    stems = {re.sub(r"-seed=\d+(?![\w.])", "", name) for name in own}
+    alike = len(stems) == 1
+    stem = stems.pop() if alike else own[0]
+    several, others = f"{stem} ({len(group)} runs)", taken - set(own)
+    tries = (
+        (name, [f"{name}, seed {run.seed}" for run in group] if alike else own)
+        for name in chain([stem, several], (f"{several} {i}" for i in count(2)))
+    )
+    return next(
+        (name, names) for name, names in tries if name not in (others if alike else taken) and others.isdisjoint(names)
+    )
+
+
+def _results(board: Board, name: str, runs: Sequence[Entry], seeds: Sequence[int]) -> Results:
     found = [run.results for run in runs]
-    pairs = {name: _task(board, runs, name) for name in found[0].tasks}
-    tasks = {name: result for name, (result, _) in pairs.items()}
-    compared = {name: pair for name, (_, pair) in pairs.items()}
-    adjusted = holm([task.paired.p for task in compared.values()])
+    pairs = {task: _task(board, runs, task) for task in found[0].tasks}
+    tasks = {task: result for task, (result, _) in pairs.items()}
+    adjusted = holm([pair.paired.p for _, pair in pairs.values()])
     compared = {
-        name: task.model_copy(update={"p_holm": p}) for (name, task), p in zip(compared.items(), adjusted, strict=True)
+        task: pair.model_copy(update={"p_holm": p})
+        for (task, (_, pair)), p in zip(pairs.items(), adjusted, strict=True)
     }
     noted = [note for result in found for note in result.notes]
     return found[0].model_copy(
         update={
-            "model": _facts([result.model for result in found]),
+            "model": _facts(name, [result.model for result in found]),
             "tasks": tasks,
             "seconds": sum(result.seconds for result in found),
             "notes": tuple(dict.fromkeys(noted)),
@@ -114,11 +134,15 @@ def _results(board: Board, runs: Sequence[Entry], seeds: Sequence[int]) -> Resul
     )
 
 
-def _facts(models: Sequence[ModelFacts]) -> ModelFacts:
+def _facts(name: str, models: Sequence[ModelFacts]) -> ModelFacts:
     """What is the same in all runs; sizes are means, for they may differ by a few bytes."""
     sha = {model.sha for model in models}
+    recorded = [model.calibration or {} for model in models]
+    shared = {key: value for key, value in recorded[0].items() if all(one.get(key) == value for one in recorded)}
     return models[0].model_copy(
         update={
+            "name": name,
+            "calibration": shared or None,
             "sha": models[0].sha if len(sha) == 1 else None,
             "bytes_on_disk": _mean([model.bytes_on_disk for model in models], round),
             "bits_per_weight": _mean([model.bits_per_weight for model in models]),

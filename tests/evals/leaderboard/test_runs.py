@@ -103,6 +103,50 @@ def test_a_name_that_is_taken_is_not_given_again(dense: Results, versus: Versus,
     assert [entry.name for entry in together(board).compressed] == ["x (2 runs)", "x"]
 
 
+@pytest.mark.parametrize(
+    ("other", "line"), [("dense", "x"), ("x (2 runs)", "x"), ("x, seed 1", "x (2 runs)"), ("y", "x")]
+)
+def test_names_of_lines_and_runs_are_nobody_elses(
+    other: str, line: str, dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    """Also where the sweep set the seed of a pass: `x-seed=7-seed=1` and `x-seed=8-seed=1` are two recipes."""
+    stem = "dense" if other == "dense" else "x"
+    made = [
+        versus(f"{stem}-seed={seed}", {"facts_mc": seed}, sha=str(seed) * 64, recipe=text(seed, method))
+        for seed, method in ((1, "gptq"), (2, "gptq"), (3, "vq"), (4, "vq"))
+    ]
+    made += [] if other == "dense" else [versus(other, {"facts_mc": 9}, sha="9" * 64, recipe=text(0, "rtn"))]
+    results = stored(tmp_path / "results", [dense, *made])
+    publish([results], tmp_path / "site")
+    [board] = json.loads((tmp_path / "site" / "leaderboard.json").read_text(encoding="utf-8"))["boards"]
+    names = [name for model in board["models"] for name in (model["name"], *(run["name"] for run in model["runs"]))]
+    assert len({"dense", *names}) == 1 + len(names) == len(made) + 3
+    assert (line if other != "dense" else "dense (2 runs)") in names
+    assert [m["tasks"]["facts_mc"]["delta"] for m in board["models"] if m["name"] == other] in ([], [-9 / 40])
+
+
+def test_runs_whose_names_share_nothing_keep_them(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    made = [versus(name, {}, sha=str(s) * 64, recipe=text(s)) for s, name in enumerate(("alice", "bob"))]
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    [entry] = together(board).compressed
+    assert (entry.name, [run.name for run in entry.runs]) == ("alice (2 runs)", ["alice", "bob"])
+
+
+def test_a_line_is_called_by_its_name_all_over_its_page_and_says_nothing_of_one_run_alone(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    made = [
+        versus(f"x-seed={s}", {"facts_mc": s}, sha=str(s) * 64, recipe=text(s), calibration={"name": "c", "sha256": s})
+        for s in (1, 2)
+    ]
+    publish([stored(tmp_path / "results", [dense, *made])], tmp_path / "site")
+    page = (tmp_path / "site" / "models" / "x.html").read_text(encoding="utf-8")
+    assert "x-seed=1" not in page and "Recipe of <bdi>x, seed 1</bdi>" in page
+    assert "<dd>name c</dd>" in page  # the hash is of the windows of one seed
+
+
 def test_what_was_not_measured_in_every_run_is_not_said(
     dense: Results, versus: Versus, stored: Store, tmp_path: Path
 ) -> None:
