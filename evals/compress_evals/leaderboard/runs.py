@@ -38,10 +38,12 @@ from compress_evals.results import (
 from compress_evals.runs import Runs, plain_spread, with_runs
 from compress_evals.stats import holm, paired_runs
 
+SEEDS = 1 << 63  # as many as `compress.recipe.Calibration` takes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seeded:
-    """A result, the seed of its calibration, and its recipe without that."""
+    """A result, the seed of its calibration, and its recipe without that, with what it was scored by."""
 
     entry: Entry
     seed: int
@@ -66,7 +68,10 @@ def together(board: Board) -> Board:
 
 
 def _seeded(entry: Entry) -> Seeded | None:
-    """What a result's recipe says of its seed; None where nobody said, or it cannot be read."""
+    """What a result's recipe says of its seed; None where nobody said, or it cannot be read.
+
+    Recipes come from strangers: a key may be of any type, and a number too long to be written.
+    """
     try:
         data = parse(entry.results.model.recipe or "", "recipe")
     except RecipeError:
@@ -76,7 +81,12 @@ def _seeded(entry: Entry) -> Seeded | None:
     if not isinstance(data, Mapping) or not isinstance(calibration, Mapping) or type(seed) is not int:
         return None
     rest = {**data, "calibration": {key: value for key, value in calibration.items() if key != "seed"}}
-    return Seeded(entry=entry, seed=seed, recipe=json.dumps(rest, sort_keys=True, default=str))
+    headlines = {name: task.headline for name, task in entry.results.tasks.items()}
+    try:
+        alike = json.dumps([rest, headlines], sort_keys=True, default=str)
+    except (TypeError, ValueError):
+        return None
+    return Seeded(entry=entry, seed=seed, recipe=alike) if 0 <= seed < SEEDS else None
 
 
 def _merged(board: Board, group: Sequence[Seeded], taken: Set[str]) -> Entry:
@@ -150,6 +160,11 @@ def _facts(name: str, models: Sequence[ModelFacts]) -> ModelFacts:
     )
 
 
+def _shared(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What all runs measured."""
+    return [key for key in measured[0] if all(key in one for one in measured)]
+
+
 def _mean(values: Sequence[float | None], made: Callable[[float], Any] = float) -> Any:
     known = [value for value in values if value is not None]
     return made(sum(known) / len(known)) if len(known) == len(values) else None
@@ -164,9 +179,9 @@ def _task(board: Board, runs: Sequence[Entry], name: str) -> tuple[TaskResult, T
     )  # fmt: skip
     metrics = {
         key: _metric([task.metrics[key] for task in found], spread if key == found[0].headline else None)
-        for key in found[0].metrics
+        for key in _shared([task.metrics for task in found])
     }
-    tiers = {tier: _tier([task.tiers[tier] for task in found]) for tier in found[0].tiers}
+    tiers = {tier: _tier([task.tiers[tier] for task in found]) for tier in _shared([task.tiers for task in found])}
     said = [comparison.tasks[name] for comparison in compared]
     result = found[0].model_copy(update={"metrics": metrics, "tiers": tiers})
     return result, said[0].model_copy(
@@ -193,7 +208,7 @@ def _comparison(
         update={
             "tasks": pairs,
             "worst": worst_family(board.dense.results.tasks, tasks),
-            "gaps": {name: _gap([comparison.gaps[name] for comparison in compared]) for name in compared[0].gaps},
+            "gaps": {gap: _gap([one.gaps[gap] for one in compared]) for gap in _shared([one.gaps for one in compared])},
             "fidelity": _fidelity([comparison.fidelity for comparison in compared]),
             "speed": _speed([comparison.speed for comparison in compared]),
             "notes": tuple(dict.fromkeys(notes)),

@@ -16,7 +16,7 @@ from compress_evals.leaderboard import publish
 from compress_evals.leaderboard.collect import Board, collect
 from compress_evals.leaderboard.runs import together
 from compress_evals.leaderboard.table import lines
-from compress_evals.results import Results
+from compress_evals.results import GapChange, Metric, Results, TierScore
 
 Versus = Callable[..., Results]
 Store = Callable[[Path, Sequence[Results]], Path]
@@ -156,6 +156,58 @@ def test_what_was_not_measured_in_every_run_is_not_said(
     [board] = collect([stored(tmp_path, [dense, one, two])]).boards
     [line] = lines(together(board))
     assert line.fidelity is None and line.speed is None
+
+
+def test_metrics_tiers_and_gaps_of_one_run_alone_are_not_said(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    one, two = (versus(f"g-seed={s}", {"facts_mc": s}, sha=str(s) * 64, recipe=text(s)) for s in (1, 2))
+    assert one.vs is not None
+    task = one.tasks["facts_mc"]
+    more = {
+        "metrics": {**task.metrics, "more": Metric(value=0, low=0, high=1)},
+        "tiers": {"more": TierScore(n=1, value=0, low=0, high=1)},
+    }
+    gaps = {"more": GapChange(dense=0, compressed=0, delta=0, low=0, high=0)}
+    one = one.model_copy(
+        update={
+            "tasks": {**one.tasks, "facts_mc": task.model_copy(update=more)},
+            "vs": one.vs.model_copy(update={"gaps": gaps}),
+        }
+    )
+    [board] = collect([stored(tmp_path, [dense, one, two])]).boards
+    [entry] = together(board).compressed
+    found = entry.results.tasks["facts_mc"]
+    assert (found.metrics.keys(), found.tiers) == (task.metrics.keys(), two.tasks["facts_mc"].tiers)
+    assert entry.results.vs is not None and entry.results.vs.gaps == {}
+
+
+def test_results_scored_otherwise_are_no_runs(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
+    one, two = (versus(f"g-seed={s}", {"facts_mc": s}, sha=str(s) * 64, recipe=text(s)) for s in (1, 2))
+    task = one.tasks["facts_mc"]
+    rows = [row.model_copy(update={"scores": {"other": row.scores[task.headline]}}) for row in one.rows["facts_mc"]]
+    other = task.model_copy(update={"headline": "other", "metrics": {"other": task.score}})
+    one = one.model_copy(
+        update={"tasks": {**one.tasks, "facts_mc": other}, "rows": {**one.rows, "facts_mc": tuple(rows)}}
+    )
+    [board] = collect([stored(tmp_path, [dense, one, two])]).boards
+    assert together(board) == board
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    ["seed: {}, 2026-01-01: 1", "seed: {}, ? [a] : 1", "seed: {}, 1: 1", f"seed: {{}}, a: 0x{'f' * 5000}",
+     f"seed: 0x{'f' * 5000}{{}}", "seed: -{}"],
+)  # fmt: skip
+def test_recipes_that_are_none_are_left_alone(
+    calibration: str, dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    made = [
+        versus(f"g-seed={s}", {}, sha=str(s) * 64, recipe=f"calibration: {{{calibration.format(s)}, z: 1}}\n")
+        for s in (1, 2)
+    ]
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    assert together(board) == board
 
 
 def test_an_infinite_divergence_stays_infinite(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
