@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, stdtr
+from scipy.special import ndtr
 
 from compress_evals.runs import CONFIDENCE, ONE, Interval, Runs, between_runs, two_sided, with_runs
 
@@ -237,8 +237,10 @@ def paired_runs(
     lost, gained = float((differences < 0).sum()) / len(after), float((differences > 0).sum()) / len(after)
     single = _is_binary(scores) and len(sizes) == len(before) and len(after) == 1
     allowed, error = margin * float(before.mean()), float(draws.std())
-    verdict, by_runs = judge(low, high, allowed), spread.half / quantile(CONFIDENCE)
+    verdict = judge(low, high, allowed)
     p = mcnemar(round(lost), round(gained)) if single else sign_flip(sums.sum(axis=0), iters, seed)
+    if spread.half:
+        p = max(p, float(two_sided([delta], [error**2], [[spread]])[0]))
     return Paired(
         n=len(before),
         clusters=len(sizes),
@@ -250,11 +252,11 @@ def paired_runs(
         lost=round(lost),
         gained=round(gained),
         flips=(lost + gained) / len(before),
-        p=max(p, two_sided(delta, error**2, spread)),
+        p=p,
         margin=allowed,
         verdict=verdict,
-        needed=_needed(len(before), delta, allowed, error, by_runs) if verdict == "inconclusive" else None,
-        detectable=_both_quantiles() * math.hypot(error, by_runs),
+        needed=_needed(len(before), delta, allowed, error, spread) if verdict == "inconclusive" else None,
+        detectable=_both_quantiles() * math.hypot(error, spread.half / quantile(CONFIDENCE)),
         binary=binary,
         table=table,
     ), spread
@@ -275,7 +277,7 @@ def significance_groups(
 
     The test is `sign_flip` by its normal approximation, continuity-corrected for whole numbers: close to the exact
     one from about ten flips on, and a Gram matrix gives all pairs at once. A column that is a mean over `runs` adds
-    their variance, and the test becomes Student's (Satterthwaite). Raises ValueError for ragged columns.
+    to its interval what they do (`runs.two_sided`). Raises ValueError for ragged columns.
     """
     scores = [_floats(column) for column in columns]
     if len({len(column) for column in scores}) > 1:
@@ -310,13 +312,14 @@ def verdict_text(pair: Paired) -> str:
     return f"inconclusive (need n>={pair.needed})"
 
 
-def _needed(n: int, delta: float, margin: float, error: float, by_runs: float) -> int | None:
+def _needed(n: int, delta: float, margin: float, error: float, spread: Runs) -> int | None:
     """Questions for 80 % power to show either that the loss is within the margin or that there is one.
 
-    `by_runs` is the error that runs add, which questions do not lessen.
+    They lessen `error` and what flips are of `spread`, and not the rest of it.
     """
-    distance = max(delta + margin, -delta) / _both_quantiles()
-    return max(n + 1, math.ceil(n * error**2 / (distance**2 - by_runs**2))) if distance > by_runs else None
+    distance, lasting = max(delta + margin, -delta) / _both_quantiles(), spread.lasting / quantile(CONFIDENCE)
+    lessened = error**2 + (spread.half / quantile(CONFIDENCE)) ** 2 - lasting**2
+    return max(n + 1, math.ceil(n * lessened / (distance**2 - lasting**2))) if distance > lasting else None
 
 
 def _both_quantiles() -> float:
@@ -362,17 +365,17 @@ def _pairwise_p(sums: Floats, runs: Sequence[Runs] | None = None) -> Floats:
     runs = runs or [ONE] * len(sums)
     gram, totals = sums @ sums.T, sums.sum(axis=1)
     squares = np.add.outer(gram.diagonal(), gram.diagonal()) - 2 * gram  # sum of squared differences of clusters
-    added = np.array([spread.variance for spread in runs])
-    uncertain = np.array([spread.variance**2 / spread.freedom if spread.variance else 0.0 for spread in runs])
     whole = bool(np.array_equal(sums, np.round(sums)))
-    distance = np.maximum(np.abs(np.subtract.outer(totals, totals)) - whole, 0.0)
     upper = np.triu_indices(len(sums), k=1)
-    variance = np.maximum(squares + np.add.outer(added, added), 1e-12)[upper]
-    doubt = np.add.outer(uncertain, uncertain)[upper]
-    freedom = np.divide(variance**2, doubt, out=np.full_like(doubt, np.inf), where=doubt > 0)
-    z = distance[upper] / np.sqrt(variance)
+    distance = np.maximum(np.abs(np.subtract.outer(totals, totals)) - whole, 0.0)[upper]
+    variance = np.maximum(squares, 1e-12)[upper]
+    ps = 2 * ndtr(-distance / np.sqrt(variance))
+    wider = np.array([spread.half > 0 for spread in runs], dtype=bool)
+    several = np.flatnonzero(wider[upper[0]] | wider[upper[1]])
+    sides = [[runs[i] for i in side[several]] for side in upper]
+    ps[several] = two_sided(distance[several], variance[several], sides)
     adjusted: Floats = np.ones((len(sums), len(sums)))
-    adjusted[upper] = holm((2 * np.where(np.isinf(freedom), ndtr(-z), stdtr(freedom, -z))).tolist())
+    adjusted[upper] = holm(ps.tolist())
     paired_p: Floats = np.minimum(adjusted, adjusted.T)
     return paired_p
 
