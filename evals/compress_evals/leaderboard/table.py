@@ -190,9 +190,11 @@ def _interval(entry: Entry, tasks: Sequence[str], clusters: Sequence[str], runs:
     if len(tasks) == 1:
         metric = entry.results.tasks[tasks[0]].score
         return metric.low, metric.high
-    scores = _joined(entry, tasks)
-    over_questions = stats.mean_interval(scores, clusters, seed=entry.results.seed)
-    low, high = with_runs(float(scores.mean()), over_questions, runs)
+    if not entry.runs:
+        return stats.mean_interval(_joined(entry, tasks), clusters, seed=entry.results.seed)
+    found = [stats.mean_interval(_joined(run, tasks), clusters, seed=run.results.seed) for run in entry.runs]
+    over_questions = float(np.mean([low for low, _ in found])), float(np.mean([high for _, high in found]))
+    low, high = with_runs(float(_joined(entry, tasks).mean()), over_questions, runs)
     return max(0.0, low), min(1.0, high)  # a headline score is a share
 
 
