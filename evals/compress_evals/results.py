@@ -28,6 +28,7 @@ from compress_evals.stats import Paired
 SCHEMA = 2
 RESULTS_FILE = "results.json"
 SAMPLES_FOLDER = "samples"
+MOST_ITERS = 1_000_000  # a hundred times the default: pages resample again as often as the result says
 
 
 class Stored(BaseModel):
@@ -220,8 +221,8 @@ class Comparison(Stored):
     compressed: str
     dense_bytes: int | None
     margin: float
-    seed: int
-    iters: int
+    seed: int = Field(ge=0)
+    iters: int = Field(ge=1, le=MOST_ITERS)
     tasks: dict[str, TaskComparison]
     worst: Worst | None
     gaps: dict[str, GapChange] = Field(default_factory=dict)
@@ -238,7 +239,7 @@ class Results(Stored):
 
     schema_version: Literal[2] = Field(default=2, alias="schema")
     created: str
-    seed: int
+    seed: int = Field(ge=0)
     limit: int | None
     model: ModelFacts
     engine: Engine

@@ -112,7 +112,7 @@ def _called(group: Sequence[Seeded], taken: Set[str]) -> tuple[str, list[str]]:
     own = [run.entry.name for run in group]
     stems = {re.sub(r"-seed=\d+(?![\w.])", "", name) for name in own}
     alike = len(stems) == 1
-    stem = stems.pop() if alike else own[0]
+    stem = (stems.pop() if alike else "") or own[0]
     several, others = f"{stem} ({len(group)} runs)", taken - set(own)
     tries = (
         (name, [f"{name}, seed {run.seed}" for run in group] if alike else own)

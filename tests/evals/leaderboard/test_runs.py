@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from compress.errors import ArtifactError
 from compress_evals.comparison import compare
 from compress_evals.leaderboard import publish
 from compress_evals.leaderboard.collect import Board, collect
@@ -137,6 +138,23 @@ def test_names_of_lines_and_runs_are_nobody_elses(
     assert len({"dense", *names}) == 1 + len(names) == len(made) + 3
     assert (line if other != "dense" else "dense (2 runs)") in names
     assert [m["tasks"]["facts_mc"]["delta"] for m in board["models"] if m["name"] == other] in ([], [-9 / 40])
+
+
+def test_a_line_has_a_name_where_its_runs_are_called_by_their_seeds_alone(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    made = [versus(f"-seed={s}", {}, sha=str(s) * 64, recipe=text(s)) for s in (1, 2)]
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    assert [entry.name for entry in together(board).compressed] == ["-seed=1"]
+
+
+@pytest.mark.parametrize("changes", [{"iters": 0}, {"iters": 10**12}, {"seed": -1}])
+def test_numbers_that_no_bootstrap_takes_are_refused(
+    changes: dict[str, int], dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    made = [versus(f"x-seed={s}", {}, sha=str(s) * 64, recipe=text(s), changes=changes) for s in (1, 2)]
+    with pytest.raises(ArtifactError, match=next(iter(changes))):
+        publish([stored(tmp_path / "results", [dense, *made])], tmp_path / "site")
 
 
 def test_runs_whose_names_share_nothing_keep_them(
