@@ -1,7 +1,8 @@
 """Results of one recipe with several calibration seeds as one line: the mean over runs, and how far runs lie apart.
 
-Not here: the statistics (`compress_evals.runs`, `stats.paired_runs`). Results are runs of one recipe if their recipes
-differ in nothing but `calibration.seed`, and all differ in that: two results of one seed were made apart for a reason.
+Not here: the statistics (`compress_evals.runs`, `stats.paired_runs`). Results are runs of one recipe if they were
+measured on the same kind of device in the same dtype, and their recipes differ in nothing but `calibration.seed`, and
+all differ in that: two results of one seed were made apart for a reason.
 Where the answers to single questions decide (headline scores, differences), what questions explain is not counted as
 spread of runs; of all other numbers (KL, strata, gaps) the whole spread is.
 """
@@ -82,8 +83,9 @@ def _seeded(entry: Entry) -> Seeded | None:
         return None
     rest = {**data, "calibration": {key: value for key, value in calibration.items() if key != "seed"}}
     headlines = {name: task.headline for name, task in entry.results.tasks.items()}
+    engine = entry.results.engine
     try:
-        alike = json.dumps([rest, headlines], sort_keys=True, default=str)
+        alike = json.dumps([rest, headlines, engine.device, engine.dtype], sort_keys=True, default=str)
     except (TypeError, ValueError):
         return None
     return Seeded(entry=entry, seed=seed, recipe=alike) if 0 <= seed < SEEDS else None

@@ -111,6 +111,13 @@ def test_a_seed_that_comes_twice_keeps_all_apart(dense: Results, versus: Versus,
     assert together(board) == board
 
 
+def test_another_device_is_no_spread_of_runs(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
+    one, two = (versus(f"g-seed={s}", {"facts_mc": s}, sha=str(s) * 64, recipe=text(s)) for s in (1, 2))
+    two = two.model_copy(update={"engine": two.engine.model_copy(update={"device": "cuda:0", "dtype": "bfloat16"})})
+    [board] = collect([stored(tmp_path, [dense, one, two])]).boards
+    assert [entry.name for entry in together(board).compressed] == ["g-seed=1", "g-seed=2"]
+
+
 def test_a_name_that_is_taken_is_not_given_again(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
     made = [versus(f"x-seed={seed}", {"facts_mc": seed}, sha=str(seed) * 64, recipe=text(seed)) for seed in (1, 2)]
     made.append(versus("x", {"facts_mc": 9}, sha="9" * 64, recipe=text(0, "rtn")))
