@@ -174,6 +174,7 @@ BENCHES = {
     "compress_evals.folders": ("compress.runtime.bench",),
     "compress_evals.deltas": ("compress.codecs",),
     "compress_evals.rounding": ("compress.model.travellers",),
+    "compress_evals.scorer": ("compress.runtime.kv",),
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
     "compress_evals.kv": ("compress.runtime.kv", "compress.runtime.latent"),
     "compress_evals.latent": ("compress.runtime.kv",),

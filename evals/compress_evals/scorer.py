@@ -17,6 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import pad_and_concat
 from torch import Tensor
 
+from compress.runtime.kv import own_cache
+
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """A live model as lm-eval asks it, so many requests at once."""
@@ -68,7 +70,8 @@ def options(model: Any) -> dict[str, Any] | None:
     known = inspect.signature(model.forward).parameters
     if "logits_to_keep" not in known:
         return None
-    return {"use_cache": False} if "use_cache" in known else {}
+    plain = "use_cache" in known and own_cache(model) is None  # a cache of a recipe's is asked about, too
+    return {"use_cache": False} if plain else {}
 
 
 @cache

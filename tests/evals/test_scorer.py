@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from compress.runtime.kv import attach
 from compress_evals import scorer
 from compress_evals.scorer import Scorer, read
 
@@ -81,6 +83,13 @@ def test_a_model_that_cannot_leave_logits_out_computes_them_all(pair: tuple[Scor
     ours._options = None
     asked = requests(random.Random(3), 10)
     assert likelihoods(ours, asked, 8) == likelihoods(theirs, asked, 8)
+
+
+def test_the_cache_of_a_recipe_stays_in_use(model: Any, tokenizer: Any) -> None:
+    assert Scorer(model, tokenizer, 8)._options == {"use_cache": False}
+    cached = copy.deepcopy(model)
+    attach(cached, {"bits": 4, "group": 16})
+    assert Scorer(cached, tokenizer, 8)._options == {}
 
 
 def test_a_padding_that_is_not_known_is_not_relied_on(
