@@ -35,6 +35,10 @@ OF_RUNS = (
     "A line of several runs is the mean over calibration seeds; its interval, verdict and rank ask about other "
     "questions and other runs."
 )
+OF_EACH = (
+    "Mean, smallest and largest of the runs; behind them in points the standard deviation of a run's score that flips "
+    "of single questions explain, which is in every interval over questions already, and that of what lies beyond."
+)
 COLUMNS = {
     "board": "number of the board; lines of different boards must not be compared",
     "rank": FORMULAS["rank"],
@@ -215,6 +219,10 @@ def as_markdown(board: Board, lines: Sequence[Line]) -> str:
         "(dense − chance). Brackets are 95 % intervals, numbers in parentheses differences from dense in points."
         + (f" {OF_RUNS}" if any(line.runs for line in lines) else "")
     )
+    several = [line for line in lines if line.runs]
+    if several:
+        titles = ("model", "runs", "KL", *(f"{family}, %" for family in families(board)))
+        parts += ["## Runs", OF_EACH, md_table(titles, [_md_runs(line) for line in several])]
     if board.failed:
         rows = [(c.recipe, c.id, " ".join((c.error or "").split())[:300]) for c in board.failed]
         parts += ["## Not made", md_table(("recipe", "cell", "error"), [[readable(x) for x in row] for row in rows])]
@@ -341,6 +349,23 @@ def _md_cells(line: Line) -> list[str]:
         "–" if line.ratio is None else f"{line.ratio:.2f}",
         *(f"{100 * cell.paired.compressed:.1f} ({signed(cell.paired.delta)})" for cell in line.families),
     ]  # fmt: skip
+
+
+def _md_runs(line: Line) -> list[str]:
+    divergences = [run.fidelity.kl.value for run in line.runs if run.fidelity]
+    cells = [readable(line.name), str(len(line.runs)), _range(divergences, "{:.4f}")]
+    for i, cell in enumerate(line.families):
+        scores = [100 * run.families[i].paired.compressed for run in line.runs]
+        cells.append(f"{_range(scores, '{:.1f}')}; {100 * cell.runs.flips:.1f}; {100 * cell.runs.between:.1f}")
+    return cells
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """`55.1 (52.7 to 57.3)`: the mean, the smallest and the largest."""
+    if not values:
+        return "–"
+    mean, low, high = (form.format(value) for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def _interval(kept: Kept) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -282,7 +283,9 @@ def test_the_site_says_so_on_pages_and_in_data(
         rows = {row["model"]: row for row in csv.DictReader(stream)}
     assert (rows["gptq"]["runs"], rows["rtn"]["runs"]) == ("3", "1")
     assert float(rows["gptq"]["facts_mc between"]) > 0.1 and rows["rtn"]["facts_mc between"] == ""
-    assert "gptq (3 runs)" in (tmp_path / "site" / "leaderboard.md").read_text(encoding="utf-8")
+    words = (tmp_path / "site" / "leaderboard.md").read_text(encoding="utf-8")
+    assert "gptq (3 runs)" in words and "| gptq | 3 | 0.0700 (0.0200 to 0.1300) | " in words
+    assert re.search(r"\| 82\.5 \(67\.5 to 95\.0\); 4\.\d; 13\.\d \|", words)
 
 
 def test_every_run_can_have_a_line(dense: Results, runs: list[Results], stored: Store, tmp_path: Path) -> None:
