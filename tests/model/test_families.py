@@ -387,6 +387,24 @@ def test_low_precision_is_computed_as_transformers_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
+def test_likelihoods_need_only_the_last_logits(name: str) -> None:
+    from compress_evals.scorer import options, read
+
+    config = config_of(name)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+    ids = torch.randint(4, 200, (3, 20))
+    ids[1, 15:] = ids[2, 17:] = 0  # padding, as lm-eval pads
+    given, kept = options(model), read(ids, 2)
+    assert (given is None) == (name in ("bert", "roberta"))  # no decoders
+    if given is not None:
+        with torch.no_grad():
+            last = model(ids, logits_to_keep=kept, **given).logits
+        torch.testing.assert_close(last, logits_of(model, ids)[:, -kept:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_artifact_computes_what_the_model_in_memory_does(
     name: str, folder: Folder, rounded: Rounded, ids: Tensor, assert_close: Any
 ) -> None:
