@@ -2,8 +2,9 @@
 
 Not here: measuring. Each finding is put as a question with a rule that decides it; the rules were written before the
 sweep was run. Levels are pooled over the tasks of a family, question by question, clusters kept; intervals are 95 %
-each and not corrected for how many there are. Source: Jaiswal et al., "Compressing LLMs: The Truth is Rarely Pure and
-Never Simple", ICLR 2024.
+each and not corrected for how many there are. Of a sweep with several seeds they are means over runs, runs of one seed
+compared with each other, and the intervals include how far runs lie apart. Source: Jaiswal et al., "Compressing LLMs:
+The Truth is Rarely Pure and Never Simple", ICLR 2024.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.errors import RecipeError
+from compress.errors import ArtifactError, RecipeError
 from compress.recipe import Recipe, from_dict, parse
 from compress_evals import stats
 from compress_evals.leaderboard.collect import Board, Entry, collect
+from compress_evals.leaderboard.runs import side_by_side, together
 
 CURVES = ("magnitude", "wanda", "sparsegpt")
 CLOSED = ("closed book",)
@@ -49,7 +51,7 @@ class Finding:
 
 
 class Cells:
-    """The cells of one board by what their recipes say, calibrated with seed 0: of several, any would be a choice."""
+    """The cells of one board by what their recipes say; where runs are not merged, those of seed 0."""
 
     def __init__(self, board: Board) -> None:
         self.board = board
@@ -105,9 +107,15 @@ class Cells:
     def over(self, one: Entry, tasks: Sequence[str], against: Entry | None = None) -> stats.Paired:
         """The same over tasks."""
         other = self.board.dense if against is None else against
-        before, after = (np.concatenate([entry.scores[task] for task in tasks]) for entry in (other, one))
+        pairs = side_by_side(one, other)
+        if not pairs:
+            raise ArtifactError(f"{one.name} and {other.name} were calibrated with different seeds")
+        after, before = (
+            np.stack([np.concatenate([entry.scores[task] for task in tasks]) for entry in side])
+            for side in zip(*pairs, strict=True)
+        )
         clusters = [cluster for task in tasks for cluster in self.board.clusters[task]]
-        return stats.paired(before, after, clusters, self.board.margin)
+        return stats.paired_runs(before, after, clusters, self.board.margin)[0]
 
     def reach(self, method: str, tasks: Sequence[str]) -> tuple[float, float | None]:
         """Up to which share removed a method matches on tasks, and from which it fails (None: never)."""
@@ -377,7 +385,7 @@ def main() -> None:
     """Print the comparison for the first board of the given results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="folders of a sweep")
-    board = collect(parser.parse_args().results).boards[0]
+    board = together(collect(parser.parse_args().results).boards[0])
     print(markdown(findings(board)), end="")
 
 

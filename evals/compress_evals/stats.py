@@ -216,33 +216,35 @@ def paired_runs(
 ) -> tuple[Paired, Runs]:
     """`paired` for several runs of one recipe: would other questions, and other runs, say the same?
 
-    `runs` [runs, questions]. `compressed`, `delta` and `table` are of the means over runs; `low`, `high`, `p` and the
-    verdict include the spread of runs, which is returned too. `flips` is the mean over runs, `lost` and `gained` are
-    such means rounded. `needed` is None also where no number of questions would do, for runs lie too far apart.
+    `runs` [runs, questions]. `dense` [questions] is one model, or [runs, questions] what each run is compared with,
+    such as another recipe's run with the same calibration. `compressed`, `delta` and `table` are of the means over
+    runs; `low`, `high`, `p` and the verdict include the spread of runs, which is returned too. `flips` is the mean over
+    runs, `lost` and `gained` are such means rounded. `needed` is None also where no number of questions would do, for
+    runs lie too far apart.
 
     Raises ValueError for scores that cannot be paired.
     """
     before, after = _floats(dense), _floats(runs)
-    if after.ndim != 2 or after.shape[1:] != before.shape or not after.size:
-        raise ValueError(f"cannot pair {len(before)} dense scores with runs of shape {after.shape}")
-    differences = after - before
+    if after.ndim != 2 or before.shape not in (after.shape, after.shape[1:]) or not after.size:
+        raise ValueError(f"cannot pair {before.shape[-1:]} dense scores with runs of shape {after.shape}")
+    differences, questions = after - before, after.shape[1]
     sums = np.stack([_by_cluster(row, cluster)[0] for row in differences])
-    sizes = _by_cluster(before, cluster)[1]
+    sizes = _by_cluster(differences[0], cluster)[1]
     deltas, delta = differences.mean(axis=1), float(differences.mean())
-    spread = between_runs(deltas, (sums - np.outer(deltas, sizes)) / len(before))
-    table, scores = _table(sums.mean(axis=0), sizes), np.concatenate([before, after.ravel()])
+    spread = between_runs(deltas, (sums - np.outer(deltas, sizes)) / questions)
+    table, scores = _table(sums.mean(axis=0), sizes), np.concatenate([before.ravel(), after.ravel()])
     binary = _is_binary(np.abs(scores))
     draws = bootstrap(_with_pseudo_clusters(table) if binary else table, iters, seed)
     low, high = with_runs(delta, (float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))), spread)
     lost, gained = float((differences < 0).sum()) / len(after), float((differences > 0).sum()) / len(after)
-    single = _is_binary(scores) and len(sizes) == len(before) and len(after) == 1
+    single = _is_binary(scores) and len(sizes) == questions and len(after) == 1
     allowed, error = margin * float(before.mean()), float(draws.std())
     verdict = judge(low, high, allowed)
     p = mcnemar(round(lost), round(gained)) if single else sign_flip(sums.sum(axis=0), iters, seed)
     if spread.half:
         p = max(p, float(two_sided([delta], [error**2], [[spread]])[0]))
     return Paired(
-        n=len(before),
+        n=questions,
         clusters=len(sizes),
         dense=float(before.mean()),
         compressed=float(after.mean()),
@@ -251,11 +253,11 @@ def paired_runs(
         high=high,
         lost=round(lost),
         gained=round(gained),
-        flips=(lost + gained) / len(before),
+        flips=(lost + gained) / questions,
         p=p,
         margin=allowed,
         verdict=verdict,
-        needed=_needed(len(before), delta, allowed, error, spread) if verdict == "inconclusive" else None,
+        needed=_needed(questions, delta, allowed, error, spread) if verdict == "inconclusive" else None,
         detectable=_both_quantiles() * math.hypot(error, spread.half / quantile(CONFIDENCE)),
         binary=binary,
         table=table,

@@ -68,6 +68,20 @@ def together(board: Board) -> Board:
     return replace(board, compressed=tuple(entries))
 
 
+def side_by_side(one: Entry, other: Entry) -> list[tuple[Entry, Entry]]:
+    """The runs of two entries that belong together: of one seed, or each beside an entry that has no runs.
+
+    Empty where both have runs and share no seed.
+    """
+    if not other.runs:
+        return [(run, other) for run in one.runs or (one,)]
+    if not one.runs:
+        return [(one, run) for run in other.runs]
+    seeds = {found.seed: found.entry for run in other.runs if (found := _seeded(run)) is not None}
+    pairs = [(run, seeds.get(found.seed)) for run in one.runs if (found := _seeded(run)) is not None]
+    return [(run, beside) for run, beside in pairs if beside is not None]
+
+
 def _seeded(entry: Entry) -> Seeded | None:
     """What a result's recipe says of its seed; None where nobody said, or it cannot be read.
 

@@ -16,9 +16,10 @@ from compress.errors import ArtifactError
 from compress_evals.comparison import compare
 from compress_evals.leaderboard import publish
 from compress_evals.leaderboard.collect import Board, collect
-from compress_evals.leaderboard.runs import together
+from compress_evals.leaderboard.runs import side_by_side, together
 from compress_evals.leaderboard.table import lines
 from compress_evals.results import GapChange, Metric, Results, TierScore
+from compress_evals.stats import paired_runs
 
 Versus = Callable[..., Results]
 Store = Callable[[Path, Sequence[Results]], Path]
@@ -293,6 +294,26 @@ def test_every_run_can_have_a_line(dense: Results, runs: list[Results], stored: 
     done = publish([results], tmp_path / "site", each_run=True)
     assert done.boards == (("dense", 5, 0),)
     assert "Between runs" not in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+
+
+def test_runs_of_one_seed_are_compared_with_each_other(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    made = [
+        versus(f"{method}-seed={seed}", {"facts_mc": lost + seed}, sha=f"{lost}{seed}" * 32, recipe=text(seed, method))
+        for method, lost, seeds in (("gptq", 0, (0, 1, 2)), ("rtn", 20, (1, 2, 3)), ("hqq", 10, (7, 8)))
+        for seed in seeds
+    ]
+    [board] = collect([stored(tmp_path, [dense, *made])]).boards
+    one, other, third = together(board).compressed
+    assert [(a.name, b.name) for a, b in side_by_side(one, other)] == [
+        ("gptq, seed 1", "rtn, seed 1"), ("gptq, seed 2", "rtn, seed 2"),
+    ]  # fmt: skip
+    assert len(side_by_side(one, board.dense)) == len(side_by_side(board.dense, one)) == 3
+    assert side_by_side(one, third) == []
+    after, before = zip(*side_by_side(one, other), strict=True)
+    pair, spread = paired_runs(*([entry.scores["facts_mc"] for entry in side] for side in (before, after)))
+    assert (pair.delta, spread.between) == (pytest.approx(0.5), 0)  # both lose one more with each seed
 
 
 def test_a_run_is_compared_as_it_was(board: Board, dense: Results, runs: list[Results]) -> None:
