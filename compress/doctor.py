@@ -164,11 +164,15 @@ def missing(found: dict[str, Any]) -> Iterator[str]:
 def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, Any] | None = None) -> list[str]:
     """Pack what a bug report needs of an artifact, or of the partial folder of a run, into a zip; the names in it.
 
-    Raises RecipeError if the zip is there already or cannot be written, ArtifactError if the folder holds nothing of a
-    run, or something unreadable.
+    Raises RecipeError if the zip is there already, would lie in the folder or cannot be written, ArtifactError if the
+    folder holds nothing of a run, or something unreadable.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; give an artifact, or the partial folder of a run")
+    if folder.resolve() in target.resolve().parents:
+        raise RecipeError(
+            f"--bundle: {target} lies in the folder it is of, which must stay as it is; write it elsewhere"
+        )
     wanted = sorted({file for pattern in (*BUNDLED, *JOURNALS) for file in folder.glob(pattern)})
     read = {visible(file.relative_to(folder).as_posix()): read_text(file) for file in wanted}
     texts = {name: text for name, text in read.items() if text is not None}

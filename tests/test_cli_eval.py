@@ -92,6 +92,16 @@ def test_what_cannot_be_asked_is_one_line_and_asks_nothing(
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+@pytest.mark.parametrize("below", ["", "e"])
+def test_nothing_is_written_into_a_model_folder(cli: Run, artifact: Path, option: str, below: str) -> None:
+    before = sorted(artifact.rglob("*"))
+    code, out, err = cli("eval", artifact, option, artifact / below)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{option}: {artifact / below} must not be or lie in the model folder" in err
+    assert sorted(artifact.rglob("*")) == before
+
+
 def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_asked(
     cli: Run, artifact: Path, tmp_path: Path, read_only: Any, tally: Any
 ) -> None:

@@ -207,10 +207,11 @@ def test_bad_input_is_one_line_and_exit_code_2(cli: Command, llama_artifact: Pat
             "--log",
             tmp_path / "binary.log",
         ),
+        "lies in the folder it is of": (llama_artifact, "--bundle", llama_artifact / "x.zip"),
         "cannot be written": (llama_artifact, "--bundle", tmp_path / "no" / "x.zip"),
     }
     for said, line in bad.items():
         code, out, err = cli("doctor", *line)
         assert (code, out, err.count("\n")) == (2, "", 1), said
         assert said in err
-    assert not (tmp_path / "x.zip").exists()
+    assert not (tmp_path / "x.zip").exists() and not (llama_artifact / "x.zip").exists()

@@ -94,10 +94,12 @@ def evaluate_folders(
     models are asked again at half of it. `noise` questions a task are asked of the dense model twice, `speed` times
     generation. With `out`, results, samples, examples of flips, `report.md` and `report.html` are written there.
     Everything measured is stored in `cache`, by default OUT/cache, and looked up there unless `fresh`.
-    Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base or anything to ask.
+    Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base or anything to ask,
+    or if `out` or `cache` is in one of them.
     """
     source = base if base is not None else recorded_base(locate(paths[0]))
     named = checked([locate(path) for path in paths], source, delta_base, text)
+    apart([folder for _, folder, _ in named], {"--out": out, "--cache": cache})
     usable(device)
     exam = prepare(
         find(suite), tokenizer_of(locate(source)), only=only, limit=limit, seed=seed, data_dir=data_dir, online=online,
@@ -145,6 +147,16 @@ def checked(
         raise RecipeError(f"--text: {len(text)} characters are too few to measure on; give at least {SHORTEST}")
     below = [base_of(folder, None if delta_base is None else locate(delta_base), BUILTIN) for folder in folders]
     return list(zip(names, folders, below, strict=True))
+
+
+def apart(models: Sequence[Path], places: dict[str, Path | None]) -> None:
+    """Raise RecipeError, with the option, for a place in a model folder: `verify` refuses what was added to one."""
+    for option, place in places.items():
+        for model in models:
+            if place is not None and model.resolve() in (place.resolve(), *place.resolve().parents):
+                raise RecipeError(
+                    f"{option}: {place} must not be or lie in the model folder {model}; write it elsewhere"
+                )
 
 
 def ask_all(session: Session, dense: Subject, others: Sequence[Subject], size: int) -> list[Results]:
