@@ -22,12 +22,15 @@ def tune(
     from rich.table import Table
 
     from compress_kernels import tuning
+    from compress_kernels.bench.tune import measurable
     from compress_kernels.bench.tune import tune as measure
 
     try:
+        measurable(device)
+        path = out if out is not None else tuning.place(device)
+        tuning.ready(path)
         with screen().status("measuring") as status:
             profile = measure(device, lambda what: status.update(f"measuring {what}"))
-        path = out if out is not None else tuning.place(device)
         tuning.write(profile, path)
     except tuning.TuningError as error:
         raise RecipeError(str(error)) from error

@@ -165,6 +165,16 @@ def checked(value: Any, where: str, kinds: Mapping[str, type]) -> dict[str, Any]
     return value
 
 
+def ready(path: Path) -> None:
+    """Make the folder of a profile; raises TuningError if none can be written there, before minutes are measured."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise TuningError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def write(profile: Profile, path: Path) -> None:
     """Write a profile whole or not at all; raises TuningError if it cannot be."""
     head = {"format": FORMAT, **{name: getattr(profile, name) for name in HEAD}}
@@ -196,5 +206,6 @@ __all__ = [
     "known",
     "place",
     "read",
+    "ready",
     "write",
 ]

@@ -125,6 +125,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         tuning.write(profile(cpu.INT4, {1: cpu.PACKED}), tmp_path / "file" / "p.json")
 
 
+def test_nothing_is_measured_for_a_place_that_cannot_be_written(
+    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuner, "measure", lambda: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    code, out, err = cli("tune", "--out", tmp_path / "file" / "p.json")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "file/p.json: cannot be written: " in err
+
+
 # -- choices -----------------------------------------------------------------------------------------
 
 

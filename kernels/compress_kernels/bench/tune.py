@@ -13,13 +13,21 @@ from compress_kernels.tuning import Profile, TuningError
 
 def tune(kind: str, say: Callable[[str], object] = lambda line: None) -> Profile:
     """The profile of a device such as `cpu`; `say` is told what is measured. Raises TuningError for other devices."""
+    device = measurable(kind)
+    return MEASURES[device.type](device, say)
+
+
+def measurable(kind: str) -> torch.device:
+    """The device of that name; raises TuningError if nothing can be measured on it."""
     try:
         device = torch.device(kind)
     except RuntimeError as error:
         raise TuningError(f"--device {kind}: not a device; give one of {', '.join(MEASURES)}") from error
     if device.type not in MEASURES:
         raise TuningError(f"--device {kind}: nothing is measured there; give one of {', '.join(MEASURES)}")
-    return MEASURES[device.type](device, say)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TuningError(f"--device {device}: there is no GPU here, or this torch is built without CUDA")
+    return device
 
 
 def tune_cpu(device: torch.device, say: Callable[[str], object]) -> Profile:
@@ -33,9 +41,7 @@ def tune_cpu(device: torch.device, say: Callable[[str], object]) -> Profile:
 
 
 def tune_gpu(device: torch.device, say: Callable[[str], object]) -> Profile:
-    """Configurations of every kernel, and the way around it; raises TuningError if there is no such GPU here."""
-    if not torch.cuda.is_available():
-        raise TuningError(f"--device {device}: there is no GPU here, or this torch is built without CUDA")
+    """Configurations of every kernel, and the way around it."""
     return search.profile(device, say)
 
 
