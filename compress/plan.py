@@ -46,12 +46,12 @@ def usable(device: str) -> torch.device:
         raise RecipeError(f"--device: {device!r} is not on this machine: {str(error).splitlines()[0]}") from error
 
 
-def free_place(out: Path, source: Path, force: bool) -> Path:
+def free_place(out: Path, source: Path, force: bool | None) -> Path:
     """The output path, absolute, after what was killed while it made the like is removed, or put back.
 
-    Raises RecipeError if something is there and may not be replaced: without `force` anything, with it everything
-    but an empty folder or an artifact of ours; if it would swallow the source or lie inside it; and for a name that
-    is not UTF-8, under which safetensors writes nothing.
+    Raises RecipeError if something is there and may not be replaced: without `force` (None: the caller has no such
+    option) anything, with it everything but an empty folder or an artifact of ours; if it would swallow the source or
+    lie inside it; and for a name that is not UTF-8, under which safetensors writes nothing.
     """
     try:
         out, source = out.expanduser().resolve(), source.resolve()
@@ -66,7 +66,8 @@ def free_place(out: Path, source: Path, force: bool) -> Path:
     if not out.exists():
         return out
     if not force:
-        raise RecipeError(f"--out: {out} exists; choose another folder, or --force to replace an earlier result")
+        remedy = "" if force is None else ", or --force to replace an earlier result"
+        raise RecipeError(f"--out: {out} exists; choose another folder{remedy}")
     if not out.is_dir() or (any(out.iterdir()) and not is_artifact(out)):
         raise RecipeError(f"--out: {out} is not an earlier result of Compress; --force replaces nothing else")
     return out

@@ -80,7 +80,7 @@ def merge(
     chosen = build(METHODS[method], options, f"merge.{method}")
     folders, root = labelled(models), locate(base)
     for folder in (root, *folders.values()):  # before anything that takes time
-        target = free_place(Path(out), folder, force=False)
+        target = free_place(Path(out), folder, force=None)
     calibrations = by_label(calibration, list(folders), chosen)
     where = usable(device)
     inputs = open_inputs(root, folders)

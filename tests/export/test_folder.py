@@ -64,7 +64,7 @@ def test_biases_and_tied_embeddings_are_kept(to: str, small: Any, artifact_of: A
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_an_existing_folder_is_refused(to: str, artifact_of: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="exists; choose another folder"):
+    with pytest.raises(RecipeError, match=r"exists; choose another folder$"):
         export(artifact_of(INT4), to, tmp_path)
 
 

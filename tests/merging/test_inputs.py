@@ -81,7 +81,7 @@ def test_two_of_one_name_must_be_named(odd: Odd, tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_replaced(odd: Odd, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
-    with pytest.raises(RecipeError, match="exists"):
+    with pytest.raises(RecipeError, match=r"exists; choose another folder$"):
         merge(odd("base"), [odd("a")], tmp_path / "o")
     with pytest.raises(RecipeError, match="must not be, hold or lie in the model folder"):
         merge(odd("base"), [odd("a")], odd("a") / "o")
