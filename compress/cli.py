@@ -1,11 +1,12 @@
 """The command line: parsing, calling, printing. Results go to stdout, progress and errors to stderr.
 
 Exit codes: 0 ok, 1 `diff` found a difference, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed,
-6 some cells of a sweep failed, 7 another process of the run was lost, 130 interrupted.
+6 some cells of a sweep failed, 7 another process of the run was lost, 130 interrupted, 141 nobody read on.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+UNREAD = 141  # what a shell says of a command that SIGPIPE ended
 app.add_typer(delta.app)
 app.command("eval")(evaluate)
 app.command()(diff)
@@ -396,6 +398,10 @@ def answered(debug: bool) -> int:
         signal.signal(signal.SIGINT, press)
     try:
         return app(standalone_mode=False) or 0
+    except SystemExit as stop:  # typer's 1 for a reader that has gone, which would say that `diff` found something
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+        return UNREAD
     except Exception:  # a tensor that is just read, say: "could not determine the shape of object"
         if debug or not pressed:
             raise
@@ -405,10 +411,19 @@ def answered(debug: bool) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def printable() -> None:
+    """Make stdout one that takes every text: one that is closed takes it and drops it, others escape what they lack."""
+    if sys.stdout is None:  # `>&-`; the descriptor must not become that of the next file opened
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 it lives as long as the process
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line; every error a user can cause is one line and an exit code."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    printable()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning otherwise, when lm-eval forks
     if len(sys.argv) == 1:
         sys.argv.append("--help")

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +94,40 @@ DEFAULTS = {"run": "out/<recipe>", "export": "<folder>-<format>", "delta extract
 def test_help_says_where_a_command_writes_by_default(command: str, cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert f"folder to write; must not exist; default: {DEFAULTS[command]}" in cli(*command.split(), "--help")[1]
+
+
+def printed_to(stdout: Any, **more: Any) -> tuple[int, str]:
+    """The exit code and stderr of `compress recipes` in a process of its own, printing to that."""
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", "recipes"], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+        check=False, **more,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_difference() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    assert printed_to(write) == (141, "")
+    os.close(write)
+
+
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        assert printed_to(full) == (2, "error: stdout: cannot be written: No space left on device\n")
+
+
+def test_a_closed_stdout_is_no_bug() -> None:
+    assert printed_to(None, preexec_fn=partial(os.close, 1)) == (0, "")
+
+
+def test_a_name_that_stdout_cannot_say_is_escaped(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "\xfc")
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", "inspect", tmp_path / "\xfc"], capture_output=True, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True,
+    )  # fmt: skip
+    assert b"\\xfc: sites of llama" in done.stdout
 
 
 WRITING = (

@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,10 +43,27 @@ def screen() -> Console:
 
 
 def result(value: Any, as_json: bool, *renderables: Any) -> None:
-    """Print a result for programs or for people."""
-    if as_json:
-        typer.echo(json.dumps(value, indent=1, default=str))
-        return
+    """Print a result for programs or for people; raises RecipeError if stdout cannot take it."""
+    with taken():
+        if as_json:
+            typer.echo(json.dumps(value, indent=1, default=str))
+        else:
+            show(*renderables)
+
+
+@contextmanager
+def taken() -> Iterator[None]:
+    """Raise RecipeError if stdout cannot take what is printed inside, on a full disk say."""
+    try:
+        yield
+    except BrokenPipeError:  # who reads has enough
+        raise
+    except OSError as error:
+        raise RecipeError(f"stdout: cannot be written: {error.strerror}") from error
+
+
+def show(*renderables: Any) -> None:
+    """Print tables and lines for people."""
     terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if terminal else 160)
     for renderable in renderables:

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from compress.commands.output import Json, result
+from compress.commands.output import Json, result, taken
 from compress.errors import RecipeError, nearest
 
 FIGURES = {"bits": r"([\d.]+) bits a block weight", "kl": r"KL on prose ([\d.]+)"}  # as the headers say them
@@ -34,7 +34,8 @@ def recipes(
     if as_json:
         result({**about(found[name]), "text": text}, as_json)
     else:
-        typer.echo(text.rstrip())
+        with taken():
+            typer.echo(text.rstrip())
 
 
 DIGITS = {"bits": 2, "kl": 3}
