@@ -444,6 +444,17 @@ def test_a_machine_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert read(tmp_path / "a" / "m.json") == found
 
 
+def test_a_cache_that_cannot_be_written_stops_no_plan(
+    cli: Command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("compress.planning.machine.measure", lambda kind: MACHINE)
+    code, out, err = cli("plan", "magnitude-50", "--model", tiny_llama)
+    assert (code, err) == (0, "")
+    assert f"measured anew each time: {place('cpu')} cannot be written" in out
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}'])
 def test_a_damaged_profile_is_refused_with_the_remedy(text: str, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(text)

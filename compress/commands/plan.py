@@ -42,8 +42,18 @@ def plan(
         offload=offload,
         dequantize=dequantize,
     )
-    result(value_of(found), as_json, *shown(found, sites))
+    result(value_of(found), as_json, *shown(found, sites), *unkept(device))
     found.check()
+
+
+def unkept(device: str) -> list[str]:
+    """That the rates of the machine will be measured again, where they could not be kept."""
+    from rich.markup import escape
+
+    from compress.planning.machine import place
+
+    path = place(device)
+    return [] if path.exists() else [f"[dim]measured anew each time: {escape(str(path))} cannot be written[/]"]
 
 
 def value_of(found: Any) -> dict[str, Any]:
