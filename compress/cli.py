@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from compress import __version__
 from compress.commands import delta
@@ -292,7 +293,7 @@ def export(
     place = folder.resolve()
     target = out if out is not None else place.with_name(f"{place.name}-{Path(to).name}")
     done = write(folder, to, target)
-    line = f"{target}: {done.bytes:,} bytes of {to} tensors; {done.note}"
+    line = escape(f"{target}: {done.bytes:,} bytes of {to} tensors; {done.note}")
     result({**asdict(done), "out": str(target)}, as_json, line)
 
 

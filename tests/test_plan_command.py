@@ -444,6 +444,11 @@ def test_a_machine_is_measured_once_and_kept(tmp_path: Path) -> None:
     assert read(tmp_path / "a" / "m.json") == found
 
 
+def test_brackets_in_the_name_of_a_model_stay(command: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "m[bold]")
+    assert command("magnitude-50", "--model", tmp_path / "m[bold]")[1].startswith("m[bold] (llama")
+
+
 def test_a_cache_that_cannot_be_written_stops_no_plan(
     cli: Command, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def evaluate(
             text=prose, seed=seed, device=device, out=target, meter=meter,
         )  # fmt: skip
     value = {"out": str(target), "results": [json.loads(found.model_dump_json(by_alias=True)) for found in results]}
-    result(value, as_json, *shown(results), f"report: {target}/report.html")
+    result(value, as_json, *shown(results), escape(f"report: {target}/report.html"))
     failures = [line for found in results[1:] for line in broken(found, conditions)]
     if failures:
         raise AcceptanceError(f"{target} is written, but not accepted: {'; '.join(failures)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from compress.commands.output import Json, out_option, result, screen
 
@@ -40,4 +41,4 @@ def leaderboard(
     sentences = [
         f"{name}: {models} models{f', {failed} not made' if failed else ''}" for name, models, failed in done.boards
     ]
-    result(value, as_json, *sentences, f"page: {out}/index.html")
+    result(value, as_json, *map(escape, sentences), escape(f"page: {out}/index.html"))

@@ -65,11 +65,14 @@ def value_of(found: Any) -> dict[str, Any]:
 
 def shown(found: Any, every: bool) -> list[Any]:
     """Tables and lines for people."""
+    from rich.markup import escape
+
     from compress.console import change, size
 
     exact = "exactly" if found.exact else f"about, at most {found.most:,}:"
     head = (
-        f"[bold]{found.model}[/] ({found.family}, {'tested' if found.tested_family else 'not a tested family'}, "
+        f"[bold]{escape(found.model)}[/] ({escape(found.family)}, "
+        f"{'tested' if found.tested_family else 'not a tested family'}, "
         f"{found.dtype}): {size(found.source_bytes)} -> {exact} [bold]{found.bytes:,}[/] bytes of tensors "
         f"({change(found.source_bytes, found.bytes)}), {found.bits_per_weight:.2f} bits a block weight"
     )

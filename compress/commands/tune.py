@@ -19,6 +19,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Measure where packed products beat plain ones on this machine; models loaded later are prepared by it."""
+    from rich.markup import escape
     from rich.table import Table
 
     from compress_kernels import tuning
@@ -41,7 +42,7 @@ def tune(
     for form, size, cells in by_size(profile, rows):
         table.add_row(form, size, *cells)
     value = {"out": str(path), "profile": [{**vars(key), **choice} for key, choice in sorted(profile.entries.items())]}
-    result(value, as_json, table, f"* the packed product is chosen\n{path}")
+    result(value, as_json, table, f"* the packed product is chosen\n{escape(str(path))}")
 
 
 def by_size(profile: Any, rows: list[int]) -> list[tuple[str, str, list[str]]]:
