@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.errors import ArtifactError, RecipeError
+from compress.errors import ArtifactError, CompressError, RecipeError
 from compress.recipe import Recipe, from_dict, parse
 from compress_evals import stats
 from compress_evals.leaderboard.collect import Board, Entry, collect
@@ -385,8 +385,11 @@ def main() -> None:
     """Print the comparison for the first board of the given results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="folders of a sweep")
-    board = together(collect(parser.parse_args().results).boards[0])
-    print(markdown(findings(board)), end="")
+    try:
+        board = together(collect(parser.parse_args().results).boards[0])
+        print(markdown(findings(board)), end="")
+    except CompressError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
