@@ -50,6 +50,7 @@ bench: $(READY)  ## measured tables: CPU kernels, speed, pruning, quantization, 
 	$(BIN)/python -m compress_evals.pruning
 	$(BIN)/python -m compress_evals.quantization --check
 	$(BIN)/python -m compress_evals.kv
+	$(BIN)/python -m compress_evals.likelihoods
 	$(BIN)/python -m compress_evals.latent
 	$(BIN)/python -m compress_evals.lowrank --out out/lowrank
 	$(BIN)/python -m compress_evals.matrices
