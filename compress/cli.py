@@ -217,21 +217,20 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time each kind of layer, and generation, beside the dense model: what is faster, what is slower and why."""
-    from compress.artifact import Artifact
     from compress.console import generation_table, layers_table
     from compress.model.source import locate
     from compress.plan import usable
     from compress.runtime import bench as timing
 
+    place, counts = locate(folder), row_counts(rows)
+    timing.whole(place)  # says whether it is one before models are loaded
     if base is not None and not generate:
         raise RecipeError("--base: only --generate runs whole models; add it, or leave --base out")
     usable(device)
     quiet_loading()
-    place, counts = locate(folder), row_counts(rows)
     with screen().status("timing"):
         generated = []
         if generate:
-            Artifact(place)  # says whether it is one before models are loaded
             loaded = models_to_time(place, base, low_memory, device)
             generated = timing.measure_generation(loaded, prompt=prompt, new=new, runs=runs)
             del loaded  # before the layers need memory

@@ -511,6 +511,13 @@ def test_the_command_line(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path:
     assert Checkpoint(applied).names() == Checkpoint(finetuned).names()
 
 
+@pytest.mark.parametrize("options", [(), ("--generate", "--base", "{base}"), ("--base", "{base}")])
+def test_bench_of_a_delta_says_to_apply_it(options: tuple[str, ...], cli: Run, zipped: Path, tiny_llama: Path) -> None:
+    code, out, said = cli("bench", zipped, *(part.format(base=tiny_llama) for part in options))
+    assert (code, out, said.count("\n")) == (2, "", 1)
+    assert f"{zipped}: is a delta of {tiny_llama.name}; `compress delta apply` makes a model of it" in said
+
+
 @pytest.mark.slow
 def test_a_delta_is_evaluated_beside_its_fine_tune(
     cli: Run, zipped: Path, tiny_llama: Path, finetuned: Path, tmp_path: Path

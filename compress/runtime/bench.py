@@ -128,11 +128,19 @@ def measure_layers(
     """Every kind of layer of an artifact at every number of rows of x, on one device.
 
     About `seconds` are spent on each on a CPU; on a GPU, calls are replayed as one CUDA graph. `low_memory` also times
-    modules that keep only the stored bits. Raises ArtifactError if the folder is not ours.
+    modules that keep only the stored bits. Raises ArtifactError if the folder is not ours, or a delta.
     """
-    artifact, there = Artifact(folder), torch.device(device)
+    artifact, there = whole(folder), torch.device(device)
     modes = (PREPARED, LOW_MEMORY) if low_memory else (PREPARED,)
     return [t for layer in layers(artifact, there) for t in measure_layer(artifact, layer, rows, modes, seconds, there)]
+
+
+def whole(folder: Path) -> Artifact:
+    """The artifact of a folder; raises ArtifactError for a delta, whose sites are no matrices by themselves."""
+    artifact = Artifact(folder)
+    if artifact.is_delta:
+        raise ArtifactError(f"{folder}: is a delta of {artifact.pin_name}; `compress delta apply` makes a model of it")
+    return artifact
 
 
 def conditions(folder: Path, device: str = "cpu") -> dict[str, str]:
