@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import ArtifactError, RecipeError, VerificationError, out_of_memory
-from compress.model.source import Checkpoint, Held, digest, dtype_of, read_json
+from compress.model.source import Checkpoint, Held, digest, display_name, dtype_of, read_json
 from compress.schema import PINS, PROVENANCES, SPECS, checked
 from compress.shards import NAMES, Entry, chunks
 from compress.weights import External, Sum, Weight, check_claims, nodes, unpack
@@ -406,7 +406,7 @@ def recorded_base(folder: Path) -> str:
         name = str(Artifact(folder).provenance.get("source", {}).get("name"))
         if name == "builtin":
             return name
-    raise RecipeError(f"--base: name the dense model that {folder.name} was made from")
+    raise RecipeError(f"--base: name the dense model that {display_name(folder)} was made from")
 
 
 def check_base(folders: Sequence[Path], base: Path) -> None:

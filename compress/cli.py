@@ -155,7 +155,7 @@ def inspect(
     if not is_artifact(locate(folder)):
         if picture is not None:
             raise RecipeError(f"--picture: {folder} was not compressed; there is no error to draw")
-        found = survey(locate(folder))
+        found = survey(locate(folder)) | {"path": str(folder)}
         result(found, as_json, *survey_table(found))
         return
     made = Artifact(locate(folder)).provenance

@@ -92,6 +92,11 @@ def test_what_cannot_be_asked_is_one_line_and_asks_nothing(
     assert not (tmp_path / "e").exists()
 
 
+def test_a_base_that_must_be_named_is_of_the_model_as_it_was_asked_for(cli: Run) -> None:
+    code, out, err = cli("eval", "builtin")
+    assert (code, out, err) == (2, "", "error: --base: name the dense model that builtin was made from\n")
+
+
 @pytest.mark.parametrize("option", ["--out", "--cache"])
 @pytest.mark.parametrize("below", ["", "e"])
 def test_nothing_is_written_into_a_model_folder(cli: Run, artifact: Path, option: str, below: str) -> None:

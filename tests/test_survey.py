@@ -51,6 +51,10 @@ def test_the_command_shows_the_table(inspect: Inspect, tiny_llama: Path) -> None
     assert "LlamaForCausalLM, family llama (covered by tests)" in out
 
 
+def test_the_reference_model_is_called_as_it_was_asked_for(inspect: Inspect) -> None:
+    assert inspect("builtin")[1].split()[0] == "builtin:"
+
+
 def test_the_command_gives_json(inspect: Inspect, tiny_llama: Path) -> None:
     code, out, _ = inspect(tiny_llama, "--json")
     assert code == 0

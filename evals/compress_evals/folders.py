@@ -19,7 +19,7 @@ from typing import Any
 import compress
 from compress.artifact import Artifact, base_of, check_base, is_artifact, recorded_base
 from compress.errors import ArtifactError, RecipeError
-from compress.model.source import BUILTIN, Checkpoint, digest, locate
+from compress.model.source import BUILTIN, Checkpoint, digest, display_name, locate
 from compress.plan import usable
 from compress_evals import batching, references
 from compress_evals.batching import BatchSize
@@ -300,7 +300,7 @@ def joined(digests: dict[str, str]) -> str:
 
 def distinct_names(folders: Sequence[Path], base: str) -> list[str]:
     """Folder names, with the parent's where two are alike; raises RecipeError if that is not enough."""
-    short = [folder.resolve().name for folder in folders]
+    short = [display_name(folder) for folder in folders]
     long = [f"{folder.resolve().parent.name}-{folder.resolve().name}" for folder in folders]
     names = [n if [*short, base].count(n) == 1 else whole for n, whole in zip(short, long, strict=True)]
     if len({*names, base}) <= len(names):
