@@ -81,6 +81,7 @@ def test_what_is_not_accepted_exits_5_and_is_written_all_the_same(cli: Run, arti
         (("--suite", "fact"), "did you mean 'facts'"),
         (("--tasks", "facts_trained,facts_mcq"), "did you mean 'facts_mc'"),
         (("--chat-template",), "no chat template"),
+        (("--data-dir", "nope"), "--data-dir: nope is not a folder"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line_and_asks_nothing(
@@ -129,3 +130,4 @@ def test_the_tasks_are_listed_with_their_sizes_and_what_they_lack(cli: Run) -> N
     code, out, err = cli("tasks", "--suite", "facts")
     assert code == 0 and "facts_trained" in out and "--include_path" in out
     assert cli("tasks", "--suite", "fakts")[0] == 2
+    assert cli("tasks", "--suite", "facts", "--data-dir", "n" * 300)[2].endswith("n is not a folder\n")

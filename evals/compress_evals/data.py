@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -111,11 +112,16 @@ def subset(documents: Sequence[Item], limit: int | None, seed: int) -> list[int]
     return sorted(i for _, i in order[:limit])
 
 
+def check_folder(folder: Path | None) -> None:
+    """Raise RecipeError for a data folder that is none."""
+    if folder is not None and not os.path.isdir(folder):  # unlike pathlib's, no error of its own for any name
+        raise RecipeError(f"--data-dir: {folder} is not a folder")
+
+
 def _locate(folder: Path, name: str) -> Path | None:
     """The file of a data set, None if there is none; refuses a name or a link that leads out of the folder."""
+    check_folder(folder)
     root = folder.resolve()
-    if not root.is_dir():
-        raise RecipeError(f"--data-dir: {folder} is not a folder")
     for ending in ENDINGS:
         path = (root / f"{name}{ending}").resolve()
         if not path.is_relative_to(root):

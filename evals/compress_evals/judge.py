@@ -23,7 +23,7 @@ from pydantic import Field
 
 from compress.errors import ArtifactError, RecipeError
 from compress_evals import stats
-from compress_evals.data import read
+from compress_evals.data import check_folder, read
 from compress_evals.endpoint import Endpoint, Unanswered
 from compress_evals.metrics.text import words
 from compress_evals.replies import read_preference, read_score
@@ -133,8 +133,9 @@ class Judgement(Stored):
 def pairs_of(dense: Results, compressed: Results, folder: Path | None, online: bool) -> dict[str, list[Pair]]:
     """The pairs to judge of each task that both were asked; questions come from the data folder.
 
-    Raises RecipeError if there is no such task, ArtifactError if the two, or the folder, differ in the questions.
+    Raises RecipeError for no such task or folder, ArtifactError if the two, or the folder, differ in the questions.
     """
+    check_folder(folder)
     shared = [name for name in dense.tasks if name in compressed.tasks and name.removesuffix(MINI) in ASKED]
     if not shared:
         raise RecipeError(

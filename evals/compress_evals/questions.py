@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import ArtifactError, RecipeError
-from compress_evals.data import available, subset
+from compress_evals.data import available, check_folder, subset
 from compress_evals.quiet import quiet
 from compress_evals.results import Data, Skipped
 from compress_evals.suite import FACTS, Suite, Task
@@ -148,7 +148,11 @@ def within(exam: Exam, context: int) -> Exam:
 def availability(
     tasks: Iterable[Task], data_dir: Path | None, online: bool
 ) -> tuple[dict[str, Data | None], dict[str, Skipped]]:
-    """Where the data of each task come from (None: built in), and which tasks cannot be asked, and why."""
+    """Where the data of each task come from (None: built in), and which tasks cannot be asked, and why.
+
+    Raises RecipeError for a data folder that is none, also where no task reads it.
+    """
+    check_folder(data_dir)
     had: dict[str, Data | None] = {}
     skipped = {}
     for task in tasks:

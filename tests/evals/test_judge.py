@@ -438,5 +438,7 @@ def test_other_questions_are_refused(measured: Callable[..., Results], kick_data
 
 def test_results_without_answers_are_refused(make_results: Callable[..., Results]) -> None:
     results = make_results("dense", {"facts_mc": [1.0, 0.0]})
+    with pytest.raises(RecipeError, match="--data-dir: nope is not a folder"):
+        pairs_of(results, results, Path("nope"), online=False)
     with pytest.raises(RecipeError, match="have no answers to judge"):
         pairs_of(results, results, None, online=False)

@@ -161,6 +161,7 @@ WRONG = {
     "suite": ("- nf4", "eval: {suite: fact}", "did you mean 'facts'"),
     "eval": ("- nf4", "eval: {limits: 8}", r"eval: unknown option 'limits'; did you mean 'limit'"),
     "text": ("- nf4", "eval: {text: nowhere.txt}", "eval.text: there is nothing at"),
+    "data": ("- nf4", "eval: {data_dir: sweep.yaml}", r"eval.data_dir: \S+sweep.yaml is not a folder"),
     "no model": ("- nf4", "models: [nowhere]", "no model folder at"),
     "models alike": ("- nf4", "models: [builtin, builtin]", "two models are called 'builtin'"),
     "seeds": ("- nf4", "seeds: [yes]", r"seeds\[0\]: expected a whole number"),

@@ -181,6 +181,8 @@ def read_asked(value: Any, folder: Path) -> Asked:
             path = (folder / Path(given).expanduser()).resolve()
             if not path.exists():
                 raise RecipeError(f"eval.{key}: there is nothing at {path}")
+            if key == "data_dir" and not path.is_dir():
+                raise RecipeError(f"eval.{key}: {path} is not a folder")
             whole: dict[str, Any] = {key: str(path)}
             asked = replace(asked, **whole)
     return asked
