@@ -53,13 +53,7 @@ def free_place(out: Path, source: Path, force: bool | None) -> Path:
     option) anything, with it everything but an empty folder or an artifact of ours; if it would swallow the source or
     lie inside it; and for a name that is not UTF-8, under which safetensors writes nothing.
     """
-    try:
-        out, source = out.expanduser().resolve(), source.resolve()
-        out.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
-        raise RecipeError(f"--out: {getattr(error, 'strerror', None) or error}: {str(out)[:60]}") from error
-    if os.fsencode(out) != str(out).encode("utf-8", "replace"):
-        raise RecipeError(f"--out: {out} is not UTF-8; choose another name")
+    out, source = absolute(out), source.resolve()
     if out == source or out in source.parents or source in out.parents:
         raise RecipeError(f"--out: {out} must not be, hold or lie in the model folder {source}")
     clear(out)
@@ -70,6 +64,18 @@ def free_place(out: Path, source: Path, force: bool | None) -> Path:
         raise RecipeError(f"--out: {out} exists; choose another folder{remedy}")
     if not out.is_dir() or (any(out.iterdir()) and not is_artifact(out)):
         raise RecipeError(f"--out: {out} is not an earlier result of Compress; --force replaces nothing else")
+    return out
+
+
+def absolute(out: Path) -> Path:
+    """An output path, absolute; raises RecipeError for one that cannot be, or a name under which nothing is written."""
+    try:
+        out = out.expanduser().resolve()
+        out.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
+        raise RecipeError(f"--out: {getattr(error, 'strerror', None) or error}: {str(out)[:60]}") from error
+    if os.fsencode(out) != str(out).encode("utf-8", "replace"):
+        raise RecipeError(f"--out: {out} is not UTF-8; choose another name")
     return out
 
 

@@ -423,6 +423,11 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no such model": (("rtn-int8", "--model", "/nowhere"), "no model folder"),
     "no size": (("rtn-int8", "--model", "builtin", "--memory", "lots"), "--memory: 'lots' is not a size"),
     "no device": (("rtn-int8", "--model", "builtin", "--device", "tpu"), "--device: 'tpu' is not known"),
+    "a file": (
+        ("rtn-int8", "--model", "builtin", "--out", __file__),
+        f"--out: {__file__} exists; choose another folder",
+    ),
+    "no name": (("rtn-int8", "--model", "builtin", "--out", "n" * 300), "--out: File name too long: "),
     "unfit groups": (("rtn-int8", "--model", "builtin", "--set", "passes.0.group=7"), "group 7 does not divide"),
 }
 

@@ -9,13 +9,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from compress.errors import PlanError
+from compress.errors import PlanError, RecipeError
 from compress.model.anatomy import Coverage
 from compress.model.family import TESTED
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.walk import Walk
 from compress.passes.base import Budget, Pass, Reshape, SitePass
-from compress.plan import check_tensors, outline, plan, usable
+from compress.plan import absolute, check_tensors, outline, plan, usable
 from compress.planning import resources
 from compress.planning.costs import COSTS
 from compress.planning.machine import Machine
@@ -141,6 +141,9 @@ def plan_run(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     source = open_source(locate(model_of(recipe, model)), dequantize)
+    target = absolute(Path(out))
+    if target.exists() and not target.is_dir():  # a folder may be named for its disk
+        raise RecipeError(f"--out: {target} exists; choose another folder")
     walk = Walk(source.config, source, dtype_of(source.config), usable(device))
     check_tensors(walk, source)
     process = resources.process_bytes()
@@ -164,7 +167,7 @@ def plan_run(
         passes=tuple(pass_plan(step, recipe, sites) for step in recipe.passes),
         untouched=covered.reasons(),
         reshaped=(str(getattr(shaped, "change", "")),) if recipe.reshapes else (),
-        needs=needs(planned, shaped, recipe, sites, most, process, Path(out), device, memory, disk, offload),
+        needs=needs(planned, shaped, recipe, sites, most, process, target, device, memory, disk, offload),
         seconds=resources.time_parts(planned, shaped, recipe, sites, machine, size),
         unmodelled=tuple(resources.not_modelled(recipe)),
         assumes=ASSUMES if any(site.steps for site in sites.values()) else (),
@@ -241,8 +244,7 @@ def needs(
     if memory is None and there is not None:
         there += resources.resident()  # what this process has will be that of the run
     stored = resources.disk_parts(walk, source, recipe, most, offload)
-    target = out.expanduser().resolve()
-    folder = next(parent for parent in (target, *target.parents) if parent.is_dir())
+    folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
     found = {
         "memory": Need(bytes=sum(host.values()), there=there, parts=host, where=limit_name(memory, "free now")),
         "disk": Need(
