@@ -212,6 +212,7 @@ class Recipe:
         return text.getvalue()
 
 
+KNOWN = tuple(f.name for f in fields(Recipe))
 KEYS: tuple[tuple[str, Any], ...] = (
     ("calibration", Calibration),
     ("limits", Limits),
@@ -252,14 +253,18 @@ def parse(text: str, where: str = "recipe") -> Any:
         raise RecipeError(f"{where}: not valid YAML: {problem}{line}") from error
 
 
+def check_keys(data: Any, where: str) -> None:
+    """Raise RecipeError, from `where`, for anything but a mapping of keys that a recipe has."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where}: expected a mapping with `passes`")
+    for key in data:
+        if key not in KNOWN:
+            raise RecipeError(f"{where}: unknown key {key!r}{nearest(str(key), KNOWN)}")
+
+
 def from_dict(data: Any) -> Recipe:
     """A recipe from plain data; raises RecipeError with the path of what is wrong."""
-    if not isinstance(data, Mapping):
-        raise RecipeError("recipe: expected a mapping with `passes`")
-    known = {f.name for f in fields(Recipe)}
-    for key in data:
-        if key not in known:
-            raise RecipeError(f"recipe: unknown key {key!r}{nearest(str(key), known)}")
+    check_keys(data, "recipe")
     steps = data.get("passes")
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         raise RecipeError("passes: expected a list with at least one pass")
@@ -307,6 +312,7 @@ def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     data = parse(text, str(path))
+    check_keys(data, str(path))
     for change in changes:
         apply_change(data, change)
     return from_dict(data)
@@ -333,6 +339,9 @@ def find(recipe: str | Path) -> Path:
     known = packaged()
     if path.parent == Path() and path.name.removesuffix(".yaml") in known:
         return known[path.name.removesuffix(".yaml")]
+    if str(recipe) and path.is_dir():
+        model = f"; a model is named by --model {recipe}" if (path / "config.json").is_file() else ""
+        raise RecipeError(f"no recipe file at {str(recipe)!r}, which is a folder{model}")
     hint = nearest(path.stem, known, "; `compress recipes` lists those that are packaged")
     raise RecipeError(f"no recipe file at {str(recipe)!r}{hint}")
 

@@ -238,6 +238,15 @@ def test_a_name_like_none_points_to_the_list(cli: Run) -> None:
     )
 
 
+def test_what_is_no_recipe_is_named(cli: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    code, _, err = cli("run", tiny_llama / "config.json")
+    assert code == 2 and err.startswith(f"error: {tiny_llama / 'config.json'}: unknown key 'architectures'")
+    code, _, err = cli("run", tiny_llama)
+    said = f"error: no recipe file at '{tiny_llama}', which is a folder"
+    assert (code, err) == (2, f"{said}; a model is named by --model {tiny_llama}\n")
+    assert cli("run", tmp_path)[2] == f"error: no recipe file at '{tmp_path}', which is a folder\n"
+
+
 def test_version_prints_the_version(cli: Run) -> None:
     from compress import __version__
 
