@@ -20,7 +20,7 @@ from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEv
 
 from compress.errors import RecipeError, nearest
 from compress.kv import Kept, read_kept, written
-from compress.options import build, check_options
+from compress.options import build, check_options, validators
 from compress.passes import PASSES, Pass, Reshape, SitePass, governed, load_plugins, windows_at_once
 
 LARGEST = 64 * 1024
@@ -366,6 +366,8 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
     if not isinstance(data, dict):
         raise RecipeError("recipe: expected a mapping with `passes`")
     keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".")  # errors say `passes[0]`
+    if keys[0] not in KNOWN:
+        raise RecipeError(f"{where}: unknown key {keys[0]!r}{option(data, keys[0])}")
     here: Any = data
     name = ""  # of the pass whose options are here
     for depth, key in enumerate(keys):
@@ -385,6 +387,16 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
             here = here.setdefault(key, {}) if isinstance(here, dict) else None
         if not isinstance(here, (dict, list)):
             raise RecipeError(f"{where}: {key!r} has no options")
+
+
+def option(data: Any, name: str) -> str:
+    """`; did you mean ...?` with the first pass or part of a recipe that has such an option, else the nearest key."""
+    load_plugins()
+    steps = data["passes"] if isinstance(data.get("passes"), list) else []
+    names = [str(next(iter(step), "")) if isinstance(step, dict) else str(step) for step in steps]
+    parts = [(f"passes.{i}", PASSES[known]) for i, known in enumerate(names) if known in PASSES]
+    found = [f"{part}.{name}" for part, kind in (*parts, *KEYS) if name in validators(kind)]
+    return f"; did you mean {found[0]!r}?" if found else nearest(name, KNOWN)
 
 
 def open_step(steps: list[Any], index: int) -> tuple[str, Any]:

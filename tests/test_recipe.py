@@ -247,7 +247,7 @@ def test_changes_apply_in_order(file: Path) -> None:
         ("passes[0].gptq.bits=3", "passes[0].wanda: unknown option 'gptq'"),
         ("passes[1].gptq=3", "passes[1].gptq: unknown option 'gptq'"),
         ("passes[1]=rtn", "name an option, such as passes[1].sparsity"),
-        ("passes[first].bits=3", "recipe: unknown key 'passes[first]'; did you mean 'passes'?"),
+        ("passes[first].bits=3", "--set passes[first].bits: unknown key 'passes[first]'; did you mean 'passes'?"),
         ("passes.-1.bits=3", "no item '-1'; there are 3"),
         ("passes.first.bits=3", "no item 'first'; there are 3"),
         ("passes.0=rtn", "name an option, such as passes.0.sparsity"),
@@ -256,8 +256,10 @@ def test_changes_apply_in_order(file: Path) -> None:
         ("passes.1.bits=[3", "not valid YAML"),
         ("passes.1.bits=99", r"passes[1].gptq.bits: 99 is not allowed"),
         ("passes.1.bit=3", r"passes[1].gptq: unknown option 'bit'; did you mean 'bits'?"),
-        ("limit.max_fallbacks=3", "recipe: unknown key 'limit'; did you mean 'limits'?"),
-        ("=3", "recipe: unknown key ''"),
+        ("limit.max_fallbacks=3", "--set limit.max_fallbacks: unknown key 'limit'; did you mean 'limits'?"),
+        ("bits=3", "--set bits: unknown key 'bits'; did you mean 'passes.1.bits'?"),
+        ("samples=8", "--set samples: unknown key 'samples'; did you mean 'calibration.samples'?"),
+        ("=3", "--set : unknown key ''"),
     ],
 )
 def test_a_change_that_leads_nowhere_is_refused(file: Path, change: str, message: str) -> None:
@@ -266,7 +268,16 @@ def test_a_change_that_leads_nowhere_is_refused(file: Path, change: str, message
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "change"), [("", "ordering=block"), ("3", "a=1"), (TEXT, "passes.².bits=3")])
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [
+        ("", "ordering=block"),
+        ("3", "a=1"),
+        (TEXT, "passes.².bits=3"),
+        ("passes: 3", "bits=3"),
+        ("passes: [3, [rtn], {}]", "bits=3"),
+    ],
+)
 def test_a_change_of_something_else_is_refused(text: str, change: str) -> None:
     data = parse(text)
     with pytest.raises(RecipeError):
