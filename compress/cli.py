@@ -29,7 +29,7 @@ from compress.commands.eval import evaluate
 from compress.commands.judge import judge
 from compress.commands.leaderboard import leaderboard
 from compress.commands.merge import merge
-from compress.commands.output import Json, bytes_of, one_model, out_option, quiet_loading, result, screen
+from compress.commands.output import Json, bytes_of, one_model, out_option, quiet_loading, result, screen, spoken
 from compress.commands.plan import plan
 from compress.commands.recipes import recipes
 from compress.commands.serve import serve
@@ -297,6 +297,16 @@ def export(
 
 
 @app.command()
+@spoken(
+    {
+        "tokens": "--tokens",
+        "parameters": "--params",
+        "vocabulary": "--vocabulary",
+        "bits": "--bits",
+        "loss": "--loss",
+        "dense_loss": "--dense-loss",
+    }
+)
 def qid(
     model: Annotated[str | None, typer.Argument(help="model folder, or `builtin`; only its headers are read")] = None,
     params: Annotated[float | None, typer.Option(help="instead of a folder: parameters without embeddings")] = None,

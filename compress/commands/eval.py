@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from compress.commands.output import Json, out_option, quiet_loading, result, screen
+from compress.commands.output import Json, out_option, quiet_loading, result, screen, spoken
 from compress.errors import AcceptanceError, RecipeError
 
 Suite = Annotated[str, typer.Option("--suite", help="facts (built in), kick, or kick_mini: 200 questions a task")]
@@ -22,6 +22,7 @@ DataDir = Annotated[
 Online = Annotated[bool, typer.Option("--online", help="fetch what the data folder lacks from the hub")]
 
 
+@spoken({"suite": "--suite", "tasks": "--tasks"})
 def evaluate(
     folders: Annotated[list[Path], typer.Argument(help="compressed model folders")],
     base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,

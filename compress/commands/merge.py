@@ -8,12 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.commands.output import Json, out_option, result, screen
-from compress.errors import RecipeError
+from compress.commands.output import Json, out_option, result, screen, spoken
+from compress.errors import RecipeError, nearest
 
 Number = float | None  # of an option that only some methods have
 
 
+@spoken(
+    {
+        "method": "--method",
+        "weights": "--weights",
+        "calibration.data": "--data",
+        "calibration.samples": "--samples",
+        "calibration.length": "--length",
+    }
+)
 def merge(
     base: Annotated[str, typer.Argument(help="the model that all were tuned from, or `builtin`")],
     models: Annotated[list[str], typer.Argument(help="fine-tunes or compressed deltas: FOLDER, or NAME=FOLDER")],
@@ -103,7 +112,10 @@ def weights_of(texts: list[str]) -> dict[str, dict[str, float]]:
 
 
 def calibrations(data: list[str], samples: int | None, length: int | None, names: list[str]) -> Any:
-    """The calibration of all models, or by name; None if nothing was said."""
+    """The calibration of all models, or by name; None if nothing was said.
+
+    Raises RecipeError for the name of no model.
+    """
     from compress.recipe import Calibration
 
     if not data and samples is None and length is None:
@@ -113,6 +125,8 @@ def calibrations(data: list[str], samples: int | None, length: int | None, names
     found = dict.fromkeys(names, Calibration(**common))
     for text in data:
         name, equals, source = text.partition("=")
+        if equals and name not in names:
+            raise RecipeError(f"--data: no model is called {name!r}{nearest(name, names)}")
         for each in [name] if equals else names:
             found[each] = Calibration(data=source if equals else text, **common)
     return found

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.commands.fitted import Fitted
-from compress.errors import RecipeError
+from compress.errors import CompressError, RecipeError
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 
@@ -77,6 +77,22 @@ def readable(renderable: Any) -> Any:
         return Text.from_markup(renderable) if isinstance(renderable, str) else renderable
     except MarkupError:
         return Text(renderable)
+
+
+@contextmanager
+def spoken(options: Mapping[str, str]) -> Iterator[None]:
+    """Say `--suite: ...` of an error inside that begins with the parameter `suite`, and so on; around a whole command.
+
+    Only for parameters that nothing but the command line sets, no recipe or other file.
+    """
+    try:
+        yield
+    except CompressError as error:
+        said = str(error)
+        name = next((name for name in options if said.startswith((f"{name}:", f"{name}."))), None)
+        if name is None:
+            raise
+        raise type(error)(options[name] + said.removeprefix(name)) from error
 
 
 def bytes_of(text: str, option: str) -> int:

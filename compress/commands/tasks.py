@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.commands.eval import DataDir, Online
-from compress.commands.output import Json, result
+from compress.commands.output import Json, result, spoken
 
 
+@spoken({"suite": "--suite"})
 def tasks(
     suite: Annotated[str | None, typer.Option("--suite", help="only this one: facts, kick or kick_mini")] = None,
     data_dir: DataDir = None,

@@ -76,7 +76,7 @@ def merge(
     `out` is then not there.
     """
     if method not in METHODS:
-        raise RecipeError(f"merge: {method!r} is not a method{nearest(str(method), METHODS)}")
+        raise RecipeError(f"method: {method!r} is not a method{nearest(str(method), METHODS)}")
     chosen = build(METHODS[method], options, f"merge.{method}")
     folders, root = labelled(models), locate(base)
     for folder in (root, *folders.values()):  # before anything that takes time

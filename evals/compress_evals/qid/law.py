@@ -180,7 +180,7 @@ def check(**values: float) -> None:
     """Raise RecipeError for the first value that is not a positive finite number."""
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
-            raise RecipeError(f"{name.replace('_', ' ')}: {value} is not a positive number")
+            raise RecipeError(f"{name}: {value} is not a positive number")
 
 
 def exp(power: float) -> float:
