@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from compress import __version__
-from compress.errors import ArtifactError, RecipeError, visible
+from compress.errors import ArtifactError, RecipeError, visible, why
 from compress.model.source import read_json
 from compress.planning import machine, resources
 from compress_kernels import tuning
@@ -206,7 +206,7 @@ def read_text(file: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{file}: cannot be read: {error}") from error
+        raise ArtifactError(f"{file}: cannot be read: {why(error)}") from error
 
 
 def without_home(text: str) -> str:

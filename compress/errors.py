@@ -77,6 +77,11 @@ def nearest(name: str, allowed: Iterable[str], otherwise: str | None = None) -> 
     return f"; allowed: {', '.join(names)}" if otherwise is None else otherwise
 
 
+def why(error: Exception) -> str:
+    """What an exception says; of a failed call of the system only why, as who tells it has named the file."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those it was raised from."""
     while error is not None:

@@ -18,7 +18,7 @@ import torch
 
 from compress.artifact import is_artifact
 from compress.calibration import Tokens, draw
-from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError
+from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError, why
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
@@ -73,7 +73,7 @@ def absolute(out: Path) -> Path:
         out = out.expanduser().resolve()
         out.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
-        raise RecipeError(f"--out: {getattr(error, 'strerror', None) or error}: {str(out)[:60]}") from error
+        raise RecipeError(f"--out: {why(error)}: {str(out)[:60]}") from error
     if os.fsencode(out) != str(out).encode("utf-8", "replace"):
         raise RecipeError(f"--out: {out} is not UTF-8; choose another name")
     return out

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
-from compress.errors import RecipeError, nearest
+from compress.errors import RecipeError, nearest, why
 from compress.kv import Kept, read_kept, written
 from compress.options import build, check_options, validators
 from compress.passes import PASSES, Pass, Reshape, SitePass, governed, load_plugins, windows_at_once
@@ -310,7 +310,7 @@ def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
             content = file.read(LARGEST + 1)
         text = content.decode("utf-8") if len(content) <= LARGEST else " " * len(content)  # `parse` refuses it
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+        raise RecipeError(f"{path}: cannot be read: {why(error)}") from error
     data = parse(text, str(path))
     check_keys(data, str(path))
     for change in changes:
@@ -335,7 +335,7 @@ def find(recipe: str | Path) -> Path:
         if path.is_file():
             return path
     except (OSError, ValueError) as error:  # a name too long, a NUL
-        raise RecipeError(f"no recipe file at {str(recipe)[:60]!r}: {error}") from error
+        raise RecipeError(f"no recipe file at {str(recipe)[:60]!r}: {why(error)}") from error
     known = packaged()
     if path.parent == Path() and path.name.removesuffix(".yaml") in known:
         return known[path.name.removesuffix(".yaml")]

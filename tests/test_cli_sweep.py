@@ -123,3 +123,4 @@ def test_an_error_in_the_file_is_told_before_anything_is_written(
     assert (code, out) == (2, "")
     assert "cells[0] (m sparsity=7): passes[0].magnitude.sparsity" in err
     assert not (tmp_path / "o").exists()
+    assert cli("sweep", "nope.yaml") == (2, "", "error: nope.yaml: cannot be read: No such file or directory\n")

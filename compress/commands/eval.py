@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from compress.commands.output import Json, out_option, quiet_loading, result, screen, spoken
-from compress.errors import AcceptanceError, RecipeError
+from compress.errors import AcceptanceError, RecipeError, why
 
 Suite = Annotated[str, typer.Option("--suite", help="facts (built in), kick, or kick_mini: 200 questions a task")]
 DataDir = Annotated[
@@ -132,4 +132,4 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--text: {path} cannot be read: {error}") from error
+        raise RecipeError(f"--text: {path} cannot be read: {why(error)}") from error

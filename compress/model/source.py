@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.errors import ArtifactError, visible
+from compress.errors import ArtifactError, visible, why
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing {what}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: {what} cannot be read: {error}") from error
+        raise ArtifactError(f"{path}: {what} cannot be read: {why(error)}") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: {what} must be a JSON object")
     return value

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from compress.errors import ArtifactError, CompressError, RecipeError
+from compress.errors import ArtifactError, CompressError, RecipeError, why
 from compress_evals.results import Data
 
 MANIFEST = "manifest.json"
@@ -138,7 +138,7 @@ def _from_folder(path: Path, root: Path) -> Found:
         raw = path.read_bytes()
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise ArtifactError(f"{path}: not readable: {error}") from None
+        raise ArtifactError(f"{path}: not readable: {why(error)}") from None
     sha256 = hashlib.sha256(raw).hexdigest()
     expected = _manifest(root).get(name, sha256)
     if sha256 != expected:

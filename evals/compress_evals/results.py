@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, why
 from compress_evals.fidelity import Fidelity
 from compress_evals.stats import Paired
 
@@ -306,7 +306,7 @@ def _parse(path: Path) -> Results:
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such results; write them with `compress eval`") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON: {error}") from None
+        raise ArtifactError(f"{path}: not readable as JSON: {why(error)}") from None
     found = content.get("schema") if isinstance(content, dict) else None
     if found != SCHEMA:
         raise ArtifactError(f"{path}: results schema {found!r}, but this version reads schema {SCHEMA}")

@@ -329,7 +329,7 @@ def test_the_command_shows_both_laws(cli: Cli, tmp_path: Path) -> None:
         (("--params", "1e9", "--tokens", "nan"), "--tokens: nan is not"),
         (("--params", "1e9", "--tokens", "1e9", "--bits", "2,x"), "--bits: '2,x'"),
         (("--params", "1e9", "--tokens", "1e9", "--loss", "0"), "--loss: 0.0 is not"),
-        (("--fit", "/nowhere"), "--fit: /nowhere cannot be read"),
+        (("--fit", "/nowhere"), "--fit: /nowhere cannot be read: No such file or directory\n"),
         (("/nowhere", "--tokens", "1e9"), "no model folder"),
     ],
 )

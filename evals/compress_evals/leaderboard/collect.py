@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, why
 from compress_evals.comparison import ASKED_ALIKE, MUST_AGREE
 from compress_evals.leaderboard.naming import distinct, one_line
 from compress_evals.results import RESULTS_FILE, Results, load
@@ -165,7 +165,7 @@ def _cell(path: Path) -> Cell:
         first = error.errors()[0]
         raise ArtifactError(f"{path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON: {error}") from None
+        raise ArtifactError(f"{path}: not readable as JSON: {why(error)}") from None
 
 
 def _opened(folder: Path, place: str) -> tuple[Entry, dict[str, tuple[str, ...]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--fit: {path} cannot be read: {error}") from error
+        raise RecipeError(f"--fit: {path} cannot be read: {why(error)}") from error
     rows = []
     for i, line in enumerate(lines, start=1):
         if not line.strip():

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import compress
-from compress.errors import CompressError, RecipeError
+from compress.errors import CompressError, RecipeError, why
 from compress.recipe import from_dict
 from compress_evals.folders import evaluate_folders
 from compress_evals.sweep.grid import Asked, Cell
@@ -70,7 +70,7 @@ def keywords(asked: Asked, cache: Path) -> dict[str, Any]:
         try:
             given["text"] = Path(given["text"]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"eval.text: {given['text']} cannot be read: {error}") from error
+            raise RecipeError(f"eval.text: {given['text']} cannot be read: {why(error)}") from error
     takes = signature(evaluate_folders).parameters
     for name in given:
         if name not in takes:

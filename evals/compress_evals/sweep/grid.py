@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from compress.errors import CompressError, RecipeError, nearest
+from compress.errors import CompressError, RecipeError, nearest, why
 from compress.model.source import BUILTIN, locate
 from compress.options import build, check_options
 from compress.recipe import Recipe, from_dict, packaged, parse, put
@@ -99,7 +99,7 @@ def load(path: str | Path) -> Sweep:
     try:
         text = place.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{place}: cannot be read: {error}") from error
+        raise RecipeError(f"{place}: cannot be read: {why(error)}") from error
     data = parse(text, str(place))
     faults: list[str] = []
     with noting(faults):
@@ -223,7 +223,7 @@ def recipe_data(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Any
     try:
         return parse(path.read_text(encoding="utf-8"), f"{where}.recipe: {path.name}"), path.stem
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{where}.recipe: {path} cannot be read: {error}") from error
+        raise RecipeError(f"{where}.recipe: {path} cannot be read: {why(error)}") from error
 
 
 def find(recipe: Any, folder: Path, where: str) -> Path:

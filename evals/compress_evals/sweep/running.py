@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, why
 from compress_evals.results import RESULTS_FILE
 from compress_evals.sweep.cell import ERROR, JOB, MODEL, RESULTS, job, keywords
 from compress_evals.sweep.grid import Asked, Cell, Sweep
@@ -203,7 +203,7 @@ def work_off(
             if not ended:
                 say(None)
     except OSError as error:  # a full disk, a folder that went away
-        raise RecipeError(f"--out: {out} cannot be written: {error}") from error
+        raise RecipeError(f"--out: {out} cannot be written: {why(error)}") from error
     finally:
         for at in board.running:
             at.process.kill()
