@@ -326,6 +326,9 @@ def qid(
 
     if model is not None and params is not None:
         raise RecipeError("--params: the model folder says how many; give one of both")
+    if fit is None and (tokens is None or (model is None and params is None)):
+        raise RecipeError("a prediction needs a model folder or --params, and --tokens")
+    counts = widths(bits)
     found = survey(locate(model)) if model is not None else {"non_embedding": params, "vocabulary": None, "sites": []}
     size = found["non_embedding"]
     value: dict[str, Any] = {}
@@ -337,14 +340,12 @@ def qid(
         law = compared.power.law
         value["fit"] = {"bits": key, **asdict(compared)}
         lines += fit_lines(compared, key)
-    if fit is None or (size is not None and tokens is not None):
-        if size is None or tokens is None:
-            raise RecipeError("a prediction needs a model folder or --params, and --tokens")
+    if size is not None and tokens is not None:
         predicted = laws.predict(
             law,
             size,
             tokens,
-            widths(bits),
+            counts,
             loss=loss,
             vocabulary=vocabulary if vocabulary is not None else found["vocabulary"],
             dense_loss=dense_loss,

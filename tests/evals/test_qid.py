@@ -339,6 +339,14 @@ def test_the_command_refuses_in_one_line(line: tuple[str, ...], reason: str, cli
     assert reason in err
 
 
+@pytest.mark.parametrize("line", [("builtin",), ("builtin", "--tokens", "1e9", "--bits", "x")])
+def test_no_header_is_read_for_what_is_refused(
+    line: tuple[str, ...], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.survey.survey", lambda folder: pytest.fail("the model was opened"))
+    assert cli(*line)[0] == 2
+
+
 def test_parameters_leave_out_embedding_and_head(tiny_llama: Path) -> None:
     found = survey(tiny_llama)
     assert found["non_embedding"] == sum(row["parameters"] for row in found["sites"]) + (2 * 2 + 1) * 48  # norms
