@@ -70,6 +70,7 @@ def evaluate(
     from compress_evals.batching import parse
     from compress_evals.conditions import broken, parse_all
 
+    only = None if tasks is None else names(tasks)
     conditions, size = parse_all(accept or [], suite), parse(batch_size)
     first = folders[0].resolve()
     target = out if out is not None else first.with_name(f"{first.name}.eval")
@@ -77,7 +78,7 @@ def evaluate(
     with watching(screen()) as meter:
         results = evals.evaluate_folders(
             folders, base, delta_base=delta_base, suite=suite, data_dir=data_dir, online=online,
-            only=None if tasks is None else [name.strip() for name in tasks.split(",")], limit=limit, margin=margin,
+            only=only, limit=limit, margin=margin,
             noise=noise, speed=speed, batch_size=size, chat_template=chat_template, cache=cache, fresh=fresh,
             text=prose, seed=seed, device=device, out=target, meter=meter,
         )  # fmt: skip
@@ -86,6 +87,14 @@ def evaluate(
     failures = [line for found in results[1:] for line in broken(found, conditions)]
     if failures:
         raise AcceptanceError(f"{target} is written, but not accepted: {'; '.join(failures)}")
+
+
+def names(tasks: str) -> list[str]:
+    """The names that --tasks lists; raises RecipeError for none."""
+    found = [name.strip() for name in tasks.split(",")]
+    if not any(found):
+        raise RecipeError("--tasks: is empty; name tasks, with commas between")
+    return found
 
 
 def shown(results: list[Any]) -> list[Any]:
