@@ -77,6 +77,7 @@ def test_what_is_not_accepted_exits_5_and_is_written_all_the_same(cli: Run, arti
     [
         (("--accept", "drop<0.02"), "drop<=0.02@95%"),
         (("--accept", "recall:drop<=0.02@95%"), "no family 'recall'"),
+        (("--accept", "choice:drop<=0.02@95%", "--tasks", "facts_trained"), "is about none of the tasks that --tasks"),
         (("--batch-size", "lots"), "neither auto nor a number"),
         (("--suite", "fact"), "--suite: there is no 'fact'; did you mean 'facts'"),
         (("--tasks", "facts_trained,facts_mcq"), "--tasks: facts has no task 'facts_mcq'; did you mean 'facts_mc'"),

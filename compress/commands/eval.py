@@ -71,7 +71,7 @@ def evaluate(
     from compress_evals.conditions import broken, parse_all
 
     only = None if tasks is None else names(tasks)
-    conditions, size = parse_all(accept or [], suite), parse(batch_size)
+    conditions, size = parse_all(accept or [], suite, only), parse(batch_size)
     first = folders[0].resolve()
     target = out if out is not None else first.with_name(f"{first.name}.eval")
     prose = None if text is None else read_text(text)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from compress.errors import RecipeError, nearest
 from compress_evals.comparison import accept
 from compress_evals.results import Results
-from compress_evals.suite import find
+from compress_evals.suite import Task, find
 
 FORM = "'drop<=0.02@95%', or of one family 'closed book:drop<=0.05@90%'"
 _WRITTEN = re.compile(
@@ -27,6 +27,10 @@ class Condition:
     family: str | None
     max_drop: float
     confidence: float
+
+    def covers(self, task: Task) -> bool:
+        """Whether the condition is about a task: of its family, or of all but the controls."""
+        return task.family == self.family if self.family is not None else not task.control
 
 
 def parse(text: str, families: Sequence[str]) -> Condition:
@@ -43,10 +47,14 @@ def parse(text: str, families: Sequence[str]) -> Condition:
     return Condition(family=family, max_drop=max_drop, confidence=confidence)
 
 
-def parse_all(texts: Sequence[str], suite: str) -> list[Condition]:
-    """The conditions on a suite's families."""
+def parse_all(texts: Sequence[str], suite: str, only: Sequence[str] | None = None) -> list[Condition]:
+    """The conditions on a suite's families; raises RecipeError also for one on nothing that `only` asks."""
     families = list(dict.fromkeys(task.family for task in find(suite).tasks))
-    return [parse(text, families) for text in texts]
+    conditions = [parse(text, families) for text in texts]
+    for text, condition in zip(texts, conditions, strict=True):
+        if not any(condition.covers(task) for task in find(suite).chosen(only)):
+            raise RecipeError(f"--accept: {text!r} is about none of the tasks that --tasks names")
+    return conditions
 
 
 def broken(results: Results, conditions: Sequence[Condition]) -> list[str]:

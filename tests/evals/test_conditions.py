@@ -41,6 +41,12 @@ def test_a_family_that_does_not_exist_is_named_with_its_nearest() -> None:
         parse_all(["closd book:drop<=0.02@95%"], "facts")
 
 
+def test_a_condition_on_nothing_that_is_asked_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"'choice:drop<=0.02@95%' is about none of the tasks that --tasks names"):
+        parse_all(["choice:drop<=0.02@95%"], "facts", ["facts_trained"])
+    assert parse_all(["drop<=0.02@95%"], "facts", ["facts_trained"])
+
+
 @pytest.fixture
 def compared(make_results: Callable[..., Results]) -> Results:
     dense = make_results("dense", {"facts_trained": [1] * 400, "facts_mc": [1] * 400})
