@@ -235,9 +235,13 @@ def test_deltas_need_their_base(tiny_llama: Path, tmp_path: Path, cli: Command) 
 
 
 def test_bad_input_is_one_line_and_exit_code_2(pair: tuple[Path, Path], tmp_path: Path, cli: Command) -> None:
+    for name in ("small", "builtin"):
+        (tmp_path / "e" / name).mkdir(parents=True)
+        (tmp_path / "e" / name / "results.json").touch()
     bad: dict[str, tuple[object, ...]] = {
         "no model folder at '/nowhere'": (pair[0], "/nowhere"),
-        "no results.json there": (*pair, "--results", tmp_path, tmp_path),
+        "no results.json there; write one": (*pair, "--results", tmp_path, tmp_path),
+        "no results.json there, only those of builtin, small; write": (*pair, "--results", *[tmp_path / "e"] * 2),
     }
     for said, line in bad.items():
         code, out, err = cli("diff", *line)

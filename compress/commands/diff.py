@@ -101,7 +101,9 @@ def compared(a: Path, b: Path) -> tuple[list[dict[str, Any]], str]:
     """
     for place in (a, b):
         if not (place if place.suffix == ".json" else place / "results.json").is_file():
-            raise ArtifactError(f"--results: {place}: no results.json there; write one with `compress eval`")
+            models = ", ".join(sorted(held.parent.name for held in place.glob("*/results.json")))
+            only = f", only those of {models}" if models else ""
+            raise ArtifactError(f"--results: {place}: no results.json there{only}; write one with `compress eval`")
     import compress_evals as evals
 
     paired = {name: task.paired for name, task in evals.compare(evals.load(a), evals.load(b)).tasks.items()}
