@@ -141,9 +141,12 @@ def outline(walk: Walk, source: Checkpoint, recipe: Recipe) -> tuple[Walk, Check
 def plan(walk: Walk, recipe: Recipe) -> Coverage:
     """The coverage of a recipe over a model, after what changes its shape.
 
-    Raises RecipeError if a pass selects nothing or cannot handle the shape of a site, PlanError if more is
-    unreachable than the recipe's limit. Where no pass rewrites weights there is nothing to reach.
+    Raises RecipeError if a pass selects nothing or cannot handle the shape of a site, or if what is asked at the end
+    is in no folder, PlanError if more is unreachable than the recipe's limit. Where no pass rewrites weights there is
+    nothing to reach.
     """
+    if recipe.accept and recipe.accept.data_dir is not None and not os.path.isdir(recipe.accept.data_dir):
+        raise RecipeError(f"accept.data_dir: {recipe.accept.data_dir} is not a folder")
     covered = coverage(walk.anatomy, [step.sites for step in recipe.weight_passes])
     if recipe.weight_passes and covered.missed_share > recipe.limits.max_untouched:
         examples = ", ".join([name for name, (_, reason) in covered.untouched.items() if reason == MISSED][:2])

@@ -280,6 +280,7 @@ BAD = {
     "yaml": ([], "passes: [", "not valid YAML"),
     "unknown key": ([], "passes: [rtn]\nlimit: {}", "unknown key 'limit'; did you mean 'limits'?"),
     "window": ([], "passes: [wanda]\ncalibration: {length: 4096}", "the model takes 128"),
+    "accept": ([], "passes: [rtn]\naccept: {data_dir: nowhere}", "accept.data_dir: nowhere is not a folder"),
     "calibration file": ([], "passes: [wanda]\ncalibration: {data: nowhere.txt}", "calibration.data"),
     "set": (["--set", "passes.3.bits=4"], "passes: [rtn]", "no item '3'"),
 }
