@@ -127,7 +127,7 @@ def test_a_name_that_stdout_cannot_say_is_escaped(tiny_llama: Path, tmp_path: Pa
         [sys.executable, "-m", "compress", "inspect", tmp_path / "\xfc"], capture_output=True, timeout=120,
         env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True,
     )  # fmt: skip
-    assert b"\\xfc: sites of llama" in done.stdout
+    assert b"\\xfc: sites of llama" in b" ".join(done.stdout.split())  # the folder of a test may fill a line
 
 
 WRITING = (

@@ -67,11 +67,11 @@ def test_a_task_that_does_not_exist_is_named_with_its_nearest(tokenizer: Any) ->
 
 
 def test_lengths_are_those_of_what_lm_eval_encodes(model: Any, tokenizer: Any) -> None:
-    from compress_evals.subject import wrap
+    from compress_evals.scorer import Scorer
 
     for only in ("facts_context8", "facts_mc", "facts_generate"):
         found = exam(tokenizer, only=only)
-        scorer, [asked] = wrap(model, found.tokenizer, 4), found.tasks
+        scorer, [asked] = Scorer(model, found.tokenizer, 4), found.tasks
         needed = [
             max(
                 len(scorer.tok_encode(prompt)) + then["max_gen_toks"]

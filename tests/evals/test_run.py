@@ -18,11 +18,12 @@ from compress.builtin.documents import Question, closed_book, in_context
 from compress.builtin.facts import facts
 from compress.builtin.gates import exact_match
 from compress.errors import ArtifactError
-from compress_evals import questions, run, subject
+from compress_evals import questions, run
 from compress_evals.comparison import compare
 from compress_evals.folders import model_name
 from compress_evals.quiet import quiet
 from compress_evals.results import Results
+from compress_evals.scorer import Scorer
 from compress_evals.suite import FACTS
 
 WEIGHTS = Path(compress.builtin.facts.__file__).parent / "weights"
@@ -81,7 +82,7 @@ def test_greedy_match_equals_the_gates_on_learned_questions(
 
 
 def test_prompts_begin_with_bos_once_in_scoring_and_generation(model: Any, tokenizer: Any) -> None:
-    scorer = subject.wrap(model, run.beginning_with_bos(tokenizer), 4)
+    scorer = Scorer(model, run.beginning_with_bos(tokenizer), 4)
     context, continuation = scorer._encode_pair("Question: a Answer:", " b.")
     assert context[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in context[1:] + continuation
     ids, mask = scorer.tok_batch_encode(["Question: a Answer:", "Question: a longer one Answer:"])
