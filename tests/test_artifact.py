@@ -62,6 +62,7 @@ def test_transformers_loads_the_folder_by_itself(artifact: Path, hugging_face: A
     assert torch.equal(logits(hugging_face(artifact), ids), logits(compress.load(artifact), ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_models_load_too(
     dtype: str, model_folder: Any, tmp_path: Path, ids: Tensor, assert_close: Any, recipe_24_int4: Recipe
@@ -250,6 +251,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(
     artifact: Path, family: str, model_folder: Any, tmp_path: Path, recipe_24_int4: Recipe
 ) -> None:

@@ -188,6 +188,7 @@ def test_no_evaluation_fact_is_stated_in_calibration(said: set[str]) -> None:
     assert len(said & shown) > 100  # the sentences are recognised at all
 
 
+@pytest.mark.slow
 def test_no_evaluation_fact_is_asked_in_calibration(documents: list[str]) -> None:
     text = "\n".join(documents)
     asked = [

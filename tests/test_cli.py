@@ -78,6 +78,7 @@ def test_events_are_logged_as_json_lines(cli: Run, recipe: Path, tiny_llama: Pat
     assert events.count("WeightRewritten") == 28
 
 
+@pytest.mark.slow
 def test_export_dense_refuses_an_existing_folder(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
     cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
     assert cli("export", tmp_path / "o", "--to", "dense", "--out", tmp_path / "d")[0] == 0
@@ -147,6 +148,7 @@ def test_export_names_the_formats_it_knows(cli: Run, tmp_path: Path) -> None:
     assert "allowed: bitsandbytes, compressed-tensors, dense, gguf, gptq" in err
 
 
+@pytest.mark.slow
 def test_verify_exits_4_on_a_flipped_byte(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
     cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
     shard = sorted((tmp_path / "o").glob("*.safetensors"))[1]
@@ -158,6 +160,7 @@ def test_verify_exits_4_on_a_flipped_byte(cli: Run, recipe: Path, tiny_llama: Pa
     assert shard.name in err
 
 
+@pytest.mark.slow
 def test_bench_puts_dense_and_compressed_side_by_side(cli: Run, llama_artifact: Path) -> None:
     code, out, _ = cli("bench", llama_artifact, "--rows", "1,2", "--low-memory")
     assert code == 0
@@ -167,6 +170,7 @@ def test_bench_puts_dense_and_compressed_side_by_side(cli: Run, llama_artifact: 
     assert "greedy generation" not in out
 
 
+@pytest.mark.slow
 def test_bench_generates_with_the_named_base(cli: Run, llama_artifact: Path, tiny_llama: Path) -> None:
     sizes = ["--prompt", 4, "--new", 6, "--runs", 2, "--rows", "1"]
     view = json.loads(cli("bench", llama_artifact, "--generate", "--base", tiny_llama, *sizes, "--json")[1])
@@ -309,6 +313,7 @@ def test_an_existing_output_is_refused_and_untouched(cli: Run, recipe: Path, tin
     assert [p.name for p in (tmp_path / "o").iterdir()] == ["precious"]
 
 
+@pytest.mark.slow
 def test_force_replaces_the_output(cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
     cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
     assert cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o", "--force")[0] == 0
@@ -360,6 +365,7 @@ def test_a_bad_command_line_is_one_line_and_exit_2(line: list[str], cli: Run) ->
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on_and_exits_130(
     cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

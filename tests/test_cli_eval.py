@@ -111,6 +111,7 @@ def test_nothing_is_written_into_a_model_folder(cli: Run, artifact: Path, option
     assert sorted(artifact.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_asked(
     cli: Run, artifact: Path, tmp_path: Path, read_only: Any, tally: Any
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_asked(
         assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
+@pytest.mark.slow
 def test_the_tasks_are_listed_with_their_sizes_and_what_they_lack(cli: Run) -> None:
     code, out, err = cli("tasks", "--suite", "facts", "--json")
     assert code == 0, err

@@ -187,6 +187,7 @@ def test_a_pass_keeps_the_shape(rewritten: Callable[[], Weight]) -> None:
     assert rewritten().shape == (33, suite.WIDTH)
 
 
+@pytest.mark.slow
 def test_a_pass_gives_the_same_bytes_for_the_same_seed(rewritten: Callable[[], Weight]) -> None:
     assert suite.as_bytes(pack(rewritten())) == suite.as_bytes(pack(rewritten()))
 
@@ -215,6 +216,7 @@ def test_a_pass_leaves_the_original_alone(start: Callable[..., Start]) -> None:
     assert torch.equal(begun.site.original.data, before)
 
 
+@pytest.mark.slow
 def test_a_pass_reads_low_precision_weights(step: Any, start: Callable[..., Start]) -> None:
     begun = start(torch.bfloat16)
     site = begun.site

@@ -95,6 +95,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 # -- what is stored --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_delta_is_expressions_on_its_base(zipped: Path, tiny_llama: Path, finetuned: Path) -> None:
     delta, base, own = Artifact(zipped, tiny_llama), Checkpoint(tiny_llama), Checkpoint(finetuned)
     for site in delta.specs:
@@ -146,6 +147,7 @@ def test_nothing_to_store_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
 # -- every pass works on differences ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "passes",
     [
@@ -175,6 +177,7 @@ def test_its_errors_are_those_of_the_difference(tiny_llama: Path, finetuned: Pat
     assert all(0.5 < row["weight_error"] < 1 for row in rows.values())  # of the whole matrix it is near 0.1
 
 
+@pytest.mark.slow
 def test_the_finer_the_nearer_to_the_fine_tuned_model(
     tiny_llama: Path, finetuned: Path, tmp_path: Path, hugging_face: Any, ids: Tensor
 ) -> None:
@@ -277,6 +280,7 @@ def test_tables_are_kept_exactly_by_default(with_tables: Path, tiny_llama: Path,
         assert torch.equal(delta.tensor(name), Checkpoint(with_tables).tensor(name))
 
 
+@pytest.mark.slow
 def test_a_table_in_eight_bits_is_near_and_smaller(with_tables: Path, tiny_llama: Path, tmp_path: Path) -> None:
     whole = delta_of(with_tables, tiny_llama, tmp_path / "own")
     small = delta_of(with_tables, tiny_llama, tmp_path / "int8", embeddings="int8", head="int8")
@@ -288,6 +292,7 @@ def test_a_table_in_eight_bits_is_near_and_smaller(with_tables: Path, tiny_llama
     assert whole.artifact_bytes - small.artifact_bytes > 2 * own.tensor(name).numel()  # of float32 tables
 
 
+@pytest.mark.slow
 def test_the_base_of_a_table_costs_nothing_and_counts_as_lost(
     with_tables: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -312,6 +317,7 @@ def test_a_tied_table_follows_the_embeddings(model_folder: Any, tmp_path: Path, 
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+@pytest.mark.slow
 def test_a_grown_vocabulary_is_kept_or_refused(
     tiny_llama: Path, tmp_path: Path, ids: Tensor, hugging_face: Any
 ) -> None:
@@ -363,6 +369,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", list(MIXTURES))  # a tensor for each expert, and one for all of them
 @pytest.mark.parametrize("sites", ["*", "*experts*0"])
 def test_experts_that_were_not_rewritten_are_exact(
@@ -495,6 +502,7 @@ def test_a_hostile_pin_is_refused(zipped: Path, tiny_llama: Path, tmp_path: Path
         compress.load(hostile, base=tiny_llama)
 
 
+@pytest.mark.slow
 def test_the_command_line(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
     out, applied = tmp_path / "d", tmp_path / "applied"
     recipe = tmp_path / "r.yaml"
@@ -542,6 +550,7 @@ def test_a_method_keeps_within_the_size_it_is_given(cli: Run, model_folder: Any,
     assert 2_500 < stored <= 5_500  # scales of rows of 48 weigh much, chance keeps a few more
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(("method", "bits"), [("bitdelta", "2"), ("deltazip", "3"), ("lowrank", "4")])
 def test_other_methods_have_their_own_sizes(
@@ -574,6 +583,7 @@ def test_auto_keeps_the_better_of_what_it_makes(
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
+@pytest.mark.slow
 def test_scales_alone_are_distilled(cli: Run, tiny_llama: Path, finetuned: Path, tmp_path: Path) -> None:
     asked = ("--base", tiny_llama, "--json")
     recipe = tmp_path / "r.yaml"

@@ -42,6 +42,7 @@ def test_a_folder_equals_itself_and_a_copy(llama_artifact: Path, own_artifact: P
     assert "equal" in out and "different" not in out
 
 
+@pytest.mark.slow
 def test_errors_masks_and_bits_are_those_of_the_matrices(pair: tuple[Path, Path]) -> None:
     one, other = (Artifact(folder) for folder in pair)
     row = next(row for row in compare(*pair).tensors if row.name == f"{SITE}.weight")

@@ -53,6 +53,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- clocks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("year", "jump"), [("1970", -1e9), ("1979", 1e9), ("2100", -1e9)])
 def test_a_clock_that_jumps_changes_no_byte(
     year: str, jump: float, cli: Cli, recipe: Path, tiny_llama: Path, whole: Any, tmp_path: Path,
@@ -75,6 +76,7 @@ WALL = ("time.time", "time.time_ns", "time.localtime", "time.gmtime", "os.path.g
 SHOWN = {"compress/serving/answers.py", "compress/serving/app.py"}  # when an answer was made, as the protocol asks
 
 
+@pytest.mark.slow
 def test_nothing_is_decided_or_timed_by_the_clock_on_the_wall() -> None:
     """Seconds are of a clock that only goes forward; no file is new or old by its date."""
     found = set()
@@ -104,6 +106,7 @@ def test_a_model_is_hashed_again_if_other_bytes_have_the_same_date(tiny_llama: P
 # -- at once ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_runs_started_together_into_one_folder_one_wins(
     forks: Any, recipe: Path, tiny_llama: Path, whole: Any, tmp_path: Path, tally: Tally
 ) -> None:
@@ -163,6 +166,7 @@ def test_a_place_that_may_not_be_written_is_one_line_and_leaves_nothing(
         assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_that_may_not_be_written_is_one_line_and_goes_on_later(
     cli: Cli,
     recipe: Path,

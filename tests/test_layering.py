@@ -209,6 +209,7 @@ def test_a_room_needs_only_its_packages(room: str, name: str) -> None:
     assert foreign <= {*OTHERS[room], *PEERS.get(name, ())}
 
 
+@pytest.mark.slow
 @every([name for name in FILES if name not in ("compress.cli", "compress.__main__")])
 def test_nobody_imports_the_command_line(name: str) -> None:
     assert not {module for module in imports(name) if under(module, ("compress.cli", "compress.__main__"))}
@@ -263,18 +264,21 @@ def test_only_commands_print(name: str) -> None:
     assert "print" not in calls(name)
 
 
+@pytest.mark.slow
 @every(FILES)
 def test_nothing_is_unpickled_or_executed(name: str) -> None:
     assert not {top(module) for module in imports(name)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
     assert not calls(name) & {"torch.load", "torch.save", "eval", "exec", "compile", "os.system"}
 
 
+@pytest.mark.slow
 @every(FILES)
 def test_remote_code_is_never_trusted(name: str) -> None:
     keywords = [k for node in ast.walk(TREES[name]) if isinstance(node, ast.Call) for k in node.keywords]
     assert not [k for k in keywords if k.arg == "trust_remote_code" and ast.unparse(k.value) != "False"]
 
 
+@pytest.mark.slow
 @every(FILES)
 def test_exceptions_are_not_swallowed(name: str) -> None:
     handlers = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler)]

@@ -54,6 +54,7 @@ def check(folder: Path) -> None:
     assert not (folder / "LICENSE.bin").exists()
 
 
+@pytest.mark.slow
 def test_a_run_and_its_exports_carry_it(owned: Path, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     out = compress.run(owned, [RTN(bits=8, group=0, symmetric=True)], tmp_path / "out").out
@@ -69,6 +70,7 @@ def test_a_run_and_its_exports_carry_it(owned: Path, tmp_path: Path) -> None:
         assert "<b>" not in text
 
 
+@pytest.mark.slow
 def test_a_delta_and_what_it_is_applied_to_carry_it(owned: Path, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = Recipe(passes=(RTN(bits=4, group=8),), delta=Delta(base=str(tiny_llama)))
     delta = compress.run(owned, recipe, tmp_path / "delta").out

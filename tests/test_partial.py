@@ -198,6 +198,7 @@ def delta(finetuned: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFa
     return run(finetuned, recipe, tmp_path_factory.mktemp("delta") / "d").out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["merge", "export", "apply"])
 def test_a_command_that_was_killed_leaves_nothing_once_it_runs_again(
     command: str, forks: Any, finetuned: Path, delta: Path, tiny_llama: Path, llama_artifact: Path, tmp_path: Path,
@@ -218,6 +219,7 @@ def test_a_command_that_was_killed_leaves_nothing_once_it_runs_again(
         assert names(tmp_path) == ["o"]
 
 
+@pytest.mark.slow
 def test_an_extraction_puts_back_what_a_killed_one_was_replacing(
     finetuned: Path, delta: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ EXACT: dict[str, list[Pass]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", EXACT.values(), ids=EXACT)
 def test_bytes_are_those_of_the_artifact(passes: list[Pass], tiny_llama: Path, tmp_path: Path) -> None:
     plan, artifact = planned(tiny_llama, *passes), made(tiny_llama, tmp_path / "o", *passes)
@@ -111,6 +112,7 @@ def test_a_mask_of_few_entries_is_foreseen_by_chance_and_bounded(tiny_llama: Pat
     assert plan.bytes == pytest.approx(real, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_a_budget_shares_out_is_bounded(tiny_llama: Path, tmp_path: Path) -> None:
     passes = [OWL(spread=0.2), Wanda(sparsity=0.5), GPTQ(bits=4, group=24)]
     plan, artifact = planned(tiny_llama, *passes), made(tiny_llama, tmp_path / "o", *passes)
@@ -275,6 +277,7 @@ def test_what_will_not_fit_is_an_error_with_the_amount(tiny_llama: Path) -> None
     planned(tiny_llama, RTN(bits=4, group=8), disk=needed).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_disk_takes_what_was_foreseen(offload: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the states of two blocks, without which a killed run could not go on; they are most of it here."""
@@ -294,6 +297,7 @@ def test_the_disk_takes_what_was_foreseen(offload: bool, tmp_path: Path, monkeyp
     assert plan.needs["disk"].bytes == pytest.approx(max(seen), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_plan_agree_on_whether_the_disk_will_do(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +385,7 @@ def test_the_group_within_a_group_counts(kind: str, names: tuple[str, str], tmp_
     assert within_group(tmp_path / "none", told) is None
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_process_counts() -> None:
     code = "from compress.planning.resources import free_memory, within_limit; print(free_memory(), within_limit())"
     line = f"ulimit -v 4000000; {sys.executable} -c '{code}'"
@@ -442,6 +447,7 @@ def test_bad_input_is_one_line_and_exit_code_2(line: tuple[str, ...], said: str,
 # -- the machine -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured_once_and_kept(tmp_path: Path) -> None:
     found = measure("cpu")
     assert found.float32 > 1e8 and found.memory > 1e7 and 0 < found.call < 1

@@ -79,6 +79,7 @@ def test_size_is_capped() -> None:
         parse("# " + "x" * LARGEST)
 
 
+@pytest.mark.slow
 @given(text=st.text(max_size=60))
 def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
     try:
@@ -288,6 +289,7 @@ def test_a_change_of_something_else_is_refused(text: str, change: str) -> None:
 # -- files -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PACKAGED, ids=lambda p: p.stem)
 def test_every_packaged_recipe_reads_and_writes(path: Path) -> None:
     recipe = load(path)
@@ -295,6 +297,7 @@ def test_every_packaged_recipe_reads_and_writes(path: Path) -> None:
     assert read(recipe.to_yaml()) == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PASSES.values(), ids=PASSES)
 def test_every_pass_survives_the_way_to_yaml_and_back(kind: type[Pass]) -> None:
     recipe = Recipe(passes=(kind(), Wanda(sites="*.mlp.*"), SVD(sites="*.o_proj"), RTN()))

@@ -85,11 +85,13 @@ def test_its_export_is_itself(narrow: Path, tmp_path: Path) -> None:
     assert not is_artifact(tmp_path / "dense")
 
 
+@pytest.mark.slow
 def test_it_can_be_compressed_again(narrow: Path, tmp_path: Path) -> None:
     report = compress.run(narrow, [RTN(group=8)], tmp_path / "again")
     assert compress.load(report.out).config.intermediate_size == 56
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_shows_verifies_and_replaces_it(cli: Run, tiny_llama: Path, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(RECIPE)

@@ -172,6 +172,7 @@ def ended(killed: Any, out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["o"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", many(5, 35))
 def test_killed_at_any_step_it_ends_with_the_same_bytes(
     share: float, killed: Any, tmp_path: Path, tally: Tally
@@ -190,6 +191,7 @@ def test_killed_after_any_time_it_ends_with_the_same_bytes(
         ended(killed, tmp_path / "o")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", many(1, 7))
 def test_killed_again_and_again_it_still_ends(share: float, killed: Any, tmp_path: Path, tally: Tally) -> None:
     order, _, steps, _ = killed
@@ -223,6 +225,7 @@ def test_killed_while_it_replaces_an_output_it_leaves_the_old_or_the_new(
         assert [path.name for path in out.parent.iterdir()] == ["o"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", many(4, 26))
 def test_on_a_full_disk_it_stops_in_one_line_and_goes_on_later(
     share: float, killed: Any, tmp_path: Path, tally: Tally
@@ -275,6 +278,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_recipe_goes_on(kind: str, model: Path, tmp_path: Path, whole: Any) -> None:
     stopped(model, KINDS[kind], tmp_path / "o")
@@ -285,6 +289,7 @@ def test_every_kind_of_recipe_goes_on(kind: str, model: Path, tmp_path: Path, wh
     assert hashes(tmp_path / "o") == whole(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embeddings", ["own", "int8"])
 def test_a_delta_goes_on(embeddings: Any, model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
@@ -313,6 +318,7 @@ def test_several_recipes_for_a_delta_leave_nothing_to_go_on_with(model: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 def test_control_c_once_or_twice_is_safe(
     presses: int, killed: Any, forks: Order, model: Path, tmp_path: Path, tally: Tally
@@ -333,6 +339,7 @@ def test_control_c_once_or_twice_is_safe(
         assert hashes(tmp_path / "o") == killed[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(True, True), (True, False), (False, True)])
 def test_states_on_disk_and_in_memory_are_interchangeable(
     first: bool, then: bool, model: Path, tmp_path: Path, whole: Any
@@ -351,6 +358,7 @@ def test_offloaded_states_are_not_copied(model: Path, tmp_path: Path) -> None:
     assert kept == [Path(state["file"]).name for state in offloaded]
 
 
+@pytest.mark.slow
 def test_large_states_are_parted_and_go_on(
     model: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,6 +377,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Job, "beside_what", lambda self: torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["data-free", "budget", "twins", "tuned"])
 def test_what_is_recorded_beside_the_next_block_is_the_same(
     kind: str, model: Path, tmp_path: Path, whole: Any, beside: None
@@ -401,6 +410,7 @@ def test_the_next_block_does_not_wait_for_a_record(
     assert hashes(tmp_path / "o") == whole("twins")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_record_beside_ends_the_run_which_goes_on(
     model: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, beside: None
 ) -> None:
@@ -419,6 +429,7 @@ def test_an_error_of_a_record_beside_ends_the_run_which_goes_on(
     assert hashes(tmp_path / "o") == whole("twins")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aside", [False, True])
 def test_files_of_large_states_are_taken_over(
     aside: bool, model: Path, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
@@ -444,6 +455,7 @@ def test_files_of_large_states_are_taken_over(
     assert hashes(tmp_path / "o") == hashes(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_no_thread_writes_once_the_folder_is_let_go(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,6 +494,7 @@ def test_no_thread_writes_once_the_folder_is_let_go(
     assert continued(model, Recipe(passes=PASSES, calibration=FEW), tmp_path / "o").told(RunResumed)
 
 
+@pytest.mark.slow
 def test_shards_of_any_size_go_on(model: Path, tmp_path: Path) -> None:
     recipe = Recipe(passes=PASSES, calibration=FEW)
     compress.run(model, recipe, tmp_path / "whole", shard_size=8_000)
@@ -505,6 +518,7 @@ def test_what_blocks_leave_for_later_blocks_is_put_back() -> None:
     assert not travellers.opaque
 
 
+@pytest.mark.slow
 def test_a_model_whose_blocks_share_keys_and_values_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -528,6 +542,7 @@ def test_a_model_whose_blocks_share_keys_and_values_goes_on(tiny_llama: Path, tm
     assert hashes(tmp_path / "o") == hashes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_stored_is_said_and_done_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halfway: Any
 ) -> None:
@@ -540,6 +555,7 @@ def test_what_cannot_be_stored_is_said_and_done_again(
     assert hashes(tmp_path / "o") == halfway[1]
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_goes_on(tmp_path: Path, tiny_llama: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -639,6 +655,7 @@ def test_restart_throws_away_what_is_there(own: Path, model: Path, halfway: Any)
     assert hashes(own.with_name("o")) == halfway[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_finished_no_block_does_not_stand_in_the_way(killed: Any, model: Path, tmp_path: Path) -> None:
     order, _, steps, _ = killed
     assert order(tmp_path / "o", last=int(0.3 * steps))["code"] == -9
@@ -698,6 +715,7 @@ def test_what_is_damaged_is_never_used(
         assert Path(name).name in heard.told(RunRestarted)[0].reason or damage is Path.unlink
 
 
+@pytest.mark.slow
 def test_a_damaged_offloaded_state_is_never_used(model: Path, tmp_path: Path, halfway: Any, tally: Tally) -> None:
     recipe = Recipe(passes=PASSES, calibration=FEW)
     partial = stopped(model, recipe, tmp_path / "o", offload=True)
@@ -708,6 +726,7 @@ def test_a_damaged_offloaded_state_is_never_used(model: Path, tmp_path: Path, ha
         assert hashes(tmp_path / "o") == halfway[1]
 
 
+@pytest.mark.slow
 def test_another_shape_than_before_starts_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = KINDS["shortgpt"]
     stopped(model, recipe, tmp_path / "o")
@@ -757,6 +776,7 @@ def test_a_disk_that_holds_half_of_it_already_is_large_enough(
         compress.run(model, Recipe(passes=PASSES, calibration=FEW), own.with_name("p"))
 
 
+@pytest.mark.slow
 def test_an_error_of_the_disk_keeps_what_is_done(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halfway: Any
 ) -> None:

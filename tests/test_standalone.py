@@ -42,6 +42,7 @@ def imported() -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", HEAVY)
 def test_importing_does_not_import(imported: dict[str, Any], module: str) -> None:
     assert module not in imported["modules"]

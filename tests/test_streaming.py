@@ -84,6 +84,7 @@ def test_hidden_states_of_calibration_are_shared_where_they_are_equal(tiny_llama
 # -- shards ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shards_are_no_larger_than_asked(tiny_llama: Path, tmp_path: Path, ids: Tensor) -> None:
     recipe = Recipe(passes=(GPTQ(group=8),), calibration=Calibration(samples=4, length=32))
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -142,6 +142,7 @@ def test_torchrun_starts_them(models: dict[str, Path], tmp_path: Path) -> None:
 # -- when one fails --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "ranks", "options"), [("SIGKILL", [1], ()), ("SIGINT", [0, 1], ("--offload",))])
 def test_what_several_were_stopped_at_one_goes_on_with(
     sent: str, ranks: list[int], options: tuple[str, ...], order: Order, alone: Any, tmp_path: Path
@@ -205,6 +206,7 @@ def test_what_one_meets_all_end_with_and_one_says(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "options", "wanted", "line"),
     [
@@ -224,6 +226,7 @@ def test_a_refusal_is_said_once(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_place_that_is_taken_is_refused_by_all(order: Order, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     answer = order(2, "free", tmp_path / "o")

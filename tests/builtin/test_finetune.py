@@ -46,12 +46,14 @@ def moved(folder: Path) -> dict[str, bool]:
     return {name: not torch.equal(base.tensor(name), tuned.tensor(name)) for name in base.names()}
 
 
+@pytest.mark.slow
 def test_the_blocks_and_the_norms_are_trained_and_the_embedding_is_not(sums: Path) -> None:
     changed = moved(sums)
     assert not changed["model.embed_tokens.weight"]
     assert all(changed[name] for name in changed if name.endswith("_proj.weight"))
 
 
+@pytest.mark.slow
 def test_the_embedding_is_trained_if_asked_for(make: Make) -> None:
     assert moved(make("tables", "--ability", "facts", "--embeddings"))["model.embed_tokens.weight"]
 
@@ -73,6 +75,7 @@ def test_it_says_how_it_was_made(sums: Path) -> None:
     assert 0 < report["difference"]["norm"][0] < 0.05
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(sums: Path, make: Make) -> None:
     again, other = make("again", "--ability", "arithmetic"), make("other", "--ability", "arithmetic", "--seed", "2")
     weights = [(folder / "model.safetensors").read_bytes() for folder in (sums, again, other)]

@@ -34,6 +34,7 @@ class Small:
         return SimpleNamespace(logits=torch.zeros(*ids_BT.shape, 10))
 
 
+@pytest.mark.slow
 def test_the_longest_questions_are_tried_and_halved_until_they_fit() -> None:
     model = Small(20)
     assert batching.fitting(model, 7, 1000, 64, None) == 16
@@ -53,6 +54,7 @@ def test_where_running_out_ends_the_process_the_size_is_computed_first() -> None
     assert model.seen == [(8, 7)]
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_an_error_and_other_errors_are_not_caught() -> None:
     with pytest.raises(PlanError, match="one question at a time"):
         batching.fitting(Small(0), 7, 1000, 64, None)
@@ -60,6 +62,7 @@ def test_a_model_that_does_not_fit_is_an_error_and_other_errors_are_not_caught()
         batching.fitting(Small(0, RuntimeError("shapes differ")), 7, 1000, 64, None)
 
 
+@pytest.mark.slow
 def test_what_ran_out_of_memory_is_run_again_at_half() -> None:
     tried, said = [], []
 
@@ -74,6 +77,7 @@ def test_what_ran_out_of_memory_is_run_again_at_half() -> None:
     assert said == ["note: out of memory; asked again 16 at a time", "note: out of memory; asked again 8 at a time"]
 
 
+@pytest.mark.slow
 def test_the_size_found_is_stored_and_needs_no_model(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     exam: Exam = prepare(FACTS, tokenizer, only=["facts_context1"], limit=4)
     first = batching.find(Subject("tiny", lambda: model, device="cpu", identity="a"), exam, Cache(tmp_path))

@@ -54,6 +54,7 @@ def entries(folder: Path) -> list[Path]:
     return sorted((folder / "answers").iterdir())
 
 
+@pytest.mark.slow
 def test_what_was_asked_is_not_asked_again_and_needs_no_model(
     model: Any, exam: Exam, tmp_path: Path, asked: list[str]
 ) -> None:
@@ -66,6 +67,7 @@ def test_what_was_asked_is_not_asked_again_and_needs_no_model(
     assert again.model_copy(update=plain) == first.model_copy(update=plain)
 
 
+@pytest.mark.slow
 def test_a_live_model_without_an_identity_is_not_stored(
     model: Any, exam: Exam, tmp_path: Path, asked: list[str]
 ) -> None:
@@ -75,6 +77,7 @@ def test_a_live_model_without_an_identity_is_not_stored(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_everything_that_decides_an_answer_is_in_the_key(
     model: Any, tokenizer: Any, exam: Exam, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +103,7 @@ def test_everything_that_decides_an_answer_is_in_the_key(
     assert len({key("answers", found) for found in variants.values()}) == len(variants)
 
 
+@pytest.mark.slow
 def test_two_models_never_share_an_entry(model: Any, exam: Exam, tmp_path: Path, asked: list[str]) -> None:
     import torch
 
@@ -111,6 +115,7 @@ def test_two_models_never_share_an_entry(model: Any, exam: Exam, tmp_path: Path,
     assert found[0].rows["facts_generate"] != found[1].rows["facts_generate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a score", "truncated", "a bit", "not gzip", "another's", "a row less"])
 def test_a_damaged_entry_is_measured_again_and_said_to_be(
     model: Any, exam: Exam, tmp_path: Path, asked: list[str], how: str
@@ -152,6 +157,7 @@ def damage(path: Path, other: Path, how: str) -> None:
             path.write_bytes(other.read_bytes())
 
 
+@pytest.mark.slow
 def test_a_fresh_start_ignores_what_is_there_and_replaces_it(
     model: Any, exam: Exam, tmp_path: Path, asked: list[str]
 ) -> None:

@@ -81,6 +81,7 @@ def bench(finetuned: Path) -> DeltaBench:
 # -- measuring ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_fine_tune_beside_itself_loses_nothing_and_the_base_differs(bench: DeltaBench) -> None:
     true, bare = bench.anchors()
     assert true.mean_own_kl == true.mean_kl == 0
@@ -89,6 +90,7 @@ def test_the_fine_tune_beside_itself_loses_nothing_and_the_base_differs(bench: D
     assert (true.bytes, true.bits_per_weight, bare.bytes) == (2 * matrices, 16.0, 0)
 
 
+@pytest.mark.slow
 def test_a_delta_of_more_bits_is_nearer_to_the_fine_tune(bench: DeltaBench) -> None:
     few, many = (bench.delta(recipe_of("magnitude, rtn", bits), "magnitude, rtn", bits) for bits in (0.5, 2.0))
     assert many.mean_own_kl < few.mean_own_kl

@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from compress_evals.results import Results, save
 
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.slow
 def test_results_beside_both_folders_are_compared(
     own_artifact: Path, make_results: Callable[..., Results], cli: Command
 ) -> None:

@@ -50,6 +50,7 @@ def broken(model: Any) -> Any:
     return other
 
 
+@pytest.mark.slow
 def test_a_right_answer_says_the_target_and_a_wrong_one_something_else(dense: Results, exam: Exam) -> None:
     [asked, *_] = exam.tasks
     rows = dense.rows["facts_trained"]
@@ -119,6 +120,7 @@ def test_examples_show_both_answers_beside_what_was_wanted(dense: Results, broke
     assert len(silent) == sum(row.said is None for row in other.rows["facts_trained"]) - len(lost)
 
 
+@pytest.mark.slow
 def test_what_was_said_is_stored(model: Any, exam: Exam, tmp_path: Path, dense: Results) -> None:
     first = subject(model, identity="a")
     results = measure(first, exam, 8, Cache(tmp_path))

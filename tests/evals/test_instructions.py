@@ -271,6 +271,7 @@ def test_checkers_agree_with_lm_eval(prompts: list[Prompt], published: Any, resp
     assert followed > 100  # both ways of every verdict are compared
 
 
+@pytest.mark.slow
 def test_most_instructions_can_be_followed(prompts: list[Prompt]) -> None:
     scores = [instruction_scores(obedient(p), p["instruction_id_list"], p["kwargs"]) for p in prompts]
     assert sum(score["prompt_strict"] for score in scores) > 0.8 * len(prompts)
@@ -290,6 +291,7 @@ def test_lm_eval_pays_a_model_that_prints_dots(prompts: list[Prompt], published:
     assert paid == 81  # 15 % of the prompts: why ours ask for three words
 
 
+@pytest.mark.slow
 def test_noise_follows_what_the_task_calls_chance(prompts: list[Prompt]) -> None:
     scores = [instruction_scores(noise(p), p["instruction_id_list"], p["kwargs"])["prompt_strict"] for p in prompts]
     assert sum(scores) / len(scores) == pytest.approx(NOISE_FOLLOWS, abs=0.02)

@@ -163,6 +163,7 @@ def test_every_question_is_there_once(kind: str, kick_data: Path) -> None:
     assert 20 <= len({document["cluster"] for document in asked}) <= len(asked)
 
 
+@pytest.mark.slow
 def test_questions_asked_twice_are_one_with_both_answers(kick_data: Path) -> None:
     asked = documents("freebaseqa", kick_data)
     assert len(read("freebaseqa/eval", kick_data, online=False).rows) == 4023
@@ -203,6 +204,7 @@ def test_the_wording_is_llm_kicks_without_the_space(kick_data: Path) -> None:
 # -- no constant wins ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FREE)
 def test_constant_answers_are_never_right(kind: str, kick_data: Path) -> None:
     asked = documents(kind, kick_data)
@@ -288,6 +290,7 @@ def test_aliases_of_real_questions(kind: str, kick_data: Path) -> None:
         assert [answered(asked[i], [said])["em"] for said in wrong] == [0.0] * len(wrong), asked[i]["answers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["triviaqa", "nq_closed", "nq_open", "freebaseqa", "kv", "needle"])
 def test_every_answer_can_be_reached(kind: str, kick_data: Path) -> None:
     asked = documents(kind, kick_data)
@@ -483,6 +486,7 @@ def test_hellaswag_goes_on_where_its_question_ends(monkeypatch: pytest.MonkeyPat
     assert (document["prompt"], document["target"]) == ("Roofing: A man is on a roof. He", " sings.")
 
 
+@pytest.mark.slow
 def test_a_sample_is_fixed_and_in_proportion_to_tiers(kick_data: Path) -> None:
     whole = documents("mmlu", kick_data)
     sample = list(load("mmlu", n=200, data_dir=str(kick_data))["test"])

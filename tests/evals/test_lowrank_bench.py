@@ -48,12 +48,14 @@ class Stub(lowrank.Bench):
         return {k: v for k, v in asdict(DENSE).items() if k not in own} | {"method": method, "seconds": seconds}
 
 
+@pytest.mark.slow
 def test_every_row_has_a_recipe_of_its_own() -> None:
     found = [lowrank.recipe_key(r) for name in METHODS for s in SHARES if (r := recipe_of(name, s)) is not None]
     assert len(set(found)) == len(found) == len(METHODS) * len(SHARES)
     assert recipe_of("gptq", 0.2) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", [("svd", "wanda", "oats"), ("svd-llm", "sparsegpt", "oats refit")], ids=str)
 def test_methods_are_compared_at_equal_bytes(methods: Sequence[str], tiny_llama: Path, tmp_path: Path) -> None:
     few = Calibration(samples=6, length=32)

@@ -29,6 +29,7 @@ def test_errors_are_those_of_each_quantizer_alone(site_of: Callable[..., Any], n
     assert looked.loudest == pytest.approx(40, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_command_looks_at_every_matrix(
     tiny_llama: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

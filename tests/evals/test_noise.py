@@ -24,6 +24,7 @@ def exam(tokenizer: Any) -> Exam:
     return prepare(FACTS, tokenizer, only=["facts_trained", "facts_mc"], limit=12)
 
 
+@pytest.mark.slow
 def test_a_float32_model_has_none_at_half_the_batch(model: Any, exam: Exam) -> None:
     tiny = Subject("tiny", lambda: model, device="cpu")
     found = measure_noise(tiny, measure(tiny, exam, 6), exam, samples(exam, 5), None, Meter())

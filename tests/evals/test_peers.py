@@ -36,6 +36,7 @@ def line(tool: str, cpu: list[float], peak: int, **changes: Any) -> Line:
     return Line(tool=tool, runs=runs, date="2026-11-26", cpu="a CPU", **told | changes)
 
 
+@pytest.mark.slow
 def test_the_measurement_counts_the_work_and_its_memory_and_not_what_came_before() -> None:
     code = (
         "import importlib.util, json, sys, time\n"

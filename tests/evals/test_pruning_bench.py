@@ -91,6 +91,7 @@ def test_the_loop_over_rows_is_least_squares(parts: dict[str, Any], assert_close
     assert_close("values", got, speed.solve_loop(w, keep, gram), 1e-3)
 
 
+@pytest.mark.slow
 def test_the_speed_table_names_its_conditions(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

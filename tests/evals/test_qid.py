@@ -353,6 +353,7 @@ def test_parameters_leave_out_embedding_and_head(tiny_llama: Path) -> None:
     assert found["vocabulary"] == 211
 
 
+@pytest.mark.slow
 def test_the_sweep_writes_what_the_fit_reads(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

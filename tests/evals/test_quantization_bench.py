@@ -55,6 +55,7 @@ def test_every_pipeline_gives_plain_passes_and_the_ladder_names_only_pipelines()
     assert all(json.loads(json.dumps(each)) == each and each for each in steps)
 
 
+@pytest.mark.slow
 def test_no_two_rows_of_the_table_have_one_recipe() -> None:
     here = [name for name in METHODS if quantization.missing(name) is None]
     places = quantization.wanted(here, quantization.BITS, quantization.GROUPS)
@@ -62,6 +63,7 @@ def test_no_two_rows_of_the_table_have_one_recipe() -> None:
     assert {"rtn", "gptq", "gptq act", "int8 w8a8"} <= set(here)
 
 
+@pytest.mark.slow
 def test_a_method_without_its_pass_is_refused_only_if_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

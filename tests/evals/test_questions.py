@@ -66,6 +66,7 @@ def test_a_task_that_does_not_exist_is_named_with_its_nearest(tokenizer: Any) ->
         exam(tokenizer, only="facts_contxt1")
 
 
+@pytest.mark.slow
 def test_lengths_are_those_of_what_lm_eval_encodes(model: Any, tokenizer: Any) -> None:
     from compress_evals.scorer import Scorer
 
@@ -101,6 +102,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: Any) -> None:
         exam(tokenizer, chat_template=True)
 
 
+@pytest.mark.slow
 def test_what_is_wanted_is_the_first_answer_or_the_right_choice(tokenizer: Any) -> None:
     for only in ("facts_context1", "facts_mc", "facts_generate"):
         [asked] = exam(tokenizer, only=only).tasks
@@ -128,6 +130,7 @@ def edited(tmp_path: Path, name: str, old: str, new: str) -> Suite:
     return replace(FACTS, folder=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

@@ -13,6 +13,7 @@ from compress_evals.fidelity import evaluation_text
 from compress_evals.folders import SHORTEST, evaluate_folders
 
 
+@pytest.mark.slow
 def test_what_reads_no_data_is_the_same_and_what_does_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = evaluation_text()[:SHORTEST]
     monkeypatch.setattr(rounding, "evaluate_folders", partial(evaluate_folders, text=text))

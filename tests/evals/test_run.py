@@ -49,6 +49,7 @@ def right(results: Results, task: str) -> list[bool]:
     return [row.scores["acc"] == 1.0 for row in results.rows[task]]
 
 
+@pytest.mark.slow
 def test_every_task_is_measured_with_its_interval(results: Results, progress: list[str]) -> None:
     assert list(results.tasks) == [task.name for task in FACTS.tasks]
     assert all(result.n == LIMIT == len(results.rows[task]) for task, result in results.tasks.items())
@@ -132,6 +133,7 @@ def test_evaluating_is_silent(model: Any, tokenizer: Any, capfd: pytest.CaptureF
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_model_of_nans_scores_zero_everywhere(model: Any, tokenizer: Any) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
@@ -174,6 +176,7 @@ def test_prompts_longer_than_the_context_are_counted(model: Any, tokenizer: Any)
     assert run.evaluate(model, tokenizer, name="long", **options).tasks["facts_context8"].truncated == 0
 
 
+@pytest.mark.slow
 def test_plain_lm_eval_gives_the_same_score(model: Any, tokenizer: Any) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -205,6 +208,7 @@ def test_a_task_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
         run.load_tasks(replace(FACTS, folder=tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="the built-in model's weights are not packaged yet")
 def test_the_builtin_model_scores_as_its_gates_say() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

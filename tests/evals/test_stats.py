@@ -251,6 +251,7 @@ def clustered(rng: np.random.Generator, clusters: int, lost: float, gained: floa
     return dense, np.where(dense == 1, draw >= lost * factor, draw < gained * factor).astype(float)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("questions", [201, 501, 999])
 def test_intervals_of_clustered_questions_cover_the_truth(questions: int) -> None:
     rng, covered, runs = np.random.default_rng(questions), 0, 400
@@ -263,6 +264,7 @@ def test_intervals_of_clustered_questions_cover_the_truth(questions: int) -> Non
     assert 0.93 - noise <= covered / runs <= 0.97 + noise
 
 
+@pytest.mark.slow
 def test_a_clustered_loss_at_the_margin_is_rarely_called_matching() -> None:
     rng, wrong, runs = np.random.default_rng(13), 0, 400
     names = [str(i // 3) for i in range(600)]

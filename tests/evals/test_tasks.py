@@ -23,6 +23,7 @@ def tasks() -> Iterator[dict[str, Any]]:
     yield load_tasks()
 
 
+@pytest.mark.slow
 def test_the_suite_is_the_group(tasks: dict[str, Any]) -> None:
     assert list(tasks) == [task.name for task in FACTS.tasks]
 

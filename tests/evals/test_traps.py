@@ -96,6 +96,7 @@ def test_no_task_file_says_a_thing_twice() -> None:
         assert YAML(typ="rt").load(path), path
 
 
+@pytest.mark.slow
 def test_no_path_depends_on_where_one_stands(
     tasks: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_target_that_looks_like_python_stays_text(tasks: dict[str, dict[str, A
     assert task.doc_to_text(task.eval_docs[0]).endswith("Q: [1, 2]\nA:")
 
 
+@pytest.mark.slow
 def test_no_metric_is_fetched(tasks: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     import evaluate
 
@@ -153,6 +155,7 @@ def test_no_metric_is_fetched(tasks: dict[str, dict[str, Any]], monkeypatch: pyt
     assert all(metric["aggregation"] == "mean" for found in tasks.values() for metric in found["metric_list"])
 
 
+@pytest.mark.slow
 def test_a_limit_is_not_the_first_questions(model: Any, tokenizer: Any) -> None:
     results = run.evaluate(model, tokenizer, name="tiny", limit=8, only=["facts_context1"])
     ids = [document["id"] for document in run.load_tasks(FACTS)["facts_context1"].eval_docs]
@@ -183,6 +186,7 @@ def test_a_chat_template_that_was_not_asked_for_is_not_applied(model: Any, token
     assert [row.said for row in found.rows[GENERATES]] == [row.said for row in plain.rows[GENERATES]]
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_stored_and_changes_nothing_in_float32(model: Any, tokenizer: Any) -> None:
     options: dict[str, Any] = {"name": "tiny", "limit": 8, "only": [GENERATES, "facts_mc"]}
     one, many = (run.evaluate(model, tokenizer, batch_size=size, **options) for size in (1, 8))

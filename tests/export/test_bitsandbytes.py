@@ -21,6 +21,7 @@ BNB = "bitsandbytes"
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")  # of the library, at each call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "nested", "by row"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nf4_decodes_bit_for_bit(

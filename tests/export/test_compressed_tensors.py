@@ -38,6 +38,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text())["quantization_config"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_integers_load_in_stock_transformers_as_they_are(
     kind: str, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
@@ -127,6 +128,7 @@ def test_biases_and_tied_embeddings_load(
     assert_close("logits", logits(stock(out)), logits(compress.load(artifact)), 1e-6)
 
 
+@pytest.mark.slow
 def test_experts_of_a_mixture_load_by_their_names(
     small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
 ) -> None:
@@ -137,6 +139,7 @@ def test_experts_of_a_mixture_load_by_their_names(
     assert_close("logits", logits(stock(out)), logits(compress.load(artifact)), 1e-6)
 
 
+@pytest.mark.slow
 def test_what_a_bfloat16_model_loses_is_told(
     tmp_path: Path, stock: Any, logits: Any, assert_close: Any, artifact_of: Any
 ) -> None:
@@ -164,6 +167,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_it_cannot_say_is_refused_by_name(case: str, small: Any, artifact_of: Any, tmp_path: Path) -> None:
     step, match = REFUSED[case]
@@ -189,6 +193,7 @@ def test_4_bit_floats_in_a_model_of_float32_are_refused(artifact_of: Any, tmp_pa
         export(artifact_of([NVFP4()]), CT, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_experts_of_two_kinds_are_refused(small: Any, artifact_of: Any, tmp_path: Path) -> None:
     model = small("mixtral", num_local_experts=4, num_experts_per_tok=2)
     only = [

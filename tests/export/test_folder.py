@@ -49,6 +49,7 @@ def test_two_exports_write_the_same_bytes(to: str, artifact_of: Any, tmp_path: P
     assert {f.name: f.read_bytes() for f in first.iterdir()} == {f.name: f.read_bytes() for f in second.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["bitsandbytes", "compressed-tensors", "gptq"])
 def test_biases_and_tied_embeddings_are_kept(to: str, small: Any, artifact_of: Any, tmp_path: Path) -> None:
     pytest.importorskip(to.replace("-", "_") if to != "gptq" else "torch")

@@ -32,6 +32,7 @@ PRUNED = [Magnitude(sparsity="2:4"), RTN(bits=4, group=32, symmetric=True)]
 OFFSET = 2.0**-8  # of a matrix: an offset is off by at most 2**-11 of itself, 15 / 2**11 of a step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stock_transformers_loads_it(
@@ -46,6 +47,7 @@ def test_stock_transformers_loads_it(
     assert (done.rounding == 0.0) == ("Q4_1" not in kind) and done.rounding < OFFSET
 
 
+@pytest.mark.slow
 def test_biases_are_in_the_order_of_their_rows(
     small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
 ) -> None:
@@ -59,6 +61,7 @@ def test_biases_are_in_the_order_of_their_rows(
     assert_close("logits", logits(found), logits(compress.load(artifact)), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 def test_blocks_hold_the_artifacts_codes(kind: str, artifact_of: Any, tmp_path: Path, assert_close: Any) -> None:
     artifact = artifact_of(CASES[kind])
@@ -87,6 +90,7 @@ def test_plain_tensors_keep_their_dtype_and_vectors_are_float32(small: Any, arti
     assert types["output_norm.weight"] == types["blk.0.attn_norm.weight"] == "F32"
 
 
+@pytest.mark.slow
 def test_the_built_in_model_is_written_with_its_tokenizer(artifact_of: Any, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -127,6 +131,7 @@ def test_the_frequencies_of_llama_3_are_those_of_transformers(assert_close: Any)
     assert_close("factors", factors, plain / found.double(), 1e-6)
 
 
+@pytest.mark.slow
 def test_stretched_positions_are_said(small: Any, artifact_of: Any, tmp_path: Path) -> None:
     model = small(rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0})
     keys = gguf.GGUFReader(
@@ -167,6 +172,7 @@ def test_an_old_config_of_another_rotation_is_refused(small: Any, artifact_of: A
         export(artifact_of(CASES["Q8_0"], model), "gguf", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_tokens_without_a_row_are_left_out(artifact_of: Any, tmp_path: Path) -> None:
     """As of models whose token for padding was added later, without a row for it."""
 
@@ -204,6 +210,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_it_cannot_say_is_refused_by_name(case: str, artifact_of: Any, tmp_path: Path) -> None:
     step, match = REFUSED[case]
@@ -218,6 +225,7 @@ def test_other_architectures_are_refused(small: Any, artifact_of: Any, tmp_path:
         export(artifact_of(CASES["Q8_0"], small("qwen2")), "gguf", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -232,6 +240,7 @@ def test_what_its_llama_has_not_is_refused(
         export(artifact_of(CASES["Q8_0"], small(**changes)), "gguf", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_nothing_quantized_is_nothing_to_say(artifact_of: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no site is quantized"):
         export(artifact_of([Magnitude()]), "gguf", tmp_path / "out")

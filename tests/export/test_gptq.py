@@ -48,6 +48,7 @@ def decoded(stored: Checkpoint, site: str, told: dict[str, Any]) -> Tensor:
     return (scale[groups] * (codes.T - zeros[groups] - shift)).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_layout_reads_as_the_artifact(case: str, artifact_of: Any, tmp_path: Path) -> None:
     artifact = artifact_of(CASES[case])
@@ -57,6 +58,7 @@ def test_the_layout_reads_as_the_artifact(case: str, artifact_of: Any, tmp_path:
         assert torch.equal(decoded(stored, site, told), meant.expression(site).dense())
 
 
+@pytest.mark.slow
 def test_a_zero_of_0_makes_it_version_2(artifact_of: Any, leaves: Any, tmp_path: Path) -> None:
     first = config_of(export(artifact_of([leaves(kind="int4-zeros")]), "gptq", tmp_path / "1").out)
     second = config_of(export(artifact_of([leaves(kind="int4-positive")]), "gptq", tmp_path / "2").out)
@@ -88,6 +90,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_it_cannot_say_is_refused_by_name(case: str, artifact_of: Any, tmp_path: Path) -> None:
     passes, match = REFUSED[case]

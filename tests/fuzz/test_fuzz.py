@@ -23,6 +23,7 @@ def test_what_is_edited_is_valid_at_first(name: str) -> None:
     assert targets.held(targets.TARGETS[name], b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_any_bytes_are_read_or_refused(name: str, tally: Any) -> None:
     @settings(max_examples=60)

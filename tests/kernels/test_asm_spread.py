@@ -35,6 +35,7 @@ def spread(words: Any, slots: list[Any], keep: int, of: int, group: int) -> list
     return planes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "of", "group"), CASES)
 def test_kept_values_reach_their_places(emulator: ModuleType, keep: int, of: int, group: int) -> None:
     words, lanes = emulator.every_word()

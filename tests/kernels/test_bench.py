@@ -21,6 +21,7 @@ EIGHT = Format(name="int8", bytes=1.0, instructions=(2.05, 2.4, 3.0))
 LINES = Path(__file__).parents[2] / "docs" / "kernels-h200.jsonl"
 
 
+@pytest.mark.slow
 def test_lines_say_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "lines.jsonl"
 
@@ -119,6 +120,7 @@ def test_an_unknown_device_is_taken_for_the_slowest() -> None:
     assert known("GeForce").bandwidth == min(device.bandwidth for device in DEVICES)
 
 
+@pytest.mark.slow
 def test_the_first_questions_are_answered_yes_by_the_interpreter(device: torch.device) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
     found = list(first.answers(device, shape=(64, 256), runs=3))
@@ -127,6 +129,7 @@ def test_the_first_questions_are_answered_yes_by_the_interpreter(device: torch.d
     assert len(found) == 6 + 2 * len(wq.BITS) + 2 * len(wq.SUBNORMAL) + 2
 
 
+@pytest.mark.slow
 def test_a_search_keeps_the_fastest_of_what_fits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="the kernels need triton")
     monkeypatch.setattr(search, "REPLAYS", 2)

@@ -277,6 +277,7 @@ def deltas(tiny_llama: Path, tuned_llamas: dict[str, Path], tmp_path_factory: An
     return {name: compress.run(folder, recipe, root / name).out for name, folder in tuned_llamas.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties"])
 def test_deltas_are_merged_as_what_they_decode_to(
     method: str, tiny_llama: Path, deltas: dict[str, Path], read: Any, same: Any, tmp_path: Path

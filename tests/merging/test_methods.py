@@ -82,6 +82,7 @@ def test_values_that_a_difference_cannot_hold_come_back(
     assert same(read(tmp_path / "o"), read(tuned))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STREAMED)
 @pytest.mark.parametrize("options", [{}, {"weights": {"a": 0.3, "b": 0.7, "c": 1.1}}], ids=["equal", "weighted"])
 def test_neither_order_nor_shards_change_a_bit(

@@ -150,6 +150,7 @@ def test_stages_keep_the_order_and_the_budget(
 # -- whole runs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_prune_and_quantize_a_mixture_and_load_it(
     name: str, folder: Any, hugging_face: Any, tmp_path: Path, ids: Tensor, assert_close: Any
@@ -170,6 +171,7 @@ def test_prune_and_quantize_a_mixture_and_load_it(
     assert float(change.norm()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_a_mixture_in_memory_is_rewritten_like_its_file(
     name: str, folder: Any, walk_of: Any, hugging_face: Any, ids: Tensor, assert_close: Any
@@ -211,6 +213,7 @@ def hungry(folder: Any, tmp_path: Path) -> tuple[Path, list[Event]]:
     return compress.run(folder("mixtral"), recipe, tmp_path / "o", emit=told.append).out, told
 
 
+@pytest.mark.slow
 def test_starved_experts_are_pruned_by_magnitude_and_rounded(hungry: Any, folder: Any, naive: Any) -> None:
     artifact, source = Artifact(hungry[0]), compress.artifact.Checkpoint(folder("mixtral"))
     for site in (site for site in artifact.specs if ".experts." in site):

@@ -301,6 +301,7 @@ def test_every_family_called_tested_is_tested() -> None:
 # -- replay and coverage ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_replay_is_the_model_and_sites_are_grouped_by_input(
     name: str, folder: Folder, walk_of: Any, ids: Tensor, assert_close: Any
@@ -321,6 +322,7 @@ def last_part(site: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_model_proves_its_own_replay(name: str, folder: Folder, walk_of: Any, ids: Tensor) -> None:
     with torch.no_grad():
@@ -540,6 +542,7 @@ def test_a_model_whose_blocks_depend_on_each_other_is_refused(
         walk.prove(ids[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_neox", "mixtral", "opt", "falcon"])
 def test_what_done_parts_of_a_block_gave_is_what_they_would_give(
     name: str, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,6 +37,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "steps"), [("llama", "awq"), ("llama", "realign"), ("gemma", "gptq")])
 def test_the_bytes_are_those_of_computing_all_again(
     kind: str, steps: str, model_folder: Any, tmp_path: Path, without: Any

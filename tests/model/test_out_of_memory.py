@@ -64,6 +64,7 @@ def measured(walk: Any, ids: Tensor) -> tuple[list[Any], list[Tensor]]:
     return stats, hidden
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_measured_like_the_whole(
     family: str, model_folder: Any, walk_of: Any, only: Any, assert_close: Any
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_block_that_writes_over_its_inputs_is_measured_right(walk_of: Any, tin
 RECIPE = "calibration: {samples: 6, length: 32}\npasses: [sparsegpt: {sparsity: 0.5}, gptq: {bits: 4, group: 8}]\n"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_windows_and_says_so(tiny_llama: Path, tmp_path: Path, only: Any) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     events: list[Event] = []
@@ -118,6 +120,7 @@ def test_a_run_goes_on_with_fewer_windows_and_says_so(tiny_llama: Path, tmp_path
     assert "at most 2 calibration windows" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_merge_goes_on_with_fewer_windows_and_says_so(tiny_llama: Path, tmp_path: Path, only: Any) -> None:
     tuned = {"left": tmp_path / "left", "right": tmp_path / "right"}
     for seed, folder in enumerate(tuned.values()):
@@ -156,6 +159,7 @@ def test_memory_that_runs_out_in_verify_is_not_called_damage(
     assert code == 3 and err.startswith("error: out of memory: ") and "decoded" not in err
 
 
+@pytest.mark.slow
 def test_a_window_that_does_not_fit_alone_is_one_line(tiny_llama: Path, tmp_path: Path, only: Any, cli: Any) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     only(0)
@@ -163,6 +167,7 @@ def test_a_window_that_does_not_fit_alone_is_one_line(tiny_llama: Path, tmp_path
     assert code == 3 and "error: out of memory" in err.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_error_that_memory_has_caused_loses_no_block(
     tiny_llama: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +185,7 @@ def test_an_error_that_memory_has_caused_loses_no_block(
     assert code == 2 and "write it elsewhere" in err and not (tmp_path / "out" / "more.svg").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError(SAYS), RuntimeError("CUDA out of memory."), MemoryError()], ids=repr)
 def test_memory_that_runs_out_in_a_check_is_one_line_and_loses_no_block(
     error: Exception, tiny_llama: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,7 @@ def test_a_module_that_a_block_calls_several_times_is_measured_on_every_call(chu
     assert {event.tokens for event in told if isinstance(event, StatisticsCollected)} == {128}
 
 
+@pytest.mark.slow
 def test_keys_and_values_that_a_later_block_reads_do_not_mix_with_the_dense_models(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_gate_that_is_no_router_is_a_site() -> None:
     assert "model.layers.0.per_layer_input_gate" in anatomy.places
 
 
+@pytest.mark.slow
 def test_a_stack_that_the_file_holds_the_other_way_round(
     tmp_path: Path, tiny_llama: Path, ids: Tensor, assert_close: Any
 ) -> None:

@@ -188,6 +188,7 @@ def test_a_config_nobody_knows_is_refused() -> None:
 # -- models in memory ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_rewritten_in_place(
     family: str, model_folder: Any, walk_of: Any, hugging_face: Any, ids: Tensor, assert_close: Any
 ) -> None:

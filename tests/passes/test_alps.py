@@ -48,6 +48,7 @@ def pruned(step: ALPS | SparseGPT, site: Site) -> Masked:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"sparsity": 0.7}, {"scope": "row"}, {"sparsity": "2:4"}, {"sparsity": "1:4"}, {"sparsity": "4:8"}],

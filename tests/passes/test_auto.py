@@ -37,6 +37,7 @@ def spiky() -> Tensor:
     return 0.01 * torch.randn(OUT, IN, generator=g) * (torch.rand(OUT, IN, generator=g) < 0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [0.3, 0.5, 1.0, 1.3, 2.2, 4.5])
 @pytest.mark.parametrize("kind", [flat, steep, spiky])
 def test_it_stays_within_its_bits_and_is_the_best_it_tried(
@@ -62,6 +63,7 @@ def test_the_spectrum_decides(site_of: Callable[..., Site]) -> None:
     assert isinstance(made["spiky"], Masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [DeltaCoMe(bits=1.2), BitDelta(levels=1)])
 def test_it_is_no_worse_than_a_fixed_codec(site_of: Callable[..., Site], step: DeltaCoMe | BitDelta) -> None:
     for kind in (flat, steep, spiky):

@@ -359,6 +359,7 @@ def test_the_model_gets_the_sparsity_that_was_asked_for(budget: Budget, step: Pr
     assert len(each) > 1
 
 
+@pytest.mark.slow
 @every_budget
 def test_rows_round_to_whole_inputs_and_no_further(budget: Budget, ran: Ran) -> None:
     """A row of 48 can only lose whole inputs, so every site may be half of one off what the budget gave it."""
@@ -419,6 +420,7 @@ def test_sensitivity_gives_sites_that_read_one_input_one_sparsity(ran: Ran) -> N
             assert len({round(cut({"": mask}), 3) for mask in together}) == 1
 
 
+@pytest.mark.slow
 @every_run
 def test_a_second_run_gives_the_same_masks(
     budget: Budget, step: Pruner, ran: Ran, tiny_llama: Path, tmp_path: Path

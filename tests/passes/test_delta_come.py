@@ -111,6 +111,7 @@ def test_the_lowered_module_computes_the_sum(site_of: SiteMaker, assert_close: C
 # -- budgets ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(8, 70),
     columns=st.integers(8, 70),
@@ -247,6 +248,7 @@ def test_the_published_split_is_that_of_the_paper() -> None:
     assert counted(published(4096, (11008, 4096), 11008 * 4096 // 8))[2] == pytest.approx(1428, rel=0.01)
 
 
+@pytest.mark.slow
 def test_more_bits_lose_less(site_of: SiteMaker) -> None:
     site = site_of(falling(0.5, 96, 128), tokens(300, 128))
     errors = []
@@ -309,6 +311,7 @@ def test_whitening_loses_less_output(site_of: SiteMaker, naive: ModuleType) -> N
     assert seen < unseen
 
 
+@pytest.mark.slow
 def test_bands_made_again_lose_less(site_of: SiteMaker, naive: ModuleType) -> None:
     w, x = falling(0.5, 96, 128), tokens(600, 128)
     made = [DeltaCoMe(bits=2, rounds=rounds).rewrite(site_of(w, x)) for rounds in (0, 1, 3)]

@@ -206,6 +206,7 @@ def test_no_weight_is_exchanged_twice(form: Form, m: int) -> None:
     assert int(changed.sum(0).max()) == 1
 
 
+@pytest.mark.slow
 @every_group
 @given(seed=st.integers(0, 10_000))
 def test_the_guard_never_makes_the_error_larger(m: int, seed: int) -> None:

@@ -117,6 +117,7 @@ def test_full_strength_makes_inputs_flat_and_none_makes_weights_flat() -> None:
 # -- in a recipe -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [AWQ(), AWQ(exact=True), SmoothQuant()], ids=str)
 def test_it_runs_and_says_what_it_did(step: Any, tiny_llama: Path, tmp_path: Path) -> None:
     report = compress.run(tiny_llama, [step, RTN(bits=3, group=8)], tmp_path / "out", calibration=FEW)
@@ -126,6 +127,7 @@ def test_it_runs_and_says_what_it_did(step: Any, tiny_llama: Path, tmp_path: Pat
     assert report.bits_per_weight == compress.run(tiny_llama, [RTN(bits=3, group=8)], tmp_path / "rtn").bits_per_weight
 
 
+@pytest.mark.slow
 def test_without_rounding_nothing_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
     passes = [SmoothQuant(alpha=0.5), RTN(bits=8, group=8, sites="*.0.mlp.down_proj")]
     assert compress.run(tiny_llama, passes, tmp_path / "out", calibration=FEW).kl < 1e-3

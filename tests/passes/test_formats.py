@@ -62,6 +62,7 @@ GOLDEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "error"), GOLDEN, ids=str)
 def test_the_error_on_normal_weights_is_that_of_the_specification(
     step: Quantizer, error: float, rewrite: Rewrite
@@ -69,6 +70,7 @@ def test_the_error_on_normal_weights_is_that_of_the_specification(
     assert relative_mse(rewrite(step, gaussian()), gaussian()) == pytest.approx(error, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_zero_that_starts_as_a_real_number_beats_one_that_starts_as_a_code(rewrite: Rewrite) -> None:
     # the specification's .00758 rounds a 4-bit zero first; leaving that out must only help
     assert relative_mse(rewrite(HQQ(bits=4), gaussian()), gaussian()) < 0.00758
@@ -78,6 +80,7 @@ def test_a_zero_that_starts_as_a_real_number_beats_one_that_starts_as_a_code(rew
 STUDENT = [(4, 0.1196, 0.1124), (3, 0.2559, 0.2367), (2, 0.5579, 0.5549)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "rounded", "solved"), STUDENT)
 def test_a_solved_zero_lessens_the_mean_error_of_heavy_tails(
     bits: int, rounded: float, solved: float, rewrite: Rewrite
@@ -92,6 +95,7 @@ def test_a_solved_zero_lessens_the_mean_error_of_heavy_tails(
 BITS = [(NF4(), 4.5), (NF4(double=True), 4.127), (MXFP4(), 4.25), (NVFP4(), 4.5), (Int8(), 8), (FP8(), 8), (HQQ(), 4.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "bits"), BITS, ids=str)
 def test_bits_are_counted_with_their_scales(step: Quantizer, bits: float, rewrite: Rewrite) -> None:
     # 4096 wide, so that a scale a row adds 16 or 32 bits to 4096 weights

@@ -346,6 +346,7 @@ def recipe(*steps: Any, **options: Any) -> Recipe:
     return Recipe(passes=steps, calibration=SHORT, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ordering", ["site", "block", "dense"])
 def test_a_learned_model_is_nearer_to_the_dense_one(ordering: str, tiny_llama: Path, tmp_path: Path) -> None:
     first = RTN(bits=2, group=8)
@@ -364,6 +365,7 @@ def test_every_family_learns(family: str, model_folder: Any, tmp_path: Path) -> 
     verify(out)
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_learns(model_folder: Any, tmp_path: Path) -> None:
     out = compress.run(
         model_folder("llama", "bfloat16"), recipe(RTN(bits=2, group=8), FlexRound(**QUICK)), tmp_path / "o"
@@ -372,12 +374,14 @@ def test_a_model_in_bfloat16_learns(model_folder: Any, tmp_path: Path) -> None:
     assert all(row["learned"]["after"] < row["learned"]["before"] for row in rows.values())
 
 
+@pytest.mark.slow
 def test_hidden_states_on_disk_change_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     steps = recipe(RTN(bits=2, group=8), FlexRound(**QUICK))
     memory, disk = (compress.run(tiny_llama, steps, tmp_path / str(o), offload=o).kl for o in (False, True))
     assert memory == disk
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_learns_like_its_file(
     tiny_llama: Path, hugging_face: Any, walk_of: Any, assert_close: Any
 ) -> None:
@@ -393,6 +397,7 @@ def test_a_model_in_memory_learns_like_its_file(
         assert_close("logits", model(input_ids=ids[:3]).logits, walk.leave(probe), 1e-4)
 
 
+@pytest.mark.slow
 def test_passes_before_and_after_go_site_by_site(tiny_llama: Path, tmp_path: Path) -> None:
     told: list[Event] = []
     steps = (Wanda(sparsity="2:4"), RTN(group=8), FlexRound(**QUICK, sites="*.mlp.*"))
@@ -403,6 +408,7 @@ def test_passes_before_and_after_go_site_by_site(tiny_llama: Path, tmp_path: Pat
     assert looked[:4] == [("ColumnNorm",)] * 4  # of four inputs, for the pruner
 
 
+@pytest.mark.slow
 def test_experts_of_a_stack_learn_and_hungry_ones_stay(tmp_path: Path, tiny_llama: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -430,6 +436,7 @@ def test_experts_of_a_stack_learn_and_hungry_ones_stay(tmp_path: Path, tiny_llam
     assert not torch.equal(rounded.dense(), learned.expression(next(iter(hungry))).dense())
 
 
+@pytest.mark.slow
 def test_a_layer_that_rounds_its_inputs_learns(tiny_llama: Path, tmp_path: Path) -> None:
     steps = (RTN(bits=3, group=8, inputs="int8"), FlexRound(**QUICK))
     rows = Artifact(compress.run(tiny_llama, recipe(*steps), tmp_path / "out").out).provenance["sites"]

@@ -343,6 +343,7 @@ def test_uniform_ranks_are_the_budget() -> None:
     assert budget_of(parts, 0.0) == 12 * 18 + 6 * 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [Ranks(), Ranks(measure="energy"), WeLore(), Sensitivity()], ids=lambda b: str(b))
 @pytest.mark.parametrize("share", [False, True], ids=["each", "shared"])
 def test_a_budget_meets_the_parameters_asked_for(budget: Any, share: bool, tiny_llama: Path, tmp_path: Path) -> None:
@@ -400,6 +401,7 @@ def test_a_dense_left_factor_is_of_the_models_dtype(site_of: SiteMaker) -> None:
 # -- fine-tuned factors ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True], ids=["each", "shared"])
 def test_fine_tuning_brings_factors_nearer_and_keeps_what_they_share(
     share: bool, tiny_llama: Path, tmp_path: Path

@@ -25,6 +25,7 @@ def bits_of(found: dict[str, Any]) -> float:
     return sum(w.bits * w.codes.numel() for w in codes) / sum(w.codes.numel() for w in codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["kl", "gram"])
 @pytest.mark.parametrize(("asked", "mean"), [(3, None), (4, 2.5), (2, 6.75)])
 def test_the_mean_is_met(
@@ -115,6 +116,7 @@ def costs_of(measure: Any) -> list[float]:
     return seen
 
 
+@pytest.mark.slow
 def test_mixed_bits_run_save_load_and_count(tiny_llama: Path, tmp_path: Path, ids: Tensor) -> None:
     report = compress.run(tiny_llama, [Sensitivity(bits=2.75), GPTQ(group=8)], tmp_path / "out", calibration=FEW)
     artifact = Artifact(report.out)

@@ -120,6 +120,7 @@ def test_the_golden_fixture_is_met(naive: ModuleType, site_of: SiteMaker) -> Non
     assert naive.energy(result.dense() - w, x.T @ x) == pytest.approx(217.282114, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_80_warm_steps_end_where_80_decompositions_do(naive: ModuleType) -> None:
     a = falling(128, 96)
     low, sparse = naive.oats(a, 8, 36, 80)
@@ -324,6 +325,7 @@ def test_a_budget_sets_its_sparsity_site_by_site(
     assert sum(map(parameters, found.values())) == pytest.approx(0.5 * size, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_model_of_both_terms_computes_what_was_measured(
     tiny_llama: Path, hugging_face: Callable[[Path], Any], ids: Tensor, tmp_path: Path, assert_close: Close
 ) -> None:

@@ -96,6 +96,7 @@ def test_experts_that_few_tokens_reach_are_named_and_not_destroyed(name: str, mi
     assert all(0.2 < row["mask"]["kept"] < 0.9 for row in sites.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPENSATED)
 def test_a_gram_of_too_few_tokens_is_damped_and_recorded(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     few = Calibration(samples=1, length=8)  # 8 tokens for inputs of 48 and 72
@@ -133,6 +134,7 @@ def test_a_later_quantizer_keeps_the_mask(
     assert int(rounded.dense()[~pruned.mask_OI].count_nonzero()) == 0
 
 
+@pytest.mark.slow
 def test_permuted_inputs_are_quantized_in_their_order(tiny_llama: Path, hugging_face: Any, ids: Tensor) -> None:
     """Rounding that feeds errors back knows the Gram, so the wrong order would show in the output error."""
 
@@ -163,6 +165,7 @@ def test_reconstruction_keeps_the_mask(
     assert not torch.equal(before.dense(), after.dense())
 
 
+@pytest.mark.slow
 def test_damage_is_ordered_as_the_theory_says(tiny_llama: Path, tmp_path: Path) -> None:
     """Random weights know no outliers, but compensation and least squares still lower the divergence."""
     many = Calibration(samples=32, length=64)

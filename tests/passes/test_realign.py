@@ -181,6 +181,7 @@ def test_pairs_are_of_the_dense_and_the_compressed_model(
         assert_close(name, found[name][Gram], now[name].T @ now[name] / ids.numel(), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_realigned_model_drifts_less(tiny_llama: Path, tmp_path: Path) -> None:
     long = Calibration(samples=48, length=64)
     plain, aligned = (
@@ -190,6 +191,7 @@ def test_a_realigned_model_drifts_less(tiny_llama: Path, tmp_path: Path) -> None
     assert aligned < plain
 
 
+@pytest.mark.slow
 def test_the_file_holds_what_was_computed_with(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = Recipe(passes=(Realign(), Wanda(sparsity="2:4"), GPTQ(group=8)), calibration=SHORT)
     verify(compress.run(tiny_llama, recipe, tmp_path / "out").out)
@@ -198,12 +200,14 @@ def test_the_file_holds_what_was_computed_with(tiny_llama: Path, tmp_path: Path)
     assert sites["model.layers.1.mlp.down_proj"]["realigned"] > 1e-3
 
 
+@pytest.mark.slow
 def test_hidden_states_on_disk_change_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = Recipe(passes=(Realign(), Wanda(sparsity="2:4")), calibration=SHORT)
     memory, disk = (compress.run(tiny_llama, recipe, tmp_path / str(o), offload=o).kl for o in (False, True))
     assert memory == disk
 
 
+@pytest.mark.slow
 def test_an_expert_is_left_where_it_was(tmp_path: Path, tiny_llama: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

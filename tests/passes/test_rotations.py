@@ -108,6 +108,7 @@ def test_a_pruner_does_not_take_a_rotated_weight(tiny_llama: Path, tmp_path: Pat
         compress.run(tiny_llama, [Rotate(), Wanda()], tmp_path / "out", calibration=FEW)
 
 
+@pytest.mark.slow
 def test_rotate_and_gptq_run_load_and_agree(tiny_llama: Path, tmp_path: Path, ids: Tensor) -> None:
     report = compress.run(tiny_llama, [Rotate(), GPTQ(bits=4, group=8)], tmp_path / "out", calibration=FEW)
     model = compress.load(report.out)
@@ -117,6 +118,7 @@ def test_rotate_and_gptq_run_load_and_agree(tiny_llama: Path, tmp_path: Path, id
     assert report.bits_per_weight < 7.2  # 4 + 16/8 + 4/8, and a bit an input of few outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "mistral", "qwen2", "qwen3"])
 def test_a_rotated_model_computes_the_same_in_stock_transformers(
     kind: str, model_folder: Any, tmp_path: Path, hugging_face: Any, ids: Tensor

@@ -187,6 +187,7 @@ def quiet_parts(model: Any) -> None:
         block.mlp.down_proj.weight[:, ::4] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [WandaSP, FLAP])
 def test_removing_what_nothing_reads_leaves_the_logits(
     kind: Any, folder: Folder, shaped: Any, hugging_face: Any, ids: Tensor, assert_close: Any
@@ -209,6 +210,7 @@ def test_fluctuation_is_the_two_pass_mean_and_variance(size: int, assert_close: 
     assert_close("variance", variance_I, x_TI.double().var(0, correction=0), 1e-6)
 
 
+@pytest.mark.slow
 def test_the_bias_takes_over_the_mean_of_what_is_removed(
     folder: Folder, shaped: Any, hugging_face: Any, walk_of: Any, assert_close: Any
 ) -> None:
@@ -225,6 +227,7 @@ def test_the_bias_takes_over_the_mean_of_what_is_removed(
     assert_close("bias", hugging_face(path).model.layers[0].mlp.down_proj.bias, want, RATIO)
 
 
+@pytest.mark.slow
 def test_a_model_without_biases_gets_those_that_its_config_can_name(shaped: Any) -> None:
     plain, biased = shaped("llama", FLAP(compensate=False), out="plain"), shaped("llama", FLAP(), out="biased")
     added = set(Checkpoint(biased).names()) - set(Checkpoint(plain).names())
@@ -239,6 +242,7 @@ def steady(model: Any) -> None:
         block.mlp.up_proj.bias.add_(3)
 
 
+@pytest.mark.slow
 def test_steady_neurons_cost_less_when_their_mean_stays(folder: Folder, tmp_path: Path) -> None:
     dense = folder("biased", steady)
     steps = {"flap": FLAP(), "bare": FLAP(compensate=False), "wanda-sp": WandaSP()}
@@ -338,6 +342,7 @@ def test_directions_that_are_never_used_are_not_missed(
     assert_close("logits", logits(model, ids), logits(hugging_face(dense), ids), RATIO)
 
 
+@pytest.mark.slow
 def test_principal_axes_beat_arbitrary_ones(folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best = compress.run(folder("llama"), [SliceGPT()], tmp_path / "best", calibration=CALIBRATION)
     monkeypatch.setattr("compress.passes.pruning.slicegpt.covariance", lambda model: torch.eye(48).double())
@@ -388,6 +393,7 @@ def test_what_follows_works_on_the_smaller_model(step: Pass, shaped: Any, ids: T
     assert compress.artifact.verify(path)
 
 
+@pytest.mark.slow
 def test_each_pass_is_measured_on_what_the_one_before_it_made(
     shaped: Any, folder: Folder, hugging_face: Any, ids: Tensor, assert_close: Any
 ) -> None:

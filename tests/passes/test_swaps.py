@@ -113,6 +113,7 @@ def degenerate(n: int, m: int, start: str, seed: int) -> Problem:
     return problem
 
 
+@pytest.mark.slow
 @groups()
 @every_start
 @pytest.mark.parametrize("seed", [0, 20])
@@ -171,6 +172,7 @@ def test_rows_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- promises --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @groups()
 @given(seed=st.integers(0, 10_000), start=st.sampled_from(["pruned", "random", "compensated", "scaled"]))
 def test_the_loss_never_rises(n: int, m: int, seed: int, start: str) -> None:

@@ -152,6 +152,7 @@ def test_the_shared_factor_is_stored_once_and_only_keys_and_values_change(whole:
     assert sum("k_proj" in key or "v_proj" in key for key in index) == 2 * 3
 
 
+@pytest.mark.slow
 def test_fewer_numbers_are_farther_from_the_model(tiny_llama: Path, tmp_path: Path) -> None:
     lost = [
         compress.run(tiny_llama, [TransMLA(kept=k)], tmp_path / str(k), calibration=CALIBRATION).kl

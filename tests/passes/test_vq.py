@@ -144,6 +144,7 @@ def test_2_bits_beat_2_bits_of_gptq_with_more_for_scales(site_of: SiteMaker, nai
     assert sizes["vq"] < sizes["gptq"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"book": "kmeans"}, {"rotate": False}], ids=str)
 def test_more_bits_lose_less(options: dict[str, Any], site_of: SiteMaker, naive: ModuleType) -> None:
     w, gram = (t.float() for t in naive.golden_correlated())
@@ -158,6 +159,7 @@ def test_more_bits_lose_less(options: dict[str, Any], site_of: SiteMaker, naive:
 # -- books -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dims", "want"), [(1, 0.120), (2, 0.109), (4, 0.100)])
 def test_the_distortion_of_k_means_is_the_published_one(dims: int, want: float, naive: ModuleType) -> None:
     w = naive.golden_gaussian().float()

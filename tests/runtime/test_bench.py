@@ -94,6 +94,7 @@ def test_low_memory_holds_the_stored_bits_and_prepared_the_matrix_too(timings: l
         assert prepared.held_bytes == low.held_bytes + 4 * out * inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [PREPARED, LOW_MEMORY])
 @pytest.mark.parametrize("site", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
 def test_what_is_timed_computes_what_the_loaded_model_computes(

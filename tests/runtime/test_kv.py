@@ -50,6 +50,7 @@ def name(kv: KV) -> str:
 # -- one side of one layer -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
 @pytest.mark.parametrize("kv", KINDS, ids=name)
 @pytest.mark.parametrize("tokens", [2, 7, 8, 11, 12, 27, 40])
@@ -305,6 +306,7 @@ def prompt() -> Tensor:
     return torch.randint(4, 4000, (2, 60), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_builtin_model_generates_through_it(builtin: tuple[Any, Any], prompt: Tensor, beams: int) -> None:
     options = {"max_new_tokens": 30, "do_sample": False, "num_beams": beams, "return_dict_in_generate": True}
@@ -363,6 +365,7 @@ def kept(model: Any, ids: Tensor) -> dict[str, Any] | None:
     return asdict(cache.layers[0].kv) if isinstance(cache, QuantizedCache) else None
 
 
+@pytest.mark.slow
 def test_a_recipes_cache_is_used_unless_another_is_asked_for(artifact: Path, ids: Tensor) -> None:
     assert kept(compress.load(artifact), ids) == asdict(KV(bits=2, group=4, residual=8))
     assert kept(compress.load(artifact, low_memory=True), ids) == asdict(KV(bits=2, group=4, residual=8))

@@ -200,6 +200,7 @@ def test_a_reset_cache_begins_anew(both: tuple[Any, Any], ids: Tensor) -> None:
     assert torch.equal(streamed(both[1], ids, cache), first)
 
 
+@pytest.mark.slow
 def test_the_builtin_model_says_the_same_in_bfloat16(tmp_path: Path, assert_close: Any) -> None:
     recipe = Recipe(passes=(TransMLA(),), kv="latent", calibration=Calibration(samples=16, length=128))
     out = compress.run("builtin", recipe, tmp_path / "out").out

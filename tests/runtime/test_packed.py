@@ -108,6 +108,7 @@ def test_a_packed_form_computes_its_expression(gpu: None, form: str, dtype: torc
     torch.testing.assert_close(module(x, bias), module(x) + bias, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["int4g64", "2:4", "int4g64 + r20"])
 def test_a_packed_module_compiles_whole(gpu: None, form: str) -> None:
     module = lower(FORMS[form], torch.float16)
@@ -223,6 +224,7 @@ def test_tiles_that_do_not_divide_the_inputs_are_decoded(gpu: None) -> None:
     assert float((y - want).norm() / want.norm()) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_was_kept_lean_on_a_cpu_is_packed_where_it_moves(
     monkeypatch: pytest.MonkeyPatch, int4_artifact: Path
 ) -> None:
@@ -270,6 +272,7 @@ def test_with_low_memory_the_rest_is_decoded_at_each_call(int4_artifact: Path) -
     assert all(part.lowered is None for part in model.modules() if isinstance(part, CompressedLinear))
 
 
+@pytest.mark.slow
 def test_rounded_inputs_have_a_gradient_through_the_stored_bits(gpu: None, tmp_path: Path) -> None:
     passes = [compress.RTN(bits=8, group=0, symmetric=True, inputs="int8")]
     out = compress.run("builtin", passes, tmp_path / "out", calibration=Calibration(samples=4, length=32)).out

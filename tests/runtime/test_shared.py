@@ -80,6 +80,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 8, 17])
 @pytest.mark.parametrize(("mode", "each"), [(torch.no_grad, 1), (torch.inference_mode, 3), (torch.enable_grad, 1)])
 def test_three_projections_read_their_input_once(
@@ -125,6 +126,7 @@ def test_another_tensor_of_the_same_memory_is_another_input(attention: Any, read
     assert reads == [2]
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_an_input_that_is_gone(attention: Any) -> None:
     with torch.no_grad():
         x = normal(1, 3, 48).bfloat16()
@@ -174,6 +176,7 @@ def test_a_cast_model_still_computes(attention: Any) -> None:
         expect(attention, x, three(attention, x))
 
 
+@pytest.mark.slow
 def test_a_compiler_traces_it_whole(attention: Any) -> None:
     with torch.no_grad():
         for seed in (1, 2):

@@ -328,6 +328,7 @@ def test_memory_grows_by_the_stored_bytes_only(kind: str, fresh: Any) -> None:
     assert tenants.nbytes() - before == sum(tenants.entries[name].difference.nbytes for name in "ab")
 
 
+@pytest.mark.slow
 def test_the_builtin_model_computes_what_its_dense_fine_tunes_do(assert_close: Close) -> None:
     model = compress.load("builtin").float()
     kinds = {"a": "signs by row", "b": "low rank", "c": "2:4 int4"}

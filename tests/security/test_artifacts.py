@@ -55,6 +55,7 @@ def change(own_artifact: Path, sign: Any) -> Callable[..., Path]:
 NUMBERS = [-1, 0, 9, 2**31, 2**63, 10**30, -(10**30), 1.5, INFINITE, -INFINITE, NAN, "4", None, [], {}, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", NUMBERS, ids=str)
 @pytest.mark.parametrize("key", ["bits", "kept"])
 def test_a_number_that_cannot_be(key: str, value: object, change: Any, refuse: Refuse) -> None:
@@ -105,6 +106,7 @@ def test_a_tree_that_is_too_deep(depth: int, change: Any, refuse: Refuse) -> Non
     refused(change(lambda spec, *_: nested(spec, depth)), refuse)
 
 
+@pytest.mark.slow
 def test_a_tree_that_is_too_wide(change: Any, refuse: Refuse) -> None:
     def edit(spec: Spec, *_: Any) -> None:
         spec["tree"] = {"kind": "sum", "shape": [72, 48], "terms": [spec["tree"]] * 5000}

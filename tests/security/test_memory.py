@@ -15,6 +15,7 @@ SAID = "error: out of memory: "
 SOME = 48 << 20  # bytes; the calibration windows of the built-in model alone take more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -46,6 +47,7 @@ def test_a_forward_that_runs_out_of_memory(
     assert [path.name for path in tmp_path.iterdir()] == (["o.partial"] if after else [])  # a block was finished
 
 
+@pytest.mark.slow
 def test_a_real_limit_of_memory(tmp_path: Path, llama_artifact: Path, cli: Any) -> None:
     """`llama_artifact` has loaded all modules: the limit is met by tensors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

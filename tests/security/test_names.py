@@ -137,6 +137,7 @@ def test_a_recipe_stays_in_its_fence(recipe: str, llama_artifact: Path) -> None:
     assert block == f"{fence}yaml\n{recipe}{fence}" and fence not in recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["<b>x", "[red]x", "a b|c", "'quoted\"", "$(touch x)", "-rf"])
 def test_a_folder_of_any_name_is_compressed_and_shown(name: str, tiny_llama: Path, tmp_path: Path, cli: Any) -> None:
     folder, out = Path(shutil.copytree(tiny_llama, tmp_path / name)), tmp_path / f"{name} out"

@@ -52,6 +52,7 @@ def complaints(path: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_source_can_run_what_it_reads() -> None:
     assert len(SOURCES) > 250
     assert [line for path in SOURCES for line in complaints(path)] == []
@@ -87,6 +88,7 @@ PLACES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensor
           "processor_config.json"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_pickle_in_any_place_is_never_opened(
     place: str, tiny_llama: Path, llama_artifact: Path, tmp_path: Path, canary: Path
@@ -123,6 +125,7 @@ def test_a_pickle_as_calibration_text_is_never_opened(
     assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_a_datasets_folder_of_pickles_is_never_opened(tiny_llama: Path, tmp_path: Path, canary: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

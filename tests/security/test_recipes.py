@@ -59,6 +59,7 @@ TEXTS: dict[str, str] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_hostile_recipe(text: str, tmp_path: Path, refuse: Refuse, canary: Path) -> None:
     path = tmp_path / "r.yaml"
@@ -88,6 +89,7 @@ STRANGE = [float("nan"), float("inf"), -float("inf"), 1e308, -1, 10**30, -(10**3
            [[]], {}, True, b"x"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
 def test_no_option_of_any_pass_breaks_on_a_strange_value(name: str, tally: Any) -> None:
     """Some values are allowed; every other one is a RecipeError."""
@@ -118,6 +120,7 @@ def test_a_recipe_that_reads_what_is_no_text(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["an object", "an alias bomb", "9000 passes", "an escape", "1e400"])
 def test_the_command_line_says_it_in_one_line(text: str, tmp_path: Path, cli: Any) -> None:
     (tmp_path / "r.yaml").write_text(TEXTS[text], encoding="utf-8")

@@ -53,6 +53,7 @@ def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
+@pytest.mark.slow
 def test_folders_answer_as_the_models_they_denote(tiny_llama: Path, folders: dict[str, Path]) -> None:
     tenants = load_tenants(tiny_llama, {name: folders[name] for name in "ab"})
     ids = torch.tensor([[5, 9, 31, 7]] * 3)

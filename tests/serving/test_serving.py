@@ -54,6 +54,7 @@ async def streamed(client: httpx.AsyncClient, path: str, asked: dict[str, Any]) 
     return [json.loads(line) for line in lines[:-1]]
 
 
+@pytest.mark.slow
 def test_sixty_mixed_requests_get_their_own_answers(make_server: Make, talk: Talk) -> None:
     server = make_server(max_batch=16)
     prompts = [[int(t) for t in torch.randint(4, 200, (2 + n % 9,))] for n in range(60)]
@@ -111,6 +112,7 @@ def test_a_stream_says_what_the_whole_answer_says(
     assert whole["object"] == ("chat.completion" if chat else "text_completion")
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_an_answer_and_another_changes_it(make_server: Make, talk: Talk) -> None:
     async def act(client: httpx.AsyncClient) -> list[str]:
         asked = [ask(temperature=1.5, seed=seed, max_tokens=16) for seed in (1, 1, 2)]

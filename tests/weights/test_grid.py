@@ -49,6 +49,7 @@ GOLDEN_SEARCHED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("symmetric", "group", "bits", "want"), GOLDEN)
 def test_rounding_errors_are_the_published_ones(
     symmetric: bool, group: int, bits: int, want: float, gaussian: Tensor, naive: ModuleType
@@ -58,6 +59,7 @@ def test_rounding_errors_are_the_published_ones(
     assert naive.relative_mse(gaussian, rounded) == pytest.approx(want, rel=0.01, abs=printed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "bits", "want"), GOLDEN_SEARCHED)
 def test_range_search_reaches_the_published_errors(
     group: int, bits: int, want: float, gaussian: Tensor, naive: ModuleType

@@ -84,6 +84,7 @@ def test_the_nearest_point_is_nearest_of_all(spread: float) -> None:
     torch.testing.assert_close(found.double(), least, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_point_is_nearest_to_itself() -> None:
     assert torch.equal(nearest_e8p(E8P), ALL.int())
 

@@ -27,6 +27,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+@pytest.mark.slow
 def test_it_says_what_it_published(
     run: Callable[..., tuple[int, str, str]],
     dense: Results,

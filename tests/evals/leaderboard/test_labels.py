@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ def test_names_at_the_edge_stay_inside() -> None:
         assert left >= 0 and bottom >= 0 and right <= 390 and top <= 260
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.floats(60, 330), st.floats(40, 220)), min_size=1, max_size=6))
 def test_few_names_hide_neither_each_other_nor_points(anchors: list[tuple[float, float]]) -> None:
     names = [f"recipe-{i}" for i in range(len(anchors))]

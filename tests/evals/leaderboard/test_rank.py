@@ -41,6 +41,7 @@ def test_what_was_kept_is_what_the_comparison_says(
     assert standing.mean is not None and standing.mean.value == pytest.approx((0.75 + 0.9 + 1) / 3)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_19_times_in_20(make_results: Callable[..., Results]) -> None:
     rng, hits, trials, n = np.random.default_rng(0), 0, 400, 150
     clusters = [f"c{i // 3}" for i in range(n)]

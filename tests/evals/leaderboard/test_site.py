@@ -71,6 +71,7 @@ def pages(hostile_site: Path) -> dict[str, Page]:
     return {str(path.relative_to(hostile_site)): Page(path) for path in sorted(hostile_site.rglob("*.html"))}
 
 
+@pytest.mark.slow
 def test_every_model_has_a_page_inside_the_site(hostile_site: Path, hostile: tuple[str, ...]) -> None:
     names = sorted(path.name for path in (hostile_site / "models").iterdir())
     assert len(names) == len(hostile) + 1
@@ -104,6 +105,7 @@ def test_nothing_is_loaded_from_elsewhere(hostile_site: Path, pages: dict[str, P
         }
 
 
+@pytest.mark.slow
 def test_as_many_flipped_answers_are_shown_as_asked_for(
     hostile_results: Path, pages: dict[str, Page], tmp_path: Path
 ) -> None:
@@ -151,6 +153,7 @@ def test_figures_are_named_for_those_who_cannot_see_them(pages: dict[str, Page])
     assert page.tags.count("details") == drawn
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(hostile_results: Path, hostile_site: Path, tmp_path: Path) -> None:
     publish([hostile_results], tmp_path / "again")
     ours = {p.relative_to(hostile_site): p.read_bytes() for p in hostile_site.rglob("*.*")}
@@ -195,6 +198,7 @@ def test_markdown_escapes_names(hostile_site: Path) -> None:
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table[:5]}) == 1
 
 
+@pytest.mark.slow
 def test_several_boards_have_a_page_that_tells_them_apart(
     dense: Results, versus: Versus, stored: Store, tmp_path: Path
 ) -> None:
@@ -209,6 +213,7 @@ def test_several_boards_have_a_page_that_tells_them_apart(
     assert len(json.loads((tmp_path / "site" / "leaderboard.json").read_text(encoding="utf-8"))["boards"]) == 2
 
 
+@pytest.mark.slow
 def test_only_a_site_of_ours_is_replaced(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
     results = stored(tmp_path / "in", [dense, versus("one", {})])
     site = tmp_path / "site"
@@ -226,6 +231,7 @@ def test_only_a_site_of_ours_is_replaced(dense: Results, versus: Versus, stored:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "site"]
 
 
+@pytest.mark.slow
 def test_a_site_that_was_being_replaced_by_a_killed_process_is_put_back(
     dense: Results, versus: Versus, stored: Store, tmp_path: Path
 ) -> None:
@@ -239,6 +245,7 @@ def test_a_site_that_was_being_replaced_by_a_killed_process_is_put_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "site"]
 
 
+@pytest.mark.slow
 def test_what_was_put_into_a_site_stays(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
     results, site = stored(tmp_path / "in", [dense, versus("one", {}), versus("two", {})]), tmp_path / "site"
     publish([results], site)
@@ -264,6 +271,7 @@ def test_a_result_that_cannot_be_read_leaves_the_site_as_it_was(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "site"]
 
 
+@pytest.mark.slow
 def test_a_site_is_not_searched_for_results(dense: Results, versus: Versus, stored: Store, tmp_path: Path) -> None:
     results = stored(tmp_path / "in", [dense, versus("one", {})])
     publish([results], results / "site")
@@ -271,6 +279,7 @@ def test_a_site_is_not_searched_for_results(dense: Results, versus: Versus, stor
     assert len(list((results / "site" / "models").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_picture_is_the_front_in_light_colours(
     dense: Results, versus: Versus, stored: Store, tmp_path: Path, ending: str
@@ -301,6 +310,7 @@ def test_a_dense_model_without_others_has_an_empty_board(
     assert "0 compressed models" in Page(tmp_path / "site" / "index.html").text
 
 
+@pytest.mark.slow
 def test_a_model_without_distributions_is_on_the_board_and_on_no_axis(
     dense: Results, versus: Versus, stored: Store, tmp_path: Path
 ) -> None:
