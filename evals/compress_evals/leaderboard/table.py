@@ -121,7 +121,7 @@ def lines(board: Board) -> list[Line]:
     """The lines of a board by what the worst family kept, best first."""
     single = tuple(run for entry in board.compressed for run in entry.runs)
     names = slugs(entry.name for entry in (*board.compressed, *single))
-    found = _lines(board, names)
+    found = _lines(board, names[: len(board.compressed)])
     runs = iter(_lines(replace(board, compressed=single), names[len(board.compressed) :]))
     found = [replace(line, runs=tuple(_unranked(next(runs)) for _ in line.entry.runs)) for line in found]
     return sorted(found, key=lambda line: (-(line.standing.kept.value if line.standing.kept else -math.inf), line.name))
@@ -141,7 +141,7 @@ def _lines(board: Board, names: Sequence[str]) -> list[Line]:
             standing=standing,
             families=tuple(family_cell(board, entry, f, standing) for f in families(board)),
         )
-        for entry, slug, standing in zip(board.compressed, names, standings(board), strict=False)
+        for entry, slug, standing in zip(board.compressed, names, standings(board), strict=True)
         if (versus := entry.results.vs) is not None
     ]
 
