@@ -27,7 +27,7 @@ from compress_evals.results import (
     TaskResult,
     Worst,
 )
-from compress_evals.suite import Gap, find
+from compress_evals.suite import Gap, Task, find
 
 ASKED_ALIKE = ("task_hash", "shots", "version")  # of a task; the version tells what no hash does, such as the scoring
 MUST_AGREE = ("suite", "lm_eval", "batch_size", "max_length", "bos", "chat_template")
@@ -172,6 +172,11 @@ def worst_family(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskR
     return None if worst is None else Worst(family=worst, retained=kept[worst])
 
 
+def covered(task: Task | TaskComparison, family: str | None) -> bool:
+    """Whether a condition on `family` is about a task; one on none is about all but the controls."""
+    return task.family == family if family is not None else not task.control
+
+
 def accept(comparison: Comparison, max_drop: float, confidence: float, family: str | None = None) -> list[str]:
     """The tasks that may have lost more than `max_drop` (absolute, 0.05 = 5 points), as readable lines.
 
@@ -182,11 +187,7 @@ def accept(comparison: Comparison, max_drop: float, confidence: float, family: s
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be from 0.5 to below 1, not {confidence}")
     failures = []
-    asked = {
-        name: task
-        for name, task in comparison.tasks.items()
-        if (task.family == family if family is not None else not task.control)
-    }
+    asked = {name: task for name, task in comparison.tasks.items() if covered(task, family)}
     if not asked:
         return [f"{family or 'every family'}: not asked, so a loss cannot be excluded"]
     for name, task in asked.items():

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.errors import RecipeError, nearest
-from compress_evals.comparison import accept
+from compress_evals.comparison import accept, covered
 from compress_evals.results import Results
-from compress_evals.suite import Task, find
+from compress_evals.suite import find
 
 FORM = "'drop<=0.02@95%', or of one family 'closed book:drop<=0.05@90%'"
 _WRITTEN = re.compile(
@@ -27,10 +27,6 @@ class Condition:
     family: str | None
     max_drop: float
     confidence: float
-
-    def covers(self, task: Task) -> bool:
-        """Whether the condition is about a task: of its family, or of all but the controls."""
-        return task.family == self.family if self.family is not None else not task.control
 
 
 def parse(text: str, families: Sequence[str]) -> Condition:
@@ -52,7 +48,7 @@ def parse_all(texts: Sequence[str], suite: str, only: Sequence[str] | None = Non
     families = list(dict.fromkeys(task.family for task in find(suite).tasks))
     conditions = [parse(text, families) for text in texts]
     for text, condition in zip(texts, conditions, strict=True):
-        if not any(condition.covers(task) for task in find(suite).chosen(only)):
+        if not any(covered(task, condition.family) for task in find(suite).chosen(only)):
             raise RecipeError(f"--accept: {text!r} is about none of the tasks that --tasks names")
     return conditions
 
