@@ -7,6 +7,7 @@ flips answers. Differences that a comparison may legitimately have (dtype, devic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -86,7 +87,7 @@ def compare(
         },
         fidelity=fidelity,
         speed=speed,
-        notes=_notes(dense, compressed),
+        notes=(*_broken(dense, compressed, fidelity), *_notes(dense, compressed)),
     )
 
 
@@ -204,6 +205,18 @@ def _pair(dense: Results, compressed: Results, task: str, margin: float, iters: 
     headline = dense.tasks[task].headline
     before, after = ([row.scores[headline] for row in results.rows[task]] for results in (dense, compressed))
     return stats.paired(before, after, [row.cluster for row in dense.rows[task]], margin, iters, seed)
+
+
+def _broken(dense: Results, compressed: Results, fidelity: Fidelity | None) -> tuple[str, ...]:
+    """Which of the two gives no probability to what is written: a fault of numbers, which scores cannot tell."""
+    if fidelity is None:
+        return ()
+    losses = (dense, fidelity.dense_bits_per_byte), (compressed, fidelity.compressed_bits_per_byte)
+    return tuple(
+        f"{results.model.name} computes logits that are no finite numbers: its scores say nothing of what it knows"
+        for results, loss in losses
+        if not math.isfinite(loss)
+    )
 
 
 def _notes(dense: Results, compressed: Results) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ class Fidelity:
 
     `kl` is KL(dense || compressed) in nats a token over the text, `answer_kl` the same where the answers of the
     trained questions stand; `top1` the share of tokens where both would say the same. Bits per byte measure how
-    well a text is compressed: not a quality metric. Infinite where the compressed model gives no distribution.
+    well a text is compressed: not a quality metric. Infinite where a model gives no distribution.
     With `top`, KL is over dense's `top` likeliest tokens and all others together: a lower bound.
     """
 
@@ -134,6 +134,8 @@ def summarise(
     sizes = np.array([window.size for window in pieces], dtype=np.float64)
     dense_bits = np.array([f.dense_loss.sum() for f in found]) / math.log(2)
     compressed_bits = np.array([f.compressed_loss.sum() for f in found]) / math.log(2)
+    with np.errstate(invalid="ignore"):  # of two infinite losses `ratio` says so
+        more_bits = compressed_bits - dense_bits
     return Fidelity(
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
         tokens=len(kl),
@@ -144,7 +146,7 @@ def summarise(
         top1=float(np.concatenate([f.same for f in found]).mean()),
         dense_bits_per_byte=float(dense_bits.sum() / sizes.sum()),
         compressed_bits_per_byte=float(compressed_bits.sum() / sizes.sum()),
-        bits_per_byte_difference=ratio(compressed_bits - dense_bits, sizes, iters, seed),
+        bits_per_byte_difference=ratio(more_bits, sizes, iters, seed),
         answers=len(answers),
         answer_kl=mean_kl(answers, iters, seed),
         answer_top1=float(np.concatenate([a.same for a in answers]).mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from compress.errors import ArtifactError
 from compress_evals.comparison import accept, compare, disagreement, worst_family
+from compress_evals.fidelity import Estimate, Fidelity
 from compress_evals.results import Results, Row
 
 DENSE = {"facts_trained": [1] * 400, "facts_copy": [1] * 400, "facts_open": ([1] * 200 + [0] * 200)}
@@ -39,6 +41,36 @@ def test_each_task_gets_its_verdict(dense: Results, small: Results) -> None:
     verdicts = {task: cell.paired.verdict for task, cell in comparison.tasks.items()}
     assert verdicts == {"facts_trained": "fails", "facts_copy": "matching", "facts_open": "improved"}
     assert (comparison.dense, comparison.compressed, comparison.dense_bytes) == ("dense", "small", 100)
+
+
+def bits(before: float, after: float) -> Fidelity:
+    far = Estimate(value=math.inf, low=math.inf, high=math.inf)
+    return Fidelity(
+        text_sha256="",
+        tokens=1,
+        windows=1,
+        kl=far,
+        kl_p50=math.inf,
+        kl_p99=math.inf,
+        top1=0.0,
+        dense_bits_per_byte=before,
+        compressed_bits_per_byte=after,
+        bits_per_byte_difference=far,
+        answers=1,
+        answer_kl=far,
+        answer_top1=0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [(1.5, 1.5, []), (math.inf, 1.5, ["dense"]), (1.5, math.inf, ["small"]), (math.inf, math.inf, ["dense", "small"])],
+)
+def test_a_model_without_finite_logits_is_named(
+    dense: Results, small: Results, before: float, after: float, named: list[str]
+) -> None:
+    notes = compare(dense, small, bits(before, after)).notes
+    assert [note.split()[0] for note in notes if "no finite numbers" in note] == named
 
 
 def test_p_is_adjusted_over_the_tasks(dense: Results, small: Results) -> None:

@@ -67,6 +67,15 @@ def test_a_model_of_nans_is_infinitely_far_and_agrees_nowhere(model: Any, tokeni
     assert math.isfinite(found.dense_bits_per_byte)
 
 
+def test_so_is_everything_from_a_dense_model_of_nans(model: Any, tokenizer: Any) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    for other in (model, broken):
+        found = measure_fidelity(broken, other, tokenizer, text=TEXT, questions=questions(), length=64, iters=200)
+        assert found.kl.value == found.dense_bits_per_byte == found.bits_per_byte_difference.value == math.inf
+
+
 def test_a_damaged_model_is_farther_away(model: Any, tokenizer: Any) -> None:
     damaged = copy.deepcopy(model)
     with torch.no_grad():
