@@ -29,6 +29,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="sequences computed together")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="tokens an answer may have")] = 1024,
     max_body: Annotated[str, typer.Option(help="largest request, such as 1MB")] = "1MB",
+    device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     budget: Annotated[str | None, typer.Option(help="bytes of deltas in memory, such as 2GB; default: all")] = None,
     deadline: Annotated[int, typer.Option(min=1, help="seconds that running requests get at shutdown")] = 30,
 ) -> None:
@@ -40,6 +41,7 @@ def serve(
         raise RecipeError("--api-key: is empty, has space around it, or characters that a header cannot hold")
 
     from compress.model.source import display_name, locate
+    from compress.plan import usable
     from compress.serving.app import Limits, Server
     from compress.serving.languages import own_languages, tokenizer_of
     from compress.serving.process import bound, serve_forever
@@ -49,10 +51,11 @@ def serve(
     name = display_name(folder)
     if name in named:
         raise RecipeError(f"--delta: {name!r} is the name of the base; give the delta another one")
+    there = {"device_map": str(usable(device))} if device != "cpu" else {}
     limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
     quiet_loading()
     with bound(host, port) as listener:  # a port in use is told before anything is loaded
-        tokenizer, tenants = tokenizer_of(folder), load_tenants(folder, named, most)
+        tokenizer, tenants = tokenizer_of(folder), load_tenants(folder, named, most, **there)
         server = Server(tenants, tokenizer, name, limits, own_languages(folder, named, tokenizer))
         said = f"serving {', '.join(server.models())} at http://{host}:{port}"
         serve_forever(server, listener, deadline, lambda: screen().print(said, markup=False))

@@ -115,12 +115,34 @@ def test_a_key_that_no_client_can_send_is_refused(key: str, cli: Callable[..., t
 def test_a_port_in_use_is_told_before_anything_is_loaded(
     tiny_llama: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.tenants.load_tenants", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("compress.tenants.load_tenants", lambda *_, **__: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli("serve", tiny_llama, "--port", port) == (2, "", f"error: --port: {port} is in use\n")
     code, out, err = cli("serve", tiny_llama, "--host", "256.1.1.1")
     assert (code, out, err.count("\n")) == (2, "", 1) and "--host: '256.1.1.1' is no address" in err
+
+
+def test_the_base_is_loaded_where_the_user_says(
+    tiny_llama: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **options: Any) -> None:
+        raise RecipeError(f"loaded with {options}")
+
+    monkeypatch.setattr("compress.tenants.load_tenants", loaded)
+    monkeypatch.setattr("compress.plan.usable", torch.device)
+    for device, options in (("cpu", {}), ("cuda:1", {"device_map": "cuda:1"})):
+        found = cli("serve", tiny_llama, "--port", free_port(), "--device", device)
+        assert found == (2, "", f"error: loaded with {options}\n")
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(
+    tiny_llama: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.tenants.load_tenants", lambda *_, **__: pytest.fail("loaded"))
+    for device in ("gpu", "cuda:999"):
+        code, out, err = cli("serve", tiny_llama, "--port", free_port(), "--device", device)
+        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: --device: {device!r} is not ")
 
 
 def test_it_is_said_to_serve_once_it_listens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +161,12 @@ def test_it_is_said_to_serve_once_it_listens(monkeypatch: pytest.MonkeyPatch) ->
     assert said == [None]
 
 
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 # -- a real process ---------------------------------------------------------------------------------------
 
 
@@ -148,9 +176,7 @@ def process(tiny_llama: Path, folders: dict[str, Path]) -> Iterator[Callable[...
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str) -> tuple[subprocess.Popen[bytes], str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         deltas = [option for name in "ab" for option in ("--delta", f"{name}={folders[name]}")]
         command = [sys.executable, "-c", START, str(tiny_llama), *deltas, "--port", str(port), *options]
         started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}))
