@@ -74,7 +74,7 @@ def nearest(name: str, allowed: Iterable[str], otherwise: str | None = None) -> 
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; allowed: {', '.join(names)}" if otherwise is None else otherwise
+    return f"; allowed: {', '.join(names) or 'none'}" if otherwise is None else otherwise
 
 
 def why(error: Exception) -> str:

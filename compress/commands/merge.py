@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,11 +55,14 @@ def merge(
     from compress.model.memory import release_early
 
     release_early()
-    given: dict[str, Any] = {"scale": scale, "density": density, "scope": scope, "epsilon": epsilon, "gamma": gamma,
-             "shrink": shrink, "seed": seed}  # fmt: skip
+    said: dict[str, Any] = {"scale": scale, "density": density, "scope": scope, "epsilon": epsilon, "gamma": gamma,
+            "shrink": shrink, "seed": seed}  # fmt: skip
+    given = {name: value for name, value in said.items() if value is not None}
+    tokens = {"--data": data or None, "--samples": samples, "--length": length}
+    called = options_of(method, given, [option for option, value in tokens.items() if value is not None])
     named = folders(models)
     console = screen()
-    with console.status("opening") as status:
+    with spoken(called), console.status("opening") as status:
         done = run(
             base,
             named,
@@ -68,7 +72,7 @@ def merge(
             calibration=calibrations(data or [], samples, length, list(named)),
             device=device,
             on_progress=status.update if console.is_terminal else lambda text: None,
-            **{name: value for name, value in given.items() if value is not None},
+            **given,
         )
     kept = ", ".join(f"{name} {done.kept[name]:,} of {changed:,}" for name, changed in done.changed.items())
     result(
@@ -76,6 +80,27 @@ def merge(
         as_json,
         escape(f"{done.out}: {done.bytes:,} bytes; entries kept: {kept}"),
     )
+
+
+def options_of(method: str, given: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
+    """How the options of a method are written, by what errors call them; none of a method that is not known.
+
+    Raises RecipeError for one of `given` that it has not, and for any of `tokens`, which say what it reads, if that is
+    nothing.
+    """
+    from compress.merging import METHODS
+    from compress.merging.regmean import RegMean
+
+    if method not in METHODS:
+        return {}
+    known = {field.name: f"--{field.name}" for field in fields(METHODS[method])}
+    for name in given:
+        if name not in known:
+            has = f"it has {', '.join(known.values())}" if known else "it has none"
+            raise RecipeError(f"--{name}: {method} has no such option; {has}")
+    if tokens and METHODS[method] is not RegMean:
+        raise RecipeError(f"{tokens[0]}: {method} reads no tokens; only regmean does")
+    return {f"merge.{method}.{name}": option for name, option in known.items()}
 
 
 def folders(models: list[str]) -> dict[str, str]:

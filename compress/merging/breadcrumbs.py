@@ -35,7 +35,7 @@ class Breadcrumbs(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.density + self.gamma > 1:
-            raise RecipeError(f"merge.breadcrumbs: density {self.density} + gamma {self.gamma} must be at most 1")
+            raise RecipeError(f"merge.breadcrumbs.density: {self.density} + gamma {self.gamma} must be at most 1")
 
     def sieve(self, change: Change, known: float | None) -> Sieve:
         """Drop what is too small or too large."""

@@ -36,7 +36,7 @@ class Della(Method):
         super().__post_init__()
         if self.density - self.epsilon <= 0 or self.density + self.epsilon > 1:
             raise RecipeError(
-                f"merge.della: density {self.density} - epsilon {self.epsilon} must be above 0 and their sum at most 1"
+                f"merge.della.density: {self.density} - epsilon {self.epsilon} must be above 0 and their sum at most 1"
             )
 
     def sieve(self, change: Change, known: float | None) -> Sieve:
