@@ -81,6 +81,10 @@ def is_list(value: Any) -> bool:
 
 
 def lines(said: Said) -> list[str]:
-    """The lines of YAML that say it, in which HTML finds no tags."""
-    escapes = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
-    return [f"{key}: {json.dumps(value, ensure_ascii=False).translate(escapes)}" for key, value in said.items()]
+    """The lines of YAML that say it."""
+    return [f"{key}: {quoted(value)}" for key, value in said.items()]
+
+
+def quoted(value: str | list[str]) -> str:
+    """A value in JSON, which YAML reads too; HTML finds no tags in it, and Markdown no end of a span of code."""
+    return json.dumps(value, ensure_ascii=False).translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&`"})

@@ -84,9 +84,10 @@ def test_a_merge_carries_what_all_say(owned: Path, tiny_llama: Path, tmp_path: P
     other = Path(shutil.copytree(owned, tmp_path / "other"))
     check(merge(owned, [tiny_llama, other], tmp_path / "same").out)  # one of them says nothing
     (other / "README.md").write_text(CARD.replace("other", "mit"))
-    out = merge(owned, [other], tmp_path / "differ").out
+    out = merge(owned, {"b": tiny_llama, "a": other}, tmp_path / "differ").out
     assert carried(out) == {key: value for key, value in SAID.items() if key != "license"}
-    assert "state different licences" in (out / "README.md").read_text()
+    said = (out / "README.md").read_text()
+    assert 'state different licences; each of them holds: `m` `"other"`, `a` `"mit"`.' in said
 
 
 def test_what_cannot_be_said_in_one_line_is_left_out(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from compress.merging.shares import Weights, shares
 from compress.merging.stream import Stream
 from compress.merging.ties import Ties
 from compress.model.architecture import without_code
-from compress.model.source import Checkpoint, locate
+from compress.model.source import Checkpoint, display_name, locate
 from compress.options import build
 from compress.plan import check_disk, free_place, usable
 from compress.recipe import Calibration
@@ -160,7 +160,9 @@ def finish(writer: ArtifactWriter, inputs: Inputs, facts: dict[str, Any]) -> Non
     config = {key: value for key, value in told.items() if key not in ("dtype", "torch_dtype")} | kept
     if isinstance(inputs.teller, Artifact):  # a delta leaves out what its base has alike
         copy_shared(inputs.teller, writer.partial)
-    cards = [carried(source.path) for source in (inputs.base, *(member.source for member in inputs.members))]
+    merged = {member.label: member.source for member in inputs.members}
+    named = [(display_name(inputs.base.path), inputs.base), *((label, merged[label]) for label in inputs.order)]
+    cards = [(name, carried(source.path)) for name, source in named]
     writer.describe(inputs.teller.path, config, facts, card(facts, cards))
     written = Checkpoint(writer.partial).headers
     if written != {name: inputs.header(name) for name in inputs.names()}:

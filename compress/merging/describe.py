@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from compress import __version__
-from compress.frontmatter import Said, agreed, lines
+from compress.frontmatter import Said, agreed, lines, quoted
 from compress.merging.inputs import Inputs, Member
 from compress.merging.method import Method
 from compress.merging.shares import Share
@@ -53,10 +53,9 @@ def of_model(member: Member, share: Share, tally: list[int]) -> dict[str, Any]:
     }
 
 
-def card(facts: Mapping[str, Any], cards: Sequence[Said] = ()) -> str:
-    """The Markdown of a merged folder, with what the cards of all that was merged say alike."""
-    merge, said = facts["merge"], agreed(cards)
-    differ = any("license" in card for card in cards) and "license" not in said
+def card(facts: Mapping[str, Any], cards: Sequence[tuple[str, Said]] = ()) -> str:
+    """The Markdown of a merged folder, with what the cards of all that was merged, each under its name, say alike."""
+    merge, said = facts["merge"], agreed(told for _, told in cards)
     named = [merge["base"]["name"], *(model["name"] for model in merge["models"].values())]
     options = ", ".join(f"{key} {value}" for key, value in merge["options"].items())
     rows = [
@@ -88,11 +87,17 @@ def card(facts: Mapping[str, Any], cards: Sequence[Said] = ()) -> str:
                 for label, tokens in merge.get("calibration", {}).items()
                 if "windows_at_once" in tokens
             ),
-            *(["The cards of what was merged state different licences; each of them holds.\n"] if differ else []),
+            *([] if "license" in said else licences(cards)),
             "Nothing here says how well it works: run `compress eval` on the tasks that matter.",
             "",
         ]
     )
+
+
+def licences(cards: Sequence[tuple[str, Said]]) -> list[str]:
+    """A line with the licence that each card states, of cards that state different ones; none if none states any."""
+    stated = ", ".join(f"`{name}` `{quoted(said['license'])}`" for name, said in cards if "license" in said)
+    return [f"The cards of what was merged state different licences; each of them holds: {stated}.\n"] if stated else []
 
 
 def weights_of(model: Mapping[str, Any]) -> str:
