@@ -104,7 +104,7 @@ def options_of(method: str, given: Mapping[str, Any], tokens: list[str]) -> dict
 
 
 def folders(models: list[str]) -> dict[str, str]:
-    """Name -> folder of what the command line lists; raises RecipeError if two have one name."""
+    """Name -> folder of what the command line lists; raises RecipeError if two have one name, or one an empty name."""
     from compress.model.source import display_name, locate
 
     found: dict[str, str] = {}
@@ -112,6 +112,8 @@ def folders(models: list[str]) -> dict[str, str]:
         name, equals, folder = text.partition("=")
         if not equals or "/" in name or Path(text).exists():
             name, folder = display_name(locate(text)), text
+        if not name:
+            raise RecipeError(f"models: {text!r} has no name before its =; give FOLDER, or NAME=FOLDER")
         if name in found:
             raise RecipeError(f"models: two are called {name!r}; name them, as in one=FOLDER two=FOLDER")
         found[name] = folder

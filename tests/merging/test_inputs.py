@@ -395,6 +395,13 @@ def test_the_command_refuses_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_a_shell_left_empty_is_refused(odd: Odd, cli: Any, tmp_path: Path) -> None:
+    """`$NAME=FOLDER` without a NAME; --weights and --data could then say nothing of this model."""
+    code, _, err = cli("merge", odd("base"), f"={odd('a')}", "--out", tmp_path / "o")
+    assert code == 2 and "has no name before its =; give FOLDER, or NAME=FOLDER" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command_knows_every_method_and_option() -> None:
     from dataclasses import fields
     from inspect import getsource, signature
