@@ -618,6 +618,8 @@ def test_scales_alone_are_distilled(cli: Run, tiny_llama: Path, finetuned: Path,
         (("--method", "sparse", "--distill", "5"), "--distill: sparse has no scales"),
         (("--bits", "1", "--size", "1MB"), "--size: says what --bits says"),
         (("--size", "much"), "--size: 'much' is not a size"),
+        (("--method", "dare", "--data", "nowhere.txt"), "error: --data: dare reads no tokens; leave it out"),
+        (("--method", "sparse", "--data", "nowhere.txt"), "error: --data: 'nowhere.txt' cannot be read"),
     ],
 )
 def test_bad_methods_are_one_line(
@@ -627,3 +629,8 @@ def test_bad_methods_are_one_line(
     assert code == 2
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_the_options_of_an_extraction_are_called_as_they_are_written(cli: Run, finetuned: Path, tmp_path: Path) -> None:
+    code, _, said = cli("delta", "extract", finetuned, "--base", finetuned, "--out", tmp_path / "o")
+    assert code == 2 and said.startswith("error: --base: ") and "is the model itself" in said

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from compress.commands.output import Json, bytes_of, out_option, result, screen
+from compress.commands.output import Json, bytes_of, out_option, result, screen, spoken
 from compress.errors import RecipeError
 
 app = typer.Typer(name="delta", help="Store fine-tuned models as small differences from one base.")
@@ -72,11 +72,16 @@ def extract(
         asked = bits_of(bits, size, finetuned)
         lists = recipes_of(method or "auto", asked, distill or 0, number_bits(finetuned))
         made = [Recipe(passes=passes, delta=Delta(**chosen)) for passes in lists]
-    if data is not None:
-        made = [replace(one, calibration=replace(one.calibration, data=data)) for one in made]
     name = Path(recipe).name.removesuffix(".yaml") if recipe is not None else method or "auto"
+    called = {f"delta.{key}": f"--{key}" for key in chosen}  # of the others it is the recipe that says them
+    if data is not None:
+        if not any(one.needs_data() for one in made):
+            raise RecipeError(f"--data: {name} reads no tokens; leave it out")
+        made = [replace(one, calibration=replace(one.calibration, data=data)) for one in made]
+        called["calibration.data"] = "--data"
     target = out if out is not None else Path("out") / f"{Path(finetuned).resolve().name}-{name}"
-    found = best_of(finetuned, made, target, emit=Progress(screen()), device=device, force=force)
+    with spoken(called):
+        found = best_of(finetuned, made, target, emit=Progress(screen()), device=device, force=force)
     report = found.report
     value = {**{k: v for k, v in asdict(report).items() if k != "coverage"}, "share": share(report)}
     lines = [escape(f"probe KL {kl:.4g} nats: {passes}") for passes, kl in found.tried.items()] if len(made) > 1 else []
