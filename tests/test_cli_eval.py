@@ -82,6 +82,7 @@ def test_what_is_not_accepted_exits_5_and_is_written_all_the_same(cli: Run, arti
         (("--suite", "fact"), "--suite: there is no 'fact'; did you mean 'facts'"),
         (("--tasks", "facts_trained,facts_mcq"), "--tasks: facts has no task 'facts_mcq'; did you mean 'facts_mc'"),
         (("--tasks", ""), "error: --tasks: is empty; name tasks, with commas between\n"),
+        (("--tasks", "facts_trained, "), "error: --tasks: 'facts_trained, ' has a comma without a name beside it; name"),
         (("--chat-template",), "no chat template"),
         (("--text", "nope"), "error: --text: nope cannot be read: No such file or directory\n"),
         (("--data-dir", "nope"), "--data-dir: nope is not a folder"),

@@ -90,10 +90,11 @@ def evaluate(
 
 
 def names(tasks: str) -> list[str]:
-    """The names that --tasks lists; raises RecipeError for none."""
+    """The names that --tasks lists; raises RecipeError for none, or an empty one."""
     found = [name.strip() for name in tasks.split(",")]
-    if not any(found):
-        raise RecipeError("--tasks: is empty; name tasks, with commas between")
+    if not all(found):
+        what = f"{tasks!r} has a comma without a name beside it" if any(found) else "is empty"
+        raise RecipeError(f"--tasks: {what}; name tasks, with commas between")
     return found
 
 
