@@ -13,6 +13,7 @@ import compress
 from compress import RTN
 from compress_evals.fidelity import evaluation_text
 from compress_evals.folders import SHORTEST
+from compress_evals.results import Skipped
 from compress_evals.suite import FACTS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -82,7 +83,10 @@ def test_what_is_not_accepted_exits_5_and_is_written_all_the_same(cli: Run, arti
         (("--suite", "fact"), "--suite: there is no 'fact'; did you mean 'facts'"),
         (("--tasks", "facts_trained,facts_mcq"), "--tasks: facts has no task 'facts_mcq'; did you mean 'facts_mc'"),
         (("--tasks", ""), "error: --tasks: is empty; name tasks, with commas between\n"),
-        (("--tasks", "facts_trained, "), "error: --tasks: 'facts_trained, ' has a comma without a name beside it; name"),
+        (
+            ("--tasks", "facts_trained, "),
+            "error: --tasks: 'facts_trained, ' has a comma without a name beside it; name",
+        ),
         (("--chat-template",), "no chat template"),
         (("--text", "nope"), "error: --text: nope cannot be read: No such file or directory\n"),
         (("--data-dir", "nope"), "--data-dir: nope is not a folder"),
@@ -94,6 +98,20 @@ def test_what_cannot_be_asked_is_one_line_and_asks_nothing(
     code, out, err = cli("eval", artifact, "--out", tmp_path / "e", *options)
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
     assert said in err
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_condition_on_a_family_without_data_asks_nothing(
+    cli: Run, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found unmet, with exit code 5, once all other tasks had been asked."""
+    had = {task.name: None for task in FACTS.tasks if task.family != "summaries"}
+    lost = {"facts_summary": Skipped(title="", family="summaries", reason="no data folder was given")}
+    monkeypatch.setattr("compress_evals.questions.availability", lambda *_: (had, lost))
+    asked = ("--limit", 4, "--out", tmp_path / "e", "--accept", "drop<=1@95%", "--accept", "summaries:drop<=1@95%")
+    code, out, err = cli("eval", artifact, *asked)
+    said = "error: --accept: nothing of 'summaries' can be asked: facts_summary: no data folder was given\n"
+    assert (code, out, err) == (2, "", said)
     assert not (tmp_path / "e").exists()
 
 

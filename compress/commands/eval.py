@@ -80,7 +80,7 @@ def evaluate(
             folders, base, delta_base=delta_base, suite=suite, data_dir=data_dir, online=online,
             only=only, limit=limit, margin=margin,
             noise=noise, speed=speed, batch_size=size, chat_template=chat_template, cache=cache, fresh=fresh,
-            text=prose, seed=seed, device=device, out=target, meter=meter,
+            conditions=conditions, text=prose, seed=seed, device=device, out=target, meter=meter,
         )  # fmt: skip
     value = {"out": str(target), "results": [json.loads(found.model_dump_json(by_alias=True)) for found in results]}
     result(value, as_json, *shown(results), escape(f"report: {target}/report.html"))

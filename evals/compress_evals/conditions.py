@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from compress.errors import RecipeError, nearest
 from compress_evals.comparison import accept, covered
+from compress_evals.questions import Exam
 from compress_evals.results import Results
 from compress_evals.suite import find
 
@@ -51,6 +52,15 @@ def parse_all(texts: Sequence[str], suite: str, only: Sequence[str] | None = Non
         if not any(covered(task, condition.family) for task in find(suite).chosen(only)):
             raise RecipeError(f"--accept: {text!r} is about none of the tasks that --tasks names")
     return conditions
+
+
+def check_asked(conditions: Sequence[Condition], exam: Exam) -> None:
+    """Raise RecipeError for a condition on a family of which nothing can be asked: no model could meet it."""
+    for family in dict.fromkeys(c.family for c in conditions):
+        if not any(covered(asked.task, family) for asked in exam.tasks):
+            lost = {skip.reason: name for name, skip in exam.skipped.items() if family in (None, skip.family)}
+            reasons = "; ".join(f"{name}: {reason}" for reason, name in lost.items())
+            raise RecipeError(f"--accept: nothing of {family or 'all tasks'!r} can be asked: {reasons}")
 
 
 def broken(results: Results, conditions: Sequence[Condition]) -> list[str]:

@@ -25,6 +25,7 @@ from compress_evals import batching, references
 from compress_evals.batching import BatchSize
 from compress_evals.cache import Cache
 from compress_evals.comparison import Flipped, compare
+from compress_evals.conditions import Condition, check_asked
 from compress_evals.examples import examples, shown, spoken
 from compress_evals.fidelity import Fidelity, measure_fidelity
 from compress_evals.noise import measure_noise, samples
@@ -82,6 +83,7 @@ def evaluate_folders(
     noise: int = 0,
     speed: bool = False,
     chat_template: bool = False,
+    conditions: Sequence[Condition] = (),
     on_progress: Progress | None = None,
     meter: Meter | None = None,
 ) -> list[Results]:
@@ -92,7 +94,8 @@ def evaluate_folders(
     say what is asked (see `questions.prepare`); `text` is what bits per byte and KL are measured on, by default the
     built-in prose. `batch_size` is a number, or `auto` for what fits, up to 64 on a CPU; where memory runs out, all
     models are asked again at half of it. `noise` questions a task are asked of the dense model twice, `speed` times
-    generation. With `out`, results, samples, examples of flips, `report.md` and `report.html` are written there.
+    generation. `conditions` are only looked at before anything is asked: they must be about something that can be
+    asked. With `out`, results, samples, examples of flips, `report.md` and `report.html` are written there.
     Everything measured is stored in `cache`, by default OUT/cache, and looked up there unless `fresh`.
     Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base or anything to ask,
     or if `out` or `cache` is in one of them.
@@ -105,6 +108,7 @@ def evaluate_folders(
         find(suite), tokenizer_of(locate(source)), only=only, limit=limit, seed=seed, data_dir=data_dir, online=online,
         chat_template=chat_template,
     )  # fmt: skip
+    check_asked(conditions, exam)
     if out is not None:
         make(out)
     meter = meter or Meter(on_progress)
@@ -112,6 +116,7 @@ def evaluate_folders(
     store = None if place is None else Cache(place, fresh=fresh, say=meter.note)
     dense = subject(model_name(source), locate(source), None, device)
     exam = within(exam, dense.known(exam, store).max_length)
+    check_asked(conditions, exam)  # again: what is too long for the model is known now
     session = Session(
         exam=exam,
         cache=store,
