@@ -9,13 +9,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from compress.errors import RecipeError
+from compress_evals.results import place
 
 LAYOUT = 1  # of the entries; another is another key
 Say = Callable[[str], None]
@@ -66,10 +66,8 @@ class Cache:
     def place(self, path: Path, write: Callable[[Path], Any]) -> None:
         """Put a file in place once `write` has written all of it elsewhere."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         try:
-            write(partial)
-            partial.replace(path)
+            place(path, write)
         except OSError as error:
             raise RecipeError(f"--cache: {path} cannot be written: {error.strerror}") from error
         self._written.add(path)

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -337,7 +337,16 @@ def _compressed(rows: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def place(path: Path, write: Callable[[Path], Any]) -> None:
+    """Put a file in place once `write` has written all of it elsewhere; what a full disk leaves of that is removed."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        write(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _replace(path: Path, content: bytes) -> None:
+    place(path, lambda partial: partial.write_bytes(content))
