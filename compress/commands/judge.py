@@ -41,6 +41,8 @@ def judge(
     calls = sum(judging.calls_for(pairs, repeats) for pairs in tasks.values())
     if calls > max_calls:
         raise RecipeError(f"--max-calls: {calls} calls are needed, {max_calls} allowed; raise it, or lower --repeats")
+    folder = compressed.parent if compressed.name == RESULTS_FILE else compressed
+    judging.check_place(folder)
     judged = {}
     with screen().status(f"asking {calls} times"):
         for name, pairs in tasks.items():
@@ -54,7 +56,7 @@ def judge(
         compressed=after.model.name,
         tasks=judged,
     )
-    path = judging.save(made, compressed.parent if compressed.name == RESULTS_FILE else compressed)
+    path = judging.save(made, folder)
     result({"out": str(path), **made.model_dump(mode="json", by_alias=True)}, as_json, table(made), failed(made))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ from compress_evals.data import check_folder, read
 from compress_evals.endpoint import Endpoint, Unanswered
 from compress_evals.metrics.text import words
 from compress_evals.replies import read_preference, read_score
-from compress_evals.results import Results, Stored
+from compress_evals.results import Results, Stored, place
 from compress_evals.suite import MINI
 from compress_evals.tasks.kick.generation import MTBENCH, VICUNA, questions
 
@@ -230,12 +230,27 @@ def noise_sd(repeated: Sequence[Sequence[float | None]]) -> float | None:
 
 
 def save(judgement: Judgement, folder: Path) -> Path:
-    """Write the judgement beside the compressed model's results, whole or not at all, and give its path."""
-    path = folder / JUDGE_FILE
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(judgement.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write the judgement beside the compressed model's results, whole or not at all, and give its path.
+
+    Raises RecipeError if it cannot be written.
+    """
+    path, text = folder / JUDGE_FILE, judgement.model_dump_json(by_alias=True, indent=1) + "\n"
+    try:
+        place(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
     return path
+
+
+def check_place(folder: Path) -> None:
+    """Raise RecipeError if no judgement could be written into a folder: now, and not when every call is paid for."""
+    path = folder / JUDGE_FILE
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise RecipeError(f"{path}: cannot be written: it is a folder")
 
 
 def _judge_pair(pair: Pair, ask: Ask, repeats: int) -> tuple[Item, int]:

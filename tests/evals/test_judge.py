@@ -425,6 +425,18 @@ def test_too_many_calls_are_refused_before_the_first(
     assert double.bodies == []
 
 
+def test_a_place_that_cannot_take_a_judgement_is_refused_before_the_first_call(
+    double: Double, measured: Callable[..., Results], kick_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(measured("dense", "a"), tmp_path / "dense")
+    save(measured("small", "b"), tmp_path / "small")
+    (tmp_path / "small" / "judge.json").mkdir()
+    options = ["--judge-url", double.url, "--judge-model", "m", "--data-dir", kick_data]
+    done = run(monkeypatch, tmp_path / "dense", tmp_path / "small", *options)
+    assert isinstance(done.exception, RecipeError) and "judge.json: cannot be written" in str(done.exception)
+    assert double.bodies == []
+
+
 def test_other_questions_are_refused(measured: Callable[..., Results], kick_data: Path) -> None:
     dense, small = measured("dense", "a"), measured("small", "b")
     other = small.tasks["kick_vicuna"].model_copy(update={"task_hash": "0" * 64})
