@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import signal
 import socket
@@ -14,6 +15,7 @@ from compress.errors import RecipeError
 from compress.serving.app import Server, make_app
 
 BACKLOG = 1024  # connections that the system holds before they are accepted
+LAST_WORDS = 10  # seconds in which a step ends and clients hear that theirs was not done
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -42,6 +44,25 @@ def refused(host: str, port: int, error: OSError) -> RecipeError:
     return RecipeError(f"--port: {port} at {host} cannot be had: {error.strerror}")
 
 
+class Ending(uvicorn.Server):
+    """One that lets the engine fail, with a last word to each client, what still runs at its deadline.
+
+    uvicorn itself would cut the connections, with a traceback for each.
+    """
+
+    def __init__(self, config: uvicorn.Config, served: Server, deadline: float) -> None:
+        super().__init__(config)
+        self.served, self.deadline = served, deadline
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does, with an end."""
+        end = asyncio.get_running_loop().call_later(self.deadline, self.served.engine.close, 0.0)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
+
+
 def serve_forever(server: Server, listener: socket.socket, deadline: int, ready: Callable[[], None]) -> None:
     """Listen, say `ready`, and serve until SIGTERM or SIGINT; then give what runs `deadline` seconds.
 
@@ -60,7 +81,7 @@ def serve_forever(server: Server, listener: socket.socket, deadline: int, ready:
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=deadline,
+        timeout_graceful_shutdown=deadline + LAST_WORDS,
     )
     try:
         listener.listen(BACKLOG)
@@ -68,4 +89,4 @@ def serve_forever(server: Server, listener: socket.socket, deadline: int, ready:
         host, port, *_ = listener.getsockname()
         raise refused(host, port, error) from error
     ready()
-    uvicorn.Server(config).run([listener])
+    Ending(config, server, deadline).run([listener])

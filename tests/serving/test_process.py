@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,4 +245,21 @@ def test_an_interrupt_with_nothing_to_do_ends_at_once(
     assert httpx.get(f"{address}/v1/models").status_code == 401
     assert httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200
     server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_clients_hear_of_what_is_not_done_at_the_deadline(
+    process: Callable[..., tuple[subprocess.Popen[bytes], str]],
+) -> None:
+    """uvicorn would cut their connections."""
+    server, address = process("--max-batch", "1", "--deadline", "1")
+    with ThreadPoolExecutor(64) as pool:
+        found = [pool.submit(httpx.post, f"{address}/v1/completions", json=asked("a"), timeout=60) for _ in range(64)]
+        while not running(address):
+            time.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        answers = [one.result() for one in found]
+    late = [answer.json()["error"]["message"] for answer in answers if answer.status_code != 200]
+    assert late and set(late) == {"the server is shutting down"}
     assert server.wait(20) == 0
