@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from compress.serving.running import Piece, Running, Sequence, by_tenant, logits
 from compress.serving.sampling import choose
 
 LOG = logging.getLogger("compress.serving")
+FEW = 32  # tokens of prompts that are not told apart by length: a step reads all weights, however few they are
 FAILED = "the server failed while computing this answer"
 
 
@@ -79,8 +80,8 @@ class Engine:
                 if self.closed:
                     break
                 new = self._admitted()
-            if new:
-                self._admit(new)
+            for alike in of_like_length(new):
+                self._admit(alike)
             self._advance()
         left = [*(self.running.sequences if self.running else ()), *self.waiting]
         self.running = None
@@ -186,6 +187,19 @@ class Engine:
         running.last_B1 = logits_BV.new_zeros(len(running.sequences), 1, dtype=torch.long)
         running.last_B1[going, 0] = torch.tensor(tokens, dtype=torch.long, device=logits_BV.device)
         return running if len(going) == len(running.sequences) else running.select(going)
+
+
+def of_like_length(new: Iterable[Sequence]) -> list[list[Sequence]]:
+    """The sequences in groups that are computed together, each filled up to its longest prompt, at most to twice a
+    prompt's own tokens where they are more than FEW.
+    """
+    groups: list[list[Sequence]] = []
+    for sequence in sorted(new, key=lambda one: len(one.prompt)):
+        if groups and len(sequence.prompt) <= max(FEW, 2 * len(groups[-1][0].prompt)):
+            groups[-1].append(sequence)
+        else:
+            groups.append([sequence])
+    return groups
 
 
 def fail(sequences: list[Sequence], why: str) -> None:

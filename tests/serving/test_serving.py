@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from compress.model.source import locate
 from compress.runtime.tenants import Difference, Tenants
 from compress.serving import engine
 from compress.serving.app import Language, Limits, Server, context_of
+from compress.serving.requests import Completion
+from compress.serving.running import Piece
 
 MODELS = ("tiny", "a", "b", "c")
 Talk = Callable[..., Any]
@@ -281,6 +284,30 @@ def test_a_full_queue_says_when_to_come_again(make_server: Make, talk: Talk) -> 
 
 
 # -- what goes wrong ------------------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_lengthen_the_short_ones_beside_it(
+    make_server: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were all filled up to it, and computed as if they were as long."""
+    server, plain, shapes = make_server(), engine.logits_of, list[tuple[int, int]]()
+
+    def logits(tenants: Tenants, running: Any, ids_BS: torch.Tensor) -> torch.Tensor:
+        shapes.append((ids_BS.shape[0], ids_BS.shape[1]))
+        return plain(tenants, running, ids_BS)
+
+    monkeypatch.setattr(engine, "logits_of", logits)
+    prompts = [list(range(4, 4 + length)) for length in (3, 100, 5, 40, 20, 70)]
+    asked = [ask(MODELS[n % 4], prompt, max_tokens=3) for n, prompt in enumerate(prompts)]
+    want = [solo(server, one) for one in asked]
+    pieces: list[list[Piece]] = [[] for _ in asked]
+    for one, heard in zip(asked, pieces, strict=True):
+        server.engine.submit(server.sequence(Completion.model_validate(one), heard.append))
+    server.engine.start()
+    while not all(heard and heard[-1].finish for heard in pieces):
+        time.sleep(0.001)
+    assert [shape for shape in shapes if shape[1] > 1] == [(3, 20), (2, 70), (1, 100)]
+    assert ["".join(piece.text for piece in heard) for heard in pieces] == want
 
 
 def test_a_failing_step_fails_its_requests_and_no_others(
