@@ -20,7 +20,9 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 def serve(
     base: Annotated[str, typer.Argument(help="the model all deltas are of: a folder, or `builtin`")],
     delta: Annotated[list[str] | None, typer.Option("--delta", help="name=FOLDER, once for each fine-tune")] = None,
-    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 is open to the network")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="address to listen at, or a name: all of its; 0.0.0.0 is open to the network")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="COMPRESS_API_KEY", help="what clients must send as bearer")
@@ -54,11 +56,11 @@ def serve(
     there = {"device_map": str(usable(device))} if device != "cpu" else {}
     limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
     quiet_loading()
-    with bound(host, port) as listener:  # a port in use is told before anything is loaded
+    with bound(host, port) as listeners:  # a port in use is told before anything is loaded
         tokenizer, tenants = tokenizer_of(folder), load_tenants(folder, named, most, **there)
         server = Server(tenants, tokenizer, name, limits, own_languages(folder, named, tokenizer))
         said = f"serving {', '.join(server.models())} at http://{host}:{port}"
-        serve_forever(server, listener, deadline, lambda: screen().print(said, markup=False))
+        serve_forever(server, listeners, deadline, lambda: screen().print(said, markup=False))
 
 
 def require_serving() -> None:

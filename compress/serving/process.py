@@ -6,7 +6,8 @@ import asyncio
 import errno
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import uvicorn
@@ -14,27 +15,39 @@ import uvicorn
 from compress.errors import RecipeError
 from compress.serving.app import Server, make_app
 
+LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # `localhost` has an address of IPv6 where there is no IPv6, too
 BACKLOG = 1024  # connections that the system holds before they are accepted
 LAST_WORDS = 10  # seconds in which a step ends and clients hear that theirs was not done
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that has its address and does not listen yet; of several addresses that of IPv4.
+@contextmanager
+def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Sockets that have the addresses of `host` and do not listen yet; one that this machine lacks is left out.
 
-    Raises RecipeError if the address cannot be had.
+    Raises RecipeError if none can be had, or the port of any is in use.
     """
     try:
-        family, kind, _, _, address = min(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        found = socket.socket(family, kind)
+        told = {(family, at) for family, _, _, _, at in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
         raise RecipeError(f"--host: {host!r} is no address: {error}") from error
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as error:
-        found.close()
-        raise refused(host, port, error) from error
-    return found
+    found: list[socket.socket] = []
+    lacking = OSError()
+    with ExitStack() as end:
+        for family, address in sorted(told):
+            try:
+                one = end.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:  # else `::` would take the port of IPv4 as well
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind(address)
+                found.append(one)
+            except OSError as error:
+                if error.errno not in LACKING:
+                    raise refused(host, port, error) from error
+                lacking = error
+        if not found:
+            raise refused(host, port, lacking) from lacking
+        yield found
 
 
 def refused(host: str, port: int, error: OSError) -> RecipeError:
@@ -63,10 +76,10 @@ class Ending(uvicorn.Server):
             end.cancel()
 
 
-def serve_forever(server: Server, listener: socket.socket, deadline: int, ready: Callable[[], None]) -> None:
+def serve_forever(server: Server, listeners: Sequence[socket.socket], deadline: int, ready: Callable[[], None]) -> None:
     """Listen, say `ready`, and serve until SIGTERM or SIGINT; then give what runs `deadline` seconds.
 
-    Raises RecipeError if another process has come to listen at the address of `listener`.
+    Raises RecipeError if another process has come to listen at the address of one of `listeners`.
     """
 
     def stopped(_: int, __: FrameType | None) -> None:
@@ -83,10 +96,11 @@ def serve_forever(server: Server, listener: socket.socket, deadline: int, ready:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=deadline + LAST_WORDS,
     )
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:
-        host, port, *_ = listener.getsockname()
-        raise refused(host, port, error) from error
+    for listener in listeners:
+        try:
+            listener.listen(BACKLOG)
+        except OSError as error:
+            host, port, *_ = listener.getsockname()
+            raise refused(host, port, error) from error
     ready()
-    Ending(config, server, deadline).run([listener])
+    Ending(config, server, deadline).run(list(listeners))

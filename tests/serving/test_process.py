@@ -151,12 +151,12 @@ def test_it_is_said_to_serve_once_it_listens(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(process_.uvicorn.Server, "run", lambda *_: None)
     said: list[None] = []
-    with process_.bound("localhost", 0) as listener, process_.bound(*listener.getsockname()) as late:
-        address = listener.getsockname()
+    with process_.bound("127.0.0.1", 0) as listeners, process_.bound(*listeners[0].getsockname()) as late:
+        address = listeners[0].getsockname()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
         server: Any = None
-        process_.serve_forever(server, listener, 1, lambda: said.append(socket.create_connection(address).close()))
+        process_.serve_forever(server, listeners, 1, lambda: said.append(socket.create_connection(address).close()))
         with pytest.raises(RecipeError, match="is in use"):  # neither listened when they were bound
             process_.serve_forever(server, late, 1, lambda: pytest.fail("said"))
     assert said == [None]
@@ -166,6 +166,18 @@ def free_port() -> int:
     """A port that nobody has now."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
+
+
+def test_a_name_is_served_at_all_of_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those that this machine has not, as ::1 in many containers; if it has none, that is said."""
+    stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    told = ["127.0.0.1", "192.0.2.1", "127.0.0.2", "127.0.0.1"]  # the second is nobody's, RFC 5737
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(*stream, (host, 0)) for host in told])
+    with process_.bound("name", 0) as listeners:
+        assert [one.getsockname()[0] for one in listeners] == ["127.0.0.1", "127.0.0.2"]
+    told[:] = ["192.0.2.1"]
+    with pytest.raises(RecipeError, match="--port: 0 at name cannot be had"), process_.bound("name", 0):
+        pytest.fail("bound")
 
 
 # -- a real process ---------------------------------------------------------------------------------------
