@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,16 @@ def test_an_installed_package_brings_its_passes(
     found = {"compress.passes": [Entry(example)]}
     monkeypatch.setattr("compress.passes.entry_points", lambda group: found[group])
     assert from_dict({"passes": ["one-bit"]}).passes == (registry["one-bit"](),)
+
+
+@pytest.mark.parametrize("group", [[("gone", "no_such_module"), "No module named 'no_such_module'"],
+                                   [("odd", "json:loads.no"), "has no attribute 'no'"]], ids=str)  # fmt: skip
+def test_a_package_whose_pass_cannot_be_imported_is_named_in_one_line(
+    group: Any, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (name, value), why = group
+    entry = EntryPoint(name=name, value=value, group="compress.passes")
+    monkeypatch.setattr("compress.passes.entry_points", lambda group: [entry])
+    code, out, err = cli("passes")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"the pass {name!r} cannot be imported from {value}: " in err and why in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
+from compress.errors import RecipeError
 from compress.passes.base import (
     PASSES,
     BlockPass,
@@ -144,6 +145,15 @@ __all__ = [
 
 
 def load_plugins() -> None:
-    """Import the passes that other installed packages declare under `compress.passes`."""
+    """Import the passes that other installed packages declare under `compress.passes`.
+
+    Raises RecipeError for one that cannot be imported.
+    """
     for entry in entry_points(group="compress.passes"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # it is anybody's code
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RecipeError(
+                f"the pass {entry.name!r} cannot be imported from {entry.value}: {said}; mend or remove its package"
+            ) from error
