@@ -100,6 +100,8 @@ def evaluate_folders(
     Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base or anything to ask,
     or if `out` or `cache` is in one of them.
     """
+    if not paths:
+        raise RecipeError("folders: name at least one to evaluate")
     source = base if base is not None else recorded_base(locate(paths[0]))
     named = checked([locate(path) for path in paths], source, delta_base, text)
     apart([folder for _, folder, _ in named], {"--out": out, "--cache": cache})

@@ -12,6 +12,7 @@ import pytest
 
 import compress
 from compress import RTN, Magnitude
+from compress.errors import RecipeError
 from compress.model.source import BUILTIN
 from compress_evals import answers as asking
 from compress_evals import folders
@@ -133,6 +134,11 @@ def test_where_memory_runs_out_all_models_are_asked_at_half_and_that_is_said(
 
 
 @pytest.mark.slow
+def test_nothing_to_evaluate_is_refused() -> None:
+    with pytest.raises(RecipeError, match="folders: name at least one"):
+        evaluate_folders([])
+
+
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     hostile = tmp_path / "hostile"
     shutil.copytree(BUILTIN, hostile)
