@@ -59,7 +59,7 @@ def serve(
     with bound(host, port) as listeners:  # a port in use is told before anything is loaded
         tokenizer, tenants = tokenizer_of(folder), load_tenants(folder, named, most, **there)
         server = Server(tenants, tokenizer, name, limits, own_languages(folder, named, tokenizer))
-        said = f"serving {', '.join(server.models())} at http://{host}:{port}"
+        said = f"serving {', '.join(server.models())} at {url_of(host, port)}"
         serve_forever(server, listeners, deadline, lambda: screen().print(said, markup=False))
 
 
@@ -68,6 +68,11 @@ def require_serving() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise RecipeError(f"serving needs {', '.join(missing)}: pip install 'compress-llm[serve]'")
+
+
+def url_of(host: str, port: int) -> str:
+    """Where clients find a server."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def deltas_of(given: list[str]) -> dict[str, Path]:

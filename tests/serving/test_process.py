@@ -21,7 +21,7 @@ import torch
 
 import compress
 from compress import Calibration, Delta, Magnitude, Recipe, RecipeError
-from compress.commands.serve import deltas_of
+from compress.commands.serve import deltas_of, url_of
 from compress.errors import ArtifactError
 from compress.serving import process as process_
 from compress.serving.app import Limits, Server
@@ -104,6 +104,10 @@ def test_names_on_the_command_line() -> None:
             deltas_of([wrong])
     with pytest.raises(RecipeError, match="twice"):
         deltas_of(["a=x", "a=y"])
+
+
+def test_an_address_of_ipv6_is_said_as_clients_take_it() -> None:
+    assert [url_of(host, 8000) for host in ("::1", "localhost")] == ["http://[::1]:8000", "http://localhost:8000"]
 
 
 @pytest.mark.parametrize("key", ["", " ", "k\n", " k", "schlüssel"])
