@@ -172,19 +172,20 @@ def inspect(
     result(view, as_json, *inspect_table(view))
 
 
-def draw(provenance: Any, place: Path) -> None:
+def draw(provenance: Any, target: Path) -> None:
     """Write the picture of an artifact; raises RecipeError if there is none, or if the place cannot be written."""
+    from compress.partial import place
     from compress.picture import picture
 
     drawn = picture(provenance)
     if not drawn:
         raise RecipeError("--picture: no site of a block was rewritten; there is nothing to draw")
-    if place.suffix != ".svg":
-        raise RecipeError(f"--picture: {place} must be named .svg")
+    if target.suffix != ".svg":
+        raise RecipeError(f"--picture: {target} must be named .svg")
     try:
-        place.write_text(drawn, encoding="utf-8")
+        place(target, lambda partial: partial.write_text(drawn, encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"--picture: {place} cannot be written: {error.strerror}") from error
+        raise RecipeError(f"--picture: {target} cannot be written: {error.strerror}") from error
 
 
 @app.command()

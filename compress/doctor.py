@@ -22,6 +22,7 @@ import torch
 from compress import __version__
 from compress.errors import ArtifactError, RecipeError, visible, why
 from compress.model.source import read_json
+from compress.partial import place
 from compress.planning import machine, resources
 from compress_kernels import tuning
 
@@ -221,15 +222,16 @@ def write_zip(target: Path, texts: dict[str, str]) -> None:
     """Write a zip, whole or not at all; the same texts give the same bytes."""
     if target.exists():
         raise RecipeError(f"--bundle: {target} exists; choose another name")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
-        with zipfile.ZipFile(partial, "x", zipfile.ZIP_DEFLATED) as packed:
+
+    def write(partial: Path) -> None:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
             for name, text in texts.items():
                 content = text.encode(errors="backslashreplace")  # JSON may escape half of a pair
                 packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
-        partial.replace(target)
+
+    try:
+        place(target, write)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RecipeError(f"--bundle: {target} cannot be written: {error.strerror}") from error
 
 

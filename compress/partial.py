@@ -10,10 +10,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from glob import escape
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from compress.errors import ArtifactError
@@ -125,6 +126,17 @@ def exchange(made: Path, out: Path) -> None:
         raise
     flush(out.parent)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def place(path: Path, write: Callable[[Path], Any]) -> None:
+    """Put a file in place once `write` has written all of it elsewhere; what a full disk leaves of that is removed."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        write(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def missing_parents(out: Path) -> list[Path]:

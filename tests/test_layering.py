@@ -169,8 +169,12 @@ READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compr
 # what judges other tools reads their formats and draws their windows
 # what times generation needs its clock; a bench that times the inner loops of passes enters them, one of caches makes
 # them itself, one of deltas asks which passes the command line would choose, a leaderboard which kind of compression a
-# pass is, and is put in place as an artifact is; a sweep file is as strict as a recipe
+# pass is, and is put in place as an artifact is, as are results and what is stored of them; a sweep file is as strict
+# as a recipe
 BENCHES = {
+    "compress_evals.cache": ("compress.partial",),
+    "compress_evals.judge": ("compress.partial",),
+    "compress_evals.results": ("compress.partial",),
     "compress_evals.folders": ("compress.runtime.bench",),
     "compress_evals.deltas": ("compress.codecs",),
     "compress_evals.rounding": ("compress.model.travellers",),

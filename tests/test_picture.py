@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import tracemalloc
@@ -169,6 +170,22 @@ def test_a_run_leaves_the_picture_beside_its_card_and_inspect_draws_it_again(
     ):  # fmt: skip
         code, _, err = cli("inspect", folder, "--picture", place)
         assert code == 2 and why in err and not place.exists()
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(
+    llama_artifact: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, plain = tmp_path / "a.svg", Path.write_text
+    target.write_text("<svg/>")
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        plain(path, text[:9], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = cli("inspect", llama_artifact, "--picture", target)
+    assert (code, err) == (2, f"error: --picture: {target} cannot be written: No space left on device\n")
+    assert target.read_text() == "<svg/>" and list(tmp_path.iterdir()) == [target]
 
 
 def test_a_damaged_picture_is_found(llama_artifact: Path, tmp_path: Path, tiny_llama: Path) -> None:

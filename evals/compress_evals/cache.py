@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import RecipeError
-from compress_evals.results import place
+from compress.partial import place
 
 LAYOUT = 1  # of the entries; another is another key
 Say = Callable[[str], None]

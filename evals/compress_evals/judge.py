@@ -22,12 +22,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compress.errors import ArtifactError, RecipeError
+from compress.partial import place
 from compress_evals import stats
 from compress_evals.data import check_folder, read
 from compress_evals.endpoint import Endpoint, Unanswered
 from compress_evals.metrics.text import words
 from compress_evals.replies import read_preference, read_score
-from compress_evals.results import Results, Stored, place
+from compress_evals.results import Results, Stored
 from compress_evals.suite import MINI
 from compress_evals.tasks.kick.generation import MTBENCH, VICUNA, questions
 

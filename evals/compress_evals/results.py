@@ -13,15 +13,15 @@ import hashlib
 import io
 import json
 import math
-import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import ArtifactError, why
+from compress.partial import place
 from compress_evals.fidelity import Fidelity
 from compress_evals.stats import Paired
 
@@ -335,17 +335,6 @@ def _compressed(rows: Sequence[Row]) -> bytes:
         for row in rows:
             stream.write((row.model_dump_json(exclude_defaults=True) + "\n").encode())
     return buffer.getvalue()
-
-
-def place(path: Path, write: Callable[[Path], Any]) -> None:
-    """Put a file in place once `write` has written all of it elsewhere; what a full disk leaves of that is removed."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        write(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _replace(path: Path, content: bytes) -> None:
