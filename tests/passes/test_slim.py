@@ -71,6 +71,13 @@ def test_the_clip_is_the_best_of_all(bits: int, power: int, naive: ModuleType) -
     assert found <= naive.clipped_error(w, float(w.abs().max()), bits)
 
 
+def test_the_clip_of_two_outliers_is_no_worse_than_the_whole_range(naive: ModuleType) -> None:
+    """A histogram has them in the middle of its last bins, half a bin nearer to the others than they are."""
+    w = normal(40, 64)
+    w[0, 0], w[-1, -1] = 1e4, -1e4
+    assert naive.clipped_error(w, best_clip(w, 4), 4) <= naive.clipped_error(w, 1e4, 4)
+
+
 def test_the_grid_is_that_of_the_clip(naive: ModuleType) -> None:
     w = normal(64, 96)
     quantized = ClippedGrid(bits=4).quantize(w)

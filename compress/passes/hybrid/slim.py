@@ -41,7 +41,8 @@ def best_clip(w_OI: Tensor, bits: int) -> float:
     edges are tried, then all between the neighbours of the best.
     Source: Mozaffari et al., "SLiM", ICML 2025, SLiM-Quant. Deviations: signs are kept, because codes
     reach one step further down than up; the rounding error is that of the step itself, where the paper takes
-    x - floor(x / h) h for half of it, the same in the mean.
+    x - floor(x / h) h for half of it, the same in the mean; and the whole range is kept if it costs the weights
+    themselves less, since a bin of outliers does not stand for them well.
     """
     top, levels = float(w_OI.abs().max()), 2 ** (bits - 1)
     if top == 0:
@@ -52,16 +53,21 @@ def best_clip(w_OI: Tensor, bits: int) -> float:
     middle_N = torch.cat((-edge_N.flip(0), edge_N - top / bins)) + top / bins / 2
 
     def cost(clip_C: Tensor) -> Tensor:
-        step_C1 = clip_C[:, None] / (levels - 1)
-        nearest_CN = (middle_N / step_C1).round_().clamp_(-levels, levels - 1).mul_(step_C1)
-        total_C: Tensor = (nearest_CN.sub_(middle_N).square_() * count_N).sum(1)
+        total_C: Tensor = (deviations(middle_N, clip_C[:, None], levels).square_() * count_N).sum(1)
         return total_C
 
     coarse_C = torch.linspace(0, bins - 1, COARSE, device=w_OI.device).long()
     at = int(cost(edge_N[coarse_C]).argmin())
     fine_C = edge_N[int(coarse_C[max(at - 1, 0)]) : int(coarse_C[min(at + 1, COARSE - 1)]) + 1]
     costs = torch.cat([cost(part_C) for part_C in fine_C.split(max(1, AT_ONCE // len(count_N)))])
-    return float(fine_C[int(costs.argmin())])
+    ends = float(fine_C[int(costs.argmin())]), top
+    return min(ends, key=lambda clip: float(deviations(w_OI.float(), clip, levels).square_().sum()))
+
+
+def deviations(w: Tensor, clip: Tensor | float, levels: int) -> Tensor:
+    """w' - w, where w' is the nearest to w of the codes -levels to levels - 1, and levels - 1 stands for `clip`."""
+    step = clip / (levels - 1)
+    return (w / step).round_().clamp_(-levels, levels - 1).mul_(step).sub_(w)
 
 
 @dataclass(frozen=True, kw_only=True)
