@@ -105,7 +105,9 @@ def nearest_e8p(x_N8: Tensor, metric_88: Tensor | None = None) -> Tensor:
     """The codes [N], int32, of the points of e8p nearest to x.
 
     Exact, by about 1,700 candidates instead of 65,536. With `metric_88`, a square M, nearest is by |(x - p) M|, found
-    by steps to neighbours from the point that is nearest without it, and almost always exact.
+    by steps to neighbours from the point that is nearest without it. That is not always the nearest: in the metrics of
+    error feedback on inputs correlated by .9 a step, 9 % of normal vectors end at another, which costs 3 % of the
+    error, and behind a rotation 1 %, which costs .4 %.
     """
     x_N8 = x_N8.float()
     minus_N8, plus_N8 = nearest_shifted(x_N8, -SHIFT), nearest_shifted(x_N8, SHIFT)

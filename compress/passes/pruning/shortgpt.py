@@ -45,7 +45,8 @@ class ShortGPT(Reshape, name="shortgpt"):
     way is refused, because its logits then differ from those of the model whose blocks were left out.
     Source: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, block
     influence (`lowest`); Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024, angular distance
-    (`contiguous`), without its healing by finetuning.
+    (`contiguous`), without its healing by finetuning. Deviation: the first and the last block stay unless `protect`
+    says otherwise; in ShortGPT any block may go.
     """
 
     blocks: Annotated[int | float, Field(gt=0, description="how many to remove; below 1, which share of them")] = 0.25

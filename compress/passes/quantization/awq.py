@@ -20,7 +20,7 @@ from compress.passes.base import Quantizer
 from compress.passes.equalizer import Equalizer, rounded
 from compress.stats import AbsMean, Gram
 
-SMALLEST = 1e-4  # of a mean |x|, as in the released code
+SMALLEST = 1e-4  # of a mean |x|; the released code has it of the power instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class AWQ(Equalizer, name="awq"):
     output on all calibration tokens. Power 0 is among the candidates, so on that measure it is never worse than none.
     Source: Lin et al., "AWQ", MLSys 2024, section 3.2. Deviations: the Gram instead of a forward for each candidate;
     `exact` compares the output of the block, not of attention or MLP alone; values are scaled also where several
-    queries share them, by the mean over these.
+    queries share them, by the mean over these; a mean |x| below 1e-4 counts as that, where the released code
+    bounds its power.
     """
 
     requires = (AbsMean, Gram)

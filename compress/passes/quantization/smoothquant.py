@@ -20,7 +20,7 @@ from compress.passes.equalizer import Equalizer, quantizer_of, rounded
 from compress.stats import AbsMax, Sample
 from compress.weights import rounded_inputs
 
-SMALLEST = 1e-5  # of a maximum, as in the released code
+SMALLEST = 1e-5  # of either maximum; the released code has it of max|w| and of the scale itself
 STRENGTHS = tuple(i / 20 for i in range(6, 20))  # .30 to .95
 
 
