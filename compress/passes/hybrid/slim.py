@@ -95,8 +95,9 @@ class SLiM(Corrector, name="slim"):
     `nearest` rounds under the mask of Wanda. A mask that a pass before chose stays, and the values under it are made
     anew. The mask stands outside the grid and under the factors: W' is exactly 0 where it cuts, the sum is not.
     Source: Mozaffari et al., "SLiM", ICML 2025; the paper is `rounding: nearest`, `metric: diagonal`,
-    `group: -1`, `rounds: 1`, without the refit that follows the last codes. Wanda's norms of 0 are raised to the
-    smallest above 0, as there. Deviation: factors of 4 bits have one scale a row, not tiles of 128.
+    `group: -1`, `rounds: 1`, without the refit that follows the last codes. Deviations: Wanda's norms of 0 are raised
+    to the smallest above 0, which there is added to all; the first grid too is that of what the mask keeps, there of
+    all weights; factors of 4 bits have one scale a row, not tiles of 128.
     """
 
     unfed = "masked by magnitude, rounded to nearest and corrected by its weights alone"
