@@ -58,7 +58,11 @@ def fed_back(step: Any, rows: int, columns: int) -> Work:
 
 
 def factored(step: Any, rows: int, columns: int) -> Work:
-    """The directions of the output by the eigenvectors of the shorter side."""
+    """The directions of the output by the eigenvectors of the shorter side, in float32.
+
+    Where that does not tell them apart (`principal`) it is done again in float64, which no shape foretells: that takes
+    twice the memory and two to three times as long.
+    """
     del step
     side = min(rows, columns)
     return Work(
