@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -290,14 +291,8 @@ def describe(folder: Path) -> dict[str, Any]:
         "bits_per_weight": made["sizes"]["bits_per_weight"],
         "recipe": made["recipe"],
         "calibration": made["calibration"],
-        "parameters": sum(size for size, _ in made["untouched"].values())
-        + sum(matrix_size(made["tensors"][f"{site}.weight"]) for site in made["sites"]),
+        "parameters": sum(map(prod, made["tensors"].values())),
     }
-
-
-def matrix_size(shape: Sequence[int]) -> int:
-    """Entries of a matrix."""
-    return shape[0] * shape[1]
 
 
 def joined(digests: dict[str, str]) -> str:

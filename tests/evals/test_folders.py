@@ -12,6 +12,7 @@ import pytest
 
 import compress
 from compress import RTN, Magnitude
+from compress.artifact import Artifact
 from compress.errors import RecipeError
 from compress.model.source import BUILTIN
 from compress_evals import answers as asking
@@ -193,3 +194,18 @@ def test_an_identity_is_of_weights_and_settings_and_not_of_names(tmp_path: Path)
     content[-1] ^= 1
     (one / "model.safetensors").write_bytes(content)
     assert folders.fingerprint(one) != folders.fingerprint(BUILTIN)
+
+
+def test_experts_in_one_tensor_are_counted(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 2,
+        "layer_types": ["full_attention"], "tie_word_embeddings": False, "pad_token_id": 0,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **small))
+    model.save_pretrained(tmp_path / "dense")
+    out = compress.run(tmp_path / "dense", [Magnitude(sites="*experts*1")], tmp_path / "pruned").out
+    assert any(spec.get("expert") for spec in Artifact(out).specs.values())
+    assert folders.describe(out)["parameters"] == sum(p.numel() for p in model.parameters())
