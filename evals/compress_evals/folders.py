@@ -282,8 +282,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """What a folder says of itself: bytes of its shards, and for an artifact how it was made."""
     if not is_artifact(folder):
         checkpoint = Checkpoint(folder)
-        size = sum(checkpoint.tensor(name).nbytes for name in checkpoint.names())
-        return {"bytes_on_disk": size, "sha": joined(checkpoint.digests())}
+        return {"bytes_on_disk": checkpoint.nbytes(), "sha": joined(checkpoint.digests())}
     made = Artifact(folder).provenance
     return {
         "sha": joined({n: sha for n, sha in made["files"].items() if n.endswith(".safetensors")}),
