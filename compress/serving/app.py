@@ -108,11 +108,7 @@ class Server:
                 raise Refusal(400, f"prompt: tokens are whole numbers from 0 to {rows - 1}", param="prompt")
             return [int(token) for token in prompt]
         text = prompt if isinstance(prompt, str) else "".join(map(str, prompt))
-        if any(
-            "\ud800" <= character <= "\udfff" for character in text
-        ):  # JSON can say half a pair, tokenizers stop at it
-            raise Refusal(400, "prompt: holds half of a surrogate pair, which is no character", param="prompt")
-        return self.language_of(asked.model).opened(text)
+        return self.language_of(asked.model).opened(unbroken(text, "prompt"))
 
     def chat_tokens(self, asked: Chat) -> list[int]:
         """A conversation as tokens, by the tokenizer's own template, which transformers runs in a sandbox."""
@@ -126,7 +122,7 @@ class Server:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template refuses in its own words, with any kind of error
             raise Refusal(400, "messages: the chat template does not take these", param="messages") from error
-        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return [int(token) for token in tokenizer(unbroken(text, "messages"), add_special_tokens=False)["input_ids"]]
 
     def sequence(self, asked: Asked, emit: Callable[[Piece], None]) -> Sequence:
         """What the engine is given; raises Refusal if it cannot be."""
@@ -228,6 +224,13 @@ class Server:
         self.metrics.requests.labels(answer.model, outcome).inc()
         self.metrics.tokens.labels(answer.model, "completion").inc(sequence.made)
         self.metrics.seconds.observe(time.monotonic() - start)
+
+
+def unbroken(text: str, place: str) -> str:
+    """The text; raises Refusal 400 for half of a surrogate pair, which JSON can say and at which tokenizers stop."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refusal(400, f"{place}: holds half of a surrogate pair, which is no character", param=place)
+    return text
 
 
 def context_of(model: Any) -> int:

@@ -211,6 +211,17 @@ def test_what_is_wrong_is_said_in_one_shape(case: str, make_server: Make, talk: 
     assert after.status_code == 200
 
 
+def test_half_a_character_of_a_message_is_refused(make_server: Make, talk: Talk) -> None:
+    body = {"model": "a", "messages": [*HELLO, {"role": "user", "content": "x\udfff"}], "max_tokens": 2}
+
+    async def act(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/chat/completions", content=json.dumps(body).encode())
+
+    answer = talk(make_server(chat=True), act)
+    assert answer.status_code == 400
+    assert "messages: holds half of a surrogate pair" in answer.json()["error"]["message"]
+
+
 def of_kind(kind: str) -> Any:
     """A small model of another family."""
     from transformers import AutoConfig, AutoModelForCausalLM
