@@ -107,11 +107,10 @@ class PassManager:
         shaping = next((step for step in self.all_passes if isinstance(step, Reshape)), None)
         if shaping is not None:
             raise RecipeError(f"{shaping.name} makes a model of another shape, a folder; use compress.run for it")
-        if not isinstance(ids_NT, Tensor) or ids_NT.ndim != 2 or ids_NT.is_floating_point() or not len(ids_NT):
+        if not isinstance(ids_NT, Tensor) or ids_NT.ndim != 2 or ids_NT.is_floating_point() or not ids_NT.numel():
             raise CalibrationError("apply needs token ids as an integer tensor [windows, length], not empty")
-        if int(ids_NT.max()) >= model.get_input_embeddings().num_embeddings:
-            raise CalibrationError(f"token {int(ids_NT.max())} is unknown to this model")
         windows = unpadded(ids_NT, mask_NT)
+        check_tokens(windows, model.get_input_embeddings().num_embeddings)
         training = model.training
         found: dict[str, Weight] = {}
         with one_by_one(model):
@@ -316,6 +315,14 @@ class PassManager:
                 peak_bytes=peak_bytes(),
             )
         )
+
+
+def check_tokens(windows: Sequence[Tensor], known: int) -> None:
+    """Raise CalibrationError for a token in windows [N, T] that a model of so many tokens does not know."""
+    for ids_NT in windows:
+        strange = ids_NT[(ids_NT < 0) | (ids_NT >= known)]
+        if len(strange):
+            raise CalibrationError(f"token {int(strange[0])} is unknown to this model")
 
 
 def cost(site: Site) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress import RTN, Dense, Magnitude, Masked, PassManager, Site, Wanda, Weight, WeightPass
-from compress.errors import CompressError, RecipeError
+from compress.errors import CalibrationError, CompressError, RecipeError
 from compress.events import Event, Fallback, StatisticsCollected, WeightRewritten
 from compress.model.block import Block
 from compress.passes import BlockPass
@@ -170,6 +170,19 @@ def test_a_block_pass_parts_what_goes_site_by_site() -> None:
     assert parts(steps) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
     assert parts(steps[:2]) == [range(2)]
     assert parts(steps[2:3]) == [range(1)]
+
+
+def test_padding_may_be_a_token_that_the_model_does_not_know(tiny_llama: Path, hugging_face: Any, ids: Tensor) -> None:
+    padded, mask = torch.full((len(ids), ids.shape[1] + 2), 10**6), torch.zeros(len(ids), ids.shape[1] + 2)
+    padded[:, : ids.shape[1]], mask[:, : ids.shape[1]] = ids, 1
+    found, want = (PassManager([Wanda()]).apply(hugging_face(tiny_llama), *given) for given in ((padded, mask), (ids,)))
+    assert torch.equal(found[FIRST].dense(), want[FIRST].dense())
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([[1, -100]]), torch.tensor([[1, 10**6]]), torch.zeros(2, 0).long()])
+def test_tokens_that_the_model_does_not_know_are_refused(wrong: Tensor, tiny_llama: Path, hugging_face: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"unknown to this model|not empty"):
+        PassManager([RTN(group=8)]).apply(hugging_face(tiny_llama), wrong)
 
 
 def test_an_unknown_ordering_is_refused() -> None:
