@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.errors import CalibrationError, CompressError, RecipeError
 from compress.events import BatchHalved, Event, Fallback, Starved, StatisticsCollected, WeightRewritten
@@ -111,10 +111,9 @@ class PassManager:
             raise CalibrationError("apply needs token ids as an integer tensor [windows, length], not empty")
         windows = unpadded(ids_NT, mask_NT)
         check_tokens(windows, model.get_input_embeddings().num_embeddings)
-        training = model.training
         found: dict[str, Weight] = {}
-        with one_by_one(model):
-            walk = LiveWalk(model.eval())
+        with one_by_one(model), evaluating(model):
+            walk = LiveWalk(model)
             walk.fit.tell = lambda windows: self.emit(BatchHalved(windows=windows))
             for step in self.passes:
                 for place in walk.anatomy.places.values():
@@ -128,7 +127,6 @@ class PassManager:
             twins = [walk.enter(ids_BT) for ids_BT in batched(windows if needs_twins(self.passes) else (), *size)]
             for block in self.run(walk.visit(batches, walk.enter(windows[0][:1]), twins=twins)):
                 found |= {site.name: site.weight for site in block.sites.values() if site.weight is not site.original}
-        model.train(training)
         return found
 
     def rewrite_block(self, block: Block) -> None:
@@ -315,6 +313,18 @@ class PassManager:
                 peak_bytes=peak_bytes(),
             )
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; then each of its modules is in the mode that it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def check_tokens(windows: Sequence[Tensor], known: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress import RTN, Dense, Magnitude, Masked, PassManager, Site, Wanda, Weight, WeightPass
-from compress.errors import CalibrationError, CompressError, RecipeError
+from compress.errors import CalibrationError, CompressError, RecipeError, UnsupportedWeight
 from compress.events import Event, Fallback, StatisticsCollected, WeightRewritten
 from compress.model.block import Block
 from compress.passes import BlockPass
@@ -183,6 +183,19 @@ def test_padding_may_be_a_token_that_the_model_does_not_know(tiny_llama: Path, h
 def test_tokens_that_the_model_does_not_know_are_refused(wrong: Tensor, tiny_llama: Path, hugging_face: Any) -> None:
     with pytest.raises(CalibrationError, match=r"unknown to this model|not empty"):
         PassManager([RTN(group=8)]).apply(hugging_face(tiny_llama), wrong)
+
+
+def test_each_module_is_in_the_mode_it_was_in_whatever_happens(
+    tiny_llama: Path, hugging_face: Any, ids: Tensor
+) -> None:
+    model = hugging_face(tiny_llama).train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    PassManager([RTN(group=8)]).apply(model, ids)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    with pytest.raises(UnsupportedWeight):
+        PassManager([RTN(group=8), Magnitude()]).apply(model, ids)
+    assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_an_unknown_ordering_is_refused() -> None:
