@@ -22,7 +22,7 @@ from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeEr
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
-from compress.model.source import Checkpoint
+from compress.model.source import VOCABULARIES, Checkpoint
 from compress.model.walk import Walk
 from compress.partial import clear
 from compress.passes.base import Pass, SitePass
@@ -30,10 +30,6 @@ from compress.recipe import Calibration, Recipe
 from compress.stats import finite
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-VOCABULARIES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
-    "tekken.json",
-)  # fmt: skip
 
 
 def usable(device: str) -> torch.device:

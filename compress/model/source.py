@@ -44,6 +44,10 @@ FLOATS = {  # integers as wide as a float, and its exponent: all of its bits are
     "F16": (np.int16, 0x7C00), "BF16": (np.int16, 0x7F80), "F32": (np.int32, 0x7F800000),
     "F64": (np.int64, 0x7FF0000000000000),
 }  # fmt: skip
+VOCABULARIES = (  # files beside the weights, of which a tokenizer has at least one
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+)  # fmt: skip
 BUILTIN = Path(__file__).parent.parent / "builtin" / "weights"
 T = TypeVar("T")
 
