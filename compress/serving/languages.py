@@ -10,11 +10,9 @@ from transformers import AutoTokenizer
 
 from compress.artifact import Artifact
 from compress.errors import ArtifactError
-from compress.model.source import locate, read_json
+from compress.model.source import VOCABULARIES, locate, read_json
 from compress.serving.app import Language
 from compress.writer import copy_companions, copy_shared, is_companion, write_json
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> dict[str, Language]:
@@ -32,11 +30,8 @@ def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> 
             copy_shared(delta, beside)
             copy_companions(delta.path, beside)
             write_json(beside / "config.json", {k: v for k, v in delta.config.items() if k != "quantization_config"})
-            own = (
-                tokenizer_of(beside, delta.path)
-                if any((beside / name).is_file() for name in VOCABULARIES)
-                else tokenizer
-            )
+            speaks = any((beside / name).is_file() for name in VOCABULARIES)
+            own = tokenizer_of(beside, delta.path) if speaks else tokenizer
             settings = beside / "generation_config.json"
             told = read_json(settings, "the generation config") if settings.is_file() else delta.config
         found[name] = Language.of(own, told.get("eos_token_id"))

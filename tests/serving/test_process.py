@@ -97,6 +97,19 @@ def test_a_fine_tune_is_spoken_to_in_its_own_language(
         server.tokens(Chat.model_validate({**said, "model": "b"}))
 
 
+def test_a_vocabulary_of_any_name_is_a_fine_tunes_own(
+    tiny_llama: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned, read = shutil.copytree(folders["a-whole"], tmp_path / "tuned"), tokenizer_of(tiny_llama)
+    for file in tuned.glob("tokenizer*"):
+        file.unlink()
+    (tuned / "spiece.model").write_bytes(b"pieces")
+    recipe = Recipe(passes=(Magnitude(sparsity=0.5),), delta=Delta(base=str(tiny_llama)))
+    out = compress.run(tuned, recipe, tmp_path / "out").out
+    monkeypatch.setattr("compress.serving.languages.tokenizer_of", lambda folder, told: read)
+    assert own_languages(tiny_llama, {"a": out}, object())["a"].tokenizer is read
+
+
 def test_names_on_the_command_line() -> None:
     assert deltas_of(["a.b-c_1=x=y"]) == {"a.b-c_1": Path("x=y")}
     for wrong in ("a", "=x", "a=", "a/b=x", "é=x", f"{'a' * 65}=x", "a\n=x"):
