@@ -82,6 +82,11 @@ def why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line: its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those it was raised from."""
     while error is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, first_line
 from compress.model.source import Checkpoint, Held, dtype_of
 from compress.shards import NAMES
 
@@ -31,7 +31,7 @@ class CompressedTensors(Checkpoint):
         try:
             self.decoder: Any = CompressedTensorsDequantizer(str(path), dtype=self.dtype)
         except Exception as error:  # the library raises whatever its validation finds
-            raise ArtifactError(f"{path}: compressed-tensors cannot decode it: {first_line(error)}") from error
+            raise ArtifactError(f"{path}: compressed-tensors cannot decode it: {first_line(error)[:200]}") from error
         self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
 
     @cached_property
@@ -73,10 +73,5 @@ class CompressedTensors(Checkpoint):
         try:
             made: Tensor = self.decoder.process({part: self.stored_tensor(part) for part in self.parts[name]})[name]
         except Exception as error:  # of the library, for tensors that do not fit its configuration
-            raise ArtifactError(f"{name}: compressed-tensors cannot decode it: {first_line(error)}") from error
+            raise ArtifactError(f"{name}: compressed-tensors cannot decode it: {first_line(error)[:200]}") from error
         return made
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
