@@ -18,7 +18,7 @@ import torch
 
 from compress.artifact import is_artifact
 from compress.calibration import Tokens, draw
-from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError, why
+from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError, first_line, why
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
@@ -39,7 +39,7 @@ def usable(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device: {device!r} is not on this machine: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"--device: {device!r} is not on this machine: {first_line(error)}") from error
 
 
 def free_place(out: Path, source: Path, force: bool | None) -> Path:

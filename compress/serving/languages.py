@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from transformers import AutoTokenizer
 
 from compress.artifact import Artifact
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, first_line
 from compress.model.source import VOCABULARIES, locate, read_json
 from compress.serving.app import Language
 from compress.writer import copy_companions, copy_shared, is_companion, write_json
@@ -43,6 +43,4 @@ def tokenizer_of(folder: Path, told: Path | None = None) -> object:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged folder breaks transformers in many ways
-        raise ArtifactError(
-            f"{told or folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0][:200]}"
-        ) from error
+        raise ArtifactError(f"{told or folder}: its tokenizer cannot be loaded: {first_line(error)[:200]}") from error

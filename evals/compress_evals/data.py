@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from compress.errors import ArtifactError, CompressError, RecipeError, why
+from compress.errors import ArtifactError, CompressError, RecipeError, first_line, why
 from compress_evals.results import Data
 
 MANIFEST = "manifest.json"
@@ -193,8 +193,7 @@ def _from_hub(name: str) -> Found:
     try:
         table = load_dataset(source.path, source.config, split=source.split)
     except Exception as error:  # of many kinds and libraries: no network, no such split, a script; the reason is told
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Unavailable(f"{name}: the hub's {title} could not be read: {reason}") from error
+        raise Unavailable(f"{name}: the hub's {title} could not be read: {first_line(error)}") from error
     try:
         rows = [source.row(row) for row in table]
     except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import compress
 from compress.artifact import Artifact, base_of, check_base, is_artifact, recorded_base
-from compress.errors import ArtifactError, RecipeError
+from compress.errors import ArtifactError, RecipeError, first_line
 from compress.model.source import BUILTIN, Checkpoint, digest, display_name, locate
 from compress.plan import usable
 from compress_evals import batching, references
@@ -275,7 +275,7 @@ def tokenizer_of(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compress.errors import ArtifactError, why
+from compress.errors import ArtifactError, first_line, why
 from compress.partial import place
 from compress_evals.fidelity import Fidelity
 from compress_evals.stats import Paired
@@ -326,7 +326,7 @@ def _rows(path: Path) -> tuple[Row, ...]:
     except FileNotFoundError:
         raise ArtifactError(f"{path}: the questions of this result are missing") from None
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ArtifactError(f"{path}: not readable: {str(error).splitlines()[0]}") from None
+        raise ArtifactError(f"{path}: not readable: {first_line(error)}") from None
 
 
 def _compressed(rows: Sequence[Row]) -> bytes:

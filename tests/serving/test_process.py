@@ -29,6 +29,7 @@ from compress.serving.errors import Refusal
 from compress.serving.languages import own_languages, tokenizer_of
 from compress.serving.requests import Chat
 from compress.tenants import load_tenants
+from compress_evals import folders as folders_
 
 START = "import typer; from compress.commands.serve import serve; typer.run(serve)"
 FEW = Calibration(samples=2, length=16)
@@ -108,6 +109,16 @@ def test_a_vocabulary_of_any_name_is_a_fine_tunes_own(
     out = compress.run(tuned, recipe, tmp_path / "out").out
     monkeypatch.setattr("compress.serving.languages.tokenizer_of", lambda folder, told: read)
     assert own_languages(tiny_llama, {"a": out}, object())["a"].tokenizer is read
+
+
+def test_a_tokenizer_that_fails_without_a_word_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **__: Any) -> Any:
+        raise ValueError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", silent)
+    for read in (tokenizer_of, folders_.tokenizer_of):
+        with pytest.raises(ArtifactError, match="its tokenizer cannot be loaded: ValueError"):
+            read(tiny_llama)
 
 
 def test_names_on_the_command_line() -> None:

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, first_line
 from compress_evals.sweep.local import Start, cores
 from compress_evals.sweep.records import busy
 
@@ -123,7 +123,7 @@ def joined(jobs: int, gpu: bool, address: str | None) -> Iterator[Start]:
         else:
             ray.init(address, **QUIET)
     except (OSError, RuntimeError, ValueError) as error:
-        raise RecipeError(f"--engine ray: {str(error).strip().splitlines()[0]}") from error
+        raise RecipeError(f"--engine ray: {first_line(error)}") from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if gpu and not any(node.get("GPU", 0) >= 1 for node in nodes):
