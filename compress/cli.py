@@ -174,7 +174,7 @@ def inspect(
 
 def draw(provenance: Any, target: Path) -> None:
     """Write the picture of an artifact; raises RecipeError if there is none, or if the place cannot be written."""
-    from compress.partial import place
+    from compress.partial import put
     from compress.picture import picture
 
     drawn = picture(provenance)
@@ -183,7 +183,7 @@ def draw(provenance: Any, target: Path) -> None:
     if target.suffix != ".svg":
         raise RecipeError(f"--picture: {target} must be named .svg")
     try:
-        place(target, lambda partial: partial.write_text(drawn, encoding="utf-8"))
+        put(target, lambda partial: partial.write_text(drawn, encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"--picture: {target} cannot be written: {error.strerror}") from error
 

@@ -22,7 +22,7 @@ import torch
 from compress import __version__
 from compress.errors import ArtifactError, RecipeError, visible, why
 from compress.model.source import read_json
-from compress.partial import place
+from compress.partial import put
 from compress.planning import machine, resources
 from compress_kernels import tuning
 
@@ -230,7 +230,7 @@ def write_zip(target: Path, texts: dict[str, str]) -> None:
                 packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
 
     try:
-        place(target, write)
+        put(target, write)
     except OSError as error:
         raise RecipeError(f"--bundle: {target} cannot be written: {error.strerror}") from error
 

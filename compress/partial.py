@@ -128,14 +128,17 @@ def exchange(made: Path, out: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def place(path: Path, write: Callable[[Path], Any]) -> None:
-    """Put a file in place once `write` has written all of it elsewhere; what a full disk leaves of that is removed."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Put a file in place once `write` has written all of it beside `path`; of what fails nothing is left.
+
+    Nothing is flushed: after a power cut it may be missing, or be as it was before.
+    """
+    made = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        write(partial)
-        partial.replace(path)
+        write(made)
+        made.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
         raise
 
 

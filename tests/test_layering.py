@@ -119,8 +119,9 @@ OWN: dict[str, tuple[str, ...]] = {
     "compress.deltas": ("compress.artifact", "compress.model", "compress.recipe", "compress.sources",
                         "compress.weights", "compress.errors"),
     "compress.planning": ("compress.planning", "compress.calibration", "compress.frontmatter", "compress.model",
-                          "compress.passes", "compress.plan", "compress.recipe", "compress.sources", "compress.stats",
-                          "compress.weights", "compress.writer", "compress.errors", "compress_kernels.tuning"),
+                          "compress.partial", "compress.passes", "compress.plan", "compress.recipe", "compress.sources",
+                          "compress.stats", "compress.weights", "compress.writer", "compress.errors",
+                          "compress_kernels.tuning"),
     "compress.differences": ("compress.artifact", "compress.model", "compress.recipe", "compress.sources",
                              "compress.weights", "compress.writer", "compress.errors"),
     "compress.codecs": ("compress.passes", "compress.recipe", "compress.errors"),
@@ -164,17 +165,15 @@ def rooms(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
     return [(room, name) for room in table for name in FILES if under(name, (room,))]
 
 
-# evaluating folders means reading what they say of themselves; these rooms read, they do not compress
-READERS = ("compress.artifact", "compress.model.source", "compress.plan", "compress.recipe", "compress.survey")
+# evaluating folders means reading what they say of themselves; these rooms read, they do not compress; what is found is
+# put in place as an artifact is
+READERS = ("compress.artifact", "compress.model.source", "compress.partial", "compress.plan", "compress.recipe",
+           "compress.survey")  # fmt: skip
 # what judges other tools reads their formats and draws their windows
 # what times generation needs its clock; a bench that times the inner loops of passes enters them, one of caches makes
 # them itself, one of deltas asks which passes the command line would choose, a leaderboard which kind of compression a
-# pass is, and is put in place as an artifact is, as are results and what is stored of them; a sweep file is as strict
-# as a recipe
+# pass is; a sweep file is as strict as a recipe
 BENCHES = {
-    "compress_evals.cache": ("compress.partial",),
-    "compress_evals.judge": ("compress.partial",),
-    "compress_evals.results": ("compress.partial",),
     "compress_evals.folders": ("compress.runtime.bench",),
     "compress_evals.deltas": ("compress.codecs",),
     "compress_evals.rounding": ("compress.model.travellers",),
@@ -182,7 +181,6 @@ BENCHES = {
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
     "compress_evals.kv": ("compress.runtime.kv", "compress.runtime.latent"),
     "compress_evals.latent": ("compress.runtime.kv",),
-    "compress_evals.leaderboard.site": ("compress.partial",),
     "compress_evals.leaderboard.methods": ("compress.passes",),
     "compress_evals.matrices": ("compress.stats",),
     "compress_evals.peers.score": ("compress.sources", "compress.export.words"),

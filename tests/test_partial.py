@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from compress import RTN, Magnitude, Recipe, run
 from compress.errors import ArtifactError, RecipeError
 from compress.extraction import best_of
-from compress.partial import LOCK, beside, clear, exchange
+from compress.partial import LOCK, beside, clear, exchange, put
 from compress.plan import free_place
 from compress.recipe import Delta
 
@@ -42,6 +42,22 @@ def killed(code: str, out: Path) -> None:
     head = "import os, signal, sys, pathlib\nfrom compress import partial\nout = pathlib.Path(sys.argv[1])\n"
     done = subprocess.run([sys.executable, "-c", head + code, str(out)], check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
+
+
+# -- a file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(28, "disk full"), KeyboardInterrupt()])
+def test_a_file_is_put_in_place_whole_or_not_at_all(error: BaseException, tmp_path: Path) -> None:
+    put(tmp_path / "x", lambda partial: partial.write_text("old"))
+
+    def half(partial: Path) -> None:
+        partial.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        put(tmp_path / "x", half)
+    assert (names(tmp_path), (tmp_path / "x").read_text()) == (["x"], "old")
 
 
 # -- the folder ------------------------------------------------------------------------------------

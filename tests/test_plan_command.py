@@ -478,6 +478,13 @@ def test_a_damaged_profile_is_refused_with_the_remedy(text: str, tmp_path: Path)
         read(tmp_path / "m.json")
 
 
+def test_a_profile_that_cannot_be_kept_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "m.json").mkdir()
+    with pytest.raises(RecipeError, match=r"m\.json: cannot be written"):
+        write(MACHINE, tmp_path / "m.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+
+
 def test_rates_must_be_positive(tmp_path: Path) -> None:
     write(replace(MACHINE, eigen=0.0), tmp_path / "m.json")
     with pytest.raises(RecipeError, match="rates must be positive"):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from compress.errors import RecipeError
+from compress.partial import put
 from compress_kernels import tuning
 
 FORMAT = 1
@@ -92,10 +93,8 @@ def write(found: Machine, path: Path) -> None:
     """Keep a profile, whole or not at all; raises RecipeError if it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **asdict(found)}, file, indent=1)
-        Path(name).replace(path)
+        text = json.dumps({"format": FORMAT, **asdict(found)}, indent=1)
+        put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import RecipeError
-from compress.partial import place
+from compress.partial import put
 
 LAYOUT = 1  # of the entries; another is another key
 Say = Callable[[str], None]
@@ -64,10 +64,10 @@ class Cache:
         self.place(path, lambda partial: partial.write_bytes(raw))
 
     def place(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """Put a file in place once `write` has written all of it elsewhere."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Put a file in place once `write` has written all of it elsewhere; raises RecipeError if it cannot be."""
         try:
-            place(path, write)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            put(path, write)
         except OSError as error:
             raise RecipeError(f"--cache: {path} cannot be written: {error.strerror}") from error
         self._written.add(path)

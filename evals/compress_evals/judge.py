@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compress.errors import ArtifactError, RecipeError
-from compress.partial import place
+from compress.partial import put
 from compress_evals import stats
 from compress_evals.data import check_folder, read
 from compress_evals.endpoint import Endpoint, Unanswered
@@ -237,7 +237,7 @@ def save(judgement: Judgement, folder: Path) -> Path:
     """
     path, text = folder / JUDGE_FILE, judgement.model_dump_json(by_alias=True, indent=1) + "\n"
     try:
-        place(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be written: {error.strerror}") from error
     return path

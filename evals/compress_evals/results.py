@@ -15,13 +15,14 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import ArtifactError, first_line, why
-from compress.partial import place
+from compress.partial import put
 from compress_evals.fidelity import Fidelity
 from compress_evals.stats import Paired
 
@@ -269,9 +270,9 @@ def save(results: Results, folder: Path) -> Path:
     samples = folder / SAMPLES_FOLDER
     samples.mkdir(parents=True, exist_ok=True)
     for task, rows in results.rows.items():
-        _replace(samples / f"{task}.jsonl.gz", _compressed(rows))
+        put(samples / f"{task}.jsonl.gz", methodcaller("write_bytes", _compressed(rows)))
     target = folder / RESULTS_FILE
-    _replace(target, (results.model_dump_json(by_alias=True, indent=1) + "\n").encode())
+    put(target, methodcaller("write_bytes", (results.model_dump_json(by_alias=True, indent=1) + "\n").encode()))
     return target
 
 
@@ -335,7 +336,3 @@ def _compressed(rows: Sequence[Row]) -> bytes:
         for row in rows:
             stream.write((row.model_dump_json(exclude_defaults=True) + "\n").encode())
     return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    place(path, lambda partial: partial.write_bytes(content))

@@ -170,14 +170,18 @@ def test_a_fresh_start_ignores_what_is_there_and_replaces_it(
 
 
 def test_nothing_half_written_is_left_or_read(tmp_path: Path) -> None:
-    def full(partial: Path) -> None:
-        partial.write_bytes(b"some of it")
+    cache = Cache(tmp_path)
+
+    def half(partial: Path) -> None:
+        partial.write_text("half")
         raise OSError(28, "disk full")
 
-    cache = Cache(tmp_path)
-    with pytest.raises(RecipeError, match="cannot be written"):
-        cache.place(tmp_path / "answers" / "x", full)
+    with pytest.raises(RecipeError, match="x cannot be written: disk full"):
+        cache.place(tmp_path / "answers" / "x", half)
     assert list((tmp_path / "answers").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="x cannot be written"):
+        cache.place(tmp_path / "file" / "x", half)
 
 
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import compress
 from compress.errors import RecipeError
 from compress.model.source import digest, locate
 from compress.options import build, check_options
+from compress.partial import put
 from compress_evals.data import available
 from compress_evals.folders import describe
 from compress_evals.questions import code
@@ -137,9 +138,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that it is whole or as before."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def strangers(out: Path, cells: Sequence[Cell]) -> list[str]:
