@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, why
 from compress.partial import put
 
 LAYOUT = 1  # of the entries; another is another key
@@ -69,7 +69,7 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             put(path, write)
         except OSError as error:
-            raise RecipeError(f"--cache: {path} cannot be written: {error.strerror}") from error
+            raise RecipeError(f"--cache: {path} cannot be written: {why(error)}") from error
         self._written.add(path)
 
     def damaged(self, path: Path) -> None:

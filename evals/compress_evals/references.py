@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -137,7 +137,10 @@ def of(dense: Subject, windows: Mapping[str, Sequence[Window]], cache: Cache, pa
     tensors, about = measured(dense.model, windows)
 
     def write(partial: Path) -> None:
-        save_file(tensors, partial, about)
+        try:
+            save_file(tensors, partial, about)
+        except SafetensorError as error:  # what the library makes of an OSError
+            raise OSError(str(error)) from error
         partial.chmod(0o644)  # safetensors makes it readable for nobody else, and a cache is shared
 
     cache.place(path, write)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, RecipeError
 from compress_evals import fidelity as fidelity_module
 from compress_evals import references
 from compress_evals.cache import Cache
@@ -142,6 +143,19 @@ def test_tokens_that_are_tied_are_the_same_likeliest_token_when_cut(
     monkeypatch.setattr(references, "LARGEST", 1)
     found = fidelity(subject("dense", tied), subject("same", tied), exam, Cache(tmp_path), TEXT)
     assert (found.kl.value, found.top1, found.answer_top1) == (0.0, 1.0, 1.0)
+
+
+def test_a_disk_that_is_full_is_said_to_be_and_keeps_nothing(
+    model: Any, exam: Exam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: Any, path: Path, about: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(references, "save_file", full)
+    with pytest.raises(RecipeError, match=r"--cache: .* cannot be written: .*No space left on device"):
+        hold(subject("dense", model), exam, Cache(tmp_path), TEXT)
+    assert list((tmp_path / "references").iterdir()) == []
 
 
 def test_models_of_different_vocabularies_are_refused(model: Any, exam: Exam, tmp_path: Path) -> None:
