@@ -33,8 +33,9 @@ from compress.artifact import Artifact
 from compress.model.divergence import mean_kl as kl
 from compress.passes import Budget, Pass, Pruner
 from compress.passes.budget import as_asked, centred, density, governed
+from compress.passes.pruning import sensitivity
 from compress.passes.pruning.owl import keep_by_outliers
-from compress.passes.pruning.sensitivity import FINE, Part, cheapest_cut, curve, law, spend
+from compress.passes.pruning.sensitivity import FINE, Part, cheapest_cut, curve, law, next_step, spend
 
 SITES, BLOCKS = 14, 2
 BUDGETS = (OWL(), Sensitivity())
@@ -260,6 +261,14 @@ def test_marginal_costs_end_equal(ratio: float) -> None:
     step = (MEASURED[1] - MEASURED[0]) / FINE
     assert one - other == pytest.approx(math.log(ratio) / slope, abs=2 * step)
     assert one + other == pytest.approx(1.0, abs=6e-5)
+
+
+def test_a_step_looks_at_no_part_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Part] = []
+    monkeypatch.setattr(sensitivity, "next_step", lambda part, at: looked.append(part) or next_step(part, at))
+    parts = [curve((f"{i}",), 100 + i, (0.3, 0.5, 0.7), [1.0, 2.0 + i / 40, 9.0]) for i in range(40)]
+    spend(parts, 0.5)
+    assert len(looked) <= len(parts) * (1 + 2 * FINE)
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0, 2.0])

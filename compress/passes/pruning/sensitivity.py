@@ -206,9 +206,9 @@ def cheapest_cut(parts: Sequence[Part], keep: float) -> list[Sparsity]:
     at = [0] * len(parts)
     total = sum(p.size for p in parts)
     surplus = sum(p.size * (amount(p.options[0]) - keep) for p in parts)  # parameters still to be cut
+    steps = [next_step(p, 0) for p in parts]
     while surplus > 1e-6 * total:
-        steps = [(*next_step(p, at[i]), i) for i, p in enumerate(parts)]
-        open_steps = [(slope, i, j) for slope, j, i in steps if j]
+        open_steps = [(slope, i, j) for i, (slope, j) in enumerate(steps) if j]
         if not open_steps:
             break
         _, i, j = min(open_steps)
@@ -217,7 +217,7 @@ def cheapest_cut(parts: Sequence[Part], keep: float) -> list[Sparsity]:
         if gain > surplus and isinstance(p.options[j], float):
             last = 1 - amount(p.options[at[i]]) + surplus / p.size
             return [round(last, 4) if k == i else q.options[at[k]] for k, q in enumerate(parts)]
-        at[i], surplus = j, surplus - gain
+        at[i], surplus, steps[i] = j, surplus - gain, next_step(p, j)
     return [p.options[at[i]] for i, p in enumerate(parts)]
 
 
