@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ import pytest
 from compress.errors import RecipeError
 from compress.recipe import from_dict
 from compress_evals import data
-from compress_evals.sweep import Progress, Summary, Sweep, load, plan, records, run, running, strangers
+from compress_evals.sweep import Board, Progress, Summary, Sweep, load, plan, records, run, running, strangers
 from compress_evals.sweep.grid import MOST
 
 # a cell's process that writes what a real one would, or fails if its recipe prunes 0.9, or takes its time at 0.8
@@ -222,6 +223,27 @@ def test_cells_are_measured_once_and_their_results_put_in_place(written: Written
     assert [(p.done, p.total) for p in ended] == [(1, 2), (2, 2)]
     assert ended[0].seconds_left is not None and ended[0].seconds_left >= 0
     assert all(progress.seconds_left is None for progress in seen[: seen.index(ended[0])])  # none, on a busy machine
+
+
+class Label(str):
+    """The name of a recipe that counts with how many others it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Label.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_the_time_left_is_told_without_comparing_each_cell_with_each() -> None:
+    done: Any = {str(i): SimpleNamespace(recipe=Label(f"r{i % 3}"), seconds=i % 3, status="done") for i in range(90)}
+    waiting: Any = [SimpleNamespace(cell=SimpleNamespace(label=Label(f"r{i % 4}"))) for i in range(80)]
+    board = Board(waiting=waiting)
+    assert board.seconds_left(2) is None
+    board.records = done
+    assert board.seconds_left(2) == pytest.approx((20 * (0 + 1 + 2) + 20 * 1) / 2)  # the mean of all for the fourth
+    assert Label.compared < 10 * (80 + 90)
 
 
 @pytest.mark.usefixtures("stub")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,17 @@ class Board:
 
     def seconds_left(self, jobs: int) -> float | None:
         """By what cells of the same recipe took, else by the mean of all; None before any has ended well."""
-        took = [(record.recipe, record.seconds) for record in self.records.values() if record.status == "done"]
+        took: dict[str, list[float]] = {}
+        for record in self.records.values():
+            if record.status == "done":
+                took.setdefault(record.recipe, []).append(record.seconds)
         if not took:
             return None
-        mean = statistics.mean(seconds for _, seconds in took)
+        mean = statistics.mean(chain(*took.values()))
+        means = {label: statistics.mean(seconds) for label, seconds in took.items()}
 
         def expected(cell: Cell) -> float:
-            return statistics.mean([seconds for label, seconds in took if label == cell.label] or [mean])
+            return means.get(cell.label, mean)
 
         ahead = sum(expected(planned.cell) for planned in self.waiting)
         return (ahead + sum(max(0.0, expected(at.planned.cell) - at.process.seconds) for at in self.running)) / jobs
