@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -104,7 +105,7 @@ def write_tensors(path: Path, entries: Iterable[Entry], *, reread: bool = False)
     What is written is hashed meanwhile, and with `reread` read again while the disk takes it. Raises WriteError if the
     disk refuses, VerificationError if the file does not hold what was written.
     """
-    ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, count(e.shape)), e.name))  # wide ones first: aligned
+    ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, prod(e.shape)), e.name))  # wide ones first: aligned
     sha = hashlib.sha256()
     try:
         with path.open("r+b" if path.exists() else "wb") as file, ThreadPoolExecutor(1) as aside:
@@ -135,11 +136,3 @@ def pieces(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
         if tensor.nbytes:
             yield from chunks(tensor)
         del tensor
-
-
-def count(shape: tuple[int, ...]) -> int:
-    """Entries of a tensor."""
-    total = 1
-    for extent in shape:
-        total *= extent
-    return total

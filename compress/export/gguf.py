@@ -10,6 +10,7 @@ Q4_1 they read as up to 2**-7 of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def export_gguf(path: Path, out: Path) -> Exported:
         vocabulary = write(artifact, config, pieces, partial / "model.gguf")
         copy_companions(path, partial)
         rounding = compare(artifact, config, partial / "model.gguf")
-        size = sum(count(p.shape) for p in pieces)
+        size = sum(prod(p.shape) for p in pieces)
         types = ", ".join(sorted({p.type for p in pieces}))
         lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
         note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
@@ -203,7 +204,7 @@ def write(artifact: Artifact, config: Mapping[str, Any], pieces: list[Piece], pa
         vocabulary = add_vocabulary(writer, artifact, int(config["vocab_size"]))
         for p in pieces:
             kind = GGMLQuantizationType[p.type]
-            writer.add_tensor_info(p.name, p.shape, numpy.dtype(numpy.uint8), count(p.shape), raw_dtype=kind)
+            writer.add_tensor_info(p.name, p.shape, numpy.dtype(numpy.uint8), prod(p.shape), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -236,8 +237,3 @@ def compare(artifact: Artifact, config: Mapping[str, Any], path: Path) -> float:
             raise VerificationError(f"{name}: gguf reads it back {error:.2g} off what was meant")
         worst = max(worst, error)
     return worst
-
-
-def count(shape: tuple[int, ...]) -> int:
-    """Entries of a tensor."""
-    return int(torch.Size(shape).numel())

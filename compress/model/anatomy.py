@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -213,14 +214,6 @@ def by_reason(untouched: Iterable[Sequence[Any]]) -> dict[str, int]:
     return total
 
 
-def size_of(shape: Shape) -> int:
-    """Entries of a tensor of this shape."""
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
-
-
 def coverage(anatomy: Anatomy, selections: Iterable[str]) -> Coverage:
     """The coverage of passes with the `sites` globs `selections`, counted over every tensor of the file."""
     globs = tuple(selections)
@@ -234,14 +227,14 @@ def coverage(anatomy: Anatomy, selections: Iterable[str]) -> Coverage:
     for tensor, shape in (anatomy.layout.shapes or {}).items():
         if tensor not in held:
             reason = why_untouched(anatomy, tensor, shape)
-            untouched[tensor] = (size_of(shape), reason)
-            missed += size_of(shape) if reason == MISSED else 0
+            untouched[tensor] = (prod(shape), reason)
+            missed += prod(shape) if reason == MISSED else 0
         for place in held.get(tensor, ()):
             name = tensor if len(held[tensor]) == 1 else place.site
             if any(fnmatchcase(place.site, glob) for glob in globs):
-                touched[name] = size_of(place.shape)
+                touched[name] = prod(place.shape)
             else:
-                untouched[name] = (size_of(place.shape), deselected)
+                untouched[name] = (prod(place.shape), deselected)
     return Coverage(touched=touched, untouched=untouched, missed=missed)
 
 
@@ -262,7 +255,7 @@ def why_untouched(anatomy: Anatomy, tensor: str, shape: Shape) -> str:
     stacked_bias = "bias" in parameter and bool(stacks(anatomy.modules[path]))
     if slot.parameter not in layout.parameters:
         return "a buffer: not a weight"
-    if len(shape) < 2 or size_of(shape) == max(shape) or stacked_bias:
+    if len(shape) < 2 or prod(shape) == max(shape) or stacked_bias:
         return "a vector: norm or bias"
     if "conv" in type(anatomy.modules[path]).__name__.lower() or "conv" in path.rpartition(".")[2]:
         return "a convolution"
