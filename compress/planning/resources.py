@@ -7,7 +7,6 @@ row in costs.py its own part is left out and the estimate says so. Shape suffixe
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +18,7 @@ import torch
 from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
 from compress.model.anatomy import Place
 from compress.model.block import WIDEST
+from compress.model.memory import peak_bytes, resident_bytes
 from compress.model.source import Checkpoint
 from compress.model.travellers import tokens_at_once
 from compress.model.walk import Walk
@@ -223,13 +223,7 @@ def process_bytes() -> int:
 
 def resident() -> int:
     """Resident bytes of this process; the largest so far where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    return resident_bytes() or peak_bytes()
 
 
 def free_memory() -> int | None:
