@@ -40,9 +40,9 @@ class KV:
             )
 
     @classmethod
-    def of(cls, given: KV | Mapping[str, Any], where: str = "kv") -> KV:
+    def of(cls, given: KV | Mapping[str, Any]) -> KV:
         """The options from a mapping; raises RecipeError for an unknown or unfit one."""
-        return given if isinstance(given, KV) else build(cls, given, where)
+        return given if isinstance(given, KV) else build(cls, given, "kv")
 
     def check_head(self, size: int) -> None:
         """Raise RecipeError if a head of `size` channels does not divide into groups."""
@@ -55,13 +55,13 @@ class KV:
 Kept = KV | Literal["latent"]  # `latent`: what factored key and value projections make keys and values of
 
 
-def read_kept(given: Any, where: str = "kv") -> Kept:
+def read_kept(given: Any) -> Kept:
     """The choice from `latent` or from a mapping of options; raises RecipeError for anything else."""
     if given == "latent":
         return "latent"
     if isinstance(given, str):
-        raise RecipeError(f"{where}: {given!r} is not allowed; it must be latent, or options such as `bits: 4`")
-    return KV.of(given, where)
+        raise RecipeError(f"kv: {given!r} is not allowed; it must be latent, or options such as `bits: 4`")
+    return KV.of(given)
 
 
 def written(kept: Kept) -> dict[str, Any] | str:

@@ -34,6 +34,7 @@ TRADES = (
     "painter",
     "clerk",
 )
+COUNTERFACTUAL = 0.3  # share of contexts of real facts that contradict the world
 NAME_SHARES = {"evaluation": (0, 2), "calibration": (2, 3), "training": (3, 10)}  # tenths of the hash range
 
 
@@ -113,11 +114,11 @@ def context_document(rng: random.Random, largest: int, use: str = "training") ->
     return world.context() + "".join(f"{world.ask(i, rng.randrange(2))} {world.rows[i][2]}." for i in asked)
 
 
-def open_book_document(rng: random.Random, pool: Sequence[Fact], counterfactual: float = 0.3) -> str:
+def open_book_document(rng: random.Random, pool: Sequence[Fact]) -> str:
     """Real facts stated in a context, then questions; some contexts contradict the world on purpose."""
     told = rng.sample(pool, rng.choice([1, 1, 2, 3]))
     objects = {relation: [f.object for f in pool if f.relation == relation] for relation in {f.relation for f in told}}
-    swap = rng.random() < counterfactual
+    swap = rng.random() < COUNTERFACTUAL
     rows = [(fact, rng.choice(objects[fact.relation]) if swap else fact.object) for fact in told]
     context = " ".join(rng.choice(WORDINGS[f.relation].statements).format(s=f.subject, o=o) for f, o in rows)
     questions = "".join(
@@ -209,17 +210,17 @@ def open_book(facts: Sequence[Fact]) -> list[Question]:
 
 
 @lru_cache(maxsize=32)  # a second each, and every evaluation asks the same
-def in_context(size: int, n: int, seed: int = 777, use: str = "evaluation") -> Sequence[Question]:
+def in_context(size: int, n: int) -> Sequence[Question]:
     """`n` questions, each over its own invented world of `size` facts; the asked fact is never a number."""
-    rng = random.Random(seed + size)
+    rng = random.Random(777 + size)
     questions: list[Question] = []
     while len(questions) < n:
-        world = invented_world(rng, size, use)
+        world = invented_world(rng, size, "evaluation")
         row = rng.randrange(size)
         if world.rows[row][0] == "number":
             continue
         others = [o for i, (_, _, o, _) in enumerate(world.rows) if i != row][:3]
-        others += [invented_name(rng, use) for _ in range(3 - len(others))]
+        others += [invented_name(rng, "evaluation") for _ in range(3 - len(others))]
         questions.append(
             Question(
                 id=f"context{size}:{len(questions)}",
@@ -234,10 +235,10 @@ def in_context(size: int, n: int, seed: int = 777, use: str = "evaluation") -> S
 
 
 @lru_cache(maxsize=32)
-def task_questions(task: str, n: int, seed: int = 778, use: str = "evaluation") -> Sequence[Question]:
+def task_questions(task: str, n: int) -> Sequence[Question]:
     """`n` copy, summary or format tasks."""
-    rng = random.Random(seed)
-    pairs = (TASKS[task](rng, use) for _ in count())
+    rng = random.Random(778)
+    pairs = (TASKS[task](rng, "evaluation") for _ in count())
     return tuple(
         Question(id=f"{task}:{i}", cluster=f"{task}:{i}", kind=task, prompt=prompt, answer=answer)
         for i, (prompt, answer) in zip(range(n), pairs, strict=False)

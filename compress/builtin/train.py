@@ -32,13 +32,13 @@ MIX = {"text": 0.33, "fact": 0.35, "context": 0.32}
 CONTEXT_MIX = {"context": 0.56, "open": 0.24, "copy": 0.08, "summary": 0.06, "format": 0.06}
 
 
-def paragraphs(folder: Path, characters: int, seed: int = 3) -> list[str]:
+def paragraphs(folder: Path, characters: int) -> list[str]:
     """ASCII paragraphs of the books under `folder`, whole books in a seeded order, up to `characters`."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
     for path in sorted(folder.glob("train*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             texts += [json.loads(line)["text"] for line in lines]
-    random.Random(seed).shuffle(texts)
+    random.Random(3).shuffle(texts)
     kept: list[str] = []
     total = 0
     for text in texts:

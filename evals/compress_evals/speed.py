@@ -155,12 +155,12 @@ def dsnot_loop(w_OI: Tensor, keep_OI: Tensor, mean_I: Tensor, variance_I: Tensor
     return keep_OI
 
 
-def swaps_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, limit: int = 100) -> Tensor:
+def swaps_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor) -> Tensor:
     """Exact swaps one row and one swap at a time, over all pairs."""
     keep_OI = keep_OI.clone()
     diagonal = gram_II.diagonal()
     for w, keep in zip(w_OI, keep_OI, strict=True):
-        for _ in range(limit):
+        for _ in range(100):  # as many as the pass by default
             missing = w * ~keep
             c = gram_II @ missing
             ups, downs = (~keep).nonzero()[:, 0], keep.nonzero()[:, 0]

@@ -23,7 +23,6 @@ Floats = NDArray[np.float64]
 Table = tuple[tuple[float, float, int], ...]
 
 POWER = 0.80
-VERDICTS = ("improved", "matching", "drop", "fails", "inconclusive")
 _CHUNK = 1 << 22  # random numbers drawn at a time: 32 MB
 
 
@@ -63,22 +62,20 @@ def quantile(confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Interval:
-    """The Wilson score interval of a proportion; (0, 1) when nothing was asked.
+def wilson(successes: float, n: float) -> Interval:
+    """The 95 % Wilson score interval of a proportion; (0, 1) when nothing was asked.
 
     `n` may be fractional: an effective sample size. Source: Wilson, JASA 1927.
     """
     if n <= 0:
         return 0.0, 1.0
-    z, share = quantile(confidence), successes / n
+    z, share = quantile(CONFIDENCE), successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (0.0 if share == 0 else max(0.0, centre - half)), (1.0 if share == 1 else min(1.0, centre + half))
 
 
-def mean_interval(
-    values: ArrayLike, cluster: Sequence[str] | None = None, iters: int = 10000, seed: int = 0
-) -> Interval:
+def mean_interval(values: ArrayLike, cluster: Sequence[str] | None = None, seed: int = 0) -> Interval:
     """A 95 % interval of the mean: Wilson on the effective sample size if binary, else a cluster bootstrap.
 
     The effective size is n over the design effect (at least 1) of the clusters; with every answer alike the
@@ -87,7 +84,7 @@ def mean_interval(
     scores = _floats(values)
     sums, sizes = _by_cluster(scores, cluster)
     if not _is_binary(scores):
-        low, high = np.quantile(bootstrap(_table(sums, sizes), iters, seed), [0.025, 0.975])
+        low, high = np.quantile(bootstrap(_table(sums, sizes), seed=seed), [0.025, 0.975])
         return float(low), float(high)
     n, mean = len(scores), float(scores.mean())
     naive = mean * (1 - mean) / n
@@ -137,24 +134,24 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def needed_questions(discordant: float, effect: float, confidence: float = CONFIDENCE, power: float = POWER) -> int:
-    """How many independent questions show `effect` if the share `discordant` of them flips.
+def needed_questions(discordant: float, effect: float) -> int:
+    """How many independent questions show `effect`, with 80 % power, if the share `discordant` of them flips.
 
     Source: Connor, Biometrics 1987, sample size of McNemar's test.
     """
     if not 0 < abs(effect) <= discordant <= 1:
         raise ValueError(f"an effect of {effect} needs 0 < |effect| <= discordant <= 1, not {discordant}")
-    spread = quantile(confidence) * math.sqrt(discordant)
-    spread += NormalDist().inv_cdf(power) * math.sqrt(discordant - effect**2)
+    spread = quantile(CONFIDENCE) * math.sqrt(discordant)
+    spread += NormalDist().inv_cdf(POWER) * math.sqrt(discordant - effect**2)
     return math.ceil((spread / effect) ** 2)
 
 
-def detectable_effect(n: int, discordant: float, confidence: float = CONFIDENCE, power: float = POWER) -> float:
-    """The smallest difference that `n` independent questions show if the share `discordant` of them flips.
+def detectable_effect(n: int, discordant: float) -> float:
+    """The smallest difference that `n` independent questions show, with 80 % power, if the share `discordant` flips.
 
     The inverse of `needed_questions`; infinity if even flips all in one direction would not show.
     """
-    a, b, d = quantile(confidence), NormalDist().inv_cdf(power), discordant
+    a, b, d = quantile(CONFIDENCE), NormalDist().inv_cdf(POWER), discordant
     # (D√n - a√d)² = b²(d - D²), its larger root in D
     quadratic, linear, constant = n + b * b, -2 * a * math.sqrt(n * d), (a * a - b * b) * d
     root = (-linear + math.sqrt(max(0.0, linear**2 - 4 * quadratic * constant))) / (2 * quadratic)
@@ -265,10 +262,7 @@ def paired_runs(
 
 
 def significance_groups(
-    columns: Sequence[ArrayLike],
-    cluster: Sequence[str] | None = None,
-    confidence: float = CONFIDENCE,
-    runs: Sequence[Runs] | None = None,
+    columns: Sequence[ArrayLike], cluster: Sequence[str] | None = None, runs: Sequence[Runs] | None = None
 ) -> list[int]:
     """The rank of each model, from per-question scores (one column a model, rows aligned); ties where none is better.
 
@@ -287,7 +281,7 @@ def significance_groups(
     if not scores:
         return []
     sums = np.stack([_by_cluster(column, cluster)[0] for column in scores])
-    apart = _pairwise_p(sums, runs) < 1 - confidence
+    apart = _pairwise_p(sums, runs) < 1 - CONFIDENCE
     order = sorted(range(len(scores)), key=lambda i: -float(sums[i].sum()))
     ranks, anchor = [1] * len(scores), 0
     for place, i in enumerate(order):

@@ -21,7 +21,6 @@ from compress_evals.wording import byte_size, signed
 WIDE = 4  # sizes further apart than this are drawn on a logarithmic axis
 NAMED = 14  # names that fit beside the points of a front
 SIZE = (5.4, 3.7)  # inches; the page scales it
-TABLE = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,11 +50,11 @@ class Comparison:
     exponential: Fit | None
 
 
-def refit(points: Sequence[Point], iters: int = 2000, seed: int = 0) -> Comparison:
+def refit(points: Sequence[Point]) -> Comparison:
     """Both laws, fitted on the same points; raises RecipeError for points that identify nothing."""
-    power = fit(points, "power", iters, seed)
+    power = fit(points, "power")
     varied = "gamma" in power.free
-    return Comparison(power=power, exponential=fit(points, "exponential", iters, seed) if varied else None)
+    return Comparison(power=power, exponential=fit(points, "exponential") if varied else None)
 
 
 def fit(points: Sequence[Point], curve: Curve = "power", iters: int = 2000, seed: int = 0) -> Fit:
