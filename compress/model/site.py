@@ -233,15 +233,16 @@ class Site:
         The weight error is relative to the original; the output error, sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W,
         to the target W. It costs one product [out, in] @ [in, in].
         """
-        change = self._weight.dense().float() - self.original.data
+        plain = self._weight.dense().float()
+        change = plain - self.original.data
         norm = torch.linalg.vector_norm(self.original.data, dtype=torch.float32).clamp(min=1e-30)
         self.weight_error = float(change.norm() / norm)
         self.output_error = None
         if output and Gram in self.stats and self.stats.tokens:
             gram = self.stats[Gram]
             target = self.target.data.float()
-            full = energy(target, gram).clamp(min=1e-30)
-            self.output_error = float((energy(self._weight.dense().float() - target, gram) / full).sqrt())
+            missed = change if self.target is self.original else plain - target
+            self.output_error = float((energy(missed, gram) / energy(target, gram).clamp(min=1e-30)).sqrt())
 
 
 class DeltaSite(Site):

@@ -72,6 +72,18 @@ def test_a_site_knows_its_error_after_each_pass(tiny_llama: Path, walk_of: Any, 
     assert all(event.seconds > 0 and event.peak_bytes > 2**20 for event in rewritten)
 
 
+def test_a_weight_is_decoded_once_to_be_measured(site_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, decoded = site_of(torch.randn(4, 8), torch.randn(16, 8)), []
+    site.weight = Masked(Dense(torch.randn(4, 8)), torch.ones(4, 8, dtype=torch.bool), "100%")
+    whole = Masked.dense
+    monkeypatch.setattr(Masked, "dense", lambda weight: decoded.append(weight) or whole(weight))
+    site.measure()
+    assert len(decoded) == 1
+    change = site.weight.dense() - site.original.data
+    assert site.weight_error == pytest.approx(float(change.norm() / site.original.data.norm()))
+    assert site.output_error is not None
+
+
 def test_the_event_reports_the_size_that_is_stored(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
     event = next(e for e in events_of(walk_of(tiny_llama), [RTN(group=8)], ids) if isinstance(e, WeightRewritten))
     assert event.nbytes == 48 * 48 // 2 + 48 * 6 * 2 + 48 * 6 // 2  # codes, float16 scales, zeros
