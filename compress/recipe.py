@@ -384,7 +384,9 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
         elif last:
             here[key] = value
         else:
-            here = here.setdefault(key, {}) if isinstance(here, dict) else None
+            if here.get(key) is None:  # a key with nothing behind its colon is one left out
+                here[key] = {}
+            here = here[key]
         if not isinstance(here, (dict, list)):
             raise RecipeError(f"{where}: {key!r} has no options")
 

@@ -235,6 +235,22 @@ def test_a_change_may_be_a_bare_glob(file: Path) -> None:
     assert load(file, ["passes.1.sites=*.mlp.*"]).passes[1] == GPTQ(sites="*.mlp.*")
 
 
+@pytest.mark.parametrize("key", ["calibration", "limits", "accept", "delta", "kv"])
+def test_a_change_opens_a_key_that_holds_nothing(tmp_path: Path, key: str) -> None:
+    option = {
+        "calibration": "samples",
+        "limits": "max_fallbacks",
+        "accept": "confidence",
+        "delta": "base",
+        "kv": "bits",
+    }
+    value = {"delta": "org/base", "accept": "0.9"}.get(key, "4")
+    (tmp_path / "null.yaml").write_text(f"{key}:\npasses: [rtn: {{}}]\n")
+    (tmp_path / "none.yaml").write_text("passes: [rtn: {}]\n")
+    change = [f"{key}.{option[key]}={value}"]
+    assert load(tmp_path / "null.yaml", change) == load(tmp_path / "none.yaml", change)
+
+
 def test_changes_apply_in_order(file: Path) -> None:
     assert load(file, ["passes.1.bits=3", "passes.1.bits=5", "passes.1.group=32"]).passes[1] == GPTQ(bits=5, group=32)
 
