@@ -634,3 +634,13 @@ def test_bad_methods_are_one_line(
 def test_the_options_of_an_extraction_are_called_as_they_are_written(cli: Run, finetuned: Path, tmp_path: Path) -> None:
     code, _, said = cli("delta", "extract", finetuned, "--base", finetuned, "--out", tmp_path / "o")
     assert code == 2 and said.startswith("error: --base: ") and "is the model itself" in said
+
+
+def test_a_size_for_a_model_without_matrices_is_refused(cli: Run, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_embd=8, n_layer=0, n_head=2, vocab_size=211, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    asked = ("--base", tmp_path / "m", "--size", "5KB", "--out", tmp_path / "o")
+    code, _, said = cli("delta", "extract", tmp_path / "m", *asked)
+    assert code == 2 and "--size: 5KB is no less than the 0 bytes of the matrices whole" in said

@@ -102,10 +102,10 @@ def bits_of(bits: float | None, size: str | None, model: str) -> float:
     if bits is not None:
         raise RecipeError("--size: says what --bits says; give one of both")
     parameters: int = sum(row["parameters"] for row in survey(locate(model))["sites"])
-    found = 8 * bytes_of(size, "--size") / parameters
-    if found >= PLAIN:
+    asked = 8 * bytes_of(size, "--size")
+    if asked >= parameters * PLAIN:
         raise RecipeError(f"--size: {size} is no less than the {parameters * PLAIN // 8:,} bytes of the matrices whole")
-    return found
+    return asked / parameters
 
 
 def share(report: object) -> float:
