@@ -163,7 +163,7 @@ def feed_back(
     """
     group = lcm(rounding.aligned, mask.aligned if mask else 1)
     block = max(group, block // group * group)
-    w = w_OI.float().clone()
+    w = w_OI.to(torch.float32, copy=True)
     launched = at_once(w, upper_II, rounding, mask)
     strip = launched or strip_of(rounding, mask)
     keep_OI = torch.empty_like(w, dtype=torch.bool) if mask else None
