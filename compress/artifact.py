@@ -21,16 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import ArtifactError, RecipeError, VerificationError, out_of_memory
-from compress.model.source import Checkpoint, Held, digest, display_name, dtype_of, read_json
+from compress.model.source import DTYPES, NAMES, Checkpoint, Held, digest, display_name, dtype_of, read_json
 from compress.schema import PINS, PROVENANCES, SPECS, checked
-from compress.shards import NAMES, Entry, chunks
+from compress.shards import Entry, chunks
 from compress.weights import External, Sum, Weight, check_claims, nodes, unpack
 from compress.weights.leaves import BASE
 
 METHOD = "compress"
 VERSION = 1
 PROVENANCE = "compress.json"
-DTYPES = {name: kind for kind, name in NAMES.items()}  # by what a header calls them
 SWELL = 1 << 12  # bytes that all tensors may denote for one that is stored: 1/256 bit a weight in bfloat16
 SMALL = 1 << 30  # bytes that they may denote anyway
 

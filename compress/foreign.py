@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import ArtifactError, first_line
-from compress.model.source import Checkpoint, Held, dtype_of
-from compress.shards import NAMES
+from compress.model.source import NAMES, Checkpoint, Held, dtype_of
 
 
 class CompressedTensors(Checkpoint):

@@ -30,15 +30,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.artifact import DTYPES
 from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError, causes, out_of_memory
 from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
 from compress.model.memory import apart, staged
-from compress.model.source import READERS, digest
+from compress.model.source import DTYPES, NAMES, READERS, digest
 from compress.model.travellers import Travellers, read_raw
 from compress.partial import ATTEMPTS, LOCK, flush, missing_parents, put_back, remove_empty, same
-from compress.shards import NAMES, Entry, WriteError, split, write_tensors
+from compress.shards import Entry, WriteError, split, write_tensors
 from compress.team import ALONE, Team
 from compress.writer import refusal
 

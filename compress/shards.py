@@ -21,15 +21,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import VerificationError
-from compress.model.source import digest
+from compress.model.source import NAMES, digest
 
 SHARD_SIZE = 5_000_000_000  # bytes, as transformers' default
-NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
-    torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
-}  # fmt: skip
 AT_ONCE = 1 << 22  # values written in one go
 
 

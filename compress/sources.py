@@ -17,8 +17,7 @@ from torch import Tensor
 from compress.artifact import METHOD, Artifact
 from compress.errors import ArtifactError
 from compress.foreign import CompressedTensors
-from compress.model.source import Checkpoint, Held, dtype_of
-from compress.shards import NAMES
+from compress.model.source import NAMES, Checkpoint, Held, dtype_of
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 SCALES = ("_scale_inv", "_scale")  # both are multiplied with; DeepSeek's name means the inverse of the quantizer's
