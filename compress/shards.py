@@ -1,7 +1,7 @@
 """Writing safetensors files one tensor at a time, so that saving needs no more memory than one tensor.
 
 safetensors' own writer wants all tensors of a file at once and copies each; it also makes files that only their owner
-may read (0600, version 0.8). The format is its: a length, a JSON header, the values. Reading stays with the library.
+may read (0600, version 0.8). The format is its: a length, a JSON header, the values.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys, seal
 from compress.errors import ArtifactError, VerificationError
-from compress.model.source import INDEX, digest
+from compress.model.source import INDEX, Shard, digest
 from compress.partial import beside, exchange, flush
 from compress.shards import Entry, WriteError, split, write_shard
 from compress.weights import Dense, External, Weight, pack, specify, unpack
@@ -156,25 +156,21 @@ class ArtifactWriter(Part):
             added.digests[path.name] = write_shard(path, part)
             added.weight_map |= {entry.name: path.name for entry in part}
         self.take(added)
-        self._check(packed)
+        self._check(packed, added)
         return added
 
-    def _check(self, packed: Packed) -> None:
+    def _check(self, packed: Packed, added: Part) -> None:
         """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
+        shards = {name: Shard(self.partial / name) for name in added.digests}
         for site, meant in packed.meant.items():
             device = next(iter(meant.values())).device  # where decoding is fast
-            stored = {p: self._read(key).to(device) for p, key in keys(site, self.specs[site]).items()}
+            stored = {
+                p: shards[added.weight_map[key]].tensor(key).to(device)
+                for p, key in keys(site, self.specs[site]).items()
+            }
             again = pack(unpack(self.specs[site]["tree"], stored, resolve=partial(base_in, packed.bases[site])))
             if any(not torch.equal(as_bytes(again[p]), as_bytes(t)) for p, t in meant.items()):
                 raise VerificationError(f"{site} decodes differently from what was meant")
-
-    def _read(self, key: str) -> Tensor:
-        """One tensor of what was written."""
-        from safetensors import safe_open
-
-        with safe_open(self.partial / self.weight_map[key], framework="pt") as file:
-            found: Tensor = file.get_tensor(key)
-        return found
 
     def _number(self) -> None:
         """Give the shards their final names, now that their number is known."""

@@ -134,6 +134,42 @@ class Held(NamedTuple):
         return prod(self.shape) * WIDTHS[self.dtype] // 8
 
 
+class Shard:
+    """One safetensors file, whose header is read once; the library reads it whenever it opens the file."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ArtifactError if the file is damaged, or names a tensor twice."""
+        with opened(path):  # the library checks all else
+            self.path = path
+        self._begin, self._told = header_of(path)
+        self.held = {name: Held(told["dtype"], tuple(told["shape"])) for name, told in self._told.items()}
+
+    def span(self, name: str) -> tuple[int, int]:
+        """The bytes of the file from where to where are this tensor's."""
+        start, end = self._told[name]["data_offsets"]
+        return self._begin + start, self._begin + end
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, memory-mapped alone: what was read of others is not kept in memory by it.
+
+        Raises ArtifactError if the file has no such tensor, or cannot be read any more.
+        """
+        if name not in self.held:
+            raise ArtifactError(f"{self.path}: cannot read {name!r}: the file has no such tensor")
+        (start, end), (dtype, shape) = self.span(name), self.held[name]
+        try:
+            if dtype not in DTYPES:
+                with opened(self.path) as file:
+                    found: Tensor = file.get_tensor(name)
+                return found
+            if start == end:
+                return torch.empty(shape, dtype=DTYPES[dtype])
+            raw = np.memmap(self.path, np.uint8, "c", start, (end - start,))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(f"{self.path}: cannot read {name!r}: {why(error)}") from error
+        return torch.from_numpy(raw).view(DTYPES[dtype]).reshape(shape)
+
+
 class Checkpoint:
     """The tensors of a Hugging Face folder by name, read one at a time."""
 
@@ -164,7 +200,7 @@ class Checkpoint:
             self._refuse_strays({path.name for path in files.values()})
             return visible_names(files, self.path / INDEX)
         if (self.path / SINGLE).is_file():  # not a pipe, which nobody may ever write to
-            held = dict.fromkeys(sorted(names_in(self.path / SINGLE)), self.path / SINGLE)
+            held = dict.fromkeys(sorted(self._shard(self.path / SINGLE).held), self.path / SINGLE)
             return visible_names(held, self.path / SINGLE)
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
         if pickled:
@@ -206,12 +242,17 @@ class Checkpoint:
         """One tensor as the file holds it, memory-mapped."""
         if name not in self.files:
             raise ArtifactError(f"{self.path}: no tensor {name!r}")
-        with opened(self.files[name]) as file:
-            try:
-                found: Tensor = file.get_tensor(name)
-            except SafetensorError as error:
-                raise ArtifactError(f"{self.files[name]}: cannot read {name!r}: {error}") from error
-        return found
+        return self._shard(self.files[name]).tensor(name)
+
+    @cached_property
+    def _shards(self) -> dict[Path, Shard]:
+        """Those whose header has been read."""
+        return {}
+
+    def _shard(self, path: Path) -> Shard:
+        if path not in self._shards:
+            self._shards[path] = Shard(path)
+        return self._shards[path]
 
     def ahead(self, names: Iterable[str]) -> None:
         """Have the system read these tensors before they are asked for, where it takes such hints."""
@@ -219,22 +260,12 @@ class Checkpoint:
             return
         by_shard: dict[Path, list[str]] = {}
         for name in names:
-            if name in self.files and name in self._spans:
+            if name in self.files and name in self._shard(self.files[name]).held:
                 by_shard.setdefault(self.files[name], []).append(name)
-        for shard, held in by_shard.items():
-            with suppress(OSError), shard.open("rb") as file:  # it is no more than a hint
-                for start, end in (self._spans[name] for name in held):
+        for path, held in by_shard.items():
+            with suppress(OSError), path.open("rb") as file:  # it is no more than a hint
+                for start, end in map(self._shard(path).span, held):
                     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
-
-    @cached_property
-    def _spans(self) -> dict[str, tuple[int, int]]:
-        """Where in its shard each tensor lies."""
-        found: dict[str, tuple[int, int]] = {}
-        for shard in sorted(set(self.files.values())):
-            begin, told = header_of(shard)
-            mine = {name: held["data_offsets"] for name, held in told.items() if self.files.get(name) == shard}
-            found |= {name: (begin + start, begin + end) for name, (start, end) in mine.items()}
-        return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor, from the headers alone."""
@@ -255,16 +286,14 @@ class Checkpoint:
         by_shard: dict[Path, list[str]] = {}
         for name, shard in self.files.items():
             by_shard.setdefault(shard, []).append(name)
-        for shard, names in sorted(by_shard.items()):
-            held = set(names_in(shard))
-            with opened(shard) as file:
-                for name in names:
-                    if name not in held:
-                        raise ArtifactError(f"{shard}: the index promises {name!r}, the shard lacks it")
-                    part = file.get_slice(name)
-                    headers[name] = Held(str(part.get_dtype()), tuple(part.get_shape()))
-                    if headers[name].dtype not in WIDTHS:
-                        raise ArtifactError(f"{shard}: {name} holds {headers[name].dtype}, which is not read")
+        for path, names in sorted(by_shard.items()):
+            held = self._shard(path).held
+            for name in names:
+                if name not in held:
+                    raise ArtifactError(f"{path}: the index promises {name!r}, the shard lacks it")
+                headers[name] = held[name]
+                if headers[name].dtype not in WIDTHS:
+                    raise ArtifactError(f"{path}: {name} holds {headers[name].dtype}, which is not read")
         return headers
 
     def nbytes(self) -> int:
@@ -311,19 +340,6 @@ def visible_names(files: dict[str, Path], where: Path) -> dict[str, Path]:
     return files
 
 
-def names_in(path: Path) -> list[str]:
-    """The tensors that a safetensors file names; raises ArtifactError if it is damaged, or names one twice."""
-    with opened(path) as file:
-        names: list[str] = list(file.keys())
-    with path.open("rb") as raw:  # the library, which has checked all else, keeps the last of two
-        length = int.from_bytes(raw.read(8), "little")
-        try:
-            strict_json(raw.read(length))
-        except ValueError as error:
-            raise ArtifactError(f"{path}: not a readable safetensors file: its header: {error}") from error
-    return names
-
-
 def opened(path: Path) -> Any:
     """`safe_open`, with damage reported as an ArtifactError."""
     try:
@@ -339,10 +355,16 @@ def digest(path: Path) -> str:
 
 
 def header_of(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where values begin in a safetensors file that the library has checked, and what is said of each tensor."""
+    """Where values begin in a safetensors file that the library has checked, and what is said of each tensor.
+
+    Raises ArtifactError if it names one twice, of which the library keeps the last.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        told = json.loads(file.read(length))
+        try:
+            told = strict_json(file.read(length))
+        except ValueError as error:
+            raise ArtifactError(f"{path}: not a readable safetensors file: its header: {error}") from error
     return 8 + length, {name: held for name, held in told.items() if name != META}
 
 

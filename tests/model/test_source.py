@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress import ArtifactError, CalibrationError, Magnitude, Wanda
 from compress.model import source
-from compress.model.source import Checkpoint, dtype_of, locate
+from compress.model.source import DTYPES, Checkpoint, Shard, dtype_of, locate
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -292,15 +292,50 @@ def test_what_is_not_finite_in_a_copy_that_the_index_does_not_name_is_not_looked
         f: hashlib.sha256((sharded / f).read_bytes()).hexdigest() for f in sorted({*index.values()})
     }
     opened.ahead([name])
-    start, end = opened._spans[name]
+    start, end = Shard(opened.files[name]).span(name)
     assert end - start == opened.headers[name].nbytes
 
 
 def test_a_hint_for_a_shard_that_is_gone_is_none(single: Path) -> None:
     opened = Checkpoint(single)
-    assert opened._spans.keys() == set(opened.names())
+    names = opened.names()
     (single / SINGLE).unlink()
-    opened.ahead(opened.names())
+    opened.ahead(names)
+    with pytest.raises(ArtifactError, match=rf"model\.safetensors: cannot read '{names[0]}': No such file"):
+        opened.tensor(names[0])
+
+
+def test_a_tensor_is_mapped_as_the_library_reads_it(tmp_path: Path) -> None:
+    made = {name: torch.arange(6).to(dtype).reshape(2, 3) for name, dtype in DTYPES.items()}
+    made |= {"F4": torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
+    save_file(made | {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4)}, tmp_path / SINGLE)
+    shard, read = Shard(tmp_path / SINGLE), load_file(tmp_path / SINGLE)
+    assert shard.held.keys() == read.keys()
+    for name, want in read.items():
+        found = shard.tensor(name)
+        assert (found.dtype, found.shape) == (want.dtype, want.shape), name
+        assert bytes(found.reshape(-1).view(torch.uint8)) == bytes(want.reshape(-1).view(torch.uint8)), name
+        found.view(torch.uint8 if found.ndim else found.dtype).zero_()  # its own copy of the page, not the file's
+    assert Shard(tmp_path / SINGLE).tensor("F32").tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ArtifactError, match="cannot read 'other': the file has no such tensor"):
+        shard.tensor("other")
+
+
+def test_a_file_that_became_shorter_is_refused(single: Path) -> None:
+    opened = Checkpoint(single)
+    name = max(opened.files, key=lambda name: Shard(opened.files[name]).span(name))
+    os.truncate(single / SINGLE, (single / SINGLE).stat().st_size - 1)
+    with pytest.raises(ArtifactError, match=rf"model\.safetensors: cannot read '{name}'"):
+        opened.tensor(name)
+
+
+def test_the_library_reads_the_header_of_a_shard_once(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes time by the number of tensors: one header for each of them would make reading quadratic."""
+    read, library = [], source.safe_open
+    monkeypatch.setattr(source, "safe_open", lambda path, **how: (read.append(path), library(path, **how))[1])
+    opened = Checkpoint(sharded)
+    assert all(opened.tensor(name).shape == opened.headers[name].shape for name in opened.names())
+    assert sorted(read) == sorted(set(opened.files.values()))
 
 
 def test_every_byte_is_asked_for_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
