@@ -23,7 +23,7 @@ LARGEST = 65504.0
 SHRINKS = 80  # candidates of the range search, as in the GPTQ code
 AT_ONCE = 1 << 21  # entries worked on together
 NORM = 2.4  # the exponent of that search
-COARSE = 24  # candidates of the search by output, down to 0.4 of the range
+COARSE = 24  # ranges that the search by output tries beside the whole, down to 0.4 of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Grid:
         """Scale and zero, [out, groups] each (or [1, 1]), zero None if symmetric.
 
         With `search`, each range is shrunk to the one of 80 that minimises sum |w - w'|**norm, or with `gram_II` to
-        the one of 24 that minimises (w - w') G (w - w')ᵀ within its group.
+        the one of 25 that minimises (w - w') G (w - w')ᵀ within its group.
         Source: Frantar et al., GPTQ, ICLR 2023, released quantizer (`find_params`, option mse); Lin et al., AWQ, MLSys
         2024, section 3.2 (clipping by output error).
         """
