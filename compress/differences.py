@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.artifact import METHOD, Artifact, is_artifact
+from compress.artifact import METHOD, Artifact, is_artifact, keys
 from compress.errors import ArtifactError
 from compress.model.memory import give_back
 from compress.model.source import Checkpoint, digest, display_name, locate
@@ -181,8 +181,6 @@ def bits_of(source: Checkpoint, name: str) -> float | None:
     """Stored bits a weight; what several sites share counts for each."""
     if name not in source.headers:
         return None
-    from compress.artifact import keys
-
     sites = sites_of(source, name)
     entries = prod(source.headers[name].shape) or 1
     if not (isinstance(source, Artifact) and sites):
@@ -257,5 +255,5 @@ def by_key(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> di
     """(a, b) of each key where two mappings differ, None where one lacks it; nothing if there are not two."""
     if one is None or other is None:
         return {}
-    keys = dict.fromkeys((*one, *other))
-    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
+    either = dict.fromkeys((*one, *other))
+    return {key: (one.get(key), other.get(key)) for key in either if one.get(key) != other.get(key)}
