@@ -197,11 +197,11 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
     Raises CalibrationError if data is needed and cannot be had, or a token is unknown to the model.
     """
     limit = longest_window(walk)
-    vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         if recipe.needs_data():
             raise CalibrationError(f"{folder}: no tokenizer can be loaded, and calibration needs one")
+        vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
         probe = torch.randint(0, vocabulary, (4, min(64, limit)), generator=torch.Generator().manual_seed(0))
         return Tokens(windows=(), probe_NT=probe, name="none (no tokenizer)", sha256="")
     if recipe.needs_data():
@@ -209,10 +209,16 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
     else:
         found = draw(Calibration(data="text", length=min(256, limit)), tokenizer, limit, samples=0)
         drawn = Tokens(windows=(), probe_NT=found.probe_NT, name="none (data-free)", sha256="")
-    largest = int(max(ids.max() for ids in (*drawn.windows, drawn.probe_NT) if ids.numel()))
+    return in_vocabulary(drawn, walk, str(folder))
+
+
+def in_vocabulary(tokens: Tokens, walk: Walk, where: str) -> Tokens:
+    """The same tokens; raises CalibrationError, from `where`, if the model has no embedding of one of them."""
+    vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
+    largest = int(max(ids.max() for ids in (*tokens.windows, tokens.probe_NT) if ids.numel()))
     if largest >= vocabulary:
-        raise CalibrationError(f"{folder}: the tokenizer yields token {largest}, the model knows {vocabulary}")
-    return drawn
+        raise CalibrationError(f"{where}: the tokenizer yields token {largest}, the model knows {vocabulary}")
+    return tokens
 
 
 def longest_window(walk: Walk) -> int:

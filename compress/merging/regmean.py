@@ -25,7 +25,7 @@ from compress.model.site import Site
 from compress.model.source import Checkpoint, dtype_of
 from compress.model.walk import Walk
 from compress.model.whole import Whole
-from compress.plan import check_tensors, longest_window, tokenizer_of
+from compress.plan import check_tensors, in_vocabulary, longest_window, tokenizer_of
 from compress.recipe import Calibration
 from compress.shards import Entry
 from compress.stats import Gram
@@ -159,9 +159,4 @@ def tokens_of(walk: Walk, member: Member, base: Checkpoint, calibration: Calibra
     tokenizer = tokenizer_of(member.source.path) or tokenizer_of(base.path)
     if tokenizer is None:
         raise CalibrationError(f"{member.label}: no tokenizer can be loaded, and regmean needs one")
-    tokens = draw(calibration, tokenizer, longest_window(walk))
-    known = int(walk.model.get_input_embeddings().num_embeddings)
-    largest = int(max(ids.max() for ids in (*tokens.windows, tokens.probe_NT) if ids.numel()))
-    if largest >= known:
-        raise CalibrationError(f"{member.label}: the tokenizer yields token {largest}, the model knows {known}")
-    return tokens
+    return in_vocabulary(draw(calibration, tokenizer, longest_window(walk)), walk, member.label)
