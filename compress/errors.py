@@ -87,6 +87,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def in_short(error: Exception, most: int = 200) -> str:
+    """All that an exception says as one line, cut after `most` characters: its type if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and those it was raised from."""
     while error is not None:

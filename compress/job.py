@@ -20,7 +20,7 @@ from compress.artifact import content_hash
 from compress.calibration import Tokens
 from compress.card import card
 from compress.deltas import Against
-from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight, out_of_memory
+from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight, in_short, out_of_memory
 from compress.events import (
     BlockFinished,
     BlockStarted,
@@ -89,9 +89,8 @@ def prove(walk: Walk, tokens: Tokens) -> None:
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError) as error:
         if out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
         raise UnsupportedWeight(
-            f"{type(walk.model).__name__} cannot be run block by block: {type(error).__name__}: {reason}"
+            f"{type(walk.model).__name__} cannot be run block by block: {type(error).__name__}: {in_short(error)}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CalibrationError
+from compress.errors import CalibrationError, in_short
 
 HUB = "hub:"
 ALLOWED = "allowed: text, mixed, a .txt or .jsonl file, a datasets folder, hub:NAME"
@@ -115,8 +115,7 @@ def streamed(datasets: Any, name: str, configuration: str | None, split: str, co
     try:
         yield from datasets.load_dataset(name, configuration, split=split, streaming=True)
     except Exception as error:  # network, names, formats: datasets and its readers raise whatever breaks
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CalibrationError(f"{complaint}: {reason}") from error
+        raise CalibrationError(f"{complaint}: {in_short(error)}") from error
 
 
 def library() -> Any:

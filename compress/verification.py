@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.artifact import Artifact, keys
-from compress.errors import CompressError, VerificationError, out_of_memory
+from compress.errors import CompressError, VerificationError, in_short, out_of_memory
 from compress.model.memory import give_back
 from compress.model.reshaped import walk_over
 from compress.model.source import Checkpoint
@@ -110,9 +110,8 @@ def check_whole(
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # of the family's code, with our modules
         if out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:200]
         raise VerificationError(
-            f"{type(walk.model).__name__} does not run with compressed modules: {reason}"
+            f"{type(walk.model).__name__} does not run with compressed modules: {in_short(error)}"
         ) from error
     pairs = zip(again, logits, strict=True)  # a window at a time: vocabularies are large
     worst = max(relative(one.float(), other.float()) for one, other in pairs)

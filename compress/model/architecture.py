@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, in_short
 
 # in this order: a class that is in several lists is taken from the first
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForMaskedLM",
@@ -62,8 +62,7 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
         with init_empty_weights(include_buffers=False):
             model = auto_class(read).from_config(read, dtype=dtype, experts_implementation="eager")
     except Exception as error:
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        raise ArtifactError(f"config.json: transformers cannot build this model: {reason}") from error
+        raise ArtifactError(f"config.json: transformers cannot build this model: {in_short(error, 240)}") from error
     if not isinstance(model, nn.Module):
         raise ArtifactError("config.json: not a language model")
     model.tie_weights()  # type: ignore[operator]

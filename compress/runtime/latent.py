@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, in_short
 from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import lower
 
@@ -340,9 +340,8 @@ def proved(model: Any, chosen: list[Any]) -> list[tuple[Any, Reading]]:
         try:
             feed(model, cache)
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # of the family's code, called as by us
-            reason = " ".join(str(error).split())[:200]
             raise RecipeError(
-                f"kv: latent: {type(model).__name__} is not known here ({reason}); load with kv=None"
+                f"kv: latent: {type(model).__name__} is not known here ({in_short(error)}); load with kv=None"
             ) from error
     return [(attention, cache.layers[attention.layer_idx].agreed) for attention in chosen]
 
