@@ -80,8 +80,11 @@ class Grid:
 
 
 def row_slices(w_OI: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, a few million entries at a time: what is made of them stays small and near the cache."""
-    step = max(1, AT_ONCE // max(1, w_OI.shape[1]))
+    """The rows of a matrix, a few million entries at a time: what is made of them stays small and near the cache.
+
+    Those of an outline, of which nothing is made, come all together.
+    """
+    step = max(1, w_OI.shape[0] if w_OI.is_meta else AT_ONCE // max(1, w_OI.shape[1]))
     return (slice(start, start + step) for start in range(0, w_OI.shape[0], step))
 
 
