@@ -167,7 +167,7 @@ def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
                 raise RecipeError(
                     f"passes[{i}].{step.name}: takes a {' or '.join(step.takes)} weight; {site} is {form} by then{hint}"
                 )
-            form = step.gives
+            form = step.leaves(form)
 
 
 def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:

@@ -39,6 +39,7 @@ from compress.passes import (
     StructuredPruner,
     WeightPass,
 )
+from compress.passes.factor_pruner import FactorPruner
 from compress.passes.learned import Learned, Trainer
 from compress.weights import Dense, Masked, Weight, pack, pattern
 
@@ -120,7 +121,17 @@ def test_every_concrete_pass_class_is_registered() -> None:
 
     ours = {kind for kind in below(Pass) if kind.__module__.startswith("compress.passes.")}
     abstract = {Pass, SitePass, WeightPass, BlockPass, Budget, Reshape, Equalizer, Factorizer, Corrector, Codec}
-    abstract |= {Pruner, Quantizer, BlockQuantizer, GridQuantizer, Refiner, Trainer, Learned, StructuredPruner}
+    abstract |= {
+        Pruner,
+        FactorPruner,
+        Quantizer,
+        BlockQuantizer,
+        GridQuantizer,
+        Refiner,
+        Trainer,
+        Learned,
+        StructuredPruner,
+    }
     assert ours - set(PASSES.values()) == abstract
 
 

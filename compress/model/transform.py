@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compress.errors import UnsupportedWeight
-from compress.stats import ColumnNorm, Statistics
+from compress.stats import ColumnNorm, Gram, Statistics
 from compress.weights import Diagonal, Hadamard, Permutation, Weight
 
 
@@ -36,7 +36,9 @@ def statistics_behind(stats: Statistics, transform: Weight) -> Statistics:
 
 
 def statistics_after(stats: Statistics, w_OI: Tensor) -> Statistics:
-    """The statistics of W x that follow from those of x: W S Wᵀ of square ones."""
+    """The statistics of W x that follow from those of x: W S Wᵀ of square ones, and norms from the Gram."""
     w_OI = w_OI.float()
     square = {k: linear(linear(v, w_OI).T, w_OI).T for k, v in stats.values.items() if k.square}
-    return Statistics(dict(square), stats.tokens)
+    both = Gram in square and ColumnNorm in stats.values
+    norms = {ColumnNorm: (stats.tokens * square[Gram].diagonal().clamp(min=0)).sqrt()} if both else {}
+    return Statistics(norms | square, stats.tokens)

@@ -88,6 +88,11 @@ class SitePass(Pass):
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 
+    def leaves(self, form: str) -> str:
+        """What it makes of a weight of this form, of those that `takes` lists; "" is not said."""
+        del form
+        return self.gives
+
     @property
     def joint(self) -> bool:
         """Whether it must see the sites that read one input together."""
@@ -231,6 +236,15 @@ class Pruner(WeightPass):
         return masked_outline(site.expect(Dense, by=self.name), self.pattern())
 
 
+def plain(weight: Weight) -> bool:
+    """Whether a weight is a matrix as it is, masked or not."""
+    match weight:
+        case Dense() | Masked(Dense()):
+            return True
+        case _:
+            return False
+
+
 def masked_outline(values: Weight, chosen: Pattern) -> Masked:
     """Values under a mask on the meta device, of as many entries as a pattern keeps."""
     mask_OI = torch.empty(values.shape, dtype=torch.bool, device="meta")
@@ -358,9 +372,9 @@ class Quantizer(WeightPass):
                 return replace(weight, values=quantize(w_OI.masked_fill(~mask_OI, 0), mask_OI, site))
             case Product(left, Permutation() | Hadamard() | Diagonal() as right):
                 return Product(self.visit(left, site.behind(right, left), quantize), right)
-            case Product(Dense(left_OR), Dense(right_RI)) if self.factors:
-                outer, inner = site.factors(left_OR, right_RI)
-                return Product(self.round_factor(left_OR, outer), self.round_factor(right_RI, inner))
+            case Product(left, right) if self.factors and plain(left) and plain(right):
+                outer, inner = site.factors(left.dense(), right.dense())
+                return Product(self.visit_factor(left, outer), self.visit_factor(right, inner))
             case Sum(terms) if any(map(self.wants, terms)):
                 return Sum(tuple(self.visit(t, site, quantize) if self.wants(t) else t for t in terms))
             case _:
@@ -369,16 +383,22 @@ class Quantizer(WeightPass):
     def wants(self, term: Weight) -> bool:
         """Whether a term of a sum is quantized: a plain matrix, masked or not, and factors if told."""
         match term:
-            case Dense() | Masked(Dense()):
-                return True
-            case Product(Dense(), Dense()):
+            case Product(left, right) if plain(left) and plain(right):
                 return self.factors
             case _:
-                return False
+                return plain(term)
 
-    def round_factor(self, factor: Tensor, site: Site) -> Weight:
-        """A low-rank factor, by default to nearest; `site` is one whose weight it is."""
-        return self.round(factor, None, site)
+    def visit_factor(self, factor: Weight, site: Site) -> Weight:
+        """A low-rank factor, rounded; a mask stays outside the grid."""
+        match factor:
+            case Masked(Dense(), mask_OI):
+                return replace(factor, values=self.round_factor(factor.dense(), mask_OI, site))
+            case _:
+                return self.round_factor(factor.dense(), None, site)
+
+    def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
+        """A low-rank factor, by default to nearest, 0 where `keep` is False; `site` is one whose weight it is."""
+        return self.round(factor, keep, site)
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """The nearest values to `w_OI`, which is 0 where `keep_OI` is False; needs no statistics.
@@ -403,14 +423,14 @@ class BlockQuantizer(Quantizer):
         if shape[1] % self.block:
             raise RecipeError(f"{self.name}: {site}: its blocks of {self.block} do not divide its width of {shape[1]}")
 
-    def round_factor(self, factor: Tensor, site: Site) -> Weight:
+    def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
         """A factor to nearest; raises UnsupportedWeight where blocks do not divide its width."""
         if factor.shape[1] % self.block:
             raise UnsupportedWeight(
                 f"{self.name}: {site.name}: its blocks of {self.block} do not divide a rank of {factor.shape[1]}; "
                 "use another rank, or factors: false"
             )
-        return super().round_factor(factor, site)
+        return super().round_factor(factor, keep, site)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,7 +468,7 @@ class GridQuantizer(Quantizer):
         """The nearest codes of `w_OI`; 0 is on every grid. Without statistics ranges are searched by weights."""
         return self.grid.quantize(w_OI, search=bool(self.search))
 
-    def round_factor(self, factor: Tensor, site: Site) -> Weight:
+    def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
         """A factor to nearest, one grid a row where the group does not divide its width."""
         fits = self.group > 0 and factor.shape[1] % self.group == 0
         return replace(self.grid, group=self.group if fits else 0).quantize(factor, search=bool(self.search))

@@ -23,6 +23,7 @@ from compress.model.walk import Walk
 from compress.passes.base import Pruner, Quantizer, SitePass, WeightPass
 from compress.passes.budget import governed
 from compress.passes.codec import Codec
+from compress.passes.factor_pruner import FactorPruner
 from compress.recipe import Recipe
 from compress.weights import Dense, Hadamard, Masked, Permutation, Weight
 from compress.weights.bits import packed_size
@@ -156,7 +157,11 @@ class Outlines:
                 weight = replace(site.weight)
             elif not step.foreseen:
                 self.notes.setdefault(name, "at most: values decide")
-            if isinstance(step, Quantizer) and step.factors and any(self.steps[j].joint for j in self.touched[name]):
+            if (
+                isinstance(step, Quantizer | FactorPruner)
+                and step.factors
+                and any(self.steps[j].joint for j in self.touched[name])
+            ):
                 self.notes.setdefault(name, "at most: a factor may be shared")
             self.kept[name].append(", ".join(kept_parts(site.weight, weight)))
             self.sites[name] = site.apart(weight)

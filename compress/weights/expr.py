@@ -116,9 +116,12 @@ class Product(Weight):
         return self.left.linear(self.right.linear(x_TI))
 
     def describe(self) -> str:
-        """`r64` when the inner size is a true rank, else the factors."""
+        """`r64` when the inner size is a true rank, `2:4·r64` if the factors are masked so, else the factors."""
         rank = self.left.shape[1]
-        return f"r{rank}" if rank < min(self.shape) else f"{self.left.describe()}@{self.right.describe()}"
+        masks = dict.fromkeys(f"{factor.pattern}·" for factor in (self.left, self.right) if isinstance(factor, Masked))
+        return (
+            f"{''.join(masks)}r{rank}" if rank < min(self.shape) else f"{self.left.describe()}@{self.right.describe()}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

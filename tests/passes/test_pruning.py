@@ -229,4 +229,5 @@ def test_a_missing_statistic_is_named(site_of: SiteMaker) -> None:
 
 def test_magnitude_needs_no_data() -> None:
     assert Magnitude.requires == ()
-    assert Wanda.requires == (ColumnNorm,)
+    assert Magnitude().requires == ()
+    assert Wanda().requires == (ColumnNorm,)

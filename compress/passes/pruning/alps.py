@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.model.site import Site
-from compress.passes.base import Pruner, masked_outline
+from compress.passes.base import masked_outline
+from compress.passes.factor_pruner import FactorPruner
 from compress.passes.hessian import damp, shared_factor
 from compress.passes.pruning.reconstruct import least_squares
 from compress.stats import Gram
@@ -29,7 +30,7 @@ POLISH = 10  # steps of conjugate gradients on the final support
 
 
 @dataclass(frozen=True, kw_only=True)
-class ALPS(Pruner, name="alps"):
+class ALPS(FactorPruner, name="alps"):
     """Minimise the squared error of the output over all weights of the pattern: ADMM, then least squares on the mask.
 
     The objective is SparseGPT's; the eigenvectors of the Gram, once for each input, make every iteration two products.
@@ -46,11 +47,11 @@ class ALPS(Pruner, name="alps"):
         float, Field(gt=0, le=1e6, description="rho of the first iteration, on a Gram of unit diagonal")
     ] = 0.1
 
-    def rewrite(self, site: Site) -> Weight:
+    def prune(self, site: Site) -> Weight:
         """The best values found under the best mask found."""
         dense, chosen = site.expect(Dense, by=self.name), self.pattern()
         if shared_factor(site, self.damping, self.name, "pruned by magnitude, uncompensated") is None:
-            return self.rewrite_unfed(site)
+            return self.prune_unfed(site)
         damped_II = damp(site.stats[Gram], float(site.ledger["damping"]))
         scale_I = damped_II.diagonal().sqrt()
         unit_II = damped_II / scale_I / scale_I[:, None]
@@ -61,7 +62,7 @@ class ALPS(Pruner, name="alps"):
         site.ledger["iterations"] = taken
         return Masked(Dense((solved_OI / scale_I).to(dense.data.dtype)), mask_OI, chosen.name)
 
-    def outline(self, site: Site) -> Weight | None:
+    def outlined(self, site: Site) -> Weight:
         """Other values under a mask."""
         dense = site.expect(Dense, by=self.name)
         return masked_outline(Dense(torch.empty_like(dense.data)), self.pattern())

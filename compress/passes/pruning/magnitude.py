@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.model.site import Site
-from compress.passes.base import Pruner
+from compress.passes.factor_pruner import FactorPruner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Magnitude(Pruner, name="magnitude"):
+class Magnitude(FactorPruner, name="magnitude"):
     """Score |w|: a weight matters if it is large. Needs no data.
 
     Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015; compared over the whole matrix

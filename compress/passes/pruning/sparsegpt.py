@@ -11,7 +11,8 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.model.site import Site
-from compress.passes.base import Pruner, masked_outline
+from compress.passes.base import masked_outline
+from compress.passes.factor_pruner import FactorPruner
 from compress.passes.feedback import Chosen, Rounding, Unrounded, feed_back
 from compress.passes.hessian import shared_factor
 from compress.passes.quantization.gptq import PLAIN, FittedGrids
@@ -20,7 +21,7 @@ from compress.weights import NM, Dense, Grid, Masked, Quantized, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseGPT(Pruner, name="sparsegpt"):
+class SparseGPT(FactorPruner, name="sparsegpt"):
     """Score w² / U_jj² block by block of columns; kept weights further right compensate each cut.
 
     With `bits`, kept weights are rounded in the same sweep, whose errors are compensated too. If no damping makes the
@@ -67,13 +68,13 @@ class SparseGPT(Pruner, name="sparsegpt"):
         if self.block % width:
             raise RecipeError(f"{self.name}: {site}: blocks of {self.block} columns do not hold whole tiles of {width}")
 
-    def rewrite(self, site: Site) -> Weight:
+    def prune(self, site: Site) -> Weight:
         """The compensated values under the mask chosen on the way."""
         dense, chosen = site.expect(Dense, by=self.name), self.pattern()
         instead = f"pruned by magnitude{'' if self.bits is None else ' and rounded to nearest'}, uncompensated"
         upper_II = shared_factor(site, self.damping, self.name, instead)
         if upper_II is None:
-            return self.rewrite_unfed(site)
+            return self.prune_unfed(site)
         w_OI, dead_I = dense.data.float(), site.stats[Gram].diagonal() == 0
         if not self.update:
             return Masked(dense, mask_only(w_OI, upper_II, Chosen(chosen, dead_I), self.block), chosen.name)
@@ -87,15 +88,15 @@ class SparseGPT(Pruner, name="sparsegpt"):
             return Masked(Quantized(grids.codes_OI, scale, zero, grids.grid.bits), keep_OI, chosen.name)
         return Masked(Dense(after_OI.to(dense.data.dtype)), keep_OI, chosen.name)
 
-    def rewrite_unfed(self, site: Site) -> Weight:
+    def prune_unfed(self, site: Site) -> Weight:
         """The same pattern by magnitude, with `bits` rounded to nearest."""
-        weight = super().rewrite_unfed(site)
+        weight = super().prune_unfed(site)
         if self.bits is None or not isinstance(weight, Masked):
             return weight
         grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
         return Masked(grid.quantize(weight.dense().float()), weight.mask_OI, weight.pattern)
 
-    def outline(self, site: Site) -> Weight | None:
+    def outlined(self, site: Site) -> Weight:
         """Other values under a mask, with `bits` their codes."""
         dense = site.expect(Dense, by=self.name)
         values: Weight = Dense(torch.empty_like(dense.data)) if self.update else dense

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 from compress.model.site import Site
-from compress.passes.base import Pruner
-from compress.stats import ColumnNorm
+from compress.passes.factor_pruner import FactorPruner
+from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import Dense, Masked, Weight
 from compress.weights.pattern import percent
 
@@ -22,7 +22,7 @@ FAR = 0.01  # from the sparsity asked for, beyond what few entries or equal scor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanda(Pruner, name="wanda"):
+class Wanda(FactorPruner, name="wanda"):
     """Score |w| * ||x||: a weight matters if it is large and its input is loud.
 
     With `alpha`, rows get unequal counts: each loses its smallest scores while their sum stays below a share alpha of
@@ -30,8 +30,6 @@ class Wanda(Pruner, name="wanda"):
     Source: Sun et al., "A Simple and Effective Pruning Approach for LLMs", ICLR 2024, eq. 1; compared within
     each output row. Counts are exact and ties stable, where the released code floors.
     """
-
-    requires = (ColumnNorm,)
 
     alpha: Annotated[bool, Field(description="rows of unequal sparsity, by the share of their scores")] = False
 
@@ -41,6 +39,13 @@ class Wanda(Pruner, name="wanda"):
             raise RecipeError(
                 f"{self.name}.alpha: goes with a fraction over rows, not {self.sparsity} over {self.scope}"
             )
+        if self.alpha and self.factors:
+            raise RecipeError(f"{self.name}.factors: do not go with alpha")
+
+    @property
+    def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
+        """Norms of the input; for factors its Gram, which tells the norms behind one."""
+        return (ColumnNorm, Gram) if self.factors else (ColumnNorm,)
 
     def score(self, site: Site) -> Tensor:
         """|w| * ||x||, float32."""
@@ -50,10 +55,10 @@ class Wanda(Pruner, name="wanda"):
         """As of any pruner; with `alpha` the counts follow from the scores."""
         return None if self.alpha else super().outline(site)
 
-    def rewrite(self, site: Site) -> Weight:
+    def prune(self, site: Site) -> Weight:
         """The same values under the mask of the highest scores."""
         if not self.alpha or isinstance(self.sparsity, str) or not self.sparsity:
-            return super().rewrite(site)
+            return super().prune(site)
         keep_OI, alpha = keep_by_alpha(self.score(site), self.sparsity)
         site.ledger["alpha"] = alpha
         reached = round(1 - float(keep_OI.sum()) / keep_OI.numel(), 4)

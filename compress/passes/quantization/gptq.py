@@ -240,12 +240,12 @@ class GPTQ(GridQuantizer, name="gptq"):
         site.ledger["loss"] = loss
         return quantized
 
-    def round_factor(self, factor: Tensor, site: Site) -> Weight:
+    def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
         """A factor with error feedback by the Gram of its own input; one grid a row where groups do not divide it."""
         if Gram not in site.stats or site.starved:
-            return super().round_factor(factor, site)
+            return super().round_factor(factor, keep, site)
         fits = self.group > 0 and factor.shape[1] % self.group == 0
-        return (self if fits else replace(self, group=0)).quantize(factor.float(), None, site)
+        return (self if fits else replace(self, group=0)).quantize(factor.float(), keep, site)
 
     def column_order(self, energy_I: Tensor) -> Tensor | None:
         """The order in which columns are rounded."""

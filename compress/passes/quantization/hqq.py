@@ -56,9 +56,9 @@ class HQQ(GridQuantizer, name="hqq"):
         codes_OI, scale_OG, zero_OG = (torch.cat(part) for part in zip(*parts, strict=True))
         return Quantized(codes_OI, narrowed(scale_OG), zero_OG, self.bits)
 
-    def round_factor(self, factor: Tensor, site: Site) -> Weight:
+    def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
         """A factor by the same solver, one grid a row where the group does not divide its width."""
-        return (replace(self, group=0) if factor.shape[1] % (self.group or 1) else self).round(factor, None, site)
+        return (replace(self, group=0) if factor.shape[1] % (self.group or 1) else self).round(factor, keep, site)
 
 
 def half_quadratic(w_OGS: Tensor, keep_OGS: Tensor, bits: int, unit: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -203,8 +203,12 @@ class VQ(Quantizer, name="vq"):
         turn = rotation_outline(site.shape[1], self.seed) if w_OI.is_meta else self.turn(site)
         return Product(self.nearest(w_OI.float() if w_OI.is_meta else turn.linear(w_OI.float())), turn)
 
-    def round_factor(self, factor: Tensor, site: Site) -> Weight:
-        """The nearest codes, not rotated; raises UnsupportedWeight where vectors do not divide its width."""
+    def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
+        """The nearest codes, not rotated; raises UnsupportedWeight for a pruned one, or if vectors do not divide it."""
+        if keep is not None:
+            raise UnsupportedWeight(
+                f"{self.name}: {site.name}: a pruned factor has zeros, which would be coded as well"
+            )
         if factor.shape[1] % self.width:
             raise UnsupportedWeight(
                 f"{self.name}: {site.name}: vectors of {self.width} do not divide a rank of {factor.shape[1]}; "
