@@ -212,7 +212,7 @@ def load(
     from transformers import AutoConfig
 
     from compress.artifact import Artifact, base_of, is_artifact
-    from compress.errors import first_line
+    from compress.errors import first_line, out_of_memory
     from compress.kv import read_kept, written
     from compress.model.architecture import auto_class, check_sizes, without_code
     from compress.model.source import BUILTIN, Checkpoint, locate, read_json
@@ -256,6 +256,8 @@ def load(
             raise ArtifactError(f"{folder}: {error}") from error
         raise
     except Exception as error:  # a damaged folder breaks transformers and safetensors in many ways
+        if out_of_memory(error):
+            raise
         raise ArtifactError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     if not packed and cache and cache != "recipe":
         attach(model, cache)

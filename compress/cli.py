@@ -450,7 +450,7 @@ def main() -> None:
         if debug or not out_of_memory(error):
             raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]  # Python's own says nothing
-        fail(f"out of memory: {said}; --offload, fewer or shorter samples help", 3)
+        fail(f"out of memory: {said}{'; --offload, fewer or shorter samples help' if sys.argv[1] == 'run' else ''}", 3)
     except UsageError as error:  # an unknown option, a missing argument
         fail(error.format_message(), 2, once=True)
     except (KeyboardInterrupt, typer.Abort):

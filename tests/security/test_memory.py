@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,3 +61,14 @@ def test_a_real_limit_of_memory(tmp_path: Path, llama_artifact: Path, cli: Any) 
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert code == 3 and said.splitlines()[-1].startswith(SAID) and "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_does_not_fit_is_not_called_damaged(
+    llama_artifact: Path, tiny_llama: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("compress.model.architecture.auto_class", lambda _: SimpleNamespace(from_pretrained=full))
+    code, _, said = cli("bench", llama_artifact, "--generate", "--base", tiny_llama)
+    assert (code, said.splitlines()[-1]) == (3, f"{SAID}CUDA out of memory. Tried to allocate 2.00 GiB")
