@@ -41,6 +41,7 @@ from compress.errors import CompressError, RecipeError, nearest, out_of_memory
 app = typer.Typer(
     name="compress",
     help="Compress Hugging Face language models and prove what was lost.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -97,6 +97,12 @@ def test_help_says_where_a_command_writes_by_default(command: str, cli: Run, mon
     assert f"folder to write; must not exist; default: {DEFAULTS[command]}" in cli(*command.split(), "--help")[1]
 
 
+@pytest.mark.parametrize("command", ["", "run", "delta", "delta apply"])
+def test_help_is_also_asked_for_in_short(command: str, cli: Run) -> None:
+    short, long = cli(*command.split(), "-h"), cli(*command.split(), "--help")
+    assert short == long and short[0] == 0 and "Usage: " in short[1]
+
+
 def printed_to(stdout: Any, **more: Any) -> tuple[int, str]:
     """The exit code and stderr of `compress recipes` in a process of its own, printing to that."""
     done = subprocess.run(
