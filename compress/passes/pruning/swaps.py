@@ -33,7 +33,7 @@ class Swaps(Refiner, name="swaps"):
     start whose kept values were changed (SparseGPT) keeps them.
     Source: pruning as a quadratic problem on the Gram, Frantar and Alistarh, SparseGPT, ICML 2023, eq. 1; 1-swap local
     search as in SparseSwaps, arXiv 2512.10922. Deviation: pairs are sought among the `shortlist` best to restore and
-    the best to cut, each judged alone.
+    the best to cut, each judged alone; where these find nothing, each of them is paired with all.
     """
 
     requires = (Gram,)
@@ -59,8 +59,8 @@ def swap(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, mask, swaps of each row) after up to `limit` swaps in each row, as many kept as before.
 
-    `kept_OI` holds the kept values, 0 elsewhere. Each row is 1-swap optimal at the end, but for pairs outside the
-    shortlist, and if the limit was not reached.
+    `kept_OI` holds the kept values, 0 elsewhere. Each row is 1-swap optimal at the end, but for pairs of which neither
+    is on a shortlist, and if the limit was not reached.
     """
     step = len(w_OI) if w_OI.is_cuda else max(1, AT_ONCE // w_OI.shape[1])
     parts = [
@@ -82,6 +82,7 @@ class Search:
         self.gram_II, self.diagonal_I = gram_II, gram_II.diagonal()
         self.values, self.masks = kept_OI.clone(), keep_OI.clone()
         self.listed = min(shortlist, w_OI.shape[1])
+        self.at_once = max(1, AT_ONCE // w_OI.shape[1])
         missing = w_OI - kept_OI
         c = missing @ gram_II
         self.rows = torch.arange(len(w_OI), device=w_OI.device)
@@ -96,7 +97,11 @@ class Search:
         counts_O = torch.zeros_like(self.rows)
         for _ in range(limit):
             gain_O, up_O, down_O = self.best()
-            better_O = gain_O < -GAIN * self.live["loss"].clamp(min=0)
+            enough_O = -GAIN * self.live["loss"].clamp(min=0)
+            stuck_O = (gain_O >= enough_O).nonzero()[:, 0]
+            for stuck in stuck_O.split(self.at_once) if self.listed < len(self.gram_II) else ():
+                gain_O[stuck], up_O[stuck], down_O[stuck] = self.best_with_any(stuck)
+            better_O = gain_O < enough_O
             if not bool(better_O.all()):
                 self.leave(~better_O)
                 gain_O, up_O, down_O = gain_O[better_O], up_O[better_O], down_O[better_O]
@@ -108,7 +113,7 @@ class Search:
         return self.values, self.masks, counts_O
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(change of the loss, what to restore, what to cut) of the best pair of each row."""
+        """(change of the loss, what to restore, what to cut) of the best pair of each row, both shortlisted."""
         w, kept, c = self.live["w"], self.live["kept"], self.live["c"]
         up_OS, up_at = torch.addcmul(self.live["up"], w, c, value=-2).topk(self.listed, 1, largest=False)
         down_OS, down_at = torch.addcmul(self.live["down"], kept, c, value=2).topk(self.listed, 1, largest=False)
@@ -118,6 +123,24 @@ class Search:
         up_O = up_at.gather(1, place_O[:, None] // self.listed)[:, 0]
         down_O = down_at.gather(1, place_O[:, None] % self.listed)[:, 0]
         return gain_O, up_O, down_O
+
+    def best_with_any(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for some rows, of pairs of which one is shortlisted.
+
+        Huge tokens tie inputs to each other: what undoes a swap may be nothing that looks good alone.
+        """
+        w, kept, c = (self.live[name][rows] for name in ("w", "kept", "c"))
+        up_OI = torch.addcmul(self.live["up"][rows], w, c, value=-2)
+        down_OI = torch.addcmul(self.live["down"][rows], kept, c, value=2)
+        kept *= 2
+        gain_O, up_O, down_O = paired(self.gram_II, up_OI, w, down_OI, kept, self.listed)
+        other_O, cut_O, restored_O = paired(self.gram_II, down_OI, kept, up_OI, w, self.listed)
+        first_O = gain_O <= other_O
+        return (
+            torch.where(first_O, gain_O, other_O),
+            torch.where(first_O, up_O, restored_O),
+            torch.where(first_O, down_O, cut_O),
+        )
 
     def take(self, gain_O: Tensor, up_O: Tensor, down_O: Tensor) -> None:
         """Exchange one pair in each row."""
@@ -138,6 +161,17 @@ class Search:
         self.values[rows], self.masks[rows] = self.live["kept"][done_O], self.live["keep"][done_O]
         self.rows = self.rows[~done_O]
         self.live = {name: tensor[~done_O] for name, tensor in self.live.items()}
+
+
+def paired(
+    gram_II: Tensor, one_OI: Tensor, one_w: Tensor, other_OI: Tensor, other_w: Tensor, listed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(change of the loss, place of the one and of the other) of the best pair of one of the `listed` best and any."""
+    one_OS, at_OS = one_OI.topk(listed, 1, largest=False)
+    pairs_OSI = gram_II[at_OS] * one_w.gather(1, at_OS)[:, :, None] * other_w[:, None, :]
+    gain_O, place_O = (one_OS[:, :, None] + other_OI[:, None, :] - pairs_OSI).flatten(1).min(1)
+    width = one_OI.shape[1]
+    return gain_O, at_OS.gather(1, place_O[:, None] // width)[:, 0], place_O % width
 
 
 def swap_in_groups(
