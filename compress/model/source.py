@@ -140,7 +140,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         """Raises ArtifactError if the file is damaged, or names a tensor twice."""
         with opened(path):  # the library checks all else
-            self.path = path
+            self.path, self._state = path, state_of(path)
         self._begin, self._told = header_of(path)
         self.held = {name: Held(told["dtype"], tuple(told["shape"])) for name, told in self._told.items()}
 
@@ -150,24 +150,27 @@ class Shard:
         return self._begin + start, self._begin + end
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, memory-mapped alone: what was read of others is not kept in memory by it.
+        """One tensor, memory-mapped alone: it keeps neither what was read of others in memory nor the file open.
 
-        Raises ArtifactError if the file has no such tensor, or cannot be read any more.
+        Raises ArtifactError if the file has no such tensor, cannot be read any more, or was written since it was read.
         """
         if name not in self.held:
             raise ArtifactError(f"{self.path}: cannot read {name!r}: the file has no such tensor")
         (start, end), (dtype, shape) = self.span(name), self.held[name]
         try:
+            if state_of(self.path) != self._state:
+                raise ArtifactError(f"{self.path}: cannot read {name!r}: the file was written since it was opened")
             if dtype not in DTYPES:
                 with opened(self.path) as file:
                     found: Tensor = file.get_tensor(name)
                 return found
             if start == end:
                 return torch.empty(shape, dtype=DTYPES[dtype])
-            raw = np.memmap(self.path, np.uint8, "c", start, (end - start,))
-        except (SafetensorError, OSError, ValueError) as error:
+            whole = torch.from_file(str(self.path), shared=False, size=end, dtype=torch.uint8, device="cpu")
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{self.path}: cannot read {name!r}: {why(error)}") from error
-        return torch.from_numpy(raw).view(DTYPES[dtype]).reshape(shape)
+        alone = torch.from_numpy(whole.numpy()[start:end])  # with a storage of its size: a copy is no larger
+        return alone.view(DTYPES[dtype]).reshape(shape)
 
 
 class Checkpoint:
@@ -346,6 +349,12 @@ def opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """What changes of a file when it is written or another takes its place, on network disks too."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def digest(path: Path) -> str:

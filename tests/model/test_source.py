@@ -329,6 +329,25 @@ def test_a_file_that_became_shorter_is_refused(single: Path) -> None:
         opened.tensor(name)
 
 
+def test_a_file_that_another_replaced_is_refused(single: Path) -> None:
+    """The offsets are those of the one that was opened."""
+    opened, other = Checkpoint(single), single / "other"
+    names = opened.names()
+    save_file({name: torch.cat((tensor, tensor)) for name, tensor in load_file(single / SINGLE).items()}, other)
+    other.replace(single / SINGLE)
+    with pytest.raises(ArtifactError, match=rf"cannot read '{names[0]}': the file was written since it was opened"):
+        opened.tensor(names[0])
+
+
+def test_a_tensor_keeps_no_file_open_and_a_storage_of_its_size(single: Path) -> None:
+    """A block of a mixture of experts has more tensors than a process may have open files."""
+    opened = Checkpoint(single)
+    names, before = opened.names(), os.listdir("/dev/fd")
+    held = [opened.tensor(name) for name in names]
+    assert os.listdir("/dev/fd") == before
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)
+
+
 def test_the_library_reads_the_header_of_a_shard_once(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes time by the number of tensors: one header for each of them would make reading quadratic."""
     read, library = [], source.safe_open
