@@ -128,6 +128,16 @@ def test_rounding_keeps_the_masks_of_factors(step: Any, site_of: SiteMaker) -> N
         assert not after.dense()[~before.mask_OI].any()
 
 
+def test_a_factor_has_one_grid_a_row_where_groups_do_not_divide_it(site_of: SiteMaker) -> None:
+    site, left, right, _ = factored(site_of, rank=12)
+    step, outer = SparseGPT(sparsity="2:4", factors=True, bits=4, group=8), site.factors(left, right)[0]
+    made, want = step.prune(outer), replace(step, group=0).prune(outer)
+    assert torch.equal(made.dense(), want.dense())
+    for found in (made, step.prune_unfed(outer), step.outlined(outer)):
+        assert found.values.scale.shape == (48, 1)
+    assert step.rewrite(site).right.values.scale.shape == (12, 8)
+
+
 def test_codes_of_pruned_factors_are_refused(site_of: SiteMaker) -> None:
     site, *_ = factored(site_of, rank=16)
     site.weight = Wanda(sparsity="2:4", factors=True).rewrite(site)

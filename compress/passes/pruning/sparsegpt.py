@@ -78,7 +78,7 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
         w_OI, dead_I = dense.data.float(), site.stats[Gram].diagonal() == 0
         if not self.update:
             return Masked(dense, mask_only(w_OI, upper_II, Chosen(chosen, dead_I), self.block), chosen.name)
-        grids = None if self.bits is None else self.grids(w_OI)
+        grids = None if self.bits is None else FittedGrids(self.grid(w_OI.shape[1], self.bits), w_OI, PLAIN)
         rounding: Rounding = Unrounded() if grids is None else grids
         after_OI, keep_OI, site.ledger["loss"] = feed_back(w_OI, upper_II, rounding, Chosen(chosen, dead_I), self.block)
         if keep_OI is None:
@@ -93,21 +93,21 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
         weight = super().prune_unfed(site)
         if self.bits is None or not isinstance(weight, Masked):
             return weight
-        grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
-        return Masked(grid.quantize(weight.dense().float()), weight.mask_OI, weight.pattern)
+        w_OI = weight.dense().float()
+        return Masked(self.grid(w_OI.shape[1], self.bits).quantize(w_OI), weight.mask_OI, weight.pattern)
 
     def outlined(self, site: Site) -> Weight:
         """Other values under a mask, with `bits` their codes."""
         dense = site.expect(Dense, by=self.name)
         values: Weight = Dense(torch.empty_like(dense.data)) if self.update else dense
         if self.bits is not None:
-            grid = Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
-            values = grid.quantize(dense.data.float())
+            values = self.grid(dense.shape[1], self.bits).quantize(dense.data.float())
         return masked_outline(values, self.pattern())
 
-    def grids(self, w_OI: Tensor) -> FittedGrids:
-        """The grids of kept weights, fitted on the way."""
-        return FittedGrids(Grid(bits=self.bits or 4, group=self.group, symmetric=self.symmetric), w_OI, PLAIN)
+    def grid(self, width: int, bits: int) -> Grid:
+        """The grid of kept weights; of a factor whose width the group does not divide, one a row."""
+        fits = self.group > 0 and width % self.group == 0
+        return Grid(bits=bits, group=self.group if fits else 0, symmetric=self.symmetric)
 
 
 def mask_only(w_OI: Tensor, upper_II: Tensor, mask: Chosen, block: int) -> Tensor:
