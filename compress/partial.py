@@ -130,9 +130,10 @@ def exchange(made: Path, out: Path) -> None:
 def put(path: Path, write: Callable[[Path], object]) -> None:
     """Put a file in place once `write` has written all of it beside `path`; of what fails nothing is left.
 
-    Nothing is flushed: after a power cut it may be missing, or be as it was before.
+    Nothing is flushed: after a power cut it may be missing, or be as it was before. Where several write one file, the
+    last to end has written all of it.
     """
-    made = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    made = path.with_name(f"{path.name}.partial-{uuid4().hex[:8]}")
     try:
         write(made)
         made.replace(path)

@@ -60,6 +60,17 @@ def test_a_file_is_put_in_place_whole_or_not_at_all(error: BaseException, tmp_pa
     assert (names(tmp_path), (tmp_path / "x").read_text()) == (["x"], "old")
 
 
+def test_two_that_put_one_file_in_place_do_not_meet(tmp_path: Path) -> None:
+    """Such as machines that share a cache, on each of which the process has the same number."""
+
+    def late(partial: Path) -> None:
+        partial.write_text("one")
+        put(tmp_path / "x", lambda partial: partial.write_text("other"))
+
+    put(tmp_path / "x", late)
+    assert (tmp_path / "x").read_text() == "one" and names(tmp_path) == ["x"]
+
+
 # -- the folder ------------------------------------------------------------------------------------
 
 
