@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, first_line
 from compress.passes.base import (
     PASSES,
     BlockPass,
@@ -153,7 +153,7 @@ def load_plugins() -> None:
         try:
             entry.load()
         except Exception as error:  # it is anybody's code
-            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise RecipeError(
-                f"the pass {entry.name!r} cannot be imported from {entry.value}: {said}; mend or remove its package"
+                f"the pass {entry.name!r} cannot be imported from {entry.value}: {first_line(error)}; "
+                "mend or remove its package"
             ) from error
