@@ -185,8 +185,12 @@ class Site:
         return other
 
     def factors(self, left_OR: Tensor, right_RI: Tensor) -> tuple[Site, Site]:
-        """This site as two in a row, of `left` and of `right`; the input of the first is what the second puts out."""
+        """This site as two in a row, of `left` and of `right`; the input of the first is what the second puts out.
+
+        What is recorded of an input, such as its damping, is of the second, whose input is this site's.
+        """
         outer, inner = copy(self), copy(self)
+        outer.ledger = {}
         outer.stats = statistics_after(self.stats, right_RI)
         for site, factor in ((outer, left_OR), (inner, right_RI)):
             site._weight = site.original = site.target = Dense(factor)

@@ -6,22 +6,28 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.weights import Masked, Weight
+from compress.weights import Masked, Product, Weight
 
 
-def outer_mask(weight: Weight) -> Tensor | None:
-    """The mask [out, in] of an expression, or of the first of its terms or factors that has one."""
-    if isinstance(weight, Masked):
-        return weight.mask_OI
-    return next((mask for child in weight.children() if (mask := outer_mask(child)) is not None), None)
+def masks(weight: Weight) -> tuple[Tensor, Tensor] | None:
+    """The masks that its outputs and its inputs meet, of the first of its terms that has one: of factors two."""
+    match weight:
+        case Masked(_, mask_OI):
+            return mask_OI, mask_OI
+        case Product(left, right):
+            found = [pair for factor in (left, right) if (pair := masks(factor)) is not None]
+            return (found[0][0], found[-1][1]) if found else None
+        case _:
+            return next((pair for child in weight.children() if (pair := masks(child)) is not None), None)
 
 
 def mask_statistics(weight: Weight) -> dict[str, Any]:
     """`mask`: the share kept, the fewest and most kept of a row, and how many rows and inputs lost everything."""
-    mask_OI = outer_mask(weight)
-    if mask_OI is None:
+    found = masks(weight)
+    if found is None:
         return {}
-    rows_O, columns_I = mask_OI.sum(1), mask_OI.sum(0)
+    mask_OI, inner = found
+    rows_O, columns_I = mask_OI.sum(1), inner.sum(0)
     return {
         "mask": {
             "kept": float(rows_O.sum()) / mask_OI.numel(),

@@ -35,6 +35,7 @@ from compress import (
 )
 from compress.artifact import Artifact, verify
 from compress.model.site import Site
+from compress.passes.masks import mask_statistics
 
 SiteMaker = Callable[..., Site]
 FEW = Calibration(samples=6, length=32)
@@ -86,6 +87,15 @@ def test_a_rank_that_the_pattern_does_not_divide_is_filled_up(kind: Any, site_of
     assert (made.left.shape, made.right.shape) == ((48, 12), (12, 64))
     assert made.left.mask_OI.view(48, 3, 4).sum(-1).eq(2).all()
     assert not made.right.dense()[9:].any()
+
+
+def test_the_record_of_a_site_is_of_its_own_inputs_and_not_of_a_rank(site_of: SiteMaker) -> None:
+    """A rank that is filled up has inputs that are always 0, and whose weights are all pruned or 0."""
+    site, *_ = factored(site_of, rank=9)
+    made = SparseGPT(sparsity="2:4", factors=True).rewrite(site)
+    assert site.ledger["dead_inputs"] == 0
+    inner, outer = (int((~factor.mask_OI.any(0)).sum()) for factor in (made.right, made.left))
+    assert mask_statistics(made)["mask"]["empty_inputs"] == inner != outer
 
 
 def test_compensation_beats_the_mask_alone_in_factors_too(site_of: SiteMaker, naive: ModuleType) -> None:
