@@ -46,7 +46,7 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
                     raise refused(host, port, error) from error
                 lacking = error
         if not found:
-            raise refused(host, port, lacking) from lacking
+            raise RecipeError(f"--host: {host!r} is no address of this machine: {lacking.strerror}") from lacking
         yield found
 
 
