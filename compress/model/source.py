@@ -152,14 +152,14 @@ class Shard:
     def tensor(self, name: str) -> Tensor:
         """One tensor, memory-mapped alone: it keeps neither what was read of others in memory nor the file open.
 
-        Raises ArtifactError if the file has no such tensor, cannot be read any more, or was written since it was read.
+        Raises ArtifactError if the file has no such tensor, cannot be read any more, or was changed since it was opened.
         """
         if name not in self.held:
             raise ArtifactError(f"{self.path}: cannot read {name!r}: the file has no such tensor")
         (start, end), (dtype, shape) = self.span(name), self.held[name]
         try:
             if state_of(self.path) != self._state:
-                raise ArtifactError(f"{self.path}: cannot read {name!r}: the file was written since it was opened")
+                raise ArtifactError(f"{self.path}: cannot read {name!r}: the file was changed since it was opened")
             if dtype not in DTYPES:
                 with opened(self.path) as file:
                     found: Tensor = file.get_tensor(name)
@@ -351,10 +351,10 @@ def opened(path: Path) -> Any:
         raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def state_of(path: Path) -> tuple[int, int]:
-    """What changes of a file when it is written or another takes its place, on network disks too."""
+def state_of(path: Path) -> tuple[int, int, int]:
+    """What changes of a file when it is written or another takes its place, whatever date either is given."""
     state = path.stat()
-    return state.st_size, state.st_mtime_ns
+    return state.st_ino, state.st_ctime_ns, state.st_size
 
 
 def digest(path: Path) -> str:

@@ -335,7 +335,7 @@ def test_a_file_that_another_replaced_is_refused(single: Path) -> None:
     names = opened.names()
     save_file({name: torch.cat((tensor, tensor)) for name, tensor in load_file(single / SINGLE).items()}, other)
     other.replace(single / SINGLE)
-    with pytest.raises(ArtifactError, match=rf"cannot read '{names[0]}': the file was written since it was opened"):
+    with pytest.raises(ArtifactError, match=rf"cannot read '{names[0]}': the file was changed since it was opened"):
         opened.tensor(names[0])
 
 
