@@ -152,7 +152,7 @@ class Shard:
     def tensor(self, name: str) -> Tensor:
         """One tensor, memory-mapped alone: it keeps neither what was read of others in memory nor the file open.
 
-        Raises ArtifactError if the file has no such tensor, cannot be read any more, or was changed since it was opened.
+        Raises ArtifactError if the file has no such tensor, cannot be read any more, or was changed since it was read.
         """
         if name not in self.held:
             raise ArtifactError(f"{self.path}: cannot read {name!r}: the file has no such tensor")
