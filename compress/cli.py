@@ -270,10 +270,11 @@ def models_to_time(folder: Path, base: str | None, low_memory: bool, device: str
     import compress
     from compress.artifact import check_base, recorded_base
     from compress.model.source import locate
+    from compress.plan import placed
 
     source = base if base is not None else recorded_base(folder)
     check_base([folder], locate(source))
-    there: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
+    there = placed(device)
     models = {"dense": compress.load(locate(source), **there), "compressed": compress.load(folder, **there)}
     return models | ({"compressed, low memory": compress.load(folder, low_memory=True, **there)} if low_memory else {})
 

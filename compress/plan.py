@@ -42,6 +42,12 @@ def usable(device: str) -> torch.device:
         raise RecipeError(f"--device: {device!r} is not on this machine: {first_line(error)}") from error
 
 
+def placed(device: str) -> dict[str, Any]:
+    """What `load` is told so that a model is on a device by that name; raises RecipeError as `usable`."""
+    there = usable(device)
+    return {} if there.type == "cpu" else {"device_map": str(there)}
+
+
 def free_place(out: Path, source: Path, force: bool | None) -> Path:
     """The output path, absolute, after what was killed while it made the like is removed, or put back.
 

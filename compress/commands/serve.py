@@ -43,7 +43,7 @@ def serve(
         raise RecipeError("--api-key: is empty, has space around it, or characters that a header cannot hold")
 
     from compress.model.source import display_name, locate
-    from compress.plan import usable
+    from compress.plan import placed
     from compress.serving.app import Limits, Server
     from compress.serving.languages import own_languages, tokenizer_of
     from compress.serving.process import bound, serve_forever
@@ -53,7 +53,7 @@ def serve(
     name = display_name(folder)
     if name in named:
         raise RecipeError(f"--delta: {name!r} is the name of the base; give the delta another one")
-    there = {"device_map": str(usable(device))} if device != "cpu" else {}
+    there = placed(device)
     limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
     quiet_loading()
     with bound(host, port) as listeners:  # a port in use is told before anything is loaded
