@@ -43,8 +43,12 @@ It is {{ step.change }} ({{ step.step }}).
 All linear maps of its blocks together take {{ "%.2f" | format(sizes.bits_per_weight) }} bits a weight;
 all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}".format(sizes.source_bytes) }}.
 
+{% if probe.tokens -%}
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
 {{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
+{% else -%}
+Nothing was lost: its factors are stored as they were trained.
+{% endif -%}
 
 {% if calibration.windows_at_once is defined -%}
 Memory ran out on the way: from then on at most {{ calibration.windows_at_once }} calibration windows went through a
@@ -96,7 +100,7 @@ EXPORTED = """\
 {% if library -%}
 library_name: {{ library }}
 {% endif -%}
-base_model: {{ source.name | tojson }}
+base_model: {{ (base.name if difference else source.name) | tojson }}
 tags: {{ ["compress", format] | tojson }}
 {% for line in said -%}
 {{ line }}
@@ -106,7 +110,9 @@ tags: {{ ["compress", format] | tojson }}
 
 Made from `{{ source.name }}` by Compress {{ versions.compress }}, by the recipe below, and written in this format:
 {{ note }}.
-{% if base %}
+{% if difference %}
+It is the difference of `{{ source.name }}` from its base `{{ base.name }}`, and is used beside that base.
+{% elif base %}
 What was compressed is its difference from `{{ base.name }}`, to which it is added again here.
 {% endif %}
 Nothing here says how well it works: `compress eval` on the folder it was exported from says what was lost.
@@ -166,7 +172,8 @@ def export_card(provenance: Mapping[str, Any], form: str, note: str, said: Said)
         EXPORTED,
         **{**provenance, "base": provenance.get("base")},
         format=form,
-        library="" if form == "gguf" else "transformers",
+        difference=form == "peft",
+        library={"gguf": "", "peft": "peft"}.get(form, "transformers"),
         note=note,
         said=list(map(Markup, lines(said))),
     )

@@ -283,7 +283,7 @@ def models_to_time(folder: Path, base: str | None, low_memory: bool, device: str
 def export(
     folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
     to: Annotated[
-        str, typer.Option("--to", help="format: bitsandbytes, compressed-tensors, dense, gguf, gptq")
+        str, typer.Option("--to", help="format: bitsandbytes, compressed-tensors, dense, gguf, gptq, peft")
     ] = "dense",
     out: Annotated[Path | None, out_option("<folder>-<format>, beside it")] = None,
     as_json: Json = False,

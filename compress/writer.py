@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys, seal
 from compress.errors import ArtifactError, VerificationError
-from compress.model.source import INDEX, Shard, digest
+from compress.model.source import ADAPTER, INDEX, Shard, digest
 from compress.partial import beside, exchange, flush
 from compress.shards import Entry, WriteError, split, write_shard
 from compress.weights import Dense, External, Weight, pack, specify, unpack
@@ -30,7 +30,10 @@ COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files
 REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LONGEST_NOTICE = 1 << 20  # bytes; what is longer is no text that people agreed to
-NOT_COPIED = ("config.json", INDEX, PROVENANCE)
+NOT_COPIED = (
+    "config.json", INDEX, PROVENANCE,
+    ADAPTER,  # beside whole weights, transformers would look for an adapter
+)  # fmt: skip
 PICTURE = "ledger.svg"
 SMALLEST = 256  # bytes of a tensor worth finding twice
 
@@ -190,14 +193,16 @@ class ArtifactWriter(Part):
         pin: Mapping[str, str] | None = None,
         base: Path | None = None,
         picture: str = "",
+        over: Path | None = None,
     ) -> None:
         """Write everything that is not weights; a folder without rewritten sites is plain and names no method.
 
         `kv` is how the model shall keep its cache once loaded. A delta names its base by `pin`, and leaves out the
-        files that the folder `base` has alike. `picture` is that of the ledger, if there is one.
+        files that the folder `base` has alike. `picture` is that of the ledger, if there is one. Companion files in the
+        folder `over` replace the source's of the same name.
         """
         self._number()
-        shared = copy_companions(source, self.partial, base)
+        shared = copy_companions(source, self.partial, base, over)
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_json(self.partial / INDEX, index, small=bool(pin))
         quantization = {"quant_method": METHOD, "version": VERSION, "weights": self.specs}
@@ -271,15 +276,17 @@ def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[An
     return found
 
 
-def copy_companions(source: Path, target: Path, base: Path | None = None) -> dict[str, str]:
+def copy_companions(source: Path, target: Path, base: Path | None = None, over: Path | None = None) -> dict[str, str]:
     """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself.
 
-    Not those either that the folder `base` has, byte for byte: their sha256 is returned. Raises ArtifactError for a
+    Files in the folder `over` replace those of the same name. Not copied are those that the folder `base` has, byte for
+    byte: their sha256 is returned. Raises ArtifactError for a
     link that leads out of an artifact, which may come from anybody; of such a folder only recorded files are copied.
     """
     recorded = Artifact(source).provenance["files"] if is_artifact(source) else None
     shared: dict[str, str] = {}
-    for file in sorted(source.iterdir()):
+    files = {file.name: file for folder in (source, over) if folder for file in folder.iterdir()}
+    for _, file in sorted(files.items()):
         if not is_companion(file.name) or not file.is_file() or (recorded is not None and file.name not in recorded):
             continue
         if file.name.upper().startswith(NOTICES) and file.stat().st_size > LONGEST_NOTICE:

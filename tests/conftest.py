@@ -62,6 +62,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 16, "tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": False},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": False},
+    "gpt2": {"tie_word_embeddings": True},  # its matrices lie in the file as [in, out]
     "gemma": {"head_dim": 12, "num_key_value_heads": 1, "tie_word_embeddings": True},
     "hybrid": {  # full attention in the first block, a sliding window in the second: two masks in one model
         "model_type": "qwen2",

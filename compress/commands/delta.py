@@ -88,6 +88,24 @@ def extract(
     result({**value, "tried": found.tried}, as_json, *lines)
 
 
+@app.command("import")
+def take(
+    adapter: Annotated[Path, typer.Argument(help="folder of a LoRA adapter, as PEFT saves it")],
+    base: Base,
+    out: Annotated[Path | None, out_option("out/<folder>-delta")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a delta of a LoRA adapter, to load, serve or merge it; its factors are stored exactly as they are."""
+    from compress.adapters import import_adapter
+    from compress.console import escape
+
+    target = out if out is not None else Path("out") / f"{adapter.resolve().name}-delta"
+    done = import_adapter(adapter, base, target, force=force)
+    line = f"{done.out}: {done.bytes:,} bytes; {done.matrices} matrices, {done.parameters:,} parameters"
+    result({**asdict(done), "out": str(done.out)}, as_json, escape(line))
+
+
 def bits_of(bits: float | None, size: str | None, model: str) -> float:
     """Bits a weight as they were given, or with which the matrices of a model take `size`; 1 by default.
 

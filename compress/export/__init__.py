@@ -18,6 +18,7 @@ from compress.export.dense import export_dense
 from compress.export.folder import Exported
 from compress.export.gguf import export_gguf
 from compress.export.gptq import export_gptq
+from compress.export.peft import export_peft
 from compress.model.source import locate
 
 FORMATS: dict[str, Callable[[Path, Path], Exported]] = {
@@ -26,6 +27,7 @@ FORMATS: dict[str, Callable[[Path, Path], Exported]] = {
     "dense": export_dense,
     "gguf": export_gguf,
     "gptq": export_gptq,
+    "peft": export_peft,
 }
 
 

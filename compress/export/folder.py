@@ -141,13 +141,18 @@ def mask_note(artifact: Artifact) -> str:
 
 
 @contextmanager
-def put_in_place(path: Path, out: Path, base: Path | None = None) -> Iterator[tuple[Artifact, Path]]:
-    """The verified artifact at `path`, a delta beside its `base`, and an empty folder that becomes `out` at the end."""
+def put_in_place(
+    path: Path, out: Path, base: Path | None = None, alone: bool = False
+) -> Iterator[tuple[Artifact, Path]]:
+    """The verified artifact at `path`, a delta beside its `base`, and an empty folder that becomes `out` at the end.
+
+    Only if it may stand `alone`, a delta needs no base.
+    """
     out = free_place(out, path, force=None)
     if base is not None:
         free_place(out, base, force=None)
     artifact = Artifact(path, base)
-    if artifact.is_delta and base is None:
+    if artifact.is_delta and base is None and not alone:
         raise ArtifactError(f"{path}: is a delta of {artifact.pin_name}; give its base, or apply it first")
     verify(path, base)
     with beside(out) as folder:

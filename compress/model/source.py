@@ -28,6 +28,7 @@ from compress.errors import ArtifactError, visible, why
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 META = "__metadata__"
 LONGEST_NAME = 255  # bytes of a file name
 READERS = min(16, os.cpu_count() or 1)  # files that are read or written at once
@@ -70,6 +71,8 @@ def locate(model: str | Path) -> Path:
         found, there = bool(str(model)) and (path / "config.json").is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a NUL
         found = there = False
+    if not found and there and (path / ADAPTER).is_file():
+        raise ArtifactError(f"{path}: is an adapter; `compress delta import` makes a delta of it, which is taken here")
     if not found:
         hint = "nothing is downloaded: " if HUB_ID.fullmatch(str(model)) and not there else ""
         raise ArtifactError(f"no model folder at {str(model)!r}; {hint}give a folder with config.json, or `builtin`")
