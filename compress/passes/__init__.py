@@ -1,4 +1,4 @@
-"""The passes: an explicit list here, other people's through the entry points `compress.passes`."""
+"""All passes: those of this package in an explicit list, others through the entry points `compress.passes`."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def load_plugins() -> None:
     for entry in entry_points(group="compress.passes"):
         try:
             entry.load()
-        except Exception as error:  # it is anybody's code
+        except Exception as error:  # third-party code may raise anything
             raise RecipeError(
                 f"the pass {entry.name!r} cannot be imported from {entry.value}: {first_line(error)}; "
                 "mend or remove its package"

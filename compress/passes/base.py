@@ -1,9 +1,10 @@
-"""What a pass is: a frozen set of options and a function, mostly from a site to a new weight expression.
+"""The base classes of passes: frozen sets of options with a function, usually from a site to a new weight expression.
 
-A pass never touches files, devices, modules or progress bars. Its dataclass fields are the recipe's options,
-typed and described by `Annotated[type, Field(...)]`; its class statement registers it under a name. A `WeightPass`
-rewrites one site at a time, a `BlockPass` all sites of a block together; a `Budget` looks at the whole dense model
-first and says how sparse each site becomes; a `Reshape` comes before them and makes a model of another shape.
+A pass opens no files, chooses no device and shows no progress. Its dataclass fields are the recipe's options, typed and
+described by `Annotated[type, Field(...)]`; its class statement registers it under a name. A `WeightPass` rewrites one
+site at a time and does not touch the module; a `BlockPass` rewrites all selected sites of a block together. A `Budget`
+looks at the whole dense model first and sets an option, such as the sparsity, for each site. A `Reshape` runs before
+all of these and makes a model of another shape.
 """
 
 from __future__ import annotations
@@ -46,17 +47,17 @@ Quantize = Callable[[Tensor, "Tensor | None", Site], Weight]
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A step of a recipe.
+    """One step of a recipe.
 
-    `requires` are the statistics it reads; a property where options decide. Raises RecipeError at construction if an
-    option has the wrong type or is out of range.
+    `requires` lists the statistics that it reads; it is a property where the options decide. Raises RecipeError at
+    construction if an option has the wrong type or is out of range.
     """
 
     name: ClassVar[str] = ""
     requires: ClassVar[tuple[type[Statistic], ...]] = ()
 
     def __init_subclass__(cls, name: str | None = None) -> None:
-        """Register the class under `name`; without one it stays an abstract parent."""
+        """Register the class under `name`; a class without a name is an abstract parent."""
         if name is not None:
             if name in PASSES and PASSES[name].__qualname__ != cls.__qualname__:
                 raise TypeError(f"two passes are named {name!r}")
@@ -77,25 +78,24 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class SitePass(Pass):
-    """A rewrite of weights at the sites that it selects; a `WeightPass` or a `BlockPass`."""
+    """A pass that rewrites the weights of the sites it selects: a `WeightPass` or a `BlockPass`."""
 
-    unfed: ClassVar[str] = ""  # what is done to an expert that too few tokens reached
-    # of dense, pruned, split, factored, permuted, rotated, quantized and signed, what it can rewrite; () is found out
-    # there
+    unfed: ClassVar[str] = ""  # what it does instead at an expert that too few tokens reached, for the record
+    # the forms it can rewrite, of dense, pruned, split, factored, permuted, rotated, quantized and signed; () means that\
     takes: ClassVar[tuple[str, ...]] = ()
-    gives: ClassVar[str] = ""  # what it makes of it; "" is not said
-    on_differences: ClassVar[bool] = True  # whether it can be done to the difference from a base
+    gives: ClassVar[str] = ""  # the form of the result; "" if not stated
+    on_differences: ClassVar[bool] = True  # whether it can be applied to the difference from a base model
 
     sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
 
     def leaves(self, form: str) -> str:
-        """What it makes of a weight of this form, of those that `takes` lists; "" is not said."""
+        """The form of the result for a weight that has this form, one of `takes`; "" if not stated."""
         del form
         return self.gives
 
     @property
     def joint(self) -> bool:
-        """Whether it must see the sites that read one input together."""
+        """Whether it must be given the sites that read one input together."""
         return False
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
@@ -103,27 +103,28 @@ class SitePass(Pass):
 
     @property
     def foreseen(self) -> bool:
-        """Whether what it makes takes exactly the bytes of its outline; else those are what it takes at most."""
+        """Whether the result takes exactly the bytes of its outline; if not, the outline gives the most it can take."""
         return True
 
     def outline(self, site: Site) -> Weight | None:
-        """The form in which it will leave a site whose weight is on the meta device: all but the values.
+        """The expression that it will leave at a site, without the values; the site's weight is on the meta device.
 
-        None where only the values decide. What it leaves as it was, such as a mask, is the same tensor.
+        Returns None where the form depends on the values. A tensor that the pass does not change, such as a mask, is
+        the same object in the outline.
         """
         del site
         return None
 
     def outline_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight | None]:
-        """The outline of each of these sites, by name, that read one input."""
+        """The outline of each of these sites, which read one input, by name."""
         return {site.name: self.outline(site) for site in sites}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPass(SitePass):
-    """A rewrite of one site's weight at a time, or of those that read one input.
+    """A pass that rewrites one site's weight at a time, or the weights of the sites that read one input.
 
-    `shared_out` names the option that a budget may set a value of its own for at each site; empty if there is none.
+    `shared_out` names the option that a budget may set for each site; it is empty if there is none.
     """
 
     shared_out: ClassVar[str] = ""
@@ -133,16 +134,16 @@ class WeightPass(SitePass):
         raise NotImplementedError
 
     def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
-        """The new expression for each of the sites, by name, that read one input; by default each for itself.
+        """The new expression for each of these sites, which read one input, by name; by default each on its own.
 
-        Only a pass that is `joint` is given more than one at a time.
+        Only a `joint` pass is given more than one site at a time.
         """
         return {site.name: self.rewrite(site) for site in sites}
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """The new expression for an expert that too few calibration tokens reached, without its statistics.
+        """The new expression for an expert that too few calibration tokens reached, made without its statistics.
 
-        Raises UnsupportedWeight unless a subclass knows a way.
+        Raises UnsupportedWeight unless a subclass overrides it.
         """
         raise UnsupportedWeight(
             f"{self.name}: only {site.stats.tokens} tokens reach {site.name}, {site.needed} are needed; "
@@ -152,14 +153,14 @@ class WeightPass(SitePass):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPass(SitePass):
-    """A rewrite of all selected weights of a block together, by what the block computes.
+    """A pass that rewrites all selected weights of a block together, judged by the output of the block.
 
-    Passes before it have then rewritten every site of the block. `block.batches` are the hidden states that the
-    compressed blocks before it make of the calibration windows, `block.targets()` what the dense model makes of them
-    behind this block. An expert that too few tokens reach is left as it was.
+    By then the passes before it have rewritten every site of the block. `block.batches` holds the hidden states that
+    the compressed blocks before it compute from the calibration windows; `block.targets()` gives the hidden states of
+    the dense model after this block. An expert that too few tokens reached is left as it was.
     """
 
-    requires = (ColumnNorm,)  # nothing more: it tells how many tokens reach each expert
+    requires = (ColumnNorm,)  # only for its token count, which tells how many tokens reach each expert
     unfed: ClassVar[str] = "left as it was"
 
     batch: Annotated[int, Field(ge=1, description="calibration windows seen at once")] = 4
@@ -170,12 +171,12 @@ class BlockPass(SitePass):
 
 
 def needs_twins(passes: Iterable[Pass]) -> bool:
-    """Whether the calibration windows also go through the dense model."""
+    """Whether any of these passes needs the calibration windows run through the dense model as well."""
     return any(isinstance(step, BlockPass) or any(kind.paired for kind in step.requires) for step in passes)
 
 
 def windows_at_once(passes: Iterable[Pass]) -> int | None:
-    """Calibration windows of a batch, where a pass says how many; raises RecipeError if two differ."""
+    """The number of calibration windows in a batch, if a pass sets it; raises RecipeError if two passes differ."""
     asked = {step.batch: step.name for step in passes if isinstance(step, BlockPass)}
     if len(asked) > 1:
         raise RecipeError(f"passes: {' and '.join(f'{asked[n]}.batch is {n}' for n in sorted(asked))}; make them equal")
@@ -184,7 +185,7 @@ def windows_at_once(passes: Iterable[Pass]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner(WeightPass):
-    """Keep the best-scored weights, unchanged; a subclass says what is worth keeping."""
+    """A pass that keeps the weights with the highest scores, unchanged; a subclass defines the score."""
 
     shared_out = "sparsity"
     unfed: ClassVar[str] = "pruned by magnitude"
@@ -204,40 +205,40 @@ class Pruner(WeightPass):
             raise RecipeError(f"{self.name}.{error}") from error
 
     def pattern(self) -> Pattern:
-        """The pattern that `sparsity` and `scope` mean."""
+        """The pattern defined by `sparsity` and `scope`."""
         return pattern(self.sparsity, self.scope)
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """The pattern must fit the matrix."""
+        """Raise RecipeError if the pattern does not fit the matrix."""
         reason = self.pattern().check(shape)
         if reason:
             raise RecipeError(f"{self.name}: {site}: {reason}")
 
     def score(self, site: Site) -> Tensor:
-        """What each weight is worth, [out, in]; higher is kept."""
+        """The score of each weight, [out, in]; the highest are kept."""
         raise NotImplementedError
 
     def rewrite(self, site: Site) -> Weight:
-        """The same values under the mask of the highest scores."""
+        """The same values under a mask that keeps the highest scores."""
         return self.cut(site, self.score)
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """The same pattern, by magnitude: without its input nothing else is known of a weight."""
+        """The same pattern by magnitude, because without input statistics only the weight itself is known."""
         return self.cut(site, lambda site: site.weight.dense().abs())
 
     def cut(self, site: Site, score: Callable[[Site], Tensor]) -> Weight:
-        """The dense weight under the mask of the highest scores."""
+        """The dense weight under a mask that keeps the highest scores."""
         dense = site.expect(Dense, by=self.name)
         chosen = self.pattern()
         return Masked(dense, chosen.keep(score(site)), chosen.name)
 
     def outline(self, site: Site) -> Weight | None:
-        """The dense weight under a mask of that many entries."""
+        """The dense weight under a mask on the meta device that keeps as many entries as the pattern."""
         return masked_outline(site.expect(Dense, by=self.name), self.pattern())
 
 
 def plain(weight: Weight) -> bool:
-    """Whether a weight is a matrix as it is, masked or not."""
+    """Whether a weight is a plain matrix, with or without a mask."""
     match weight:
         case Dense() | Masked(Dense()):
             return True
@@ -246,21 +247,24 @@ def plain(weight: Weight) -> bool:
 
 
 def masked_outline(values: Weight, chosen: Pattern) -> Masked:
-    """Values under a mask on the meta device, of as many entries as a pattern keeps."""
+    """`values` under a mask on the meta device that keeps as many entries as the pattern."""
     mask_OI = torch.empty(values.shape, dtype=torch.bool, device="meta")
     return Masked(values, mask_OI, chosen.name, chosen.kept(values.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refiner(WeightPass):
-    """Improve what a pruner left: another mask of the same counts, or better values under the same mask."""
+    """A pass that improves a pruned weight: another mask of the same counts, or better values under the same mask."""
 
     unfed: ClassVar[str] = "left as it was"
     takes: ClassVar[tuple[str, ...]] = ("pruned",)
     gives: ClassVar[str] = "pruned"
 
     def masked(self, site: Site) -> tuple[Tensor, Masked]:
-        """The kept values, float32 [out, in] and 0 where the mask cuts, and the weight; raises UnsupportedWeight."""
+        """The kept values, float32 [out, in] with 0 where the mask cuts, and the weight.
+
+        Raises UnsupportedWeight unless the weight is a plain matrix under a mask.
+        """
         match site.weight:
             case Masked(Dense(w_OI), mask_OI, _) as weight:
                 return w_OI.float().masked_fill(~mask_OI, 0), weight
@@ -270,7 +274,10 @@ class Refiner(WeightPass):
                 )
 
     def group(self, site: Site, weight: Masked) -> int:
-        """The m of an n:m mask, 0 where rows compete; raises UnsupportedWeight for blocks, which swaps would break."""
+        """The m of an n:m mask, or 0 for a mask in which rows or the matrix compete.
+
+        Raises UnsupportedWeight for a mask of blocks, because swapping single weights would break the blocks.
+        """
         if "b" in weight.pattern:
             raise UnsupportedWeight(f"{self.name} moves single weights; {site.name} is pruned in blocks")
         return int(weight.pattern.split(":")[1]) if ":" in weight.pattern else 0
@@ -280,12 +287,12 @@ class Refiner(WeightPass):
         return Masked(Dense(w_OI.masked_fill(~mask_OI, 0).to(site.original.data.dtype)), mask_OI, pattern)
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """The weight as it is: without its input there is nothing to improve by."""
+        """The unchanged weight: without input statistics there is no criterion to improve it by."""
         self.masked(site)
         return site.weight
 
     def outline(self, site: Site) -> Weight | None:
-        """As many values, which may be others."""
+        """The same form with new values and a new mask that keeps as many entries; None for any other form."""
         match site.weight:
             case Masked(Dense(data)) as weight:
                 return replace(weight, values=Dense(torch.empty_like(data)), mask_OI=torch.empty_like(weight.mask_OI))
@@ -295,46 +302,47 @@ class Refiner(WeightPass):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Pass):
-    """Decides, before anything is rewritten, how much the next pass that it governs leaves of each site."""
+    """A pass that decides, before anything is rewritten, how much the next pass it governs keeps of each site."""
 
-    options_set: ClassVar[tuple[str, ...]] = ("sparsity",)  # of which it can give each site a value
+    options_set: ClassVar[tuple[str, ...]] = ("sparsity",)  # the options that it can set for each site
 
     def check(self, step: WeightPass) -> None:
-        """Raise RecipeError if it can say nothing of this pass."""
+        """Raise RecipeError if it cannot set an option of this pass."""
 
     def allocate(self, model: Whole, step: Any) -> dict[str, Sparsity]:
         """The value of the option `step.shared_out` for each site that `step` selects.
 
-        On average what `step` asks for, over parameters.
+        Weighted by parameters, the values average to what `step` asks for.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reshape(Pass):
-    """Makes another ordinary model: fewer blocks, heads or neurons, a narrower hidden state, or other scales.
+    """A pass that makes another ordinary model: fewer blocks, heads or neurons, a narrower hidden state, other scales.
 
-    It always measures, so it needs calibration data whether or not it names statistics.
+    It always runs the model, so it needs calibration data even if it requires no statistics.
     """
 
     def check(self, after: Sequence[Pass]) -> None:
-        """Raise RecipeError if what follows it in a recipe does not fit."""
+        """Raise RecipeError if the passes that follow it in a recipe do not fit it."""
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
-        """A model of the shape that `reshape` will give, of parts chosen without looking at any weight.
+        """A model of the shape that `reshape` will give, with the parts to keep chosen without looking at any weight.
 
-        What follows is planned on it. Raises CompressError children for a family or an amount it cannot handle.
+        The passes that follow are planned on it. Raises CompressError children for a family or an amount it cannot
+        handle.
         """
         raise NotImplementedError
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
-        """The model without what matters least; `source` holds the tensors of `model`."""
+        """The reshaped model, without the parts that matter least; `source` holds the tensors of `model`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(WeightPass):
-    """Put weights on a grid of few values, respecting masks; a subclass says on which and how they are rounded."""
+    """A pass that puts weights on a grid of few values and keeps masks; a subclass defines grid and rounding."""
 
     unfed: ClassVar[str] = "rounded to nearest"
     gives: ClassVar[str] = "quantized"
@@ -346,7 +354,7 @@ class Quantizer(WeightPass):
 
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """All but what is quantized; factors if told."""
+        """Every form except a quantized one; low-rank factors only with `factors`."""
         return "dense", "pruned", "split", "permuted", "rotated", *(("factored",) if self.factors else ())
 
     def rewrite(self, site: Site) -> Weight:
@@ -355,16 +363,21 @@ class Quantizer(WeightPass):
         return self.visit(site.weight, site, self.quantize)
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """The same grid, every weight rounded to the nearest of its values."""
+        """The same grid, with every weight rounded to the nearest value."""
         site.inputs = "" if self.inputs == "full" else self.inputs
         return self.visit(site.weight, site, self.round)
 
     def outline(self, site: Site) -> Weight | None:
-        """What rounding to nearest makes of no values: `round` must do that on the meta device."""
+        """The result of rounding to nearest on the meta device, which `round` must support."""
         return self.visit(site.weight, site, self.round)
 
     def visit(self, weight: Weight, site: Site, quantize: Quantize) -> Weight:
-        """Quantize the dense part; a mask stays outside the grid, low-rank factors stay unless told otherwise."""
+        """Quantize the dense parts of an expression; a mask stays outside the grid.
+
+        Low-rank factors are quantized only with `factors`.
+
+        Raises UnsupportedWeight for any other expression.
+        """
         match weight:
             case Dense(w_OI):
                 return quantize(w_OI, None, site)
@@ -381,7 +394,7 @@ class Quantizer(WeightPass):
                 raise UnsupportedWeight(f"{self.name} cannot quantize {site.name}: it is {weight.describe()}")
 
     def wants(self, term: Weight) -> bool:
-        """Whether a term of a sum is quantized: a plain matrix, masked or not, and factors if told."""
+        """Whether a term of a sum is quantized: a plain matrix, masked or not, and with `factors` low-rank factors."""
         match term:
             case Product(left, right) if plain(left) and plain(right):
                 return self.factors
@@ -389,7 +402,7 @@ class Quantizer(WeightPass):
                 return plain(term)
 
     def visit_factor(self, factor: Weight, site: Site) -> Weight:
-        """A low-rank factor, rounded; a mask stays outside the grid."""
+        """A low-rank factor, quantized; a mask stays outside the grid."""
         match factor:
             case Masked(Dense(), mask_OI):
                 return replace(factor, values=self.round_factor(factor.dense(), mask_OI, site))
@@ -397,13 +410,16 @@ class Quantizer(WeightPass):
                 return self.round_factor(factor.dense(), None, site)
 
     def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
-        """A low-rank factor, by default to nearest, 0 where `keep` is False; `site` is one whose weight it is."""
+        """A low-rank factor, quantized, by default to nearest, and 0 where `keep` is False.
+
+        `site` is a site whose weight is this factor.
+        """
         return self.round(factor, keep, site)
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """The nearest values to `w_OI`, which is 0 where `keep_OI` is False; needs no statistics.
+        """The values nearest to `w_OI`, which is 0 where `keep_OI` is False; needs no statistics.
 
-        Of a matrix on the meta device, the form that values would have.
+        For a matrix on the meta device, returns the same form without values.
         """
         raise NotImplementedError
 
@@ -414,17 +430,17 @@ class Quantizer(WeightPass):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockQuantizer(Quantizer):
-    """Put weights on a format's own values, under one scale for `block` inputs."""
+    """A quantizer to the fixed values of a format, with one scale for every `block` inputs."""
 
     block: ClassVar[int]
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """Blocks must divide the width."""
+        """Raise RecipeError if the blocks do not divide the width."""
         if shape[1] % self.block:
             raise RecipeError(f"{self.name}: {site}: its blocks of {self.block} do not divide its width of {shape[1]}")
 
     def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
-        """A factor to nearest; raises UnsupportedWeight where blocks do not divide its width."""
+        """A factor rounded to nearest; raises UnsupportedWeight if the blocks do not divide its width."""
         if factor.shape[1] % self.block:
             raise UnsupportedWeight(
                 f"{self.name}: {site.name}: its blocks of {self.block} do not divide a rank of {factor.shape[1]}; "
@@ -435,7 +451,7 @@ class BlockQuantizer(Quantizer):
 
 @dataclass(frozen=True, kw_only=True)
 class GridQuantizer(Quantizer):
-    """Put weights on uniform integer grids."""
+    """A quantizer to uniform integer grids."""
 
     shared_out = "bits"
 
@@ -453,7 +469,7 @@ class GridQuantizer(Quantizer):
         return (Gram,) if self.search == "output" else ()
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """The group must divide the width."""
+        """Raise RecipeError if the group does not divide the width, or if `search: output` meets one grid for all."""
         if self.search == "output" and self.group < 0:
             raise RecipeError(f"{self.name}: search: output needs a grid a row or a group; group is {self.group}")
         if self.group > 0 and shape[1] % self.group:
@@ -461,18 +477,18 @@ class GridQuantizer(Quantizer):
 
     @property
     def grid(self) -> Grid:
-        """The grid of its options."""
+        """The grid defined by the options."""
         return Grid(bits=self.bits, group=self.group, symmetric=self.symmetric)
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """The nearest codes of `w_OI`; 0 is on every grid. Without statistics ranges are searched by weights."""
+        """The nearest codes of `w_OI`; 0 is on every grid. Without statistics, ranges are searched by weight error."""
         return self.grid.quantize(w_OI, search=bool(self.search))
 
     def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
-        """A factor to nearest, one grid a row where the group does not divide its width."""
+        """A factor rounded to nearest, with one grid per row where the group does not divide its width."""
         fits = self.group > 0 and factor.shape[1] % self.group == 0
         return replace(self.grid, group=self.group if fits else 0).quantize(factor, search=bool(self.search))
 
     def gram(self, site: Site) -> Tensor | None:
-        """The Gram by which ranges are searched, if they are."""
+        """The Gram used to search ranges by output error; None if they are not searched that way."""
         return site.stats[Gram] if self.search == "output" else None

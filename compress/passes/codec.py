@@ -1,4 +1,4 @@
-"""What passes have in common that store a weight in so many bits, whatever they store."""
+"""The base class of codecs: passes that store a weight in a given number of bits, in whatever representation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import Field
 from compress.passes.base import WeightPass
 
 HALVINGS = 50
-CODING = 0.2  # bits by which the position of a kept entry exceeds its entropy, with some to spare
+CODING = 0.2  # bits by which storing the position of a kept entry exceeds its entropy, with some margin
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codec(WeightPass):
-    """Store a weight in at most `bits` bits an entry; a subclass says how."""
+    """A pass that stores a weight in at most `bits` bits an entry; a subclass defines the representation."""
 
     shared_out = "bits"
     takes: ClassVar[tuple[str, ...]] = ("dense",)
@@ -28,14 +28,15 @@ class Codec(WeightPass):
     ] = False
 
     def budget(self, shape: tuple[int, int]) -> int:
-        """Bytes for a matrix."""
+        """The bytes that a matrix of this shape may take."""
         return int(self.bits * shape[0] * shape[1] / 8)
 
 
 def kept_within(bits: float, width: int) -> float:
-    """The share p of entries that can be kept in codes of `width` bits and with their positions, in `bits` a weight.
+    """The share p of entries that can be kept in `bits` bits a weight, as codes of `width` bits with their positions.
 
-    p (width + spare) + H(p) = bits, with H the entropy of a bit that is 1 with probability p; at most a half.
+    Solves p (width + margin) + H(p) = bits, where H is the entropy of a bit that is 1 with probability p and the margin
+    is CODING; at most one half.
     """
     low, high = 0.0, 0.5
     for _ in range(HALVINGS):

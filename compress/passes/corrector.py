@@ -25,30 +25,31 @@ TINY = 1e-30
 
 
 def stored(left_OR: Tensor, right_RI: Tensor, precision: Precision) -> Product:
-    """The two factors as they are written: float16, or symmetric integers rounded to nearest.
+    """The two factors as they are stored: float16, or symmetric integers rounded to nearest.
 
-    The columns of `left_OR` are orthonormal, so one scale serves all of it; each row of `right_RI` has its own.
+    The columns of `left_OR` are orthonormal, so one scale serves all of it; each row of `right_RI` has its own scale.
     """
     if precision == "half":
         return Product(Dense(left_OR.half()), Dense(right_RI.half()))
     bits = int(precision.removeprefix("int"))
     whole, rows = (Grid(bits=bits, group=group, symmetric=True) for group in (-1, 0))
-    search = bits < 8  # at 8 bits nothing is gained by a shorter range
+    search = bits < 8  # at 8 bits a shorter range gains nothing
     return Product(whole.quantize(left_OR, search=search), rows.quantize(right_RI, search=search))
 
 
 def stored_outline(shape: tuple[int, int], rank: int, precision: Precision) -> Product:
-    """The two factors of a matrix [out, in], without values."""
+    """The two factors for a matrix [out, in], without values."""
     left_OR, right_RI = (torch.empty(size, device="meta") for size in ((shape[0], rank), (rank, shape[1])))
     return stored(left_OR, right_RI, precision)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corrector(WeightPass):
-    """Adds the low-rank matrix that makes up best for an error, in a metric of the site's input.
+    """A pass that adds the low-rank matrix which best corrects an error, in a metric of the site's input.
 
-    With the first r directions U of the error's output, U Uᵀ E is of all matrices of rank r the nearest to E in the
-    metric; no root of the metric is ever inverted, so inputs that never fire need no care.
+    Let U be the first r principal directions of the error's output. Of all matrices of rank r, U Uᵀ E is then the
+    nearest to E in the metric. No root of the metric is ever inverted, so inputs that never fire need no special
+    treatment.
     """
 
     rank: Annotated[int | None, Field(ge=1, description="of the correction; null = by share")] = None
@@ -61,11 +62,11 @@ class Corrector(WeightPass):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """What the metric needs."""
+        """The statistic that the metric needs."""
         return {"gram": (Gram,), "diagonal": (ColumnNorm,), "plain": ()}[self.metric]
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """There must be a rank, and its factors must have fewer numbers than the matrix."""
+        """Raise RecipeError if the rank is 0, or if its factors hold no fewer numbers than the matrix."""
         rank, most, (rows, columns) = self.rank_of(shape), most_rank(shape), shape
         if rank < 1:
             raise RecipeError(
@@ -78,11 +79,11 @@ class Corrector(WeightPass):
             )
 
     def rank_of(self, shape: tuple[int, int]) -> int:
-        """The rank of the correction of a matrix."""
+        """The rank of the correction for a matrix of this shape."""
         return int(self.share * min(shape) + 1e-9) if self.rank is None else self.rank
 
     def weighing(self, site: Site) -> Tensor | None:
-        """The metric: [in, in], [in], or None if all inputs count alike."""
+        """The metric: [in, in], [in], or None if all inputs count equally."""
         match self.metric:
             case "gram":
                 return site.stats[Gram]
@@ -100,9 +101,10 @@ class Corrector(WeightPass):
 
 
 def worth(factors: Product, left_over: float) -> dict[str, float]:
-    """What factors that leave a share of an error's energy save and cost, in bits a weight.
+    """What factors save and cost, in bits a weight, if they leave the share `left_over` of an error's energy.
 
-    One bit more for every weight of a grid leaves a quarter of the error's energy, so they save log4 of 1 / share.
+    One more bit for every weight of a grid leaves a quarter of the error's energy, so the factors save log4(1 / share)
+    bits.
     """
     rows, columns = factors.shape
     return {

@@ -1,7 +1,7 @@
-"""Equivalent scalings before rounding: what a subclass measures decides how hard each channel is to round.
+"""Equivalent rescaling of channels before quantization: a subclass decides the scale of each channel.
 
-The scales go into norms and into the matrices before and after, so the model that comes out has the form it had and
-computes the same; the quantizers that follow in the recipe say what rounding means.
+The scales are folded into norms and into the matrices before and after them, so the resulting model has the same form
+and computes the same function. The quantizers that follow in the recipe define the rounding whose error counts.
 Shape suffixes: O out, I in, C channels of a writer.
 """
 
@@ -29,16 +29,19 @@ class Equalizer(Reshape):
     """Scale channels between writers and readers so that the quantizers that follow lose less."""
 
     def check(self, after: Sequence[Pass]) -> None:
-        """A quantizer must follow."""
+        """Raise RecipeError if no quantizer follows."""
         if not any(isinstance(step, Quantizer) for step in after):
             raise RecipeError(f"{self.name}: no quantizer follows for which it could scale; add rtn or gptq after it")
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
-        """The model itself."""
+        """The model itself, with no scale changed."""
         return scaled_model(source, walk.anatomy, {}, "with no scale changed")
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
-        """The model with the best scales; costs two forwards over the calibration tokens, and the searches."""
+        """The model with the best scales; costs two forwards over the calibration tokens, and the searches.
+
+        Raises UnsupportedWeight if the model has no norm or linear map that can take over a scale.
+        """
         steps = [step for step in model.passes if isinstance(step, Quantizer)]
         scales: dict[str, Scale] = {}
         chosen: dict[str, float] = {}
@@ -61,17 +64,17 @@ class Equalizer(Reshape):
         return made
 
     def best(self, block: Block, pair: Pair, steps: Sequence[Quantizer]) -> tuple[Tensor | None, float]:
-        """(scales [C], or None to leave the pair as it is; the option that gave them, for the record)."""
+        """(scales [C], or None to leave the pair as it is; the option value that gave them, for the record)."""
         raise NotImplementedError
 
 
 def quantizer_of(site: Site, steps: Sequence[Quantizer]) -> Quantizer | None:
-    """The first quantizer that will round a site."""
+    """The first quantizer that will quantize a site, or None."""
     return next((step for step in steps if fnmatchcase(site.name, step.sites)), None)
 
 
 def rounded(w_OI: Tensor, site: Site, steps: Sequence[Quantizer]) -> Tensor:
-    """The matrix rounded to nearest as it will be, without a search of ranges; as it is if nothing rounds the site."""
+    """The matrix rounded to nearest by its quantizer, without a search of ranges; unchanged if it has none."""
     step = quantizer_of(site, steps)
     if step is None:
         return w_OI

@@ -1,7 +1,7 @@
-"""Low rank: a matrix as the product of two thin ones, with the directions of the output that a metric says to keep.
+"""Low rank: a matrix as the product of two thin ones, which keep the output directions that a metric ranks highest.
 
-Low rank is metric x rank budget. A subclass is a metric; the budget is one share for all (`removed`), or one for each
-matrix from a budget that stands before it in the recipe (`ranks`, `welore`, `sensitivity`).
+Low rank is metric x rank budget. A subclass defines the metric. The budget is one share for all matrices (`removed`),
+or a share for each, set by a budget that stands before it in the recipe (`ranks`, `welore`, `sensitivity`).
 Shape suffixes: O out, I in, R rank.
 """
 
@@ -25,10 +25,10 @@ from compress.weights import Dense, Product, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class Factorizer(WeightPass):
-    """W = A B with A = U of the first r directions of the output and B = Uᵀ W, in the dtype of the model.
+    """W = A B with A = U, the first r principal directions of the output, and B = Uᵀ W, in the dtype of the model.
 
-    Of all matrices of that rank U Uᵀ W loses least in the metric of the subclass. A has orthonormal columns, so one
-    scale serves all of it when it is rounded later.
+    Of all matrices of that rank, U Uᵀ W loses least in the metric of the subclass. The columns of A are orthonormal, so
+    one scale serves all of A if it is quantized later.
     """
 
     unfed = "factored by its weights alone"
@@ -42,7 +42,7 @@ class Factorizer(WeightPass):
     shared: Annotated[bool, Field(description="one B for all matrices that read an input, such as q, k, v")] = False
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """A rank of one at least must be left."""
+        """Raise RecipeError if not even a rank of one is left."""
         if rank_within(1 - self.removed, shape) < 1:
             raise RecipeError(
                 f"{self.name}: {site}: {1 - self.removed:g} of {shape[0]}x{shape[1]} buys no rank; remove less"
@@ -50,25 +50,25 @@ class Factorizer(WeightPass):
 
     @property
     def joint(self) -> bool:
-        """If they share a factor."""
+        """True if the matrices that read one input share a factor."""
         return self.shared
 
     def metric(self, site: Site) -> Tensor | None:
-        """How much each input, or each pair, counts: [in], [in, in] or None if all count alike."""
+        """The weight of each input [in] or of each pair of inputs [in, in], or None if all count equally."""
         raise NotImplementedError
 
     def rewrite(self, site: Site) -> Weight:
-        """Its own two factors."""
+        """Two factors of its own."""
         return self.factored([site], self.metric(site))[site.name]
 
     def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
-        """Each its own factors, or all one B that is stored once."""
+        """Two factors for each site, or with `shared` one B for all of them, stored once."""
         if not self.shared:
             return super().rewrite_peers(sites)
         return self.factored(sites, self.metric(sites[0]))
 
     def outline_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight | None]:
-        """Two factors of each, or one B for all."""
+        """The outlines of two factors for each site, or of one B for all."""
         together = [list(sites)] if self.shared else [[site] for site in sites]
         return {name: weight for group in together for name, weight in self.outlined(group).items()}
 
@@ -81,21 +81,21 @@ class Factorizer(WeightPass):
         return factors_outline(list(whole), list(whole.values()), rank_within(1 - self.removed, shape))
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """Factors in no metric: nothing is known of its input."""
+        """Factors without a metric, because nothing is known of the input."""
         return self.factored([site], None)[site.name]
 
     def factored(self, sites: Sequence[Site], metric: Tensor | None) -> dict[str, Weight]:
-        """The matrices, one above the other, as one product; or as they are if nothing is to be removed."""
+        """The matrices, stacked by rows, as one product; unchanged if `removed` is 0."""
         whole = {site.name: site.expect(Dense, by=self.name) for site in sites}
         if not self.removed:
             for site in sites:
                 site.ledger["rank"] = "dense"
-            return {name: replace(dense) for name, dense in whole.items()}  # another object: it is on record
+            return {name: replace(dense) for name, dense in whole.items()}  # a new object: the site counts as rewritten
         shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
         return joined(sites, list(whole.values()), metric, rank_within(1 - self.removed, shape))
 
     def spectrum(self, sites: Sequence[Site]) -> Tensor:
-        """The energies, falling, of what `factored` would cut of these matrices taken together."""
+        """The falling energies of these matrices taken together; `factored` cuts the last of them."""
         metric = None if sites[0].starved and self.requires else self.metric(sites[0])
         matrices = [site.weight.dense().float() for site in sites]
         units = [unit(w_OI, metric) if len(sites) > 1 else 1.0 for w_OI in matrices]
@@ -103,9 +103,9 @@ class Factorizer(WeightPass):
 
 
 def joined(sites: Sequence[Site], whole: Sequence[Dense], metric: Tensor | None, rank: int) -> dict[str, Weight]:
-    """Matrices that read one input, each as its own left factor and one right factor of this rank for all."""
+    """Matrices that read one input, each as a left factor of its own and one right factor of this rank for all."""
     units = [unit(dense.data.float(), metric) if len(sites) > 1 else 1.0 for dense in whole]
-    power = 2.0 ** floor(log2(max(units)))  # their ratios count; near 1 a float16 factor loses nothing
+    power = 2.0 ** floor(log2(max(units)))  # only the ratios matter; values near 1 lose nothing in a float16 factor
     units = [u / power for u in units]
     w_OI = torch.cat([dense.data.float() / u for dense, u in zip(whole, units, strict=True)])
     energy_R, basis_OO = principal(w_OI, metric)
@@ -122,12 +122,15 @@ def joined(sites: Sequence[Site], whole: Sequence[Dense], metric: Tensor | None,
 
 
 def factors_outline(names: Sequence[str], whole: Sequence[Dense], rank: int) -> dict[str, Weight]:
-    """The outlines of what `joined` makes of these matrices, by name."""
+    """The outlines of what `joined` returns for these matrices, by name."""
     right = Dense(whole[0].data.new_empty(rank, whole[0].shape[1]))
     lefts = [Dense(right.data.new_empty(dense.shape[0], rank)) for dense in whole]
     return {name: Product(left, right) for name, left in zip(names, lefts, strict=True)}
 
 
 def unit(w_OI: Tensor, metric: Tensor | None) -> float:
-    """The norm of its output, tr(W G Wᵀ) ** 0.5: matrices that share a factor count alike whatever their size."""
+    """The norm of its output, tr(W G Wᵀ) ** 0.5.
+
+    Matrices that share a factor are divided by it, so that all count equally whatever their size.
+    """
     return float((weighed(w_OI, metric) * w_OI).sum().clamp(min=1e-30).sqrt())

@@ -1,4 +1,4 @@
-"""The inverse of a Gram in the one form that error feedback needs, computed once for all sites that share an input.
+"""The inverse of a Gram in the factored form that error feedback needs, computed once for all sites of an input.
 
 Shape suffixes: I in.
 """
@@ -13,21 +13,22 @@ from compress.model.site import Site
 from compress.stats import Gram, finite
 from compress_kernels import solver
 
-CORNER = 512  # side of the triangles that are inverted by a solve
-TRIES = 4  # of the damping ladder: d, 10 d, 100 d, 1000 d
+CORNER = 512  # side up to which a triangle is inverted by one triangular solve
+TRIES = 4  # dampings tried: d, 10 d, 100 d, 1000 d
 
 
 def rungs(damping: float) -> list[float]:
-    """The dampings that are tried, in this order."""
+    """The dampings to try, in order."""
     return [damping * 10**rung for rung in range(TRIES)]
 
 
 def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = None) -> tuple[Tensor, float] | None:
-    """(U, damping used) with U upper triangular, (G + d mean(diag G) 1)^-1 = Uᵀ U, or None if every rung fails.
+    """(U, damping used) with U upper triangular, (G + d mean(diag G) 1)^-1 = Uᵀ U; None if every damping fails.
 
-    An input that never fires has a zero row in G: its diagonal becomes the mean first, so that it is rounded without
-    feedback.
-    Each failed Cholesky multiplies the damping by ten, at most three times. Raises CalibrationError if G is not finite.
+    An input that never fires has a zero row in G. Its diagonal entry is set to the mean first, so that the input is
+    rounded without feedback.
+    Each failed Cholesky factorization multiplies the damping by ten, at most three times. Raises CalibrationError if G
+    is not finite.
     """
     if not finite(gram_II):
         raise CalibrationError("the Gram matrix is not finite; the activations before this site overflow")
@@ -45,7 +46,7 @@ def inverse_factor(gram_II: Tensor, damping: float, order_I: Tensor | None = Non
 
 
 def damp(gram_II: Tensor, damping: float) -> Tensor:
-    """G + damping mean(diag G) 1; never singular, also where nothing ever fired."""
+    """G + damping mean(diag G) 1; never singular, not even for a Gram of zeros."""
     damped_II = gram_II.clone()
     mean = gram_II.diagonal().mean().clamp(min=torch.finfo(gram_II.dtype).tiny)
     damped_II.diagonal().add_(damping * mean)
@@ -53,10 +54,11 @@ def damp(gram_II: Tensor, damping: float) -> Tensor:
 
 
 def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
-    """U upper triangular with G^-1 = Uᵀ U, or None if G is not positive definite; three matrices at its largest.
+    """U upper triangular with G^-1 = Uᵀ U, or None if G is not positive definite; holds three matrices at its peak.
 
-    G = R Rᵀ with R upper, from the factor of the reversed G; so U = R^-1: one Cholesky and one triangular inverse, 4
-    times faster on a CPU at n = 5632 than Cholesky, inverse, Cholesky.
+    G = R Rᵀ with R upper triangular, from the Cholesky factor of G with rows and columns reversed; then U = R^-1. This
+    takes one Cholesky and one triangular inverse, and on a CPU at n = 5632 it is 4 times faster than Cholesky, inverse,
+    Cholesky.
     """
     lower, failed = torch.linalg.cholesky_ex(gram_II.flip(0, 1))
     if failed.item():
@@ -64,16 +66,16 @@ def factor_of_inverse(gram_II: Tensor) -> Tensor | None:
     upper = lower.flip(0, 1)
     del lower
     if solver.usable(upper):
-        upper = upper.contiguous()  # its columns are, as LAPACK has them; kernels read rows
+        upper = upper.contiguous()  # LAPACK returns contiguous columns, the kernels read rows
     invert_upper(upper)
     return upper if finite(upper) else None
 
 
 def invert_upper(r_II: Tensor) -> None:
-    """Invert an upper triangular matrix in place: halves on the diagonal, then the corner, -A^-1 B C^-1.
+    """Invert an upper triangular matrix in place: the two halves of the diagonal, then the corner, -A^-1 B C^-1.
 
-    Matrix products do the work, two thirds of what a triangular solve against the identity takes, and nothing of the
-    matrix's size is made.
+    Matrix products do most of the work, in two thirds of the time of a triangular solve against the identity, and no
+    temporary of the size of the matrix is made.
     """
     size = r_II.shape[0]
     if size <= CORNER:
@@ -88,11 +90,11 @@ def invert_upper(r_II: Tensor) -> None:
 
 
 def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Tensor | None = None) -> Tensor | None:
-    """The inverse factor of the site's Gram, or None where every damping failed, with a fallback recorded.
+    """The inverse factor of the site's Gram, or None with a fallback recorded if every damping failed.
 
-    What was used, and what was tried before it in vain, goes into the ledger, for what an earlier pass wrote there.
-    `instead` says what `by` does without a factor, and what a damping more than ten times as large as asked comes
-    close to.
+    The damping used and the dampings that failed before it go into the ledger, in place of what an earlier pass wrote
+    there. `instead` says what `by` does without a factor. A fallback is also recorded where the damping needed is more
+    than ten times the damping asked for, because the result then comes close to `instead`.
     """
     gram_II = site.stats[Gram]
     site.ledger["dead_inputs"] = int((gram_II.diagonal() == 0).sum())

@@ -1,23 +1,23 @@
-"""Weighted k-means: the book that fits given vectors best. Shape suffixes: N vectors, K entries, D their entries."""
+"""Weighted k-means: a codebook fitted to given vectors. Shape suffixes: N vectors, K entries, D dimensions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SAMPLES = 1 << 16  # vectors that a book is fitted to
-ROUNDS = 25  # of Lloyd's algorithm; the last ones move little
+SAMPLES = 1 << 16  # vectors that a book is fitted to at most
+ROUNDS = 25  # of Lloyd's algorithm; the last ones change little
 AT_ONCE = 1024  # vectors compared together
-LEAST = 1e-6  # of the mean weight, so that a cluster of inputs that never fire has a mean too
+LEAST = 1e-6  # smallest weight, relative to the mean, so that a cluster of inputs that never fire has a mean too
 
 
 def fit_book(x_ND: Tensor, weight_ND: Tensor, entries: int, seed: int) -> Tensor:
-    """A book [K, D], float32, of small sum of weight (x - nearest entry)²; from random vectors, at most `SAMPLES`.
+    """A book [K, D], float32, with a small sum of weight (x - nearest entry)², fitted to at most `SAMPLES` vectors.
 
-    An entry that no vector is nearest to moves to one of the vectors that are worst off. Of fewer vectors than
-    entries every one becomes an entry, and the rest of the book is 0.
+    It starts from random vectors. An entry that is nearest to no vector moves to one of the vectors with the largest
+    error. If there are no more vectors than entries, every vector becomes an entry, and the rest of the book is 0.
     Source: Lloyd, "Least squares quantization in PCM", 1982; weights by entry as in van Baalen et al., GPTVQ, 2024,
-    section 3.2 (there the inverse Hessian's diagonal; here the Gram's).
+    section 3.2 (the paper uses the diagonal of the inverse Hessian; here it is the Gram's).
     """
     chosen_N = torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(seed))[:SAMPLES].to(x_ND.device)
     x_ND, weight_ND = x_ND[chosen_N].float(), weight_ND[chosen_N].float()

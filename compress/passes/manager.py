@@ -1,4 +1,4 @@
-"""The pass manager: runs a list of passes over blocks, each site seeing the exactly compressed prefix."""
+"""The pass manager: applies a list of passes to a model block by block and measures the statistics that they need."""
 
 from __future__ import annotations
 
@@ -40,20 +40,22 @@ from compress.team import ALONE, Parcel, Team
 from compress.weights import Weight
 
 SITE_EVENTS = {kind.__name__: kind for kind in (Fallback, Starved, WeightRewritten)}
-Work = tuple[list[Site], list[Site]]  # a group, and those of it that are rewritten by one process
+Work = tuple[list[Site], list[Site]]  # a group of sites, and those of them that one process rewrites together
 
 
 def ignore(event: Event) -> None:
-    """A sink that drops every event."""
+    """An event sink that drops every event."""
     del event
 
 
 class PassManager:
-    """Runs `passes` in order on every site of every block; one that takes the block whole parts those before and after.
+    """Applies `passes` in order to every site of every block.
 
-    `ordering` is `site` (statistics of each distinct input are taken after everything before it was rewritten),
-    `block` (all statistics of a block from one forward of its dense weights, as published code does) or `dense` (the
-    same, and the blocks before it are dense too: errors do not propagate into statistics).
+    A `BlockPass` takes the whole block, so the passes before it first finish on all sites of the block, and those after
+    it start then. `ordering` is `site` (the statistics of each distinct input are measured after everything before it
+    was rewritten, so each site sees the compressed prefix exactly), `block` (all statistics of a block come from one
+    forward pass with its dense weights, as in published code) or `dense` (like `block`, and the blocks before it are
+    dense too, so errors do not propagate into the statistics).
     """
 
     def __init__(
@@ -64,9 +66,9 @@ class PassManager:
         budgets: Mapping[int, Mapping[str, Sparsity]] | None = None,
         team: Team = ALONE,
     ) -> None:
-        """`budgets` are what `allocations` gave for these passes: the budgets among them are then done with.
+        """`budgets` is what `allocations` returned for these passes; with it, the budgets among them are not run again.
 
-        The processes of a `team` rewrite each its share of the sites and tell it to the others.
+        Each process of a `team` rewrites its share of the sites and sends the results to the others.
         """
         if ordering not in ("site", "block", "dense"):
             raise RecipeError(f"ordering {ordering!r} is unknown; allowed: site, block, dense")
@@ -75,13 +77,16 @@ class PassManager:
         self.parts = parts(self.passes)
         self.part = range(0)
         self.emit, self.ordering, self.given, self.team = emit, ordering, budgets, team
-        self.said: list[Event] = []  # by this process, of the sites it rewrites at present
+        self.said: list[Event] = []  # events of the sites that this process is rewriting, to be sent to the others
         self.budgets: Mapping[int, Mapping[str, Sparsity]] = budgets or {}
         self.chosen: dict[str, dict[int, SitePass]] = {}
 
-    @torch.no_grad()  # not inference_mode: what is made here may end in a user's model, which may be trained
+    @torch.no_grad()  # not inference_mode: tensors made here may end up in a user's model, which may be trained
     def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
-        """The blocks, rewritten; the caller stores each before asking for the next."""
+        """Rewrite the blocks and yield each; the caller stores a block before asking for the next.
+
+        Raises RecipeError if there is a budget among the passes but no `budgets` were given.
+        """
         if self.given is None and not self.budgets and any(isinstance(step, Budget) for step in self.all_passes):
             raise RecipeError("budgets: run needs what `allocations` gives for these passes; apply finds it itself")
         for block in blocks:
@@ -98,11 +103,11 @@ class PassManager:
 
     @torch.no_grad()
     def apply(self, model: Any, ids_NT: Tensor, mask_NT: Tensor | None = None) -> dict[str, Weight]:
-        """Rewrite a transformers model in memory, in place, calibrated on token windows; the expression of each site.
+        """Rewrite a transformers model in memory, in place, calibrated on token windows; return the new expressions.
 
-        Where `mask_NT` is 0 a window is padded; the padding is cut off before the model sees it. The first window also
-        serves to find which sites share an input. Raises CompressError children, with the model then partly rewritten:
-        use `compress.run` for a file that is whole or absent.
+        `mask_NT` is 0 where a window is padded; the padding is cut off before the model sees the window. The first
+        window also serves to find which sites share an input. Raises CompressError children, and the model is then
+        partly rewritten; use `compress.run` to get a file that is either complete or absent.
         """
         shaping = next((step for step in self.all_passes if isinstance(step, Reshape)), None)
         if shaping is not None:
@@ -130,7 +135,7 @@ class PassManager:
         return found
 
     def rewrite_block(self, block: Block) -> None:
-        """Do the present part of the passes to a block: to its sites stage by stage, or to all at once."""
+        """Apply the current part of the passes to a block: to its sites stage by stage, or to all of them at once."""
         groups = self.selected(block)
         whole = next(
             (step for step in self.passes[self.part.start : self.part.stop] if isinstance(step, BlockPass)), None
@@ -149,11 +154,11 @@ class PassManager:
                 self.rewrite_together(whole, block, [site for group in stage for site in group if self.steps(site)])
 
     def selected(self, block: Block) -> list[list[Site]]:
-        """The groups of a block of which any pass selects a site."""
+        """The groups of a block in which at least one site is selected by a pass of the current part."""
         return [group for group in block.groups if any(self.steps(site) for site in group)]
 
     def measure(self, block: Block, groups: list[list[Site]]) -> None:
-        """Measure the inputs of `groups` at once."""
+        """Measure the inputs of `groups` in one pass over the calibration tokens."""
         wanted = [g for g in groups if self.statistics(g)]
         if wanted:
             kinds = tuple(dict.fromkeys(kind for group in wanted for kind in self.statistics(group)))
@@ -165,10 +170,10 @@ class PassManager:
                 self.emit(StatisticsCollected(sites=names, statistics=kind_names, tokens=tokens))
 
     def rewrite_groups(self, groups: list[list[Site]]) -> None:
-        """Rewrite the sites of `groups` and forget their statistics.
+        """Rewrite the sites of `groups` and free their statistics.
 
-        What can be rewritten by itself is dealt to the processes of the team, of which each then takes what the others
-        made: a site, or the sites of an input where a pass takes these together.
+        Work that can be done independently is divided among the processes of the team, and each process then takes over
+        the results of the others. The unit is one site, or all sites of an input if a pass takes these together.
         """
         joint = any(self.passes[i].joint for i in self.part)
         works = [(group, sites) for group in groups for sites in ([group] if joint else [[site] for site in group])]
@@ -178,7 +183,7 @@ class PassManager:
                 self.take(parcel, {site.name: site for group in groups for site in group})
 
     def rewrite_own(self, works: Sequence[Work], owners: Sequence[int]) -> Parcel:
-        """Do the works that this process owns, and tell what it made."""
+        """Rewrite the sites that this process owns, and return the parcel for the other processes."""
         self.said = []
         done: list[Site] = []
         for i, (group, sites) in enumerate(works):
@@ -186,17 +191,17 @@ class PassManager:
                 self.rewrite_sites(sites)
                 done += sites
             if i + 1 == len(works) or works[i + 1][0] is not group:
-                group[0].stats.forget()  # a Gram and its factor are the largest things in memory
+                group[0].stats.forget()  # a Gram and its factor are the largest tensors in memory
         return self.told(done) if self.team.size > 1 else (None, [])
 
     def told(self, sites: Sequence[Site]) -> Parcel:
-        """What this process has made of its sites, and what it reported."""
+        """The results and the events of the sites that this process has rewritten, as a parcel."""
         tensors: list[Tensor] = []
         told = {site.name: site.told(tensors) for site in sites}
         return {"sites": told, "events": [[type(event).__name__, asdict(event)] for event in self.said]}, tensors
 
     def take(self, parcel: Parcel, sites: Mapping[str, Site]) -> None:
-        """Take over what another process has made of its sites, and report it."""
+        """Take over the results of another process for its sites, and emit its events."""
         value, tensors = parcel
         for name, told in value["sites"].items():
             sites[name].take(told, tensors)
@@ -204,7 +209,11 @@ class PassManager:
             self.emit(SITE_EVENTS[kind](**told))
 
     def rewrite_sites(self, sites: Sequence[Site]) -> None:
-        """All passes on a site, then the next; a pass that takes sites together parts those before and after it."""
+        """Apply all passes to one site, then to the next.
+
+        A joint pass takes the sites together, so the passes before it finish on all of them first, and those after it
+        start then.
+        """
         for joint, run in groupby(self.part, lambda i: self.passes[i].joint):
             numbers = list(run)
             for some in [sites] if joint else [[site] for site in sites]:
@@ -212,12 +221,12 @@ class PassManager:
                     self.rewrite_peers(i, some)
 
     def say(self, event: Event) -> None:
-        """Report what happened to a site."""
+        """Emit an event about a site, and remember it for the other processes."""
         self.said.append(event)
         self.emit(event)
 
     def rewrite_peers(self, index: int, sites: Sequence[Site]) -> None:
-        """Apply a pass to those of these sites of one input that it selects, together where it is the same on them."""
+        """Apply a pass to those of these sites of one input that it selects, together where it has the same options."""
         peers: dict[SitePass, list[Site]] = {}
         for site in sites:
             if index in self.chosen_for(site):
@@ -227,7 +236,11 @@ class PassManager:
                 self.rewrite(step, same)
 
     def rewrite_together(self, step: BlockPass, block: Block, sites: Sequence[Site]) -> None:
-        """Apply a pass to these sites of a block and report each; raises like `rewrite`."""
+        """Apply a pass to these sites of a block and report each.
+
+        Raises CalibrationError if there are no calibration windows or no twin of each, and otherwise raises like
+        `rewrite`.
+        """
         if not block.batches or len(block.batches) != len(block.twins):
             raise CalibrationError(
                 f"{step.name}: {block.name}: needs calibration windows, and each once more as a twin"
@@ -244,18 +257,18 @@ class PassManager:
             site.stats.forget()
 
     def steps(self, site: Site) -> list[SitePass]:
-        """The passes of the present part that select this site."""
+        """The passes of the current part that select this site."""
         return [step for i, step in self.chosen_for(site).items() if i in self.part]
 
     def chosen_for(self, site: Site) -> dict[int, SitePass]:
-        """The passes that select this site by their number, each with the option that a budget gave it here."""
+        """The passes that select this site, by index, each with the option value that a budget set for the site."""
         if site.name not in self.chosen:
             chosen = [i for i, step in enumerate(self.passes) if fnmatchcase(site.name, step.sites)]
             self.chosen[site.name] = {i: self.tuned(i, site.name) for i in chosen}
         return self.chosen[site.name]
 
     def tuned(self, index: int, name: str) -> SitePass:
-        """A pass as it is for this site."""
+        """A pass with the option value that a budget set for this site."""
         step, given = self.passes[index], self.budgets.get(index, {})
         if name not in given or not isinstance(step, WeightPass):
             return step
@@ -263,11 +276,11 @@ class PassManager:
         return replace(step, **options)
 
     def nbytes(self, group: Sequence[Site]) -> int:
-        """Bytes of the statistics that these sites need of their one input."""
+        """Bytes of the statistics that these sites need of their shared input."""
         return sum(kind.nbytes(group[0].shape[1]) for kind in self.statistics(group))
 
     def statistics(self, group: Iterable[Site]) -> tuple[type[Statistic], ...]:
-        """What the passes on these sites need of their input."""
+        """The statistics that the passes on these sites require of their input."""
         return tuple(dict.fromkeys(kind for site in group for step in self.steps(site) for kind in step.requires))
 
     def rewrite(self, step: WeightPass, sites: Sequence[Site]) -> None:
@@ -284,7 +297,7 @@ class PassManager:
             self.put(step, site, made[site.name], known[site.name], seconds)
 
     def starves(self, step: SitePass, site: Site) -> bool:
-        """Whether too few tokens reach a site for a pass; it is then recorded and reported."""
+        """Whether too few tokens reach a site for a pass; if so, this is recorded at the site and reported."""
         if not site.starved or not step.requires:
             return False
         site.starving.append(f"{step.name}: {step.unfed}")
@@ -297,7 +310,7 @@ class PassManager:
         if not finite(site.view()):
             raise CompressError(f"{step.name}: {site.name}: the rewritten weight is not finite")
         site.ledger |= mask_statistics(weight)
-        site.measure(output=step is self.steps(site)[-1])  # of the last pass only: it costs as much as a solver
+        site.measure(output=step is self.steps(site)[-1])  # after the last pass only: it costs as much as a solver
         site.errors.append((step.name, site.weight_error))
         for name, reason in site.fallbacks[known:]:
             self.say(Fallback(site=site.name, step=name, reason=reason))
@@ -317,7 +330,7 @@ class PassManager:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; then each of its modules is in the mode that it was in."""
+    """Put the model in eval mode inside the context, then restore the mode of each of its modules."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -328,7 +341,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_tokens(windows: Sequence[Tensor], known: int) -> None:
-    """Raise CalibrationError for a token in windows [N, T] that a model of so many tokens does not know."""
+    """Raise CalibrationError if windows [N, T] contain a token that a model of `known` tokens does not have."""
     for ids_NT in windows:
         strange = ids_NT[(ids_NT < 0) | (ids_NT >= known)]
         if len(strange):
@@ -336,13 +349,13 @@ def check_tokens(windows: Sequence[Tensor], known: int) -> None:
 
 
 def cost(site: Site) -> int:
-    """What solving a site takes, beside others."""
+    """The cost of solving a site relative to other sites."""
     rows, columns = site.shape
     return rows * columns * columns
 
 
 def parts(passes: Sequence[SitePass]) -> list[range]:
-    """The numbers of the passes in runs: one that takes the block whole is alone, those between go site by site."""
+    """The indices of the passes in consecutive parts: each `BlockPass` alone, the passes between them together."""
     cuts = [i + behind for i, step in enumerate(passes) if isinstance(step, BlockPass) for behind in (0, 1)]
     edges = sorted({0, *cuts, len(passes)})
     return [range(start, stop) for start, stop in pairwise(edges)]

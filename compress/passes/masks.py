@@ -1,4 +1,4 @@
-"""What is worth knowing about a mask: how much it keeps, how evenly, and what died."""
+"""Statistics of a mask: how much it keeps, how evenly, and which rows and inputs lost everything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from compress.weights import Masked, Product, Weight
 
 
 def masks(weight: Weight) -> tuple[Tensor, Tensor] | None:
-    """The masks that its outputs and its inputs meet, of the first of its terms that has one: of factors two."""
+    """The masks that act on the outputs and on the inputs of a weight, or None if it has no mask.
+
+    They are those of the first term that has one; for a product of two masked factors they differ.
+    """
     match weight:
         case Masked(_, mask_OI):
             return mask_OI, mask_OI
@@ -22,7 +25,10 @@ def masks(weight: Weight) -> tuple[Tensor, Tensor] | None:
 
 
 def mask_statistics(weight: Weight) -> dict[str, Any]:
-    """`mask`: the share kept, the fewest and most kept of a row, and how many rows and inputs lost everything."""
+    """`mask`: the share kept, the fewest and most kept in a row, and how many rows and inputs lost everything.
+
+    Empty for a weight without a mask.
+    """
     found = masks(weight)
     if found is None:
         return {}

@@ -1,4 +1,4 @@
-"""What rewriting a part of the model alone costs: its probe windows, run to the logits with everything else dense.
+"""The cost of rewriting one part of the model alone: probe windows, run to the logits with everything else dense.
 
 Shape suffixes: B batch, T tokens, D hidden.
 """
@@ -18,11 +18,11 @@ from compress.model.whole import Whole
 from compress.passes.base import WeightPass
 from compress.stats import Gram
 
-LEAST = 1e-9  # nats; a part whose rewriting cannot be seen
+LEAST = 1e-9  # nats; assigned to a part whose rewriting has no visible effect
 
 
 class Probes:
-    """One copy of the probe's hidden states for each part tried, sent on through the blocks behind it."""
+    """The hidden states of the probe, one copy for each rewritten part, propagated through the blocks that follow."""
 
     def __init__(self, model: Whole) -> None:
         self.model = model
@@ -30,19 +30,19 @@ class Probes:
         self.hidden: list[Tensor] = []
 
     def follow(self, block: Block) -> None:
-        """Send what was taken before through this block, which is dense."""
+        """Propagate the copies taken so far through this block, which is dense."""
         self.hidden = [self.batch.through(block.module, block.index, hidden) for hidden in self.hidden]
 
     def take(self, block: Block) -> None:
-        """Keep what this block, as it is now, makes of the dense model's hidden states."""
+        """Keep the output of this block, as it is now, for the dense model's hidden states."""
         self.hidden.append(block.probe.through(block.module, block.index))
 
     def costs(self) -> list[float]:
-        """KL to the dense model of each copy, in nats; may be not finite."""
+        """The KL divergence from the dense model of each copy, in nats; may be non-finite."""
         return [self.cost(hidden) for hidden in self.hidden]
 
     def cost(self, hidden_BTD: Tensor) -> float:
-        """KL of the logits that come of a hidden state behind the last block."""
+        """The KL divergence of the logits that follow from a hidden state after the last block, in nats."""
         self.batch.hidden_BTD = hidden_BTD
         cost = mean_kl(self.model.walk.dense_logits, self.model.walk.leave(self.batch))
         return max(LEAST, cost) if math.isfinite(cost) else cost
@@ -50,7 +50,7 @@ class Probes:
 
 @contextmanager
 def rewritten(sites: Sequence[Site], step: WeightPass) -> Iterator[None]:
-    """These sites are rewritten by `step` for a while, together where they read one input."""
+    """Rewrite these sites by `step` inside the context, together if they read one input; then restore them."""
     fed = [site for site in sites if not (site.starved and step.requires)]
     together = all(site.stats is fed[0].stats for site in fed)
     made = step.rewrite_peers(fed) if fed and together else {site.name: step.rewrite(site) for site in fed}
@@ -64,7 +64,7 @@ def rewritten(sites: Sequence[Site], step: WeightPass) -> Iterator[None]:
 
 
 def output_cost(site: Site) -> float:
-    """tr(D G Dᵀ) / tr(W G Wᵀ); 0 for an expert that too few tokens reached."""
+    """tr(D G Dᵀ) / tr(W G Wᵀ); 0 for an expert that no token reached or whose Gram was not measured."""
     if Gram not in site.stats or not site.stats.tokens:
         return 0.0
     gram_II, w_OI = site.stats[Gram], site.original.data.float()

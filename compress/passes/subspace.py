@@ -1,8 +1,8 @@
-"""The best low-rank part of a matrix that changes a little at a time: subspace iteration from where it last stood.
+"""The best low-rank part of a slowly changing matrix, by subspace iteration warm-started from the previous subspace.
 
-An exact decomposition once, then two thin products and a small eigenproblem each time. A random start would not do:
-after 80 turns of `oats` the residual of a matrix of the built-in model is then 2 % larger, of a synthetic one 5 %.
-Shape suffixes: O out, I in, K directions followed.
+It starts with one exact decomposition; each update then costs two thin products and a small eigenproblem. A random
+start is not good enough: after 80 iterations of `oats` the residual is then 2 % larger for a matrix of the built-in
+model and 5 % larger for a synthetic one. Shape suffixes: O out, I in, K directions followed.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EXTRA = 8  # directions followed beyond the rank
+EXTRA = 8  # directions tracked beyond the rank
 
 
 class Subspace:
-    """The leading right directions of a matrix [out, in] that changes slowly, and a few more than the rank."""
+    """The leading right singular directions of a slowly changing matrix [out, in], a few more than the rank."""
 
     def __init__(self, w_OI: Tensor, rank: int) -> None:
         self.rank = rank
         self.right_IK = right_vectors(w_OI, min(rank + EXTRA, *w_OI.shape))
 
     def follow(self, w_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Orthonormal U [out, rank] and Uᵀ W [rank, in], nearly the first of W; one step from those of the last W.
+        """Orthonormal U [out, rank] and Uᵀ W [rank, in], nearly the leading ones of W; one step from those of the last.
 
-        What it leaves of W is no larger than what the last factors would: those have the first of the last directions V
-        as rows, the best such matrix is W V Vᵀ, and its columns lie in the space searched here. Costs 4 out x in x
-        (rank + 8) operations.
-        Source: Halko, Martinsson and Tropp, SIAM Review 2011, algorithm 4.4 with one step, started where it last ended.
+        The residual is no larger than with the previous factors: their rows span the leading previous directions V, the
+        best matrix with those rows is W V Vᵀ, and its columns lie in the space searched here. Costs 4 out x in x (rank
+        + 8) operations.
+        Source: Halko, Martinsson and Tropp, SIAM Review 2011, algorithm 4.4 with one step, started from the previous
+        result.
         """
         basis_OK = torch.linalg.qr(w_OI @ self.right_IK).Q
         inside_KI = basis_OK.T @ w_OI
@@ -37,7 +38,7 @@ class Subspace:
 
 
 def right_vectors(w_OI: Tensor, count: int) -> Tensor:
-    """Orthonormal directions [in, count] of the input that W enlarges most, by an eigenproblem of its shorter side."""
+    """Orthonormal input directions [in, count] that W enlarges most, from an eigenproblem of its shorter side."""
     if w_OI.shape[1] <= w_OI.shape[0]:
         inner_II: Tensor = torch.linalg.eigh(w_OI.T @ w_OI).eigenvectors
         return inner_II.flip(1)[:, :count]

@@ -1,8 +1,9 @@
-"""Making a compressed weight as large as it should be.
+"""Rescaling a compressed weight so that it is not biased towards zero.
 
-The nearest matrix of a codec is too small: its error is orthogonal to it, so of W itself it holds the share rho < 1. In
-every matrix of a model that error points the same way, towards less of W; where W is what fine-tuning added, the model
-falls back towards its base. Enlarged by 1 / rho the error is larger in each matrix, and orthogonal to W.
+The nearest matrix that a codec can store is too small: its error is orthogonal to it, so it contains only the share rho
+< 1 of W itself. In every matrix of a model that error points the same way, towards less of W; where W is what
+fine-tuning added, the model falls back towards its base. Scaled by 1 / rho, the error is larger in each matrix, but
+orthogonal to W.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from compress.errors import UnsupportedWeight
 from compress.passes.whitened import weighed
 from compress.weights import Dense, Masked, Product, Quantized, Signs, Sum, Weight
 
-LEAST = 0.05  # a share below which what is stored says next to nothing, and is left as it is
+LEAST = 0.05  # share rho below which the stored weight says next to nothing about W and is left as it is
 
 
 def unbiased(weight: Weight, w_OI: Tensor, gram_II: Tensor | None) -> Weight:
-    """`weight` times 1 / rho, rho = tr(W' G Wᵀ) / tr(W G Wᵀ), so that the share becomes 1; by entries without a Gram.
+    """`weight` scaled by 1 / rho, where rho = tr(W' G Wᵀ) / tr(W G Wᵀ), so that this share becomes 1.
 
-    Only scales change. Left as it is if it holds less than a twentieth of W, or W has no output.
+    Without a Gram, rho is taken over the entries. Only scales change. The weight is left as it is if rho is at most a
+    twentieth, or if W has no output.
     """
     seen_OI = weighed(w_OI.float(), gram_II)
     whole = float((seen_OI * w_OI).sum())
@@ -30,7 +32,10 @@ def unbiased(weight: Weight, w_OI: Tensor, gram_II: Tensor | None) -> Weight:
 
 
 def enlarged(weight: Weight, factor: float) -> Weight:
-    """The same expression, of `factor` times the matrix; raises UnsupportedWeight where no scale can say it."""
+    """The same expression with its matrix multiplied by `factor`.
+
+    Raises UnsupportedWeight for an expression that has no scale to multiply.
+    """
     match weight:
         case Sum(terms):
             return Sum(tuple(enlarged(term, factor) for term in terms))

@@ -1,6 +1,7 @@
 """The best low-rank matrix for a given input, and when its factors are worth their bits.
 
-An input is given by its Gram [in, in], by the mean squares of independent features [in], or not at all: white.
+An input is given by its Gram [in, in], by the mean squares of independent features [in], or not at all, which means
+white.
 Shape suffixes: O out, I in, R rank.
 """
 
@@ -11,19 +12,20 @@ from math import floor, log
 import torch
 from torch import Tensor
 
-FAINT = 1e-5  # of the largest energy: float32 directions of fainter ones lose 0.2 % more than the best do, and soon all
-AT_ONCE = 1024  # columns of a Gram
+FAINT = 1e-5  # of the largest energy: float32 directions of smaller ones lose 0.2 % more than the best, soon all
+AT_ONCE = 1024  # columns of a Gram converted together
 
 
 def principal(w_OI: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Orthonormal U [out, R] and the energies [R] of W along it, falling, for the full R = min(out, in).
+    """Orthonormal U [out, R] and the energies [R] of W along its columns, falling, for the full R = min(out, in).
 
-    The eigenvectors and eigenvalues of W G Wᵀ, of which the first r hold as much of the output as any r directions
-    can: tr((W - A) G (W - A)ᵀ) of A = U Uᵀ W is the sum of the energies that are left out, and least for its rank. If
-    there are more outputs than inputs, W = Q R, they are those of the smaller R behind Q: no root of G is taken, which
-    may be singular. In float32 an energy below a part in 10^6 of the largest is noise, so where that reaches into the
-    first half, as it does behind tokens of huge activations, all is done again in float64, at two to three times the
-    cost. With a white input this is the singular value decomposition.
+    They are the eigenvectors and eigenvalues of W G Wᵀ. The first r of them hold as much of the output energy as any r
+    directions can: for A = U Uᵀ W, tr((W - A) G (W - A)ᵀ) is the sum of the energies left out, the least for its rank.
+    If there are more outputs than inputs, W = Q R, and the eigenvectors are those of the smaller R multiplied by Q. No
+    root of G, which may be singular, is taken. In float32 an energy below a part in 10^6 of the largest is noise. Where
+    the first half of the energies comes close to that, as it does behind tokens of huge activations, everything is
+    computed again in float64, at two to three times the cost. With a white input this is the singular value
+    decomposition.
     Source: Wang et al., SVD-LLM, ICLR 2025, theorem 1, without its inverse: S S^-1 cancels in U Uᵀ W.
     """
     values_R, basis_OR = directions(w_OI, metric)
@@ -33,7 +35,7 @@ def principal(w_OI: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def directions(w_OI: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `principal` gives, in the precision of W."""
+    """The energies and directions that `principal` returns, computed in the precision of W."""
     if w_OI.shape[0] > w_OI.shape[1]:
         outer_OI, inner_II = torch.linalg.qr(w_OI)
         values_R, basis_IR = directions(inner_II, metric)
@@ -43,7 +45,7 @@ def directions(w_OI: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def weighed(w_OI: Tensor, metric: Tensor | None) -> Tensor:
-    """W G in the precision of W; of a Gram in another one no copy is made."""
+    """W G in the precision of W; a Gram of another dtype is converted in parts, so that no full copy of it is made."""
     if metric is None:
         return w_OI
     if metric.ndim == 1 or metric.dtype == w_OI.dtype:
@@ -52,7 +54,7 @@ def weighed(w_OI: Tensor, metric: Tensor | None) -> Tensor:
 
 
 def output_basis(w_OI: Tensor, metric: Tensor | None, rank: int) -> Tensor:
-    """The first `rank` columns of what `principal` finds, [out, R]; fewer where the matrix has fewer."""
+    """The first `rank` directions found by `principal`, [out, R]; fewer if the matrix has fewer."""
     return principal(w_OI, metric)[1][:, :rank]
 
 
@@ -63,16 +65,16 @@ def rank_within(share: float, shape: tuple[int, int]) -> int:
 
 
 def most_rank(shape: tuple[int, int]) -> int:
-    """The largest rank whose two factors have fewer numbers than the matrix [out, in] itself."""
+    """The largest rank whose two factors hold fewer numbers than the matrix [out, in] itself."""
     rows, columns = shape
     return (rows * columns - 1) // (rows + columns)
 
 
 def bits_saved(was_OI: Tensor, left_OI: Tensor) -> float:
-    """Bits a weight by which codes of what is left may be shorter for the same output error, log4(|W|² / |R|²).
+    """Bits a weight by which the codes of the remainder may be shorter for the same output error, log4(|W|² / |R|²).
 
-    With error feedback that error grows with the square of the step and the conditional variances of the inputs; only
-    the step depends on what is coded.
+    With error feedback, the output error grows with the square of the step and with the conditional variances of the
+    inputs; only the step depends on the matrix that is coded.
     """
     least = torch.finfo(torch.float32).tiny
     return log(max(float(was_OI.square().sum()), least) / max(float(left_OI.square().sum()), least), 4)
