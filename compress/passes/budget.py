@@ -1,4 +1,4 @@
-"""How budgets reach the passes they govern, and the arithmetic of spreading a sparsity over unequal parts.
+"""How budgets are assigned to the passes they govern, and the arithmetic of spreading a sparsity over unequal parts.
 
 A part is what gets one sparsity: a block, or a group of sites. Sizes are in parameters.
 """
@@ -13,13 +13,13 @@ from compress.model.whole import Whole
 from compress.passes.base import Budget, Pass, SitePass, Sparsity, WeightPass
 
 Budgets = dict[int, dict[str, Sparsity]]
-HALVINGS = 60  # of an interval of width 2: to the precision of a float64
+HALVINGS = 60  # of an interval of width 4: to the precision of a float64
 
 
 def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
-    """Each budget with the number, among the passes on sites, of the next one that has an option it can set.
+    """Each budget with the index, among the passes on sites, of the next pass that has an option it can set.
 
-    Raises RecipeError if none follows, or if it has a budget already.
+    Raises RecipeError if no such pass follows, or if that pass has a budget already.
     """
     found: list[tuple[Budget, int]] = []
     for i, step in enumerate(passes):
@@ -43,18 +43,18 @@ def governed(passes: Sequence[Pass]) -> list[tuple[Budget, int]]:
 
 
 def option_of(step: Pass) -> str | None:
-    """The option of a pass that a budget may set, if it has one."""
+    """The option of a pass that a budget may set, or None."""
     return (step.shared_out or None) if isinstance(step, WeightPass) else None
 
 
 def allocations(passes: Sequence[Pass], model: Whole) -> Budgets:
-    """Number of a pass on sites -> the option of each of its sites that a budget sets, for those that one governs."""
+    """Index of a governed pass, as in `governed`, -> the option value that its budget sets for each site."""
     steps = [step for step in passes if isinstance(step, SitePass)]
     return {index: budget.allocate(model, steps[index]) for budget, index in governed(passes)}
 
 
 def density(sparsity: Sparsity) -> float:
-    """The share kept."""
+    """The share kept at a sparsity."""
     if isinstance(sparsity, str):
         kept, of = sparsity.split(":")
         return int(kept) / int(of)
@@ -64,9 +64,9 @@ def density(sparsity: Sparsity) -> float:
 def centred(
     keep: Sequence[float], sizes: Sequence[int], mean: float, low: float = 0.01, high: float = 1.0
 ) -> list[float]:
-    """`keep` shifted by one number and clamped to [low, high] so that its mean, weighted by `sizes`, is `mean`.
+    """`keep` plus one constant, clamped to [low, high], such that its mean, weighted by `sizes`, is `mean`.
 
-    Where `mean` itself lies outside, that end moves to it.
+    If `mean` itself lies outside [low, high], that bound moves to it.
     """
     low, high = min(low, mean), max(high, mean)
     left, right = -2.0, 2.0
@@ -78,9 +78,9 @@ def centred(
 
 
 def as_asked(sparsity: Sparsity, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, Sparsity]:
-    """The share kept of each part in the form of `sparsity`: a fraction, or n:m with n from 1 to m - 1.
+    """The share kept of each part in the form of `sparsity`: a fraction dropped, or n:m with n from 1 to m - 1.
 
-    Whole n are given by largest remainder, so that the sum over parts stays within one part of what was asked.
+    The n of n:m is rounded by largest remainder, so that the sum over parts stays within one part of what was asked.
     """
     if not isinstance(sparsity, str):
         return {part: round(1 - share, 4) for part, share in keep.items()}

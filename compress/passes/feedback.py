@@ -1,9 +1,9 @@
 """Error feedback: change columns one by one, pushing each error onto the columns not yet done.
 
-One loop serves GPTQ (what changes a column is a grid), SparseGPT (a mask that is chosen on the way), both at once, and
-the compensation of a mask that is given; and vectors of columns that are rounded together. Inside a block it works on
-the transposed weight, where a column lies contiguous, in strips: small updates stay within a strip, a product carries
-them over the rest of the block.
+One loop serves GPTQ (a grid changes the columns), SparseGPT (a mask chosen along the way does), both at once, the
+compensation of a given mask, and vectors of columns that are rounded together. Within a block it works on the
+transposed weight, where a column is contiguous, in strips: small updates stay within a strip, and one matrix product
+carries them over the rest of the block.
 Shape suffixes: O out, I in, B columns of a block.
 """
 
@@ -22,53 +22,53 @@ from compress_kernels import solver
 from compress_kernels.solver import Choice, Steps
 
 STRIP = 16  # columns; two rows of floats of a few thousand outputs then stay in a core's cache
-LAUNCH = 128  # columns that one launch takes at most
+LAUNCH = 128  # columns that one kernel launch handles at most
 
 
 class Rounding(Protocol):
-    """What a column becomes, or `width` of them beside each other."""
+    """Decides the new values of a column, or of `width` adjacent columns at once."""
 
-    aligned: int  # columns that must be up to date when the first of them is rounded, a multiple of `width`
+    aligned: int  # columns that must be up to date when the first of them is rounded; a multiple of `width`
     width: int  # columns rounded together
 
     def round(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> Tensor:
-        """The new values [out] or [width, out]; `ahead_BO` holds the columns and the rest of their block.
+        """The new values [out] or [width, out]; `ahead_BO` holds these columns and the rest of their block.
 
-        `keep_BO` is the mask of all these.
+        `keep_BO` is the mask of the same columns.
         """
 
 
 @runtime_checkable
 class Launchable(Protocol):
-    """A rounding whose grids are known when the first column of a strip is reached."""
+    """A rounding whose grids are known when the first column of a strip is reached, so one launch can do the strip."""
 
     def strip(self, limit: int) -> int:
-        """How many columns that holds for, at most `limit`."""
+        """The number of columns, at most `limit`, for which the grids are known together."""
 
     def steps(self, columns: slice, ahead_BO: Tensor, keep_BO: Tensor | None) -> Steps | None:
         """The grids of a strip, or None if nothing is rounded; `ahead_BO` and `keep_BO` as in `round`."""
 
     def take(self, columns: slice, codes_BO: Tensor) -> None:
-        """The codes of a strip."""
+        """Store the codes of a strip."""
 
 
 class Mask(Protocol):
-    """What a column may keep."""
+    """Decides which weights of a column are kept."""
 
     aligned: int
 
     def enter(self, start: int, w_BO: Tensor, diagonal_B: Tensor) -> Tensor:
-        """The mask [B, out] of a block as far as it is known when the block is entered."""
+        """The mask [B, out] of a block, as far as it is known when the block is entered."""
 
     def reach(self, at: int, w_BO: Tensor, diagonal_B: Tensor, keep_BO: Tensor) -> None:
         """Complete the mask for column `at` of the block, in place."""
 
     def choice(self, part: slice) -> Choice | None:
-        """By which rule the mask of a part of the block is completed on the way, or None if it is known."""
+        """The rule by which the mask of a part of the block is completed along the way; None if it is known."""
 
 
 class Unrounded:
-    """Kept weights stay as they are by then."""
+    """A rounding that leaves kept weights at their present, compensated values."""
 
     aligned = 1
     width = 1
@@ -79,14 +79,14 @@ class Unrounded:
         return ahead_BO[0] if keep_BO is None else ahead_BO[0] * keep_BO[0]
 
     def strip(self, limit: int) -> int:
-        """All."""
+        """All columns: there are no grids."""
         return limit
 
     def steps(self, columns: slice, ahead_BO: Tensor, keep_BO: Tensor | None) -> Steps | None:
-        """None."""
+        """None: nothing is rounded."""
 
     def take(self, columns: slice, codes_BO: Tensor) -> None:
-        """Nothing: there are no codes."""
+        """Do nothing: there are no codes."""
 
 
 class Given:
@@ -98,21 +98,22 @@ class Given:
         self.keep_OI = keep_OI
 
     def enter(self, start: int, w_BO: Tensor, diagonal_B: Tensor) -> Tensor:
-        """Its part."""
+        """The part of the mask that belongs to the block."""
         return self.keep_OI[:, start : start + len(w_BO)].T.contiguous()
 
     def reach(self, at: int, w_BO: Tensor, diagonal_B: Tensor, keep_BO: Tensor) -> None:
-        """Nothing."""
+        """Do nothing: the mask is complete."""
 
     def choice(self, part: slice) -> Choice | None:
-        """None."""
+        """None: the mask is known."""
 
 
 class Chosen:
-    """A mask by the score (w / U_jj)² of the weights as they are when their block, or group of m, is reached.
+    """A mask by the score (w / U_jj)² of the weights as they are when their block, or their group of m, is reached.
 
-    Inputs that never fire (`dead_I`) score 0. The pattern counts over a block's columns and all rows, or within each
-    row of it, and over all blocks it is exact. Source: Frantar and Alistarh, SparseGPT, ICML 2023, section 3.2.
+    Inputs that never fire (`dead_I`) score 0. The pattern counts within a block of columns, over all rows together or
+    in each row; summed over all blocks the count is exact. Source: Frantar and Alistarh, SparseGPT, ICML 2023, section
+    3.2.
     """
 
     def __init__(self, pattern: Pattern, dead_I: Tensor | None = None) -> None:
@@ -121,20 +122,20 @@ class Chosen:
         self.start = 0
 
     def enter(self, start: int, w_BO: Tensor, diagonal_B: Tensor) -> Tensor:
-        """The mask of the block, or nothing cut yet where groups of m decide."""
+        """The mask of the block; for n:m, which decides group by group, a mask that keeps everything so far."""
         self.start = start
         if isinstance(self.pattern, NM):
             return torch.ones_like(w_BO, dtype=torch.bool)
         return self.pattern.keep_part(self.score(0, w_BO, diagonal_B).T.contiguous(), start).T.contiguous()
 
     def reach(self, at: int, w_BO: Tensor, diagonal_B: Tensor, keep_BO: Tensor) -> None:
-        """The mask of a group of m, when its first column is reached."""
+        """Complete the mask of a group of m when its first column is reached."""
         if isinstance(self.pattern, NM) and at % self.pattern.m == 0:
             part = slice(at, at + self.pattern.m)
             keep_BO[part] = self.pattern.keep_across(self.score(at, w_BO[part], diagonal_B[part]))
 
     def choice(self, part: slice) -> Choice | None:
-        """The n of m, or None where a block's mask was chosen when it was entered."""
+        """The n and m of the pattern, or None where the mask was chosen when the block was entered."""
         if not isinstance(self.pattern, NM):
             return None
         dead_B = None if self.dead_I is None else self.dead_I[self.start + part.start : self.start + part.stop]
@@ -152,14 +153,14 @@ class Chosen:
 def feed_back(
     w_OI: Tensor, upper_II: Tensor, rounding: Rounding, mask: Mask | None = None, block: int = 128
 ) -> tuple[Tensor, Tensor | None, float]:
-    """(W', its mask, the loss), columns changed from left to right, float32.
+    """(W', its mask, the loss); columns are changed from left to right, in float32.
 
-    `upper_II` is the factor of the inverse Gram (`inverse_factor`), in the column order of `w_OI`. The loss, sum of
-    e² / 2, equals tr(D H Dᵀ) / 2 exactly for the damped H and D = W' - W. Given the mask, the result does not depend on
-    `block`, which is made to hold whole groups of `rounding` and `mask`. A vector of columns leaves the error
-    (w - q) U_vv^-1: that is block-LDL, whose unit factor is U_vv^-1 U.
-    Source: Frantar et al., GPTQ, ICLR 2023, algorithm 1; Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1;
-    Tseng et al., QuIP#, ICML 2024, section 4.1 (there from last to first).
+    `upper_II` is the factor of the inverse Gram (`inverse_factor`), in the column order of `w_OI`. The loss, sum of e²
+    / 2, equals tr(D H Dᵀ) / 2 exactly, for the damped H and D = W' - W. For a given mask the result does not depend on
+    `block`, which is rounded down to whole groups of `rounding` and `mask`. A vector of columns leaves the error (w -
+    q) U_vv^-1; this is block LDL, whose unit factor is U_vv^-1 U. Raises CalibrationError if a pruning score is NaN.
+    Source: Frantar et al., GPTQ, ICLR 2023, algorithm 1; Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1; Tseng
+    et al., QuIP#, ICML 2024, section 4.1 (there from last to first).
     """
     group = lcm(rounding.aligned, mask.aligned if mask else 1)
     block = max(group, block // group * group)
@@ -181,7 +182,7 @@ def feed_back(
         w[:, start:end] = w_BO.T
         if keep_OI is not None and keep_BO is not None:
             keep_OI[:, start:end] = keep_BO.T
-        losses.append(e_BO.square().sum(dtype=torch.float64))  # a number when all is done: a GPU is not waited for
+        losses.append(e_BO.square().sum(dtype=torch.float64))  # read at the end: the loop need not wait for a GPU
         w[:, end:].addmm_(e_BO.T, upper_II[start:end, end:], alpha=-1)
     loss = sum(torch.stack(losses).tolist()) / 2 if losses else 0.0
     if launched and mask and isnan(loss):
@@ -191,7 +192,10 @@ def feed_back(
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """A block on its way, transposed: weights, their part of the factor, errors, mask; all but the factor change."""
+    """The state of a block in progress, transposed: weights, its part of the factor, errors and mask.
+
+    All of them change in place except the factor.
+    """
 
     start: int
     w_BO: Tensor
@@ -200,19 +204,22 @@ class Columns:
     keep_BO: Tensor | None
 
     def ahead(self, at: int) -> tuple[Tensor, Tensor | None]:
-        """Weights and mask from a column of the block on."""
+        """Weights and mask from a column of the block onwards."""
         return self.w_BO[at:], None if self.keep_BO is None else self.keep_BO[at:]
 
 
 def strip_of(rounding: Rounding, mask: Mask | None) -> int:
-    """Columns of a strip that is taken one by one: strips hold groups, or groups strips."""
+    """The number of columns in a strip that is done column by column.
+
+    A strip holds whole groups, or a group holds whole strips.
+    """
     aligned = (rounding.aligned, mask.aligned if mask else 1)
     group = lcm(*aligned)
     return STRIP if all(each % STRIP == 0 or STRIP % each == 0 for each in aligned) else group * max(1, STRIP // group)
 
 
 def at_once(w_OI: Tensor, upper_II: Tensor, rounding: Rounding, mask: Mask | None) -> int:
-    """Columns of a strip that one launch takes; 0 where they are taken one by one."""
+    """The number of columns in a strip that one kernel launch does; 0 if the columns are done one by one."""
     if not solver.usable(w_OI) or upper_II.stride(1) != 1 or not isinstance(rounding, Launchable):
         return 0
     strip = rounding.strip(LAUNCH)
@@ -221,7 +228,7 @@ def at_once(w_OI: Tensor, upper_II: Tensor, rounding: Rounding, mask: Mask | Non
 
 
 def one_by_one(columns: Columns, part: slice, rounding: Rounding, mask: Mask | None) -> None:
-    """Change the columns of a strip, and push their errors onto those of them that follow."""
+    """Change the columns of a strip, and push their errors onto the later columns of the strip."""
     w_BO, u_BB, e_BO = columns.w_BO, columns.u_BB, columns.e_BO
     for j in range(part.start, part.stop, rounding.width):
         if mask and columns.keep_BO is not None:
@@ -234,9 +241,9 @@ def one_by_one(columns: Columns, part: slice, rounding: Rounding, mask: Mask | N
 
 
 def in_one_launch(columns: Columns, part: slice, rounding: Rounding, mask: Mask | None) -> None:
-    """The same on a GPU, up to the rounding of sums."""
+    """The same in one kernel launch on a GPU, equal up to rounding in the sums."""
     w_BO, keep_BO = columns.w_BO, columns.keep_BO
-    if mask and keep_BO is not None:  # the first grid is fitted to what the first group keeps
+    if mask and keep_BO is not None:  # the first grid is fitted to the weights that the first group keeps
         mask.reach(part.start, w_BO, columns.u_BB.diagonal(), keep_BO)
     at = slice(columns.start + part.start, columns.start + part.stop)
     steps = rounding.steps(at, *columns.ahead(part.start)) if isinstance(rounding, Launchable) else None
@@ -249,7 +256,7 @@ def in_one_launch(columns: Columns, part: slice, rounding: Rounding, mask: Mask 
 
 
 def left_by(change_BO: Tensor, u_BB: Tensor) -> Tensor:
-    """The errors that a change of these columns leaves to those after them, U^-ᵀ (w - q)."""
+    """The errors that a change of these columns leaves for the columns after them, U^-ᵀ (w - q)."""
     if len(u_BB) == 1:
         return change_BO / u_BB
     errors_BO: Tensor = torch.linalg.solve_triangular(u_BB.T, change_BO, upper=False)

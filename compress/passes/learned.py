@@ -1,11 +1,11 @@
-"""Learning the weights of a block by its output; and learned rounding: which values of their grids they take.
+"""Learning the weights of a block from the error of its output, and learned rounding to the values of a grid.
 
-The trainer serves anything that has parameters and makes a matrix. Learned rounding is shared by FlexRound and LRQ,
-which differ in what D is. Both refine what a quantizer made, whichever it was, and keep
-its bits, groups and zeros. What D divides is the matrix that lies nearest to the original among those that round to
-the codes as they are: behind rounding to nearest that is the original itself, as in the papers, and behind error
-feedback the start is what that found. Shape suffixes: O out, I in, G groups, S inputs of a group, B batch, T tokens,
-D hidden.
+The trainer serves any module that has parameters and produces a matrix. Learned rounding is shared by FlexRound and
+LRQ, which differ in the form of the divisor exponent D. Both refine the result of any quantizer and keep its bits,
+groups and zeros. The matrix that exp(D) divides is the one nearest to the original among those that round to the
+present codes: after rounding to nearest that is the original itself, as in the papers; after error feedback the
+learning starts from the codes that feedback found. Shape suffixes: O out, I in, G groups, S inputs of a group, B batch,
+T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from compress.passes.base import BlockPass
 from compress.weights import Dense, Diagonal, Hadamard, Masked, Permutation, Product, Quantized, Weight
 from compress.weights.grid import narrowed, stored_scale
 
-EDGE = 1e-3  # of a step: how far inside its cell an entry lies at least at the start
-LOOKS = 10  # at the held-out windows, evenly spaced over the steps
+EDGE = 1e-3  # of a step: the least distance of an entry from the edge of its rounding cell at the start
+LOOKS = 10  # evaluations on the held-out windows, evenly spaced over the steps
 
 
 # -- one matrix ------------------------------------------------------------------------------------
@@ -38,7 +38,8 @@ LOOKS = 10  # at the held-out windows, evenly spaced over the steps
 class Snapped(torch.autograd.Function):
     """step * (clip(round(W / step / exp(D) + zero)) - zero), [out, groups, size].
 
-    Round has the gradient of the identity; what is clipped has none for D, and that of its code for the step.
+    The rounding has the gradient of the identity. A clipped entry has no gradient for D; its gradient for the step is
+    that of its code.
     Source: Lee et al., FlexRound, ICML 2023, equation 2.
     """
 
@@ -52,7 +53,7 @@ class Snapped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_OGS: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-        """For the steps and for D."""
+        """The gradients for the steps and for D."""
         at, codes, step_OG = ctx.saved_tensors
         moved = torch.where((at - codes).abs() <= 0.5, at - ctx.zero, 0.0)
         per_step = (g_OGS * (codes - ctx.zero - moved)).sum(-1).sum_to_size(step_OG.shape)
@@ -60,13 +61,13 @@ class Snapped(torch.autograd.Function):
 
 
 def divided(w_OGS: Tensor, step_OG: Tensor, d_OGS: Tensor, zero: Tensor | float, top: int) -> tuple[Tensor, Tensor]:
-    """Where the divided weights lie among codes 0 to `top`, and the codes that are nearest."""
+    """The divided weights in units of codes, before rounding, and the nearest codes from 0 to `top`."""
     at = torch.exp(-d_OGS).mul_(w_OGS).div_(step_OG[..., None]).add_(zero)
     return at, at.round().clamp_(0, top)
 
 
 class Kept(torch.autograd.Function):
-    """Steps as they are stored, with the gradient of what they are rounded from."""
+    """Rounds steps to their stored values, with the gradient of the identity."""
 
     @staticmethod
     def forward(ctx: Any, step: Tensor) -> Tensor:
@@ -76,13 +77,13 @@ class Kept(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Handed on."""
+        """The gradient, unchanged."""
         del ctx
         return gradient
 
 
 class Rounder(nn.Module):
-    """The matrix W' that `now` becomes with D, a module that gives [out, in], and with other steps; float32."""
+    """The matrix W' that `now` becomes with other steps and with D, which the module `d` returns; float32 [out, in]."""
 
     def __init__(self, now: Quantized, w_OI: Tensor, d: nn.Module) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class Rounder(nn.Module):
         self.log_step = nn.Parameter(now.scale.float().log())
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | float, int]:
-        """What W' is made of."""
+        """The arguments of `Snapped`."""
         d_OGS = self.d().unflatten(1, (self.w_OGS.shape[1], -1))
         step: Tensor = Kept.apply(self.log_step.exp())  # type: ignore[no-untyped-call]  # torch has no types for it
         return self.w_OGS, step, d_OGS, self.zero, self.top
@@ -111,12 +112,12 @@ class Rounder(nn.Module):
 
 
 def zero_of(now: Quantized) -> Tensor | float:
-    """The code of zero, which may lie between codes."""
+    """The zero point in units of codes; it may lie between two codes."""
     return 2.0 ** (now.bits - 1) if now.zero is None else now.zero.float()[..., None]
 
 
 def in_cells(now: Quantized, w_OI: Tensor) -> Tensor:
-    """W in steps from its zero, [out, groups, size], each entry moved no further than it takes to round to its code."""
+    """W relative to the zero, in steps, [out, groups, size], each entry clamped to the cell of its code."""
     codes_OGS = now.codes.float().unflatten(1, (now.scale.shape[1], -1))
     low = torch.where(codes_OGS == 0, -torch.inf, codes_OGS - 0.5 + EDGE)
     high = torch.where(codes_OGS == 2**now.bits - 1, torch.inf, codes_OGS + 0.5 - EDGE)
@@ -126,9 +127,9 @@ def in_cells(now: Quantized, w_OI: Tensor) -> Tensor:
 
 
 def aim(weight: Weight, w_OI: Tensor, site: str) -> tuple[Quantized, Tensor]:
-    """The grid in an expression, and what it is to approximate if the expression is to approximate W.
+    """The grid inside an expression, and the matrix it has to approximate for the expression to approximate W.
 
-    Raises UnsupportedWeight if there is none, or if it is not alone.
+    Raises UnsupportedWeight if the expression has no grid, or other terms beside it.
     """
     match weight:
         case Quantized():
@@ -142,7 +143,7 @@ def aim(weight: Weight, w_OI: Tensor, site: str) -> tuple[Quantized, Tensor]:
 
 
 def refilled(weight: Weight, values: Weight) -> Weight:
-    """An expression that `aim` knows, with other values in place of its grid."""
+    """An expression that `aim` supports, with `values` in place of its grid."""
     match weight:
         case Masked(_, mask_OI, name):
             return Masked(values, mask_OI, name)
@@ -153,15 +154,15 @@ def refilled(weight: Weight, values: Weight) -> Weight:
 
 
 class Learner(nn.Module):
-    """What learns the matrix [out, in] of a site: `forward` gives it."""
+    """A module that learns the matrix [out, in] of a site; `forward` returns it."""
 
     def result(self) -> Weight:
-        """The expression that denotes exactly what `forward` gives."""
+        """The expression that denotes exactly what `forward` returns."""
         raise NotImplementedError
 
 
 class Refilled(Learner):
-    """An expression whose grid is that of a rounder."""
+    """An expression whose grid comes from a rounder."""
 
     def __init__(self, weight: Weight, rounder: Rounder) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ class Refilled(Learner):
         return refilled(self.weight, Dense(self.rounder())).dense()
 
     def result(self) -> Weight:
-        """With codes."""
+        """The expression with codes."""
         return refilled(self.weight, self.rounder.quantized())
 
 
@@ -180,9 +181,9 @@ class Refilled(Learner):
 
 
 class Trainee:
-    """A copy of a block that computes with the matrices of `learners`, by site, and knows what it should compute.
+    """A copy of a block that computes with the matrices of `learners`, by site, and its error against the dense block.
 
-    It computes in bfloat16 where the model does, which is fast and what counts in the end, else in float32.
+    It computes in bfloat16 where the model does, which is fast and is what counts in the end, otherwise in float32.
     """
 
     def __init__(self, block: Block, sites: Sequence[Site], learners: Mapping[str, Learner]) -> None:
@@ -197,7 +198,7 @@ class Trainee:
         self.targets = block.targets()
 
     def matrices(self) -> list[Tensor]:
-        """The matrix of each site, which the copy computes with from now on."""
+        """The matrix of each site, after copying them all into the block."""
         made = [self.learners[site.name]() for site in self.sites]
         with torch.no_grad():
             for site, w_OI in zip(self.sites, made, strict=True):
@@ -205,12 +206,12 @@ class Trainee:
         return made
 
     def error(self, index: int) -> Tensor:
-        """The mean squared distance of a batch's output from that of the dense block on the dense hidden states."""
+        """The mean squared distance of a batch's output from that of the dense block for the dense hidden states."""
         out_BTD = self.block.batches[index].through(self.module, self.block.index, dtype=self.dtype)
         return (out_BTD.float() - self.targets[index].float()).square().mean()
 
     def learn(self, index: int, unit: float) -> None:
-        """Add the gradients of the error on a batch, in `unit`, to the parameters of the learners."""
+        """Add the gradients of the error on a batch, divided by `unit`, to the parameters of the learners."""
         made = self.matrices()
         self.module.zero_grad()
         (self.error(index) / unit).backward()
@@ -218,7 +219,7 @@ class Trainee:
         torch.autograd.backward([w_OI for w_OI, _ in reached], [self.gradient(site) for _, site in reached])
 
     def gradient(self, site: Site) -> Tensor | None:
-        """Of the matrix of a site, float32; None if it was not used, as an expert may be."""
+        """The gradient of the matrix of a site, float32; None if it was not used, as may happen to an expert."""
         whole = self.held[site.name].grad
         return None if whole is None else site.place.within(whole).float()
 
@@ -231,11 +232,11 @@ class Trainee:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer(BlockPass):
-    """Learn the weights of a block by its output; a subclass says what is learned of each.
+    """A pass that learns the weights of a block from the error of its output; a subclass defines what is learned.
 
-    Adam at a rate that falls to 0 with a cosine; batches in random order. Of the start and LOOKS later states, that
-    which is best on windows that are not learned from is kept. Costs a copy of the block, a third copy of the
-    calibration activations, and `steps` forwards and backwards of `batch` windows a block.
+    Adam with a cosine learning rate that falls to 0; batches come in random order. Of the initial state and LOOKS later
+    ones, the state with the least error on windows that are not learned from is kept. Costs a copy of the block, a
+    third copy of the calibration activations, and `steps` forwards and backwards of `batch` windows a block.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("quantized",)
@@ -247,15 +248,15 @@ class Trainer(BlockPass):
     seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of the order of windows, and of what starts random")] = 0
 
     def outline(self, site: Site) -> Weight | None:
-        """The form stays."""
+        """The same form."""
         return replace(site.weight)
 
     def learner(self, site: Site, generator: torch.Generator) -> Learner:
-        """What is learned of a site, denoting its weight as it is at first."""
+        """The learner of a site; it denotes the site's weight as it is at first."""
         raise NotImplementedError
 
     def rewrite(self, block: Block, sites: Sequence[Site]) -> Mapping[str, Weight]:
-        """What was learned."""
+        """The learned expressions."""
         generator = torch.Generator().manual_seed(self.seed)
         learners = {site.name: self.learner(site, generator).to(site.original.data.device) for site in sites}
         self.tie(sites, learners)
@@ -265,10 +266,10 @@ class Trainer(BlockPass):
         return {site.name: learners[site.name].result() for site in sites}
 
     def tie(self, sites: Sequence[Site], learners: Mapping[str, Learner]) -> None:
-        """Let learners of several sites learn one and the same thing; by default each learns its own."""
+        """Make learners of several sites share parameters; by default they share none."""
 
     def train(self, trainee: Trainee) -> tuple[float, float]:
-        """Leave the best state in the learners; the error on held-out windows at the start and of that state."""
+        """Leave the best state in the learners; return the held-out error at the start and in that state."""
         generator = torch.Generator().manual_seed(self.seed)
         held, seen = self.divide(len(trainee.targets), generator)
         learners = nn.ModuleList(trainee.learners.values())
@@ -290,7 +291,7 @@ class Trainer(BlockPass):
         return before, after
 
     def divide(self, batches: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
-        """Batches that are held out, and those that are learned from, at random; raises CalibrationError if too few."""
+        """Batches held out and batches to learn from, at random; raises CalibrationError if there are too few."""
         order = torch.randperm(batches, generator=generator).tolist()
         few = math.ceil(self.held_out / self.batch)
         if few >= batches:
@@ -303,10 +304,10 @@ class Trainer(BlockPass):
 
 @dataclass(frozen=True, kw_only=True)
 class Learned(Trainer):
-    """Learn how the weights of a block are rounded, and the steps; a subclass says what D is."""
+    """A pass that learns how the weights of a block are rounded, and the steps; a subclass defines the form of D."""
 
     def divisor(self, shape: tuple[int, int], generator: torch.Generator) -> nn.Module:
-        """D [out, in], 0 at first."""
+        """The module that returns D [out, in], 0 at first."""
         raise NotImplementedError
 
     def learner(self, site: Site, generator: torch.Generator) -> Learner:
@@ -316,11 +317,11 @@ class Learned(Trainer):
 
 
 def saved(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state."""
+    """A copy of the module's state."""
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def shuffled(items: Sequence[int], generator: torch.Generator) -> Iterator[int]:
-    """The items over and over, each time in another order."""
+    """The items over and over, each time in a new random order."""
     while True:
         yield from (items[i] for i in torch.randperm(len(items), generator=generator).tolist())

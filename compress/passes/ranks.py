@@ -1,7 +1,8 @@
-"""The arithmetic of sharing out ranks: parts of the model with falling energies, one number of parameters for all.
+"""The arithmetic of allocating ranks: parts of the model with falling energies share one budget of parameters.
 
-A part is a matrix, or those that share a right factor, one above the other. Of a part either the first r directions
-are kept, at out + in parameters each, or all of it, at out x in: whatever is no shorter as factors stays whole.
+A part is a matrix, or several stacked by rows that share a right factor. Of a part either the first r directions are
+kept, at out + in parameters each, or all of it, at out x in: a part whose factors would hold no fewer parameters stays
+whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from compress.passes.whitened import most_rank, rank_within
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Sites that are factored together, the shape of them all, and a falling number for each direction, float64."""
+    """Sites that are factored together, the shape of them stacked, and a falling number for each direction, float64."""
 
     sites: tuple[str, ...]
     shape: tuple[int, int]
@@ -29,7 +30,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        """Its parameters, whole."""
+        """Its parameters if it stays whole."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -39,33 +40,33 @@ class Part:
 
     @property
     def most(self) -> int:
-        """The largest rank that is shorter than the whole."""
+        """The largest rank whose factors hold fewer parameters than the whole."""
         return most_rank(self.shape)
 
     def removed(self, rank: int | None) -> float:
-        """The share of its parameters that this rank removes; None is the whole."""
+        """The share of its parameters that this rank removes; None stands for the whole part."""
         return 0.0 if rank is None else 1 - rank * self.step / self.size
 
 
 def factored_together(block: Block, step: Factorizer) -> Iterator[list[Site]]:
-    """The sites of a block that `step` selects, one by one or by what they read."""
+    """The sites of a block that `step` selects, one by one, or with `shared` grouped by the input they read."""
     for group in block.groups:
         chosen = [site for site in group if fnmatchcase(site.name, step.sites)]
         yield from ([chosen] if chosen else []) if step.shared else ([site] for site in chosen)
 
 
 def part_of(sites: Sequence[Site], falling: Tensor) -> Part:
-    """Sites with the number of each direction, wherever it was computed."""
+    """A part of these sites, with its falling numbers moved to the CPU."""
     shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
     return Part(sites=tuple(site.name for site in sites), shape=shape, falling=falling.double().cpu())
 
 
 def cheapest(parts: Sequence[Part], budget: int) -> list[int | None]:
-    """The rank of each part, None for the whole, that keeps most of the sum of `falling` within `budget` parameters.
+    """The rank of each part, None for whole, that keeps most of the sum of `falling` within `budget` parameters.
 
-    The best ratio of energy to parameters first, over all directions of all parts: exact for parts that are factored,
-    because energies fall. A part that would come to need no fewer parameters than the whole stays whole, and what that
-    spares is shared out again. At least one direction of each is kept.
+    The best ratio of energy to parameters is taken first, over all directions of all parts. This is exact for the parts
+    that are factored, because energies fall. A part whose factors would need no fewer parameters than the whole stays
+    whole, and the budget that is left is allocated again among the others. At least one direction of each part is kept.
     """
     whole: set[int] = set()
     while True:
@@ -80,7 +81,7 @@ def cheapest(parts: Sequence[Part], budget: int) -> list[int | None]:
 
 
 def shared_out(parts: Sequence[Part], budget: int) -> list[int]:
-    """Ranks by falling ratio of energy to parameters, at least one each, while they fit."""
+    """Ranks in the order of falling ratio of energy to parameters, while they fit; at least one for each part."""
     if not parts:
         return []
     gains = torch.cat([part.falling / part.step for part in parts])
@@ -94,7 +95,7 @@ def shared_out(parts: Sequence[Part], budget: int) -> list[int]:
 
 
 def above(parts: Sequence[Part], level: float) -> list[int | None]:
-    """The rank of each part that keeps what lies at or above `level`, None where that is no shorter than the whole."""
+    """The rank of each part that keeps what lies at or above `level`; None where its factors would be no smaller."""
     counts = [max(1, int((part.falling >= level).sum())) for part in parts]
     return [None if count > part.most else count for count, part in zip(counts, parts, strict=True)]
 
@@ -105,10 +106,10 @@ def parameters(parts: Sequence[Part], ranks: Sequence[int | None]) -> int:
 
 
 def given(parts: Sequence[Part], ranks: Sequence[int | None]) -> dict[str, float]:
-    """The share removed, of each site."""
+    """The share removed from each site."""
     return {site: p.removed(rank) for p, rank in zip(parts, ranks, strict=True) for site in p.sites}
 
 
 def budget_of(parts: Sequence[Part], removed: float) -> int:
-    """The parameters that are left of all parts if each loses this share and is cut to whole ranks."""
+    """The parameters left of all parts if each loses this share, rounded down to whole ranks."""
     return sum(p.size if not removed else rank_within(1 - removed, p.shape) * p.step for p in parts)

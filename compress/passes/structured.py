@@ -1,8 +1,8 @@
-"""Heads and neurons removed from every block alike, whatever says which of them matter.
+"""Removing heads and neurons, equally many from every block; the score that ranks them is left to subclasses.
 
 A head goes with its whole key-value group: the key and value head, the query heads that read it, and their columns of
 o_proj. A neuron is a row of gate_proj and up_proj and the column of down_proj. A configuration has one head count and
-one width for all blocks, so every block loses equally many. Sizes suffixes: O out, I in, T tokens, G groups, K kept.
+one width for all blocks, so every block loses equally many. Shape suffixes: O out, I in, T tokens, G groups, K kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.passes.base import Reshape
 
-OUT, NEURON = "self_attn.o_proj", "mlp.down_proj"  # the readers of heads and of neurons
+OUT, NEURON = "self_attn.o_proj", "mlp.down_proj"  # the matrices that read the heads and the neurons
 HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", OUT)
 NEURONS = ("mlp.gate_proj", "mlp.up_proj", NEURON)
 FLAGS = {OUT: "attention_bias", NEURON: "mlp_bias"}
@@ -52,15 +52,15 @@ class Sizes:
     kept_neurons: int
 
     def channels(self, reader: str) -> int:
-        """Inputs of a reader that go together."""
+        """The number of inputs of a reader that belong to one part."""
         return self.repeats * self.width if reader == OUT else 1
 
     def parts(self, reader: str) -> tuple[int, int]:
-        """How many parts a reader has before and after."""
+        """The number of parts of a reader before and after."""
         return (self.groups, self.kept_groups) if reader == OUT else (self.neurons, self.kept_neurons)
 
     def removed(self) -> str:
-        """What goes, for people."""
+        """What is removed, as text for the user."""
         names = {OUT: "key-value heads with their query heads", NEURON: "neurons"}
         counts = {reader: self.parts(reader) for reader in self.readers}
         said = [f"{before - after} of {before} {names[reader]}" for reader, (before, after) in counts.items()]
@@ -68,13 +68,13 @@ class Sizes:
 
     @property
     def readers(self) -> list[str]:
-        """The readers that lose something."""
+        """The readers that lose parts."""
         return [reader for reader in (OUT, NEURON) if self.parts(reader)[0] != self.parts(reader)[1]]
 
 
 @dataclass
 class Choice:
-    """Of each reader, by its module's name: the parts kept, in order, and what its output gains for good."""
+    """The parts kept of each reader, in order, by its module's name, and the constant that its output gains."""
 
     kept: dict[str, Tensor] = field(default_factory=dict)
     gain_O: dict[str, Tensor] = field(default_factory=dict)
@@ -82,27 +82,27 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredPruner(Reshape):
-    """Remove the heads and neurons of lowest score; a subclass says what one is worth."""
+    """Remove the heads and neurons with the lowest score; a subclass defines the score."""
 
     heads: Annotated[float, Field(ge=0, lt=1, description="share of each block's key-value groups removed")] = 0.0
     neurons: Annotated[float, Field(ge=0, lt=1, description="share of each block's MLP neurons removed")] = 0.25
     multiple: Annotated[int, Field(ge=1, description="the neurons kept are a multiple of this")] = 8
 
     def score(self, site: Site) -> Tensor:
-        """What each input of o_proj or down_proj is worth, [in]."""
+        """The score of each input of o_proj or down_proj, [in]."""
         raise NotImplementedError
 
     def pool(self, score_GC: Tensor) -> Tensor:
-        """The worth of each group of channels, [groups]."""
+        """The score of each group, [groups], from those of its channels."""
         return score_GC.sum(1)
 
     def constant(self, site: Site) -> Tensor:
-        """What stands for each input once it is removed, [in]."""
+        """The constant that replaces each input once it is removed, [in]."""
         return torch.zeros(site.shape[1], device=site.original.data.device)
 
     @property
     def compensates(self) -> bool:
-        """Whether biases take over those constants; else they must be zero."""
+        """Whether biases take over those constants; if not, they must be zero."""
         return False
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
@@ -118,7 +118,7 @@ class StructuredPruner(Reshape):
         return narrowed(walk, source, sizes, choice, self.name)
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
-        """The model with the best heads and neurons; each block is measured behind what was removed before it."""
+        """The model with the best heads and neurons; each block is measured after the removals before it."""
         sizes, walk = self.sizes(model.walk), model.walk
         choice = Choice()
         with ExitStack() as cuts:
@@ -148,7 +148,7 @@ class StructuredPruner(Reshape):
     def sizes(self, walk: Walk) -> Sizes:
         """The sizes before and after.
 
-        Raises UnsupportedWeight for a family whose heads or neurons are not kept this way, RecipeError if nothing
+        Raises UnsupportedWeight for a family that does not store heads or neurons this way, RecipeError if nothing
         would be removed.
         """
         text = walk.model.config.get_text_config()
@@ -168,7 +168,7 @@ class StructuredPruner(Reshape):
         return sizes
 
     def kept_neurons(self, neurons: int) -> int:
-        """How many of so many neurons stay; all if none shall go."""
+        """How many of `neurons` stay; all of them if the option is 0."""
         return self.multiple * round((1 - self.neurons) * neurons / self.multiple) if self.neurons else neurons
 
     def check_sizes(self, walk: Walk, sizes: Sizes) -> None:
@@ -210,14 +210,14 @@ def require(walk: Walk, parts: tuple[str, ...], family: str, option: str) -> Non
 
 
 def removed(kept_K: Tensor, sizes: Sizes, reader: str) -> Tensor:
-    """Which inputs of a reader go, bool [in]."""
+    """Which inputs of a reader are removed, bool [in]."""
     gone_G = torch.ones(sizes.parts(reader)[0], dtype=torch.bool, device=kept_K.device)
     gone_G[kept_K] = False
     return gone_G.repeat_interleave(sizes.channels(reader))
 
 
 def silence(cut_I: Tensor, constant_I: Tensor) -> Callable[..., Any]:
-    """A forward pre-hook that puts a constant in the place of the inputs that are cut."""
+    """A forward pre-hook that replaces the removed inputs by constants."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (torch.where(cut_I, constant_I.to(args[0].dtype), args[0]), *args[1:])
@@ -229,7 +229,7 @@ def silence(cut_I: Tensor, constant_I: Tensor) -> Callable[..., Any]:
 
 
 def narrowed(walk: Walk, source: Checkpoint, sizes: Sizes, choice: Choice, step: str) -> Reshaped:
-    """The model with the chosen parts of each block, and with biases where its readers gain something."""
+    """The model with the chosen parts of each block, and with biases where the output of a reader gains a constant."""
     config = source.config
     if OUT in sizes.readers:
         config = with_text(
@@ -250,7 +250,7 @@ def narrowed(walk: Walk, source: Checkpoint, sizes: Sizes, choice: Choice, step:
 
 
 def entries(parameter: str, sizes: Sizes, kept: Mapping[str, Tensor]) -> tuple[Tensor | None, int]:
-    """Which entries of a parameter stay, and along which axis; None if all do."""
+    """Which entries of a parameter stay, and along which axis; None if all of them do."""
     module, _, kind = parameter.rpartition(".")
     for reader, parts in ((OUT, HEADS), (NEURON, NEURONS)):
         role = next((part for part in parts if module.endswith(f".{part}")), "")
@@ -264,9 +264,9 @@ def entries(parameter: str, sizes: Sizes, kept: Mapping[str, Tensor]) -> tuple[T
 def with_biases(
     walk: Walk, config: dict[str, Any], sizes: Sizes, step: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A config whose readers have biases, and the parameters that it means, on the meta device.
+    """A config whose readers have biases, and the parameters that it implies, on the meta device.
 
-    Raises RecipeError for a family that cannot say so.
+    Raises RecipeError for a family whose config cannot express them.
     """
     text = walk.model.config.get_text_config()
     bare = [reader for reader in sizes.readers if walk.anatomy.modules[f"{walk.path}.0.{reader}"].bias is None]
@@ -284,7 +284,7 @@ def with_biases(
 def biases(
     walk: Walk, source: Checkpoint, wanted: Mapping[str, Tensor], gain_O: Mapping[str, Tensor]
 ) -> dict[str, Made]:
-    """The biases of readers with what they gain, and zeros for the others that the config now asks for."""
+    """The biases of readers with the constants they gain, and zeros for the others that the config now implies."""
     found: dict[str, Made] = {}
     for name in source.names():
         weight = parameter_of(walk.anatomy, name)
@@ -300,7 +300,7 @@ def biases(
 
 
 def adder(source: Checkpoint, old: str | None, gain_O: Tensor) -> Callable[[], Tensor]:
-    """Makes a bias: what was there, if anything, and what is gained; float32."""
+    """A function that makes a bias, float32: the old one, if there was one, plus the constant."""
     return lambda: gain_O.cpu() if old is None else source.tensor(old).float() + gain_O.cpu()
 
 
