@@ -81,8 +81,8 @@ class SitePass(Pass):
     """A pass that rewrites the weights of the sites it selects: a `WeightPass` or a `BlockPass`."""
 
     unfed: ClassVar[str] = ""  # what it does instead at an expert that too few tokens reached, for the record
-    # the forms it can rewrite, of dense, pruned, split, factored, permuted, rotated, quantized and signed; () means that
-    # this is not checked beforehand, and the run finds out
+    # the forms it can rewrite, of dense, pruned, split, factored, permuted, rotated, quantized and signed; with () this
+    # is not checked beforehand, and the run finds out
     takes: ClassVar[tuple[str, ...]] = ()
     gives: ClassVar[str] = ""  # the form of the result; "" if not stated
     on_differences: ClassVar[bool] = True  # whether it can be applied to the difference from a base model

@@ -1,1 +1,1 @@
-"""Pruning: score x pattern; one file, one paper."""
+"""Pruning: score x pattern; one file for each paper."""

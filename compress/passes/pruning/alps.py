@@ -1,4 +1,4 @@
-"""ALPS: the mask and the values together, by the alternating direction method of multipliers.
+"""ALPS: mask and values together, by the alternating direction method of multipliers (ADMM).
 
 Shape suffixes: O out, I in.
 """
@@ -20,20 +20,21 @@ from compress.passes.pruning.reconstruct import least_squares
 from compress.stats import Gram
 from compress.weights import Dense, Masked, Pattern, Weight
 
-UPDATE_EVERY = 3  # iterations between two penalties; from here on the numbers are those of the released code
+UPDATE_EVERY = 3  # iterations between two updates of the penalty; all numbers here are those of the released code
 FAST, SLOW = 0.1, 0.005  # shares of the support that changed
-GROWTH = (1.3, 1.2, 1.1)  # of the penalty if more than FAST changed, more than SLOW, anything
-SHRINK = 5.0  # of the penalty instead of the last, or of stopping, while it was never raised
-SETTLED = 3e-4  # share of the support that changed, below which it ends after EARLIEST iterations
+GROWTH = (1.3, 1.2, 1.1)  # factor of the penalty if more than FAST changed, more than SLOW, or less
+SHRINK = 5.0  # divisor of the penalty in the last case, and instead of stopping, while it was never raised
+SETTLED = 3e-4  # changed share of the support below which it ends, from iteration EARLIEST on
 EARLIEST = 30
-POLISH = 10  # steps of conjugate gradients on the final support
+POLISH = 10  # conjugate-gradient steps on the final support
 
 
 @dataclass(frozen=True, kw_only=True)
 class ALPS(FactorPruner, name="alps"):
-    """Minimise the squared error of the output over all weights of the pattern: ADMM, then least squares on the mask.
+    """Minimise the squared output error over all weights that follow the pattern: ADMM, then least squares on its mask.
 
-    The objective is SparseGPT's; the eigenvectors of the Gram, once for each input, make every iteration two products.
+    The objective is that of SparseGPT. The eigenvectors of the Gram, computed once for each input, reduce every
+    iteration to two matrix products.
     Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for LLMs", NeurIPS 2024,
     algorithm 1 and section 3.3, with the schedule of the released code.
     """
@@ -69,7 +70,7 @@ class ALPS(FactorPruner, name="alps"):
 
 
 def eigen(gram_II: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, found in float64, as float32."""
+    """Eigenvalues and eigenvectors, computed in float64, returned in float32."""
     values_I, vectors_II = torch.linalg.eigh(gram_II.double())
     return values_I.float(), vectors_II.float()
 

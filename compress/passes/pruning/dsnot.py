@@ -1,7 +1,7 @@
-"""DSnoT: swap pruned for kept weights until the expected output of each row is that of the dense one.
+"""DSnoT: swap pruned weights for kept ones until the expected output of each row is that of the dense row.
 
-The core, `dsnot`, knows only matrices and works on all rows at once. Shape suffixes: O out, I in, M inputs of a group,
-K cycles.
+The core, `dsnot`, works on plain matrices, all rows at once. Shape suffixes: O out, I in, M inputs of a group, K
+cycles.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ATTENTION = ("attn", "attention")
 
 @dataclass(frozen=True, kw_only=True)
 class DSnoT(Refiner, name="dsnot"):
-    """Restore the pruned weight that moves a row's expected error most towards zero, drop a quiet kept one; repeat.
+    """Restore the cut weight that best reduces a row's expected error, cut the kept one of lowest score, and repeat.
 
-    Weights keep their original values. `guarded` accepts a swap only if it makes the error smaller; `reference` swaps
-    as the released code does, which overshoots: without a rule where rows compete, under n:m only while the error keeps
-    its sign; `paper` looks at all weights anew in every cycle, without a rule. The criterion is the mean error, which
-    says little of the squared one: with `measure` both are recorded, before and after.
-    Source: Zhang et al., "Dynamic Sparse No Training", ICLR 2024, equations 3-6 and algorithm 1. Deviations: channels
-    without variance are not grown (the released code divides by zero and grows them first); exhausted queues freeze a
-    row; under n:m a weight is not dropped twice.
+    Weights keep their original values. `guarded` accepts a swap only if it reduces the error. `reference` swaps as the
+    released code does and so overshoots: it accepts every swap where rows compete, and under n:m only swaps after which
+    the error keeps its sign. `paper` considers all weights anew in every cycle and accepts every swap. The criterion is
+    the mean error, which says little about the squared error; with `measure` both are recorded, before and after.
+    Source: Zhang et al., "Dynamic Sparse No Training", ICLR 2024, equations 3-6 and algorithm 1. Deviations: weights of
+    channels without variance are not restored (the released code divides by zero and restores them first); a row stops
+    when its queue is exhausted; under n:m a weight is not cut twice.
     """
 
     form: Annotated[Form, Field(description="guarded, reference or paper")] = "guarded"
@@ -56,7 +56,7 @@ class DSnoT(Refiner, name="dsnot"):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """Norms and moments of the input."""
+        """Norms and moments of the input; with `measure` also its Gram."""
         return (ColumnNorm, Moments, Gram) if self.measure else (ColumnNorm, Moments)
 
     def rewrite(self, site: Site) -> Weight:
@@ -89,8 +89,9 @@ def dsnot(
 ) -> Tensor:  # fmt: skip
     """The refined mask, True = kept, with as many kept in each row, and in each group of `m` inputs if m is not 0.
 
-    `mean_I` and `variance_I` are those of the inputs, `norm_I` their L2 norms; `threshold` is in units of w times mean.
-    The error of a row is the sum of w times mean over what is cut: what the dense row is expected to give more.
+    `mean_I` and `variance_I` are the means and variances of the inputs, `norm_I` their L2 norms; `threshold` is in
+    units of weight times mean. The error of a row is the sum of weight times mean over its cut weights, which is the
+    expected difference between the dense output and the pruned one.
     """
     state = Rows(w_OI, keep_OI, mean_I, variance_I, norm_I, m, power, anew=form == "paper", depth=cycles)
     if solver.usable(w_OI) and form != "paper":
@@ -113,11 +114,11 @@ def dsnot(
 
 
 class Rows:
-    """The masks of all rows on their way, and which weight each would grow and drop next.
+    """The masks of all rows during refinement, and the next weight to restore and to cut in each row.
 
-    Merits are static: queues of the best are built once for either sign of the error, and an entry that was swapped is
-    never looked at again; with `anew`, the best is looked for among all entries in every cycle. Under n:m what is
-    dropped is the quietest kept weight of the group that grows, whatever its sign.
+    Scores are static: queues of the best candidates are built once for either sign of the error, and an entry that was
+    swapped is never considered again. With `anew`, the best is searched among all entries in every cycle. Under n:m the
+    weight to cut is the kept one of lowest score in the group that restores one, whatever its sign.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Rows:
         *, anew: bool, depth: int,
     ) -> None:  # fmt: skip
         self.keep_OI, self.m, self.anew = keep_OI.clone(), m, anew
-        self.part_OI = w_OI * mean_I  # what each weight is expected to give
+        self.part_OI = w_OI * mean_I  # expected contribution of each weight to the output
         self.quiet_OI = w_OI.abs() * norm_I
         self.merit_OI = torch.where(
             (variance_I > 0) | (power == 0), self.part_OI / variance_I.clamp(min=1e-30) ** power, 0
@@ -140,23 +141,23 @@ class Rows:
             self.drop = [self.quiet_of(s).topk(self.depth, 1, largest=False) for s in signs] if not m else []
 
     def exchanged(self, *, guarded: bool, cycles: int, threshold: float) -> Tensor:
-        """The mask after all cycles, in one launch; queues only."""
+        """The mask after all cycles, computed in one kernel launch; only for queues."""
         return solver.exchange(
             self.part_OI, self.keep_OI, self.error_O, queue(self.grow), self.quiet_OI if self.m else queue(self.drop),
             m=self.m, guarded=guarded, cycles=cycles, threshold=threshold,
         )  # fmt: skip
 
     def merit_of(self, sign: float | Tensor) -> Tensor:
-        """What restoring each cut weight is worth while the error has this sign; -inf where it may not."""
+        """The merit of restoring each cut weight while the error has this sign; -inf where it may not be restored."""
         merit_OI = self.merit_OI * sign
         return merit_OI.masked_fill(self.keep_OI | (merit_OI <= 0), -torch.inf)
 
     def quiet_of(self, sign: float | Tensor) -> Tensor:
-        """How loud each kept weight is whose loss moves the error to zero; inf where it may not go."""
+        """The score |w| * norm of each kept weight whose removal moves the error towards zero; inf for all others."""
         return self.quiet_OI.masked_fill(~self.keep_OI | (self.part_OI * sign >= 0), torch.inf)
 
     def candidates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(grow, drop, valid), each [out]."""
+        """(weight to restore, weight to cut, whether both exist), each [out]."""
         sign_O = self.error_O.sign()
         if self.anew:
             value_O, grow_O = self.merit_of(sign_O[:, None]).max(1)
@@ -171,7 +172,7 @@ class Rows:
         return grow_O, drop_O, value_O.isfinite() & level_O.isfinite()
 
     def head(self, queues: Sequence[tuple[Tensor, Tensor]], at: Tensor, sign_O: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and index at the head of the queue of each row's sign; not finite where it has run out."""
+        """Value and index at the head of the queue for each row's sign; not finite where the queue has run out."""
         heads = []
         for (value_OK, index_OK), place_O in zip(queues, at, strict=True):
             inside_O1 = place_O.clamp(max=self.depth - 1)[:, None]
@@ -181,7 +182,7 @@ class Rows:
         return torch.where(plus_O, heads[0][0], heads[1][0]), torch.where(plus_O, heads[0][1], heads[1][1])
 
     def quietest_beside(self, grow_O: Tensor) -> tuple[Tensor, Tensor]:
-        """Score and index of the quietest kept weight, not swapped before, in the group of each candidate."""
+        """Score and index of the lowest kept weight, not swapped before, in the group of each weight to restore."""
         beside_OM = grow_O[:, None] // self.m * self.m + torch.arange(self.m, device=grow_O.device)
         closed_OM = ~self.keep_OI.gather(1, beside_OM) | self.used_OI.gather(1, beside_OM)
         level_O, place_O = self.quiet_OI.gather(1, beside_OM).masked_fill(closed_OM, torch.inf).min(1)
@@ -192,7 +193,7 @@ class Rows:
         return self.part_OI.gather(1, index_O[:, None])[:, 0]
 
     def swap(self, grow_O: Tensor, drop_O: Tensor, after_O: Tensor, active_O: Tensor) -> None:
-        """Exchange one weight in each active row, and move on in the queues it used."""
+        """Swap one pair in each active row, and advance the queues that it used."""
         rows = active_O.nonzero()[:, 0]
         side = (self.error_O[rows] < 0).long()
         self.at[0, side, rows] += 1
@@ -206,6 +207,6 @@ class Rows:
 
 
 def queue(signs: Sequence[tuple[Tensor, Tensor]]) -> solver.Queue:
-    """The queues of either sign, as a kernel takes them."""
+    """The queues of either sign in the layout that the kernel takes."""
     values, indices = zip(*signs, strict=True)
     return solver.Queue(value=torch.stack(values), index=torch.stack(indices).int())

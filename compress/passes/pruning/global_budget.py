@@ -1,4 +1,4 @@
-"""One competition over the whole model."""
+"""A budget from one competition of scores over the whole model."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from compress.model.whole import Whole
 from compress.passes.base import Budget, Pruner, Sparsity, WeightPass
 from compress.passes.budget import as_asked, density
 
-COARSE = 14  # low bits of a float32 that are dropped: scores in a bin differ by less than a part in 256
+COARSE = 14  # low bits of a float32 that are dropped: scores in one bin differ by at most a part in 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Global(Budget, name="global"):
-    """Compare the scores of all sites with one threshold: how many of a site's lie below it is its sparsity.
+    """Compare the scores of all sites with one threshold: the share of a site's scores below it is its sparsity.
 
-    With a pruner that competes over whole matrices the mask then is that of one competition over the model, but for
-    the resolution of the scores, a part in 256. It serves magnitude, wanda and ria, whose scores are not made for this:
-    what is large in one layer is small in another, so measure before believing.
+    With a pruner that competes over whole matrices, the masks are then those of one competition over the model, up to
+    the resolution of the scores, a part in 512. It serves magnitude, wanda and ria. Their scores are not comparable
+    across layers (what is large in one is small in another), so measure the result before relying on it.
     Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015, one threshold for all layers.
     """
 
     def check(self, step: WeightPass) -> None:
-        """The pruner must have scores before it begins."""
+        """Raise RecipeError unless the pass is a pruner with scores that exist before pruning begins."""
         if not isinstance(step, Pruner) or type(step).score is Pruner.score:
             raise RecipeError(
                 f"{self.name}: {step.name} has no scores to compare; use magnitude, wanda or ria after it"
             )
 
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
-        """The share of each site's scores below the threshold that drops what `step` asks for."""
+        """The share of each site's scores below the threshold that drops as much as `step` asks for."""
         counts: dict[str, Tensor] = {}
         for block in model.blocks(step.requires, step.sites):
             for site in block.sites.values():
@@ -59,7 +59,10 @@ class Global(Budget, name="global"):
 
 
 def bins(score_OI: Tensor) -> Tensor:
-    """How many scores lie in each bin, by their leading bits, which order floats that are not negative."""
+    """The number of scores in each bin, by leading bits, which order non-negative floats.
+
+    Raises RecipeError if a score is negative.
+    """
     codes = score_OI.float().contiguous().view(torch.int32) >> COARSE
     if bool((codes < 0).any()):
         raise RecipeError("global: scores must not be negative")

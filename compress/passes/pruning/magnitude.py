@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go."""
+"""Magnitude pruning: cut the smallest weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from compress.passes.factor_pruner import FactorPruner
 class Magnitude(FactorPruner, name="magnitude"):
     """Score |w|: a weight matters if it is large. Needs no data.
 
-    Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015; compared over the whole matrix
-    by default, as in the LLM literature.
+    Source: Han et al., "Learning both Weights and Connections", NeurIPS 2015; compared over the whole matrix by
+    default, as in the LLM literature.
     """
 
     scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"

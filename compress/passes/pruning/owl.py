@@ -1,4 +1,4 @@
-"""OWL: blocks with many outliers stay denser."""
+"""OWL: blocks with many outliers keep more weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from compress.stats import ColumnNorm
 
 @dataclass(frozen=True, kw_only=True)
 class OWL(Budget, name="owl"):
-    """Give each block a sparsity by its share of outliers: scores |w| * ||x|| far above the block's mean.
+    """Give each block a sparsity by its share of outliers: scores |w| * ||x|| far above the mean of the block.
 
-    Shares are stretched to a range of 2 x `spread` and centred, so that the mean sparsity is what the next pruner asks
+    Shares are stretched to a range of 2 x `spread` and shifted so that the mean sparsity is what the next pruner asks
     for; every site of a block gets the same. For n:m the range is that of n / m, and n is rounded.
     Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", ICML 2024, equations 1-2 and section 3. Deviations:
     the mean is weighted by parameters, and kept by shifting again where a block would leave [1 %, 100 %].
@@ -33,7 +33,7 @@ class OWL(Budget, name="owl"):
     multiple: Annotated[float, Field(gt=0, le=1e6, description="an outlier is a score above this many means")] = 5.0
 
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
-        """One sparsity a block, for the sites that `step` selects."""
+        """One sparsity per block, for the sites that `step` selects."""
         shares: dict[str, float] = {}
         members: dict[str, list[str]] = {}
         sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Better values under a mask that stays: what the kept weights can make up for.
+"""Better values under a fixed mask: the kept weights compensate the cut ones.
 
 Shape suffixes: O out, I in.
 """
@@ -22,11 +22,11 @@ from compress.weights import Weight
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct(Refiner, name="reconstruct"):
-    """Give kept weights the values whose output is nearest to the original's.
+    """Give the kept weights the values whose output is nearest to that of the original weight.
 
-    `obs` sweeps once from left to right, as SparseGPT does with its mask given; `exact` goes on from there to the least
+    `obs` sweeps once from left to right, as SparseGPT does with a given mask; `exact` continues from there to the least
     squares solution of each row, by conjugate gradients on all rows at once. A row whose result, in the dtype it is
-    stored in, is no better than what was there keeps what was there.
+    stored in, is no better than before keeps its previous values.
     Source: `obs`: Frantar and Alistarh, SparseGPT, ICML 2023, section 3.1; `exact`: its equation 2, damped, solved by
     preconditioned conjugate gradients (Hestenes and Stiefel, 1952).
     """
@@ -65,7 +65,7 @@ def row_loss(w_OI: Tensor, now_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def better(w_OI: Tensor, one_OI: Tensor, other_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """Of each row the one with the smaller loss; the first if they are equal."""
+    """For each row, the one of two candidates with the smaller loss; the first if they are equal."""
     won_O = row_loss(w_OI, other_OI, gram_II) < row_loss(w_OI, one_OI, gram_II)
     return torch.where(won_O[:, None], other_OI, one_OI)
 
@@ -75,10 +75,10 @@ def least_squares(
 ) -> tuple[Tensor, int]:
     """(values 0 where `keep_OI` is False that minimise the loss of each row, steps taken), float32.
 
-    Solves G_KK w'_K = (G w)_K for all rows at once by conjugate gradients with the diagonal as preconditioner; ends
-    when the residual of all rows together has fallen to `tolerance` of that of a start from 0, which one loud input
-    may be nearly all of, and what it is worth, r r / diag G, to `tolerance` of the loss. Each step costs one product
-    [out, in] @ [in, in]; G must be positive definite.
+    Solves G_KK w'_K = (G w)_K for all rows at once by conjugate gradients with the diagonal as preconditioner. Ends
+    when both of two criteria are met: the residual of all rows together has fallen to `tolerance` of the residual of a
+    start from 0, which one loud input may dominate, and its worth in terms of the loss, r r / diag G, has fallen to
+    `tolerance` of the loss. Each step costs one product [out, in] @ [in, in]; G must be positive definite.
     """
     inverse_I = 1 / gram_II.diagonal()
     now_OI = start_OI * keep_OI

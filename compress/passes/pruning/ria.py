@@ -1,4 +1,4 @@
-"""RIA: how much a weight is of its row and of its column, and how loud its input is.
+"""RIA: the size of a weight relative to its row and its column, times the norm of its input.
 
 Shape suffixes: O out, I in.
 """
@@ -21,11 +21,11 @@ from compress.weights import NM, Dense, Masked, Permutation, Product, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class RIA(Pruner, name="ria"):
-    """Score (|w| / sum of its column + |w| / sum of its row) * ||x||^power; no row or column dies first.
+    """Score (|w| / sum of its column + |w| / sum of its row) * ||x||^power; no whole row or column is cut first.
 
-    With `permute`, inputs are dealt into the groups of n:m so that important ones do not meet; the weight then is a
-    product with the permutation, which is a gather of the input when it runs. Where that retains no more than the order
-    they are in, they stay in it.
+    With `permute`, inputs are assigned to the groups of n:m so that important ones do not share a group. The weight is
+    then a product with the permutation, which is a gather of the input at run time. If that order retains no more of
+    the score than the original order, the inputs stay in the original order.
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for LLMs", ICLR 2024, equations 1-2
     and section 4.2. Deviation: each stripe is assigned once, in one sweep.
     """
@@ -41,7 +41,7 @@ class RIA(Pruner, name="ria"):
 
     @property
     def gives(self) -> str:  # type: ignore[override]
-        """Pruned, or behind a permutation."""
+        """Pruned, or with `permute` permuted."""
         return "permuted" if self.permute else "pruned"
 
     @property
@@ -50,7 +50,7 @@ class RIA(Pruner, name="ria"):
         return (ColumnNorm,) if self.power else ()
 
     def score(self, site: Site) -> Tensor:
-        """Relative importance and activation, float32."""
+        """Relative importance times the powered input norm, float32."""
         size_OI = site.weight.dense().float().abs()
         relative_OI = size_OI / size_OI.sum(0).clamp(min=1e-30) + size_OI / size_OI.sum(1, keepdim=True).clamp(
             min=1e-30
@@ -59,18 +59,18 @@ class RIA(Pruner, name="ria"):
 
     @property
     def foreseen(self) -> bool:
-        """A permutation that retains no more is left out."""
+        """False with `permute`, because a permutation that retains no more of the score is left out."""
         return not self.permute
 
     def outline(self, site: Site) -> Weight | None:
-        """The mask, with `permute` beside an order of inputs."""
+        """The mask; with `permute` also an order of the inputs."""
         masked = super().outline(site)
         if not self.permute or masked is None:
             return masked
         return Product(masked, Permutation(torch.empty(site.shape[1], dtype=torch.int64, device="meta")))
 
     def rewrite(self, site: Site) -> Weight:
-        """The same values under the mask, with `permute` in another order of inputs."""
+        """The same values under the mask; with `permute` in another order of inputs."""
         chosen = self.pattern()
         if not self.permute or not isinstance(chosen, NM):
             return super().rewrite(site)
@@ -92,10 +92,11 @@ def retained(score_OI: Tensor, chosen: NM) -> float:
 def deal(score_OI: Tensor, chosen: NM) -> Tensor:
     """An order of the inputs in which the pattern keeps more of the score.
 
-    Columns are ranked by their total and dealt over the groups in snake order, so that each group gets one of every
-    rank; then the columns of one rank are assigned to groups anew, rank after rank, for the most that can be retained.
+    Columns are ranked by their total score and dealt over the groups in snake order, so that each group gets one of
+    every rank. Then, rank by rank, the columns of that rank are reassigned to the groups so that as much score as
+    possible is retained.
     """
-    from scipy.optimize import linear_sum_assignment  # half a second to import
+    from scipy.optimize import linear_sum_assignment  # takes half a second to import
 
     groups = score_OI.shape[1] // chosen.m
     ranked = score_OI.sum(0).argsort(descending=True, stable=True).view(chosen.m, groups)
@@ -112,5 +113,5 @@ def deal(score_OI: Tensor, chosen: NM) -> Tensor:
 
 
 def gains(offered_GO: Tensor, others_MO: Tensor, n: int) -> Tensor:
-    """What a group retains more with each of the columns offered: what of it rises above its n-th best, [groups]."""
+    """The score that a group gains with each column offered: what of it exceeds the group's n-th best, [groups]."""
     return (offered_GO - others_MO.topk(n, 0).values[-1]).clamp_(min=0).sum(1)

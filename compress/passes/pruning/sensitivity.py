@@ -1,4 +1,4 @@
-"""Sparsity, bits and ranks where they cost least: what rewriting each part of the model alone costs, measured."""
+"""Sparsity, bits or ranks where they cost least, by the measured cost of rewriting each part of the model alone."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from compress.passes.probes import LEAST, Probes, output_cost, rewritten
 from compress.stats import Gram
 
 Governed = Pruner | GridQuantizer | Factorizer | Codec
-SEEN = 0.5  # bits of a codec around which it is measured at most: with more its cost drowns in the model's own rounding
-LEAST_POWER = 0.25
-PLAIN = 16  # bits of a weight of which a codec leaves `bits`: the share removed is what the two differ by
-FURTHEST = 2  # bits from the mean
-FINE = 16  # steps between two measured fractions
-MOST_REMOVED = 0.95  # of a matrix that is factored: a rank of at least one is left of all but the smallest
+SEEN = 0.5  # bits around which a codec is measured at most: with more, the model's own rounding hides its cost
+LEAST_POWER = 0.25  # smallest exponent of the power law of a codec
+PLAIN = 16  # bits of an uncompressed weight: a codec of `bits` bits removes the share 1 - bits / PLAIN
+FURTHEST = 2  # largest distance from the mean number of bits
+FINE = 16  # interpolated steps between two measured fractions
+MOST_REMOVED = 0.95  # share removed by factoring at most: all but the smallest matrices keep a rank of at least one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,17 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(Budget, name="sensitivity"):
-    """Minimise the sum of what pruning or rounding each part alone costs, at the mean that the next such pass asks for.
+    """Minimise the sum of the costs of rewriting each part alone, at the mean that the next such pass asks for.
 
-    A part is the sites that read one input, or all experts of a layer. The pass itself rewrites it, the rest stays
-    dense. By `kl` the probe then runs to the logits, all parts in one reading of the model; by `gram` the relative
-    squared errors of the outputs are summed, tr(D G Dᵀ) / tr(W G Wᵀ), which needs no forward behind the part but does
-    not know what later blocks make of it. Sparsities are measured at three values within `spread` and interpolated in
-    the logarithm of the cost; n:m at each n within it, where an n above the pattern's loses its speed on hardware; bits
-    of a grid at each whole number within two of the mean, which `bits` may set to a fraction. A codec is measured at
-    three numbers of bits up to one, and a power law fitted: with more bits its cost cannot be told from the rounding of
-    the model itself. Marginal costs are then made equal. Takes as many times what the pass takes as it tries options.
+    A part is the sites that read one input, or all experts of a layer. It is rewritten by the pass itself while the
+    rest of the model stays dense. With `kl`, the probe then runs to the logits, for all parts in one reading of the
+    model. With `gram`, the relative squared output errors, tr(D G Dᵀ) / tr(W G Wᵀ), are summed; this needs no forward
+    through later blocks, but ignores what those blocks make of the error. Sparsities are measured at three values
+    within `spread` and interpolated in the logarithm of the cost. n:m is measured at each n within `spread`, but an n
+    above that of the pattern loses its speed on hardware. The bits of a grid are measured at each whole number within
+    two of the mean, which `bits` may set to a fraction. A codec is measured at three numbers of bits up to one, to
+    which a power law is fitted, because with more bits its cost cannot be told from the rounding of the model itself.
+    Then marginal costs are made equal. It takes the time of the pass times the number of options tried.
     Source: additive damage, LeCun et al., "Optimal Brain Damage", NeurIPS 1989; allocation, Shoham and Gersho,
     "Efficient Bit Allocation for an Arbitrary Set of Quantizers", 1988; measuring the costs in this way is ours.
     """
@@ -68,12 +69,15 @@ class Sensitivity(Budget, name="sensitivity"):
     measure: Annotated[Literal["kl", "gram"], Field(description="cost by the logits, or by outputs alone")] = "kl"
 
     def check(self, step: WeightPass) -> None:
-        """A mean of bits is for a quantizer."""
+        """Raise RecipeError if `bits` is set but the pass is not a quantizer on integer grids."""
         if self.bits is not None and not isinstance(step, GridQuantizer):
             raise RecipeError(f"{self.name}.bits: {step.name} follows, which has no bits to share out; leave it out")
 
     def allocate(self, model: Whole, step: Governed) -> dict[str, Sparsity]:
-        """One sparsity, or number of bits, for the sites of each part that `step` selects."""
+        """One sparsity, number of bits or share removed for the sites of each part that `step` selects.
+
+        Raises CalibrationError if rewriting a part alone makes the logits non-finite.
+        """
         tried = self.options_for(step)
         found: list[tuple[tuple[str, ...], int]] = []
         costs: list[float] = []
@@ -107,7 +111,7 @@ class Sensitivity(Budget, name="sensitivity"):
         return {site: own_option(step, option) for part, option in pairs for site in part.sites}
 
     def options_for(self, step: Governed) -> tuple[Sparsity, ...]:
-        """The options to measure, from the densest: bits, a fraction and both ends of its spread, or every n in it."""
+        """The options to measure, densest first: whole bits, a fraction and the ends of its spread, or each n in it."""
         if isinstance(step, GridQuantizer):
             mean = self.bits or step.bits
             return tuple(bits for bits in range(8, 1, -1) if abs(bits - mean) <= FURTHEST)
@@ -132,12 +136,12 @@ def with_option(step: Governed, option: Sparsity) -> Governed:
 
 
 def own_option(step: Governed, option: Sparsity) -> Sparsity:
-    """What the pass itself calls an option: of a codec the share removed is its bits."""
+    """The option in the terms of the pass itself: for a codec, the share removed becomes bits."""
     return PLAIN * (1 - option) if isinstance(step, Codec) and isinstance(option, float) else option
 
 
 def asked(step: Governed) -> Sparsity:
-    """What a recipe asks the pass for, on average."""
+    """What the recipe asks of the pass, as a mean."""
     if isinstance(step, Codec):
         return 1 - step.bits / PLAIN
     wanted: Sparsity = getattr(step, step.shared_out)
@@ -150,7 +154,7 @@ def amount(option: Sparsity) -> float:
 
 
 def parts_of(block: Block, glob: str) -> list[list[Site]]:
-    """The selected sites of a block by what they read; the experts of a layer together."""
+    """The selected sites of a block grouped by the input they read; the experts of a layer together."""
     parts: dict[str, list[Site]] = {}
     for group in block.groups:
         parts.setdefault(peers_of(group), []).extend(site for site in group if fnmatchcase(site.name, glob))
@@ -158,7 +162,7 @@ def parts_of(block: Block, glob: str) -> list[list[Site]]:
 
 
 def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Sequence[float]) -> Part:
-    """A part with its costs, those of fractions interpolated between the measured ones, in their logarithm."""
+    """A part with its costs; those of fractions are interpolated between the measured ones in their logarithm."""
     if not isinstance(tried[0], float) or len(tried) == 1:
         return Part(sites=sites, size=size, options=tuple(tried), costs=tuple(costs))
     options: list[Sparsity] = []
@@ -172,7 +176,7 @@ def curve(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: S
 
 
 def law(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Sequence[float], bits: float) -> Part:
-    """A part of which the cost falls as a power of the bits, fitted to what was measured; options around `bits`."""
+    """A part whose cost falls as a power of the bits, fitted to the measured costs; its options lie around `bits`."""
     log_bits = torch.tensor([PLAIN * density(option) for option in tried]).log()
     log_costs = torch.tensor(costs).log()
     centred = log_bits - log_bits.mean()
@@ -184,9 +188,9 @@ def law(sites: tuple[str, ...], size: int, tried: Sequence[Sparsity], costs: Seq
 
 
 def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
-    """The option of each part at which their costs sum to the least, and `keep` is their mean over parameters.
+    """The option of each part with the least sum of costs, such that their mean over parameters is `keep`.
 
-    What `cheapest_cut` cuts too much is given back where it fits.
+    Options that `cheapest_cut` has cut too far are moved back where that fits.
     """
     chosen = cheapest_cut(parts, keep)
     if any(isinstance(option, float) for option in chosen):
@@ -198,10 +202,10 @@ def spend(parts: Sequence[Part], keep: float) -> list[Sparsity]:
 
 
 def cheapest_cut(parts: Sequence[Part], keep: float) -> list[Sparsity]:
-    """The cheapest choice of all that keep as little as it does, which is `keep` or a step of one part less.
+    """The cheapest choice of all that keep as little as it does, which is `keep`, or less by one step of a part.
 
-    Greedy along the lower convex hull of each curve, which is exact there; the last step of a fraction is cut short, so
-    that the share kept is met.
+    Greedy along the lower convex hull of each cost curve, on which it is exact; the last step of a fraction is
+    shortened so that the share kept is met.
     """
     at = [0] * len(parts)
     total = sum(p.size for p in parts)
@@ -222,7 +226,7 @@ def cheapest_cut(parts: Sequence[Part], keep: float) -> list[Sparsity]:
 
 
 def give_back(parts: Sequence[Part], at: list[int], spare: float) -> None:
-    """Move `at` back to denser options where what was cut too much allows it, the best use of it first."""
+    """Move `at` back to denser options as far as `spare` allows, the best ratio of cost saved to parameters first."""
     while True:
         fits = []
         for i, p in enumerate(parts):
@@ -238,7 +242,7 @@ def give_back(parts: Sequence[Part], at: list[int], spare: float) -> None:
 
 
 def next_step(p: Part, at: int) -> tuple[float, int]:
-    """(added cost for each parameter cut, the option reached) of the cheapest step from `at`; option 0 if none."""
+    """(added cost per parameter cut, the option reached) of the cheapest step from `at`; option 0 if there is none."""
     steps = [
         ((p.costs[j] - p.costs[at]) / (p.size * (amount(p.options[at]) - amount(p.options[j]))), j)
         for j in range(at + 1, len(p.options))

@@ -1,4 +1,4 @@
-"""Whole blocks removed: those that change the hidden state least, or the span that turns it least.
+"""Removing whole blocks: those that change the hidden state least, or the span that rotates it least.
 
 Shape suffixes: B batch, T tokens, D hidden, N windows.
 """
@@ -29,20 +29,21 @@ from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.passes.base import Reshape
 
-COUNTS = ("max_window_layers", "first_k_dense_replace")  # the first so many blocks are of another kind
-NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # the numbers of blocks of another kind
-# of a config; may happen to be as long as there are blocks
+COUNTS = ("max_window_layers", "first_k_dense_replace")  # number of first blocks that are of another kind
+NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices")  # indices of blocks of another kind
+# lists of a config that are not per block, even if they happen to have as many entries as there are blocks
 NOT_BLOCKS = ("architectures", "_token_id", "time_step_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShortGPT(Reshape, name="shortgpt"):
-    """Remove the blocks that change the hidden state least, by 1 - cos between what they read and what they give.
+    """Remove the blocks that change the hidden state least, by 1 - cos between their input and their output.
 
-    `lowest` removes the blocks of lowest influence, each measured in the dense model; `contiguous` the span whose input
-    and output differ by the smallest angle at the last token of a window. The rest is renumbered, in the names and in
-    every list of the config that has an entry for each block; a family that computes by a block's number in another
-    way is refused, because its logits then differ from those of the model whose blocks were left out.
+    `lowest` removes the blocks of lowest influence, each measured in the dense model; `contiguous` removes the span
+    whose input and output differ by the smallest angle at the last token of a window. The remaining blocks are
+    renumbered, in the tensor names and in every list of the config that has an entry for each block. A family that uses
+    a block's index in any other way is refused, because its logits then differ from those of the model whose blocks
+    were left out.
     Source: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024, block
     influence (`lowest`); Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024, angular distance
     (`contiguous`), without its healing by finetuning. Deviation: the first and the last block stay unless `protect`
@@ -59,7 +60,7 @@ class ShortGPT(Reshape, name="shortgpt"):
             raise RecipeError(f"{self.name}.blocks: {self.blocks} is neither a whole number nor a share below 1")
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
-        """The model without the first blocks that may go."""
+        """The model without the first blocks that may be removed."""
         count = self.count(len(walk.blocks))
         return without(walk, source, range(self.protect, self.protect + count))
 
@@ -81,7 +82,7 @@ class ShortGPT(Reshape, name="shortgpt"):
         return made
 
     def count(self, blocks: int) -> int:
-        """How many of so many blocks go; raises RecipeError if that is none, or more than are free to go."""
+        """How many of `blocks` blocks to remove; raises RecipeError if that is none, or more than may be removed."""
         count = self.blocks if isinstance(self.blocks, int) else round(self.blocks * blocks)
         free = blocks - 2 * self.protect
         if not 1 <= count <= min(free, blocks - 1):
@@ -93,9 +94,9 @@ class ShortGPT(Reshape, name="shortgpt"):
 
 
 def influence(model: Whole) -> tuple[list[float], list[Tensor]]:
-    """Of each block, 1 - the mean cosine of its input and output over tokens; and last tokens [N, D] between blocks.
+    """The influence of each block, and the last tokens [N, D] before and after each block.
 
-    Float32.
+    The influence is 1 - the mean cosine between the input and the output of the block, over tokens. Float32.
     """
     influences: list[float] = []
     ends_ND: list[Tensor] = []
@@ -115,13 +116,13 @@ def influence(model: Whole) -> tuple[list[float], list[Tensor]]:
 
 
 def angle(one_ND: Tensor, other_ND: Tensor) -> float:
-    """The mean angle between rows, as a share of pi."""
+    """The mean angle between rows, in units of pi."""
     cosine = F.cosine_similarity(one_ND, other_ND, dim=-1).clamp(-1, 1)
     return float(cosine.double().acos().mean()) / math.pi
 
 
 def without(walk: Walk, source: Checkpoint, gone: Sequence[int], **facts: Any) -> Reshaped:
-    """The model without the blocks `gone`; those behind them take lower numbers."""
+    """The model without the blocks `gone`; the blocks after them get lower numbers."""
     prefixes = block_prefixes(walk.anatomy)
     kept = [i for i in range(len(walk.blocks)) if i not in gone]
     tensors: dict[str, Made] = {}
@@ -138,13 +139,13 @@ def without(walk: Walk, source: Checkpoint, gone: Sequence[int], **facts: Any) -
 
 
 def renumbered(name: str, prefix: str, index: int) -> str:
-    """A tensor's name, if the block that `prefix` names gets another number."""
+    """A tensor's name after the block named by `prefix` gets the number `index`."""
     stem = prefix.rstrip(".").rpartition(".")[0]
     return f"{stem}.{index}.{name.removeprefix(prefix)}"
 
 
 def per_block(text: Any, kept: Sequence[int], count: int) -> dict[str, Any]:
-    """The fields of a config that say something of single blocks, for the `kept` ones; derived ones are written out."""
+    """The config fields that describe single blocks, for the `kept` ones; derived fields are written out."""
     changes: dict[str, Any] = {}
     for name, value in text.to_dict().items():
         if name in COUNTS and isinstance(value, int):

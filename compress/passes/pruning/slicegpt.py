@@ -1,4 +1,4 @@
-"""A narrower hidden state: one rotation for the whole model, then its quietest directions dropped.
+"""A narrower hidden state: one rotation for the whole model, then its directions of smallest variance dropped.
 
 Shape suffixes: D hidden, K kept, O out, I in, T tokens, B batch.
 """
@@ -23,7 +23,7 @@ from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.passes.base import Reshape
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # norms before attention and MLP, w * x / rms(x)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # norms w * x / rms(x), before attention and MLP only
 NORMS = {
     "self_attn.q_proj": "input_layernorm", "self_attn.k_proj": "input_layernorm", "self_attn.v_proj": "input_layernorm",
     "mlp.gate_proj": "post_attention_layernorm", "mlp.up_proj": "post_attention_layernorm",
@@ -35,13 +35,13 @@ WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 class SliceGPT(Reshape, name="slicegpt"):
     """Rotate the hidden state to its principal axes and drop those of smallest variance.
 
-    Norm gains go into the matrices that follow; embedding and head become two matrices, so a model that tied them
-    loses less size than `fraction` says, or none. A norm divides by the mean square of fewer entries; the matrices
-    behind it and its epsilon are scaled for that.
+    Norm gains are folded into the matrices that follow. Embedding and head become two matrices, so a model that tied
+    them shrinks less than `fraction` says, or not at all. A norm then divides by the mean square of fewer entries; the
+    matrices behind it and its epsilon are scaled to compensate.
     Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", ICLR 2024, section
     3. Deviation: the paper rotates each block by its own axes and multiplies both residual branches by a matrix, which
-    no configuration of transformers can say; here one rotation, of the covariance pooled over the inputs of all norms
-    (float64), serves the whole model. At the same `fraction` that keeps less, and costs no extra product.
+    no configuration of transformers can express; here one rotation, of the covariance pooled over the inputs of all
+    norms (float64), serves the whole model. At the same `fraction` that keeps less, and costs no extra product.
     """
 
     fraction: Annotated[float, Field(ge=0, lt=1, description="share of the hidden size dropped; 0 only rotates")] = 0.2
@@ -63,7 +63,7 @@ class SliceGPT(Reshape, name="slicegpt"):
         return rotated(model.walk, source, axes_DK, variance_kept=round(share, 6))
 
     def kept(self, walk: Walk) -> int:
-        """The hidden size that stays: a multiple of the option and, for configs that demand it, of the heads."""
+        """The hidden size that stays: a multiple of `multiple` and of the number of attention heads."""
         hidden, heads = int(walk.model.config.hidden_size), int(walk.model.config.num_attention_heads)
         if not self.fraction:
             return hidden
@@ -78,7 +78,7 @@ class SliceGPT(Reshape, name="slicegpt"):
 
 
 def check_family(walk: Walk, step: str) -> None:
-    """Raise UnsupportedWeight unless this is a model that a rotation leaves as it is."""
+    """Raise UnsupportedWeight unless a rotation of the hidden state leaves what this model computes unchanged."""
     family = walk.model.config.model_type
     if family not in FAMILIES:
         raise UnsupportedWeight(
@@ -108,12 +108,12 @@ def covariance(model: Whole) -> Tensor:
             for batch in block.batches:
                 out_BTD = batch.through(block.module, block.index)
                 if block.last:
-                    add(out_BTD)  # what the norm before the head reads
+                    add(out_BTD)  # the input of the norm before the head
     return total_DD
 
 
 def reported(add: Callable[[Tensor], None]) -> Callable[..., None]:
-    """A forward pre-hook that hands on the input."""
+    """A forward pre-hook that passes the input to `add`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         add(args[0])
@@ -127,7 +127,8 @@ def reported(add: Callable[[Tensor], None]) -> Callable[..., None]:
 def rotated(walk: Walk, source: Checkpoint, axes_DK: Tensor, **facts: Any) -> Reshaped:
     """The model on the axes `axes_DK`.
 
-    With z = xQ of K entries that hold all of |x|², x / sqrt(|x|²/D + e) is z / sqrt(|z|²/K + e D/K) times sqrt(D/K).
+    Let z = xQ have K entries that hold all of |x|². Then x / sqrt(|x|²/D + e) becomes z / sqrt(|z|²/K + e D/K) times
+    sqrt(D/K).
     """
     hidden, kept = axes_DK.shape
     text = walk.model.config
@@ -148,7 +149,7 @@ def rotated(walk: Walk, source: Checkpoint, axes_DK: Tensor, **facts: Any) -> Re
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """How each tensor looks on the new axes; products in float32, one tensor at a time."""
+    """Converts each tensor to the new axes; products in float32, one tensor at a time."""
 
     walk: Walk
     source: Checkpoint
@@ -157,16 +158,16 @@ class Turn:
 
     @property
     def final(self) -> str:
-        """The gain of the norm before the head."""
+        """The name of the gain of the norm before the head."""
         return f"{self.walk.path.removesuffix('layers')}norm.weight"
 
     def held(self, parameter: str) -> str:
-        """The tensor of the file that is a parameter, or is tied to it."""
+        """The tensor of the file that stores a parameter, or the one it is tied to."""
         layout = self.walk.anatomy.layout
         return layout.sources[layout.held(parameter) or parameter][0]
 
     def made(self, name: str, parameter: str) -> Made:
-        """One tensor of the file."""
+        """One tensor of the new file."""
         anatomy, kept = self.walk.anatomy, self.axes_DK.shape[1]
         module, _, kind = parameter.rpartition(".")
         block = parameter.removeprefix(f"{anatomy.path}.").partition(".")[0]
@@ -186,7 +187,7 @@ class Turn:
         return unchanged(self.source, name)
 
     def reader(self, name: str, norm: str) -> Made:
-        """A matrix that reads the hidden state behind a norm, whose gain it takes over."""
+        """A matrix that reads the hidden state behind a norm, with the gain of that norm folded in."""
         shape = (self.source.headers[name].shape[0], self.axes_DK.shape[1])
         return computed(self.source, name, shape, partial(self.read, name, self.held(norm)))
 

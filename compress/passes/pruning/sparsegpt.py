@@ -1,4 +1,4 @@
-"""SparseGPT: cut column by column, and let what is not yet reached make up for it."""
+"""SparseGPT: prune column by column, and compensate each cut in the columns not yet reached."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from compress.weights import NM, Dense, Grid, Masked, Quantized, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGPT(FactorPruner, name="sparsegpt"):
-    """Score w² / U_jj² block by block of columns; kept weights further right compensate each cut.
+    """Score w² / U_jj² in blocks of columns; the kept weights to the right compensate each cut.
 
-    With `bits`, kept weights are rounded in the same sweep, whose errors are compensated too. If no damping makes the
-    Gram positive definite, the mask is magnitude's without compensation, and a fallback is recorded; an expert that too
-    few tokens reach gets the same.
+    With `bits`, kept weights are rounded in the same sweep, and the rounding errors are compensated too. If no damping
+    makes the Gram positive definite, the mask is by magnitude without compensation, and a fallback is recorded; an
+    expert that too few tokens reach gets the same.
     Source: Frantar and Alistarh, "SparseGPT", ICML 2023, algorithm 1. Deviations: inputs that never fire are cut first
-    but not all, where the released code zeroes them; a width that m does not divide is refused.
+    but not all of them, where the released code zeroes them; a width that m does not divide is refused.
     """
 
     requires = (Gram,)
@@ -60,7 +60,7 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
         return "pruned" if self.bits is None else "quantized"
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """The pattern must fit the matrix, the group its width, and tiles a block."""
+        """Raise RecipeError unless the pattern and the group fit the matrix, and a block holds whole tiles."""
         super().check(site, shape)
         if self.bits and self.group and shape[1] % self.group:
             raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
@@ -69,7 +69,7 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
             raise RecipeError(f"{self.name}: {site}: blocks of {self.block} columns do not hold whole tiles of {width}")
 
     def prune(self, site: Site) -> Weight:
-        """The compensated values under the mask chosen on the way."""
+        """The values, compensated unless `update` is off, under the mask chosen along the way."""
         dense, chosen = site.expect(Dense, by=self.name), self.pattern()
         instead = f"pruned by magnitude{'' if self.bits is None else ' and rounded to nearest'}, uncompensated"
         upper_II = shared_factor(site, self.damping, self.name, instead)
@@ -89,7 +89,7 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
         return Masked(Dense(after_OI.to(dense.data.dtype)), keep_OI, chosen.name)
 
     def prune_unfed(self, site: Site) -> Weight:
-        """The same pattern by magnitude, with `bits` rounded to nearest."""
+        """The same pattern by magnitude; with `bits` rounded to nearest."""
         weight = super().prune_unfed(site)
         if self.bits is None or not isinstance(weight, Masked):
             return weight
@@ -97,7 +97,7 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
         return Masked(self.grid(w_OI.shape[1], self.bits).quantize(w_OI), weight.mask_OI, weight.pattern)
 
     def outlined(self, site: Site) -> Weight:
-        """Other values under a mask, with `bits` their codes."""
+        """Other values under a mask; with `bits` their codes."""
         dense = site.expect(Dense, by=self.name)
         values: Weight = Dense(torch.empty_like(dense.data)) if self.update else dense
         if self.bits is not None:
@@ -105,13 +105,13 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
         return masked_outline(values, self.pattern())
 
     def grid(self, width: int, bits: int) -> Grid:
-        """The grid of kept weights; of a factor whose width the group does not divide, one a row."""
+        """The grid of kept weights; one grid per row for a factor whose width the group does not divide."""
         fits = self.group > 0 and width % self.group == 0
         return Grid(bits=bits, group=self.group if fits else 0, symmetric=self.symmetric)
 
 
 def mask_only(w_OI: Tensor, upper_II: Tensor, mask: Chosen, block: int) -> Tensor:
-    """The mask by the scores of the weights as they are, block by block."""
+    """The mask by the scores of the uncompensated weights, block by block."""
     if isinstance(mask.pattern, NM):
         return mask.pattern.keep(mask.score(0, w_OI.T, upper_II.diagonal()).T.contiguous())
     parts = range(0, w_OI.shape[1], block)

@@ -1,6 +1,6 @@
-"""Exact swaps: exchange a cut for a kept weight wherever that lowers the squared error of the output.
+"""Exact swaps: exchange a cut weight for a kept one wherever that lowers the squared error of the output.
 
-The core, `swap`, knows only matrices. Shape suffixes: O out, I in, S shortlisted, M inputs of a group, B inputs of
+The core, `swap`, works on plain matrices. Shape suffixes: O out, I in, S shortlisted, M inputs of a group, B inputs of
 a block.
 """
 
@@ -19,21 +19,21 @@ from compress.stats import Gram
 from compress.weights import Weight
 from compress_kernels import solver
 
-AT_ONCE = 1 << 18  # entries of the rows that are worked on together: their error vectors stay in cache
-BLOCK = 64  # inputs between two products that carry swaps to the inputs not yet reached
-GAIN = 1e-7  # of a row's loss: below it a swap is rounding noise of float32
+AT_ONCE = 1 << 18  # entries of the rows processed together, so that their error vectors stay in the cache
+BLOCK = 64  # inputs between two matrix products that carry the swaps over to the inputs not yet reached
+GAIN = 1e-7  # least gain of a swap, relative to the row's loss: a smaller one is rounding noise of float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swaps(Refiner, name="swaps"):
     """Restore one cut weight to its original value and cut a kept one, the best pair first, until no pair helps.
 
-    With d = w - w' the loss of a row is d G dᵀ, and the effect of a pair is known exactly, so the loss never rises.
-    Rows take one swap after the other; under n:m, groups are swept from left to right until a sweep finds nothing. A
-    start whose kept values were changed (SparseGPT) keeps them.
+    With d = w - w', the loss of a row is d G dᵀ, and the effect of a swap is known exactly, so the loss never rises.
+    Rows take one swap after another; under n:m, groups are swept from left to right until a sweep finds nothing. If the
+    kept values were changed before (SparseGPT), weights that stay kept retain them.
     Source: pruning as a quadratic problem on the Gram, Frantar and Alistarh, SparseGPT, ICML 2023, eq. 1; 1-swap local
-    search as in SparseSwaps, arXiv 2512.10922. Deviation: pairs are sought among the `shortlist` best to restore and
-    the best to cut, each judged alone; where these find nothing, each of them is paired with all.
+    search as in SparseSwaps, arXiv 2512.10922. Deviation: pairs are sought among the `shortlist` best weights to
+    restore and the best to cut, each judged alone; where these find nothing, each of them is paired with all.
     """
 
     requires = (Gram,)
@@ -57,10 +57,10 @@ class Swaps(Refiner, name="swaps"):
 def swap(
     w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, limit: int = 100, shortlist: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, mask, swaps of each row) after up to `limit` swaps in each row, as many kept as before.
+    """(values, mask, swaps of each row) after up to `limit` swaps in each row, with as many kept as before.
 
-    `kept_OI` holds the kept values, 0 elsewhere. Each row is 1-swap optimal at the end, but for pairs of which neither
-    is on a shortlist, and if the limit was not reached.
+    `kept_OI` holds the kept values, 0 elsewhere. At the end each row is 1-swap optimal, except for pairs of which
+    neither weight is on a shortlist, and unless it ran into the limit.
     """
     step = len(w_OI) if w_OI.is_cuda else max(1, AT_ONCE // w_OI.shape[1])
     parts = [
@@ -72,10 +72,10 @@ def swap(
 
 
 class Search:
-    """Rows on their way down; those that are done leave.
+    """The state of the search in all rows; rows that are done are removed.
 
-    What each weight costs to restore (`up`) or cut (`down`) alone is a fixed part, infinite where that cannot be, and a
-    part that is linear in c = d G: two fused operations an iteration.
+    The cost of restoring (`up`) or cutting (`down`) each weight alone is a fixed part, infinite where that is
+    impossible, plus a part linear in c = d G: two fused operations an iteration.
     """
 
     def __init__(self, w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, shortlist: int) -> None:
@@ -113,7 +113,7 @@ class Search:
         return self.values, self.masks, counts_O
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(change of the loss, what to restore, what to cut) of the best pair of each row, both shortlisted."""
+        """(change of the loss, weight to restore, weight to cut) of the best pair of each row, both shortlisted."""
         w, kept, c = self.live["w"], self.live["kept"], self.live["c"]
         up_OS, up_at = torch.addcmul(self.live["up"], w, c, value=-2).topk(self.listed, 1, largest=False)
         down_OS, down_at = torch.addcmul(self.live["down"], kept, c, value=2).topk(self.listed, 1, largest=False)
@@ -125,9 +125,10 @@ class Search:
         return gain_O, up_O, down_O
 
     def best_with_any(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for some rows, of pairs of which one is shortlisted.
+        """The same for some rows, over the pairs of which one weight is on a shortlist.
 
-        Huge tokens tie inputs to each other: what undoes a swap may be nothing that looks good alone.
+        Tokens of huge activations correlate inputs strongly: the partner that cancels a swap may be a weight that does
+        not look good alone.
         """
         w, kept, c = (self.live[name][rows] for name in ("w", "kept", "c"))
         up_OI = torch.addcmul(self.live["up"][rows], w, c, value=-2)
@@ -143,7 +144,7 @@ class Search:
         )
 
     def take(self, gain_O: Tensor, up_O: Tensor, down_O: Tensor) -> None:
-        """Exchange one pair in each row."""
+        """Swap one pair in each row."""
         live, at = self.live, torch.arange(len(up_O), device=up_O.device)
         restored_O, lost_O = live["w"][at, up_O], live["kept"][at, down_O]
         live["c"].addcmul_(self.gram_II[down_O], lost_O[:, None])
@@ -156,7 +157,7 @@ class Search:
         live["up"][at, up_O] = live["down"][at, down_O] = torch.inf
 
     def leave(self, done_O: Tensor) -> None:
-        """Put down the rows that are done, and go on with the others."""
+        """Store the results of the rows that are done, and continue with the others."""
         rows = self.rows[done_O]
         self.values[rows], self.masks[rows] = self.live["kept"][done_O], self.live["keep"][done_O]
         self.rows = self.rows[~done_O]
@@ -177,14 +178,15 @@ def paired(
 def swap_in_groups(
     w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, m: int, limit: int = 100
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, mask, swaps of each row): sweeps over the groups of `m`, each taking its best swap if it helps.
+    """(values, mask, swaps of each row): sweeps over the groups of `m`, each taking its best swap if that helps.
 
-    A sweep costs one product [out, in] @ [in, in]: inside a block of inputs every swap is seen at once, those further
-    right see it after the block. Rows are 1-swap optimal within groups when a sweep finds nothing.
+    A sweep costs one product [out, in] @ [in, in]. Within a block of inputs every swap is taken into account at once;
+    the inputs further right take it into account after the block. When a sweep finds nothing, rows are 1-swap optimal
+    within groups.
     """
     kept_OI, keep_OI = kept_OI.clone(), keep_OI.clone()
     counts_O = torch.zeros(len(w_OI), dtype=torch.long, device=w_OI.device)
-    rows = torch.arange(len(w_OI), device=w_OI.device)  # that the last sweep changed; the others are optimal
+    rows = torch.arange(len(w_OI), device=w_OI.device)  # rows that the last sweep changed; the others are optimal
     for _ in range(limit):
         w, kept, keep = w_OI[rows], kept_OI[rows], keep_OI[rows]
         found_O = sweep(w, kept, keep, gram_II, m)
@@ -197,7 +199,7 @@ def swap_in_groups(
 
 
 def sweep(w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, m: int) -> Tensor:
-    """Take the best swap of every group from left to right, in place; the swaps of each row."""
+    """Take the best swap of every group from left to right, in place; returns the number of swaps of each row."""
     c_OI = (w_OI - kept_OI) @ gram_II
     loss_O = ((w_OI - kept_OI) * c_OI).sum(1)
     found_O = torch.zeros(len(w_OI), dtype=torch.long, device=w_OI.device)

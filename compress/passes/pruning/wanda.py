@@ -1,4 +1,4 @@
-"""Wanda: weights times input norms."""
+"""Wanda: the score is the weight times the norm of its input."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import Dense, Masked, Weight
 from compress.weights.pattern import percent
 
-HIGHEST = 0.8  # share of a row's scores that may be cut; the released code brackets the same
-CLOSE = 1e-3  # of the sparsity reached, and of the bracket
-FAR = 0.01  # from the sparsity asked for, beyond what few entries or equal scores explain
+HIGHEST = 0.8  # largest alpha, the share of a row's summed scores that may be cut; as in the released code
+CLOSE = 1e-3  # the bisection ends when the sparsity reached or the bracket is this close
+FAR = 0.01  # a distance from the sparsity asked for that few entries or equal scores do not explain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(FactorPruner, name="wanda"):
-    """Score |w| * ||x||: a weight matters if it is large and its input is loud.
+    """Score |w| * ||x||: a weight matters if it is large and its input has a large norm.
 
-    With `alpha`, rows get unequal counts: each loses its smallest scores while their sum stays below a share alpha of
-    the row's sum, one alpha a matrix, found by bisection to within 0.1 % of the sparsity.
-    Source: Sun et al., "A Simple and Effective Pruning Approach for LLMs", ICLR 2024, eq. 1; compared within
-    each output row. Counts are exact and ties stable, where the released code floors.
+    With `alpha`, rows get unequal counts: each drops its smallest scores while their sum stays below a share alpha of
+    the row's sum. There is one alpha per matrix, found by bisection to within 0.1 % of the sparsity.
+    Source: Sun et al., "A Simple and Effective Pruning Approach for LLMs", ICLR 2024, eq. 1; compared within each
+    output row. Counts are exact and ties stable, where the released code floors.
     """
 
     alpha: Annotated[bool, Field(description="rows of unequal sparsity, by the share of their scores")] = False
@@ -44,7 +44,7 @@ class Wanda(FactorPruner, name="wanda"):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """Norms of the input; for factors its Gram, which tells the norms behind one."""
+        """Norms of the input; with `factors` also its Gram, which gives the norms behind a right factor."""
         return (ColumnNorm, Gram) if self.factors else (ColumnNorm,)
 
     def score(self, site: Site) -> Tensor:
@@ -52,11 +52,11 @@ class Wanda(FactorPruner, name="wanda"):
         return site.weight.dense().float().abs() * site.stats[ColumnNorm]
 
     def outline(self, site: Site) -> Weight | None:
-        """As of any pruner; with `alpha` the counts follow from the scores."""
+        """As for any pruner; with `alpha` None, because the counts follow from the scores."""
         return None if self.alpha else super().outline(site)
 
     def prune(self, site: Site) -> Weight:
-        """The same values under the mask of the highest scores."""
+        """The same values under a mask that keeps the highest scores."""
         if not self.alpha or isinstance(self.sparsity, str) or not self.sparsity:
             return super().prune(site)
         keep_OI, alpha = keep_by_alpha(self.score(site), self.sparsity)
@@ -68,7 +68,7 @@ class Wanda(FactorPruner, name="wanda"):
 
 
 def keep_by_alpha(score_OI: Tensor, sparsity: float) -> tuple[Tensor, float]:
-    """(mask, alpha): each row drops its lowest scores while they sum to at most alpha of all of the row.
+    """(mask, alpha): each row drops its lowest scores while they sum to at most alpha of the sum of the row.
 
     In a row of zeros every entry counts the same. Sparsities that need an alpha above 0.8 are not reached.
     Source: the released code of Wanda, `use_variant`; a row that may drop nothing drops nothing, where that code wraps
