@@ -1,1 +1,1 @@
-"""Passes that belong to no one family: they serve pruning and quantization alike."""
+"""Passes that belong to no single family: they serve both pruning and quantization."""

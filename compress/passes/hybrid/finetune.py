@@ -1,4 +1,4 @@
-"""Fine-tuning behind a quantizer: codes stay, the real numbers beside them are learned by the block's output."""
+"""Fine-tuning after a quantizer: codes stay, the real numbers beside them are learned from the block's output error."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from compress.weights import (
     Weight,
 )
 
-REAL = (torch.float32, torch.bfloat16, torch.float16)  # scales of eight bits stay: a small step does not move them
+REAL = (torch.float32, torch.bfloat16, torch.float16)  # 8-bit scales stay: a small step would not change them
 
 
 def with_reals(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
-    """The expression with each tensor of real numbers that it stores changed: scales, fitted books, factors, diagonals.
+    """The expression with `change` applied to each real tensor it stores: scales, fitted books, factors, diagonals.
 
-    Raises UnsupportedWeight for a node that is not known.
+    Raises UnsupportedWeight for an unknown node.
     """
 
     def changed(held: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def with_reals(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
 
 
 class Reals(Learner):
-    """An expression whose real numbers move, each tensor in units of its root mean square; rounded as it is stored."""
+    """Learns the real numbers of an expression, each tensor in units of its root mean square, rounded as stored."""
 
     def __init__(self, weight: Weight) -> None:
         super().__init__()
@@ -72,48 +72,48 @@ class Reals(Learner):
         self.moved = nn.ParameterList(torch.zeros_like(held, dtype=torch.float32) for held in self.held)
 
     def expression(self) -> Weight:
-        """The expression as it is now."""
+        """The expression with the present values."""
         moves = iter(zip(self.units, self.moved, strict=True))
 
         def change(held: Tensor) -> Tensor:
             unit, moved = next(moves)
-            now: Tensor = (held.float() + unit * moved).to(held.dtype)  # rounding hands the gradient on unchanged
+            now: Tensor = (held.float() + unit * moved).to(held.dtype)  # rounding passes the gradient unchanged
             return now
 
         return with_reals(self.weight, change)
 
     def forward(self) -> Tensor:
-        """Its matrix, float32."""
+        """The matrix of the expression, float32."""
         return self.expression().dense().float()
 
     @torch.no_grad()
     def result(self) -> Weight:
-        """It, without gradients."""
+        """The expression, without gradients."""
         return with_reals(self.expression(), torch.Tensor.detach)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Trainer, name="finetune"):
-    """Learn scales, fitted books, low-rank factors and kept weights by the block's output; codes and masks stay.
+    """Learn scales, fitted books, low-rank factors and kept weights from the block's output; codes and masks stay.
 
-    A right factor that sites of one input share stays one factor. Of signs the scales alone are learned: the
-    distillation of BitDelta, there by the logits.
-    Source: Tseng et al., "QuIP#", ICML 2024, section 5 (fine-tuning within a block; there also sign vectors and
-    norms); Leconte et al., "ReALLM", 2024, for factors.
+    A right factor that sites of one input share remains one factor. For sign weights, only the scales are learned; this
+    is the distillation of BitDelta, which uses the logits instead.
+    Source: Tseng et al., "QuIP#", ICML 2024, section 5 (fine-tuning within a block; there also sign vectors and norms);
+    Leconte et al., "ReALLM", 2024, for factors.
     """
 
     takes = ("pruned", "quantized", "signed", "factored", "split")
-    gives = ""  # what it was
+    gives = ""  # the form that it was given
 
     lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, in units of each tensor's size")] = 1e-2
 
     def learner(self, site: Site, generator: torch.Generator) -> Learner:
-        """All real numbers of the expression."""
+        """A learner of all real numbers of the expression."""
         del generator
         return Reals(site.weight)
 
     def tie(self, sites: Sequence[Site], learners: Mapping[str, Learner]) -> None:
-        """Tensors that several sites hold bit for bit, which are stored once, are learned as one."""
+        """Learn tensors that several sites hold bit for bit, and that are stored once, as one parameter."""
         known: list[tuple[Tensor, nn.Parameter]] = []
         for site in sites:
             reals = learners[site.name]

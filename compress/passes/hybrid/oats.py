@@ -1,8 +1,8 @@
-"""OATS: a matrix as a sparse term plus a low-rank one, found by turns.
+"""OATS: a matrix as a sparse term plus a low-rank term, fitted alternately.
 
-What a reader would question: the sparse term gets every parameter that whole ranks leave over, and its values are what
-the factors, as they are stored, leave of the weight. So kept weights are exact but for one rounding, and without
-factors it is Wanda. Shape suffixes: O out, I in, R rank, J some inputs.
+What a reader would question: the sparse term gets every parameter that whole ranks leave over, and its values are the
+difference between the weight and the factors as they are stored. So kept weights are exact up to one rounding, and
+without factors the pass is Wanda. Shape suffixes: O out, I in, R rank, J some inputs.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from compress.passes.whitened import output_basis, rank_within
 from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import Dense, Masked, Pattern, Product, Sum, Weight, pattern
 
-FAINTEST = 1e-4  # of the median norm of the inputs; a fainter one, or one that never came, counts as that
-DAMPING = 0.01  # share of the mean of diag G added to it, as in the other solvers
+FAINTEST = 1e-4  # least norm of an input, relative to the median norm of those that occurred
+DAMPING = 0.01  # share of mean(diag G) added to the diagonal, as in the other solvers
 
 
 @dataclass(frozen=True, kw_only=True)
 class OATS(Pruner, name="oats"):
-    """W = S + A B by least squares of (W - S - A B) D, D the norms of the inputs: by turns the best A B, the best S.
+    """W = S + A B by least squares of (W - S - A B) D, D the norms of the inputs, alternating between A B and S.
 
-    Of the parameters that `sparsity` leaves, `rank_share` go to A B; a matrix too small for rank 1 is only pruned, by
-    the score of Wanda. With n:m the pattern is that of S, and A B is added: 2:4 with a rank_share of 0.25 keeps two
-    thirds of the parameters. `refit` then minimises the error of the output itself, over the values of S, and over A B.
+    Of the parameters that `sparsity` leaves, the share `rank_share` goes to A B; a matrix too small for rank 1 is only
+    pruned, by the score of Wanda. With n:m the pattern is that of S, and A B is added to it: 2:4 with a rank_share of
+    0.25 keeps two thirds of the parameters. `refit` then minimises the error of the output itself, first over the
+    values of S, then over A B.
     Source: Zhang and Papyan, "OATS: Outlier-Aware Pruning Through Sparse and Low Rank Decomposition", ICLR 2025,
-    algorithm 1. Deviations: a warm-started subspace in the place of a decomposition each time; what rounding the rank
-    down spares goes to S; inputs without a norm; `refit` is ours.
+    algorithm 1. Deviations: a warm-started subspace replaces the decomposition in each iteration; parameters saved by
+    rounding the rank down go to S; inputs without a norm are handled; `refit` is ours.
     """
 
     unfed = "split by its weights alone"
@@ -50,7 +51,7 @@ class OATS(Pruner, name="oats"):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """Norms; the Gram to refit."""
+        """Norms of the input; with `refit` also its Gram."""
         return (ColumnNorm, Gram) if self.refit else (ColumnNorm,)
 
     @property
@@ -60,17 +61,17 @@ class OATS(Pruner, name="oats"):
         return share / (1 - self.rank_share) if isinstance(self.sparsity, str) else share
 
     def rank(self, shape: tuple[int, int]) -> int:
-        """Columns of A; 0 where nothing is removed, or no rank is bought."""
+        """The number of columns of A; 0 where nothing is removed, or where the budget buys no rank."""
         return rank_within(self.rank_share * self.kept, shape) if self.kept < 1 else 0
 
     def remainder(self, shape: tuple[int, int]) -> Pattern:
-        """The pattern of S: as asked if it is n:m, else of what A and B leave of the budget."""
+        """The pattern of S: the n:m asked for, or the fraction that A and B leave of the budget."""
         if isinstance(self.sparsity, str):
             return self.pattern()
         return pattern(self.sparsity + self.rank(shape) * sum(shape) / (shape[0] * shape[1]), self.scope)
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """The pattern must fit, both terms must have a part, and together be smaller than the matrix."""
+        """Raise RecipeError unless the pattern fits and both terms have a part, together smaller than the matrix."""
         super().check(site, shape)
         if self.kept >= 1 and isinstance(self.sparsity, str) and self.rank_share:
             raise RecipeError(
@@ -85,11 +86,11 @@ class OATS(Pruner, name="oats"):
             )
 
     def score(self, site: Site) -> Tensor:
-        """|w| * ||x||, float32; what decides where there are no factors."""
+        """|w| * ||x||, float32; used where there are no factors."""
         return site.weight.dense().float().abs() * site.stats[ColumnNorm]
 
     def rewrite(self, site: Site) -> Weight:
-        """Both terms, or the mask alone."""
+        """Both terms, or the masked weight alone."""
         if not self.rank(site.shape):
             return self.cut(site, self.score)
         w_OI, norm_I = site.expect(Dense, by=self.name).data.float(), loudness(site.stats[ColumnNorm])
@@ -103,14 +104,14 @@ class OATS(Pruner, name="oats"):
         return stored(site, left_OR, left_OR.T @ (w_OI - sparse_OI), mask_OI, name, sparse_OI)
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """The same, all inputs as loud as each other, and nothing refitted."""
+        """The same with equal norms for all inputs, and without a refit."""
         if not self.rank(site.shape):
             return super().rewrite_unfed(site)
         w_OI = site.expect(Dense, by=self.name).data.float()
         return stored(site, *self.split(w_OI), self.remainder(site.shape).name)
 
     def outline(self, site: Site) -> Weight | None:
-        """Both terms, or the mask alone."""
+        """Both terms, or the masked weight alone."""
         dense, rank = site.expect(Dense, by=self.name), self.rank(site.shape)
         if not rank:
             return super().outline(site)
@@ -119,7 +120,7 @@ class OATS(Pruner, name="oats"):
         return Sum((masked_outline(Dense(torch.empty_like(like)), self.remainder(site.shape)), factors))
 
     def split(self, a_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, B, mask of S) for a matrix of which all entries count the same."""
+        """(A, B, mask of S) for a matrix in which all entries count equally."""
         shape = a_OI.shape[0], a_OI.shape[1]
         return by_turns(a_OI, self.rank(shape), self.remainder(shape), self.iterations)
 
@@ -129,7 +130,7 @@ def stored(
 ) -> Weight:
     """Both terms in the dtype of the model, or S alone if the rank is 0.
 
-    S is what the factors, so rounded, leave of the weight if it is not given.
+    If `sparse_OI` is not given, S is the difference between the weight and the rounded factors.
     """
     kind = site.original.data.dtype
     left, right = Dense(left_OR.contiguous().to(kind)), Dense(right_RI.to(kind))
@@ -141,7 +142,10 @@ def stored(
 
 
 def by_turns(a_OI: Tensor, rank: int, chosen: Pattern, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(A [out, rank] orthonormal, B [rank, in], mask [out, in] of S): |A' - S - A B| never grows, S = 0 at first."""
+    """(A [out, rank] orthonormal, B [rank, in], mask [out, in] of S), fitted alternately from S = 0.
+
+    A' - S - A B| never grows, where A' is `a_OI`.
+    """
     subspace, sparse_OI = Subspace(a_OI, rank), torch.zeros_like(a_OI)
     for _ in range(iterations):
         left_OR, right_RI = subspace.follow(a_OI - sparse_OI)
@@ -152,6 +156,6 @@ def by_turns(a_OI: Tensor, rank: int, chosen: Pattern, iterations: int) -> tuple
 
 
 def loudness(norm_I: Tensor) -> Tensor:
-    """The norms of the inputs, each at least a small share of their median over those that came; 1 if none did."""
+    """The norms of the inputs, clamped below at a small share of the median of the positive ones; 1 if all are 0."""
     came_J = norm_I[norm_I > 0]
     return norm_I.clamp(min=FAINTEST * float(came_J.median())) if len(came_J) else torch.ones_like(norm_I)

@@ -1,4 +1,4 @@
-"""Realign: aim at what the dense model computes, not at what its matrix would make of a drifted input."""
+"""Realign: aim at the output of the dense model, not at what the dense matrix would give for the drifted input."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from compress.weights import Dense, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class Realign(WeightPass, name="realign"):
-    """Move the target of all later passes to the matrix whose output on the input as it now is comes nearest to dense.
+    """Set the target of all later passes to the matrix whose output on the drifted input is nearest to the dense one.
 
     Everything before a site has been compressed, so its input x' differs from the dense model's x. Pruning and rounding
-    usually approximate W x'; the W* = W (x x'ᵀ) (x' x'ᵀ)^-1 of least squares, damped towards W, approximates W x, so
-    later matrices make up for earlier ones. Costs a second copy of the calibration activations and of each forward. An
-    expert is left as it is, because other tokens reach it than in the dense model.
+    usually approximate W x'. The least-squares matrix W* = W (x x'ᵀ) (x' x'ᵀ)^-1, damped towards W, approximates W x
+    instead, so later matrices compensate for earlier ones. Costs a second copy of the calibration activations and of
+    each forward. An expert is left as it is, because other tokens reach it than in the dense model.
     Source: the asymmetric objective of Li et al., "GPTAQ", 2025, section 3, solved in closed form before any other pass
     instead of inside one: followed by `gptq` it comes nearer to the dense output than GPTAQ's own update at 2, 3 and 4
     bits (tests/passes/test_realign.py), so `gptq` has no option for that.
@@ -32,7 +32,7 @@ class Realign(WeightPass, name="realign"):
     unfed = "left as it was"
     takes = ("dense",)
     gives = "dense"
-    on_differences = False  # what the dense model computes is no matter of the difference alone
+    on_differences = False  # the output of the dense model does not depend on the difference alone
 
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) that holds to the original")] = 0.01
 

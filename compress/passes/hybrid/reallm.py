@@ -1,9 +1,10 @@
-"""ReALLM: a few directions kept apart in high precision, the rest in vector codes.
+"""ReALLM: a few directions stored separately in high precision, the rest in vector codes.
 
-What a reader would question: the first factors are those of the plain singular value decomposition. After error
-feedback it is the spread of what is coded that counts, not its share of the output's energy: over 14 matrices of the
-built-in model log4 of the first predicts the bits saved to 0.04, of the second (the usual rule) 3 to 18 times too
-many. Shape suffixes: O out, I in, R rank.
+What a reader would question: the first factors come from the plain singular value decomposition, not from one weighted
+by the input. After error feedback, the squared size of the coded remainder counts, not its share of the output's
+energy: over 14 matrices of the built-in model, log4 of the reduction in squared size predicts the bits saved to within
+0.04, while log4 of the reduction in output energy (the usual rule) predicts 3 to 18 times too many. Shape suffixes: O
+out, I in, R rank.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from compress.weights import Product, Sum, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class ReALLM(VQ, name="reallm"):
-    """W = Q + L1 L2: low rank first, vector codes for what is left, then each again given the other; the best is kept.
+    """W = Q + L1 L2: low rank first, vector codes for the rest, then each again given the other; the best is kept.
 
-    A matrix for which the factors cost more bits than they save is only coded, unless `always`; the ledger says what
-    they save and cost. Codes by the options of `vq`.
-    Source: Leconte et al., "ReALLM", 2024, arXiv 2405.13155. Deviations: the books of `vq` in the place of a learned
-    decoder; factors in closed form, refitted in whitened space, without fine-tuning.
+    A matrix for which the factors cost more bits than they save is only coded, unless `always` is set; the ledger
+    records what they save and cost. The options of `vq` define the codes.
+    Source: Leconte et al., "ReALLM", 2024, arXiv 2405.13155. Deviations: the books of `vq` replace a learned decoder;
+    factors are solved in closed form and refitted in whitened space, without fine-tuning.
     """
 
     rank: Annotated[int, Field(ge=1, le=512, description="of L1 L2")] = 16
@@ -39,7 +40,7 @@ class ReALLM(VQ, name="reallm"):
     always: Annotated[bool, Field(description="factors also where they cost more bits than they save")] = False
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """The rank must be a low one."""
+        """Raise RecipeError unless the rank is smaller than both sides of the matrix."""
         super().check(site, shape)
         if self.rank >= min(shape):
             raise RecipeError(f"{self.name}: {site}: rank {self.rank} is no low rank of a matrix {shape[0]}x{shape[1]}")
@@ -66,11 +67,11 @@ class ReALLM(VQ, name="reallm"):
 
     @property
     def foreseen(self) -> bool:
-        """Factors that do not pay are left out."""
+        """True only with `always`, because factors that do not pay are otherwise left out."""
         return self.always
 
     def outline(self, site: Site) -> Weight | None:
-        """Codes beside two factors, whatever they would save."""
+        """Codes and two factors, whatever they would save."""
         coded = super().outline(site)
         return None if coded is None else Sum((coded, stored_outline(site.shape, self.rank, self.precision)))
 

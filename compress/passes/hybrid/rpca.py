@@ -1,9 +1,10 @@
-"""Robust PCA: the low-rank term and the sparse term that add up to a matrix, both found by one weight.
+"""Robust PCA: a low-rank term and a sparse term that add up to a matrix, both determined by one weight, lambda.
 
-What a reader would question: whether it compresses. It finds what is there and has no budget. Trained matrices are not
-low-rank plus sparse: those of the built-in model take 1.4 to 2.1 times their bytes (lam 1 and 2), so each
-stays whole and the run says so. At any budget use `oats`, which takes the same two steps with hard thresholds. This is
-for a matrix that was made that way. Shape suffixes: O out, I in, R rank, N the shorter side, M the other.
+What a reader would question: whether it compresses. It finds the structure that is there and has no budget. Trained
+matrices are not low-rank plus sparse: for those of the built-in model both terms take 1.4 to 2.1 times the bytes of the
+matrix (lam 1 and 2), so each stays whole and the run says so. To meet a budget use `oats`, which takes the same two
+steps with hard thresholds. This pass is for a matrix that was made that way. Shape suffixes: O out, I in, R rank, N the
+shorter side, M the other.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from compress.stats import ColumnNorm, Statistic
 from compress.weights import Dense, Weight
 from compress.weights.pattern import percent
 
-GROWTH = 1.5  # of the penalty, each step; with START the schedule of the released inexact_alm_rpca
+GROWTH = 1.5  # factor of the penalty in each step; with START the schedule of the released inexact_alm_rpca
 START = 1.25
 STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class RPCA(WeightPass, name="rpca"):
-    """W = S + A B with the least |A B|_* + lambda |S|_1, by the inexact method of augmented Lagrange multipliers.
+    """W = S + A B with the least |A B|_* + lambda |S|_1, by the inexact augmented Lagrange multiplier method.
 
-    Where both terms take no fewer bytes than the matrix it stays as it is, which is a fallback. With `scaled`
-    the matrix is that of `oats`, W D with D the norms of the inputs.
+    If both terms together take no fewer bytes than the matrix, it stays as it is and a fallback is recorded. With
+    `scaled` the decomposed matrix is that of `oats`, W D with D the norms of the inputs.
     Source: Lin, Chen and Ma, "The Augmented Lagrange Multiplier Method for Exact Recovery of Corrupted Low-Rank
-    Matrices", 2010, algorithm 5. Deviations: singular values by the Gram of the shorter side, in float64; it ends at
-    `tolerance`, because stored weights are rounded and to 1e-7 the rounding is neither sparse nor of low rank.
+    Matrices", 2010, algorithm 5. Deviations: singular values come from the Gram of the shorter side, in float64; the
+    iteration ends at `tolerance`, because stored weights are rounded, and down to 1e-7 the rounding is neither sparse
+    nor of low rank.
     """
 
     unfed = "split by its weights alone"
     takes = ("dense",)
-    gives = ""  # split, or still dense
+    gives = ""  # split, or unchanged
 
     lam: Annotated[float, Field(gt=0, le=1000, description="lambda in units of 1 / sqrt(the longer side)")] = 1.0
     scaled: Annotated[bool, Field(description="inputs count by their norms")] = True
@@ -49,11 +51,11 @@ class RPCA(WeightPass, name="rpca"):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """Norms, if they count."""
+        """Norms of the input with `scaled`, else nothing."""
         return (ColumnNorm,) if self.scaled else ()
 
     def rewrite(self, site: Site) -> Weight:
-        """Both terms, or the matrix."""
+        """Both terms, or the unchanged matrix."""
         return self.split(site, loudness(site.stats[ColumnNorm]) if self.scaled else None)
 
     def rewrite_unfed(self, site: Site) -> Weight:
@@ -62,15 +64,15 @@ class RPCA(WeightPass, name="rpca"):
 
     @property
     def foreseen(self) -> bool:
-        """It has no budget."""
+        """False: it has no budget."""
         return False
 
     def outline(self, site: Site) -> Weight | None:
-        """The matrix, which both terms must undercut."""
+        """The matrix, which is the most that the result can take."""
         return replace(site.expect(Dense, by=self.name))
 
     def split(self, site: Site, norm_I: Tensor | None) -> Weight:
-        """Both terms if they take fewer bytes, else the matrix and a fallback."""
+        """Both terms if they take fewer bytes; otherwise the matrix, with a fallback recorded."""
         dense = site.expect(Dense, by=self.name)
         w_OI = dense.data.float()
         scale_I = torch.ones_like(w_OI[0]) if norm_I is None else norm_I
@@ -106,7 +108,7 @@ def decompose(a_OI: Tensor, lam: float, tolerance: float) -> tuple[Tensor, Tenso
 
 
 def shrunk(a_OI: Tensor, by: float) -> tuple[Tensor, Tensor]:
-    """The factors of a matrix with every singular value `by` less, without those that come to 0; one orthonormal."""
+    """The factors, one orthonormal, of a matrix with each singular value `by` less, without those that reach 0."""
     wide = a_OI.shape[0] <= a_OI.shape[1]
     a_NM = (a_OI if wide else a_OI.T).double()
     squares_N, basis_NN = torch.linalg.eigh(a_NM @ a_NM.T)

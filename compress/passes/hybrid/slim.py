@@ -1,8 +1,8 @@
-"""SLiM: a mask, a grid and two thin matrices, each made for what the others leave.
+"""SLiM: a mask, a grid and two thin matrices, each fitted to what the others leave.
 
-What a reader would question: the defaults are not the paper's. Its mask (Wanda), rounding (to nearest) and metric (the
-diagonal) are the options `nearest` and `diagonal`; choosing mask and codes in one sweep of error feedback, the full
-Gram and several rounds halve the divergence that it leaves (recipes/slim-2of4-int4.yaml).
+What a reader would question: the defaults are not the paper's. The paper's mask (Wanda), rounding (to nearest) and
+metric (the diagonal) are the options `nearest` and `diagonal`. Choosing mask and codes in one sweep of error feedback,
+with the full Gram and several rounds, halves the divergence (recipes/slim-2of4-int4.yaml).
 Shape suffixes: O out, I in, N any size, C candidates.
 """
 
@@ -27,22 +27,22 @@ from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import Dense, Grid, Masked, Pattern, Quantized, Sum, Weight, pattern
 from compress.weights.grid import narrowed, stored_scale
 
-COARSE = 11  # clips tried first, as in the released code
-FEWEST, MOST = 512, 20000  # bins of its histogram, one for a thousand weights between these
-FINE = 32  # bins that a step of the grid covers at least: below a few the costs of clips are noise
-AT_ONCE = 1 << 22  # errors worked on together
+COARSE = 11  # clipping values tried first, as in the released code
+FEWEST, MOST = 512, 20000  # bins of the histogram: one per thousand weights, between these limits
+FINE = 32  # least number of bins per step of the grid: with only a few, the costs of clipping values are noise
+AT_ONCE = 1 << 22  # errors computed together
 Coder = Callable[[Tensor], Weight]
 
 
 def best_clip(w_OI: Tensor, bits: int) -> float:
-    """The |w| above which to clip: of all edges of a histogram the one that costs the least squared error.
+    """The |w| above which to clip: the edge of a histogram bin with the least squared error.
 
-    Each bin stands for its middle, rounded to the step clip / (2**(bits-1) - 1) with codes from -2**(bits-1). Eleven
-    edges are tried, then all between the neighbours of the best.
-    Source: Mozaffari et al., "SLiM", ICML 2025, SLiM-Quant. Deviations: signs are kept, because codes
-    reach one step further down than up; the rounding error is that of the step itself, where the paper takes
-    x - floor(x / h) h for half of it, the same in the mean; and the whole range is kept if it costs the weights
-    themselves less, since a bin of outliers does not stand for them well.
+    Each bin is represented by its middle, rounded to the step clip / (2**(bits-1) - 1) with codes from -2**(bits-1).
+    Eleven edges are tried first, then all edges between the neighbours of the best.
+    Source: Mozaffari et al., "SLiM", ICML 2025, SLiM-Quant. Deviations: signs are kept, because codes reach one step
+    further down than up; the rounding error is that of the full step, where the paper takes x - floor(x / h) h for half
+    of it, which is the same on average; and the whole range is kept if the weights themselves then have the smaller
+    error, because a bin does not represent outliers well.
     """
     top, levels = float(w_OI.abs().max()), 2 ** (bits - 1)
     if top == 0:
@@ -72,7 +72,7 @@ def deviations(w: Tensor, clip: Tensor | float, levels: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedGrid(Grid):
-    """One symmetric grid for the whole matrix, of the range that `best_clip` finds."""
+    """One symmetric grid for the whole matrix, with the range that `best_clip` finds."""
 
     group: int = -1
     symmetric: bool = True
@@ -80,7 +80,7 @@ class ClippedGrid(Grid):
     def fit(
         self, w_OI: Tensor, *, search: bool = False, norm: float = 2, gram_II: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Scale [1, 1]."""
+        """The scale [1, 1], and no zero."""
         del search, norm, gram_II
         step = best_clip(w_OI, self.bits) / (2 ** (self.bits - 1) - 1)
         return narrowed(stored_scale(torch.full((1, 1), step, device=w_OI.device))), None
@@ -88,16 +88,16 @@ class ClippedGrid(Grid):
 
 @dataclass(frozen=True, kw_only=True)
 class SLiM(Corrector, name="slim"):
-    """W' + A B: W' masked and on a grid, A B the correction of what that lost, then W' made again for W - A B.
+    """W' + A B: W' masked and on a grid, A B the correction of the loss, then W' made again for W - A B.
 
-    Mask, codes and factors are made in turn, each for what the others leave; the best by output error is kept, so
-    more rounds are never worse. `feedback` chooses mask and codes as SparseGPT and GPTQ do, anew in each round;
-    `nearest` rounds under the mask of Wanda. A mask that a pass before chose stays, and the values under it are made
-    anew. The mask stands outside the grid and under the factors: W' is exactly 0 where it cuts, the sum is not.
-    Source: Mozaffari et al., "SLiM", ICML 2025; the paper is `rounding: nearest`, `metric: diagonal`,
-    `group: -1`, `rounds: 1`, without the refit that follows the last codes. Deviations: Wanda's norms of 0 are raised
-    to the smallest above 0, which there is added to all; the first grid too is that of what the mask keeps, there of
-    all weights; factors of 4 bits have one scale a row, not tiles of 128.
+    Mask, codes and factors are fitted in turn, each to what the others leave. The result with the least output error is
+    kept, so more rounds are never worse. `feedback` chooses mask and codes as SparseGPT and GPTQ do, anew in each
+    round; `nearest` rounds under the mask of Wanda. A mask that an earlier pass chose stays, and the values under it
+    are made anew. The mask applies to W' only: W' is exactly 0 where it cuts, the sum with A B is not.
+    Source: Mozaffari et al., "SLiM", ICML 2025; the paper is `rounding: nearest`, `metric: diagonal`, `group: -1`,
+    `rounds: 1`, without the refit that follows the last codes. Deviations: Wanda's norms of 0 are raised to the
+    smallest above 0, which the paper adds to all norms; the first grid too is fitted to the kept weights only, in the
+    paper to all weights; factors of 4 bits have one scale for A and one per row of B, not one per tile of 128.
     """
 
     unfed = "masked by magnitude, rounded to nearest and corrected by its weights alone"
@@ -121,7 +121,7 @@ class SLiM(Corrector, name="slim"):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """The norms of Wanda and of the diagonal metric, and the Gram by which results are compared."""
+        """The norms for Wanda and the diagonal metric, and the Gram by which results are compared."""
         return ColumnNorm, Gram
 
     def __post_init__(self) -> None:
@@ -134,13 +134,16 @@ class SLiM(Corrector, name="slim"):
             raise RecipeError(f"{self.name}.search: SLiM-Quant searches by itself; give a group of 0 or more")
 
     def pattern(self) -> Pattern | None:
-        """The pattern that `sparsity` means; SparseGPT's blocks of all rows compete where it chooses a fraction."""
+        """The pattern defined by `sparsity`, or None.
+
+        With `feedback`, a fraction is chosen as in SparseGPT: all rows of a block of columns compete.
+        """
         if self.sparsity is None:
             return None
         return pattern(self.sparsity, "matrix" if self.rounding == "feedback" else "row")
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """Factors must be smaller than the matrix; the pattern and the group must fit it."""
+        """Raise RecipeError unless the factors are smaller than the matrix, and the pattern and the group fit it."""
         super().check(site, shape)
         chosen = self.pattern()
         reason = chosen.check(shape) if chosen else None
@@ -151,11 +154,11 @@ class SLiM(Corrector, name="slim"):
 
     @property
     def grid(self) -> Grid:
-        """The grid of its options."""
+        """The grid defined by the options."""
         return ClippedGrid(bits=self.bits) if self.group < 0 else Grid(bits=self.bits, group=self.group)
 
     def rewrite(self, site: Site) -> Weight:
-        """The best of all rounds by output error."""
+        """The best result of all rounds by output error."""
         gram_II, w_OI = site.stats[Gram], site.target.data.float()
         code = self.by_feedback(site) if self.rounding == "feedback" else None
         errors: list[float] = []
@@ -172,13 +175,13 @@ class SLiM(Corrector, name="slim"):
         return best
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """Nothing of the input: magnitudes, nearest codes and the factors of what they lose."""
+        """The same without input statistics: a mask by magnitude, nearest codes and factors of the weight error."""
         w_OI = site.target.data.float()
         made = self.tried(w_OI, self.to_nearest(site, w_OI.abs()), None)
         return min(made, key=lambda result: float((result.dense().float() - w_OI).square().sum()))
 
     def outline(self, site: Site) -> Weight | None:
-        """Codes, under the mask that is there or is chosen, beside two factors."""
+        """Codes, under the given or the chosen mask, and two factors."""
         given, chosen = self.masked(site), self.pattern()
         grid = Grid(bits=self.bits, group=self.group, symmetric=self.group < 0)
         coded: Weight = grid.quantize(site.original.data.float())
@@ -189,7 +192,7 @@ class SLiM(Corrector, name="slim"):
         return Sum((coded, stored_outline(site.shape, self.rank_of(site.shape), self.precision)))
 
     def tried(self, w_OI: Tensor, code: Coder, metric: Tensor | None) -> Iterator[Weight]:
-        """Codes for what the factors leave, factors for what the codes leave; what each step makes."""
+        """The sum after each step: codes for what the factors leave, then factors for what the codes leave."""
         coded = code(w_OI)
         factors, _ = self.correction(w_OI - coded.dense().float(), metric)
         yield Sum((coded, factors))
@@ -200,7 +203,7 @@ class SLiM(Corrector, name="slim"):
             yield Sum((coded, factors))
 
     def masked(self, site: Site) -> Masked | None:
-        """The weight if a pass before has masked it, None if it is dense; raises UnsupportedWeight for others."""
+        """The weight if an earlier pass has masked it, None if it is dense; raises UnsupportedWeight for others."""
         match site.weight:
             case Masked(Dense()) as weight if self.sparsity is None:
                 return weight
@@ -213,7 +216,7 @@ class SLiM(Corrector, name="slim"):
                 return None
 
     def to_nearest(self, site: Site, score_OI: Tensor) -> Coder:
-        """Rounding to nearest, under the mask that is there or that of the highest scores."""
+        """A function that rounds to nearest, under the given mask or one that keeps the highest scores."""
         given, chosen = self.masked(site), self.pattern()
         if given is not None:
             mask_OI, name = given.mask_OI, given.pattern
@@ -224,7 +227,10 @@ class SLiM(Corrector, name="slim"):
         return lambda w_OI: Masked(self.grid.quantize(w_OI * mask_OI, search=self.search), mask_OI, name)
 
     def by_feedback(self, site: Site) -> Coder | None:
-        """GPTQ's sweep under the mask that is there or none, or SparseGPT's; None and a fallback without a factor."""
+        """A function that rounds by GPTQ's sweep under the given mask or none, or by SparseGPT's.
+
+        Returns None, with a fallback recorded, if the Gram has no inverse factor.
+        """
         given, chosen = self.masked(site), self.pattern()
         upper_II = shared_factor(site, self.damping, self.name, "rounded to nearest")
         if upper_II is None:
@@ -246,6 +252,6 @@ class SLiM(Corrector, name="slim"):
 
 
 def raised(norm_I: Tensor) -> Tensor:
-    """Norms with those of 0 raised to the smallest above, so that weights of silent inputs still differ."""
+    """The norms, with those of 0 raised to the smallest positive one, so that weights of silent inputs still differ."""
     heard_I = norm_I[norm_I > 0]
     return norm_I.clamp(min=float(heard_I.min()) if len(heard_I) else 1.0)

@@ -1,1 +1,1 @@
-"""Low-rank factorization: one file, one paper."""
+"""Low-rank factorization: one file for each paper."""

@@ -1,4 +1,4 @@
-"""ASVD: the singular value decomposition of a matrix whose columns are scaled by how loud their inputs are."""
+"""ASVD: the singular value decomposition of a matrix whose columns are scaled by the mean magnitude of their inputs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from compress.model.site import Site
 from compress.passes.factorizer import Factorizer
 from compress.stats import AbsMean
 
-LEAST = 1e-6  # added to every scale, as the released code does
+LEAST = 1e-6  # added to every scale, as in the released code
 
 
 @dataclass(frozen=True, kw_only=True)
 class ASVD(Factorizer, name="asvd"):
-    """Scale column j by mean|x_j| to the power `alpha`, keep the first directions, and scale back.
+    """Scale column j by mean|x_j| to the power `alpha`, keep the first singular directions, and scale back.
 
-    Source: Yuan et al., "ASVD: Activation-aware Singular Value Decomposition", 2023, section 3.2. Ranks by its search
-    over perplexities: use the budget `sensitivity` before it.
+    Source: Yuan et al., "ASVD: Activation-aware Singular Value Decomposition", 2023, section 3.2. For ranks from a
+    search over perplexities, as in the paper, use the budget `sensitivity` before it.
     """
 
     requires = (AbsMean,)

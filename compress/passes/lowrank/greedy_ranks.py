@@ -1,4 +1,4 @@
-"""Ranks where they keep most: one price of a parameter for all matrices."""
+"""Ranks that keep the most energy: one price of a parameter for all matrices."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TINY = 1e-30
 class Ranks(Budget, name="ranks"):
     """Minimise the sum over matrices of the output energy lost, at the parameters that the next pass asks for.
 
-    In that pass's own metric. Energies fall, so taking the best energy for a parameter first is exact, but for
-    matrices that come out no shorter than they are: these stay whole. By `energy` a matrix counts by the share of its
-    output's energy; by `kl` by what cutting it alone, to what the pass asks for, does to the logits, for each share of
-    energy that this loses: a few tokens of huge activations may hold nearly all energy of an output and little of what
-    later blocks make of it.
+    Energies are in that pass's own metric. They fall, so taking the best energy per parameter first is exact, except
+    for matrices whose factors would be no smaller than they are; these stay whole. With `energy`, they count relative
+    to all energy of the matrix's output. With `kl`, they count by the divergence of the logits when this matrix alone
+    is cut to what the pass asks for, divided by the energy that this cut loses, because a few tokens of huge
+    activations may hold nearly all energy of an output and still matter little to later blocks.
     Source: Shoham and Gersho, "Efficient Bit Allocation for an Arbitrary Set of Quantizers", 1988, for convex losses;
     truncation loss as the loss, Wang et al., SVD-LLM V2, NAACL 2025; weighing it by KL is ours.
     """
@@ -55,7 +55,7 @@ class Ranks(Budget, name="ranks"):
 
 
 def weight(part: Part, cost: float | None, removed: float) -> float:
-    """What a unit of its energy counts: 1 / all of it, or the `cost` of losing what lies behind the rank asked for.
+    """The weight of a unit of a part's energy: 1 / its total, or `cost` / the energy beyond the rank asked for.
 
     Raises CalibrationError if that cost is not finite.
     """

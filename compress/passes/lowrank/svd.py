@@ -1,4 +1,4 @@
-"""The plain singular value decomposition: the baseline, and what WeLore stores."""
+"""The plain singular value decomposition: the baseline, and the factorization that WeLore stores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.passes.factorizer import Factorizer
 
 @dataclass(frozen=True, kw_only=True)
 class SVD(Factorizer, name="svd"):
-    """The nearest matrix of its rank, weights alone; reads no data.
+    """The nearest matrix of its rank, by the weights alone; reads no data.
 
     Source: Eckart and Young, "The approximation of one matrix by another of lower rank", 1936.
     """
@@ -20,6 +20,6 @@ class SVD(Factorizer, name="svd"):
     unfed = ""
 
     def metric(self, site: Site) -> Tensor | None:
-        """All inputs alike."""
+        """None: all inputs count equally."""
         del site
         return None

@@ -1,7 +1,7 @@
-"""TransMLA: keys and values as two readings of one latent, which is then all that a cache needs to keep of a token.
+"""TransMLA: keys and values computed from one latent vector, which is then all that a cache must keep of a token.
 
 Not here: the cache itself (`runtime/latent.py`; a recipe asks for it with `kv: latent`). What a reader would question:
-at full rank nothing is lost and nothing is won, so the pass has no lossless default.
+at full rank nothing is lost and nothing is gained, so the pass has no lossless default.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ PAIR = ("k_proj", "v_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class TransMLA(WeightPass, name="transmla"):
-    """W_k = A_k B and W_v = A_v B, with B of the principal directions of keys and values together, balanced.
+    """W_k = A_k B and W_v = A_v B, with B the principal directions of keys and values together, balanced.
 
-    Keys and values are first divided by the root of their own output energy: else keys, which are louder, take all
-    directions. At `kept: 1` the model computes what it did, with no fewer numbers to keep of a token; fewer than that
-    are the closest for their count, in that norm and without training, which is not close: see the recipe's numbers.
+    Keys and values are first divided by the root of their own output energy; otherwise keys, which are larger, would
+    take all directions. At `kept: 1` the model computes what it did, with no fewer numbers to keep of a token. With
+    fewer numbers, the result is the closest for that number, in that norm and without training, which is not close: see
+    the numbers in the recipe.
     Source: Meng et al., "TransMLA: Multi-Head Latent Attention Is All You Need", 2025, section 4 (joint, balanced
-    principal components of keys and values). Deviation: no RoRoPE, FreqFold or decoupled rotary key; a key comes
-    of the latent whole and is rotated when it is read. So nothing else is kept, but attention is not computed in it.
+    principal components of keys and values). Deviation: no RoRoPE, FreqFold or decoupled rotary key; a key is computed
+    whole from the latent and rotated when it is read. So nothing else is kept, but attention is not computed in the
+    latent space.
     """
 
     requires = (Gram,)
     unfed = ""
     takes = ("dense",)
     gives = "factored"
-    on_differences = False  # a latent is of keys and values, not of what was added to them
+    on_differences = False  # a latent holds keys and values, not what fine-tuning added to them
 
     sites: Annotated[str, Field(description="glob over full site names; keys with their values only")] = "*.[kv]_proj"
     kept: Annotated[
@@ -48,16 +50,16 @@ class TransMLA(WeightPass, name="transmla"):
 
     @property
     def joint(self) -> bool:
-        """Keys with their values."""
+        """True: keys and values are factored together."""
         return True
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """A rank of one at least must be left."""
+        """Raise RecipeError if not even a rank of one is left."""
         if self.rank(2 * shape[0], shape[1]) < 1:
             raise RecipeError(f"{self.name}: {site}: {self.kept:g} of {2 * shape[0]} numbers is none; keep more")
 
     def rank(self, outputs: int, inputs: int) -> int:
-        """Numbers of a latent; more than there are inputs tell nothing more."""
+        """The size of a latent, at most the number of inputs, beyond which it would hold no more information."""
         return min(floor(self.kept * outputs + 1e-9), inputs)
 
     def rewrite(self, site: Site) -> Weight:
@@ -65,7 +67,7 @@ class TransMLA(WeightPass, name="transmla"):
         return self.of_one([site])[site.name]
 
     def rewrite_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight]:
-        """One latent for the key and the value of each attention; raises UnsupportedWeight for anything else."""
+        """One latent for key and value of each attention; raises UnsupportedWeight for any other combination."""
         return {name: weight for pair in self.pairs(sites) for name, weight in self.of_one(pair).items()}
 
     def outline_peers(self, sites: Sequence[Site]) -> Mapping[str, Weight | None]:
@@ -78,7 +80,7 @@ class TransMLA(WeightPass, name="transmla"):
         return found
 
     def pairs(self, sites: Sequence[Site]) -> list[list[Site]]:
-        """Key and value of each attention; raises UnsupportedWeight for anything else."""
+        """Key and value of each attention; raises UnsupportedWeight for any other combination."""
         attentions: dict[str, list[Site]] = {}
         for site in sites:
             attentions.setdefault(site.name.rpartition(".")[0], []).append(site)
@@ -91,7 +93,7 @@ class TransMLA(WeightPass, name="transmla"):
         return list(attentions.values())
 
     def of_one(self, sites: Sequence[Site]) -> dict[str, Weight]:
-        """These weights as readings of one latent."""
+        """These weights as products with one shared latent projection."""
         whole = [site.expect(Dense, by=self.name) for site in sites]
         rank = self.rank(sum(site.shape[0] for site in sites), sites[0].shape[1])
         return joined(sites, whole, sites[0].stats[Gram], rank)

@@ -18,11 +18,11 @@ HALVINGS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class WeLore(Budget, name="welore"):
-    """Singular values of each matrix stretched to [0, 1]; those below one threshold are cut, which meets the budget.
+    """Stretch the singular values of each matrix to [0, 1] and cut those below one threshold, which meets the budget.
 
-    A matrix that keeps so many that its factors would be no shorter stays dense (N-LRC: to be frozen in later
-    fine-tuning); the others are low-rank components (LRC: to be tuned). What each became is in the artifact: its rank,
-    or `dense`. With `svd` behind it this is the paper's; the metric of another pass may stand in.
+    A matrix that keeps so many that its factors would be no smaller stays dense (N-LRC: to be frozen in later
+    fine-tuning); the others are low-rank components (LRC: to be tuned). The artifact records what each matrix became:
+    its rank, or `dense`. With `svd` behind it this is the paper's method; another pass may supply a different metric.
     Source: Jaiswal et al., "From Low Rank Gradient Subspace Stabilization to Low-Rank Weights (WeLore)", ICML 2025,
     section 3. Deviation: the threshold meets a number of parameters, not of singular values.
     """
@@ -45,7 +45,7 @@ class WeLore(Budget, name="welore"):
 
 
 def stretched(step: Factorizer, sites: Sequence[Site]) -> Tensor:
-    """Singular values from 1 down to 0."""
+    """The singular values, mapped linearly so that they run from 1 down to 0."""
     values_R = step.spectrum(sites).double().sqrt()
     span = (values_R[0] - values_R[-1]).clamp(min=1e-300)
     return (values_R - values_R[-1]) / span
