@@ -1,1 +1,1 @@
-"""Passes made for the difference of two models, though they take any dense weight: one file = one paper."""
+"""Passes made for the difference of two models, though they accept any dense weight: one file for each paper."""

@@ -1,4 +1,4 @@
-"""Auto: for each matrix the codec whose output errs least within the bits."""
+"""Auto: for each matrix, the codec with the least output error within the bits."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from compress.weights import Weight
 from compress.weights.bits import packed_size
 
 WIDTHS = (2, 3, 4)  # bits of a code
-PLAIN = 16  # of a stored number
-TRIES = 3  # of a codec that takes more than it was asked for, because its positions do
-MARGIN = 0.97
-SCALE = 2  # bytes of a scale
+PLAIN = 16  # bits of an unquantized number
+TRIES = 3  # attempts with a codec that takes more bits than asked for, because its positions do
+MARGIN = 0.97  # safety factor on the bits asked for in the next attempt
+SCALE = 2  # bytes of a stored scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Codec, name="auto"):
-    """Try every codec that fits the bits, keep that of the least output error.
+    """Try every codec that fits the bits, and keep the one with the least output error.
 
-    They are signs in up to four levels (bitdelta), bands of singular vectors (delta-come), few weights of few bits at
-    any place or two of four (sparsegpt with bits), and all of them rounded with error feedback (gptq). Which is best
-    depends on the spectrum of what is stored: signs for a flat one, bands for a steep one, single weights where they
-    stand out. All that fit are made and measured, tr(D G Dᵀ): an estimate would need the decomposition that is most of
-    the cost. Preceded by `sensitivity`, matrices that matter more get more bits.
+    The codecs are signs in up to four levels (bitdelta), bands of singular vectors (delta-come), few weights of few
+    bits at any place or two of four (sparsegpt with bits), and all weights rounded with error feedback (gptq). Which is
+    best depends on the spectrum of the matrix: signs for a flat one, bands for a steep one, single weights where they
+    stand out. All codecs that fit are run and measured by tr(D G Dᵀ), because an estimate would need the decomposition
+    that is most of the cost. With `sensitivity` before it, matrices that matter more get more bits.
     Source: lowrank_quant_delta.md section 3.2, on choosing by the spectrum; the portfolio is ours.
     """
 
@@ -52,7 +52,7 @@ class Auto(Codec, name="auto"):
     unfed = "signs with a scale a row, or the largest weights in four bits, by weights alone"
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """Some codec must fit."""
+        """Raise RecipeError if no codec fits."""
         codecs, budget = self.codecs(shape, self.bits), self.budget(shape)
         if not any(least_bytes(step, shape) <= budget and fits(step, site, shape) for step in codecs):
             raise RecipeError(
@@ -60,18 +60,18 @@ class Auto(Codec, name="auto"):
             )
 
     def codecs(self, shape: tuple[int, int], bits: float) -> Iterator[WeightPass]:
-        """What may fit in `bits` a weight, in an order that does not depend on them."""
+        """The codecs that may fit in `bits` a weight, in an order that does not depend on `bits`."""
         yield DeltaCoMe(bits=bits)
         for scale in ("row", "matrix"):
             yield BitDelta(levels=min(4, max(1, floor(bits))), scale=scale)
         for width in WIDTHS:
             yield GPTQ(bits=width, group=0, search=True)
             yield SparseGPT(sparsity="2:4", bits=width, group=0)
-            row = (PLAIN + width) / shape[1]  # bits a weight of a scale and a zero for each row
+            row = (PLAIN + width) / shape[1]  # bits a weight for the scale and the zero of each row
             yield SparseGPT(sparsity=1 - kept_within(max(0.0, bits - row), width), bits=width, group=0)
 
     def rewrite(self, site: Site) -> Weight:
-        """The best of all within the budget."""
+        """The best of all results within the budget."""
         made = [self.within(site, i) for i in range(len(list(self.codecs(site.shape, self.bits))))]
         found = [(output_cost(trial), str(step), trial) for step, trial in filter(None, made)]
         if not found:
@@ -84,7 +84,7 @@ class Auto(Codec, name="auto"):
         return unbiased(best.weight, site.target.data, site.stats[Gram])
 
     def within(self, site: Site, index: int) -> tuple[WeightPass, Site] | None:
-        """What a codec makes of a site, asked for fewer bits if it took too many; None if it cannot."""
+        """The result of a codec for a site, with fewer bits asked for if it took too many; None if it does not fit."""
         asked, aim, budget = None, self.bits, self.budget(site.shape)
         for _ in range(TRIES):
             step = list(self.codecs(site.shape, aim))[index]
@@ -98,7 +98,7 @@ class Auto(Codec, name="auto"):
         return None
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """What needs no statistics: signs in as many levels as fit, or as many of the largest weights as do."""
+        """A result without statistics: signs in as many levels as fit, or as many of the largest weights as fit."""
         budget, levels = self.budget(site.shape), min(4, floor(self.bits))
         for fewer in range(levels, 0, -1):
             sign = BitDelta(levels=fewer).rewrite_unfed(site)
@@ -114,7 +114,7 @@ class Auto(Codec, name="auto"):
 
 
 def least_bytes(step: WeightPass, shape: tuple[int, int]) -> int:
-    """Bytes that a codec takes at least, its codes or its scales alone: what is larger need not be made."""
+    """The least bytes that a codec takes, by its codes or its scales alone: if that is too much, it need not be run."""
     entries = shape[0] * shape[1]
     match step:
         case BitDelta(levels=bits) | GPTQ(bits=bits):

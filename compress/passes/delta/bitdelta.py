@@ -1,6 +1,6 @@
-"""BitDelta: the signs of a matrix under few scales; one bit a weight, or one more for each level.
+"""BitDelta: the signs of a matrix with few scales; one bit a weight, or one more for each level.
 
-Shape suffixes: O out, I in, L levels, S matrices that have scales of their own (one, or one a row).
+Shape suffixes: O out, I in, L levels, S matrices that have scales of their own (one, or one for each row).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from compress.weights import Masked, Signs, Sum, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class BitDelta(Quantizer, name="bitdelta"):
-    """W' = the sum over levels of scale * sign(what the levels before left of W); the sign of 0 is +.
+    """W' = the sum over levels of scale * sign(residual of W after the levels before); the sign of 0 is +.
 
-    With one level and one scale, `fit: mean` is mean |W|, nearest to W. The scales of all levels are solved for
-    together, by weights or, as `output`, by tr((W' - W) G (W' - W)ᵀ); scales are stored in bfloat16. To learn them by
-    the output of a block instead, let `finetune` follow.
-    Source: Liu et al., "BitDelta", NeurIPS 2024, section 3. There are one scale a matrix, one level, and a distillation
-    of all scales by the logits, in the released code of embeddings and norms too.
+    With one level and one scale, `fit: mean` gives mean |W|, which is nearest to W. The scales of all levels are solved
+    for together, by the weights or, with `output`, by tr((W' - W) G (W' - W)ᵀ); they are stored in bfloat16. To learn
+    them from the output of a block instead, let `finetune` follow.
+    Source: Liu et al., "BitDelta", NeurIPS 2024, section 3. The paper has one scale per matrix, one level, and distils
+    all scales by the logits; its released code distils embeddings and norms too.
     """
 
     unfed: ClassVar[str] = "scaled by its weights alone"
@@ -49,16 +49,16 @@ class BitDelta(Quantizer, name="bitdelta"):
         return (Gram,) if self.fit == "output" else ()
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """Scales by the weights alone."""
+        """Signs with scales fitted to the weights alone."""
         del site
         return self.signs(w_OI.float(), keep_OI, None)
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """Scales by what `fit` says."""
+        """Signs with scales fitted as `fit` says."""
         return self.signs(w_OI.float(), keep_OI, site.stats[Gram] if self.fit == "output" else None)
 
     def signs(self, w_OI: Tensor, keep_OI: Tensor | None, gram_II: Tensor | None) -> Weight:
-        """One `Signs` a level, those of one matrix under the scales that fit it best."""
+        """One `Signs` per level, with the scales that fit the matrix best."""
         positive = self.levelled(w_OI, keep_OI)
         signed = [signs_of(level_OI, keep_OI) for level_OI in positive]
         scale_SL = best_scales(w_OI, signed, gram_II, self.scale == "matrix").bfloat16()
@@ -71,7 +71,7 @@ class BitDelta(Quantizer, name="bitdelta"):
         return larger.values if isinstance(larger, Masked) else larger
 
     def levelled(self, w_OI: Tensor, keep_OI: Tensor | None) -> list[Tensor]:
-        """Where each level is positive: the signs of what is left of W by the levels before under their own means."""
+        """Where each level is positive: the signs of the residual of W after the levels before, at their means."""
         left_OI, found = w_OI, []
         for _ in range(self.levels):
             found.append(left_OI >= 0)
@@ -88,10 +88,10 @@ def signs_of(positive: Tensor, keep_OI: Tensor | None) -> Tensor:
 
 
 def best_scales(w_OI: Tensor, signed: list[Tensor], gram_II: Tensor | None, whole: bool) -> Tensor:
-    """The scales [S, L] with which the sum of these sign matrices comes nearest to W; float32, by way of float64.
+    """The scales [S, L] with which the sum of these sign matrices is nearest to W; float32, computed in float64.
 
-    Nearest by its output if a Gram is given that is not 0, else by its entries. What they do not depend on is 0.
-    Of one matrix of signs s that is tr(W G sᵀ) / tr(s G sᵀ).
+    Nearest by its output if a Gram is given that is not 0, else by its entries. Scales that the error does not depend
+    on are 0. For one matrix of signs s the scale is tr(W G sᵀ) / tr(s G sᵀ).
     """
     seen = [s_OI if gram_II is None or not bool(gram_II.any()) else s_OI @ gram_II for s_OI in signed]
     right_OL = torch.stack([(w_OI * seen_OI).sum(1) for seen_OI in seen], -1).double()

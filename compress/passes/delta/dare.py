@@ -1,7 +1,7 @@
-"""DARE: drop entries by chance and enlarge what is left, so that on average nothing changed.
+"""DARE: drop entries at random and rescale the rest, so that the expected matrix is unchanged.
 
-What a reader would question: it is far from the best way to store one matrix; the largest entries alone (`magnitude`,
-`wanda`) come much nearer. It is for what must not be biased, and for a mask that takes no bytes.
+What a reader would question: it is far from the best way to store one matrix; keeping the largest entries (`magnitude`,
+`wanda`) comes much nearer. It is for weights that must stay unbiased, and for a mask that takes no bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from compress.weights.chance import drawn, rule_name
 class DARE(WeightPass, name="dare"):
     """Keep each entry with a probability q and divide what is kept by q: the mean over masks is W.
 
-    `random`: q is the density everywhere, and the mask is regenerated from the seed and the site's name, at no bits.
-    `importance`: q = min(1, c |w| rms(x)) with c such that the mean q is the density; this mask is stored. Of all q of
-    one mean these give the least variance of the output for independent inputs.
+    `random`: q is the density everywhere, and the mask is regenerated from the seed and the site's name, so it takes no
+    bits. `importance`: q = min(1, c |w| rms(x)) with c such that the mean q is the density; this mask is stored. Among
+    all q of equal mean, these give the least variance of the output for independent inputs.
     Source: Yu et al., "Language Models are Super Mario", ICML 2024, section 3.2; probabilities that follow importance
     are those of importance sampling (DELLA, 2024, has them linear in the rank of |w|).
     """
@@ -45,15 +45,15 @@ class DARE(WeightPass, name="dare"):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """Input norms, if they count."""
+        """Input norms with `importance`, else nothing."""
         return (ColumnNorm,) if self.keep == "importance" else ()
 
     def rewrite(self, site: Site) -> Weight:
-        """The matrix under its mask, what is kept divided by its probability."""
+        """The matrix under its mask, with kept entries divided by their probability."""
         return self.cut(site, site.stats[ColumnNorm] if self.keep == "importance" else None)
 
     def rewrite_unfed(self, site: Site) -> Weight:
-        """The same as if inputs were alike."""
+        """The same with equal norms for all inputs."""
         return self.cut(site, None)
 
     def cut(self, site: Site, norm_I: Tensor | None) -> Weight:
@@ -73,10 +73,10 @@ class DARE(WeightPass, name="dare"):
 
 
 def probabilities(score_OI: Tensor, density: float) -> Tensor:
-    """min(1, c * score) with the one c for which the mean is `density`; less only if more scores than that are 0.
+    """min(1, c * score) with the one c for which the mean is `density`; the mean is less only if too many scores are 0.
 
-    Each round fixes those that reached 1 and shares the rest of the budget among the others; c only grows, so few
-    rounds end it.
+    Each round fixes the entries that reached 1 and shares the rest of the budget among the others; c only grows, so a
+    few rounds suffice.
     """
     share_OI, sure = torch.zeros_like(score_OI), -1
     while True:

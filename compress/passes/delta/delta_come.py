@@ -1,11 +1,11 @@
-"""Delta-CoMe: singular vectors in bands, each of as many bits as its singular values are worth.
+"""Delta-CoMe: singular vectors in bands, each with as many bits as its singular values are worth.
 
-What a reader would question: the grids. A left column is scaled to the step of one grid for the whole factor, and what
-it was scaled by goes, with the singular value, into the scale of the right row; so a band stores one scale for each
-singular pair and none for its left rows. Levels stand at halves, (c - (2**bits - 1) / 2) step: nothing here need be
-exactly 0, and at 2 bits a level there costs a fifth more error. At 16 bits factors are bfloat16. Groups of scales along
-a vector were tried and left out: on the difference of a fine-tune, 64 inputs a group cost 9 % of the bits for 4 % of
-the error at 2 bits. Shape suffixes: O out, I in, R rank, W widths.
+What a reader would question: the grids. Each left column is scaled to the step of one grid for the whole factor, and
+its scale is merged, with the singular value, into the scale of the right row; so a band stores one scale for each
+singular pair and none for its left rows. Levels lie at half-integers, (c - (2**bits - 1) / 2) step, because nothing
+here need be exactly 0, and at 2 bits a level at 0 costs a fifth more error. At 16 bits the factors are bfloat16. Groups
+of scales along a vector were tried and left out: on the difference of a fine-tune, 64 inputs a group cost 9 % of the
+bits for 4 % of the error at 2 bits. Shape suffixes: O out, I in, R rank, W widths.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from compress.weights.bits import packed_size
 
 # the mean squared error of a normal variable of variance 1 on the best 2**bits evenly spaced levels; at 16 bits, what
 # rounding to bfloat16 costs at most. Source: Max, "Quantizing for minimum distortion", IRE 1960, table II (to 5 bits);
-# of 6 and 8 bits as measured
+# the values for 6 and 8 bits are measured
 ROUNDING = {16: 2.0**-18, 8: 7.4e-5, 6: 1.041e-3, 5: 3.495e-3, 4: 1.154e-2, 3: 3.744e-2, 2: 0.1188}
-SHARES = [2 ** (-i / 8) for i in range(25)]  # of the largest |w|, as ends of the range: down to an eighth
+SHARES = [2 ** (-i / 8) for i in range(25)]  # ends of the range to try, as shares of the largest |w|: down to an eighth
 DAMPING = 0.01  # of error feedback, as in the paper
 SLIGHT = 1e-5  # of least squares
-SIDE = 4096  # of the matrices whose split the paper gives
-LARGEST, SMALLEST = 2.0**10, 2.0**-14  # of the scales of a band: normal in float16
+SIDE = 4096  # side of the matrices for which the paper gives the split
+LARGEST, SMALLEST = 2.0**10, 2.0**-14  # limits of the scales of a band, so that they are normal float16 numbers
 LEAST = 1e-30
-NOTHING = 1e-9  # of the energy: a pair with less is lost in the rounding of the others, or is noise itself
+NOTHING = 1e-9  # share of the energy below which a pair is lost in the rounding of the others, or is noise itself
 Counts = Mapping[int, int]  # bits -> singular pairs
 
 
@@ -63,22 +63,22 @@ def plan_bytes(counts: Counts, shape: tuple[int, int]) -> int:
 
 
 def counted(bits_R: Tensor) -> dict[int, int]:
-    """How many pairs have each number of bits, from the most; without those that are dropped."""
+    """The number of pairs at each number of bits, from the most bits; dropped pairs are not counted."""
     found = {bits: int((bits_R == bits).sum()) for bits in ROUNDING}
     return {bits: pairs for bits, pairs in found.items() if pairs}
 
 
 def most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` that fits, if all below it do."""
+    """The largest number up to `limit` that fits, provided that all below it fit."""
     return bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
 
 
 def lagrangian(energy_R: Tensor, noise_R: Tensor, shape: tuple[int, int], budget: int, dropped: float = 1.0) -> Tensor:
     """The bits of each pair, 0 if it is dropped, within `budget` bytes, int64 [R].
 
-    Least is the sum of `dropped` x `energy` over what is dropped and d(b) `noise` over the others, at one price a byte;
-    the price is found by halving. What then is left goes to the first pairs, as far as it reaches; pairs of no energy
-    get none.
+    Minimises the sum of `dropped` x `energy` over the dropped pairs and of d(b) `noise` over the others, at one price
+    per byte, which is found by bisection. Bytes left over go to the first pairs, as far as they reach; pairs without
+    energy get none.
     Source: lowrank_quant_delta.md section 3.2 after Shoham and Gersho, 1988.
     """
     widths_W = torch.tensor([0, *ROUNDING])
@@ -106,7 +106,7 @@ def lagrangian(energy_R: Tensor, noise_R: Tensor, shape: tuple[int, int], budget
 
 
 def fits_in(budget: int, bits: int, shape: tuple[int, int], pairs: int) -> bool:
-    """Whether a band does."""
+    """Whether a band fits in the budget."""
     return band_bytes(pairs, bits, shape) <= budget
 
 
@@ -126,12 +126,12 @@ def published(pairs: int, shape: tuple[int, int], budget: int) -> Tensor:
 
 
 def middle_of(bits: int) -> float:
-    """What stands between the two codes in the middle."""
+    """The zero point in units of codes, halfway between the two middle codes."""
     return 2.0 ** (bits - 1) - 0.5
 
 
 class Halves:
-    """Rounding of columns to the levels (c - middle) step, one step a row; collects the codes."""
+    """A rounding of columns to the levels (c - middle) step, with one step per row, which collects the codes."""
 
     aligned = 1
     width = 1
@@ -163,7 +163,7 @@ def encode(w_OI: Tensor, step_O: Tensor, bits: int, upper_II: Tensor | None) -> 
 
 
 def fitted_steps(w_OI: Tensor, bits: int, loud_I: Tensor) -> Tensor:
-    """The step of each row, [out], of 25 the one of least squared error, each input weighed by `loud`."""
+    """The step of each row, [out]: of 25, the one with the least squared error, each input weighted by `loud`."""
     top_O1, middle = w_OI.abs().amax(1, keepdim=True).clamp(min=LEAST), middle_of(bits)
     best_O = torch.full_like(top_O1[:, 0], torch.inf)
     step_O = torch.empty_like(best_O)
@@ -181,10 +181,10 @@ def fitted_steps(w_OI: Tensor, bits: int, loud_I: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Heard:
-    """What is known of the input: its Gram or None, the factor of its inverse if errors are fed back, how loud.
+    """What is known of the input: its Gram or None, the inverse factor if errors are fed back, and its variances.
 
-    `loud` [in] is the variance of each input, with feedback the part that the inputs after it do not explain: rounding
-    a row w costs about d(b) |w|² mean(loud).
+    `loud` [in] is the variance of each input; with feedback, only the part that the inputs after it do not explain.
+    Rounding a row w costs about d(b) |w|² mean(loud).
     """
 
     gram: Tensor | None = None
@@ -198,7 +198,7 @@ def energy_of(w_OI: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def solved(target_OR: Tensor, z_RR: Tensor) -> Tensor:
-    """T Z^-1, slightly damped after the diagonal of Z has become 1."""
+    """T Z^-1, slightly damped after Z was scaled to a unit diagonal."""
     size_R = z_RR.diagonal().clamp(min=LEAST).sqrt()
     upper_RR = factored(z_RR / size_R / size_R[:, None], SLIGHT)
     return (target_OR / size_R) @ upper_RR.T @ upper_RR / size_R
@@ -213,9 +213,9 @@ def factored(z_RR: Tensor, damping: float) -> Tensor:
 
 
 def band_of(rest_OI: Tensor, right_RI: Tensor, bits: int, heard: Heard) -> Product:
-    """`right` rounded, then the left factor with which it comes nearest to `rest` in the output, rounded too.
+    """`right` rounded, then the left factor with the nearest output to that of `rest`, rounded too.
 
-    The errors of the left factor count by the Gram of z = V' x, with the right factor V' as it is stored.
+    The errors of the left factor are weighted by the Gram of z = V' x, with the right factor V' as it is stored.
     """
     if bits == 16:
         right = right_RI.to(torch.bfloat16)
@@ -227,7 +227,7 @@ def band_of(rest_OI: Tensor, right_RI: Tensor, bits: int, heard: Heard) -> Produ
     left_R = fitted_steps(left_OR.T.contiguous(), bits, left_OR.new_ones(len(left_OR)))
     unit = torch.exp2(((step_R * left_R).max().clamp(min=LEAST) / LARGEST).log2().floor())
     scale_R = (step_R * left_R / unit).clamp(min=SMALLEST).half()
-    left_R = scale_R.float() * unit / step_R  # as it is after the scale was rounded
+    left_R = scale_R.float() * unit / step_R  # the step that follows from the rounded scale
     upper_RR = None if heard.upper_II is None else factored(z_RR * left_R * left_R[:, None], DAMPING)
     codes_OR = encode(left_OR / left_R, left_OR.new_ones(len(left_OR)), bits, upper_RR)
     middle_R1 = torch.full_like(scale_R[:, None], middle)
@@ -236,14 +236,14 @@ def band_of(rest_OI: Tensor, right_RI: Tensor, bits: int, heard: Heard) -> Produ
 
 
 def answer(rest_OI: Tensor, right_RI: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The left factor [out, R] that with `right` loses least of `rest`, and the Gram of what `right` puts out."""
+    """The left factor [out, R] that with `right` loses least of `rest`, and the Gram of the output of `right`."""
     seen_RI = weighed(right_RI, gram)
     z_RR = seen_RI @ right_RI.T
     return solved(rest_OI @ seen_RI.T, z_RR), z_RR
 
 
 def taken(w_OI: Tensor, band: Product, gram: Tensor | None) -> float:
-    """By how much tr(W G Wᵀ) falls if the band is subtracted; nothing larger than the factors meets the Gram."""
+    """The decrease of tr(W G Wᵀ) when the band is subtracted; only the right factor is multiplied by the Gram."""
     left_OR, right_RI = band.left.dense().float(), band.right.dense().float()
     seen_RI = weighed(right_RI, gram)
     both_OR = 2 * (w_OI @ seen_RI.T) - left_OR @ (right_RI @ seen_RI.T)
@@ -251,9 +251,9 @@ def taken(w_OI: Tensor, band: Product, gram: Tensor | None) -> float:
 
 
 def bands_of(w_OI: Tensor, basis_OR: Tensor, bits_R: Tensor, heard: Heard, rounds: int) -> tuple[Product, ...]:
-    """W in bands from the most bits to the fewest, each made of what those before it left, then each again.
+    """W in bands from the most bits to the fewest, each fitted to the residual of those before it, then refitted.
 
-    Made again, with its right factor the best for its left one, a band is kept if it then loses less.
+    In a refit the right factor is the best for the present left factor, and the new band is kept if it loses less.
     """
     rest_OI, made = w_OI, []
     for bits in counted(bits_R):
@@ -278,18 +278,19 @@ def bands_of(w_OI: Tensor, basis_OR: Tensor, bits_R: Tensor, heard: Heard, round
 class DeltaCoMe(Codec, name="delta-come"):
     """W = sum of Q_b(U) Q_b(S Vᵀ): bands of singular pairs, many bits for the first and few or none for the last.
 
-    U is that of W G Wᵀ unless `whitened` is off. The bits are `published`, 8, 3 and 2 by number of pair, or
-    `lagrangian`, those that lose least by an estimate: a pair costs `dropped` s² if it is dropped, d(b) (s² + |v|² c)
-    at b bits, with c the mean variance that error feedback leaves. At `dropped` 1 that is the output error of a site
-    alone, yet more is better: on a fine-tune of the built-in model at 1 bit KL was .0063 nats at 1, .0057 at 2, .0055
-    at 3, .0054 at 5, and .0061 with the published bits. Perhaps because what is dropped errs to one side in all sites,
-    towards no difference; that was not tested. The bytes are those stored, scales and all.
+    U is that of W G Wᵀ unless `whitened` is off. The bits are either `published`, 8, 3 and 2 by the number of the pair,
+    or `lagrangian`, those with the least estimated loss: a pair costs `dropped` s² if it is dropped and d(b) (s² + |v|²
+    c) at b bits, with c the mean variance that error feedback leaves. At `dropped` 1 that is the output error of a site
+    alone, but a larger value is better: on a fine-tune of the built-in model at 1 bit, KL was .0063 nats at 1, .0057 at
+    2, .0055 at 3, .0054 at 5, and .0061 with the published bits. Perhaps this is because the error of dropped pairs
+    points the same way in all sites, towards no difference; that was not tested. The bytes are those stored, including
+    all scales.
     Source: Ping et al., "Delta-CoMe", NeurIPS 2024. Its released code calibrates the second band on outputs of the
-    block in the place of inputs, because it swaps their buffers once a band; here a block is walked once, so all bands
-    of a site are made from one Gram of its input. Deviations: whitening and the allocation are ours; the left factor is
-    that which best answers the rounded right one, not U; each band is made of what those before it left, in the
-    directions of one decomposition (another after each band lowered no error by more than 0.2 % at `lagrangian`), and
-    then again `rounds` times; grids are those of this module; columns keep their order.
+    block instead of inputs, because it swaps their buffers once a band; here a block is walked once, so all bands of a
+    site are made from one Gram of its input. Deviations: whitening and the allocation are ours; the left factor is the
+    best for the rounded right factor, not U; each band is fitted to the residual of those before it, in the directions
+    of one decomposition (another one after each band lowered no error by more than 0.2 % at `lagrangian`), and then
+    refitted `rounds` times; grids are those of this module; columns keep their order.
     """
 
     unfed = "factored and rounded to nearest by its weights alone"
@@ -308,11 +309,11 @@ class DeltaCoMe(Codec, name="delta-come"):
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
-        """The Gram, unless weights alone decide."""
+        """The Gram, unless the weights alone decide."""
         return (Gram,) if self.whitened or self.rounding == "gptq" else ()
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """The budget must buy one pair."""
+        """Raise RecipeError if the budget does not buy one pair."""
         least = band_bytes(1, 8 if self.bands == "published" else min(ROUNDING), shape)
         if self.budget(shape) < least:
             raise RecipeError(
@@ -321,7 +322,7 @@ class DeltaCoMe(Codec, name="delta-come"):
             )
 
     def rewrite(self, site: Site) -> Weight:
-        """Its bands, by the Gram of its input if one is needed, and is not 0."""
+        """The bands, by the Gram of the input if one is needed and it is not 0."""
         if not self.requires or not site.stats[Gram].any():
             return self.banded(site, Heard())
         gram_II, upper_II = site.stats[Gram], None
@@ -335,7 +336,7 @@ class DeltaCoMe(Codec, name="delta-come"):
         return self.banded(site, Heard())
 
     def banded(self, site: Site, heard: Heard) -> Weight:
-        """The sum of its bands, or the one there is."""
+        """The sum of the bands, or the only one."""
         w_OI = site.expect(Dense, by=self.name).data.float()
         self.check(site.name, site.shape)
         heard = heard if heard.gram is not None else Heard(loud_I=w_OI.new_ones(w_OI.shape[1]))
@@ -349,7 +350,7 @@ class DeltaCoMe(Codec, name="delta-come"):
         return unbiased(weight, w_OI, heard.gram) if self.unbiased else weight
 
     def allotted(self, energy_R: Tensor, noise_R: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The bits of each pair, at least one pair."""
+        """The bits of each pair; at least one pair is kept."""
         if self.bands == "published":
             return published(len(energy_R), shape, self.budget(shape))
         bits_R = lagrangian(energy_R, noise_R, shape, self.budget(shape), self.dropped)

@@ -1,1 +1,1 @@
-"""Quantization: grid x rounding; one file, one paper."""
+"""Quantization: grid x rounding; one file for each paper."""

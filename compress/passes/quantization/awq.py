@@ -1,4 +1,4 @@
-"""AWQ: channels that are loud at the input get finer steps.
+"""AWQ: input channels of large magnitude get finer quantization steps.
 
 Shape suffixes: O out, I in, C channels of a writer, B batch, T tokens, D hidden.
 """
@@ -20,20 +20,21 @@ from compress.passes.base import Quantizer
 from compress.passes.equalizer import Equalizer, rounded
 from compress.stats import AbsMean, Gram
 
-SMALLEST = 1e-4  # of a mean |x|; the released code has it of the power instead
+SMALLEST = 1e-4  # lower bound of a mean |x|; the released code bounds its power instead
 
 
 @dataclass(frozen=True, kw_only=True)
 class AWQ(Equalizer, name="awq"):
-    """Before a quantizer: scale each channel by a power of its mean |x|, the power searched for each input.
+    """Before a quantizer: scale each channel by a power of its mean |x|; the power is searched for each input.
 
-    The search rounds to nearest as the next quantizer of the recipe does (give it `search: output` for AWQ's clipping),
-    and measures tr(D G Dᵀ) over the matrices that read the input, or with `exact` the squared error of the block's
-    output on all calibration tokens. Power 0 is among the candidates, so on that measure it is never worse than none.
+    The search rounds to nearest on the grid of the next quantizer of the recipe (give that `search: output` for AWQ's
+    clipping). It measures tr(D G Dᵀ) over the matrices that read the input, or with `exact` the squared error of the
+    block's output on all calibration tokens. Power 0 is among the candidates, so by that measure the result is never
+    worse than no scaling.
     Source: Lin et al., "AWQ", MLSys 2024, section 3.2. Deviations: the Gram instead of a forward for each candidate;
     `exact` compares the output of the block, not of attention or MLP alone; values are scaled also where several
-    queries share them, by the mean over these; a mean |x| below 1e-4 counts as that, where the released code
-    bounds its power.
+    queries share them, by the mean over these; a mean |x| below 1e-4 counts as that, where the released code bounds its
+    power.
     """
 
     requires = (AbsMean, Gram)
@@ -42,7 +43,7 @@ class AWQ(Equalizer, name="awq"):
     exact: Annotated[bool, Field(description="measure the block's output instead of each matrix's")] = False
 
     def best(self, block: Block, pair: Pair, steps: Sequence[Quantizer]) -> tuple[Tensor | None, float]:
-        """The scales of least error, and their power."""
+        """The scales with the least error, and their power."""
         loud_C = pair.pooled(pair.readers[0].stats[AbsMean]).clamp(min=SMALLEST)
         measure = BlockError(block, pair) if self.exact else OutputError(pair)
         tried: list[tuple[float, float]] = []
@@ -53,7 +54,7 @@ class AWQ(Equalizer, name="awq"):
 
 
 def normalised(scale_C: Tensor) -> Tensor:
-    """Scales whose largest and smallest are each other's inverse."""
+    """Scales divided by one number so that the largest and the smallest are each other's inverse."""
     return scale_C / (scale_C.max() * scale_C.min()).sqrt()
 
 
@@ -74,7 +75,7 @@ class OutputError:
 
 
 class BlockError:
-    """Mean squared error of the block's output when only the readers of a pair are rounded."""
+    """Mean squared error of the block's output, summed over batches, when only the readers of a pair are rounded."""
 
     def __init__(self, block: Block, pair: Pair) -> None:
         self.block, self.pair = block, pair

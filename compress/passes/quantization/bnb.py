@@ -1,7 +1,7 @@
 """The formats of bitsandbytes: NF4, whose codes the library itself chooses, and the 8-bit rows of LLM.int8.
 
-Which inputs LLM.int8 keeps in 16 bits is decided when they come, by whoever runs the model; it is not in the weight.
-Shape suffixes: O out, I in, G blocks of a row.
+The inputs that LLM.int8 keeps in 16 bits are chosen at run time, by whatever runs the model; they are not part of the
+weight. Shape suffixes: O out, I in, G blocks of a row.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from compress.passes.base import BlockQuantizer, Quantizer
 from compress.weights import BOOKS, Codebook, Dense, Nested, Quantized, Weight
 
 LEVELS = 127.0
-SMALLEST = 1e-36  # of the largest entry of a row: 127 divided by it is still a float32
+SMALLEST = 1e-36  # lower bound of the largest entry of a row: 127 divided by it is still a float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class NF4(BlockQuantizer, name="nf4"):
-    """Each weight goes to the nearest of 16 quantiles of a normal, times the largest |w| of its 64. Needs no data.
+    """Round to the nearest of 16 quantiles of a normal, times the largest |w| of a block of 64. Needs no data.
 
     4.5 bits a weight; 4.127 with `double`, which codes the blocks' maxima in 8 bits.
     Source: Dettmers et al., "QLoRA", NeurIPS 2023, section 3, as computed by bitsandbytes in float32.
@@ -36,7 +36,7 @@ class NF4(BlockQuantizer, name="nf4"):
     double: Annotated[bool, Field(description="code the scales themselves in 8 bits")] = False
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """Blocks must divide the width, and bitsandbytes must be there."""
+        """Raise RecipeError if the blocks do not divide the width, or if bitsandbytes is missing."""
         super().check(site, shape)
         functional()
 
@@ -47,13 +47,13 @@ class NF4(BlockQuantizer, name="nf4"):
         packed, state = functional().quantize_4bit(
             w_OI.float().contiguous(), blocksize=self.block, quant_type="nf4", compress_statistics=self.double
         )
-        codes_OI = torch.stack((packed >> 4, packed & 15), -1).view(w_OI.shape)  # the first of two in the high half
+        codes_OI = torch.stack((packed >> 4, packed & 15), -1).view(w_OI.shape)  # the first code is in the high half
         absmax_OG = state.absmax.view(w_OI.shape[0], -1)
         scale = Nested(absmax_OG, state.state2.absmax, state.offset.view(1)) if self.double else Dense(absmax_OG)
         return Codebook(codes_OI, BOOKS["nf4"].to(w_OI.device), scale, "nf4")
 
     def formed(self, w_OI: Tensor) -> Weight:
-        """The form of what `round` makes of a matrix on the meta device."""
+        """The form of the result of `round` for a matrix on the meta device."""
         absmax_OG = w_OI.new_empty(w_OI.shape[0], w_OI.shape[1] // self.block, dtype=torch.float32)
         blocks = -(-absmax_OG.numel() // Nested.BLOCK)
         codes, blocked = absmax_OG.to(torch.uint8), absmax_OG.new_empty(blocks)
@@ -63,10 +63,10 @@ class NF4(BlockQuantizer, name="nf4"):
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Quantizer, name="int8"):
-    """Each weight goes to the nearest of 255 steps of its row's largest |w| / 127. Needs no data.
+    """Round to the nearest of 255 steps of the row's largest |w| / 127. Needs no data.
 
-    Source: Dettmers et al., "LLM.int8()", NeurIPS 2022, section 3.1 (vector-wise). Deviation from bitsandbytes:
-    it rounds weights to float16 before.
+    Source: Dettmers et al., "LLM.int8()", NeurIPS 2022, section 3.1 (vector-wise). Deviation: bitsandbytes rounds
+    weights to float16 first; this pass does not.
     """
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
@@ -77,9 +77,9 @@ class Int8(Quantizer, name="int8"):
 
 
 def functional() -> Any:
-    """The functions of bitsandbytes; raises RecipeError where it cannot be imported.
+    """The functions of bitsandbytes; raises RecipeError if it cannot be imported.
 
-    Its warning that a faster product could not be downloaded does not concern us.
+    Its warning that a faster matrix product could not be downloaded is suppressed, because it is irrelevant here.
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before, logger.disabled = logger.disabled, True

@@ -1,4 +1,4 @@
-"""FlexRound: learned rounding with a divisor of its own for each weight."""
+"""FlexRound: learned rounding with a separate divisor for each weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compress.passes.learned import Learned
 
 
 class Full(nn.Module):
-    """D = D2 + d3: a number for each weight, and one for each row."""
+    """D = D2 + d3: one number for each weight, and one for each row."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -25,11 +25,12 @@ class Full(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class FlexRound(Learned, name="flexround"):
-    """Divide each weight by exp(D) before it is rounded, D learned with the steps so that the block's output is right.
+    """Divide each weight by exp(D) before it is rounded; D and the steps are learned to make the block's output right.
 
-    Source: Lee et al., "FlexRound", ICML 2023, equation 2; the objective of Lee et al., LRQ, 2024, section 2: the dense
-    block on dense hidden states is what the quantized block on its own is to give. The paper learns for 5000 steps at
-    5e-4 to 3e-3, 2 windows a step of 512, and keeps the last state. Deviation: it starts from any quantizer's result.
+    Source: Lee et al., "FlexRound", ICML 2023, equation 2; the objective of Lee et al., LRQ, 2024, section 2: the
+    quantized block on its own inputs is to give the output of the dense block on dense hidden states. The paper learns
+    for 5000 steps at 5e-4 to 3e-3, 2 windows a step of 512, and keeps the last state. Deviation: it starts from the
+    result of any quantizer.
     """
 
     def divisor(self, shape: tuple[int, int], generator: torch.Generator) -> nn.Module:

@@ -1,7 +1,7 @@
-"""FP8: weights as 8-bit floats under a scale by row, by tile or for the matrix.
+"""FP8: weights as 8-bit floats with one scale per row, per tile or for the matrix.
 
-Scales are stored as bfloat16 and codes are chosen for what is stored: stock loaders keep scales in the dtype of the
-model or in float32, and both hold them exactly. Shape suffixes: O out, I in, M tiles down, N tiles across.
+Scales are stored as bfloat16, and codes are chosen for the stored scale. Common loaders keep scales in the dtype of the
+model or in float32, and both represent them exactly. Shape suffixes: O out, I in, M tiles down, N tiles across.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from compress.weights import Scaled, Weight
 from compress.weights.leaves import spread_tiles
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-SMALLEST = 1e-12  # of the largest entry of a tile; below it a tile reads as zero
+SMALLEST = 1e-12  # lower bound of the largest entry of a tile; far below it a tile becomes zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class FP8(Quantizer, name="fp8"):
-    """Each weight goes to the nearest 8-bit float after a division by the scale of its tile. Needs no data.
+    """Divide each weight by the scale of its tile and round to the nearest 8-bit float. Needs no data.
 
-    The scale takes the largest entry to the largest float (448 or 57344), rounded to bfloat16; what then exceeds it
-    saturates. With `power` it is the next power of two above, so that nothing does.
+    The scale maps the largest entry to the largest float (448 or 57344) and is rounded to bfloat16; entries that then
+    exceed the largest float saturate. With `power` the scale is the next power of two above, so that none does.
     Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022; OCP 8-bit Floating Point Specification, 2023.
     """
 
@@ -53,7 +53,7 @@ class FP8(Quantizer, name="fp8"):
 
 
 def largest_of_tiles(w_OI: Tensor, tile: tuple[int, int]) -> Tensor:
-    """The largest |w| of each tile; the last tiles are cut where they do not divide the matrix."""
+    """The largest |w| of each tile; the last tiles are smaller if tiles do not divide the matrix."""
     rows, columns = tile
     padded_OI = F.pad(w_OI.abs(), (0, -w_OI.shape[1] % columns, 0, -w_OI.shape[0] % rows))
     largest_MN: Tensor = padded_OI.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))

@@ -1,6 +1,6 @@
-"""GPTQ: rounding that pushes each error onto the weights not yet rounded.
+"""GPTQ: rounding that compensates each error in the weights not yet rounded.
 
-The loop itself is `feed_back`; here are the grids. Shape suffixes: O out, I in, B columns of a block.
+The loop itself is `feed_back`; the grids are defined here. Shape suffixes: O out, I in, B columns of a block.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compress_kernels.solver import Steps
 
 
 class Grids:
-    """Rounding to grids; collects the codes of the columns it has rounded."""
+    """A rounding to grids, which collects the codes of the columns rounded so far."""
 
     aligned = 1
     width = 1
@@ -43,7 +43,7 @@ class Grids:
         raise NotImplementedError
 
     def round(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> Tensor:
-        """The grid values of a column; the code of zero where it is cut."""
+        """The grid values of a column; the code of zero where the column is cut."""
         scale, zero = self.at(column, ahead_BO, keep_BO)
         bits = self.grid.bits
         middle = 2.0 ** (bits - 1) if zero is None else zero.float()
@@ -54,13 +54,13 @@ class Grids:
         return (code - middle) * scale.float()
 
     def take(self, columns: slice, codes_BO: Tensor) -> None:
-        """The codes of some columns."""
+        """Store the codes of some columns."""
         self.codes_OI[:, columns] = codes_BO.T
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranges:
-    """How the ranges of grids are found: whether searched, and by which Gram instead of by weights."""
+    """How the ranges of grids are found: whether searched, and with a Gram by output error instead of weight error."""
 
     search: bool = False
     gram_II: Tensor | None = None
@@ -70,7 +70,7 @@ PLAIN = Ranges()
 
 
 class FixedGrids(Grids):
-    """Grids fitted before the loop; `order_I` tells which original column stands where."""
+    """Grids fitted before the loop; `order_I` gives the original column at each position."""
 
     def __init__(self, grid: Grid, w_OI: Tensor, order_I: Tensor | None, ranges: Ranges) -> None:
         super().__init__(grid, w_OI)
@@ -86,7 +86,7 @@ class FixedGrids(Grids):
         return self.scale[:, group], None if self.zero is None else self.zero[:, group]
 
     def strip(self, limit: int) -> int:
-        """All columns: every grid is known."""
+        """All columns, because every grid is known."""
         return limit
 
     @cached_property
@@ -112,8 +112,8 @@ class FixedGrids(Grids):
 class FittedGrids(Grids):
     """Grids fitted when the loop reaches their first column, to the error-corrected weights.
 
-    `order_I` may reorder groups and columns within them, not mix groups. Deviation from the released code of GPTQ: a
-    grid sees the updates from within its block, also if group < block.
+    `order_I` may reorder groups, and columns within a group, but not mix groups. Deviation from the released code of
+    GPTQ: a grid is fitted after the updates from within its block, also if group < block.
     """
 
     def __init__(self, grid: Grid, w_OI: Tensor, ranges: Ranges, order_I: Tensor | None = None) -> None:
@@ -135,18 +135,18 @@ class FittedGrids(Grids):
         return self.scales[-1][:, 0], self.zeros[-1][:, 0] if self.zeros else None
 
     def strip(self, limit: int) -> int:
-        """The columns of a grid, or where these are more than the limit a part that divides them."""
+        """The number of columns of a grid, or a divisor of it if it exceeds the limit."""
         return self.aligned if self.aligned <= limit else gcd(self.aligned, limit)
 
     def steps(self, columns: slice, ahead_BO: Tensor, keep_BO: Tensor | None) -> Steps:
-        """The grid of some columns, fitted if they begin one."""
+        """The grid of some columns, fitted if they are the first of a group."""
         scale, zero = self.at(columns.start, ahead_BO, keep_BO)
         group_B = torch.zeros(columns.stop - columns.start, dtype=torch.int32, device=ahead_BO.device)
         zero_GO = None if zero is None else zero.float()[None]
         return Steps(bits=self.grid.bits, scale_GO=scale.float()[None], zero_GO=zero_GO, group_B=group_B)
 
     def gram(self, column: int) -> Tensor | None:
-        """The part of the Gram that belongs to the group which begins at a column."""
+        """The part of the Gram for the group that begins at a column; None if ranges are not searched by a Gram."""
         own_B = self.order_I[column : column + self.aligned]
         return None if self.ranges.gram_II is None else self.ranges.gram_II[own_B][:, own_B]
 
@@ -161,10 +161,10 @@ def gptq(
     w_OI: Tensor, upper_II: Tensor, grid: Grid, keep_OI: Tensor | None = None, order_I: Tensor | None = None, *,
     static: bool = False, ranges: Ranges = PLAIN, block: int = 128,
 ) -> tuple[Quantized, float]:  # fmt: skip
-    """The weight quantized with error feedback in the order of `order_I`, and the loss of `feed_back`.
+    """The weight quantized with error feedback in the order `order_I`, and the loss of `feed_back`.
 
-    Where `keep_OI` is False the code is that of zero, and its error is fed back too. Grids are fixed beforehand if
-    `static`, if they serve a whole row, or if the order mixes groups.
+    Where `keep_OI` is False the code is that of zero, and the resulting error is fed back too. Grids are fitted
+    beforehand if `static` is set, if one grid serves a whole row or the matrix, or if the order mixes groups.
     """
     width = grid.width(w_OI.shape[1])
     fixed = static or width == w_OI.shape[1] or grid.group < 0 or not keeps_groups(order_I, width)
@@ -179,7 +179,7 @@ def gptq(
 
 
 def keeps_groups(order_I: Tensor | None, width: int) -> bool:
-    """Whether an order leaves the columns of each group of `width` beside each other."""
+    """Whether an order keeps the columns of each group of `width` adjacent."""
     if order_I is None:
         return True
     group_GS = (order_I // width).view(-1, width)
@@ -187,7 +187,7 @@ def keeps_groups(order_I: Tensor | None, width: int) -> bool:
 
 
 def falling(energy_I: Tensor, width: int | None = None) -> Tensor:
-    """Columns by falling energy; with `width` only within their groups, and groups by their largest.
+    """Columns in order of falling energy; with `width` only within their groups, and groups by their largest.
 
     Source of the second: group-aware reordering (GAR) of GPTQModel, 2025.
     """
@@ -203,7 +203,7 @@ def falling(energy_I: Tensor, width: int | None = None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(GridQuantizer, name="gptq"):
-    """Round columns in order, compensating each error in the columns to come; masks are respected.
+    """Round columns in order and compensate each error in the columns that follow; masks are kept.
 
     If no damping makes the Gram positive definite, the site is rounded to nearest and a fallback is recorded.
     Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1. Order `activation` (falling diag G) uses static groups, so
@@ -228,7 +228,7 @@ class GPTQ(GridQuantizer, name="gptq"):
         return (Gram,)
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """Codes with error feedback; falls back to rounding, loudly."""
+        """Codes with error feedback; to nearest, with a fallback recorded, if the Gram has no inverse factor."""
         if self.target == "original" and keep_OI is not None and isinstance(site.weight, Masked):
             w_OI = site.target.data  # column errors then include the cut weights, as in SparseGPT with a given mask
         order_I = self.column_order(site.stats[Gram].diagonal())
@@ -241,14 +241,14 @@ class GPTQ(GridQuantizer, name="gptq"):
         return quantized
 
     def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
-        """A factor with error feedback by the Gram of its own input; one grid a row where groups do not divide it."""
+        """A factor with error feedback by the Gram of its own input; one grid per row where groups do not divide it."""
         if Gram not in site.stats or site.starved:
             return super().round_factor(factor, keep, site)
         fits = self.group > 0 and factor.shape[1] % self.group == 0
         return (self if fits else replace(self, group=0)).quantize(factor.float(), keep, site)
 
     def column_order(self, energy_I: Tensor) -> Tensor | None:
-        """The order in which columns are rounded."""
+        """The order in which columns are rounded; None for their natural order."""
         if self.order == "natural":
             return None
         within = self.group if self.order == "groups" and 0 < self.group < len(energy_I) else None

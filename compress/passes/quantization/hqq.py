@@ -1,7 +1,7 @@
-"""HQQ: grids whose real zero is solved for, group by group, without data.
+"""HQQ: grids whose real-valued zero is optimised group by group, without data.
 
-The zero of a group is a real number, so 0 is not on its grid: a mask stays outside, and what it cuts counts for
-nothing. Shape suffixes: O out, I in, G groups, S inputs of a group, 1 a kept dimension.
+The zero of a group is a real number, so 0 is not on its grid: a mask stays outside, and entries that it cuts do not
+count. Shape suffixes: O out, I in, G groups, S inputs of a group, 1 a kept dimension.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from compress.weights.grid import narrowed, row_slices, stored_scale
 
 ITERATIONS = 20
 POWER, BETA = 0.7, 10.0  # p of the norm |e|**p and weight of the quadratic, as in the released code
-FAR = 256.0  # codes between a group's values and 0 that a float16 zero still holds well
+FAR = 256.0  # distance of a group's values from 0, in codes, that a float16 zero still represents well
 
 
 @dataclass(frozen=True, kw_only=True)
 class HQQ(GridQuantizer, name="hqq"):
-    """Round to grids whose zero lessens sum |w - w'|**0.7, found by half-quadratic splitting. Needs no data.
+    """Round to grids whose zero reduces sum |w - w'|**0.7, found by half-quadratic splitting. Needs no data.
 
-    Deviations from the released code: float32, and zeros rounded to the stored float16 before they are judged; of all
-    iterations each group keeps the zero of least mean |w - w'| (there the last counts); errors are measured in units of
-    the matrix's RMS, so that weights of any size meet the same threshold; a 4-bit zero is not rounded to a code first.
-    Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023 (its
-    half-quadratic solver).
+    Deviations from the released code: float32, and zeros are rounded to the stored float16 before they are judged; of
+    all iterations each group keeps the zero with the least mean |w - w'| (there the last one counts); errors are
+    measured in units of the matrix's RMS, so that weights of any size meet the same threshold; a 4-bit zero is not
+    rounded to a code first.
+    Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023 (its half-quadratic
+    solver).
     """
 
     def __post_init__(self) -> None:
@@ -39,7 +40,7 @@ class HQQ(GridQuantizer, name="hqq"):
             raise RecipeError(f"{self.name}: its zeros are solved for by row or group; leave out symmetric and search")
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """Codes, scales and zeros of every group, a few rows at a time."""
+        """Codes, scales and zeros of every group, computed a few rows at a time."""
         if w_OI.is_meta:
             plain = self.grid.quantize(w_OI)
             return replace(plain, zero=plain.scale.half())
@@ -57,14 +58,14 @@ class HQQ(GridQuantizer, name="hqq"):
         return Quantized(codes_OI, narrowed(scale_OG), zero_OG, self.bits)
 
     def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
-        """A factor by the same solver, one grid a row where the group does not divide its width."""
+        """A factor by the same solver, with one grid per row where the group does not divide its width."""
         return (replace(self, group=0) if factor.shape[1] % (self.group or 1) else self).round(factor, keep, site)
 
 
 def half_quadratic(w_OGS: Tensor, keep_OGS: Tensor, bits: int, unit: float) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [out, in], scales and float16 zeros [out, groups]; errors are shrunk in units of `unit`.
 
-    Each iteration splits the error in a sparse part and a rest, whose mean the zero takes up.
+    Each iteration splits the error into a sparse part and a rest, and the zero absorbs the mean of the rest.
     """
     count_OG1 = keep_OGS.sum(-1, keepdim=True).clamp(min=1)
     scale_OG1, zero_OG1 = first_grid(w_OGS, keep_OGS, 2**bits - 1)
@@ -92,9 +93,9 @@ def half_quadratic(w_OGS: Tensor, keep_OGS: Tensor, bits: int, unit: float) -> t
 
 
 def first_grid(w_OGS: Tensor, keep_OGS: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and float16 zero, [out, groups, 1], that span what is kept of a group.
+    """Scale and float16 zero, [out, groups, 1], that span the kept entries of a group.
 
-    A group that lies far from 0 for its range spans 0 too; one of zeros alone gets the scale 1.
+    The span of a group that lies far from 0 for its range includes 0; a group of zeros gets the scale 1.
     """
     low = w_OGS.masked_fill(~keep_OGS, torch.inf).amin(-1, keepdim=True)
     high = w_OGS.masked_fill(~keep_OGS, -torch.inf).amax(-1, keepdim=True)

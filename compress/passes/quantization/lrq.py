@@ -1,4 +1,4 @@
-"""LRQ: learned rounding with divisors of low rank."""
+"""LRQ: learned rounding with low-rank divisors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compress.passes.learned import Learned
 
 
 class LowRank(nn.Module):
-    """D = L U + r + c; L, r and c are 0 at first, U uniform within 1 / sqrt(columns)."""
+    """D = L U + r + c; L, r and c are 0 at first, U is uniform within 1 / sqrt(columns)."""
 
     def __init__(self, rows: int, columns: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class LRQ(Learned, name="lrq"):
     """Divide each weight by exp(D) before it is rounded, D of low rank, so that fewer numbers are learned than weights.
 
     Source: Lee et al., "LRQ", 2024 (arXiv 2407.11534), section 2. The paper learns for 5000 steps at 4e-4 to 9e-4, 2
-    windows a step of 512, of rank 1024 in models of 4096 inputs. Every matrix is of low rank, as in the paper; the
-    released code leaves some full. Deviation: it starts from any quantizer's result.
+    windows a step of 512, of rank 1024 in models of 4096 inputs. D has low rank for every matrix, as in the paper; the
+    released code leaves some full. Deviation: it starts from the result of any quantizer.
     """
 
     lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, of D and of the logs of steps")] = 1e-2

@@ -40,11 +40,11 @@ def rotation_outline(size: int, seed: int) -> Hadamard:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate(WeightPass, name="rotate"):
-    """Put W Hᵀ in the place of W and H before it: any family, for a transform of each input when the model runs.
+    """Replace W by W Hᵀ behind H: works for any family, at the cost of a transform of each input at run time.
 
-    Matrices of one width share their signs. Costs one bit for each input, and n log n additions a token.
-    Source: Tseng et al., "QuIP#", ICML 2024, section 3. Deviation: inputs are rotated, outputs are not: a grid a group
-    of inputs, or error feedback, gains nothing from outputs that are alike.
+    Matrices of equal width share their signs. Costs one bit for each input, and n log n additions a token.
+    Source: Tseng et al., "QuIP#", ICML 2024, section 3. Deviation: inputs are rotated, outputs are not, because neither
+    a grid per group of inputs nor error feedback gains anything from outputs that are alike.
     """
 
     takes = ("dense",)
@@ -63,17 +63,17 @@ class Rotate(WeightPass, name="rotate"):
         return self.rewrite(site)
 
     def outline(self, site: Site) -> Weight | None:
-        """The rotation is shared by sites of one width."""
+        """The outline; sites of equal width share the rotation."""
         dense = site.expect(Dense, by=self.name)
         return Product(Dense(torch.empty_like(dense.data)), rotation_outline(site.shape[1], self.seed))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuaRot(Reshape, name="quarot"):
-    """Rotate the hidden state of the whole model, and the values of each head; folded, so nothing is added to run it.
+    """Rotate the hidden state of the whole model and the values of each head, folded in at no cost at run time.
 
-    Norm gains go into the matrices that follow; embedding and head become two matrices, so a model that tied them
-    grows. The inputs of down_proj stay as they are: put `rotate: {sites: "*down_proj"}` after it for these.
+    Norm gains are folded into the matrices that follow. Embedding and head become two matrices, so a model that tied
+    them grows. The inputs of down_proj are not rotated; put `rotate: {sites: "*down_proj"}` after it for these.
     Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 4, stages 1a and 1c without the rotations at run time.
     """
 
@@ -87,14 +87,14 @@ class QuaRot(Reshape, name="quarot"):
         return self.with_values(walk, rotated(walk, source, axes_DD))
 
     def reshape(self, model: Whole, source: Checkpoint) -> Reshaped:
-        """The rotated model, compared with the dense one on the probe."""
+        """The rotated model, after a comparison with the dense one on the probe."""
         made = self.outline(model.walk, source)
         meant = model.walk.replay(model.walk.enter(model.probe_NT))
         check_logits(made, model.walk, model.probe_NT, meant, self.name)
         return made
 
     def with_values(self, walk: Walk, made: Reshaped) -> Reshaped:
-        """The model whose values are rotated head by head."""
+        """The model with the values of each head rotated too."""
         text = walk.model.config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         turn = random_hadamard(width, self.seed)
@@ -116,12 +116,12 @@ def turned(made: Reshaped, name: str, by: Callable[[Tensor], Tensor]) -> Made:
 
 
 def written(turn: Hadamard, v_O: Tensor) -> Tensor:
-    """(1 x H) W: the rows of each head, or a bias, rotated."""
+    """(1 x H) W: the rows of each head, or of a bias, rotated."""
     heads: Tensor = v_O.unflatten(0, (-1, turn.shape[0]))
     rotated_heads: Tensor = turn.linear(heads.movedim(1, -1)).movedim(-1, 1).flatten(0, 1)
     return rotated_heads
 
 
 def read(turn: Hadamard, o_OI: Tensor) -> Tensor:
-    """W (1 x Hᵀ): the columns of each head rotated, so that H comes undone."""
+    """W (1 x Hᵀ): the columns of each head rotated, so that H cancels."""
     return turn.linear(o_OI.unflatten(1, (-1, turn.shape[0]))).flatten(1)

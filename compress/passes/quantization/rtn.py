@@ -1,4 +1,4 @@
-"""Round to nearest."""
+"""Rounding to nearest."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from compress.weights import Weight
 
 @dataclass(frozen=True, kw_only=True)
 class RTN(GridQuantizer, name="rtn"):
-    """Each weight goes to the nearest point of its group's grid. Needs no data, unless `search` is `output`.
+    """Round each weight to the nearest point of its group's grid. Needs no data, unless `search` is `output`.
 
     Source: the common baseline; grids and range search as in Frantar et al., GPTQ, ICLR 2023 (released code); search by
     output error after the clipping of Lin et al., AWQ, MLSys 2024, with the Gram in place of tokens.
     """
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """Round; a dropped weight is 0 and 0 is on every grid."""
+        """The nearest codes; a cut weight stays 0, because 0 is on every grid."""
         return self.grid.quantize(w_OI, search=bool(self.search), gram_II=self.gram(site))

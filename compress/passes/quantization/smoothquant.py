@@ -1,4 +1,4 @@
-"""SmoothQuant: what makes inputs hard to round moves into the weights.
+"""SmoothQuant: outliers that make inputs hard to round are moved into the weights.
 
 Shape suffixes: O out, I in, C channels of a writer, T tokens.
 """
@@ -20,7 +20,7 @@ from compress.passes.equalizer import Equalizer, quantizer_of, rounded
 from compress.stats import AbsMax, Sample
 from compress.weights import rounded_inputs
 
-SMALLEST = 1e-5  # of either maximum; the released code has it of max|w| and of the scale itself
+SMALLEST = 1e-5  # lower bound of either maximum; the released code bounds max|w| and the scale itself
 STRENGTHS = tuple(i / 20 for i in range(6, 20))  # .30 to .95
 
 
@@ -29,9 +29,9 @@ class SmoothQuant(Equalizer, name="smoothquant"):
     """Before a quantizer with rounded `inputs`: divide each channel by max|x|^alpha / max|w|^(1 - alpha).
 
     Without `alpha` it is searched for each input, on up to 1,024 calibration tokens, with weights and inputs rounded as
-    the next quantizer will; no scaling is among the candidates.
-    Source: Xiao et al., "SmoothQuant", ICML 2023, eq. 4. Deviations: alpha by search, not by model; inputs of the last
-    matrices of attention and MLP are scaled too where the matrix before can take the scale.
+    the next quantizer will round them; no scaling is among the candidates.
+    Source: Xiao et al., "SmoothQuant", ICML 2023, eq. 4. Deviations: alpha by search, not by model; the inputs of the
+    last matrices of attention and MLP are scaled too where the matrix before can take the scale.
     """
 
     requires = (AbsMax, Sample)
@@ -54,7 +54,7 @@ class SmoothQuant(Equalizer, name="smoothquant"):
 
 
 def error(pair: Pair, scale_C: Tensor, steps: Sequence[Quantizer]) -> float:
-    """Squared error of the readers' outputs on the sample, weights and inputs rounded."""
+    """Squared error of the readers' outputs on the sample, with weights and inputs rounded."""
     scale_I, x_TI, total = scale_C[pair.channel_I], pair.readers[0].stats[Sample], 0.0
     for site in pair.readers:
         step, w_OI = quantizer_of(site, steps), site.original.data.float()

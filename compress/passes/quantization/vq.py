@@ -1,7 +1,8 @@
 """Vector quantization: several weights share one code, chosen with error feedback.
 
-The loop is `feed_back` with vectors for columns; here are the books. What a reader would question: codes are not
-those of the nearest entries, but of those that leave least after feedback, which decides more than the book does.
+The loop is `feed_back` with vectors in place of columns; the codebooks are defined here. What a reader would question:
+the codes are not those of the nearest entries, but of those that leave the least error after feedback, which matters
+more than the choice of the book.
 Shape suffixes: O out, I in, N vectors, K entries, D entries of a vector, V vectors of a row, B columns of a block.
 """
 
@@ -27,14 +28,14 @@ from compress.weights import BOOKS, Codebook, Dense, Hadamard, Masked, Product, 
 from compress.weights.grid import narrowed, stored_scale
 from compress.weights.lattice import nearest, nearest_e8p
 
-SPREAD = {2: 1.0, 3: 0.98, 4: 0.95}  # of a row in units of e8p, by bits; measured, between the 0.9 and 1.03 of QuIP#
-FINER = {3: ("e8", 2.04), 4: ("e8p", 3.45)}  # the book of what is left, how much finer it is; QuIP#, released code
-LARGEST = 12  # bits of a k-means code: the book of one of more would outweigh most matrices
+SPREAD = {2: 1.0, 3: 0.98, 4: 0.95}  # RMS of a row in units of e8p, by bits; measured, between QuIP#'s 0.9 and 1.03
+FINER = {3: ("e8", 2.04), 4: ("e8p", 3.45)}  # the book for the residual and how much finer it is; QuIP#, released code
+LARGEST = 12  # bits of a k-means code: with more, the book would be larger than most matrices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A book [K, D] and the scale [out, 1] of what it codes; `name` if it is one of `BOOKS`."""
+    """A book [K, D] and the scale [out, 1] of the rows that it codes; `name` if the book is one of `BOOKS`."""
 
     book_KD: Tensor
     scale: Tensor
@@ -48,14 +49,14 @@ class Stage:
         return nearest(x_OD @ metric_DD, self.book_KD.float() @ metric_DD)[0].int()
 
     def values(self, codes_O: Tensor) -> Tensor:
-        """What codes stand for, [out, D]."""
+        """The values of codes, [out, D]."""
         return self.book_KD[codes_O.long()].float() * self.scale.float()
 
 
 class Vectors:
-    """Rounding to books, each coding what those before it leave; collects the codes.
+    """A rounding to books, each coding the residual of those before it, which collects the codes.
 
-    `metrics_VDD` are the metrics by which entries are compared, in the order in which vectors come.
+    `metrics_VDD` are the metrics by which entries are compared, in the order in which the vectors are coded.
     """
 
     def __init__(self, stages: Sequence[Stage], rows: int, metrics_VDD: Tensor) -> None:
@@ -65,7 +66,7 @@ class Vectors:
         self.codes = [torch.empty(size, dtype=torch.int32, device=metrics_VDD.device) for _ in stages]
 
     def round(self, column: int, ahead_BO: Tensor, keep_BO: Tensor | None) -> Tensor:
-        """The entries for the next vector of every row, [D, out]; nothing can be cut from a vector."""
+        """The entries for the next vector of every row, [D, out]; single weights cannot be cut from a vector."""
         del keep_BO
         vector = column // self.width
         left_OD = ahead_BO[: self.width].T
@@ -76,7 +77,7 @@ class Vectors:
         return values_OD.T
 
     def result(self, order_V: Tensor) -> Weight:
-        """The coded matrix; `order_V` tells which vector came when."""
+        """The coded matrix; `order_V` gives the vector at each position of the order."""
         back_V = order_V.argsort()
         leaves = [
             Codebook(codes_OV[:, back_V], stage.book_KD, Dense(stage.scale), stage.name)
@@ -86,12 +87,12 @@ class Vectors:
 
 
 def encode(w_OI: Tensor, stages: Sequence[Stage], upper_II: Tensor, order_V: Tensor) -> Weight:
-    """W coded vector by vector in the order of `order_V`, each error fed back to the vectors after it.
+    """W coded vector by vector in the order `order_V`, each error fed back to the vectors after it.
 
-    `upper_II` is the factor of the inverse Gram in that order. A vector's error is |(w - q) U_vv^-1|² after the best
-    feedback, so that is what codes are compared by.
-    Source: Tseng et al., QuIP#, ICML 2024, section 4.1, block-LDLQ. Deviations: its codes are nearest without a
-    metric, and vectors go from last to first.
+    `upper_II` is the factor of the inverse Gram in that order. After the best feedback a vector's error is |(w - q)
+    U_vv^-1|², so codes are compared by that.
+    Source: Tseng et al., QuIP#, ICML 2024, section 4.1, block-LDLQ. Deviations: in the paper codes are nearest without
+    a metric, and vectors go from last to first.
     """
     width = w_OI.shape[1] // len(order_V)
     order_I = columns_of(order_V, width)
@@ -102,7 +103,7 @@ def encode(w_OI: Tensor, stages: Sequence[Stage], upper_II: Tensor, order_V: Ten
 
 
 def columns_of(order_V: Tensor, width: int) -> Tensor:
-    """The columns of vectors of `width` in an order."""
+    """The columns of vectors of `width`, in the order of the vectors."""
     return (order_V[:, None] * width + torch.arange(width, device=order_V.device)).flatten()
 
 
@@ -114,7 +115,7 @@ def row_scales(w_OI: Tensor, spread: float) -> Tensor:
 
 
 def lattice_stages(w_OI: Tensor, bits: int) -> list[Stage]:
-    """E8P for 2 bits; what it leaves by points of E8 for 3 or by E8P again for 4."""
+    """E8P for 2 bits; its residual is coded by points of E8 for 3 bits, or by E8P again for 4."""
     books = [("e8p", SPREAD[bits])]
     if bits in FINER:
         name, finer = FINER[bits]
@@ -123,7 +124,7 @@ def lattice_stages(w_OI: Tensor, bits: int) -> list[Stage]:
 
 
 def fitted_stages(w_OI: Tensor, bits: int, dims: int, energy_I: Tensor, seed: int) -> list[Stage]:
-    """A book of 2**(bits dims) entries by k-means of the rows at a spread of 1; float16."""
+    """A book of 2**(bits dims) entries by k-means of the rows, each scaled to a root mean square of 1; float16."""
     scale = row_scales(w_OI, 1.0)
     x_ND = unscaled(w_OI, scale).reshape(-1, dims)
     weight_ND = energy_I.expand_as(w_OI).reshape(-1, dims)
@@ -131,19 +132,19 @@ def fitted_stages(w_OI: Tensor, bits: int, dims: int, energy_I: Tensor, seed: in
 
 
 def unscaled(w_OI: Tensor, scale: Tensor) -> Tensor:
-    """W / scale; 0 where that is 0 / 0."""
+    """W / scale; 0 where that would be 0 / 0."""
     return w_OI / scale.float().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQ(Quantizer, name="vq"):
-    """Code vectors of a row's weights by the lattice book E8P or by k-means, compensating errors in those to come.
+    """Code vectors of a row's weights by the lattice book E8P or by k-means, compensating errors in later vectors.
 
-    Vectors are coded in the order of falling activation energy, which costs nothing to store. If no damping makes the
-    Gram positive definite, nearest codes are taken and a fallback is recorded. A pruned weight is refused: its zeros
+    Vectors are coded in order of falling activation energy, which costs nothing to store. If no damping makes the Gram
+    positive definite, nearest codes are taken and a fallback is recorded. A pruned weight is refused, because its zeros
     would have to be coded like any other weight.
     Source: Tseng et al., "QuIP#", ICML 2024, sections 3 to 5, with 3 and 4 bits by coding twice; van Baalen et al.,
-    "GPTVQ", 2024, for k-means with feedback. Deviations: see `encode`; a scale a row; outputs are not rotated.
+    "GPTVQ", 2024, for k-means with feedback. Deviations: see `encode`; one scale per row; outputs are not rotated.
     """
 
     unfed = "coded to nearest"
@@ -175,16 +176,16 @@ class VQ(Quantizer, name="vq"):
 
     @property
     def width(self) -> int:
-        """Inputs that one code covers."""
+        """The number of inputs that one code covers."""
         return 8 if self.book == "e8p" else self.dims or 2
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """Vectors must divide the width."""
+        """Raise RecipeError if the vectors do not divide the width."""
         if shape[1] % self.width:
             raise RecipeError(f"{self.name}: {site}: vectors of {self.width} do not divide its width of {shape[1]}")
 
     def visit(self, weight: Weight, site: Site, quantize: Quantize) -> Weight:
-        """As of any quantizer, but nothing under a mask."""
+        """Quantize as any quantizer does; raises UnsupportedWeight for a weight under a mask."""
         if isinstance(weight, Masked):
             raise UnsupportedWeight(
                 f"{self.name} codes {self.width} weights together and cannot leave out the pruned ones of {site.name}; "
@@ -193,7 +194,7 @@ class VQ(Quantizer, name="vq"):
         return super().visit(weight, site, quantize)
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
-        """Codes with error feedback; falls back to the nearest, loudly."""
+        """Codes with error feedback; nearest codes, with a fallback recorded, if the Gram has no inverse factor."""
         return self.coder(site)(w_OI.float())
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
@@ -204,7 +205,10 @@ class VQ(Quantizer, name="vq"):
         return Product(self.nearest(w_OI.float() if w_OI.is_meta else turn.linear(w_OI.float())), turn)
 
     def round_factor(self, factor: Tensor, keep: Tensor | None, site: Site) -> Weight:
-        """The nearest codes, not rotated; raises UnsupportedWeight for a pruned one, or if vectors do not divide it."""
+        """The nearest codes, not rotated.
+
+        Raises UnsupportedWeight for a pruned factor, or if vectors do not divide its width.
+        """
         if keep is not None:
             raise UnsupportedWeight(
                 f"{self.name}: {site.name}: a pruned factor has zeros, which would be coded as well"
@@ -217,15 +221,15 @@ class VQ(Quantizer, name="vq"):
         return self.nearest(factor.float())
 
     def turn(self, site: Site) -> Hadamard:
-        """The rotation of the site's input; sites of one width share it."""
+        """The rotation of the site's input; sites of equal width share it."""
         return Hadamard(random_hadamard(site.shape[1], self.seed).positive.to(site.original.data.device))
 
     def coder(self, site: Site) -> Callable[[Tensor], Weight]:
-        """What codes any matrix [out, in], float32, by the site's statistics."""
+        """A function that codes any matrix [out, in], float32, by the site's statistics."""
         if self.rotate:
             turn = self.turn(site)
             behind = site.behind(turn, site.weight)
-            behind.stats = site.stats.derived(("rotated", self.seed), lambda: behind.stats)  # with it, the factor
+            behind.stats = site.stats.derived(("rotated", self.seed), lambda: behind.stats)  # caches its factor too
             inner = replace(self, rotate=False).coder(behind)
             return lambda w_OI: Product(inner(turn.linear(w_OI)), turn)
         energy_I = site.stats[Gram].diagonal()
@@ -237,7 +241,7 @@ class VQ(Quantizer, name="vq"):
         return lambda w_OI: encode(w_OI, self.stages(w_OI, energy_I), upper_II, order_V)
 
     def nearest(self, w_OI: Tensor) -> Weight:
-        """W coded without feedback: that of inputs which are alike and uncorrelated."""
+        """W coded without feedback, as for uncorrelated inputs of equal energy."""
         if w_OI.is_meta:
             return self.formed(w_OI)
         inputs = w_OI.shape[1]
@@ -256,7 +260,7 @@ class VQ(Quantizer, name="vq"):
         return leaves[0] if len(leaves) == 1 else Sum(tuple(leaves))
 
     def stages(self, w_OI: Tensor, energy_I: Tensor) -> list[Stage]:
-        """The books, fitted to W if they have to be."""
+        """The books, fitted to W if they are not fixed."""
         if self.book == "e8p":
             return lattice_stages(w_OI, self.bits)
         return fitted_stages(w_OI, self.bits, self.width, energy_I, self.seed)
