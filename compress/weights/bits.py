@@ -1,4 +1,4 @@
-"""Streams of integers of one width each, end to end, lowest bit first."""
+"""Packed streams of fixed-width integers, end to end, lowest bit first."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch.nn import functional as F
 
 from compress.errors import ArtifactError
 
-WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer dtypes by size in bytes
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """A flat uint8 tensor holding `values` (below 2**bits) end to end, `bits` each, lowest bit first."""
+    """A flat uint8 tensor holding `values` (below 2**bits) end to end, `bits` each, lowest bit first.
+
+    Above 8 bits there are two streams, one after the other: the low bytes, then the remaining bits.
+    """
     flat = values.reshape(-1)
     if bits == 1 and flat.device.type == "cpu":
         return torch.from_numpy(np.packbits(flat.detach().numpy().astype(bool, copy=False), bitorder="little"))
@@ -24,7 +27,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
         return torch.cat((pack_bits(wide & 255, 8), pack_bits(wide >> 8, bits - 8)))
     if 8 % bits == 0:
         per = 8 // bits
-        wide = aligned(flat.to(torch.uint8), per).view(WIDE[per])  # value i in byte i: each moves down to its place
+        wide = aligned(flat.to(torch.uint8), per).view(WIDE[per])  # value i is in byte i; each is shifted to its place
         joined = wide
         for i in range(1, per):
             joined = joined | (wide >> (8 - bits) * i)
@@ -37,7 +40,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 
 def aligned(flat: Tensor, to: int) -> Tensor:
-    """A flat tensor that begins where words of `to` bytes may, zeros behind it up to whole words."""
+    """A flat tensor that starts at a multiple of `to` bytes, padded with zeros to whole words of `to` bytes."""
     if not len(flat):
         return torch.zeros_like(flat, memory_format=torch.contiguous_format)
     if len(flat) % to:

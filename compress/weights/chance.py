@@ -1,7 +1,7 @@
-"""Masks by chance that their name determines, so that they need not be stored.
+"""Pseudo-random masks that are determined by their name, so that they need not be stored.
 
-What a reader would question: no generator of torch, whose numbers may change with its version and differ by device. A
-counter is scrambled by integer operations that never exceed 63 bits, so every machine makes the same mask.
+What a reader would question: no generator of torch is used, because its numbers may change with the version and differ
+by device. A counter is scrambled by integer operations that never exceed 63 bits, so every machine makes the same mask.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 LOW = (1 << 32) - 1
-ROUNDS = ((16, 0x7FEB352D), (15, 0x21F0AAAD), (17, 0x31848BAB))  # odd factors below 2**31, from a search for mixers
-OTHER = 0x5BD1E995  # any constant: it parts the two keys of a seed
-AT_ONCE = 1 << 16  # numbers made together, which stay in the cache
+ROUNDS = ((16, 0x7FEB352D), (15, 0x21F0AAAD), (17, 0x31848BAB))  # odd factors below 2**31, from a search for bit mixers
+OTHER = 0x5BD1E995  # an arbitrary constant that makes the two keys of a seed differ
+AT_ONCE = 1 << 16  # numbers made together, so that they stay in the cache
 RULE = re.compile(r"rand(0\.\d{1,24}|1)@(\d{1,10})")
 
 
 def scrambled(x_N: Tensor) -> Tensor:
-    """A permutation of the numbers below 2**32 (int64) in which neighbours have nothing in common."""
-    x_N = x_N.clone()  # then in place: three times as fast
+    """A permutation of the numbers below 2**32 (int64) that maps neighbours to unrelated numbers."""
+    x_N = x_N.clone()  # the rest is in place, which is three times as fast
     for shift, factor in ROUNDS:
         x_N.bitwise_xor_(x_N >> shift).mul_(factor).bitwise_and_(LOW)
     return x_N.bitwise_xor_(x_N >> 15)
 
 
 def numbers(start: int, stop: int, seed: int, device: torch.device) -> Tensor:
-    """The numbers `start` to `stop` of a sequence that looks random, uniform below 2**32, int64; `seed` below 2**32."""
+    """The numbers `start` to `stop` of a pseudo-random sequence, uniform below 2**32, int64; `seed` is below 2**32."""
     count_N = torch.arange(start, stop, device=device)
     key, other = torch.tensor(seed & LOW), scrambled(torch.tensor(seed & LOW ^ OTHER))
     once_N = scrambled((count_N & LOW) ^ int(key))
@@ -36,7 +36,7 @@ def numbers(start: int, stop: int, seed: int, device: torch.device) -> Tensor:
 
 
 def drawn(share: Tensor | Decimal, shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
-    """A mask [out, in] that keeps each entry with probability `share`, one for all or a matrix [out, in]."""
+    """A mask [out, in] that keeps each entry with probability `share`, one number for all or a matrix [out, in]."""
     mask_OI = torch.empty(shape, dtype=torch.bool, device=device)
     flat_N = mask_OI.view(-1)
     for start in range(0, len(flat_N), AT_ONCE):
@@ -52,9 +52,9 @@ def rule_name(density: float, seed: int) -> str:
 
 
 def plausible(pattern: str, entries: int, kept: int) -> bool:
-    """Whether the mask that a pattern means by its name may keep so many of its entries.
+    """Whether the mask that a pattern's name determines may keep `kept` of its entries.
 
-    Ten standard deviations and ten entries of room: chance needs no more, ever.
+    The tolerance is ten standard deviations and ten entries, which a random mask never exceeds in practice.
     """
     found = RULE.fullmatch(pattern)
     share = float(found[1]) if found else 0.0
@@ -62,6 +62,6 @@ def plausible(pattern: str, entries: int, kept: int) -> bool:
 
 
 def regenerated(pattern: str, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """The mask [out, in] that a pattern means by its name alone, or None if it takes more than that."""
+    """The mask [out, in] that a pattern's name determines, or None if the name alone does not determine one."""
     found = RULE.fullmatch(pattern)
     return drawn(Decimal(found[1]), shape, int(found[2]), device) if found else None

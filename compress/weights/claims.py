@@ -1,4 +1,4 @@
-"""What a specification claims, checked before anything is unpacked: a few bytes can name a matrix no memory holds.
+"""Checks a specification before anything is unpacked, because a few bytes can claim a matrix that no memory can hold.
 
 Not here: whether the stored tensors fit it, which `pack.py` finds out as it reads them.
 """
@@ -14,13 +14,13 @@ from compress.weights.leaves import BOOKS
 from compress.weights.masks import BY_NAME, WIDEST
 
 Spec = dict[str, Any]
-MOST = 64  # nodes of one tree; no pass makes a tenth of it
-ROOM = 16  # entries that all nodes of a tree denote together, times those of its matrix
-SMALL = 1 << 28  # or so many: a permutation of 16,384 inputs, decoded for a matrix with few outputs
+MOST = 64  # nodes of one tree; no pass makes a tenth of that
+ROOM = 16  # entries that all nodes of a tree may denote together, as a multiple of those of its matrix
+SMALL = 1 << 28  # or this many: a permutation of 16,384 inputs, decoded for a matrix with few outputs
 
 
 def check_claims(spec: Spec, shape: tuple[int, int]) -> None:
-    """Raise ArtifactError unless a specification is of this shape and all its parts fit it."""
+    """Raise ArtifactError unless a specification has this shape and all its parts fit it."""
     try:
         if sum(1 for _ in nodes(spec)) > MOST:
             raise ArtifactError(f"a tree of more than {MOST} parts")
@@ -35,7 +35,7 @@ def check_claims(spec: Spec, shape: tuple[int, int]) -> None:
 
 
 def nodes(spec: Spec) -> Iterator[Spec]:
-    """A specification and all below it."""
+    """A specification and all those nested in it."""
     yield spec
     below = [spec[name] for name in ("left", "right", "values", "scale") if name in spec]
     for child in (*below, *spec.get("terms", ())):
@@ -77,7 +77,7 @@ def _check(spec: Spec, shape: tuple[int, int]) -> None:
 
 
 def sides(value: Any) -> tuple[int, int]:
-    """Two sides of a matrix; raises TypeError or ValueError for what is none."""
+    """The two sides of a matrix; raises TypeError or ValueError for anything else."""
     rows, columns = (whole(n) for n in value)
     if min(rows, columns) < 0:
         raise ValueError(f"{list(value)} is no shape")
@@ -85,7 +85,7 @@ def sides(value: Any) -> tuple[int, int]:
 
 
 def whole(value: Any) -> int:
-    """A whole number; raises TypeError for what merely looks like one."""
+    """A whole number; raises TypeError for any other type, including bool."""
     if type(value) is not int:
         raise TypeError(f"{value!r} is not a whole number")
     return value

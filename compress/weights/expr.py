@@ -1,7 +1,7 @@
 """Weight expressions: an immutable tree that denotes one matrix of shape [out, in].
 
-The waist is `shape dense() linear(x) nbytes() children() describe()` and stays that narrow: a node
-does not pretend to be a tensor. Combinators are here, leaves in `leaves.py`, the stored form in `pack.py`.
+The common interface is `shape dense() linear(x) nbytes() children() describe()` and is kept that small: a node does not
+pretend to be a tensor. Combinators are here, leaves in `leaves.py`, the stored form in `pack.py`.
 Shape suffixes: O out, I in, T tokens.
 """
 
@@ -26,7 +26,7 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the matrix this denotes."""
+        """(out, in) of the matrix that this denotes."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:
@@ -44,7 +44,10 @@ class Weight:
             yield from (v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Weight))
 
     def nbytes(self) -> int:
-        """Bytes of the stored form: what `pack` writes, nothing estimated."""
+        """Bytes of the stored form, exactly as `pack` writes it.
+
+        For an outline the bytes of a mask of which fewer than half the entries are kept are an estimate.
+        """
         from compress.weights.pack import packed_bytes  # it matches on every node, so it must import this module
 
         return packed_bytes(self)
@@ -62,12 +65,12 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Sum(Weight):
-    """The sum of its terms; evaluated term by term, never materialised on the way."""
+    """The sum of its terms; `linear` applies them one by one and never materialises the sum."""
 
     terms: tuple[Weight, ...]
 
     def __post_init__(self) -> None:
-        shapes = {term.shape for term in self.terms}  # none of them is an error too
+        shapes = {term.shape for term in self.terms}  # empty without terms, which is an error too
         if len(shapes) != 1:
             raise UnsupportedWeight(f"a sum needs terms of one shape; got {sorted(shapes)}")
 
@@ -81,7 +84,7 @@ class Sum(Weight):
         return reduce(add, (term.dense() for term in self.terms))
 
     def linear(self, x_TI: Tensor) -> Tensor:
-        """Each term applied to x, added."""
+        """The sum of each term applied to x."""
         return reduce(add, (term.linear(x_TI) for term in self.terms))
 
     def describe(self) -> str:
@@ -106,17 +109,17 @@ class Product(Weight):
         return self.left.shape[0], self.right.shape[1]
 
     def dense(self) -> Tensor:
-        """The matrix product, float32 at least: two float16 factors do not make a float16 matrix."""
+        """The matrix product, in float32 at least, because the product of two float16 factors is no float16 matrix."""
         left, right = self.left.dense(), self.right.dense()
         dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
         return left.to(dtype) @ right.to(dtype)
 
     def linear(self, x_TI: Tensor) -> Tensor:
-        """Right first, then left: two small products instead of one large."""
+        """`right` first, then `left`: two small products instead of one large one."""
         return self.left.linear(self.right.linear(x_TI))
 
     def describe(self) -> str:
-        """`r64` when the inner size is a true rank, `2:4·r64` if the factors are masked so, else the factors."""
+        """`r64` if the inner size is a true rank, `2:4·r64` if the factors also have such masks, else both factors."""
         rank = self.left.shape[1]
         masks = dict.fromkeys(f"{factor.pattern}·" for factor in (self.left, self.right) if isinstance(factor, Masked))
         return (
@@ -128,8 +131,8 @@ class Product(Weight):
 class Masked(Weight):
     """`values` where the mask is True, exactly zero elsewhere; `pattern` names the mask's rule.
 
-    What stands behind an `@` makes the same rule give each matrix a mask of its own. `told` is the number of entries
-    kept, of an outline, whose mask is on the meta device and has no values.
+    The part of the name after an `@` distinguishes matrices that get different masks by the same rule. `told` is the
+    number of kept entries of an outline, whose mask is on the meta device and has no values.
     """
 
     values: Weight
@@ -148,7 +151,7 @@ class Masked(Weight):
 
     @property
     def kept(self) -> int:
-        """Entries that the mask keeps."""
+        """The number of entries that the mask keeps."""
         return kept_of(self.mask_OI) if self.told is None else self.told
 
     def dense(self) -> Tensor:
@@ -156,6 +159,6 @@ class Masked(Weight):
         return self.values.dense().masked_fill(~self.mask_OI, 0)
 
     def describe(self) -> str:
-        """The pattern, then what the values are unless plain: `2:4·int4g128`."""
+        """The pattern, then the values unless they are plain: `2:4·int4g128`."""
         values, rule = self.values.describe(), self.pattern.partition("@")[0]
         return rule if values == "dense" else f"{rule}·{values}"

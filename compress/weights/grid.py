@@ -1,10 +1,10 @@
 """Uniform integer grids: fitting a scale and a zero to weights, and rounding onto them.
 
-Conventions (they differ by half a step between tools, so they are named here): asymmetric grids include
-zero, `step = (max - min) / (2**bits - 1)`, `zero = round(-min / step)`; symmetric grids follow GPTQ,
-`step = 2 max|w| / (2**bits - 1)` with the zero at code 2**(bits - 1). Zero is always on the grid, so masks survive.
-All arithmetic is float32; the scale is rounded to its stored dtype BEFORE codes are chosen, so what is
-written is what was optimised. Shape suffixes: O out, I in, G groups, S inputs of a group.
+Conventions differ by half a step between tools, so they are stated here. Asymmetric grids include zero, `step = (max -
+min) / (2**bits - 1)`, `zero = round(-min / step)`; symmetric grids follow GPTQ, `step = 2 max|w| / (2**bits - 1)` with
+the zero at code 2**(bits - 1). Zero is always on the grid, so masks survive. All arithmetic is float32; the scale is
+rounded to its stored dtype BEFORE codes are chosen, so the stored values are those that were optimised. Shape suffixes:
+O out, I in, G groups, S inputs of a group.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from compress.errors import RecipeError
 from compress.weights.leaves import Quantized
 
 SMALLEST_NORMAL = 2.0**-14  # of float16; a smaller scale would lose its precision
-LARGEST = 65504.0
+LARGEST = 65504.0  # of float16
 SHRINKS = 80  # candidates of the range search, as in the GPTQ code
-AT_ONCE = 1 << 21  # entries worked on together
+AT_ONCE = 1 << 21  # entries processed together
 NORM = 2.4  # the exponent of that search
-COARSE = 24  # ranges that the search by output tries beside the whole, down to 0.4 of it
+COARSE = 24  # ranges that the search by output error tries in addition to the whole, down to 0.4 of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,11 @@ class Grid:
     def fit(
         self, w_OI: Tensor, *, search: bool = False, norm: float = NORM, gram_II: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero, [out, groups] each (or [1, 1]), zero None if symmetric.
+        """Scale and zero, [out, groups] each (or [1, 1]); zero is None if symmetric.
 
-        With `search`, each range is shrunk to the one of 80 that minimises sum |w - w'|**norm, or with `gram_II` to
-        the one of 25 that minimises (w - w') G (w - w')ᵀ within its group.
+        With `search`, each range is shrunk to the one of 80 that minimises sum |w - w'|**norm, or with `gram_II` to the
+        one of 25 that minimises (w - w') G (w - w')ᵀ within its group. Raises RecipeError if the group does not divide
+        the width.
         Source: Frantar et al., GPTQ, ICLR 2023, released quantizer (`find_params`, option mse); Lin et al., AWQ, MLSys
         2024, section 3.2 (clipping by output error).
         """
@@ -74,15 +75,15 @@ class Grid:
     def quantize(
         self, w_OI: Tensor, *, search: bool = False, norm: float = NORM, gram_II: Tensor | None = None
     ) -> Quantized:
-        """Round to nearest on a fitted grid."""
+        """The matrix rounded to nearest on a fitted grid."""
         scale, zero = self.fit(w_OI, search=search, norm=norm, gram_II=gram_II)
         return Quantized(self.encode(w_OI, scale, zero), scale, zero, self.bits)
 
 
 def row_slices(w_OI: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, a few million entries at a time: what is made of them stays small and near the cache.
+    """Slices of the rows of a matrix, a few million entries each, so that temporaries stay small and near the cache.
 
-    Those of an outline, of which nothing is made, come all together.
+    The rows of an outline, for which there are no temporaries, come in one slice.
     """
     step = max(1, w_OI.shape[0] if w_OI.is_meta else AT_ONCE // max(1, w_OI.shape[1]))
     return (slice(start, start + step) for start in range(0, w_OI.shape[0], step))
@@ -90,7 +91,7 @@ def row_slices(w_OI: Tensor) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class GroupError:
-    """What a deviation [out, groups, size] costs, [out, groups]; the shrunk ranges to try, as shares of the whole."""
+    """The cost [out, groups] of a deviation [out, groups, size]; and the ranges to try, as shares of the whole."""
 
     cost: Callable[[Tensor], Tensor]
     shares: Sequence[float]
@@ -135,7 +136,7 @@ def fit_ranges(w_OGS: Tensor, grid: Grid, error: GroupError | None) -> tuple[Ten
 
 
 def range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """The stored scale and zero of the ranges [low, high]."""
+    """The stored scale and zero for the ranges [low, high]."""
     scale = stored_scale((high - low) / (2**grid.bits - 1))
     if grid.symmetric:
         return scale, None
@@ -143,23 +144,23 @@ def range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """The scale as it will be written, float32: rounded to float16 where that keeps its precision."""
+    """The scale as it will be stored, float32: rounded to float16 where float16 keeps its precision."""
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(fits_half(scale), scale.to(torch.float16).float(), scale)
 
 
 def fits_half(scale: Tensor) -> Tensor:
-    """Where float16 has its full precision."""
+    """Whether each scale has full precision in float16."""
     return (scale >= SMALLEST_NORMAL) & (scale <= LARGEST)
 
 
 def narrowed(scale: Tensor) -> Tensor:
-    """Rounded scales in the dtype that is stored: float16, or float32 if any of them needs it; none of an outline."""
+    """Rounded scales in the stored dtype: float16, or float32 if any of them needs it; for an outline, float16."""
     return scale.to(torch.float16) if scale.is_meta or bool(fits_half(scale).all()) else scale
 
 
 def deviation(w_OGS: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    """w' - w of rounding to nearest."""
+    """w' - w for rounding to nearest."""
     step = scale.float()[..., None]
     middle = 2.0 ** (grid.bits - 1) if zero is None else zero.float()[..., None]
     codes = (w_OGS / step).round_().add_(middle).clamp_(0, 2**grid.bits - 1)

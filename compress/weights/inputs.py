@@ -1,7 +1,7 @@
-"""What the input of a linear map may be rounded to on its way in: one scale a token, found when it comes.
+"""Rounding of the inputs of a linear map at run time, with one dynamic scale per token.
 
 Source: Xiao et al., SmoothQuant, ICML 2023, dynamic per-token activations; e4m3 by the OCP 8-bit floating point
-specification. Not a weight, so not in the tree: it is kept beside it.
+specification. This is not part of the weight expression; it is stored beside it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from compress.weights.expr import Product, Weight
 from compress.weights.leaves import Diagonal, Hadamard
 
 INPUTS = ("int8", "fp8")
-FLOOR = 1e-5  # of the largest entry of a token, so that a token of zeros has a scale
+FLOOR = 1e-5  # lower bound of the largest entry of a token, so that a token of zeros has a scale
 LEVELS = 127.0
 E4M3 = 448.0
 
 
 def rounded_inputs(x: Tensor, kind: str) -> Tensor:
-    """x [..., in] with each token on the grid of `kind`, in its dtype; float32 arithmetic.
+    """x [..., in] with each token rounded to the grid of `kind`, in its dtype; float32 arithmetic.
 
-    Its gradient is that of x, as if nothing were rounded.
+    The gradient is that of the identity, as if nothing were rounded.
     """
     with torch.no_grad():
         rounded = on_grid(x, kind)
@@ -29,7 +29,7 @@ def rounded_inputs(x: Tensor, kind: str) -> Tensor:
 
 
 def on_grid(x: Tensor, kind: str) -> Tensor:
-    """The same, without a gradient."""
+    """The same, without a gradient; raises ValueError for an unknown `kind`."""
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True).clamp(min=FLOOR)
     if kind == "int8":
@@ -42,9 +42,9 @@ def on_grid(x: Tensor, kind: str) -> Tensor:
 
 
 def rounded_for(weight: Weight, x: Tensor, kind: str) -> Tensor:
-    """x [..., in] such that `weight` of it is what its first factor gives of the rounded, transformed input.
+    """The x [..., in] for which `weight` gives what its first factor gives for the rounded, transformed input.
 
-    A rotation or scaling at the input is there to make rounding harmless, so it comes before it: T^-1 round(T x).
+    A rotation or scaling at the input is meant to make rounding harmless, so it is applied before: T^-1 round(T x).
     """
     match weight:
         case Product(_, Hadamard(positive) as turn):

@@ -1,6 +1,6 @@
-"""The entries that a mask keeps: how many, taken out in a row, put back. On a CPU several times as fast as PyTorch's.
+"""The entries that a mask keeps: counting, extracting and restoring them; on a CPU several times as fast as PyTorch.
 
-There a mask is gone through in parts, so that the places of what is kept take little memory.
+On a CPU a mask is processed in parts, so that the indices of the kept entries take little memory.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 PART = 1 << 18  # entries of a mask at a time
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: NumPy has not all of our dtypes
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: NumPy lacks some of our dtypes
 
 
 def kept_of(mask: Tensor) -> int:
-    """How many entries a mask keeps."""
+    """The number of entries that a mask keeps."""
     return int(mask.count_nonzero())
 
 
@@ -33,7 +33,7 @@ def take(whole: Tensor, mask: Tensor) -> Tensor:
 
 
 def put(whole: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-    """Write `kept`, as `take` gave it, into the kept entries of a contiguous tensor, in place."""
+    """Write `kept`, as returned by `take`, into the kept entries of a contiguous tensor, in place; return it."""
     if whole.device.type != "cpu":
         words(whole).masked_scatter_(mask, words(kept))
         return whole
@@ -46,14 +46,14 @@ def put(whole: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
 
 
 def where(mask: Tensor) -> Tensor:
-    """The places of the kept entries of a flat mask, int64 [kept]."""
+    """The indices of the kept entries of a flat mask, int64 [kept]."""
     if mask.device.type != "cpu":
         return mask.nonzero()[:, 0]
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def places(mask: Tensor) -> Iterator[tuple[int, np.ndarray]]:
-    """Where each part of a mask begins, and which of its entries are kept."""
+    """The start of each part of a mask, and the indices of its kept entries within the part."""
     mask_N = mask.reshape(-1).numpy()
     for start in range(0, len(mask_N), PART):
         yield start, np.flatnonzero(mask_N[start : start + PART])

@@ -1,7 +1,7 @@
-"""The leaves of the algebra: tensors that denote a matrix.
+"""The leaves of weight expressions: tensors that denote a matrix.
 
-Nodes hold plain tensors (codes as one integer an entry, masks as bools); what is stored is decided in
-`pack.py`. Shape suffixes: O out, I in, G groups, N any square size, K codebook entries, D sub-vector.
+Nodes hold plain tensors (codes as one integer an entry, masks as bools); `pack.py` decides what is stored. Shape
+suffixes: O out, I in, G groups, N any square size, K codebook entries, D sub-vector.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compress.errors import UnsupportedWeight
 from compress.weights.expr import Weight
 from compress.weights.lattice import E8, E8P
 
-BASE = "base"  # how the expressions of a delta call the model they belong to
+BASE = "base"  # the name by which the expressions of a delta refer to their base model
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +39,11 @@ class Dense(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Quantized(Weight):
-    """`scale * (codes - zero)`: integer codes [out, in] on a grid per group of inputs.
+    """`scale * (codes - zero)`: integer codes [out, in] on one grid per group of inputs.
 
-    `codes` is uint8 below 2**bits; `scale` is [out, groups], or [1, 1] for one grid; `zero` is like scale, uint8 or a
-    real number in float16, or None for a symmetric grid, whose zero is 2**(bits - 1). The denoted matrix is float32.
+    `codes` is uint8 below 2**bits; `scale` is [out, groups], or [1, 1] for one grid; `zero` has the shape of `scale`
+    and is uint8 or a float16 real number, or None for a symmetric grid, whose zero is 2**(bits - 1). The denoted matrix
+    is float32.
     """
 
     codes: Tensor
@@ -105,10 +106,10 @@ class Signs(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Codebook(Weight):
-    """Rows cut in sub-vectors of D inputs, each an entry of `book` [entries, D], times the scale of its group.
+    """Rows split into sub-vectors of D inputs, each an entry of `book` [entries, D] times the scale of its group.
 
     `codes` is an integer tensor [out, in / D]; `scale` denotes a matrix [out, groups], [1, groups] or [1, 1]. A book
-    that `BOOKS` holds under `name` is not stored. The denoted matrix is float32.
+    that `BOOKS` has under `name` is not stored. The denoted matrix is float32.
     """
 
     codes: Tensor
@@ -132,7 +133,7 @@ class Codebook(Weight):
         return max(1, (self.book.shape[0] - 1).bit_length())
 
     def dense(self) -> Tensor:
-        """The looked-up rows, scaled, float32."""
+        """The entries of the codes, scaled, float32."""
         looked_up = self.book.float()[self.codes.long()].flatten(1).unflatten(1, (self.scale.shape[1], -1))
         scaled: Tensor = looked_up.mul_(self.scale.dense().float()[..., None]).flatten(1)
         return scaled
@@ -140,7 +141,7 @@ class Codebook(Weight):
     def describe(self) -> str:
         """`nf4g64`, the name and what shares a scale; or `vq8x4`, bits of a code x inputs it covers.
 
-        A trailing `d` marks scales that are coded themselves.
+        A trailing `d` marks scales that are themselves coded.
         """
         name = self.name or f"vq{self.bits}x{self.book.shape[1]}"
         span = span_of(self.scale.shape, self.shape) if self.name or self.scale.shape[1] > 1 else ""
@@ -153,7 +154,7 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-BOOKS = {  # the tables of formats, in the order of their codes, [entries, inputs that one covers]
+BOOKS = {  # the codebooks of formats, in the order of their codes, [entries, inputs that one covers]
     "nf4": torch.tensor(NF4)[:, None],  # quantiles of a normal; Dettmers et al., QLoRA, 2023, appendix E
     "mxfp4": torch.tensor(E2M1)[:, None],  # OCP Microscaling Formats 1.0, table 5; scales are powers of two
     "nvfp4": torch.tensor(E2M1)[:, None],  # the same values; scales are e4m3 numbers
@@ -166,8 +167,8 @@ BOOKS = {  # the tables of formats, in the order of their codes, [entries, input
 class Scaled(Weight):
     """`data * scale`: a matrix of small floats [out, in] whose tiles of `rows` x `columns` share a scale.
 
-    `data` is float8_e4m3fn or float8_e5m2; `scale` is [tiles down, tiles across], the last ones cut where the tile
-    does not divide the matrix. The denoted matrix is float32.
+    `data` is float8_e4m3fn or float8_e5m2; `scale` is [tiles down, tiles across]. The last tiles are smaller where the
+    tile does not divide the matrix. The denoted matrix is float32.
     """
 
     data: Tensor
@@ -199,13 +200,13 @@ class Scaled(Weight):
 
 
 def spread_tiles(scale: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """The scale of each entry of a matrix of `shape`, from one a tile."""
+    """The scale of each entry of a matrix of `shape`, from one scale per tile."""
     down, across = min(tile[0], shape[0]), min(tile[1], shape[1])
     return scale.repeat_interleave(down, 0)[: shape[0]].repeat_interleave(across, 1)[:, : shape[1]]
 
 
 def span_of(scales: Sequence[int], shape: tuple[int, int]) -> str:
-    """What shares one of `scales` [rows, groups] in a matrix of `shape`: `tensor`, `row`, or `g64`."""
+    """The span of one of `scales` [rows, groups] in a matrix of `shape`: `tensor`, `row`, or `g64`."""
     if scales[1] > 1:
         return f"g{shape[1] // scales[1]}"
     return "tensor" if scales[0] == 1 and shape[0] > 1 else "row"
@@ -214,7 +215,8 @@ def span_of(scales: Sequence[int], shape: tuple[int, int]) -> str:
 def dynamic_values() -> Tensor:
     """The 256 sorted values of the signed 8-bit dynamic format: a decimal exponent and a fraction share seven bits.
 
-    For exponent 10**(i - 6), i from 0 to 6, the middles of 2**i equal parts of [0.1, 1] and their negatives; 0 and 1.
+    For exponent 10**(i - 6), i from 0 to 6: the midpoints of 2**i equal parts of [0.1, 1] and their negatives; also 0
+    and 1.
     Source: Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", ICLR 2016; values as in bitsandbytes.
     """
     values = [torch.tensor([0.0, 1.0])]
@@ -230,7 +232,7 @@ DYNAMIC = dynamic_values()
 
 @dataclass(frozen=True, eq=False)
 class Nested(Weight):
-    """Scales that are coded themselves: `DYNAMIC[codes] * absmax + offset`, blocks of 256 over the flattened matrix.
+    """Scales that are themselves coded: `DYNAMIC[codes] * absmax + offset`, in blocks of 256 over the flattened matrix.
 
     `codes` is uint8 [out, in], `absmax` float32 [blocks], `offset` float32 [1], about the mean of the matrix. The
     denoted matrix is float32.
@@ -268,7 +270,7 @@ class Nested(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Weight):
-    """A diagonal matrix [n, n] from its diagonal."""
+    """A diagonal matrix [n, n], given by its diagonal."""
 
     diagonal: Tensor
 
@@ -282,7 +284,7 @@ class Diagonal(Weight):
         return torch.diag(self.diagonal)
 
     def linear(self, x_TI: Tensor) -> Tensor:
-        """Elementwise product."""
+        """The elementwise product of x and the diagonal."""
         return x_TI * self.diagonal.to(x_TI.dtype)
 
     def describe(self) -> str:
@@ -292,7 +294,7 @@ class Diagonal(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Permutation(Weight):
-    """The matrix that sends x to `x[order]`: row i has its one at column order[i]."""
+    """The matrix that maps x to `x[order]`: row i has its one at column order[i]."""
 
     order: Tensor
 
@@ -318,7 +320,7 @@ class Permutation(Weight):
 class Hadamard(Weight):
     """The randomised Hadamard rotation `H diag(signs) / sqrt(block)`, block-diagonal, orthogonal.
 
-    `positive` [n] holds the signs; the block is the largest power of two that divides n.
+    `positive` [n] is True where the sign is +; the block is the largest power of two that divides n.
     Source: Tseng et al., QuIP#, 2024, section 3 (Sylvester order).
     """
 
@@ -358,7 +360,7 @@ class Hadamard(Weight):
 
 @dataclass(frozen=True, eq=False)
 class External(Weight):
-    """A tensor of another model, named and pinned but not stored: the base of a delta."""
+    """A tensor of another model, identified by name but not stored: the base of a delta."""
 
     data: Tensor
     source: str

@@ -1,8 +1,8 @@
-"""How a mask is stored: not at all if its pattern's name says it, by gaps if few entries are kept, else a bit each.
+"""How a mask is stored: not at all if its pattern's name determines it, by gaps if few entries are kept, else a bit each.
 
-A gap is the number of dropped entries before a kept one, row after row. Its low bits are stored as they are, all of
-one width; the rest in unary, that many zeros and a one. Entries kept by chance then take an eighth of a bit more than
-their entropy at most, and both streams are read without a loop.
+A gap is the number of dropped entries before a kept one, row after row. Its low bits are stored directly, all with the
+same width; the rest in unary, as that many zeros and a one. For entries kept at random this takes at most an eighth of
+a bit more than their entropy, and both streams are read without a loop.
 Source: Rice, JPL publication 79-22, 1979 (the code).
 """
 
@@ -19,12 +19,12 @@ from compress.weights.chance import RULE, regenerated
 from compress.weights.kept import kept_of, where
 
 BY_NAME = "name"
-WIDEST = 24  # low bits of a gap
+WIDEST = 24  # low bits of a gap at most
 Form = str | int | None  # BY_NAME, the number of low bits of a gap, or None for a bitmap
 
 
 def form_of(mask_OI: Tensor, pattern: str) -> Form:
-    """The form in which a mask takes the fewest bytes; only if its name really says it is it not stored."""
+    """The form in which a mask takes the fewest bytes; by name only if the name really determines this mask."""
     said_OI = regenerated(pattern, (mask_OI.shape[0], mask_OI.shape[1]), mask_OI.device)
     if said_OI is not None and torch.equal(said_OI, mask_OI):
         return BY_NAME
@@ -33,10 +33,10 @@ def form_of(mask_OI: Tensor, pattern: str) -> Form:
 
 
 def best_width(gap_K: Tensor, entries: int) -> int | None:
-    """The low bits with which these gaps take the fewest bytes; None if a bitmap of `entries` takes no more."""
+    """The number of low bits with which these gaps take the fewest bytes; None if a bitmap of `entries` is as small."""
     least, best = packed_size(entries, 1), None
     for width in range(1, WIDEST + 1):
-        if packed_size(len(gap_K), width + 1) >= least:  # without any zero in unary
+        if packed_size(len(gap_K), width + 1) >= least:  # too large even without any zero in the unary part
             break
         size = coded_size(gap_K, width)
         if size < least:
@@ -45,7 +45,7 @@ def best_width(gap_K: Tensor, entries: int) -> int | None:
 
 
 def gaps(mask_OI: Tensor) -> Tensor:
-    """How many entries are dropped before each kept one, int64 [kept]."""
+    """The number of entries dropped before each kept one, int64 [kept]."""
     place_K = where(mask_OI.reshape(-1))
     return torch.diff(place_K, prepend=place_K.new_full((1,), -1)) - 1
 
@@ -63,10 +63,10 @@ def mask_bytes(mask_OI: Tensor, form: Form) -> int:
 
 
 def likely_bytes(kept: int, entries: int, pattern: str) -> int:
-    """Bytes of a mask that is not made yet: exact unless fewer than half are kept, then those of a mask by chance.
+    """Bytes of a mask that is not made yet: exact unless fewer than half are kept, then those of a random mask.
 
-    Gaps are then geometric: of a share p kept one is at least n with probability (1 - p)**n, so the high part of a gap
-    with w low bits is q / (1 - q) on average, q = (1 - p)**(2**w).
+    The gaps of a random mask are geometric: if a share p is kept, a gap is at least n with probability (1 - p)**n. So
+    the high part of a gap with w low bits is q / (1 - q) on average, with q = (1 - p)**(2**w).
     """
     if RULE.fullmatch(pattern) or not kept:
         return 0
@@ -92,7 +92,7 @@ def pack_mask(mask_OI: Tensor, form: Form) -> Tensor | None:
 
 
 def unpack_mask(packed: Tensor, form: Any, shape: tuple[int, int], kept: int) -> Tensor:
-    """The mask [out, in] of a stored one, not by name; raises ArtifactError if it does not fit."""
+    """The mask [out, in] from its stored form, which is not by name; raises ArtifactError if it does not fit."""
     entries = shape[0] * shape[1]
     if form is None:
         return unpack_bits(packed, 1, entries).bool().view(shape)

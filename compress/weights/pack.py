@@ -1,8 +1,8 @@
 """The codec at the disk boundary: expression <-> named tensors plus a JSON specification.
 
-What is stored: codes as a little-endian bit stream, masks as `masks.py` says, pruned entries not at all. Payloads
-are flat on purpose: a loader that does not know this format meets a shape it cannot assign and stops,
-instead of silently reading codes as weights.
+Codes are stored as a little-endian bit stream, masks as `masks.py` says, pruned entries not at all. Payloads are flat
+on purpose: a loader that does not know this format meets a shape it cannot assign and stops, instead of silently
+reading codes as weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FLOATS = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float1
 
 
 def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[str, Tensor]:
-    """The tensors that are stored for `weight`, by their path in the tree; pruned entries are dropped."""
+    """The tensors stored for `weight`, by their path in the tree; pruned entries are dropped."""
 
     def kept(t: Tensor) -> Tensor:
         return t.reshape(-1) if keep_OI is None else take(t, keep_OI)
@@ -80,7 +80,7 @@ def pack(weight: Weight, at: str = "", keep_OI: Tensor | None = None) -> dict[st
 
 
 def packed_bytes(weight: Weight, kept: int | None = None) -> int:
-    """Bytes of `pack(weight)` without packing; `kept` entries are stored of an elementwise leaf, by default all."""
+    """Bytes of `pack(weight)` without packing; an elementwise leaf stores `kept` entries, by default all."""
     count = weight.shape[0] * weight.shape[1] if kept is None else kept
     match weight:
         case Dense(data):
@@ -158,7 +158,7 @@ def unpack(
 ) -> Weight:
     """The expression that `specify` and `pack` described.
 
-    Raises ArtifactError if a tensor is missing or does not fit, or the specification is malformed.
+    Raises ArtifactError if a tensor is missing or does not fit, or if the specification is malformed.
     """
     try:
         return _unpack(spec, tensors, at, keep_OI, resolve)
@@ -271,7 +271,7 @@ def _unpack_mask(spec: Spec, tensors: Mapping[str, Tensor], at: str, shape: tupl
             raise ArtifactError(f"a mask keeps {kept_of(mask_OI)} entries, its specification says {kept}")
         return mask_OI
     device = next((t.device for name, t in tensors.items() if name.startswith(at)), torch.device("cpu"))
-    likely = plausible(str(spec["pattern"]), shape[0] * shape[1], kept)  # before anything is drawn
+    likely = plausible(str(spec["pattern"]), shape[0] * shape[1], kept)  # checked before a mask is drawn
     drawn_OI = regenerated(str(spec["pattern"]), shape, device) if likely else None
     if drawn_OI is None or kept_of(drawn_OI) != kept:
         raise ArtifactError(f"no mask of {kept} entries is called {spec['pattern']!r}")
@@ -279,7 +279,7 @@ def _unpack_mask(spec: Spec, tensors: Mapping[str, Tensor], at: str, shape: tupl
 
 
 def is_real(zero: Tensor) -> bool:
-    """Whether a zero is a real number, not a code."""
+    """Whether a zero is a real number rather than a code."""
     return zero.is_floating_point()
 
 
@@ -289,7 +289,7 @@ def taken(data: Tensor, keep_OI: Tensor | None) -> Tensor:
 
 
 def spread_bytes(data: Tensor, keep_OI: Tensor) -> Tensor:
-    """The inverse of `taken`; 0 elsewhere."""
+    """The inverse of `taken`, with 0 elsewhere."""
     whole = torch.zeros(keep_OI.shape, dtype=torch.uint8, device=data.device)
     return put(whole, keep_OI, sized(data, (kept_of(keep_OI),))).view(data.dtype)
 

@@ -1,9 +1,9 @@
-"""Which weights may survive together: the pattern half of `score x pattern x budget`.
+"""Which weights may be kept together: the pattern half of `score x pattern x budget`.
 
-A pattern turns a score [out, in] into a mask of the same shape, True = kept. Counts are exact: the number
-dropped from a group of n at sparsity s is n * s rounded half to even on the decimal the user wrote, and
-ties are dropped by lower index first, so masks nest as s grows and do not depend on the device's sort.
-In `n:m`, n is the number KEPT of every m consecutive inputs.
+A pattern turns a score [out, in] into a mask of the same shape, True = kept. Counts are exact: the number dropped from
+a group of n at sparsity s is n * s rounded half to even on the decimal the user wrote. Ties are dropped by lower index
+first, so masks nest as s grows and do not depend on the device's sort. In `n:m`, n is the number KEPT of every m
+consecutive inputs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from compress.errors import CalibrationError, RecipeError
 from compress_kernels import solver
 
-AT_ONCE = 1 << 20  # entries worked on together
-FEW = 8  # entries of a group whose pairs are compared: 28
+AT_ONCE = 1 << 20  # entries processed together
+FEW = 8  # entries of a group up to which all pairs, here 28, are compared
 
 
 def drop_count(size: int, sparsity: float) -> int:
@@ -28,23 +28,23 @@ def drop_count(size: int, sparsity: float) -> int:
 
 
 def drop_between(start: int, end: int, sparsity: float) -> int:
-    """How many are dropped from the entries `start` to `end` of a longer row of them, so that parts add up."""
+    """How many of the entries `start` to `end` of a longer row are dropped, so that the counts of parts add up."""
     return drop_count(end, sparsity) - drop_count(start, sparsity)
 
 
 def percent(sparsity: float) -> str:
-    """`50%`, `12.5%`."""
+    """The sparsity as text: `50%`, `12.5%`."""
     return f"{float(Decimal(str(sparsity)) * 100):g}%"
 
 
 def refuse_nan(score: Tensor) -> None:
     """Raise CalibrationError if a score is NaN."""
-    if score.numel() and bool(torch.isnan(score.amax())):  # which a NaN goes through
+    if score.numel() and bool(torch.isnan(score.amax())):  # amax propagates NaN
         raise CalibrationError("a pruning score is NaN; the weights or the calibration statistics are not finite")
 
 
 def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
-    """A mask that drops exactly `drop` lowest of each row; equal scores are dropped from the left.
+    """A mask that drops exactly the `drop` lowest of each row; equal scores are dropped from the left.
 
     Raises CalibrationError if a score is NaN.
     """
@@ -55,7 +55,7 @@ def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
         return torch.zeros_like(score_GN, dtype=torch.bool)
     keep_GN = torch.empty_like(score_GN, dtype=torch.bool)
     step = max(1, AT_ONCE // score_GN.shape[1])
-    for start in range(0, len(score_GN), step):  # groups are independent; indices and counts take 8 bytes an entry
+    for start in range(0, len(score_GN), step):  # rows are independent; indices and counts take 8 bytes an entry
         some_GN = score_GN[start : start + step]
         threshold = some_GN.kthvalue(drop, dim=1, keepdim=True).values
         below, level = some_GN < threshold, some_GN == threshold
@@ -65,7 +65,7 @@ def keep_highest(score_GN: Tensor, drop: int) -> Tensor:
 
 
 def keep_of_few(score_MG: Tensor, drop: int) -> Tensor:
-    """`keep_highest` of each column, for columns of a few entries: each pair is compared once.
+    """`keep_highest` for each column, for columns of a few entries: each pair is compared once.
 
     Raises CalibrationError if a score is NaN.
     """
@@ -104,7 +104,7 @@ class Pattern:
     def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
         """The mask of the columns from `start` of a wider matrix, in a competition of their own.
 
-        Counts are such that those of consecutive parts add up to those of the whole.
+        The counts of consecutive parts add up to those of the whole matrix.
         """
         raise NotImplementedError
 
@@ -122,7 +122,7 @@ class NM(Pattern):
         return f"{self.n}:{self.m}"
 
     def check(self, shape: tuple[int, int]) -> str | None:
-        """Inputs must divide by m."""
+        """The reason if m does not divide the inputs, or None."""
         return f"{self.name} needs a width divisible by {self.m}, got {shape[1]}" if shape[1] % self.m else None
 
     def kept(self, shape: tuple[int, int]) -> int:
@@ -142,7 +142,7 @@ class NM(Pattern):
         return keep_GM.view(score_OB.shape)
 
     def keep_across(self, score_MG: Tensor) -> Tensor:
-        """The n highest of each column: groups that lie across."""
+        """The n highest of each column, where each column is a group."""
         if self.in_pairs(score_MG):
             return keep_of_few(score_MG.contiguous(), self.m - self.n)
         score_GM = score_MG.T.contiguous()
@@ -152,13 +152,13 @@ class NM(Pattern):
         return solver.keep_nm(score_GM, self.n).T
 
     def in_pairs(self, score: Tensor) -> bool:
-        """Whether the entries of a group are compared with each other; a GPU has a kernel for groups."""
+        """Whether the entries of a group are compared pair by pair; on a GPU a kernel for groups is used instead."""
         return self.m <= FEW and not solver.usable(score)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerRow(Pattern):
-    """The same number kept in every row: each output competes alone."""
+    """The same number kept in every row: each output is a competition of its own."""
 
     sparsity: float
 
@@ -168,7 +168,7 @@ class PerRow(Pattern):
         return percent(self.sparsity)
 
     def kept(self, shape: tuple[int, int]) -> int:
-        """As many of each row."""
+        """The same number in each row."""
         return shape[0] * (shape[1] - drop_count(shape[1], self.sparsity))
 
     def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
@@ -178,7 +178,7 @@ class PerRow(Pattern):
 
 @dataclass(frozen=True, kw_only=True)
 class PerMatrix(Pattern):
-    """One competition over the whole matrix; rows may differ."""
+    """One competition over the whole matrix; counts of rows may differ."""
 
     sparsity: float
 
@@ -188,7 +188,7 @@ class PerMatrix(Pattern):
         return f"{percent(self.sparsity)}m"
 
     def kept(self, shape: tuple[int, int]) -> int:
-        """Of all of them."""
+        """A share of all entries."""
         return shape[0] * shape[1] - drop_count(shape[0] * shape[1], self.sparsity)
 
     def keep_part(self, score_OB: Tensor, start: int) -> Tensor:
@@ -212,13 +212,13 @@ class Blocks(Pattern):
         return f"{percent(self.sparsity)}b{self.rows}x{self.columns}"
 
     def check(self, shape: tuple[int, int]) -> str | None:
-        """Both sides must divide."""
+        """The reason if the tiles do not divide both sides, or None."""
         if shape[0] % self.rows or shape[1] % self.columns:
             return f"blocks of {self.rows}x{self.columns} do not tile a matrix of {shape[0]}x{shape[1]}"
         return None
 
     def kept(self, shape: tuple[int, int]) -> int:
-        """Whole tiles."""
+        """Entries of whole tiles."""
         tiles = (shape[0] // self.rows) * (shape[1] // self.columns)
         return (tiles - drop_count(tiles, self.sparsity)) * self.rows * self.columns
 
@@ -233,9 +233,9 @@ class Blocks(Pattern):
 
 
 def pattern(sparsity: float | str, scope: str = "row") -> Pattern:
-    """The pattern that recipe options mean: a fraction with a scope (row, matrix, RxC), or `n:m` with n kept.
+    """The pattern that recipe options define: a fraction with a scope (row, matrix, RxC), or `n:m` with n kept.
 
-    Raises RecipeError when they mean nothing.
+    Raises RecipeError if they define none.
     """
     if isinstance(sparsity, str):
         found = re.fullmatch(r"(\d+):(\d+)", sparsity)

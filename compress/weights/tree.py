@@ -1,6 +1,6 @@
-"""An expression as plain data and tensors, to be told to another process, which makes the same expression of them.
+"""A weight expression as plain data and tensors, from which another process can rebuild the same expression.
 
-Unlike the stored form (`pack.py`) it is exact in everything, also in values that a mask hides, and costs nothing: the
+Unlike the stored form (`pack.py`) it is exact in everything, including values hidden by a mask, and costs nothing: the
 tensors are those of the nodes.
 """
 
@@ -37,7 +37,7 @@ NODES = {
 
 
 def taken_apart(weight: Weight, tensors: list[Tensor]) -> dict[str, Any]:
-    """The nodes of an expression as plain data; each tensor is added to `tensors` and named by its number there.
+    """The nodes of an expression as plain data; each tensor is appended to `tensors` and named by its index there.
 
     Raises UnsupportedWeight for a node that is not of this package.
     """
@@ -60,11 +60,11 @@ def taken_apart(weight: Weight, tensors: list[Tensor]) -> dict[str, Any]:
 
 
 def put_together(told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Weight:
-    """The expression that `taken_apart` was given."""
+    """The expression that was passed to `taken_apart`."""
 
     def made(value: Any) -> Any:
         match value:
-            case {"node": _}:  # first: a node may have a field of the other's name
+            case {"node": _}:  # tested first, because a node may have a field named `tensor`
                 return put_together(value, tensors)
             case {"tensor": number}:
                 return tensors[number]
