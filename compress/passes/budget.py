@@ -88,7 +88,7 @@ def as_asked(sparsity: Sparsity, keep: Mapping[str, float], sizes: Mapping[str, 
     weights = [sizes[part] for part in keep]
     mean = sum(share * size for share, size in zip(keep.values(), weights, strict=True)) / max(1, sum(weights))
     ends = 1 / m, (m - 1) / m
-    inside = centred(list(keep.values()), weights, min(ends[1], max(ends[0], mean)), *ends)  # still of this mean
+    inside = centred(list(keep.values()), weights, min(ends[1], max(ends[0], mean)), *ends)  # the mean stays
     exact = {part: share * m for part, share in zip(keep, inside, strict=True)}
     chosen = {part: math.floor(n + 1e-9) for part, n in exact.items()}
     missing = sum(sizes[part] * (n - chosen[part]) for part, n in exact.items())

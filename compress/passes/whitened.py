@@ -12,7 +12,7 @@ from math import floor, log
 import torch
 from torch import Tensor
 
-FAINT = 1e-5  # of the largest energy: float32 directions of smaller ones lose 0.2 % more than the best, soon all
+FAINT = 1e-5  # of the largest energy: float32 directions of smaller ones lose 0.2 % more than the best, then everything
 AT_ONCE = 1024  # columns of a Gram converted together
 
 

@@ -1,4 +1,4 @@
-"""How a mask is stored: not at all if its pattern's name determines it, by gaps if few entries are kept, else a bit each.
+"""How a mask is stored: not at all if its pattern's name determines it, by gaps if few are kept, else a bit each.
 
 A gap is the number of dropped entries before a kept one, row after row. Its low bits are stored directly, all with the
 same width; the rest in unary, as that many zeros and a one. For entries kept at random this takes at most an eighth of

@@ -37,7 +37,7 @@ from compress.weights.bits import packed_size
 ROUNDING = {16: 2.0**-18, 8: 7.4e-5, 6: 1.041e-3, 5: 3.495e-3, 4: 1.154e-2, 3: 3.744e-2, 2: 0.1188}
 SHARES = [2 ** (-i / 8) for i in range(25)]  # ends of the range to try, as shares of the largest |w|: down to an eighth
 DAMPING = 0.01  # of error feedback, as in the paper
-SLIGHT = 1e-5  # of least squares
+SLIGHT = 1e-5  # damping of least squares
 SIDE = 4096  # side of the matrices for which the paper gives the split
 LARGEST, SMALLEST = 2.0**10, 2.0**-14  # limits of the scales of a band, so that they are normal float16 numbers
 LEAST = 1e-30

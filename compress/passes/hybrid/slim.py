@@ -88,7 +88,7 @@ class ClippedGrid(Grid):
 
 @dataclass(frozen=True, kw_only=True)
 class SLiM(Corrector, name="slim"):
-    """W' + A B: W' masked and on a grid, A B the correction of the loss, then W' made again for W - A B.
+    """W' + A B: W' masked and on a grid, A B the correction of its error, then W' made again for W - A B.
 
     Mask, codes and factors are fitted in turn, each to what the others leave. The result with the least output error is
     kept, so more rounds are never worse. `feedback` chooses mask and codes as SparseGPT and GPTQ do, anew in each

@@ -23,7 +23,7 @@ from compress.weights import Dense, Masked, Pattern, Weight
 UPDATE_EVERY = 3  # iterations between two updates of the penalty; all numbers here are those of the released code
 FAST, SLOW = 0.1, 0.005  # shares of the support that changed
 GROWTH = (1.3, 1.2, 1.1)  # factor of the penalty if more than FAST changed, more than SLOW, or less
-SHRINK = 5.0  # divisor of the penalty in the last case, and instead of stopping, while it was never raised
+SHRINK = 5.0  # divisor of the penalty, instead of the last factor or of stopping, while it was never raised
 SETTLED = 3e-4  # changed share of the support below which it ends, from iteration EARLIEST on
 EARLIEST = 30
 POLISH = 10  # conjugate-gradient steps on the final support

@@ -25,7 +25,7 @@ FAR = 0.01  # a distance from the sparsity asked for that few entries or equal s
 class Wanda(FactorPruner, name="wanda"):
     """Score |w| * ||x||: a weight matters if it is large and its input has a large norm.
 
-    With `alpha`, rows get unequal counts: each drops its smallest scores while their sum stays below a share alpha of
+    With `alpha`, rows get unequal counts: each drops its smallest scores while their sum is at most a share alpha of
     the row's sum. There is one alpha per matrix, found by bisection to within 0.1 % of the sparsity.
     Source: Sun et al., "A Simple and Effective Pruning Approach for LLMs", ICLR 2024, eq. 1; compared within each
     output row. Counts are exact and ties stable, where the released code floors.

@@ -25,7 +25,7 @@ class Full(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class FlexRound(Learned, name="flexround"):
-    """Divide each weight by exp(D) before it is rounded; D and the steps are learned to make the block's output right.
+    """Divide each weight by exp(D) before it is rounded; D and the steps are learned to match the block's dense output.
 
     Source: Lee et al., "FlexRound", ICML 2023, equation 2; the objective of Lee et al., LRQ, 2024, section 2: the
     quantized block on its own inputs is to give the output of the dense block on dense hidden states. The paper learns
