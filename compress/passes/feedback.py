@@ -155,10 +155,11 @@ def feed_back(
 ) -> tuple[Tensor, Tensor | None, float]:
     """(W', its mask, the loss); columns are changed from left to right, in float32.
 
-    `upper_II` is the factor of the inverse Gram (`inverse_factor`), in the column order of `w_OI`. The loss, sum of e²
-    / 2, equals tr(D H Dᵀ) / 2 exactly, for the damped H and D = W' - W. For a given mask the result does not depend on
-    `block`, which is rounded down to whole groups of `rounding` and `mask`. A vector of columns leaves the error (w -
-    q) U_vv^-1; this is block LDL, whose unit factor is U_vv^-1 U. Raises CalibrationError if a pruning score is NaN.
+    `upper_II` is the factor of the inverse Gram (`inverse_factor`), in the column order of `w_OI`. The loss, sum of
+    e² / 2, equals tr(D H Dᵀ) / 2 exactly, for the damped H and D = W' - W. For a given mask the result does not depend
+    on `block`, which is rounded to whole groups of `rounding` and `mask`. A vector of columns leaves the error
+    (w - q) U_vv^-1; this is block LDL, whose unit factor is U_vv^-1 U. Raises CalibrationError if a pruning score is
+    NaN.
     Source: Frantar et al., GPTQ, ICLR 2023, algorithm 1; Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1; Tseng
     et al., QuIP#, ICML 2024, section 4.1 (there from last to first).
     """

@@ -24,8 +24,8 @@ class Subspace:
         """Orthonormal U [out, rank] and Uᵀ W [rank, in], nearly the leading ones of W; one step from those of the last.
 
         The residual is no larger than with the previous factors: their rows span the leading previous directions V, the
-        best matrix with those rows is W V Vᵀ, and its columns lie in the space searched here. Costs 4 out x in x (rank
-        + 8) operations.
+        best matrix with those rows is W V Vᵀ, and its columns lie in the space searched here. Costs 4
+        out x in x (rank + 8) operations.
         Source: Halko, Martinsson and Tropp, SIAM Review 2011, algorithm 4.4 with one step, started from the previous
         result.
         """

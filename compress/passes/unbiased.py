@@ -1,7 +1,7 @@
 """Rescaling a compressed weight so that it is not biased towards zero.
 
-The nearest matrix that a codec can store is too small: its error is orthogonal to it, so it contains only the share rho
-< 1 of W itself. In every matrix of a model that error points the same way, towards less of W; where W is what
+The nearest matrix that a codec can store is too small: its error is orthogonal to it, so it contains only the share
+rho < 1 of W itself. In every matrix of a model that error points the same way, towards less of W; where W is what
 fine-tuning added, the model falls back towards its base. Scaled by 1 / rho, the error is larger in each matrix, but
 orthogonal to W.
 """

@@ -109,7 +109,7 @@ class Product(Weight):
         return self.left.shape[0], self.right.shape[1]
 
     def dense(self) -> Tensor:
-        """The matrix product, in float32 at least, because the product of two float16 factors is no float16 matrix."""
+        """The matrix product, in float32 at least, because float16 cannot hold the product of two float16 factors."""
         left, right = self.left.dense(), self.right.dense()
         dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
         return left.to(dtype) @ right.to(dtype)

@@ -1,10 +1,10 @@
 """Uniform integer grids: fitting a scale and a zero to weights, and rounding onto them.
 
-Conventions differ by half a step between tools, so they are stated here. Asymmetric grids include zero, `step = (max -
-min) / (2**bits - 1)`, `zero = round(-min / step)`; symmetric grids follow GPTQ, `step = 2 max|w| / (2**bits - 1)` with
-the zero at code 2**(bits - 1). Zero is always on the grid, so masks survive. All arithmetic is float32; the scale is
-rounded to its stored dtype BEFORE codes are chosen, so the stored values are those that were optimised. Shape suffixes:
-O out, I in, G groups, S inputs of a group.
+Conventions differ by half a step between tools, so they are stated here. Asymmetric grids include zero,
+`step = (max - min) / (2**bits - 1)`, `zero = round(-min / step)`; symmetric grids follow GPTQ,
+`step = 2 max|w| / (2**bits - 1)` with the zero at code 2**(bits - 1). Zero is always on the grid, so masks survive. All
+arithmetic is float32; the scale is rounded to its stored dtype BEFORE codes are chosen, so the stored values are those
+that were optimised. Shape suffixes: O out, I in, G groups, S inputs of a group.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ class Realign(WeightPass, name="realign"):
     """Set the target of all later passes to the matrix whose output on the drifted input is nearest to the dense one.
 
     Everything before a site has been compressed, so its input x' differs from the dense model's x. Pruning and rounding
-    usually approximate W x'. The least-squares matrix W* = W (x x'ᵀ) (x' x'ᵀ)^-1, damped towards W, approximates W x
-    instead, so later matrices compensate for earlier ones. Costs a second copy of the calibration activations and of
-    each forward. An expert is left as it is, because other tokens reach it than in the dense model.
+    usually approximate W x'. The least-squares matrix W* = W (x x'ᵀ) (x' x'ᵀ)^-1, damped towards W, approximates
+    W x instead, so later matrices compensate for earlier ones. Costs a second copy of the calibration activations and
+    of each forward. An expert is left as it is, because other tokens reach it than in the dense model.
     Source: the asymmetric objective of Li et al., "GPTAQ", 2025, section 3, solved in closed form before any other pass
     instead of inside one: followed by `gptq` it comes nearer to the dense output than GPTAQ's own update at 2, 3 and 4
     bits (tests/passes/test_realign.py), so `gptq` has no option for that.
