@@ -1,7 +1,8 @@
 """Compress: turn a Hugging Face language model into a smaller one and prove what was lost.
 
-Importing is light: torch loads with the first name that needs it; transformers, triton, bitsandbytes and lm-eval when
-something needs them. The one side effect is that transformers will know the quantization method `compress`.
+Importing the package is cheap: torch is imported with the first name that needs it, and transformers, triton,
+bitsandbytes and lm-eval when they are first used. The one side effect is that the quantization method `compress` will
+be registered with transformers.
 """
 
 from __future__ import annotations
@@ -120,12 +121,12 @@ if TYPE_CHECKING:
     )  # fmt: skip
 
 register_when_needed()
-# where the names of `__all__` are that the lines above only tell type checkers, the light ones first
+# modules that define the names of `__all__` which are imported above for type checkers only; the cheapest come first
 HOMES = ("compress.kv", "compress.recipe", "compress.weights", "compress.passes", "compress.model.site")
 
 
 def __getattr__(name: str) -> Any:
-    """A name of `__all__` that needs torch, or one of our modules, when it is first asked for."""
+    """Import a name of `__all__` that needs torch, or a submodule of the package, on first access."""
     if name in __all__:
         for home in map(import_module, HOMES):
             if hasattr(home, name):
@@ -150,11 +151,22 @@ def run(
     force: bool = False,
     **options: Any,
 ) -> Report:
-    """Compress `model` (a folder, `builtin`, or None for the recipe's own) by `recipe` into the folder `out`.
+    """Compress `model` by `recipe` into the folder `out`, verify what was written, and return a report of the run.
 
-    `recipe` is a Recipe, a recipe file or name, or a list of passes. In processes that torchrun has started, they work
-    together and each returns the report. Raises CompressError children; if the recipe has an `accept` rule and it is
-    broken, AcceptanceError, with the artifact left in place for inspection.
+    `model` is a model folder, `builtin`, or None for the model that the recipe names. `recipe` is a Recipe, a recipe
+    file, the name of a packaged recipe, or a list of passes. `calibration` replaces the recipe's, `emit` is called
+    with every event, and `force` allows an existing `out` to be replaced. `options` are the others of
+    `compress.driver.compress`: `shard_size` (bytes), `offload`, `dequantize` and `restart`.
+
+    The same call after an interruption resumes after the last finished block. Processes started by torchrun share the
+    work, and each returns the report.
+
+    Raises subclasses of CompressError for everything that a user can cause, and leaves `out` as it was before. The
+    exception: if the compressed model breaks the recipe's `accept` rule, AcceptanceError is raised but the artifact
+    stays in `out` for inspection.
+
+    Example:
+        compress.run("builtin", [Wanda(sparsity="2:4"), GPTQ(bits=4, target="original")], "half")
     """
     from dataclasses import replace
 
@@ -185,7 +197,11 @@ def run(
 
 
 def plan_run(model: str | Path | None, recipe: Recipe | str | Path, **options: Any) -> Plan:
-    """What a run will make and need, from headers alone; see `compress.planning.plan_run`."""
+    """Predict what `run` would write and need (bytes, memory, disk, time) from headers alone.
+
+    Takes the arguments of `compress.planning.plan_run`, which says what they mean. `Plan.check` raises PlanError if
+    something will not fit; this function raises CompressError subclasses for what `run` would refuse at its start.
+    """
     from compress.planning import plan_run as say
 
     return say(model, recipe, **options)
@@ -199,15 +215,24 @@ def load(
     kv: KV | Mapping[str, Any] | Literal["recipe", "latent"] | None = "recipe",
     **options: Any,
 ) -> Any:
-    """The compressed model in `path` as a transformers model, ready to run.
+    """Load the model in the folder `path` and return it as a transformers model in eval mode, ready to run.
 
     By default each weight is decoded once, for speed: memory is that of the dense model plus the stored bits. With
-    `low_memory` only the stored bits are kept and each weight is decoded when used. `kv` are the options of a quantized
-    key-value cache, such as {"bits": 4}, or "latent" where keys and values are factored: by default the recipe's; None
-    for a plain cache. A delta needs its `base`, unless that is the built-in model, and is loaded as the plain
-    fine-tuned model. `options` go to `from_pretrained` of the Auto class that builds the architecture. Raises
-    ArtifactError if the folder cannot be loaded, is pickled or lacks its base, RecipeError if `kv` is unfit or
-    `low_memory` is asked of a delta.
+    `low_memory`, only the stored bits are kept and each weight is decoded whenever it is used.
+
+    `kv` chooses the key-value cache: "recipe" (the default) takes what the recipe says, a KV or a mapping such as
+    {"bits": 4} gives the options of a quantized cache, "latent" caches the latent vectors of factored key and value
+    projections, and None keeps transformers' plain cache.
+
+    A delta is loaded as the plain fine-tuned model and needs its `base`, unless that is the built-in model. `options`
+    are passed to `from_pretrained` of the Auto class that builds the architecture.
+
+    Raises ArtifactError if the folder cannot be loaded, holds pickled weights or lacks its base, and RecipeError if
+    `kv` does not fit the model or `low_memory` is asked for a delta.
+
+    Example:
+        model = compress.load("half", kv={"bits": 4})
+        model.generate(**tokenizer("Hello", return_tensors="pt"))
     """
     from transformers import AutoConfig
 
@@ -231,7 +256,7 @@ def load(
         raise ArtifactError(f"{folder}: its config.json names an attention or experts implementation; remove it")
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
     try:
-        read = Artifact(folder, below) if is_artifact(folder) else None  # says what is wrong before transformers does
+        read = Artifact(folder, below) if is_artifact(folder) else None  # reports errors before transformers does
         packed = read is not None and read.packed and not read.is_delta
         check_sizes(raw, (read or Checkpoint(folder)).shapes())
         for site in read.specs if read is not None else ():
@@ -248,14 +273,14 @@ def load(
                     config.quantization_config["kv"] = written(cache) if cache else None
             options |= {"config": config, "local_files_only": True, "output_loading_info": True}
             model, found = auto_class(config).from_pretrained(folder, **options)
-            for what in ("missing", "mismatched"):  # transformers draws them by chance and only warns
+            for what in ("missing", "mismatched"):  # transformers initializes these at random and only warns
                 if keys := sorted(map(str, found[f"{what}_keys"])):
                     raise ArtifactError(f"{folder}: {len(keys)} tensors are {what}, first {keys[0]}")
     except CompressError as error:
         if isinstance(error, ArtifactError) and str(folder) not in str(error):
             raise ArtifactError(f"{folder}: {error}") from error
         raise
-    except Exception as error:  # a damaged folder breaks transformers and safetensors in many ways
+    except Exception as error:  # transformers and safetensors raise many types for a damaged folder
         if out_of_memory(error):
             raise
         raise ArtifactError(f"{folder}: cannot be loaded: {first_line(error)}") from error
@@ -265,7 +290,14 @@ def load(
 
 
 def extract(finetuned: str | Path, base: str | Path, out: str | Path, **options: Any) -> Extracted:
-    """Store the difference of a fine-tuned model from its base in `out`; see `compress.extraction.extract`."""
+    """Store the difference between a fine-tuned model and its base in the folder `out`, and return what was written.
+
+    Takes the arguments of `compress.extraction.extract`, which says what they mean. Raises CompressError subclasses;
+    `out` is then as it was before.
+
+    Example:
+        compress.extract("finetuned", "base", "delta", bits=1.0)
+    """
     from compress.extraction import extract as run
 
     return run(finetuned, base, out, **options)
@@ -274,7 +306,14 @@ def extract(finetuned: str | Path, base: str | Path, out: str | Path, **options:
 def merge(
     base: str | Path, models: Mapping[str, str | Path] | Sequence[str | Path], out: str | Path, **options: Any
 ) -> Merged:
-    """Merge fine-tunes of `base`, whole or as deltas of it, into the folder `out`; see `compress.merging.merge`."""
+    """Merge fine-tunes of `base`, given as whole models or as deltas, into the folder `out`; return what was written.
+
+    Takes the arguments of `compress.merging.merge`, which says what they mean. Raises CompressError subclasses; `out`
+    is then not created.
+
+    Example:
+        compress.merge("base", {"math": "math-delta", "code": "code-model"}, "merged", method="ties")
+    """
     from compress.merging import merge as run
 
     return run(base, models, out, **options)
@@ -283,14 +322,25 @@ def merge(
 def load_tenants(
     base: str | Path, deltas: Mapping[str, str | Path], budget: int | None = None, **options: Any
 ) -> Tenants:
-    """The base model with its fine-tunes by name, computed together; see `compress.tenants.load_tenants`."""
+    """Load a base model once, with its fine-tunes by name, so that one batch may mix requests for all of them.
+
+    Takes the arguments of `compress.tenants.load_tenants`, which says what they mean. Raises ArtifactError for a delta
+    of another base, PlanError for a delta that alone exceeds `budget` (bytes).
+
+    Example:
+        tenants = compress.load_tenants("base", {"math": "math-delta", "code": "code-delta"}, budget=2 * 10**9)
+    """
     from compress.tenants import load_tenants as load_them
 
     return load_them(base, deltas, budget, **options)
 
 
 def explain(layer: Any, rows: int, **options: Any) -> str:
-    """How a layer of a loaded model computes for so many rows of x, and why; see `compress.runtime.explain.explain`."""
+    """Say in a sentence which code path a layer of a loaded model takes for `rows` rows of input, and why.
+
+    Takes the arguments of `compress.runtime.explain.explain`, which says what they mean. Raises RecipeError for fewer
+    than one row, or for a module that is not compressed.
+    """
     from compress.runtime.explain import explain as say
 
     return say(layer, rows, **options)
@@ -304,10 +354,18 @@ def require_evals() -> None:
 
 
 def evaluate(paths: str | Path | list[str | Path], base: str | Path | None = None, **options: Any) -> Any:
-    """What compressed folders still know: the `compress_evals.Results` of the dense base, then of each folder.
+    """Measure what compressed models still know, and compare them with the dense model.
 
-    Each compared result has `.vs`, a Comparison with intervals and verdicts. `base` defaults to `builtin` where that
-    is what the artifact was made from. Needs the extra `eval`.
+    Returns a list of `compress_evals.Results`: first that of the dense `base`, then one for each folder in `paths`.
+    The result of a folder has `.vs`, a Comparison with intervals and verdicts. `base` defaults to `builtin` if the
+    (first) artifact was made from that. `options` are those of `compress_evals.evaluate_folders`, such as `suite`,
+    `limit` and `out`.
+
+    Raises RecipeError if the extra `eval` is not installed or a base is missing, ArtifactError for folders that cannot
+    be read or compared.
+
+    Example:
+        dense, half = compress.evaluate("half")
     """
     require_evals()
     from compress_evals import evaluate_folders
@@ -318,7 +376,11 @@ def evaluate(paths: str | Path | list[str | Path], base: str | Path | None = Non
 def accept(
     path: str | Path, base: str | Path, rule: Accept, device: str = "cpu", delta_base: str | Path | None = None
 ) -> None:
-    """Raise AcceptanceError if the artifact may have lost more than `rule` allows; a delta has a `delta_base`."""
+    """Evaluate the artifact in `path` against the dense model `base`, and raise AcceptanceError if `rule` is broken.
+
+    The rule is broken if, at its confidence, a task may have lost more accuracy than `rule.max_drop`. For a delta,
+    `delta_base` is the base that it is added to. Needs the extra `eval`. The artifact is kept in any case.
+    """
     from compress_evals import accept as broken
 
     below: dict[str, Any] = {} if delta_base is None else {"delta_base": delta_base}

@@ -1,7 +1,7 @@
-"""The command line: parsing, calling, printing. Results go to stdout, progress and errors to stderr.
+"""The command line: it parses arguments, calls the library and prints. Results go to stdout, the rest to stderr.
 
 Exit codes: 0 ok, 1 `diff` found a difference, 2 bad input, 3 does not fit, 4 verification failed, 5 acceptance failed,
-6 some cells of a sweep failed, 7 another process of the run was lost, 130 interrupted, 141 nobody read on.
+6 some cells of a sweep failed, 7 another process of the run was lost, 130 interrupted, 141 the reader of stdout left.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
-UNREAD = 141  # what a shell says of a command that SIGPIPE ended
+UNREAD = 141  # what a shell reports for a command that SIGPIPE ended: 128 + 13
 app.add_typer(delta.app)
 app.command("eval")(evaluate)
 app.command()(diff)
@@ -98,10 +98,10 @@ def run(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a model by a recipe into a new folder, verified before it is put in place.
+    """Compress a model by a recipe into a new folder, which is verified before it is put in place.
 
-    Run again after it was stopped or killed, it goes on behind the last finished block. Started by
-    `torchrun --nproc-per-node N -m compress run ...`, N processes share the work.
+    If a run was stopped or killed, the same command resumes it after the last finished block. To share the work among
+    N processes, start it with `torchrun --nproc-per-node N -m compress run ...`.
     """
     import compress
     from compress import events
@@ -118,7 +118,7 @@ def run(
         loaded = read.load(recipe, changes or [])
         sinks: list[events.Sink] = [Progress(screen())]
         if log is not None and team.chief:
-            sinks.append(events.jsonl(log))  # created now: a place that cannot be written is refused before the work
+            sinks.append(events.jsonl(log))  # opened now, so that an unwritable path is refused before any work
         report = compress.run(
             model,
             loaded,
@@ -146,7 +146,7 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what was done to each site of a compressed model, or which sites any other model has."""
+    """Show what was done to each site (weight matrix) of a compressed model, or list the sites of any other model."""
     from compress.artifact import Artifact, is_artifact
     from compress.console import inspect_table, survey_table
     from compress.model.anatomy import by_reason
@@ -174,7 +174,7 @@ def inspect(
 
 
 def draw(provenance: Any, target: Path) -> None:
-    """Write the picture of an artifact; raises RecipeError if there is none, or if the place cannot be written."""
+    """Write the picture of an artifact; raises RecipeError if nothing can be drawn or `target` cannot be written."""
     from compress.partial import put
     from compress.picture import picture
 
@@ -195,7 +195,7 @@ def verify(
     base: Annotated[str | None, typer.Option(help="of a delta: the model it belongs to")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check every byte of a compressed model: hashes, decoding, names and shapes."""
+    """Check every byte of a compressed model: hashes, decoding, tensor names and shapes."""
     from compress.artifact import verify as check
     from compress.model.source import locate
 
@@ -218,14 +218,14 @@ def bench(
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time each kind of layer, and generation, beside the dense model: what is faster, what is slower and why."""
+    """Time each kind of layer, and generation, against the dense model: what is faster, what is slower, and why."""
     from compress.console import generation_table, layers_table
     from compress.model.source import locate
     from compress.plan import usable
     from compress.runtime import bench as timing
 
     place, counts = locate(folder), row_counts(rows)
-    timing.whole(place)  # says whether it is one before models are loaded
+    timing.whole(place)  # refuses what is no whole compressed model, before models are loaded
     if base is not None and not generate:
         raise RecipeError("--base: only --generate runs whole models; add it, or leave --base out")
     usable(device)
@@ -266,7 +266,7 @@ def row_counts(text: str) -> list[int]:
 
 
 def models_to_time(folder: Path, base: str | None, low_memory: bool, device: str) -> dict[str, Any]:
-    """The dense model that an artifact was made from, and the artifact as it is loaded, by name."""
+    """The loaded models that are timed, by name: the dense one that an artifact was made from, and the artifact."""
     import compress
     from compress.artifact import check_base, recorded_base
     from compress.model.source import locate
@@ -288,7 +288,7 @@ def export(
     out: Annotated[Path | None, out_option("<folder>-<format>, beside it")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a compressed model in a format that other tools load; it is read back before it is put in place."""
+    """Write a compressed model in a format that other tools load; the result is read back before it is put in place."""
     from compress.export import export as write
 
     quiet_loading()
@@ -321,7 +321,7 @@ def qid(
     fit: Annotated[Path | None, typer.Option(help="JSON lines of measured losses: refit the law on them first")] = None,
     as_json: Json = False,
 ) -> None:
-    """Predict what quantization will cost, from a model's size and training tokens; or refit the law that says so."""
+    """Predict the loss that quantization costs from a model's size and training tokens, or refit the scaling law."""
     from compress.console import fit_lines, qid_table
     from compress.model.source import locate
     from compress.survey import survey
@@ -360,7 +360,7 @@ def qid(
 
 
 def widths(text: str) -> list[float]:
-    """The bits of `2,3,4`; raises RecipeError for anything else."""
+    """The bit widths of `2,3,4`; raises RecipeError for anything else."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
@@ -372,7 +372,7 @@ def passes(
     name: Annotated[str | None, typer.Argument(help="show only this one")] = None,
     as_json: Json = False,
 ) -> None:
-    """List every pass, or one, with its options, defaults and source."""
+    """List every pass, or one of them, with its options, their defaults, and the paper it comes from."""
     from compress.console import passes_table
     from compress.options import describe
     from compress.passes import PASSES, load_plugins
@@ -392,14 +392,14 @@ def passes(
 
 
 def fail(message: str, code: int, once: bool = False) -> NoReturn:
-    """One line on stderr and an exit code; with `once` the line of torchrun's first process is enough for all."""
+    """Print one line on stderr and exit with `code`; with `once`, only the first process of torchrun prints it."""
     if not once or os.environ.get("RANK", "0") == "0":
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
     raise SystemExit(code)
 
 
 def answered(debug: bool) -> int:
-    """The exit code of the command; that of Ctrl-C also where compiled code made another exception of it."""
+    """Run the command and return its exit code: after Ctrl-C 130, even if compiled code raised another exception."""
     pressed: list[int] = []
 
     def press(number: int, frame: FrameType | None) -> None:
@@ -412,11 +412,11 @@ def answered(debug: bool) -> int:
         signal.signal(signal.SIGINT, press)
     try:
         return app(standalone_mode=False) or 0
-    except SystemExit as stop:  # typer's 1 for a reader that has gone, which would say that `diff` found something
+    except SystemExit as stop:  # typer exits with 1 when the reader of stdout has gone; 1 means that `diff` found one
         if not isinstance(stop.__context__, BrokenPipeError):
             raise
         return UNREAD
-    except Exception:  # a tensor that is just read, say: "could not determine the shape of object"
+    except Exception:  # Ctrl-C while a tensor is read, for example, raises "could not determine the shape of object"
         if debug or not pressed:
             raise
         return INTERRUPTED
@@ -426,19 +426,19 @@ def answered(debug: bool) -> int:
 
 
 def printable() -> None:
-    """Make stdout one that takes every text: one that is closed takes it and drops it, others escape what they lack."""
-    if sys.stdout is None:  # `>&-`; the descriptor must not become that of the next file opened
+    """Make stdout accept every text: a closed one discards it, any other escapes what its encoding lacks."""
+    if sys.stdout is None:  # `>&-`; otherwise the next file opened would get descriptor 1
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 it lives as long as the process
     elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main() -> None:
-    """Run the command line; every error a user can cause is one line and an exit code."""
+    """Run the command line; every error that a user can cause becomes one line and an exit code."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     printable()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning otherwise, when lm-eval forks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise tokenizers warns when lm-eval forks
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     code = 0
@@ -451,13 +451,13 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if debug or not out_of_memory(error):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]  # Python's own says nothing
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]  # Python's MemoryError has no text
         fail(f"out of memory: {said}{'; --offload, fewer or shorter samples help' if sys.argv[1] == 'run' else ''}", 3)
     except UsageError as error:  # an unknown option, a missing argument
         fail(error.format_message(), 2, once=True)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
+    if code == INTERRUPTED:  # also what typer returns after Ctrl-C
         fail("interrupted; nothing is left half-written", code, once=True)
     raise SystemExit(code)
 
