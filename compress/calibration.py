@@ -1,8 +1,8 @@
-"""Calibration tokens: windows drawn from a named source, deterministic and hashed.
+"""Calibration tokens: windows drawn deterministically from a named source, and hashed.
 
-Built-in sets: `text` (prose written for this project) and `mixed` (half of it facts that no evaluation asks,
-and documents that answer questions from a context). A few extra windows, the probe, are drawn but never enter
-a statistic; drift and final verification are measured on them.
+Built-in sets: `text` (prose written for this project) and `mixed` (half of it that prose, half of it facts that no
+evaluation asks for and documents that answer questions from a context). A few extra windows, the probe, never enter
+a statistic; drift and the final verification are measured on them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from compress.recipe import Calibration
 from compress.texts import Document, read_documents
 
 TEXTS = Path(__file__).parent / "builtin" / "texts"
-LONGEST = 2048  # of a default window; longer contexts cost quadratic memory and are asked for explicitly
-LARGE = 4_000_000  # characters; only a source beyond this is thinned before it is tokenized
+LONGEST = 2048  # tokens of a default window; longer ones cost quadratic memory and must be asked for explicitly
+LARGE = 4_000_000  # characters; only a source larger than this is subsampled before it is tokenized
 PROBE = 4  # windows
-SHORTEST = 8  # tokens of a document that is worth a window
-PROBE_LENGTH = 256  # tokens of each at most: its logits are kept, and vocabularies are large
+SHORTEST = 8  # tokens; a shorter document gets no window
+PROBE_LENGTH = 256  # most tokens of a probe window: its logits are kept in memory, and vocabularies are large
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The drawn windows, one tensor [N, T] for each length, and the probe, with what they are called."""
+    """The drawn windows, one int64 tensor [N, T] per length, the probe, a readable name and the windows' hash."""
 
     windows: tuple[Tensor, ...]
     probe_NT: Tensor
@@ -41,14 +41,15 @@ class Tokens:
 
     @property
     def count(self) -> int:
-        """Tokens in all windows."""
+        """The number of tokens in all windows, without the probe."""
         return sum(ids_NT.numel() for ids_NT in self.windows)
 
 
 def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int | None = None) -> Tokens:
-    """The windows of a calibration for a tokenizer; `longest` is what the model takes.
+    """Draw the windows of a calibration with a tokenizer; `longest` is the longest context the model takes, in tokens.
 
-    Raises CalibrationError if the source is missing, empty or too short, or a window is too long.
+    `samples` replaces the calibration's number of windows. Raises CalibrationError if the source is missing, empty or
+    too short, or if a window is too long.
     """
     length = calibration.length or min(LONGEST, longest)
     if length > longest:
@@ -87,7 +88,7 @@ def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int
 
 
 class Drawn(NamedTuple):
-    """Windows, probe windows, and what is to be said of them."""
+    """Windows, probe windows, and a note for the calibration's name (empty, or that windows overlap)."""
 
     rows: list[list[int]]
     probes: list[list[int]]
@@ -95,9 +96,9 @@ class Drawn(NamedTuple):
 
 
 def packed(documents: list[list[int]], wanted: int, probed: int, length: int, rng: random.Random, where: str) -> Drawn:
-    """Windows of `length` from the documents laid end to end."""
+    """Windows of `length` tokens from the concatenated documents; the probe is taken from the end."""
     tokens = [token for ids in documents for token in ids]
-    reserved = probed * min(length, PROBE_LENGTH)  # from the end, so that no window can overlap the probe
+    reserved = probed * min(length, PROBE_LENGTH)  # at the end, so that no window can overlap the probe
     if len(tokens) < reserved + length:
         raise CalibrationError(f"calibration.data: {where} holds {len(tokens)} tokens, {reserved + length} are needed")
     free = len(tokens) - reserved
@@ -108,7 +109,7 @@ def packed(documents: list[list[int]], wanted: int, probed: int, length: int, rn
 def by_document(
     documents: list[list[int]], wanted: int, probed: int, length: int, rng: random.Random, where: str
 ) -> Drawn:
-    """Windows of one document each, cut at `length` and never padded; the probe is made of the last documents."""
+    """Windows of one document each, cut at `length` and never padded; the probe is taken from the last documents."""
     width = min(length, PROBE_LENGTH)
     kept = list(documents)
     tail: list[int] = []
@@ -124,7 +125,7 @@ def by_document(
 
 
 def probe_rows(tokens: list[int], reserved: int, probed: int) -> list[list[int]]:
-    """`probed` windows of the last `reserved` tokens."""
+    """`probed` windows of equal length from the last `reserved` tokens."""
     width = reserved // probed
     return [tokens[-reserved:][i * width :][:width] for i in range(probed)]
 
@@ -143,7 +144,7 @@ def builtin_text() -> list[str]:
 
 
 def builtin_documents(rng: random.Random, tokens: int) -> list[str]:
-    """Facts, questions and in-context documents, enough for `tokens` tokens; none is asked in an evaluation."""
+    """Facts, questions and in-context documents, enough for `tokens` tokens; no evaluation asks for any of them."""
     known = facts("calibration")
     documents: list[str] = []
     size = 0
@@ -163,7 +164,7 @@ def builtin_documents(rng: random.Random, tokens: int) -> list[str]:
 
 
 def thinned(documents: list[Document], characters: int, rng: random.Random) -> list[Document]:
-    """The documents, or if they are far more than `characters` a random choice of that many, in random order."""
+    """The documents, or, if they hold more than `characters`, a random subset of about that size, in random order."""
     if sum(map(size_of, documents)) <= characters:
         return documents
     chosen: list[Document] = []
@@ -176,15 +177,15 @@ def thinned(documents: list[Document], characters: int, rng: random.Random) -> l
 
 
 def size_of(document: Document) -> int:
-    """Characters of a document."""
+    """The number of characters of a document."""
     return len(document) if isinstance(document, str) else sum(len(turn["content"]) for turn in document)
 
 
 def encode(documents: list[Document], tokenizer: Any, chat: bool = False) -> list[list[int]]:
-    """The tokens of each document, opened by the tokenizer's beginning (or end) of text.
+    """The tokens of each document, preceded by the tokenizer's BOS token (EOS if it has no BOS).
 
-    With `chat` each goes through the tokenizer's own template; a plain text counts as what a user said. Raises
-    CalibrationError if there is no template, or a conversation is to be read without one.
+    With `chat`, each document goes through the tokenizer's chat template instead; a plain text counts as a user
+    message. Raises CalibrationError if there is no template, or if a document is a conversation and `chat` is false.
     """
     if not documents:
         return []
@@ -200,19 +201,19 @@ def encode(documents: list[Document], tokenizer: Any, chat: bool = False) -> lis
 
 
 def templated(document: Document, tokenizer: Any) -> list[int]:
-    """A conversation as the model was taught to see it."""
+    """The tokens of a document after the tokenizer's chat template; raises CalibrationError if that is not possible."""
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError("calibration.chat: the tokenizer of this model has no chat template")
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
     try:
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    except Exception as error:  # a template is a program of the model's maker and raises what it likes
+    except Exception as error:  # a template is the model author's program and may raise anything
         raise CalibrationError(f"calibration.chat: the chat template refuses a conversation: {error}") from error
     return [int(token) for token in ids]
 
 
 def windows(tokens: list[int], count: int, length: int, rng: random.Random) -> list[list[int]]:
-    """`count` windows at random places of the stream, not overlapping while there is room."""
+    """`count` windows at random places of the stream; they overlap only if they do not all fit side by side."""
     slots = len(tokens) // length
     shift = rng.randrange(len(tokens) - slots * length + 1)
     if slots >= count:

@@ -1,6 +1,6 @@
 """What a user sees: progress lines and tables, rendered from events and results.
 
-Everything goes through one rich console; nothing here decides anything.
+Everything goes through one rich console; nothing is computed or decided here.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ VERDICT_STYLES = {"improved": "bold green", "matching": "green", "inconclusive":
 
 
 def escape(text: object) -> str:
-    """A name, from wherever it comes, as it is to be read: no markup of rich, nothing that a terminal obeys."""
+    """A possibly untrusted string, escaped so that neither rich nor a terminal interprets any of it."""
     return markup.escape(visible(str(text)))
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes in readable units, powers of 1000."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -50,23 +50,23 @@ def size(count: float) -> str:
 
 
 def peaks(event: BlockFinished | RunFinished) -> str:
-    """The most memory that was taken, of the host and of a GPU."""
+    """The peak memory of the host and, if one was used, of the GPU."""
     return size(event.peak_bytes) + (f", GPU {size(event.gpu_peak_bytes)}" if event.gpu_peak_bytes else "")
 
 
 def change(before: float, after: float) -> str:
-    """`2.40x smaller`, or `1.30x LARGER` for what has failed its purpose."""
+    """`2.40x smaller`, or `1.30x LARGER` if compression has failed its purpose."""
     return f"{before / after:.2f}x smaller" if after <= before else f"{after / before:.2f}x LARGER"
 
 
 class Progress:
-    """A sink that prints one line a block, with what is left to wait for."""
+    """A sink that prints one line per block, with the estimated time left."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.began = console, time.monotonic()
-        self.resumed = 0  # blocks that an earlier run has done
+        self.resumed = 0  # blocks that an earlier run has finished
         self.errors: dict[str, float] = {}
-        self.starved: dict[str, int] = {}  # expert's matrix -> tokens that reached it, in this block
+        self.starved: dict[str, int] = {}  # in this block: expert's matrix -> tokens that reached it
 
     def __call__(self, event: Event) -> None:
         """Render an event."""
@@ -116,7 +116,7 @@ class Progress:
                 self.finish(event)
 
     def block(self, event: BlockFinished) -> None:
-        """One finished block."""
+        """Print the line of a finished block."""
         done = event.index + 1
         left = (time.monotonic() - self.began) / (done - self.resumed) * (event.count - done)
         if self.starved:
@@ -132,7 +132,7 @@ class Progress:
         )
 
     def finish(self, event: RunFinished) -> None:
-        """The result of a run."""
+        """Print the result of a run."""
         self.console.print(
             f"[bold green]verified[/] {size(event.source_bytes)} -> [bold]{size(event.artifact_bytes)}[/] "
             f"({change(event.source_bytes, event.artifact_bytes)}), "
@@ -186,7 +186,7 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
 
 
 def layers_table(timings: list[Any], notes: list[str]) -> list[Any]:
-    """compress.runtime.bench.LayerTiming row by row, and sentences on what is slower."""
+    """A table of compress.runtime.bench.LayerTiming, and notes on what is slower."""
     if not timings:
         return ["no site was rewritten: every layer is dense"]
     table = Table(title="layers, dense against compressed")
@@ -211,7 +211,7 @@ def layers_table(timings: list[Any], notes: list[str]) -> list[Any]:
 
 
 def layer_cells(layer: Any) -> list[str]:
-    """What all rows of one compress.runtime.bench.Layer share."""
+    """The cells that all rows of one compress.runtime.bench.Layer share."""
     return [
         f"{len(layer.sites)} x {escape(', '.join(layer.names))}", escape(layer.weight),
         " x ".join(map(str, layer.shape)), size(layer.dense_bytes), size(layer.stored_bytes), layer.rule,
@@ -219,7 +219,7 @@ def layer_cells(layer: Any) -> list[str]:
 
 
 def generation_table(timings: list[Any], title: str, notes: list[str]) -> list[Any]:
-    """compress.runtime.bench.GenerationTiming row by row, the dense model first, and sentences on what is worse."""
+    """A table of compress.runtime.bench.GenerationTiming, the dense model first, and notes on what is worse."""
     table = Table(title=f"greedy generation, {escape(title)}")
     columns = ("model", "tokens/s (range)", "ours/dense", "prompt", "then tokens/s", "memory of weights", "of cache")
     for column in columns:
@@ -242,12 +242,12 @@ def ratio(found: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """A duration in readable units."""
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
 def mask_notes(mask: dict[str, Any]) -> list[str]:
-    """How much a mask keeps, how unevenly, and what it left empty."""
+    """How much a mask keeps, how unevenly, and how many rows and inputs it leaves empty."""
     low, high = mask["row"]
     notes = [f"keeps {mask['kept']:.1%}" + ("" if low == high else f", {low}-{high} a row")]
     notes += [f"{mask['empty_rows']} empty rows"] if mask["empty_rows"] else []
@@ -280,7 +280,7 @@ def survey_table(view: dict[str, Any]) -> list[Any]:
 
 
 def qid_table(found: Any) -> list[Any]:
-    """A compress_evals.qid.Prediction: what each number of bits costs, what a given loss needs, and the doubts."""
+    """A compress_evals.qid.Prediction: the cost of each bit width, the bits that a given loss needs, and caveats."""
     table = Table(
         title=f"predicted cost of quantization: {found.parameters:.4g} parameters without embeddings, "
         f"{found.tokens:.3g} training tokens"
@@ -298,7 +298,7 @@ def qid_table(found: Any) -> list[Any]:
 
 
 def fit_lines(found: Any, bits: str) -> list[str]:
-    """A compress_evals.qid.Comparison: each law in a line, with what the points could not say."""
+    """A compress_evals.qid.Comparison: one line per law, with the exponents that the points could not identify."""
     lines = [f"fitted on {found.power.used} points, {found.power.dropped} dropped; bits are `{bits}`"]
     for name, law in (("power law", found.power), ("exponential in bits", found.exponential)):
         if law is None:
@@ -320,7 +320,7 @@ def exponent(fit: Any, name: str) -> str:
 
 
 def quality_table(rows: list[Any], title: str) -> Table:
-    """Task by task, dense against compressed; `rows` are compress_evals.report.TableRow of one model."""
+    """A table of tasks, dense against compressed; `rows` are the compress_evals.report.TableRow of one model."""
     table = Table(title=escape(title))
     for column in ("task", "dense %", "compressed %", "change, points (95 % CI)", "lost/gained", "p (Holm)", "verdict"):
         table.add_column(column, justify="left" if column in ("task", "verdict") else "right")

@@ -1,6 +1,6 @@
-"""What a user can cause, by kind; every message says what is wrong, where, and what is allowed.
+"""The errors that a user can cause, by kind; every message says what is wrong, where, and what is allowed.
 
-Bugs are not here: they stay ordinary Python exceptions and keep their traceback.
+Bugs have no class here: they stay ordinary Python exceptions and keep their traceback.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 
-LONGEST = 2000  # characters of a message: names in it may come from anybody
+LONGEST = 2000  # characters of a message; the names in it may come from untrusted files
 
 
 class CompressError(Exception):
     """The parent of every error a user can cause; the command line exits with `exit_code`.
 
-    Its message is one line that a terminal shows as it is, whatever the names in it hold.
+    Its message is one line, with unprintable characters escaped, so that names in it cannot control a terminal.
     """
 
     exit_code = 2
@@ -32,15 +32,15 @@ class UnsupportedWeight(CompressError):
 
 
 class CalibrationError(CompressError):
-    """Calibration data or the statistics made of it cannot be used."""
+    """Calibration data, or the statistics computed from it, cannot be used."""
 
 
 class ArtifactError(CompressError):
-    """A model folder or a results file is missing, malformed or not ours."""
+    """A model folder or a results file is missing, malformed or not one that Compress reads."""
 
 
 class VerificationError(CompressError):
-    """What was written does not say what was meant."""
+    """What was written does not read back as what was meant."""
 
     exit_code = 4
 
@@ -58,18 +58,18 @@ class AcceptanceError(CompressError):
 
 
 class LostProcess(CompressError):
-    """Another process of the same run failed or has gone; what is done of the run can be gone on with."""
+    """Another process of the same run failed or disappeared; the run can be resumed from what is finished."""
 
     exit_code = 7
 
 
 def visible(text: str) -> str:
-    """The text with every character escaped that does not show: controls, line breaks, half pairs, direction marks."""
+    """The text with unprintable characters escaped: controls, line breaks, lone surrogates, direction marks."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def nearest(name: str, allowed: Iterable[str], otherwise: str | None = None) -> str:
-    """`; did you mean ...?` with the nearest allowed name, else the list of allowed names, or what is said instead."""
+    """`; did you mean ...?` with the nearest allowed name; if none is near, `otherwise` or a list of allowed names."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -78,28 +78,28 @@ def nearest(name: str, allowed: Iterable[str], otherwise: str | None = None) -> 
 
 
 def why(error: Exception) -> str:
-    """What an exception says; of a failed call of the system only why, as who tells it has named the file."""
+    """The text of an exception; for an OSError only its reason, because the caller's message already names the file."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, in one line: its type if it says nothing."""
+    """The first line of an exception's text, or the name of its type if the text is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def in_short(error: Exception, most: int = 200) -> str:
-    """All that an exception says as one line, cut after `most` characters: its type if it says nothing."""
+    """The whole text of an exception on one line, cut after `most` characters; the name of its type if it is empty."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those it was raised from."""
+    """An exception, then those it was raised from (`__cause__`)."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, which torch tells in several words and types."""
+    """Whether an exception means that memory ran out; torch reports this in several wordings and types."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said

@@ -1,6 +1,6 @@
-"""What happens during a run, as values; printing and logging are sinks of this one stream.
+"""The events of a run, as values; printing and logging are sinks of this one stream.
 
-Not here: what a user sees (`cli.py` renders these). Times and memory live only in events, never in the
+Not here: what a user sees (`console.py` renders these). Times and memory are only in events, never in the
 artifact, so that two runs with one seed write the same bytes.
 """
 
@@ -16,7 +16,7 @@ from compress.errors import RecipeError
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened."""
+    """Something that happened during a run."""
 
 
 Sink = Callable[[Event], None]
@@ -26,7 +26,7 @@ Sink = Callable[[Event], None]
 class RunStarted(Event):
     """The plan is accepted and the walk begins; `untouched` counts the parameters left alone, by reason.
 
-    `processes` work on it together.
+    `processes` is the number of processes that share the run.
     """
 
     model: str
@@ -41,7 +41,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunResumed(Event):
-    """An earlier run of the same was stopped behind block `done` of `count`; this one goes on from there."""
+    """The same run was stopped earlier, after block `done` of `count`; this one resumes there."""
 
     done: int
     count: int
@@ -49,21 +49,21 @@ class RunResumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRestarted(Event):
-    """What an earlier run had done cannot be used, and is done again from the beginning."""
+    """The finished work of an earlier run cannot be used; the run starts again from the beginning."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeUnavailable(Event):
-    """Blocks of this model leave something behind that cannot be stored: if the run is killed, it starts anew."""
+    """Blocks of this model pass on state that cannot be stored, so a killed run could not be resumed."""
 
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunInterrupted(Event):
-    """The run ends before it is complete; blocks up to `done` of `count` are kept, the same run goes on from there."""
+    """The run ends incomplete; blocks up to `done` of `count` are kept, and the same run can be resumed from there."""
 
     done: int
     count: int
@@ -71,7 +71,10 @@ class RunInterrupted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReshaped(Event):
-    """A pass made a model of another shape; `parameters` and `blocks` before and after, and what went, for people."""
+    """A pass changed the model's shape; `change` says in words how.
+
+    `parameters` and `blocks` are counts before and after.
+    """
 
     step: str
     change: str
@@ -101,9 +104,9 @@ class StatisticsCollected(Event):
 class WeightRewritten(Event):
     """One pass replaced one weight; errors are relative to the original weight.
 
-    `weight_error` = |W' - W| / |W|; `output_error` = the same through the calibration inputs, for a site's last pass
-    and if a Gram was taken. `seconds` are the pass's, shared equally by sites that it rewrote at once; `peak_bytes` is
-    the largest that the process has been, so the site at which it grew was the largest moment.
+    `weight_error` = |W' - W| / |W|; `output_error` = the same on the calibration inputs, given only for a site's last
+    pass and if a Gram was collected. `seconds` is the time of the pass, divided equally among sites that it rewrote at
+    once. `peak_bytes` is the peak memory of the process so far, so the peak was reached at the last site where it grew.
     """
 
     site: str
@@ -118,7 +121,7 @@ class WeightRewritten(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Fallback(Event):
-    """A pass could not do what was asked and did something weaker instead."""
+    """A pass could not do what was asked for at a site and did something weaker instead."""
 
     site: str
     step: str
@@ -127,7 +130,7 @@ class Fallback(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Starved(Event):
-    """An expert was reached by fewer calibration tokens than statistics need, so a pass did without them."""
+    """Fewer calibration tokens reached an expert than its statistics need, so a pass worked without them."""
 
     site: str
     step: str
@@ -137,16 +140,16 @@ class Starved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchHalved(Event):
-    """Memory ran out in a forward: from now on at most so many calibration windows go through a block at once."""
+    """Memory ran out in a forward pass: from now on at most `windows` windows go through a block at once."""
 
     windows: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFinished(Event):
-    """The block is written; `error` is how far the probe's hidden state has drifted from the dense model's.
+    """The block is finished; `error` is how far the probe's hidden state has drifted from the dense model's.
 
-    Where a pass has made a model of another shape, from that one's.
+    If a pass has changed the model's shape, the drift is measured from the reshaped model instead.
     """
 
     block: str
@@ -161,9 +164,10 @@ class BlockFinished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRecorded(Event):
-    """From here on a killed run goes on behind block `done`: bytes of that, and the seconds that it was waited for.
+    """Block `done` is safe on disk: a run killed from now on resumes after it.
 
-    Large states are written beside the shards, so those are the seconds after the last shard.
+    `nbytes` is the size of the record, `seconds` the time that the run waited for it. Large states are written in
+    parallel with the shards, so for them it is the time after the last shard.
     """
 
     done: int
@@ -188,7 +192,7 @@ class RunFinished(Event):
 
 
 def fan_out(sinks: list[Sink]) -> Sink:
-    """One sink that feeds them all."""
+    """One sink that passes every event to all of these."""
 
     def emit(event: Event) -> None:
         for sink in sinks:
@@ -198,7 +202,7 @@ def fan_out(sinks: list[Sink]) -> Sink:
 
 
 def jsonl(path: Path) -> Sink:
-    """A sink that appends one JSON object a line to `path`; raises RecipeError if it cannot be written."""
+    """A sink that appends one JSON object per line to `path`; raises RecipeError if it cannot be written."""
     try:
         path.open("a", encoding="utf-8").close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How a key-value cache is kept, as a recipe or `load` says it: the options of a quantized one, or the word `latent`.
+"""The choice of key-value cache in a recipe or in `load`: the options of a quantized cache, or the word `latent`.
 
 Not here: the caches themselves (`runtime/kv.py`, `runtime/latent.py`). A recipe only records the choice; nothing in the
 stored weights depends on it, and `load` may choose otherwise.
@@ -18,10 +18,10 @@ from compress.options import build, check_options
 
 @dataclass(frozen=True, kw_only=True)
 class KV:
-    """How keys and values of past tokens are kept: rounded, but for the first `sink` and the newest `residual` tokens.
+    """A quantized cache: keys and values are rounded, except those of the first `sink` and newest `residual` tokens.
 
     A group of `group` numbers shares a scale and a minimum of 16 bits each, so a rounded number takes
-    `bits + 32 / group` bits. Keys wait until `residual` of them are there and are rounded together; values one by one.
+    `bits + 32 / group` bits. Keys are rounded together once `residual` of them have accumulated; values one by one.
     """
 
     bits: Annotated[Literal[8, 4, 2], Field(description="of a rounded key or value")] = 4
@@ -41,7 +41,7 @@ class KV:
 
     @classmethod
     def of(cls, given: KV | Mapping[str, Any]) -> KV:
-        """The options from a mapping; raises RecipeError for an unknown or unfit one."""
+        """The options from a mapping; raises RecipeError for an unknown option or a value that is not allowed."""
         return given if isinstance(given, KV) else build(cls, given, "kv")
 
     def check_head(self, size: int) -> None:
@@ -52,11 +52,11 @@ class KV:
             raise RecipeError(f"kv.group: {self.group} does not fit heads of {size} channels; it must {allowed}")
 
 
-Kept = KV | Literal["latent"]  # `latent`: what factored key and value projections make keys and values of
+Kept = KV | Literal["latent"]  # `latent`: cache the vectors from which factored projections compute keys and values
 
 
 def read_kept(given: Any) -> Kept:
-    """The choice from `latent` or from a mapping of options; raises RecipeError for anything else."""
+    """The choice, from the word `latent` or from a mapping of options; raises RecipeError for anything else."""
     if given == "latent":
         return "latent"
     if isinstance(given, str):

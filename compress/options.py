@@ -1,6 +1,6 @@
 """Strict options: the fields of a frozen dataclass, checked against their annotations.
 
-`Annotated[int, Field(ge=2, description="...")]` on a field is its type, its range and its help at once.
+`Annotated[int, Field(ge=2, description="...")]` on a field gives its type, its range and its help text.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Kind = TypeVar("Kind")
 
 @cache
 def validators(kind: Any) -> dict[str, TypeAdapter[Any]]:
-    """Field name -> strict validator."""
+    """A validator for each field of a dataclass, by field name."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {f.name: TypeAdapter(hints[f.name]) for f in fields(kind)}
 
 
 def check_options(options: Any, where: str) -> None:
-    """Raise RecipeError naming `where` and the first field whose value has the wrong type or range."""
+    """Raise RecipeError, naming `where` and the first field whose value has the wrong type or range."""
     kind: Any = type(options)
     for name, validator in validators(kind).items():
         value = getattr(options, name)
@@ -38,7 +38,7 @@ def check_options(options: Any, where: str) -> None:
 
 
 def build(kind: Callable[..., Kind], options: Any, where: str) -> Kind:
-    """An instance of `kind` from a mapping; raises RecipeError for an unknown or unfit option."""
+    """An instance of `kind` from a mapping; raises RecipeError, naming `where`, for an unknown or invalid option."""
     known = validators(kind)
     if not isinstance(options, Mapping):
         raise RecipeError(f"{where}: expected options as `name: value`, got {options!r}")
@@ -52,7 +52,7 @@ def build(kind: Callable[..., Kind], options: Any, where: str) -> Kind:
 
 
 def describe(kind: type) -> list[dict[str, Any]]:
-    """Name, type, default and help of each option, for tables."""
+    """The name, type with limits, default and help of each option, for tables."""
     rows = []
     for f in fields(kind):
         schema = validators(kind)[f.name].json_schema()

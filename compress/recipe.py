@@ -1,7 +1,7 @@
-"""A recipe: what to do to a model, as data; YAML <-> dataclasses, strict in both directions.
+"""A recipe: what to do to a model, as data; it converts between YAML and dataclasses, strictly in both directions.
 
-YAML is read by version 1.2 rules (`2:4` is text, `1e-2` a number, `off` a word), without anchors, aliases or
-tags, and within a size and a depth. An error names its path: `passes[1].gptq.bits`.
+YAML is read by version 1.2 rules (`2:4` and `off` are strings, `1e-2` is a number). Anchors, aliases and tags are
+refused, and size and depth are limited. An error names its path: `passes[1].gptq.bits`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from compress.passes import PASSES, Pass, Reshape, SitePass, governed, load_plug
 
 LARGEST = 64 * 1024
 DEEPEST = 8
-MOST = 64  # passes; whoever needs more makes a pass of his own
+MOST = 64  # passes; a recipe that needs more should define a pass of its own
 RECIPES = Path(__file__).parent / "_recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Which tokens the statistics are taken over; it matters more than the method, so every result names it."""
+    """Which tokens the statistics are measured on. This matters more than the method, so every result names it."""
 
     data: Annotated[
         str,
@@ -61,7 +61,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a run may do before it counts as failed."""
+    """The limits beyond which a run counts as failed."""
 
     max_untouched: Annotated[
         float, Field(ge=0, le=1, description="share of the blocks' matrix parameters that no pass could reach")
@@ -77,7 +77,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Accept:
-    """The knowledge a run may lose: the lower confidence bound of every task's change must stay above -max_drop."""
+    """How much accuracy may be lost: the lower confidence bound of each task's change must not be below -max_drop."""
 
     suite: Annotated[
         Literal["facts", "kick", "kick_mini"], Field(description="which tasks: built in, or of real data")
@@ -92,10 +92,10 @@ class Accept:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """The model that the given one was fine-tuned from: only the difference is then compressed and stored.
+    """The base that the model was fine-tuned from: only the difference from it is then compressed and stored.
 
-    Its `base` is not stored. What no pass rewrites is stored whole where it differs from the base's, if not told
-    otherwise.
+    The `base` itself is not stored. By default a tensor that no pass rewrites is stored whole if it differs from the
+    base's; the other options change that.
     """
 
     base: Annotated[str, Field(min_length=1, description="model folder, or `builtin`")]
@@ -119,7 +119,10 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The passes in order, with their calibration and limits."""
+    """The passes in the order they run, with calibration, limits and what else belongs to the result.
+
+    Raises RecipeError, on construction, for values or combinations that no run could carry out.
+    """
 
     passes: tuple[Pass, ...]
     model: str | None = None
@@ -153,7 +156,7 @@ class Recipe:
         windows_at_once(self.passes)
 
     def _check_order(self) -> None:
-        """Raise RecipeError for a pass that changes the model's shape behind one that does not."""
+        """Raise RecipeError if a pass that changes the model's shape comes after one that does not."""
         first = next((i for i, step in enumerate(self.passes) if not isinstance(step, Reshape)), len(self.passes))
         for i, step in enumerate(self.passes[:first]):
             if isinstance(step, Reshape):
@@ -169,7 +172,7 @@ class Recipe:
                 )
 
     def _check_delta(self) -> None:
-        """Raise RecipeError for what cannot be done to a difference."""
+        """Raise RecipeError for a pass or an option that cannot be applied to the difference from a base."""
         for i, step in enumerate(self.passes if self.delta else ()):
             if isinstance(step, Reshape) or (isinstance(step, SitePass) and not step.on_differences):
                 raise RecipeError(f"passes[{i}].{step.name}: cannot be done to the difference from a base")
@@ -180,7 +183,7 @@ class Recipe:
 
     @property
     def reshapes(self) -> tuple[Reshape, ...]:
-        """The passes that make a model of another shape; they come first."""
+        """The passes that change the model's shape; they come first."""
         return tuple(step for step in self.passes if isinstance(step, Reshape))
 
     @property
@@ -205,7 +208,7 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML that `load` reads back to an equal recipe."""
         yaml: Any = YAML(typ="safe", pure=True)
-        yaml.default_flow_style = None  # leaves inline, the rest in blocks
+        yaml.default_flow_style = None  # innermost collections inline, all others in block style
         yaml.sort_base_mapping_type_on_output = False
         text = io.StringIO()
         yaml.dump(self.to_dict(), text)
@@ -222,7 +225,7 @@ KEYS: tuple[tuple[str, Any], ...] = (
 
 
 def parse(text: str, where: str = "recipe") -> Any:
-    """Plain data from strict YAML 1.2; raises RecipeError with the line."""
+    """Plain data from strict YAML 1.2; raises RecipeError that names the line."""
     if len(text) > LARGEST:
         raise RecipeError(f"{where}: larger than {LARGEST} bytes")
     yaml = YAML(typ="safe", pure=True)
@@ -244,7 +247,7 @@ def parse(text: str, where: str = "recipe") -> Any:
             if isinstance(event, ScalarEvent) and not event.value.isprintable():
                 raise RecipeError(f"{where}: {event.value!r} does not show as it is (line {event.start_mark.line + 1})")
         return yaml.load(io.StringIO(text))
-    except ValueError as error:  # of a scalar that looks like a number or a date and is none
+    except ValueError as error:  # for a scalar that looks like a number or a date but is none
         raise RecipeError(f"{where}: not valid YAML: {error}") from error
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -254,7 +257,7 @@ def parse(text: str, where: str = "recipe") -> Any:
 
 
 def check_keys(data: Any, where: str) -> None:
-    """Raise RecipeError, from `where`, for anything but a mapping of keys that a recipe has."""
+    """Raise RecipeError, naming `where`, unless `data` is a mapping whose keys a recipe has."""
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: expected a mapping with `passes`")
     for key in data:
@@ -263,7 +266,7 @@ def check_keys(data: Any, where: str) -> None:
 
 
 def from_dict(data: Any) -> Recipe:
-    """A recipe from plain data; raises RecipeError with the path of what is wrong."""
+    """A recipe from plain data; raises RecipeError that names the path of what is wrong."""
     check_keys(data, "recipe")
     steps = data.get("passes")
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
@@ -299,10 +302,10 @@ def read_pass(step: Any, where: str) -> Pass:
 
 
 def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """A recipe from a file, or by the name of a packaged one, with `path=value` changes applied.
+    """A recipe from a file, or the packaged one of this name, with `path=value` changes applied.
 
-    A path is dotted; the option of a pass is named by its index, `passes.0.sparsity=0.6`, or as errors name it,
-    `passes[0].wanda.sparsity=0.6`.
+    Paths are dotted. A pass is addressed by its index, `passes.0.sparsity=0.6`, or as error messages write it,
+    `passes[0].wanda.sparsity=0.6`. Raises RecipeError if the file is missing or unreadable, or its content is invalid.
     """
     path = find(recipe)
     try:
@@ -319,7 +322,7 @@ def load(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def model_of(recipe: Recipe, given: str | Path | None) -> str | Path:
-    """The model that is given, else the recipe's own; raises RecipeError if there is neither."""
+    """The model that was given, else the one the recipe names; raises RecipeError if there is neither."""
     found = given if given is not None else recipe.model
     if found is None:
         raise RecipeError(
@@ -329,7 +332,7 @@ def model_of(recipe: Recipe, given: str | Path | None) -> str | Path:
 
 
 def find(recipe: str | Path) -> Path:
-    """The file a user means: a path, or the name of a packaged recipe."""
+    """The file that `recipe` names: a path, or the name of a packaged recipe; raises RecipeError if there is none."""
     path = Path(recipe)
     try:
         if path.is_file():
@@ -347,22 +350,22 @@ def find(recipe: str | Path) -> Path:
 
 
 def packaged() -> dict[str, Path]:
-    """Name -> file of the packaged recipes: inside an installed wheel, or beside the package in a checkout."""
+    """The packaged recipes, name -> file: inside an installed wheel, or beside the package in a checkout."""
     folder = RECIPES if RECIPES.is_dir() else Path(__file__).parent.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def apply_change(data: Any, change: str) -> None:
-    """Set one dotted path of parsed recipe data in place; raises RecipeError if it leads nowhere."""
+    """Apply one `path=value` change to parsed recipe data, in place; raises RecipeError if the path leads nowhere."""
     path, equals, value = change.partition("=")
     if not equals:
         raise RecipeError(f"--set {change!r}: expected path=value, such as passes.0.sparsity=0.6")
-    read = value if value.startswith(("*", "&", "!")) else parse(value, f"--set {path}")  # a glob is text
+    read = value if value.startswith(("*", "&", "!")) else parse(value, f"--set {path}")  # e.g. a glob, not YAML
     put(data, path, read, f"--set {path}")
 
 
 def put(data: Any, path: str, value: Any, where: str) -> None:
-    """Set one dotted path of parsed recipe data in place; raises RecipeError, from `where`, if it leads nowhere."""
+    """Set one dotted path of parsed recipe data, in place; raises RecipeError, naming `where`, if it leads nowhere."""
     if not isinstance(data, dict):
         raise RecipeError("recipe: expected a mapping with `passes`")
     keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".")  # errors say `passes[0]`
@@ -384,7 +387,7 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
         elif last:
             here[key] = value
         else:
-            if here.get(key) is None:  # a key with nothing behind its colon is one left out
+            if here.get(key) is None:  # a key with no value counts as a key left out
                 here[key] = {}
             here = here[key]
         if not isinstance(here, (dict, list)):
@@ -392,7 +395,7 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
 
 
 def option(data: Any, name: str) -> str:
-    """`; did you mean ...?` with the first pass or part of a recipe that has such an option, else the nearest key."""
+    """`; did you mean ...?` with the first pass or section that has an option of this name, else the nearest key."""
     load_plugins()
     steps = data["passes"] if isinstance(data.get("passes"), list) else []
     names = [str(next(iter(step), "")) if isinstance(step, dict) else str(step) for step in steps]
@@ -402,7 +405,7 @@ def option(data: Any, name: str) -> str:
 
 
 def open_step(steps: list[Any], index: int) -> tuple[str, Any]:
-    """The name of a step and its options, made a mapping if the step was a bare name; None for what is no step."""
+    """The name of a step and its options, which become a mapping in place; ("", None) if `steps[index]` is no step."""
     step = steps[index]
     if isinstance(step, str):
         step = steps[index] = {step: {}}

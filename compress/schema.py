@@ -1,6 +1,6 @@
-"""The forms of what an artifact says of itself in config.json and compress.json, checked before they are believed.
+"""The schemas of an artifact's metadata in config.json and compress.json, checked before any of it is used.
 
-Not here: what is done with them (`artifact.py`) and the tree of a weight, which `weights/pack.py` checks.
+Not here: what is done with the metadata (`artifact.py`) and the tree of a weight, which `weights/pack.py` checks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from compress.errors import ArtifactError, visible
 
 
 class Tree(TypedDict):
-    """The root of a weight's tree; what else it must have, its kind decides."""
+    """The root of a weight's tree; its `kind` decides which other fields it must have."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -24,10 +24,12 @@ class Tree(TypedDict):
 
 
 class SiteSpec(TypedDict):
-    """What config.json holds of one site: tree, tensors in order, name for people, whether the source has [in, out].
+    """The entry of one site in config.json.
 
-    `tensor` of the source, if it is not `<site>.weight`; `expert` of it, if that tensor holds a stack of them;
-    `inputs`, what the module rounds what it is given to; `shared`, by path, the keys of another site's tensors.
+    `tree` is its expression, `tensors` its stored tensors in order, `name` a readable form, and `transposed` says that
+    the source stores [in, out]. `tensor` is the source tensor, if it is not `<site>.weight`, and `expert` the index in
+    it, if it holds a stack of experts. `inputs` is the format that the module rounds its input to. `shared` maps paths
+    to the keys of another site's tensors.
     """
 
     tree: Tree
@@ -41,17 +43,17 @@ class SiteSpec(TypedDict):
 
 
 class Pin(TypedDict):
-    """What config.json holds of the model that a delta belongs to: how it was called, and its fingerprint."""
+    """The entry in config.json for the base that a delta belongs to: its name and its fingerprint."""
 
     name: str
     sha256: str
 
 
 class SiteRecord(TypedDict):
-    """What compress.json holds of one site; passes may add more.
+    """The ledger row of one site in compress.json; passes may add more fields.
 
-    `errors` are the weight errors after each pass, where there were several; `damping_failed`, what was tried before
-    `damping`; `dead_inputs`, those that no calibration token has used.
+    `errors` are the weight errors after each pass, if there were several; `damping_failed` are the values tried before
+    `damping`; `dead_inputs` is the number of inputs that no calibration token used.
     """
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
@@ -71,7 +73,7 @@ class SiteRecord(TypedDict):
 
 
 class Versions(TypedDict):
-    """The versions that made an artifact."""
+    """The versions of the software that made an artifact."""
 
     compress: str
     python: str
@@ -81,7 +83,7 @@ class Versions(TypedDict):
 
 
 class Source(TypedDict):
-    """The dense model an artifact was made from; sha256 by shard, and the format it was decoded from, if any."""
+    """The dense model an artifact was made from: sha256 by shard, and the format it was decoded from, if any."""
 
     name: str
     family: str
@@ -91,7 +93,7 @@ class Source(TypedDict):
 
 
 class Calibrated(TypedDict):
-    """What the statistics were taken over; `windows_at_once`, how few went together after memory ran out."""
+    """The calibration; `windows_at_once`, given if memory ran out, is the largest number that then ran at once."""
 
     name: str
     sha256: str
@@ -100,7 +102,7 @@ class Calibrated(TypedDict):
 
 
 class Sizes(TypedDict):
-    """Bytes of all tensors, after and before; bits a weight of the blocks' linear maps."""
+    """The bytes of all tensors after and before, and the bits a weight of the blocks' linear maps."""
 
     bytes: int
     source_bytes: int
@@ -108,14 +110,14 @@ class Sizes(TypedDict):
 
 
 class Probe(TypedDict):
-    """Mean KL to the dense model in nats, on tokens no statistic saw."""
+    """Mean KL divergence to the dense model in nats, on tokens that no statistic saw."""
 
     tokens: int
     kl: float
 
 
 class Reshaping(TypedDict):
-    """What a pass changed that made another model, for people; and in detail, as each pass tells it."""
+    """A change of the model's shape by the pass `step`: a readable `change`, and details that each pass defines."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -124,11 +126,11 @@ class Reshaping(TypedDict):
 
 
 class Provenance(TypedDict):
-    """compress.json: how the artifact was made, and the sha256 of every other file.
+    """The content of compress.json: how the artifact was made, and the sha256 of every other file.
 
-    `sha256` is that of all the rest of it, as `artifact.seal` makes it.
-    Of a delta also its base, and the dtype of the tensors that the base holds in another one.
-    `base_files`, of a delta, are the companion files that it leaves to its base, which has them alike.
+    `sha256` is the hash of all other fields, computed by `artifact.seal`.
+    For a delta, `base` names its base, `cast` gives the dtype of tensors that the base holds in another one, and
+    `base_files` are the companion files that it shares with its base, which holds the same bytes.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
@@ -157,9 +159,9 @@ PROVENANCES = TypeAdapter(Provenance)
 
 
 def checked(kind: TypeAdapter[Any], value: Any, where: str) -> dict[str, Any]:
-    """The value, if it has the declared form; raises ArtifactError naming the first field that has not.
+    """The value, if it matches the schema; raises ArtifactError that names the first field that does not.
 
-    Names and words must be such as people can see; only of `recipe` may there be several lines.
+    All strings must be printable; only `recipe` may have several lines.
     """
     try:
         found: dict[str, Any] = kind.validate_python(value)

@@ -1,8 +1,8 @@
 """Statistics of a site's input, accumulated over calibration tokens and discarded with the block.
 
-Each is additive over tokens: any split into batches gives the same value up to float32 rounding of one
-batch; running totals of vectors are float64. Inputs are cast to float32 before squaring, because bf16 and
-fp16 squares overflow or lose rank. Shape suffixes: T tokens, I inputs.
+Each is additive over tokens: any split into batches gives the same value up to the float32 rounding of one
+batch; running totals of vectors are float64. Inputs are cast to float32 before squaring, because squares in bf16
+and fp16 overflow or lose rank. Shape suffixes: T tokens, I inputs.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from compress_kernels import solver
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether every value is finite; a few million at a time, so that nothing of the tensor's size is made."""
+    """Whether every value is finite; checked 4 Mi values at a time, so that no temporary is as large as the tensor."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     parts = tensor.reshape(-1).split(1 << 22)
     narrow = tensor.dtype.itemsize == 1  # float8: no comparison is implemented
-    ends = [torch.stack(torch.aminmax(part.float() if narrow else part)) for part in parts]  # NaN goes through
+    ends = [torch.stack(torch.aminmax(part.float() if narrow else part)) for part in parts]  # aminmax propagates NaN
     return bool(torch.isfinite(torch.stack(ends)).all())
 
 
 @cache
 def tiled() -> bool:
-    """Whether this CPU multiplies tiles of bf16 (AMX) and PyTorch can be told to use them."""
+    """Whether this CPU has bf16 tile multiplication (AMX) and this PyTorch has the setting that enables it."""
     return torch.cpu.get_capabilities().get("amx_bf16", False) and hasattr(torch.backends.mkldnn, "matmul")
 
 
 @contextmanager
 def products_of(*tensors: Tensor) -> Iterator[None]:
-    """Inside, float32 copies of bf16 tensors are multiplied as bf16 and summed in float32, where a CPU can.
+    """Inside, float32 copies of bf16 tensors are multiplied as bf16 and summed in float32, if the CPU has AMX.
 
-    No product loses anything by it, and three times as many are done; of other tensors all stays as it was.
+    The products stay exact and run three times as fast. If any of the `tensors` is not bf16 or not on the CPU, nothing
+    changes.
     """
     if not tiled() or any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in tensors):
         yield
@@ -56,13 +57,13 @@ def products_of(*tensors: Tensor) -> Iterator[None]:
 class Statistic:
     """An accumulator over the tokens [T, in] that reach a site.
 
-    `by_window`: over windows of them, [..., T, in]. `paired`: over the same tokens in the dense model too; its
-    value is left out if `tokens` stays 0.
+    `by_window`: `update` is given whole windows, [..., T, in]. `paired`: the same tokens of the dense model are needed
+    too (`update_pair`); the value is left out if `tokens` stays 0.
     """
 
     by_window = False
     paired = False
-    square = False  # [in, in]
+    square = False  # whether the value is [in, in]
     tokens = 0
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -70,7 +71,7 @@ class Statistic:
 
     @classmethod
     def nbytes(cls, inputs: int) -> int:
-        """Bytes it takes for an input of this width; of the largest kind unless it says otherwise."""
+        """The bytes it takes for an input of this width; float32 [in, in] unless a subclass says otherwise."""
         return 4 * inputs * inputs
 
     def update(self, x_TI: Tensor) -> None:
@@ -78,17 +79,18 @@ class Statistic:
         raise NotImplementedError
 
     def update_pair(self, dense_TI: Tensor, x_TI: Tensor) -> None:
-        """Add a batch of tokens, of a statistic that is paired."""
+        """Add a batch of tokens and the same tokens of the dense model; only for a paired statistic."""
         raise NotImplementedError
 
     def divide(self, team: Team, turn: int) -> None:
-        """From now on do only this process's share of what is expensive; a subclass says of what.
+        """Restrict this process to its share of the expensive part of the accumulation; a subclass says which part.
 
-        Of several statistics at once, each has a `turn` of its own, so that not all begin with the same process.
+        When several statistics are collected at once, each gets its own `turn`, so that the work is spread evenly
+        instead of always starting with the same process.
         """
 
     def unite(self, team: Team) -> None:
-        """Put together what the processes have done of it."""
+        """Combine the shares that the processes of the team have accumulated."""
 
     def value(self) -> Tensor:
         """The statistic so far."""
@@ -100,7 +102,7 @@ class ColumnNorm(Statistic):
 
     @classmethod
     def nbytes(cls, inputs: int) -> int:
-        """One float64 for each input."""
+        """The bytes of one float64 per input."""
         return 8 * inputs
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -122,7 +124,7 @@ class AbsMean(Statistic):
 
     @classmethod
     def nbytes(cls, inputs: int) -> int:
-        """One float64 for each input."""
+        """The bytes of one float64 per input."""
         return 8 * inputs
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -144,7 +146,7 @@ class AbsMax(Statistic):
 
     @classmethod
     def nbytes(cls, inputs: int) -> int:
-        """One float32 for each input."""
+        """The bytes of one float32 per input."""
         return 4 * inputs
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -161,16 +163,16 @@ class AbsMax(Statistic):
 
 
 class Sample(Statistic):
-    """Evenly spaced calibration tokens, from half of FEW to FEW of them if there are as many, float32 [tokens, in].
+    """Evenly spaced calibration tokens, float32 [tokens, in]: FEW / 2 to FEW of them, or all if there are fewer.
 
-    Which ones depends on their number only, not on how they came in batches.
+    Which tokens are kept depends only on their number, not on how they were split into batches.
     """
 
     FEW = 1024
 
     @classmethod
     def nbytes(cls, inputs: int) -> int:
-        """All that may be kept."""
+        """The bytes of FEW tokens."""
         return 4 * cls.FEW * inputs
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -178,7 +180,7 @@ class Sample(Statistic):
         self.every, self.tokens = 1, 0
 
     def update(self, x_TI: Tensor) -> None:
-        """Keep each token whose number is a multiple of the spacing, which doubles when they become too many."""
+        """Keep each token whose index is a multiple of the spacing, which doubles when more than FEW are kept."""
         first = -self.tokens % self.every
         self.kept_TI = torch.cat((self.kept_TI, x_TI[first :: self.every].float()))
         self.tokens += len(x_TI)
@@ -191,7 +193,7 @@ class Sample(Statistic):
 
 
 SIDE = 1024  # of the square blocks in which a Gram is accumulated
-HALVES = (torch.float16, torch.bfloat16)  # what tensor cores multiply exactly
+HALVES = (torch.float16, torch.bfloat16)  # dtypes whose products tensor cores compute exactly
 
 
 class Gram(Statistic):
@@ -202,17 +204,20 @@ class Gram(Statistic):
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.sum_II = torch.zeros(inputs, inputs, device=device)
         self.tokens = 0
-        self.starts = list(range(0, inputs, SIDE))  # of the strips of rows that are accumulated here
+        self.starts = list(range(0, inputs, SIDE))  # first rows of the strips that this process accumulates
 
     def divide(self, team: Team, turn: int) -> None:
-        """Whole strips, each the same product as alone; where one launch does all of them, all or none."""
+        """Give each process whole strips of rows, so that each strip is the same product as in a single process.
+
+        Where one kernel launch computes all strips, one process gets all of them.
+        """
         sizes = [self.sum_II.shape[0] - start for start in self.starts]
         owners = [0 for _ in sizes] if solver.usable(self.sum_II) else team.deal(sizes)
         mine = (team.rank - turn) % team.size
         self.starts = [start for start, owner in zip(self.starts, owners, strict=True) if owner == mine]
 
     def unite(self, team: Team) -> None:
-        """Each strip from where it was accumulated."""
+        """Copy each strip from the process that accumulated it."""
         strips = [self.sum_II[start : start + SIDE, start:] for start in self.starts]
         for starts, found in team.share(lambda: (self.starts, strips)):
             if starts is not self.starts:
@@ -229,12 +234,12 @@ class Gram(Statistic):
             return
         wide_TI = x_TI.float()
         with products_of(x_TI):
-            for start in self.starts:  # only what lies right of the diagonal: half the work
+            for start in self.starts:  # only the upper triangle of blocks: half the work
                 part = slice(start, start + SIDE)
                 self.sum_II[part, start:].addmm_(wide_TI[:, part].T, wide_TI[:, start:])
 
     def value(self) -> Tensor:
-        """The mean outer product; the accumulator itself, completed and divided in place."""
+        """The mean outer product; the accumulator itself, mirrored and divided in place."""
         if solver.usable(self.sum_II):
             solver.mirror(self.sum_II)
         else:
@@ -246,9 +251,10 @@ class Gram(Statistic):
 
 
 class Cross(Statistic):
-    """Mean of x x'ᵀ over all calibration tokens, float32 [in, in], x of the dense model and x' as it is now.
+    """Mean of x x'ᵀ over all calibration tokens, float32 [in, in].
 
-    Absent for an expert: which tokens reach it differs between the two.
+    x is the input in the dense model, x' the input now. Absent for experts, because the tokens that reach them differ
+    between the two models.
     """
 
     paired = True
@@ -270,17 +276,17 @@ class Cross(Statistic):
 
 
 class Moments(Statistic):
-    """Mean and variance of each input feature, float32 [3, in]: mean, variance, mean variance within windows.
+    """Moments of each input feature, float32 [3, in]: mean, variance, and mean variance within windows.
 
-    Population variances; windows count by their tokens. Merged pairwise in float64 (Chan et al., 1979), because the
-    mean may be far larger than the spread.
+    These are population variances, and windows are weighted by their number of tokens. Windows are merged pairwise in
+    float64 (Chan et al., 1979), because the mean may be far larger than the spread.
     """
 
     by_window = True
 
     @classmethod
     def nbytes(cls, inputs: int) -> int:
-        """Three float64 for each input."""
+        """The bytes of three float64 per input."""
         return 24 * inputs
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -288,7 +294,7 @@ class Moments(Statistic):
         self.tokens = 0
 
     def update(self, x_TI: Tensor) -> None:
-        """Add windows."""
+        """Add a batch of windows."""
         if not x_TI.numel():
             return
         for x in x_TI.float().reshape(-1, *x_TI.shape[-2:]) if x_TI.ndim > 1 else [x_TI.float()[None]]:
@@ -309,10 +315,10 @@ class Moments(Statistic):
 
 
 class Statistics:
-    """The values measured for one distinct input; shared by every site that reads it.
+    """The values measured for one distinct input, shared by every site that reads it.
 
-    `stats[Gram]` gives a value; `derived` keeps what passes compute from it, so that sites which share an
-    input also share its factorisation.
+    `stats[Gram]` returns a value and raises CalibrationError if it was not collected; `derived` caches what passes
+    compute from the values, so that sites which share an input also share its factorisation.
     """
 
     def __init__(self, values: dict[type[Statistic], Tensor], tokens: int) -> None:
@@ -328,11 +334,11 @@ class Statistics:
         return kind in self.values
 
     def forget(self) -> None:
-        """Free every value; the token count stays."""
+        """Free every value and everything derived; the token count stays."""
         self.values, self._derived = {}, {}
 
     def derived(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, computed once for `key`."""
+        """The result of `make()`, computed once for each `key`."""
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
@@ -341,7 +347,7 @@ class Statistics:
 class Collector:
     """Fills several statistics from the same tokens.
 
-    Every process of a `team` is given all tokens; what is expensive, each does its share of, by `turn`.
+    Every process of a `team` must be given all tokens; each does its share of the expensive part, starting at `turn`.
     """
 
     def __init__(
@@ -353,7 +359,7 @@ class Collector:
             part.divide(team, turn)
 
     def update(self, x_BTI: Tensor, dense_BTI: Tensor | None = None) -> None:
-        """Add a batch [..., in], and the same tokens of the dense model for what is paired."""
+        """Add a batch [..., in]; paired statistics need the same tokens of the dense model, else they skip it."""
         x_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
         self.tokens += len(x_TI)
         for part in self.parts.values():
@@ -363,7 +369,7 @@ class Collector:
                 part.update_pair(dense_BTI.reshape(x_TI.shape), x_TI)
 
     def finish(self, where: str) -> Statistics:
-        """The values; raises CalibrationError naming `where` if one is not finite."""
+        """The values; raises CalibrationError, naming `where`, if one is not finite."""
         for part in self.parts.values():
             part.unite(self.team)
         values = {k: part.value() for k, part in self.parts.items() if not part.paired or part.tokens}

@@ -1,7 +1,7 @@
-"""The documents of a user's calibration source: a text file, JSON lines, a datasets folder, or a dataset of the hub.
+"""The documents of a user's calibration source: a text file, JSON lines, a datasets folder, or a dataset on the hub.
 
-A document is a text, or a conversation: a list of messages, each with `role` and `content`. The hub is asked only if
-the source is called `hub:NAME`.
+A document is a text or a conversation; a conversation is a list of messages, each with `role` and `content`. The hub
+is contacted only for sources named `hub:NAME`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from compress.errors import CalibrationError, in_short
 
 HUB = "hub:"
 ALLOWED = "allowed: text, mixed, a .txt or .jsonl file, a datasets folder, hub:NAME"
-MOST = 200_000  # documents read of a stream; far more than any calibration draws
+MOST = 200_000  # documents read from a stream; far more than any calibration draws
 
 Conversation = list[dict[str, str]]
 Document = str | Conversation
 
 
 def read_documents(data: str | Path, field: str = "text", split: str = "train") -> list[Document]:
-    """The documents of a source; `field` and `split` say where they are in JSON lines and datasets.
+    """The documents of a source; `field` is the key or column that holds them, `split` the split of a dataset.
 
-    Raises CalibrationError if the source cannot be read, or a document is neither text nor a conversation.
+    Raises CalibrationError if the source cannot be read, or if a document is neither a text nor a conversation.
     """
     if str(data).startswith(HUB):
         return read_hub(str(data).removeprefix(HUB), field, split)
@@ -36,7 +36,7 @@ def read_documents(data: str | Path, field: str = "text", split: str = "train") 
         if path.exists() and not path.is_file():  # a device or a pipe may never end
             raise CalibrationError(f"calibration.data: {str(path)[:200]!r} is no file; {ALLOWED}")
         raw = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # not there, a name too long, a NUL, no UTF-8
+    except (OSError, ValueError) as error:  # missing, name too long, NUL in the name, not UTF-8
         raise CalibrationError(
             f"calibration.data: {str(path)[:200]!r} cannot be read ({type(error).__name__}); {ALLOWED}"
         ) from error
@@ -49,7 +49,7 @@ def read_documents(data: str | Path, field: str = "text", split: str = "train") 
 
 
 def document_of(line: str, where: str, field: str = "text") -> Document:
-    """The field of a JSON line."""
+    """The document in `field` of a JSON line; raises CalibrationError, naming `where`, if there is none."""
     try:
         value = json.loads(line)[field]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -58,7 +58,7 @@ def document_of(line: str, where: str, field: str = "text") -> Document:
 
 
 def checked(value: Any, where: str, field: str) -> Document:
-    """A value that is a text or a conversation; raises CalibrationError otherwise."""
+    """The value, if it is a text or a conversation; raises CalibrationError otherwise."""
     if isinstance(value, str):
         if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
             raise CalibrationError(f"{where}: `{field}` holds half of a surrogate pair, which is no character")
@@ -70,14 +70,14 @@ def checked(value: Any, where: str, field: str) -> Document:
 
 
 def checked_text(value: Any, where: str) -> str:
-    """A string of a message."""
+    """The role or content of a message; raises CalibrationError unless it is a string."""
     if not isinstance(value, str):
         raise CalibrationError(f"{where}: role and content of a message must be strings")
     return value
 
 
 def rows_of(rows: Iterable[Any], where: str, field: str) -> list[Document]:
-    """The documents of a dataset's rows, as many as can matter."""
+    """The documents in the column `field` of a dataset's rows, at most MOST."""
     found: list[Document] = []
     for number, row in enumerate(islice(rows, MOST)):
         if field not in row:
@@ -87,14 +87,14 @@ def rows_of(rows: Iterable[Any], where: str, field: str) -> list[Document]:
 
 
 def read_dataset(path: Path, field: str = "text", split: str = "train") -> list[Document]:
-    """A folder written by `save_to_disk`, or one of parquet, JSON, CSV or text files."""
+    """The documents of a folder written by `save_to_disk`, or of one with parquet, JSON, CSV or text files."""
     datasets = library()
     where = f"calibration.data: {path}"
     try:
         data = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError):
         return rows_of(streamed(datasets, str(path), None, split, f"{where} is not a datasets folder"), where, field)
-    except Exception as error:  # of a damaged one, whatever breaks
+    except Exception as error:  # a damaged folder may raise anything
         raise CalibrationError(f"{where} is a damaged datasets folder: {type(error).__name__}: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -104,22 +104,22 @@ def read_dataset(path: Path, field: str = "text", split: str = "train") -> list[
 
 
 def read_hub(name: str, field: str, split: str) -> list[Document]:
-    """A dataset of the hub by `NAME` or `NAME:CONFIGURATION`, streamed."""
+    """The documents of the hub's dataset `NAME` or `NAME:CONFIGURATION`, streamed."""
     name, _, configuration = name.partition(":")
     where = f"calibration.data: hub:{name}"
     return rows_of(streamed(library(), name, configuration or None, split, f"{where} cannot be had"), where, field)
 
 
 def streamed(datasets: Any, name: str, configuration: str | None, split: str, complaint: str) -> Iterator[Any]:
-    """The rows of a dataset as they come; raises CalibrationError with `complaint` if they do not."""
+    """The rows of a dataset, streamed; raises CalibrationError that begins with `complaint` if this fails."""
     try:
         yield from datasets.load_dataset(name, configuration, split=split, streaming=True)
-    except Exception as error:  # network, names, formats: datasets and its readers raise whatever breaks
+    except Exception as error:  # network, names, formats: datasets and its readers raise many types
         raise CalibrationError(f"{complaint}: {in_short(error)}") from error
 
 
 def library() -> Any:
-    """The package datasets; raises CalibrationError if it is not installed."""
+    """The package `datasets`; raises CalibrationError if it is not installed."""
     try:
         import datasets
     except ImportError as error:
