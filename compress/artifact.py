@@ -1,9 +1,9 @@
-"""The output folder: an ordinary Hugging Face folder whose sites are stored as weight expressions.
+"""The artifact: an ordinary Hugging Face folder whose sites are stored as weight expressions.
 
-A recipe that only changes the model's shape stores plain tensors: then config.json names no method, and compress.json
-alone says that the folder is ours.
-One shard a block. Of every site, one stored tensor keeps the source's own key, `<site>.weight`, in a flat shape;
-its companions are `<site>.weight_<path>`. Here it is read and verified; `writer.py` writes it.
+If a recipe only changes the model's shape, plain tensors are stored: then config.json names no quantization method,
+and only compress.json identifies the folder as ours.
+Each block has shards of its own. For every site, one stored tensor keeps the source's key, `<site>.weight`, in a flat
+shape; the others are called `<site>.weight_<path>`. This module reads and verifies artifacts; `writer.py` writes them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from compress.weights.leaves import BASE
 METHOD = "compress"
 VERSION = 1
 PROVENANCE = "compress.json"
-SWELL = 1 << 12  # bytes that all tensors may denote for one that is stored: 1/256 bit a weight in bfloat16
-SMALL = 1 << 30  # bytes that they may denote anyway
+SWELL = 1 << 12  # decoded bytes allowed per stored byte, over all sites: 1/256 bit a weight in bfloat16
+SMALL = 1 << 30  # decoded bytes that are always allowed
 
 
 def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
-    """Tree path -> key in the file; the first payload keeps the key of the source.
+    """The stored tensors of a site, tree path -> key in the file; the first tensor keeps the key of the source.
 
-    Of a tensor that held a stack of experts, only expert 0 can keep it; the others add their number. A payload that
-    another site of the block holds too, bit for bit, is stored under that site's key only.
+    If the source tensor held a stack of experts, only expert 0 keeps its key; the others append their number. A tensor
+    that is bit-identical to one of another site of the block is stored only once, under that site's key.
     """
     base = tensor_of(site, spec)
     if spec.get("expert"):
@@ -49,12 +49,12 @@ def keys(site: str, spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tensor_of(site: str, spec: Mapping[str, Any]) -> str:
-    """The tensor of the source that a site is, or is an expert of."""
+    """The name of the source tensor that is this site, or that holds it as one of its experts."""
     return str(spec.get("tensor") or f"{site}.weight")
 
 
 def plain_shapes(specs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the plain tensors that the sites of these specifications make up."""
+    """The plain tensors that sites with these specifications decode to, name -> shape."""
     held: dict[str, list[Mapping[str, Any]]] = {}
     for site, spec in specs.items():
         held.setdefault(tensor_of(site, spec), []).append(spec)
@@ -67,15 +67,15 @@ def plain_shapes(specs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 class Artifact(Checkpoint):
-    """A compressed folder read as the plain model it denotes: sites are decoded on the way out.
+    """An artifact, read as the plain model that it denotes: sites are decoded as they are read.
 
-    Where that is a delta, what it denotes needs its `base`; without, only what is stored can be read.
+    The plain model of a delta needs its `base`; without it, only what is stored can be read.
     """
 
     decoded_from = METHOD
 
     def __init__(self, path: Path, base: Path | None = None) -> None:
-        """Raises ArtifactError if the folder is not an artifact, or `base` not the model that it is a delta of."""
+        """Raises ArtifactError if the folder is not an artifact, or `base` is not the model that it is a delta of."""
         super().__init__(path)
         quantization = self.config.get("quantization_config")
         self.packed = not (quantization is None and is_plain(path))  # whether sites are stored as expressions
@@ -94,7 +94,7 @@ class Artifact(Checkpoint):
         self.base = None if base is None else self._base(base)
 
     def _base(self, path: Path) -> Checkpoint:
-        """The model that this is a delta of, proved to be it."""
+        """The base model in `path`; raises ArtifactError if its fingerprint is not the one this delta records."""
         base = Checkpoint(path)
         if fingerprint(base) != (self.pin or {}).get("sha256"):
             raise ArtifactError(f"{path}: is not the base of {self.path}, which is a delta of {self.pin_name}")
@@ -107,19 +107,20 @@ class Artifact(Checkpoint):
 
     @property
     def pin_name(self) -> str:
-        """What the base was called."""
+        """The recorded name of the base."""
         return str((self.pin or {}).get("name"))
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """compress.json; raises ArtifactError if it is missing or malformed."""
+        """The content of compress.json; raises ArtifactError if it is missing or malformed."""
         found = read_json(self.path / PROVENANCE, "the provenance file")
         return checked(PROVENANCES, found, f"{self.path / PROVENANCE}")
 
     def companion(self, name: str) -> Path | None:
-        """A recorded file beside the weights: the folder's own, or the base's where a delta leaves it to that.
+        """A recorded file beside the weights: the folder's own, or the base's if a delta shares it with its base.
 
-        None if the model has none; raises ArtifactError if the base's is not the one that was left to it.
+        None if no such file is recorded, or if the base is needed and was not given; raises ArtifactError if the base's
+        file is missing or changed.
         """
         if name in self.provenance["files"]:
             return self.path / name
@@ -133,27 +134,27 @@ class Artifact(Checkpoint):
 
     @cached_property
     def payloads(self) -> dict[str, str]:
-        """Key in the file -> the site it belongs to."""
+        """The keys of the sites' tensors in the files, key -> site."""
         return {key: site for site, spec in self.specs.items() for key in keys(site, spec).values()}
 
     @cached_property
     def holders(self) -> dict[str, list[str]]:
-        """Tensor of the plain model -> the sites that hold it, in the order of their experts."""
+        """The sites that make up each tensor of the plain model, tensor -> sites in the order of their experts."""
         held: dict[str, list[str]] = {}
         for site, spec in self.specs.items():
             held.setdefault(tensor_of(site, spec), []).append(site)
         return {name: sorted(sites, key=lambda s: self.specs[s].get("expert") or 0) for name, sites in held.items()}
 
     def changed(self) -> list[str]:
-        """The names of the tensors that are stored plainly, sorted; of a delta, those that differ from its base."""
+        """The names of the tensors that are stored plainly, sorted; in a delta, they differ from those of its base."""
         return sorted(name for name in self.files if name not in self.payloads)
 
     def names(self) -> list[str]:
-        """The names of the plain model's tensors, sorted; of a delta without its base, those it says something of."""
+        """The names of the plain model's tensors, sorted; of a delta without its base, only those it stores."""
         return sorted(self.headers)
 
     def tensor(self, name: str) -> Tensor:
-        """One plain tensor, decoded and in the model's dtype if it is a site's weight."""
+        """One plain tensor; a site's weight is decoded and returned in the model's dtype."""
         sites = self.holders.get(name)
         if sites is None and self.base is not None and name not in self.files:
             return cast_as(self.base.tensor(name), self.headers[name].dtype)
@@ -167,26 +168,26 @@ class Artifact(Checkpoint):
         return stack
 
     def entry(self, name: str) -> Entry:
-        """One plain tensor, to be written when its turn comes."""
+        """A shard entry for one plain tensor, which is read only when it is written."""
         held = self.headers[name]
         return Entry(name=name, make=partial(self.tensor, name), **held._asdict(), nbytes=held.nbytes)
 
     def shard_of(self, name: str) -> str:
-        """The file that holds a plain tensor, or its first expert."""
+        """The name of the file that holds a plain tensor, or its first expert."""
         sites = self.holders.get(name)
         return self.files[next(iter(keys(sites[0], self.specs[sites[0]]).values())) if sites else name].name
 
     def matrix(self, site: str) -> Tensor:
-        """The plain matrix of a site, as the source lays it out."""
+        """The decoded matrix of a site in the model's dtype, transposed if the source stores it so."""
         plain = self.expression(site).dense().to(self.dtype)
         return plain.T.contiguous() if self.specs[site]["transposed"] else plain
 
     def stored(self, site: str) -> dict[str, Tensor]:
-        """The stored tensors of a site by their key in the file."""
+        """The stored tensors of a site, by their keys in the file."""
         return {key: self.stored_tensor(key) for key in keys(site, self.specs[site]).values()}
 
     def expression(self, site: str) -> Weight:
-        """The stored expression of a site; raises ArtifactError for that of a delta without its base."""
+        """The weight expression of a site; raises ArtifactError for a delta whose base was not given."""
         if self.is_delta and self.base is None:
             raise ArtifactError(f"{self.path}: is a delta of {self.pin_name}; give its base")
         return self._unpacked(site, self._base_matrix)
@@ -201,7 +202,7 @@ class Artifact(Checkpoint):
                 raise ArtifactError(f"{self.path}: {site} is {found.describe()}, not a difference from a base")
 
     def difference_form(self, site: str) -> tuple[dict[str, Any], int]:
-        """The specification of what a delta adds at a site, and its stored bytes; reads headers only."""
+        """The tree of what a delta adds at a site, and its stored bytes; reads headers only."""
         self.check(site)
         spec = self.specs[site]
         return spec["tree"]["terms"][1], sum(self.stored_headers[key].nbytes for key in keys(site, spec).values())
@@ -216,9 +217,9 @@ class Artifact(Checkpoint):
             raise ArtifactError(f"{self.path}: {site}: {error}") from error
 
     def check(self, site: str) -> None:
-        """Raise ArtifactError unless what is said of a site can be true; reads headers only, so nothing large is made.
+        """Raise ArtifactError unless a site's specification is consistent; reads headers and allocates nothing large.
 
-        Its shape must be the base's and the one that compress.json has; in a delta its tree must be base + difference.
+        The shape must be that of compress.json and of the base; in a delta, the tree must be base + difference.
         """
         tree, tensor = self.specs[site]["tree"], tensor_of(site, self.specs[site])
         said = ", ".join(f"{key} {value}" for key, value in self.specs[site].items() if key in ("expert", "transposed"))
@@ -240,9 +241,9 @@ class Artifact(Checkpoint):
             raise ArtifactError(f"{self.path}: {site}: {error}") from error
 
     def _check_stored(self, site: str) -> None:
-        """Raise ArtifactError unless the files hold what is said of a site's tensors, each under a key of its own.
+        """Raise ArtifactError unless the files hold a site's tensors as specified, each under a key of its own.
 
-        A key may be another site's too, which must then not have it from a third.
+        A key may be shared with another site, which must then own it and not share it from a third.
         """
         spec = self.specs[site]
         named = keys(site, spec)
@@ -264,7 +265,7 @@ class Artifact(Checkpoint):
 
     @cached_property
     def owners(self) -> dict[str, str]:
-        """Key in the file -> the site that holds it and does not have it from another."""
+        """The keys in the files, key -> the site that owns it rather than sharing it from another."""
         return {
             key: site
             for site, spec in self.specs.items()
@@ -274,7 +275,7 @@ class Artifact(Checkpoint):
 
     @cached_property
     def swollen(self) -> str:
-        """The largest site, if all together denote more than files of this size can mean; else empty."""
+        """The largest site, if all sites together decode to more bytes than SWELL and SMALL allow; else empty."""
         denoted = {site: 4 * prod(spec["tree"]["shape"]) for site, spec in self.specs.items()}  # decoded in float32
         stored = sum(file.stat().st_size for file in set(self.files.values()))
         return (
@@ -282,7 +283,7 @@ class Artifact(Checkpoint):
         )
 
     def grew(self, site: str) -> bool:
-        """Whether a table of a delta has more rows than its base's, and stores every entry, as only codes do."""
+        """Whether a delta's table has more rows than its base's and stores at least one bit of code per entry."""
         spec = self.specs[site]
         there = self.base.headers[tensor_of(site, spec)].shape if self.base is not None else ()
         rows, columns = spec["tree"]["shape"]
@@ -294,11 +295,11 @@ class Artifact(Checkpoint):
         )
 
     def _no_matrix(self, site: str) -> Tensor:
-        """The shape of a site's base; of no values."""
+        """A tensor on the meta device with the shape of a site's base matrix."""
         return torch.empty([int(n) for n in self.specs[site]["tree"]["shape"]], device="meta")
 
     def _base_matrix(self, site: str) -> Tensor:
-        """The base's matrix [out, in] of a site; rows that only the fine-tuned model has are 0."""
+        """The base's matrix [out, in] of a site; rows that only the fine-tuned model has are filled with 0."""
         spec, shape = self.specs[site], [int(n) for n in self.specs[site]["tree"]["shape"]]
         if self.base is None:
             raise ArtifactError(f"{self.path}: is a delta of {self.pin_name}; give its base")
@@ -308,12 +309,12 @@ class Artifact(Checkpoint):
 
     @cached_property
     def plain(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape, of those that sites make up."""
+        """The tensors that sites decode to, name -> shape."""
         return plain_shapes(self.specs)
 
     @cached_property
     def headers(self) -> dict[str, Held]:
-        """What the plain model's tensors are."""
+        """The dtype and shape of every tensor of the plain model, by name."""
         found = {name: held for name, held in self.stored_headers.items() if name not in self.payloads}
         found |= {name: Held(NAMES[self.dtype], shape) for name, shape in self.plain.items()}
         if self.base is not None:
@@ -324,13 +325,13 @@ class Artifact(Checkpoint):
 
 
 def cast_as(tensor: Tensor, dtype: str) -> Tensor:
-    """A tensor in the dtype that a header calls so; integers as they are."""
+    """The tensor in the dtype that a safetensors header calls `dtype`; integers stay as they are."""
     wanted = DTYPES.get(dtype)
     return tensor if wanted is None or not tensor.is_floating_point() else tensor.to(wanted)
 
 
 def is_part(spec: Mapping[str, Any], shape: Sequence[int] | None) -> bool:
-    """Whether a site with this specification is a tensor of this shape, or an expert of it."""
+    """Whether a site with this specification fits a tensor of this shape, as the whole of it or as one expert."""
     own = tuple(spec["tree"]["shape"])[:: -1 if spec["transposed"] else 1]
     if shape is None or "expert" not in spec:
         return shape is not None and own == tuple(shape)
@@ -338,7 +339,10 @@ def is_part(spec: Mapping[str, Any], shape: Sequence[int] | None) -> bool:
 
 
 def check_externals(tree: Mapping[str, Any], tensor: str | None) -> None:
-    """Raise ArtifactError unless a tree is `tensor` of the base plus what needs no base; for None, all needs none."""
+    """Raise ArtifactError unless a tree is `tensor` of the base plus a term without the base.
+
+    If `tensor` is None, the whole tree must do without a base.
+    """
     inner = [tree]
     if tensor is not None:
         terms = tree.get("terms", ())
@@ -351,15 +355,15 @@ def check_externals(tree: Mapping[str, Any], tensor: str | None) -> None:
 
 
 def padded(matrix: Tensor, rows: int) -> Tensor:
-    """A matrix with rows of 0 below, `rows` in all."""
+    """A matrix with rows of 0 appended until it has `rows` rows."""
     return matrix if len(matrix) >= rows else F.pad(matrix, (0, 0, 0, rows - len(matrix)))
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """One sha256 of all tensors of a model: names, dtypes, shapes and bytes, however they are spread over files.
+    """One sha256 of all tensors of a model: names, dtypes, shapes and bytes, independent of how they are sharded.
 
-    Reads the model once; then it is remembered for as long as the files stay as they are. Their own dates do not tell,
-    which anybody may set, nor does a clock that was set back: the kernel's note of the last change does.
+    Reads the whole model once; the result is cached for as long as the files are unchanged. A change is detected by
+    inode, size and the kernel's change time (ctime), because anybody may set a file's modification time.
     """
     shards = [(str(path), path.stat()) for path in sorted(set(checkpoint.files.values()))]
     stamps = tuple((name, found.st_ino, found.st_ctime_ns, found.st_size) for name, found in shards)
@@ -373,7 +377,7 @@ def _fingerprint(path: Path, stamps: tuple[tuple[str, int, int, int], ...]) -> s
 
 
 def content_hash(checkpoint: Checkpoint) -> str:
-    """One sha256 of all tensors that a checkpoint gives: names, dtypes, shapes and bytes; they are made one by one."""
+    """One sha256 of all tensors of a checkpoint: names, dtypes, shapes and bytes; it holds one tensor at a time."""
     whole = sha256()
     for name, held in sorted(checkpoint.headers.items()):
         whole.update(f"{name} {held.dtype} {list(held.shape)} ".encode())
@@ -383,7 +387,7 @@ def content_hash(checkpoint: Checkpoint) -> str:
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a folder says it is ours."""
+    """Whether a folder claims to be an artifact; does not check that it is a valid one."""
     config = path / "config.json"
     if not config.is_file():
         return False
@@ -392,7 +396,7 @@ def is_artifact(path: Path) -> bool:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a folder's compress.json says that we made it another shape and rewrote none of its sites."""
+    """Whether compress.json says that Compress only changed the model's shape and rewrote no site."""
     if not (path / PROVENANCE).is_file():
         return False
     told = read_json(path / PROVENANCE, "the provenance file")
@@ -400,7 +404,7 @@ def is_plain(path: Path) -> bool:
 
 
 def recorded_base(folder: Path) -> str:
-    """The model an artifact was made from; raises RecipeError if it must be named."""
+    """The model that an artifact was made from, if it is `builtin`; raises RecipeError if the user must name it."""
     if is_artifact(folder) and (folder / PROVENANCE).is_file():
         name = str(Artifact(folder).provenance.get("source", {}).get("name"))
         if name == "builtin":
@@ -409,7 +413,7 @@ def recorded_base(folder: Path) -> str:
 
 
 def check_base(folders: Sequence[Path], base: Path) -> None:
-    """Raise ArtifactError if an artifact was made from other weights than those of `base`."""
+    """Raise ArtifactError if an artifact among `folders` was made from other weights than those of `base`."""
     known = set(Checkpoint(base).digests().values())
     for folder in filter(is_artifact, folders):
         made = set(Artifact(folder).provenance["source"]["sha256"].values())
@@ -418,9 +422,9 @@ def check_base(folders: Sequence[Path], base: Path) -> None:
 
 
 def base_of(path: Path, given: Path | None = None, builtin: Path | None = None) -> Path | None:
-    """The base of a delta: the one given, or the built-in model if that is it; None for what is no delta.
+    """The base of a delta: the one given, or the built-in model if that is its base; None if `path` is no delta.
 
-    Raises ArtifactError if it must be named.
+    Raises ArtifactError if the caller must name the base.
     """
     if not is_artifact(path) or not (delta := Artifact(path)).is_delta:
         return None
@@ -432,26 +436,27 @@ def base_of(path: Path, given: Path | None = None, builtin: Path | None = None) 
 
 
 def seal(told: Mapping[str, Any]) -> str:
-    """The sha256 of what compress.json says, but for the field `sha256` that holds it."""
+    """The sha256 of the content of compress.json without the field `sha256`, which holds it."""
     said = {name: value for name, value in told.items() if name != "sha256"}
     return sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def check_seal(path: Path, sealed: str | None) -> None:
-    """Raise VerificationError if compress.json says something else than when it was written.
+    """Raise VerificationError if compress.json was changed after it was written.
 
-    Folders written before there was a seal have none.
+    `sealed` is None, and nothing is checked, for folders written before there was a seal.
     """
     if sealed is not None and sealed != seal(read_json(path / PROVENANCE, "the provenance file")):
         raise VerificationError(f"{path / PROVENANCE}: its sha256 is not that of what it says; it was changed")
 
 
 def verify(path: Path, base: Path | None = None) -> list[str]:
-    """What was checked, one line each.
+    """Check an artifact, and return one line for each kind of check that it passed.
 
-    Every file against its recorded sha256, and none beside them; every site decoded and finite, every name and shape
-    against the source's. Of a delta without its base only the difference is decoded, and no shapes are compared.
-    Raises VerificationError at the first difference, ArtifactError if the folder is not ours.
+    Every file must match its recorded sha256, and there must be no other file; every site must decode to finite values;
+    every tensor must have the name and shape that it has in the source. Of a delta without its base, only the
+    difference is decoded, and names and shapes are not compared.
+    Raises VerificationError at the first failure, ArtifactError if the folder is not an artifact.
     """
     artifact = Artifact(path, base)
     recorded = artifact.provenance["files"]
@@ -463,7 +468,7 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
     if unknown:
         raise VerificationError(f"{path / PROVENANCE}: it says nothing of {sorted(unknown)[0]}")
     there = {file.name for file in path.iterdir() if not file.name.startswith(".")}
-    extra = {"config.json", *there} - {PROVENANCE} - recorded.keys()  # a loader may read any of them
+    extra = {"config.json", *there} - {PROVENANCE} - recorded.keys()  # a loader may read any such file
     if extra:
         raise VerificationError(f"{path / sorted(extra)[0]} is not a recorded file")
     for site in artifact.specs:
@@ -473,13 +478,13 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
             finite = bool(torch.isfinite(held.dense()).all())
         except ArtifactError as error:
             raise VerificationError(str(error)) from error
-        except RuntimeError as error:  # torch, of stored tensors whose dtypes do not go together
-            if out_of_memory(error):  # which says nothing about the file
+        except RuntimeError as error:  # torch raises it if stored tensors have dtypes that cannot be combined
+            if out_of_memory(error):  # says nothing about the file
                 raise
             raise VerificationError(f"{path}: {site} cannot be decoded: {error}") from error
         if not finite:
             raise VerificationError(f"{path}: {site} decodes to values that are not finite")
-    check_seal(path, artifact.provenance.get("sha256"))  # behind the rest, which says better what is wrong
+    check_seal(path, artifact.provenance.get("sha256"))  # last, because the checks above give more specific errors
     checks = [
         f"{len(recorded)} files match their sha256",
         f"{len(artifact.specs)} compressed sites decode to finite values",

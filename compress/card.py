@@ -1,9 +1,8 @@
-"""The model card of an artifact: plain Markdown made of its provenance, so it cannot say anything else.
+"""The model card of an artifact: plain Markdown generated from its provenance, so that the two cannot disagree.
 
-But for licence, language and use, which are those that the card of its source states.
+Only licence, language and use come from elsewhere: they are those that the source's card states.
 
-Names in it may come from anybody. They are written such that neither Markdown, HTML nor the YAML above takes them for
-its own.
+Names in it may come from untrusted files. They are escaped so that none is read as Markdown, HTML or front matter.
 """
 
 from __future__ import annotations
@@ -126,18 +125,18 @@ SPECIAL = {ord(c): f"&#{ord(c)};" for c in "&<>`|[]"}
 
 
 def literal(value: Any) -> Any:
-    """A name as Markdown and HTML show it, in one line; what a filter has made safe stays as it is."""
+    """A string escaped so that Markdown and HTML show it literally, on one line; Markup stays as it is."""
     return visible(value).translate(SPECIAL) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def fenced(text: str) -> Markup:
-    """A block of YAML whose fence is longer than any in it."""
+    """A fenced block of YAML, whose fence is longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Markup(f"{fence}yaml\n{text}{fence}")
 
 
 def filled(template: str, **values: Any) -> str:
-    """A template with values in it."""
+    """Render a template with these values; a missing value is an error."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=literal)
     environment.filters["fenced"] = fenced
     environment.filters["notes"] = notes
@@ -145,9 +144,9 @@ def filled(template: str, **values: Any) -> str:
 
 
 def card(provenance: Mapping[str, Any], picture: str = "", said: Said | None = None) -> str:
-    """The Markdown of an artifact, with the file of its picture and what the card of its source said.
+    """The model card of an artifact; `picture` is the name of its image file, `said` what the source's card stated.
 
-    It does not know where the artifact lies.
+    The card does not depend on where the artifact is stored.
     """
     weights = sorted({row["weight"].split("·")[0].split(" ")[0] for row in provenance["sites"].values()})
     reshaped = provenance.get("reshaped", [])
@@ -167,7 +166,7 @@ def card(provenance: Mapping[str, Any], picture: str = "", said: Said | None = N
 
 
 def export_card(provenance: Mapping[str, Any], form: str, note: str, said: Said) -> str:
-    """The Markdown of an artifact written in another format, with what the artifact's own card said."""
+    """The model card of an artifact exported to the format `form`; `said` is what the artifact's own card stated."""
     return filled(
         EXPORTED,
         **{**provenance, "base": provenance.get("base")},

@@ -1,6 +1,6 @@
-"""The methods of `compress delta extract`: for each, the passes that store a difference in so many bits a weight.
+"""The methods of `compress delta extract`: for each, the passes that store a difference in a given number of bits.
 
-A method is a list of passes like any other; it is here so that people need not write a recipe for each size.
+A method is an ordinary list of passes; it is here so that users need not write a recipe for each size.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from compress.passes.codec import kept_within
 from compress.recipe import read_pass
 
 PLAIN = 16  # bits of a stored number
-CODED = 4  # bits of an entry that chance has kept
-ROOM = 0.95  # of the bits of a sparse delta; the rest is for scales, and for chance
+CODED = 4  # bits of an entry that DARE keeps
+ROOM = 0.95  # share of a sparse delta's bits for its entries; the rest is for scales and random variation
 Steps = list[dict[str, dict[str, Any]]]
 
 
 def bitdelta(bits: float) -> Steps:
-    """Signs: a bit of them for every whole bit, each level on what the one before left."""
+    """BitDelta: one level of signs for every whole bit, at most 4, each on the residual of the level before."""
     if bits < 1:
         raise RecipeError(f"--bits: {bits} is less than the one that a sign takes; choose another method")
     return [{"bitdelta": {"levels": min(4, floor(bits)), "unbiased": True}}]
 
 
 def delta_come(bits: float) -> Steps:
-    """Singular vectors, the first ones in many bits and the last in few."""
+    """Delta-CoMe: singular vectors, the first in many bits and the last in few."""
     return [{"delta-come": {"bits": bits, "unbiased": True}}]
 
 
 def dare(bits: float) -> Steps:
-    """A random share in four bits; which it is costs nothing."""
+    """DARE: a random share of the entries in four bits; their positions take no space."""
     return [{"dare": {"density": min(1.0, round(bits * ROOM / CODED, 5))}}, {"rtn": {"bits": CODED, "group": -1}}]
 
 
 def lowrank(bits: float, number: int = PLAIN) -> Steps:
-    """Whitened factors in full: in numbers of `number` bits, as the model's are."""
+    """SVD-LLM: whitened low-rank factors, not quantized: `number` is the bits of the model's dtype."""
     return [{"svd-llm": {"removed": 1 - bits / number}}]
 
 
 def sparse(bits: float) -> Steps:
-    """Few entries at any place, the others making up for what is cut, with their positions.
+    """SparseGPT: a few entries at arbitrary positions, which are stored too; those kept make up for those cut.
 
-    Of up to a bit and a half a weight it is their signs that are kept, above that two bits of each, then four.
+    Below 1.5 bits a weight only their signs are kept, below 2.5 two bits of each, above that four.
     """
     width = 1 if bits < 1.5 else 2 if bits < 2.5 else 4
     sparsity = round(1 - kept_within(bits * ROOM, width), 5)
@@ -55,19 +55,19 @@ def sparse(bits: float) -> Steps:
 
 
 def deltazip(bits: float) -> Steps:
-    """Half of the entries, two of every four, in four bits or two, rounded with error feedback."""
+    """DeltaZip: two of every four entries, in four bits (from 3 bits a weight) or two, rounded with error feedback."""
     if bits < 2:
         raise RecipeError(f"--bits: deltazip takes 2 or 3 bits a weight, not {bits}; choose another method")
     return [{"sparsegpt": {"sparsity": "2:4"}}, {"gptq": {"bits": 4 if bits >= 3 else 2, "group": 0}}]
 
 
 def auto(bits: float) -> Steps:
-    """More bits for matrices that matter more; for each the method whose output then errs least."""
+    """More bits for matrices that matter more, and for each the method with the least output error at its size."""
     return [{"sensitivity": {}}, {"auto": {"bits": bits}}]
 
 
 def nearest_auto(bits: float) -> Steps:
-    """The same, with the nearest matrices, which are too small: better where a size leaves little to lose."""
+    """As `auto`, but with the nearest matrices, which are biased towards 0: better at sizes that lose little."""
     return [{"sensitivity": {}}, {"auto": {"bits": bits, "unbiased": False}}]
 
 
@@ -78,10 +78,10 @@ METHODS: dict[str, Callable[[float], Steps]] = {
 
 
 def recipes_of(method: str, bits: float, distill: int = 0, number: int = PLAIN) -> list[tuple[Pass, ...]]:
-    """The passes of a method at so many bits a weight, of signs with so many steps of learning their scales.
+    """The passes of a method at `bits` bits a weight; for `bitdelta`, with `distill` steps of learning its scales.
 
-    More than one list where it is to be tried which is better. `number` are the bits of one of the model's own. Raises
-    RecipeError for a method that cannot be that small, or has no scales to learn.
+    Returns several lists of passes if the caller should try which is better. `number` is the bits of the model's dtype.
+    Raises RecipeError for an unknown method, a size that the method cannot reach, or `distill` without scales to learn.
     """
     if method not in METHODS:
         raise RecipeError(f"--method: {method!r} is unknown{nearest(method, METHODS)}")

@@ -1,8 +1,8 @@
-"""What a delta keeps of a fine-tuned model beside the matrices that passes rewrite, and against what base.
+"""How a delta stores the tensors that no pass rewrites, and against which base.
 
-A tensor that no pass rewrites is the base's own, or stored whole, or as the difference in eight bits: as the recipe
-says for embeddings, the head and the rest. Here the model is made that the stored tensors will denote, so that
-statistics are those of what will be served; the driver writes it. Shape suffixes: O out, I in, V vocabulary, D hidden.
+Such a tensor is taken from the base, or stored whole, or stored as a difference in eight bits, as the recipe says for
+embeddings, the head and the rest. This module makes the model that the stored tensors will denote, so that statistics
+are measured on what will be served; the driver writes it. Shape suffixes: O out, I in, V vocabulary, D hidden.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ EIGHT = Grid(bits=8, group=0, symmetric=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """A base with what a recipe says about the tensors that no pass rewrites."""
+    """A base, and a recipe's policies for the tensors that no pass rewrites."""
 
     base: Checkpoint
     options: Delta
     anatomy: Anatomy
     source: Checkpoint
-    tabled: dict[str, Weight] = field(default_factory=dict)  # coded once, held as codes
+    tabled: dict[str, Weight] = field(default_factory=dict)  # cache of `coded`: tables as codes
 
     @property
     def pin(self) -> dict[str, str]:
-        """What a delta says of its base."""
+        """How a delta identifies its base: by name and by fingerprint."""
         return {"name": display_name(self.base.path), "sha256": fingerprint(self.base)}
 
     @cached_property
@@ -65,13 +65,13 @@ class Against:
         return found
 
     def policy(self, name: str) -> str:
-        """`own`, `int8` or `base`, of a tensor that no pass rewrites."""
+        """How a tensor is stored if no pass rewrites it: `own`, `int8` or `base`."""
         if name in self.sites or name in self.anatomy.layout.unknown:
             return "own"
         return str(getattr(self.options, self.tables.get(name, "others")))
 
     def same(self, name: str) -> bool:
-        """Whether a tensor of the fine-tuned model is the base's, in the dtype of the former; reads both."""
+        """Whether a tensor of the fine-tuned model equals the base's, cast to its dtype; reads both."""
         if name not in self.base or self.base.headers[name].shape != self.source.headers[name].shape:
             return False
         return bool(torch.equal(self.of_base(name), self.source.tensor(name)))
@@ -82,15 +82,16 @@ class Against:
 
     @cached_property
     def cast(self) -> dict[str, str]:
-        """The dtype, by name, of the tensors of floats that the base holds in another one."""
+        """The fine-tuned model's dtype of each floating-point tensor that has another dtype in the base."""
         own, base = self.source.headers, self.base.headers
         both = {name: held.dtype for name, held in own.items() if name in base and held.dtype in FLOATS}
         return {name: dtype for name, dtype in both.items() if base[name].dtype in FLOATS and base[name].dtype != dtype}
 
     def check(self) -> None:
-        """Raise ArtifactError or RecipeError if the two models are not of one architecture, or a policy cannot be kept.
+        """Check that the base fits the fine-tuned model, and that the policies can be followed.
 
-        Family, names and shapes must be the same; only embeddings and the head may have more rows.
+        Family, names and shapes must be the same; only embeddings and the head may have another number of rows. Raises
+        ArtifactError if the architectures differ, RecipeError for a policy that cannot be followed.
         """
         kinds = [str(model.config.get("model_type")) for model in (self.source, self.base)]
         if kinds[0] != kinds[1]:
@@ -113,7 +114,7 @@ class Against:
             self.check_grown(name, held.shape[0] - there.shape[0], policy)
 
     def check_grown(self, name: str, more: int, policy: str) -> None:
-        """Raise RecipeError if a vocabulary of another size than the base's is not to be kept, or cannot."""
+        """Raise RecipeError if the policy refuses, or cannot store, a vocabulary of another size than the base's."""
         if self.options.vocabulary == "refuse":
             raise RecipeError(f"delta.vocabulary: {name} has {more:+} rows beside the base's, and refuse was asked for")
         if policy == "base" or (policy == "int8" and more < 0):
@@ -121,7 +122,7 @@ class Against:
 
     @property
     def lossless(self) -> bool:
-        """Whether every tensor that no pass rewrites is kept as it is."""
+        """Whether every tensor that no pass rewrites is kept exactly."""
         return {self.options.embeddings, self.options.head, self.options.others} == {"own"}
 
     def own(self, names: Sequence[str]) -> list[str]:
@@ -141,7 +142,7 @@ class Against:
         return self.tabled[name]
 
     def record(self, name: str, weight: Weight) -> dict[str, Any]:
-        """What compress.json holds of such a table; its error is relative to the difference."""
+        """The ledger row of a table stored in eight bits; its error is relative to the difference from the base."""
         own = self.source.tensor(name).float()
         difference = own - padded(self.of_base(name), len(own)).float()
         error = (weight.dense().float() - own).norm() / difference.norm().clamp(min=1e-30)
@@ -151,7 +152,7 @@ class Against:
         }  # fmt: skip
 
     def read_back(self, name: str) -> Tensor:
-        """What `coded` denotes, in the tensor's dtype."""
+        """The dense value of `coded`, in the tensor's dtype."""
         return self.coded(name).dense().to(FLOATS[self.source.headers[name].dtype])
 
     def kept(self) -> Reshaped:
@@ -170,9 +171,10 @@ class Against:
 
 
 def against(delta: Delta, source: Checkpoint, walk: Walk) -> Against:
-    """The base that a recipe names, checked against the fine-tuned model `source`.
+    """Open the base that a recipe names and check it against the fine-tuned model `source`.
 
-    Raises ArtifactError if it cannot be read or is another architecture, RecipeError for a policy that cannot be kept.
+    Raises ArtifactError if it cannot be read or has another architecture, RecipeError if it is the model itself or is
+    not stored plainly, or for a policy that cannot be followed.
     """
     base = open_source(locate(delta.base))
     if base.path.resolve() == source.path.resolve():

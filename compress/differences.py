@@ -1,9 +1,9 @@
-"""What two model folders have different, tensor by tensor; one tensor of each is in memory at a time.
+"""The differences between two model folders, tensor by tensor; one tensor of each is in memory at a time.
 
-Either may be an artifact or any other model folder. What is stored alike is not decoded. config.json is compared by
-key, what goes with the weights beside it (tokenizer, generation, licence) by hash; README.md and ledgers are not: they
-say how a model was made. What a reader would question: errors are relative to the first folder, so they change if the
-two change places.
+Either may be an artifact or any other model folder. Tensors stored with the same bytes are not decoded. config.json is
+compared by key, companion files (tokenizer, generation, licence) by hash. README.md and ledgers are not compared,
+because they say how a model was made. What a reader would question: errors are relative to the first folder, so they
+change if the two are swapped.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from compress.sources import open_source
 from compress.weights import Masked, Sum, Weight
 from compress.writer import as_bytes, is_companion
 
-AT_ONCE = 1 << 22  # entries compared together
-UNSAID = ("transformers_version", "_name_or_path", "quantization_config")  # of a config: nothing of the model
+AT_ONCE = 1 << 22  # entries compared at once
+UNSAID = ("transformers_version", "_name_or_path", "quantization_config")  # config keys that do not define the model
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorDifference:
     """A tensor that differs. `error` is |a - b| / |a|, `mask` the share of entries that both keep or both cut.
 
-    `bits` are stored bits a weight, `forms` what each is stored as; None where a folder has no such tensor, or the two
-    cannot be compared.
+    `bits` are the stored bits a weight in each folder, `forms` what the tensor is stored as. A value is None where a
+    folder has no such tensor, or where the two cannot be compared.
     """
 
     name: str
@@ -49,10 +49,10 @@ class TensorDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What two folders have different; `same` counts the tensors that both store with the same bytes.
+    """The differences between two folders; `same` counts the tensors that both store with the same bytes.
 
-    `config` holds (a, b) by key where they differ, `files` the sha256 of the other files that go with the weights;
-    `recipe`, `versions` and `calibration` the same of two artifacts. None stands for what one lacks.
+    `config` holds (a, b) by key where the two differ, `files` the sha256 of companion files that differ. If both are
+    artifacts, `recipe`, `versions`, `calibration` and `errors` hold (a, b) by key too. None stands for what one lacks.
     """
 
     a: str
@@ -74,9 +74,9 @@ class Difference:
 
 
 def compare(a: str | Path, b: str | Path, base: str | Path | None = None) -> Difference:
-    """The difference of two folders; deltas among them need their `base`.
+    """Compare two folders; deltas among them need their `base`.
 
-    Raises ArtifactError for a folder that cannot be read.
+    Raises ArtifactError for a folder that cannot be read, or for a delta without its base.
     """
     one, other = opened(locate(a), base), opened(locate(b), base)
     names = sorted({*one.names(), *other.names()})
@@ -111,13 +111,13 @@ def opened(folder: Path, base: str | Path | None) -> Checkpoint:
 
 
 def provenance(source: Checkpoint) -> dict[str, Any] | None:
-    """compress.json of an artifact that a recipe made."""
+    """The content of compress.json, if the source is an artifact that a recipe made; else None."""
     told = source.provenance if isinstance(source, Artifact) else None
     return told if told and "recipe" in told else None
 
 
 def stored_bytes(source: Checkpoint) -> int:
-    """Bytes of all stored tensors."""
+    """The bytes of all stored tensors."""
     return sum(held.nbytes for held in source.stored_headers.values())
 
 
@@ -147,7 +147,7 @@ def difference(name: str, one: Checkpoint, other: Checkpoint) -> TensorDifferenc
 
 
 def stored_alike(name: str, one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether both store a tensor as the same bytes of the same form."""
+    """Whether both store a tensor in the same form and with the same bytes."""
     ours, theirs = sites_of(one, name), sites_of(other, name)
     if ours != theirs:
         return False
@@ -165,12 +165,12 @@ def stored_alike(name: str, one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are of one dtype and shape, and the same bit for bit."""
+    """Whether two tensors have the same dtype and shape and are equal bit for bit."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(as_bytes(one), as_bytes(other))
 
 
 def form_of(source: Checkpoint, name: str) -> str | None:
-    """What a tensor is stored as: the name of its expression, or its dtype."""
+    """The form a tensor is stored in: the name of its expression, or its dtype; None if there is no such tensor."""
     sites = sites_of(source, name)
     if isinstance(source, Artifact) and sites:
         return ", ".join(dict.fromkeys(str(source.specs[site].get("name", "")) for site in sites))
@@ -178,7 +178,7 @@ def form_of(source: Checkpoint, name: str) -> str | None:
 
 
 def bits_of(source: Checkpoint, name: str) -> float | None:
-    """Stored bits a weight; what several sites share counts for each."""
+    """Stored bits a weight; tensors that several sites share count for each of them."""
     if name not in source.headers:
         return None
     sites = sites_of(source, name)
@@ -190,7 +190,7 @@ def bits_of(source: Checkpoint, name: str) -> float | None:
 
 
 def relative_error(one: Tensor, other: Tensor) -> float:
-    """|a - b| / |a| in float64 over some entries at a time; infinite where a is 0 and b is not."""
+    """|a - b| / |a|, accumulated in float64 in chunks; infinite if a is 0 and b is not."""
     apart = whole = 0.0
     for a, b in zip(one.reshape(-1).split(AT_ONCE), other.reshape(-1).split(AT_ONCE), strict=True):
         apart += float((a.double() - b.double()).square().sum())
@@ -199,7 +199,7 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 
 
 def mask_agreement(name: str, one: Checkpoint, other: Checkpoint) -> float | None:
-    """The share of entries that both masks keep or both cut; None unless both have one over the same inputs."""
+    """The share of entries that both masks keep or both cut; None unless both have a mask of the same shape."""
     masks = []
     for source in (one, other):
         sites = sites_of(source, name)
@@ -212,7 +212,10 @@ def mask_agreement(name: str, one: Checkpoint, other: Checkpoint) -> float | Non
 
 
 def mask_of(weight: Weight) -> Tensor | None:
-    """The mask of an expression or of the first term of a sum that has one; none behind a permutation."""
+    """The mask of an expression, or of the first term of a sum that has one; None for any other form.
+
+    A mask behind a permutation does not count, because it is over reordered inputs.
+    """
     match weight:
         case Masked(_, mask_OI):
             return mask_OI
@@ -223,7 +226,10 @@ def mask_of(weight: Weight) -> Tensor | None:
 
 
 def settings(source: Checkpoint) -> dict[str, Any]:
-    """What config.json says of the model; of how it is stored, only the cache: the rest is compared by tensor."""
+    """The fields of config.json that define the model, and the cache option of an artifact.
+
+    How weights are stored is left out, because that is compared tensor by tensor.
+    """
     held = {key: value for key, value in source.config.items() if key not in UNSAID}
     told = source.config.get("quantization_config")
     ours = isinstance(told, dict) and told.get("quant_method") == METHOD
@@ -231,14 +237,17 @@ def settings(source: Checkpoint) -> dict[str, Any]:
 
 
 def companions(source: Checkpoint) -> dict[str, str]:
-    """The sha256 of each file that goes with the weights, with those that a delta leaves to its base."""
+    """The sha256 of each companion file, including those that a delta shares with its base."""
     names = sorted(file.name for file in source.path.iterdir() if is_companion(file.name) and file.is_file())
     left = source.provenance.get("base_files", {}) if isinstance(source, Artifact) and source.is_delta else {}
     return {**left, **{name: digest(source.path / name) for name in names}}
 
 
 def apart(one: Any, other: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
-    """(a, b) by dotted path where plain data differs, None for what one lacks; whole where the two share no key."""
+    """(a, b) by dotted path where plain data differs, None for what one lacks.
+
+    Two mappings or lists that share no key are given whole.
+    """
     if one == other:
         return {}
     parts = [dict(enumerate(value)) if isinstance(value, list) else value for value in (one, other)]
@@ -252,7 +261,7 @@ def apart(one: Any, other: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
 
 
 def by_key(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> dict[str, tuple[Any, Any]]:
-    """(a, b) of each key where two mappings differ, None where one lacks it; nothing if there are not two."""
+    """(a, b) by key where two mappings differ, None for what one lacks; empty if either mapping is None."""
     if one is None or other is None:
         return {}
     either = dict.fromkeys((*one, *other))

@@ -1,7 +1,7 @@
-"""What this machine and installation are, what is missing and what that would enable; and a bundle for a bug report.
+"""A description of this machine and installation, what is missing and would enable, and a bundle for a bug report.
 
-A bundle is a zip of text files that are named here, one by one: no weights, no tokenizer, no calibration tokens, and no
-environment variables. The home directory is written `~` everywhere, and names and text that are no Unicode escaped.
+A bundle is a zip of text files from a fixed list: no weights, no tokenizer, no calibration tokens, and no environment
+variables. The home directory is replaced by `~` everywhere; names and text that are not valid Unicode are escaped.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ OPTIONAL = {  # package -> (extra of ours, what it enables)
     "tokenizers": ("train", "training the built-in model anew"),
 }
 BUNDLED = ("compress.json", "config.json", "model.safetensors.index.json")  # of an artifact
-JOURNALS = ("identity.json", "records/*.json", "artifact/compress.json")  # of a run that is not done: hashes and errors
-LARGEST = 64 << 20  # bytes of a file in a bundle
+JOURNALS = ("identity.json", "records/*.json", "artifact/compress.json")  # of an unfinished run: hashes and errors
+LARGEST = 64 << 20  # most bytes of a file in a bundle
 CACHES = ("tuning", "machine")
 
 
 def examine() -> dict[str, Any]:
-    """Everything `compress doctor` says, as plain data; changes nothing."""
+    """Everything that `compress doctor` reports, as plain data; changes nothing."""
     return {
         "versions": {"compress": __version__, "python": platform.python_version(), **versions(NEEDED)},
         "system": {
@@ -72,12 +72,12 @@ def examine() -> dict[str, Any]:
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
-    """Package -> the version installed, or None."""
+    """The installed version of each package, or None."""
     return {package: installed(package) for package in packages}
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, or None; nothing is imported."""
+    """The installed version of a package, or None; the package is not imported."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -85,7 +85,7 @@ def installed(package: str) -> str | None:
 
 
 def optional() -> list[dict[str, Any]]:
-    """The packages that some commands need."""
+    """The optional packages, each with its version or None, its extra, and what it enables."""
     return [
         {"package": name, "version": installed(name), "extra": extra, "enables": enables}
         for name, (extra, enables) in OPTIONAL.items()
@@ -104,12 +104,12 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def cache() -> Path:
-    """Our folder among the user's caches."""
+    """The folder of Compress in the user's cache directory."""
     return tuning.place("cpu").parent.parent
 
 
 def profiles() -> list[dict[str, Any]]:
-    """Whether this machine was tuned and measured; a damaged profile is reported with its remedy."""
+    """The state of the tuning and machine profiles of this machine; a damaged one is reported with its remedy."""
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for kind in kinds:
@@ -124,12 +124,12 @@ def profiles() -> list[dict[str, Any]]:
 
 
 def machine_state(kind: str) -> str:
-    """That of the machine profile."""
+    """The state of the machine profile of a kind of device, as `state_of` gives it."""
     return state_of(machine.place(kind), machine.machine, kind)
 
 
 def state_of(path: Path, read: Any, kind: str) -> str:
-    """Where a profile lies, or that there is none, or what is wrong with it."""
+    """The path of a profile, `none` if there is none, or `damaged: ...` with the reason."""
     if not path.exists():
         return "none"
     try:
@@ -140,12 +140,12 @@ def state_of(path: Path, read: Any, kind: str) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder; 0 if there is none."""
+    """The bytes of all files in a folder; 0 if it does not exist."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
 
 
 def missing(found: dict[str, Any]) -> Iterator[str]:
-    """One sentence for each thing that is not there."""
+    """One sentence for each thing that is missing or damaged."""
     for row in found["optional"]:
         if row["version"] is None:
             yield f"{row['package']} is missing: {row['enables']}; pip install 'compress-llm[{row['extra']}]'"
@@ -163,10 +163,10 @@ def missing(found: dict[str, Any]) -> Iterator[str]:
 
 
 def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, Any] | None = None) -> list[str]:
-    """Pack what a bug report needs of an artifact, or of the partial folder of a run, into a zip; the names in it.
+    """Pack what a bug report needs from an artifact, or from the partial folder of a run, into a zip.
 
-    Raises RecipeError if the zip is there already, would lie in the folder or cannot be written, ArtifactError if the
-    folder holds nothing of a run, or something unreadable.
+    Returns the names of the files in it. Raises RecipeError if the zip already exists, would lie in the folder or
+    cannot be written, ArtifactError if the folder holds nothing of a run, or something unreadable.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; give an artifact, or the partial folder of a run")
@@ -199,7 +199,7 @@ def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, 
 
 
 def read_text(file: Path) -> str | None:
-    """The text of a plain file, None if there is none; raises ArtifactError for one that is too large or no text."""
+    """The text of a regular file, None if it is none; raises ArtifactError if it is too large or not text."""
     if not file.is_file() or file.is_symlink():
         return None
     if file.stat().st_size > LARGEST:
@@ -211,7 +211,7 @@ def read_text(file: Path) -> str | None:
 
 
 def without_home(text: str) -> str:
-    """The text with the home directory as `~`, also where JSON has escaped it."""
+    """The text with the home directory replaced by `~`, also where JSON has escaped it."""
     homes = {str(Path.home()), str(Path.home().resolve())} - {"/", "."}
     for home in sorted(homes | {json.dumps(home)[1:-1] for home in homes}, key=len, reverse=True):
         text = re.sub(rf"{re.escape(home)}(?=[^\w.-]|$)", "~", text)
@@ -219,14 +219,14 @@ def without_home(text: str) -> str:
 
 
 def write_zip(target: Path, texts: dict[str, str]) -> None:
-    """Write a zip, whole or not at all; the same texts give the same bytes."""
+    """Write a zip atomically; the same texts give the same bytes. Raises RecipeError if it exists or is unwritable."""
     if target.exists():
         raise RecipeError(f"--bundle: {target} exists; choose another name")
 
     def write(partial: Path) -> None:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
             for name, text in texts.items():
-                content = text.encode(errors="backslashreplace")  # JSON may escape half of a pair
+                content = text.encode(errors="backslashreplace")  # JSON escapes can yield a lone surrogate
                 packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
 
     try:

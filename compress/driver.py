@@ -1,4 +1,4 @@
-"""The compiler driver: a checkpoint and a recipe are looked at, planned, run, and put in place.
+"""The compiler driver: it opens a checkpoint, plans a recipe for it, runs it, and puts the artifact in place.
 
 Not here: the run itself (`job.py`).
 """
@@ -51,14 +51,14 @@ def compress(
     dequantize: bool = False,
     restart: bool = False,
 ) -> Report:
-    """Compress a model folder by a recipe into a new folder `out`, or go on with the same run that was stopped.
+    """Compress a model folder by a recipe into a new folder `out`, or resume the same run after an interruption.
 
-    Shards hold at most `shard_size` bytes. With `offload`, the hidden states of calibration windows lie beside `out`
-    on disk instead of in memory. With `dequantize`, a model that a known method has quantized is decoded first. What
-    a stopped run has left in `out`.partial is gone on with, and thrown away with `restart`. Of processes that torchrun
-    has started, each does its share; the first alone writes and emits events, and all return the same.
+    Shards hold at most `shard_size` bytes. With `offload`, the hidden states of calibration windows are kept on disk
+    beside `out` instead of in memory. With `dequantize`, a model that a known method has quantized is decoded first.
+    What an interrupted run has left in `out`.partial is resumed, or discarded with `restart`. Processes started by
+    torchrun share the work; only the first writes and emits events, and all return the same report.
 
-    Raises CompressError children for everything a user can cause; `out` is then as it was before.
+    Raises CompressError subclasses for everything a user can cause; `out` is then as it was before.
     """
     began = time.monotonic()
     with joined(device) as team:
@@ -66,15 +66,15 @@ def compress(
         emit = emit if team.chief else ignore
         source = open_source(locate(model), dequantize)
         target = Path(team.first(lambda: str(free_place(Path(out), source.path, force))))
-        # the journal first of all: a place that cannot be written costs no time
+        # the journal comes first, so that an unwritable place is refused before any work
         with Journal(target, emit, restart, team) as journal:
-            # once more: what was there before may have been put back
+            # check again: opening the journal may have restored the folder that was there before
             team.first(lambda: str(free_place(target, source.path, force)))
             walk = Walk(source.config, source, dtype_of(source.config), usable(team.placed(device)))
             walk.fit.tell = lambda windows: emit(BatchHalved(windows=windows))
             job = planned(source, walk, recipe, target, offload, emit, journal)
             journal.follow(lambda: journal.match(job.identity(shard_size=shard_size, dequantize=dequantize)))
-            if not journal.done:  # else an earlier run has looked at the very same bytes
+            if not journal.done:  # otherwise an earlier run has already checked the very same bytes
                 team.first(job.check)
             if offload:
                 walk.store = journal.scratch()
@@ -99,7 +99,7 @@ def compress(
 
 
 def divisible(recipe: Recipe, team: Team) -> None:
-    """Raise RecipeError for what several processes cannot do together."""
+    """Raise RecipeError if several processes cannot share a pass of the recipe (a BlockPass needs all windows)."""
     for i, step in enumerate(recipe.passes):
         if team.size > 1 and isinstance(step, BlockPass):
             raise RecipeError(
@@ -112,12 +112,12 @@ def planned(
     source: Checkpoint, walk: Walk, recipe: Recipe, target: Path, offload: bool, emit: Callable[[Event], None],
     journal: Journal,
 ) -> Job:  # fmt: skip
-    """The run of a recipe, after everything was refused that can be from headers, a disk that is too small among it."""
+    """The job of a recipe, once everything has been refused that headers can show, including too small a disk."""
     check_tensors(walk, source)
     beside = against(recipe.delta, source, walk) if recipe.delta else None
     if beside:
         base = beside.base
-        journal.team.first(lambda: str(free_place(target, base.path, True)))  # whether it is free was asked already
+        journal.team.first(lambda: str(free_place(target, base.path, True)))  # against the base; force: checked before
         walk.base = base
     outlined, shaped = outline(walk, source, recipe)
     covered = plan(outlined, recipe)
@@ -135,6 +135,6 @@ def planned(
 
 
 def to_factor(walk: Walk, recipe: Recipe) -> set[str]:
-    """The modules whose weights some pass means to factor."""
+    """The modules whose weights some pass of the recipe will factor."""
     globs = [step.sites for step in recipe.weight_passes if step.gives == "factored"]
     return {p.module for p in walk.anatomy.places.values() if any(fnmatchcase(p.site, glob) for glob in globs)}

@@ -1,4 +1,4 @@
-"""`extract`: what fine-tuning changed, by a method and a size; of what a method leaves open, the better."""
+"""`extract`: stores what fine-tuning changed, by a method and at a size; if several recipes qualify, the best one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compress.sources import open_source
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
-    """What is in `out`, and the KL on the probe, in nats, of each recipe that was tried, by its passes."""
+    """The report of what is in `out`, and the KL on the probe, in nats, of each recipe tried, by its passes."""
 
     report: Report
     tried: dict[str, float]
@@ -41,11 +41,12 @@ def extract(
     device: str = "cpu",
     **policies: Any,
 ) -> Extracted:
-    """Store the difference of a fine-tuned model from its base in the folder `out`, in so many bits a weight.
+    """Store the difference between a fine-tuned model and its base in the folder `out`, in `bits` bits per weight.
 
-    `method` is one of `compress.codecs.METHODS`; `policies` are the options of `Delta` but its base. `auto` tries the
-    nearest matrices and unbiased ones, and keeps what diverges less on tokens that no statistic saw. Raises
-    CompressError children; `out` is then as it was before.
+    `method` is one of `compress.codecs.METHODS`. `auto` tries both the nearest matrices and unbiased ones, and keeps
+    the result with the smaller divergence on tokens that no statistic saw. `policies` are the options of `Delta` other
+    than `base`: what is stored of embeddings, head, other tensors and vocabulary. Raises CompressError subclasses;
+    `out` is then as it was before.
     """
     delta = Delta(base=str(base), **policies)
     recipes = [
@@ -56,21 +57,21 @@ def extract(
 
 
 def number_bits(model: str | Path) -> int:
-    """Bits of a number of a model, in which a delta of it keeps its factors."""
+    """The bits of the model's dtype, which is the dtype of a delta's factors."""
     return 8 * dtype_of(open_source(locate(model)).config).itemsize
 
 
 def best_of(
     finetuned: str | Path, recipes: Sequence[Recipe], out: Path, *, force: bool = False, **options: Any
 ) -> Extracted:
-    """Run each recipe beside `out`, and put the folder of the least KL on the probe in its place."""
+    """Run each recipe in a folder beside `out`, and put the result with the least KL on the probe in place."""
     target = free_place(out, locate(finetuned).resolve(), force)
     if len(recipes) == 1:
         report = compress(finetuned, recipes[0], target, force=force, **options)
         return Extracted(report=report, tried={named(recipes[0]): report.kl})
     emit = options.pop("emit", ignore)
 
-    def told(event: Event) -> None:  # nobody is to look for what is about to be moved, or will be gone
+    def told(event: Event) -> None:  # hides the temporary folders, which will be moved or removed
         if not isinstance(event, RunInterrupted):
             emit(replace(event, out=str(target)) if isinstance(event, RunFinished) else event)
 
@@ -83,5 +84,5 @@ def best_of(
 
 
 def named(recipe: Recipe) -> str:
-    """What a recipe does, in one line."""
+    """The passes of a recipe, in one line."""
     return ", ".join(str(step) for step in recipe.passes)

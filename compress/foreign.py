@@ -1,6 +1,7 @@
-"""Checkpoints that other methods have quantized, read as the plain weights they decode to.
+"""Checkpoints that other tools have quantized, read as the plain weights they decode to.
 
-The formats belong to their libraries, which decode them; here they only become a `Checkpoint`, a tensor at a time.
+Decoding is done by the libraries that define the formats; this module only presents the result as a `Checkpoint`, one
+tensor at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class CompressedTensors(Checkpoint):
 
     @cached_property
     def parts(self) -> dict[str, list[str]]:
-        """Decoded tensor -> the stored tensors it is made of."""
+        """The stored tensors that each decoded tensor is made of, by its name."""
         found: dict[str, list[str]] = {}
         for name in self.stored_headers:
             others = sorted(self.decoder.get_dependencies(name))
@@ -48,14 +49,14 @@ class CompressedTensors(Checkpoint):
 
     @cached_property
     def headers(self) -> dict[str, Held]:
-        """What the decoded tensors are."""
+        """The dtype and shape of each tensor after decoding."""
         stored = self.stored_headers
         used = {part for parts in self.parts.values() for part in parts}
         plain = {name: held for name, held in stored.items() if name not in used}
         return plain | {name: Held(NAMES[self.dtype], self._shape(name, parts)) for name, parts in self.parts.items()}
 
     def _shape(self, name: str, parts: list[str]) -> tuple[int, ...]:
-        """The shape of a decoded tensor: stored beside it, or its own."""
+        """The shape of a decoded tensor: stored beside it, or that of its stored tensor, or found by decoding it."""
         told = next((part for part in parts if part.endswith("weight_shape")), None)
         if told:
             return tuple(int(n) for n in self.stored_tensor(told))
@@ -71,6 +72,6 @@ class CompressedTensors(Checkpoint):
             return self.stored_tensor(name)
         try:
             made: Tensor = self.decoder.process({part: self.stored_tensor(part) for part in self.parts[name]})[name]
-        except Exception as error:  # of the library, for tensors that do not fit its configuration
+        except Exception as error:  # the library raises many types for tensors that do not fit its configuration
             raise ArtifactError(f"{name}: compressed-tensors cannot decode it: {first_line(error)[:200]}") from error
         return made

@@ -1,6 +1,7 @@
-"""What makes two runs the same: they then write the same bytes, and one may go on where the other was stopped.
+"""The identity of a run: two runs with the same identity write the same bytes, so one may resume the other.
 
-Contents, never places or times: hashes of model, tokens and code, every option, and what numbers depend on.
+It is made of contents, never of paths or times: hashes of model, tokens and code, every option, and the parts of the
+machine and its software that results depend on.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ PACKAGES = ("compress", "compress_kernels")
 
 
 def identity(source: Checkpoint, recipe: Recipe, tokens: Tokens, device: torch.device, **options: Any) -> Identity:
-    """The identity of a run, in the order in which differences are told; `recipe` names no places.
+    """The identity of a run, in the order in which differences are reported; `recipe` must not contain paths.
 
-    Costs a reading of the model, whose hashes are needed in the end anyway.
+    Costs one read of the model for its hashes, which the artifact needs anyway.
     """
     return {
         **flat("recipe", json.loads(json.dumps(recipe.to_dict(), default=str))),
@@ -51,19 +52,19 @@ def identity(source: Checkpoint, recipe: Recipe, tokens: Tokens, device: torch.d
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a sum depend on."""
+    """The facts about the machine on which the last bits of a sum depend."""
     found = {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "device": device.type}
     return found | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
 
 
 def versions() -> dict[str, str]:
-    """Of this program, Python, and the packages that compute."""
+    """The versions of this program, of Python, and of the packages that compute."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {"compress": __version__, "python": platform.python_version(), **packages}
 
 
 def model_files(source: Checkpoint) -> dict[str, str]:
-    """sha256 of every file of a model that its artifact is made of: weights, configuration, tokenizer."""
+    """The sha256 of every file of a model that its artifact depends on: weights, configuration, companion files."""
     others = [f for f in source.path.iterdir() if f.is_file() and (is_companion(f.name) or f.name == "config.json")]
     return {**source.digests(), **{f.name: digest(f) for f in sorted(others) if f.name != INDEX}}
 
@@ -78,7 +79,7 @@ def token_hash(tokens: Tokens) -> str:
 
 
 def code_hash() -> str:
-    """One sha256 of the sources of this program."""
+    """One sha256 of this program's own Python sources."""
     sha = sha256()
     for package in PACKAGES:
         spec = find_spec(package)
@@ -96,13 +97,13 @@ def foreign_code(passes: Iterable[Pass]) -> Iterable[tuple[str, str]]:
             continue
         try:
             told = digest(Path(inspect.getfile(kind)))
-        except (OSError, TypeError):  # made at a prompt: it has no file
+        except (OSError, TypeError):  # a class defined at an interactive prompt has no file
             told = "of no file"
         yield f"{kind.__module__}.{kind.__qualname__}", told
 
 
 def flat(name: str, value: Any) -> Identity:
-    """The leaves of plain data by their dotted paths; what is empty is one."""
+    """The leaves of plain data by their dotted paths; an empty mapping or list counts as a leaf."""
     if isinstance(value, Mapping) and value:
         return {k: v for key, part in value.items() for k, v in flat(f"{name}.{key}", part).items()}
     if isinstance(value, list) and value:
@@ -111,9 +112,9 @@ def flat(name: str, value: Any) -> Identity:
 
 
 def recipe_in(known: Identity) -> Any:
-    """The recipe of a run as plain data, the inverse of `flat`; what names places has only their names.
+    """The recipe of a run as plain data, recovered from its identity (the inverse of `flat`).
 
-    Raises ValueError for what `identity` does not write.
+    Paths of models and files are reduced to names. Raises ValueError for an identity that `identity` cannot have made.
     """
     whole: dict[str | int, Any] = {}
     for name, value in known.items():
@@ -129,7 +130,7 @@ def recipe_in(known: Identity) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """Plain data in which mappings of 0, 1, ... are the lists that they stand for."""
+    """Plain data in which mappings with the keys 0, 1, ... are turned back into lists."""
     if not isinstance(value, dict):
         return value
     parts = {key: listed(part) for key, part in value.items()}
@@ -137,7 +138,7 @@ def listed(value: Any) -> Any:
 
 
 def difference(known: Identity, wanted: Identity) -> str:
-    """The first thing in which two runs differ, `known` first, and how many more there are; empty if they do not."""
+    """A sentence on the first difference of two runs, `known` first, and how many more there are; empty if equal."""
     keys = [key for key in {**wanted, **known} if key not in wanted or key not in known or known[key] != wanted[key]]
     if not keys:
         return ""
@@ -146,7 +147,7 @@ def difference(known: Identity, wanted: Identity) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message; hashes are cut."""
+    """A value as it appears in a message, shortened."""
     text = "absent" if value is None else str(value)
     hashed = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
     return text[:12] if hashed else text[:SHOWN]

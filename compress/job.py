@@ -1,4 +1,4 @@
-"""One run, after planning: reshape, walk, rewrite, write and verify.
+"""The job of one run, after planning: reshape the model, walk it, rewrite its weights, write and verify the artifact.
 
 Not here: what can be refused from headers, and where the artifact is put (`driver.py`).
 """
@@ -58,14 +58,18 @@ from compress.texts import HUB
 from compress.verification import check_whole
 from compress.writer import PICTURE, ArtifactWriter, Packed, Part, Stored
 
-BATCH, TWIN, PROBE, DENSE = "batch.", "twin.", "probe", "dense"  # what walks through the model
+BATCH, TWIN, PROBE, DENSE = "batch.", "twin.", "probe", "dense"  # names of the streams that pass through the model
 LOGITS = "dense_logits"
-PROVED = 16  # tokens on which the replay of a family no test covers is compared with the model itself
+PROVED = 16  # tokens on which the replay of an untested family is compared with the model itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a run did; sizes in bytes, `kl` in nats on the probe, `starved` experts' matrices."""
+    """The result of a run: sizes in bytes, `kl` in nats on the probe, counts of `fallbacks` and `starved` matrices.
+
+    `kl` is the mean token KL(dense || compressed). `starved` counts matrices of experts that too few calibration tokens
+    reached; `coverage` says which tensors the passes touched.
+    """
 
     out: Path
     source_bytes: int
@@ -78,9 +82,10 @@ class Report:
 
 
 def prove(walk: Walk, tokens: Tokens) -> None:
-    """Compare the replay of a family that no test covers with the model itself, on a few tokens.
+    """Check, for a family that no test covers, that running it block by block gives the model's own logits.
 
-    Raises UnsupportedWeight if they differ, or if the family's code fails when it is called block by block.
+    Uses a few tokens of the probe. Raises UnsupportedWeight if the results differ, or if the family's code fails when
+    it is called block by block.
     """
     try:
         walk.prove(tokens.probe_NT[:1, :PROVED])
@@ -96,7 +101,7 @@ def prove(walk: Walk, tokens: Tokens) -> None:
 
 @dataclass
 class Job:
-    """One run, after planning; `source` and `walk` are the dense model until `reshape` has made another of it."""
+    """One run, after planning; `source` and `walk` are those of the dense model until `reshape` replaces them."""
 
     source: Checkpoint
     walk: Walk
@@ -109,23 +114,23 @@ class Job:
 
     def __post_init__(self) -> None:
         self.dense_bytes = self.source.nbytes()
-        self.dense_logits: Tensor | None = None  # of the probe, where the walk's are those of another shape
+        self.dense_logits: Tensor | None = None  # the dense model's on the probe, if the walk is over another model
         self.reshaped: list[dict[str, Any]] = []
         self.ledger: dict[str, Any] = {}
         self.stored = self.weights = 0  # bytes and parameters of all sites so far
-        self.nbytes = 0  # of what was packed last
+        self.nbytes = 0  # bytes of what was packed last
         self.budgets: dict[Any, Any] = {}
         self.team = self.journal.team
 
     def identity(self, **options: Any) -> Identity:
-        """What another run must be to go on with this one."""
+        """Everything in which another run must be equal to this one in order to resume it."""
         if type(self.source) is Checkpoint:
-            self.source.unsound()  # hashes in the same reading
+            self.source.unsound()  # checks the values and computes the hashes in a single read
         base = {f"base.{key}": value for key, value in (self.beside.pin if self.beside else {}).items()}
         return identity(self.source, self.named_recipe(), self.tokens, self.walk.device, **options, **base)
 
     def check(self) -> None:
-        """Look at every value of the model, and at whether its family can be replayed."""
+        """Check every value of the model, and, for an untested family, that it can be run block by block."""
         check_values(self.walk, self.source)
         if self.beside:
             check_values(self.walk, self.beside.base)
@@ -160,20 +165,21 @@ class Job:
         journal.settle()
         probe = streams[PROBE]
         streams.clear()
-        give_back()  # the windows' hidden states are not needed where the artifact is read back
+        give_back()  # reading the artifact back does not need the windows' hidden states
         told = self.team.first(lambda: self.conclude(writer, probe))
         return Report(out=writer.out, coverage=self.covered, **told)
 
     def beside_what(self) -> torch.device | None:
-        """The GPU that may go on computing while a block is recorded; not where tensors of the source are computed.
+        """The GPU that may continue computing while a block is recorded; None if recording must be waited for.
 
-        Nor for a delta, which would hold matrices of the base of one more block.
+        None on a CPU, with several processes, for a source whose tensors are computed rather than read, and for a
+        delta, which would have to hold the base's matrices of one more block.
         """
         device, plain = self.walk.device, type(self.source) is Checkpoint and self.beside is None
         return device if device.type == "cuda" and self.team.size == 1 and plain else None
 
     def begin(self, writer: ArtifactWriter) -> Budgets:
-        """Write what lies in no block and find the budgets, or take both from an earlier run."""
+        """Write the tensors outside all blocks and find the budgets, or take both from an earlier run."""
         journal, team = self.journal, self.team
         made = content_hash(self.source) if self.recipe.reshapes else ""
         team.agree(lambda: {"hash of the reshaped model": made})
@@ -186,7 +192,7 @@ class Job:
         return {int(index): told for index, told in team.first(lambda: self.budgets).items()}
 
     def take_up(self, writer: ArtifactWriter, made: str) -> None:
-        """What an earlier run has written is taken, unless its model was reshaped to another."""
+        """Take over what an earlier run has written, unless its reshaped model was another one."""
         if self.journal.records and self.journal.records[0]["reshaped"] != made:
             self.journal.discard("the passes that change the model's shape gave another model than before")
         for done in self.journal.records:
@@ -194,15 +200,16 @@ class Job:
             self.remember(done)
 
     def remember(self, facts: dict[str, Any]) -> None:
-        """Add what is known of one block, or of what lies in none, to what is known of all."""
+        """Add the facts about one block, or about the tensors outside all blocks, to those of the run."""
         self.ledger |= facts["rows"]
         self.stored += facts["stored"]
         self.weights += facts["weights"]
 
     def enter(self) -> dict[str, Travellers]:
-        """The tokens before the first block, by name: batches, each once more as a twin, the probe, and it once more.
+        """The streams of tokens before the first block, by name: the batches, their twins, the probe, and its twin.
 
-        Twins are needed by passes that compare with the dense model. Of several processes each has some of the batches.
+        Twins stay in the dense model; those of batches exist only if a pass compares with it. Of several processes,
+        each has some of the batches.
         """
         walk, passes = self.walk, self.recipe.passes
         measured = any(step.requires for step in self.recipe.weight_passes)
@@ -214,13 +221,16 @@ class Job:
         return streams | {name: walk.enter(self.tokens.probe_NT) for name in (PROBE, DENSE)}
 
     def going(self, streams: Mapping[str, Travellers], last: bool) -> dict[str, Travellers]:
-        """What this process records behind a block: its batches unless it was the last, the first also the probe."""
+        """The streams that this process records after a block: its batches, except after the last block.
+
+        The first process also records the two of the probe.
+        """
         everywhere = (PROBE, DENSE)
         names = [name for name in streams if (self.team.chief if name in everywhere else not last)]
         return {name: streams[name] for name in names}
 
     def pack_block(self, writer: ArtifactWriter, block: Block) -> Write:
-        """Pack a block; what is left to do is to write it."""
+        """Pack a block, check the limits, and return the function that writes it."""
         expressed, plain = self.divide(block)
         packed = writer.pack(expressed, plain)
         sizes = {s.name: 0 if s.idle else packed.nbytes(s.name, s.weight) for s in block.sites.values()}
@@ -235,12 +245,12 @@ class Job:
         return self.ready(writer, packed, facts)
 
     def ready(self, writer: ArtifactWriter, packed: Packed, facts: dict[str, Any]) -> Write:
-        """What writes the packed, and gives the facts with what was written."""
+        """A function that writes what was packed and returns `facts` together with what was written."""
         self.nbytes = packed.size
         return lambda: {**facts, "part": asdict(writer.write(packed))}
 
     def replayed(self) -> Tensor:
-        """The probe's logits by the model as the walk's source holds it, or as an earlier run has kept them."""
+        """The logits of the walk's model on the probe, computed, or read from the record of an earlier run."""
         if self.journal.records:
             return self.journal.tensors(self.journal.records[0]["state"][0]["file"], (LOGITS,))[LOGITS].to(
                 self.walk.device
@@ -248,7 +258,7 @@ class Job:
         return self.walk.replay(self.walk.enter(self.tokens.probe_NT))
 
     def reshape(self) -> None:
-        """Put the model that the recipe's first passes make in the place of the dense one, whose logits are kept."""
+        """Run the recipe's reshaping passes; their model replaces the dense one, whose logits on the probe are kept."""
         if self.recipe.reshapes:
             self.dense_logits = self.replayed()
         for step in self.recipe.reshapes:
@@ -260,12 +270,15 @@ class Job:
             blocks = (len(self.walk.blocks), len(walk.blocks))
             self.emit(ModelReshaped(step=step.name, change=made.change, parameters=(sizes[0], sizes[1]), blocks=blocks))
             self.reshaped.append({"step": step.name, "change": made.change, **made.facts})
-            self.walk.drop_frame()  # tensors of the new model are made by what may hold on to this walk
+            self.walk.drop_frame()  # free it here: the new model's tensors may keep a reference to this walk
             self.source, self.walk = made, walk
         self.covered = plan(self.walk, self.recipe)
 
     def settle(self) -> None:
-        """Put the model of what a delta keeps in the place of the fine-tuned one, whose logits are kept."""
+        """For a delta that drops or rounds tensors, replace the fine-tuned model by the one that the delta keeps.
+
+        The logits of the fine-tuned model on the probe are kept.
+        """
         if self.beside is None or self.beside.lossless:
             return
         self.dense_logits = self.replayed()
@@ -276,9 +289,9 @@ class Job:
         self.source, self.walk = kept, walk
 
     def pack_frame(self, writer: ArtifactWriter, made: str) -> Write:
-        """Find the budgets and pack what lies in no block; what is left to do is to write it.
+        """Find the budgets, pack the tensors outside all blocks, and return the function that writes them.
 
-        With the ledger of the tables that are rewritten, as a delta may have it.
+        For a delta, the facts include ledger rows of the tables (embeddings, output head) that it rewrites.
         """
         self.budgets = allocations(self.recipe.passes, Whole(self.walk, self.tokens.windows, self.tokens.probe_NT))
         frame = self.walk.anatomy.frame()
@@ -326,7 +339,7 @@ class Job:
         )
 
     def opened(self, streams: dict[str, Travellers]) -> Iterator[Block]:
-        """The blocks of the walk that are not done yet, announced one by one."""
+        """The unfinished blocks of the walk; BlockStarted is emitted for each."""
         batches, twins = ([s for name, s in streams.items() if name.startswith(kind)] for kind in (BATCH, TWIN))
         for block in self.walk.visit(batches, streams[PROBE], streams[DENSE], twins, self.journal.done, self.team):
             self.emit(BlockStarted(block=block.name, index=block.index, count=len(self.walk.blocks)))
@@ -335,8 +348,8 @@ class Job:
     def divide(self, block: Block) -> tuple[dict[str, Stored], list[Entry]]:
         """What a block stores: its rewritten sites, and every other tensor as the source has it.
 
-        Experts whose stack was touched anywhere are stored one by one, also those that were left as they were: of a
-        delta, whose modules nothing runs, only where they are one tensor of the file.
+        If any expert of a module was rewritten, all its experts are stored one by one, including those left as they
+        were. For a delta, whose modules are never run, this holds only for experts stacked in one tensor of the file.
         """
         places = {site.name: site.place for site in block.sites.values()}
         rewritten = {s.name for s in block.sites.values() if s.weight is not s.original}
@@ -359,7 +372,7 @@ class Job:
         return sites, self.entries([n for n in self.walk.anatomy.tensors_of(block.index) if n not in taken])
 
     def entries(self, names: list[str]) -> list[Entry]:
-        """The source's own tensors, to be copied as they are; of a delta, those that its base does not give."""
+        """Entries that copy the source's own tensors unchanged; for a delta, only those that its base does not give."""
         headers = self.source.headers
         if self.beside:
             names = self.beside.own(names)
@@ -389,7 +402,10 @@ class Job:
         )
 
     def conclude(self, writer: ArtifactWriter, probe: Travellers) -> dict[str, Any]:
-        """Write the descriptions, verify the whole folder, and give the numbers of the report."""
+        """Write config, card and provenance, verify the whole folder, and return the numbers of the report.
+
+        Raises RecipeError if the result does not differ from the model, or a delta not from its base.
+        """
         ledger, bits = self.ledger, 8 * self.stored / self.weights
         if self.beside and not writer.weight_map:
             raise RecipeError(f"{self.source.path} does not differ from {self.beside.base.path}; nothing to write")
@@ -406,12 +422,12 @@ class Job:
         provenance = self.provenance(ledger, sizes, kl)
         config = {k: v for k, v in without_code(self.source.config).items() if k != "quantization_config"}
         kv = written(self.recipe.kv) if self.recipe.kv else None
-        if kv == "latent":  # a budget, or a rank that saves nothing, may have left all of them whole
+        if kv == "latent":  # a budget, or a rank that saves nothing, may have left every site unfactored
             places = self.walk.anatomy.places
             done = {places[site].module for site, spec in writer.specs.items() if is_factored(spec)}
             check_cache(self.walk.model, "latent", done)
         pin, base = (self.beside.pin, self.beside.base.path) if self.beside else (None, None)
-        drawn = "" if self.beside else picture(provenance)  # a delta is to be small
+        drawn = "" if self.beside else picture(provenance)  # no picture for a delta, which should be small
         told = card(provenance, PICTURE if drawn else "", carried(self.source.path))
         writer.describe(self.source.path, config, provenance, told, kv, pin, base, drawn)
         check_whole(writer.partial, self.source, self.walk, probe.ids_BT, logits, base)
@@ -425,18 +441,18 @@ class Job:
         }
 
     def named_recipe(self) -> Recipe:
-        """The recipe without the places where models and files lie."""
+        """The recipe with names in place of the paths of models and files."""
         delta = self.recipe.delta
         named = replace(delta, base=display_name(locate(delta.base))) if delta else None
         return replace(self.recipe, model=display_name(self.source.path), calibration=self.named(), delta=named)
 
     def named(self) -> Calibration:
-        """The calibration without the place where a file of the user's lies."""
+        """The calibration with a file's name in place of its path."""
         data = self.recipe.calibration.data
         return replace(self.recipe.calibration, data=data if data.startswith(HUB) else Path(data).name)
 
     def provenance(self, ledger: dict[str, Any], sizes: dict[str, Any], kl: float) -> dict[str, Any]:
-        """compress.json without the shard hashes."""
+        """The content of compress.json without the file hashes, which the writer adds."""
         family = str(self.source.config.get("model_type"))
         told = machine(self.walk.device)
         return {
@@ -465,7 +481,7 @@ class Job:
 
 
 def record(site: Any, nbytes: int) -> dict[str, Any]:
-    """What is kept about a site in compress.json; it takes `nbytes` of the file."""
+    """The ledger row of a site in compress.json; `nbytes` is what the site takes in the files."""
     return {
         "weight": site.weight.describe(),
         "bytes": nbytes,

@@ -1,12 +1,13 @@
-"""What a run has finished, on disk, so that the same run goes on after it was killed at any moment.
+"""The journal of a run: its finished blocks on disk, so that the run can be killed at any moment and resumed.
 
-`OUT.partial` lies beside the target and is found again by its name. In it: `artifact`, the shards so far; `records`,
-one JSON file for each finished block with the hidden states behind it; `scratch-N`, offloaded states; and `lock`, held
-by the process that writes here and let go by the kernel when that dies. A record is renamed into place once everything
-it names is on the disk, and only then is what the record before it needed removed: whatever the moment, one whole
-record is there. Where a GPU computes, a block is recorded while the next is computed, never two at once. Hidden states
-are stored as they are, because states computed again would not have the same bits.
-Of several processes the first writes here; the others add files with the states that they hold, and read.
+The folder is `OUT.partial` beside the target, so it is found again by name. It holds `artifact` (the shards so far),
+`records` (one JSON file for each finished block, with the hidden states after that block), `scratch-N` (offloaded
+states) and `lock`, which the writing process keeps locked and the kernel releases when that process dies. A record is
+renamed into place once everything it names is on disk, and only then are the files that only the previous record
+needed removed: at every moment one complete record exists. On a GPU, a block is recorded while the next one is
+computed, but never two at once. Hidden states are stored rather than recomputed, because recomputed states would not
+be bit-identical.
+Of several processes, the first writes the journal; the others add files with the states they hold, and read it.
 Not here: what makes two runs the same (`identity.py`).
 """
 
@@ -42,53 +43,56 @@ from compress.team import ALONE, Team
 from compress.writer import refusal
 
 IDENTITY = "identity.json"
-PART = 1 << 28  # bytes of hidden states in a file; more are hashed and written by several threads
+PART = 1 << 28  # bytes of hidden states per file; larger states are split, then hashed and written by several threads
 Record = dict[str, Any]
-Write = Callable[[], Record]  # writes what is ready to be, and says what a record needs of it
-Writing = tuple[Path, Callable[[], str]]  # a file and what waits until it is on the disk, for its sha256
+Write = Callable[[], Record]  # writes what is packed and returns the facts that the record needs
+Writing = tuple[Path, Callable[[], str]]  # a file, and a function that waits until it is on disk and returns its sha256
 
 
 class Journal:
-    """The folder of a run, locked; as a context it is removed in the end, unless what is done can be gone on with.
+    """The locked folder of a run; when its `with` block ends, it is removed unless the run can be resumed from it.
 
-    It stays after whatever is no fault of the user's or can be mended: an interrupt, missing memory, a full disk, a
-    file that cannot be read. It goes after a success, after what would fail again (a limit exceeded, an option that
-    does not fit), and if no block was finished.
+    It is kept after a failure that is not the user's fault or that can be remedied: an interrupt, too little memory, a
+    full disk, an unreadable file. It is removed after success, after a failure that would recur (an exceeded limit, an
+    option that does not fit), and if no block was finished.
     """
 
     def __init__(self, target: Path, emit: Sink, restart: bool = False, team: Team = ALONE) -> None:
-        """With `restart`, what an earlier run has left is thrown away. All of a `team` see the same folder."""
+        """With `restart`, the work of an earlier run is discarded. All processes of a `team` must see this folder."""
         self.target, self.emit, self.restart, self.team = target, emit, restart, team
         self.folder = target.with_name(f"{target.name}.partial")
         self.artifact, self.place = self.folder / "artifact", self.folder / "records"
-        self.records: list[Record] = []  # the first is of what lies in no block
+        self.records: list[Record] = []  # the first record is that of the tensors outside all blocks
         self.count = 0
         self.matched = self.unavailable = False
-        self.beside: torch.device | None = None  # the GPU that goes on computing while a block is recorded
+        self.beside: torch.device | None = None  # the GPU that continues computing while a block is recorded
         self.pending: Future[None] | None = None
-        self.spare: list[Path] = []  # files of states that no record needs any more
-        # one records beside, several write large states, and one gives back the pages of those before
+        self.spare: list[Path] = []  # files of states that no record needs any more, to be reused or removed
+        # one thread records beside the GPU, several write large states, and one removes files no longer needed
         self.aside, self.writers, self.remover = (ThreadPoolExecutor(threads) for threads in (1, READERS, 1))
 
     @property
     def done(self) -> int:
-        """The blocks that are finished."""
+        """The number of finished blocks."""
         return max(0, len(self.records) - 1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything in the folder."""
+        """The size of all files in the folder, in bytes."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     # -- the folder --------------------------------------------------------------------------------
 
     def __enter__(self) -> Journal:
-        """Raises ArtifactError for a place that cannot be written, RecipeError if it is taken or another's."""
+        """Create and lock the folder.
+
+        Raises ArtifactError if it cannot be written, RecipeError if another process has it or it is not ours.
+        """
         self.team.first(self._take)
         return self
 
     def _take(self) -> None:
-        """Make the folder and lock it."""
+        """Create the folder and lock it; undo a replacement of the target that an earlier run left half-done."""
         self.made = missing_parents(self.target)
         try:
             self.handle = locked(self.folder, self.target)
@@ -98,7 +102,7 @@ class Journal:
         self.fresh = not (self.folder / IDENTITY).exists()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """A failure to write becomes an ArtifactError."""
+        """Release the folder, and remove it unless the run can be resumed; a failed write becomes an ArtifactError."""
         self._end_threads()
         refused = refusal(self.target, error) if error is not None else None
         if self.team.chief:
@@ -109,9 +113,9 @@ class Journal:
             raise refused from error
 
     def _end_threads(self) -> None:
-        """Nothing is written any more once the folder is let go, however often the user presses Ctrl-C meanwhile.
+        """Wait for all writing threads, however often the user presses Ctrl-C, before the folder is released.
 
-        A block that is computed and under way to the disk arrives there.
+        A block that is being recorded beside a GPU still reaches the disk.
         """
         if self.beside is None:
             self.writers.shutdown(wait=False, cancel_futures=True)
@@ -125,10 +129,10 @@ class Journal:
                     ended = True
 
     def _leave(self, complete: bool, mended: bool) -> None:
-        """Let go of the folder, and remove it unless the run can be gone on with once its failure is `mended`."""
+        """Release the folder, and remove it unless blocks are finished and the failure can be remedied (`mended`)."""
         done = max(
             self.done, sum(1 for _ in self.place.glob("*.json")) - 1
-        )  # one may lie there that is not counted yet
+        )  # a record may have been written that is not counted yet
         useful = mended and done and self.artifact.is_dir() if self.matched else not self.fresh
         try:
             if complete or not useful:
@@ -139,13 +143,13 @@ class Journal:
             os.close(self.handle)
 
     def _remove(self) -> None:
-        """Remove the folder: first what makes it a run to go on with, last the lock."""
+        """Remove the folder: first the file that makes it resumable, last the lock."""
         self._clear()
         (self.folder / LOCK).unlink(missing_ok=True)
         remove_empty([self.folder, *self.made])
 
     def _clear(self) -> None:
-        """Leave only the lock."""
+        """Remove everything but the lock."""
         (self.folder / IDENTITY).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.is_dir():
@@ -155,7 +159,7 @@ class Journal:
         self.records = []
 
     def scratch(self) -> Path:
-        """A new folder for hidden states, which records may name: it is of this process alone."""
+        """A new folder for the hidden states of this process alone; records may refer to its files."""
         for number in count(1 + sum(1 for _ in self.folder.glob("scratch-*"))):
             folder = self.folder / f"scratch-{number}"
             with suppress(FileExistsError):  # another process of the team was faster
@@ -166,7 +170,7 @@ class Journal:
     # -- going on ----------------------------------------------------------------------------------
 
     def follow(self, lead: Callable[[], None]) -> None:
-        """Let the first process of the team do something with the records, then know them all."""
+        """Let the first process of the team run `lead`, which may change the records, then copy them to all others."""
 
         def led() -> list[Record]:
             lead()
@@ -175,10 +179,10 @@ class Journal:
         self.records = self.team.first(led)
 
     def match(self, identity: Identity) -> None:
-        """Take up what an earlier run has left, if it is the same run; else start with an empty folder.
+        """Load the records of an earlier run if it is the same run; otherwise start with an empty folder.
 
-        What is damaged is thrown away, which is an event. Raises RecipeError naming what differs if another run has
-        finished blocks here.
+        Damaged records are discarded, and RunRestarted is emitted. Raises RecipeError, naming what differs, if another
+        run has finished blocks here.
         """
         lost = ""
         if self.restart or not self.artifact.is_dir():
@@ -203,7 +207,7 @@ class Journal:
         write(self.folder / IDENTITY, identity)
 
     def discard(self, reason: str) -> None:
-        """Throw away what is done and say why."""
+        """Discard all records and shards; emit RunRestarted with the reason if there was anything."""
         if any(self.artifact.iterdir()):
             self.emit(RunRestarted(reason=f"{self.folder}: {reason}"))
         self.records = []
@@ -212,8 +216,8 @@ class Journal:
             folder.mkdir()
 
     def _load(self) -> str:
-        """Read the records and prove that all they name is as it was written; what is not, or an empty string."""
-        for path in self.artifact.glob("model-*-of-*.safetensors"):  # it was stopped while giving them their names
+        """Read the records and check the hash of every file they name; return what is damaged, or an empty string."""
+        for path in self.artifact.glob("model-*-of-*.safetensors"):  # it was stopped while renaming the shards
             path.rename(self.artifact / f"part-{path.name.split('-')[1]}.safetensors")
         for number, path in enumerate(sorted(self.place.glob("*.json"))):
             record = read(path)
@@ -226,13 +230,13 @@ class Journal:
         return ""
 
     def _named(self) -> dict[Path, str]:
-        """Every file that records need, with its sha256."""
+        """Every file that the records need, with its sha256."""
         shards = {self.artifact / name: sha for r in self.records for name, sha in r["part"]["digests"].items()}
         held = [state for record in (*self.records[:1], *self.records[-1:]) for state in record["state"]]
         return shards | {self.folder / state["file"]: state["sha256"] for state in held}
 
     def _sweep(self) -> None:
-        """Remove what no record needs: what was being written when the run was stopped."""
+        """Remove files that no record needs, such as those that were being written when the run was stopped."""
         named = {*self._named(), *(self.place / f"{number:05d}.json" for number in range(len(self.records)))}
         for folder in (self.artifact, *self.folder.glob("scratch-*"), self.place):
             for path in folder.iterdir():
@@ -240,7 +244,10 @@ class Journal:
                     path.unlink()
 
     def restore(self, streams: Mapping[str, Travellers]) -> None:
-        """Put these hidden states behind the last finished block where they were, whichever process held them."""
+        """Load the recorded hidden states after the last finished block into these streams.
+
+        Which process held them when they were recorded does not matter.
+        """
         carried: dict[str, dict[str, Tensor]] = {}
         for state in self.records[-1]["state"] if self.done else ():
             if "stream" in state:
@@ -258,7 +265,7 @@ class Journal:
             streams[which].carry(tensors)
 
     def tensors(self, file: str, wanted: Container[str]) -> dict[str, Tensor]:
-        """The tensors of `wanted` in a file of this folder, copied: what is mapped from a file may lie anywhere."""
+        """The tensors of `wanted` in a file of this folder, copied, because mapped tensors may be badly aligned."""
         with safe_open(self.folder / file, framework="pt") as opened:
             names = [name for name in opened.keys() if name.partition("/")[0] in wanted]  # noqa: SIM118
             return {name: opened.get_tensor(name).clone() for name in names}
@@ -268,11 +275,12 @@ class Journal:
     def record(
         self, make: Callable[[], Write], streams: Mapping[str, Travellers], more: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Let the first process make ready and write what it has, note it and the hidden states; then it is safe.
+        """Record one block: the first process packs (`make`) and writes it, then it is noted with the hidden states.
 
-        States of more than PART bytes are written meanwhile. Each process of a team has `streams` of its own, and notes
-        what all have. Where a GPU computes `beside`, this returns once all is ready and copied, and what was recorded
-        before is safe. Raises WriteError or OSError if the disk refuses, now or at the next record.
+        Hidden states of more than PART bytes are written in parallel. Each process of a team passes its own `streams`,
+        and the record names those of all. If `beside` is set, this returns as soon as everything is packed and copied
+        and the previous record is safe; otherwise once this record is on disk. Raises WriteError or OSError if the
+        disk refuses, now or at the next record.
         """
         self.settle()
         if self.unavailable and self.records:
@@ -292,7 +300,7 @@ class Journal:
         self._tell(began)
 
     def settle(self) -> None:
-        """Wait until what is being recorded is safe; raises what went wrong with it."""
+        """Wait until the record being written is safe on disk; raises the error if writing it failed."""
         if self.pending is not None:
             began, pending = time.monotonic(), self.pending
             pending.result()
@@ -300,34 +308,34 @@ class Journal:
             self._tell(began)
 
     def _record_beside(self, device: torch.device, write: Write, tensors: Mapping[str, Tensor]) -> None:
-        """Write what is ready, by a thread of its own."""
+        """Write a packed block and its states; runs in a thread of its own."""
         with apart(device):
             writing = self._writing(tensors)
             facts = write()
             self._seal({**facts, "state": self._written(writing)})
 
     def _writing(self, tensors: Mapping[str, Tensor]) -> list[Writing]:
-        """Begin to bring states to the disk: if they take several files by threads, else when it is waited for."""
+        """Start writing hidden states: by several threads if they need several files, else when they are waited for."""
         number, whose = len(self.records), "" if self.team.chief else f"-{self.team.rank}"
         parts = list(split([Entry.of(name, tensor) for name, tensor in tensors.items()], PART))
         paths = [self.place / f"{number:05d}{whose}{f'.{i}' if i else ''}.safetensors" for i in range(len(parts))]
         spare, self.spare = self.spare[: len(paths)], self.spare[len(paths) :]
         self._remove_aside()
-        for old, path in zip(spare, paths, strict=False):  # their pages and blocks are taken over
+        for old, path in zip(spare, paths, strict=False):  # overwriting reuses their cached pages and disk blocks
             old.rename(path)
         tasks = [partial(write_tensors, path, part) for path, part in zip(paths, parts, strict=True)]
         begun = [self.writers.submit(task).result for task in tasks] if len(parts) > 1 else tasks
         return list(zip(paths, begun, strict=True))
 
     def _written(self, writing: list[Writing]) -> list[Record]:
-        """Which files hold states, once they do."""
+        """Wait until the states are on disk, and return the files that hold them."""
         return [{"file": f"{self.place.name}/{path.name}", "sha256": finish()} for path, finish in writing]
 
     def _seal(self, record: Record) -> None:
-        """Note what is written and was computed; then what only the record before needed goes.
+        """Write the record itself, then remove the files that only the previous record needed.
 
-        Where there are several files, as of large states, they stay for the next: to give back and take again their
-        pages costs as much as writing.
+        If those are several files, as for large states, they are kept to be overwritten next: freeing their pages and
+        allocating them again costs as much as writing.
         """
         number = len(self.records)
         if self.team.chief:
@@ -344,19 +352,19 @@ class Journal:
         self.records.append(record)
 
     def _remove_aside(self) -> None:
-        """Let a thread remove the files that nothing needs any more."""
+        """Let a thread remove the spare files, which nothing needs any more."""
         for path in self.spare:
             self.remover.submit(path.unlink, missing_ok=True)
         self.spare = []
 
     def _tell(self, began: float) -> None:
-        """Emit BlockRecorded; `began` is when nothing was left to do but wait."""
+        """Emit BlockRecorded; `began` is the time from which the run only waited for the disk."""
         if self.team.chief:
             nbytes = sum(path.stat().st_size for path in self.place.glob(f"{self.done:05d}*"))
             self.emit(BlockRecorded(done=self.done, nbytes=nbytes, seconds=time.monotonic() - began))
 
     def _stored(self, name: str, stream: Travellers) -> Record:
-        """What is to be known of an offloaded state, which is from now on kept until the next record."""
+        """The record's entry for an offloaded state, whose file is from now on kept until the next record."""
         stream.kept = file = stream.file or Path()
         flush(file)
         return {
@@ -366,9 +374,9 @@ class Journal:
 
 
 def locked(folder: Path, target: Path) -> int:
-    """The handle of a folder's lock; both are made if they are not there.
+    """Lock a folder and return the handle of its lock; folder and lock are created if they do not exist.
 
-    Raises RecipeError if another process holds it or the folder is not of ours, OSError if it cannot be written.
+    Raises RecipeError if another process holds the lock or the folder is not ours, OSError if it cannot be written.
     """
     for _ in range(ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
@@ -376,7 +384,7 @@ def locked(folder: Path, target: Path) -> int:
             raise RecipeError(f"--out: {folder} is needed while {target.name} is made, and not empty; move it away")
         try:
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # whoever had it has just removed the folder
+        except FileNotFoundError:  # the process that had the folder has just removed it
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -398,7 +406,7 @@ def locked(folder: Path, target: Path) -> int:
 
 
 def write(path: Path, value: Any) -> None:
-    """Write JSON with its own hash, whole or not at all, down to the disk; raises WriteError if that refuses."""
+    """Write JSON with its own hash, atomically and flushed to disk; raises WriteError if the disk refuses."""
     new = path.with_suffix(".new")
     body = json.dumps(value)
     try:
@@ -413,7 +421,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def read(path: Path) -> Any:
-    """What `write` wrote; None if it is not there, or not as it was written."""
+    """The value that `write` wrote; None if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         whole = sha256(json.dumps(found["record"]).encode()).hexdigest() == found["sha256"]

@@ -1,4 +1,4 @@
-"""What compress.json says of a site, in words: for `compress inspect` and the model card."""
+"""The entry of compress.json about a site, in words, for `compress inspect` and the model card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 
 def notes(row: Mapping[str, Any]) -> list[str]:
-    """What is to be known of a site beside its sizes and errors; nothing where all went as asked."""
+    """What a reader should know about a site beside its sizes and its final errors.
+
+    Damping, failed damping, dead inputs, the weight error after each step, fallbacks, starvation; empty if there is
+    none of these.
+    """
     failed = ", ".join(f"{tried:g}" for tried in row.get("damping_failed", []))
     said = [f"damping {row['damping']:g}"] if row.get("damping") else []
     said += [f"damping {failed} failed"] if failed else []

@@ -1,8 +1,9 @@
-"""What is being made lies in `OUT.partial-<id>`, beside OUT, whose place it takes by renaming, whole or not at all.
+"""Atomic output: work is written to `OUT.partial-<id>` beside OUT and renamed to OUT only when it is complete.
 
-In that folder is `lock`, held by who makes something there and let go by the kernel when that dies. Whoever wants OUT
-next removes the folders of it that nobody holds, and only those: without a lock they are not known to be of ours. They
-have random names, since several may be at work for one OUT. Not here: a run that is gone on with (`journal.py`).
+Each such folder holds a file `lock`, which the process that writes there keeps locked; the kernel releases the lock
+when the process dies. The next process that wants OUT removes the partial folders whose lock nobody holds, and only
+those: a folder without a lock file is not known to be ours. The names are random because several processes may work on
+one OUT. Not here: runs that can be resumed (`journal.py`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from uuid import uuid4
 from compress.errors import ArtifactError
 
 LOCK = "lock"
-REPLACED = "-replaced"  # behind the name of what takes the place of what was there
+REPLACED = "-replaced"  # the old OUT is renamed to the name of the new folder with this suffix
 ATTEMPTS = 8  # to lock a folder that another process may be removing
 
 
 @contextmanager
 def beside(out: Path) -> Iterator[Path]:
-    """A folder next to `out`, held while this lives, that is gone at the end, as are empty ones made above `out`.
+    """A locked working folder next to `out`, removed at the end together with empty parents it created for `out`.
 
-    What is finished is moved out of it. Raises ArtifactError if it cannot be made.
+    The caller moves what is finished out of it. Raises ArtifactError if the folder cannot be created.
     """
     above = missing_parents(out)
     with ExitStack() as end:
@@ -39,12 +40,12 @@ def beside(out: Path) -> Iterator[Path]:
 
 
 def take(out: Path) -> tuple[Path, int]:
-    """A new folder next to `out` and the handle of its lock; raises ArtifactError if it cannot be made."""
+    """A new folder next to `out` and the handle of its lock; raises ArtifactError if it cannot be created."""
     for _ in range(ATTEMPTS):
         folder = out.with_name(f"{out.name}.partial-{uuid4().hex[:8]}")
         try:
             folder.mkdir(parents=True)
-            with suppress(BlockingIOError, FileNotFoundError):  # somebody took it for dead before it was held
+            with suppress(BlockingIOError, FileNotFoundError):  # another process cleared it before the lock was held
                 return folder, hold(folder / LOCK, os.O_CREAT)
         except OSError as error:
             remove(folder)
@@ -53,7 +54,7 @@ def take(out: Path) -> tuple[Path, int]:
 
 
 def hold(lock: Path, flags: int = 0) -> int:
-    """The handle of a lock, held. Raises BlockingIOError if anybody has it, FileNotFoundError if it is gone."""
+    """Lock the file and return its handle. Raises BlockingIOError if it is locked, FileNotFoundError if it is gone."""
     handle = os.open(lock, os.O_RDWR | flags, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,16 +67,19 @@ def hold(lock: Path, flags: int = 0) -> int:
 
 
 def same(handle: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
+    """Whether `path` still names this open file."""
     return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
 
 
 def clear(out: Path) -> None:
-    """Remove what dead processes have left of making `out`, once a replacement that one died in is undone."""
+    """Remove the partial folders of `out` left by dead processes, after undoing a replacement left half-done.
+
+    Folders that are locked, or that hold files but no lock, stay.
+    """
     found = out.parent.glob(f"{escape(out.name)}.partial-{'[0-9a-f]' * 8}")
     for folder in [path for path in found if not path.is_symlink()]:
-        with suppress(OSError):  # it is held, or somebody else's, or has just been removed
-            if not any(folder.iterdir()):  # killed before there was a lock, or when it was gone
+        with suppress(OSError):  # it is locked, not ours, or has just been removed
+            if not any(folder.iterdir()):  # its process was killed before it made the lock, or after it removed it
                 folder.rmdir()
                 continue
             handle = hold(folder / LOCK)
@@ -86,7 +90,7 @@ def clear(out: Path) -> None:
 
 
 def settle(folder: Path, out: Path) -> None:
-    """Undo a replacement of `out` that ended half-way, and remove the folder, unless that cannot be undone now."""
+    """Undo a half-done replacement of `out`, then remove the folder; if undoing fails, the folder stays."""
     with suppress(OSError):
         for before in folder.glob(f"*{REPLACED}"):
             put_back(before.with_name(before.name.removesuffix(REPLACED)), out)
@@ -94,7 +98,7 @@ def settle(folder: Path, out: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, the lock last: what a kill or the disk leaves of it is still known as one of ours."""
+    """Remove a folder, its lock last: if removal is cut short, the rest can still be recognized as ours."""
     with suppress(OSError):
         for path in [path for path in folder.iterdir() if path.name != LOCK]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -103,14 +107,17 @@ def remove(folder: Path) -> None:
 
 
 def put_back(made: Path, out: Path) -> None:
-    """Undo `exchange` if it was killed between its two renames: then alone are both folders there, and `out` is not."""
+    """Undo `exchange` if it was killed between its two renames: only then do both folders exist but `out` does not."""
     before = made.with_name(f"{made.name}{REPLACED}")
     if made.exists() and before.exists() and not out.exists():
         before.rename(out)
 
 
 def exchange(made: Path, out: Path) -> None:
-    """Rename a folder to `out`; what was there before goes last, and stays on failure."""
+    """Rename the folder `made` to `out`. The folder that was there is deleted last; it is restored on failure.
+
+    Raises ArtifactError if `made` cannot be renamed.
+    """
     before = made.with_name(f"{made.name}{REPLACED}")
     replaced = out.exists()
     if replaced:
@@ -128,10 +135,10 @@ def exchange(made: Path, out: Path) -> None:
 
 
 def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Put a file in place once `write` has written all of it beside `path`; of what fails nothing is left.
+    """Let `write` write a temporary file beside `path`, then rename it to `path`; a failure leaves nothing behind.
 
-    Nothing is flushed: after a power cut it may be missing, or be as it was before. Where several write one file, the
-    last to end has written all of it.
+    Nothing is flushed to disk: after a power cut the file may be missing or have its old content. If several processes
+    write the same file, the last to finish wins, and its content is complete.
     """
     made = path.with_name(f"{path.name}.partial-{uuid4().hex[:8]}")
     try:
@@ -143,12 +150,12 @@ def put(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def missing_parents(out: Path) -> list[Path]:
-    """The folders above `out` that are not there yet, innermost first."""
+    """The parent folders of `out` that do not exist yet, innermost first."""
     return [parent for parent in out.parents if not parent.exists()]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders that hold nothing, in this order."""
+    """Remove those of the folders that are empty, in the given order."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()

@@ -1,7 +1,7 @@
-"""The ledger as a picture: errors of the sites of each block, and what the blocks weigh, before and after.
+"""The ledger as a picture: the errors of each block's sites, and the sizes of the blocks before and after.
 
-One SVG without scripts or fonts of its own, light or dark like the screen that shows it; the same ledger gives the same
-bytes. Lines show one kind of site each; where a block has several of a kind, as experts, their median and range.
+One SVG without scripts or embedded fonts, light or dark like the viewer's colour scheme; the same ledger gives the same
+bytes. Each line shows one kind of site; where a block has several of a kind, such as experts, their median and range.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from compress.errors import visible
 
 Row = Mapping[str, Any]
-Blocks = Mapping[int, Mapping[str, Sequence[Row]]]  # the rows of a block by the kind of site
-WIDE, LEFT, RIGHT = 960, 84, 24  # pixels, as all below
+Blocks = Mapping[int, Mapping[str, Sequence[Row]]]  # block number -> kind of site -> rows
+WIDE, LEFT, RIGHT = 960, 84, 24  # pixels, as in the next line
 LEGEND, LINE, HIGH, GAP = 90, 24, 190, 74
 PALETTE = ("4477aa", "ee6677", "228833", "aa8800", "2299bb", "aa3377", "777777", "cc7711")  # after Paul Tol's "bright"
 STYLE = """\
@@ -30,15 +30,15 @@ svg{background:#fff;color:#222;font:13px system-ui,sans-serif}text{fill:currentC
 @media(prefers-color-scheme:dark){svg{background:#16181c;color:#e4e4e4}.f{stroke:#f66}.e{fill:#16181c;stroke:#e4e4e4}
 .b{fill-opacity:.5}}
 """
-PARTS = 8  # of a name that are looked at for its label: anybody may have written one of a hundred thousand
-LEAST = 1e-300  # what is smaller is 0 to an axis: a power of ten below it would be
+PARTS = 8  # components of a name that its label may use; a name in an untrusted file may have a hundred thousand
+LEAST = 1e-300  # an axis treats smaller values as 0, because a smaller power of ten would be 0
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 TITLE = "error and size over depth"
 FELL, STARVED = '<circle class="f" cx="{}" cy="{}" r="7"/>', '<circle class="e" cx="{}" cy="{}" r="3"/>'
 
 
 def picture(provenance: Mapping[str, Any]) -> str:
-    """The SVG of an artifact's sites, from what compress.json says of them; empty if none of them is in a block."""
+    """The SVG of an artifact's sites, from compress.json; an empty string if none of them is in a block."""
     sites: Mapping[str, Row] = provenance["sites"]
     blocks = by_block(sites)
     if not blocks:
@@ -73,7 +73,7 @@ def facts(provenance: Mapping[str, Any]) -> str:
 
 
 def by_block(sites: Mapping[str, Row]) -> Blocks:
-    """The rows of each block, by the kind of site; what lies in no block is left out."""
+    """The rows of each block, by the kind of site; sites outside all blocks are left out."""
     found: dict[int, dict[str, list[Row]]] = {}
     for site, row in sites.items():
         place = re.search(r"(?:^|\.)(\d{1,6})\.(.+)", site)
@@ -84,7 +84,7 @@ def by_block(sites: Mapping[str, Row]) -> Blocks:
 
 
 def labels(kinds: Iterable[str]) -> dict[str, str]:
-    """What each kind is called in the legend: as much of its end as no other has, or its whole name."""
+    """The label of each kind in the legend: the shortest end of its name that is unique, or the whole name."""
     parts = {kind: kind.rsplit(".", PARTS)[-PARTS:] for kind in kinds}
     ends = {kind: [".".join(last[-n:]) for n in range(1, len(last) + 1)] for kind, last in parts.items()}
     count = Counter(end for each in ends.values() for end in each)
@@ -93,17 +93,17 @@ def labels(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def drawable(value: float | None) -> bool:
-    """Whether a number is one that a run can have written; anybody may have written the file."""
+    """Whether a number is one that a run can have written; the file may come from an untrusted place."""
     return value is not None and 0 <= value < 2**63
 
 
 def words(said: str, most: int) -> str:
-    """What anybody may have named, as XML shows it, as far as there is room."""
+    """An untrusted name escaped for XML and cut to `most` characters."""
     return escape(visible(said if len(said) <= most else f"{said[: most - 1]}…"))
 
 
 def summary(sites: Mapping[str, Row]) -> str:
-    """The picture in words, for those who do not see it."""
+    """The picture in words, for screen readers."""
     said = [f"{len(sites)} sites"]
     for key, called in (("output_error", "output error"), ("weight_error", "weight error")):
         errors = {site: row[key] for site, row in sites.items() if drawable(row[key])}
@@ -117,7 +117,7 @@ def summary(sites: Mapping[str, Row]) -> str:
 
 
 def legend(colours: Mapping[str, str], rows: Iterable[Row]) -> tuple[list[str], int]:
-    """The kinds and the marks that occur, in lines; and how many lines."""
+    """The legend of the kinds and marks that occur, and how many lines it takes."""
     rows = list(rows)
     dot = '<path class="d" stroke-width="7" stroke="{}" d="M{{}} {{}}h0"/>'
     entries = [(label, dot.format(colours[kind])) for kind, label in labels(colours).items()]
@@ -135,7 +135,7 @@ def legend(colours: Mapping[str, str], rows: Iterable[Row]) -> tuple[list[str], 
 
 
 def errors_panel(blocks: Blocks, key: str, title: str, colours: Mapping[str, str], y: int) -> list[str]:
-    """One line over the blocks for each kind of site, with the range where a block has several of it."""
+    """One line over the blocks for each kind of site, with the range where a block has several sites of a kind."""
     known = {
         (i, kind): [row for row in rows if drawable(row[key])]
         for i, block in enumerate(blocks.values()) for kind, rows in block.items()
@@ -163,7 +163,7 @@ def errors_panel(blocks: Blocks, key: str, title: str, colours: Mapping[str, str
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """The least, the median and the largest."""
+    """The minimum, the median and the maximum."""
     return min(values), median(values), max(values)
 
 
@@ -196,7 +196,7 @@ def step(blocks: Blocks) -> float:
 
 
 def frame(blocks: Blocks, title: str, most: float, unit: float, y: int) -> tuple[list[str], float]:
-    """The axes of a panel whose largest value is `most`, labelled in a unit; and the value at its upper edge."""
+    """The axes of a panel whose largest value is `most`, labelled in `unit`, and the value at its upper edge."""
     gap = nice(most / unit / 4)
     lines = max(1, math.ceil(most / unit / gap - 1e-9))
     shown = [f'<text class="t" x="24" y="{y - 16}">{title}</text>']
@@ -214,6 +214,6 @@ def frame(blocks: Blocks, title: str, most: float, unit: float, y: int) -> tuple
 
 
 def nice(value: float) -> float:
-    """The next of 1, 2 and 5 times a power of ten."""
+    """The value rounded up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value)) if value >= LEAST else 1.0
     return next((power * digit for digit in (1, 2, 5) if power * digit >= value * (1 - 1e-9)), power * 10)

@@ -1,7 +1,7 @@
-"""Everything that can be refused before any time is spent: places, devices, shapes, coverage, disk.
+"""The checks at the start of a run: places, devices, shapes, coverage, disk, calibration tokens, values.
 
-From headers and the architecture alone; no weight is read. Raises CompressError children and changes nothing, but that
-`free_place` removes what dead processes have left.
+All but `check_values`, which reads every weight, use only headers and the architecture. They raise CompressError
+subclasses and change nothing, except that `free_place` removes what dead processes have left.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def usable(device: str) -> torch.device:
-    """The torch device of a name; raises RecipeError if it is not cpu, cuda or cuda:n, or not on this machine."""
+    """The torch device called `device`; raises RecipeError if it is not cpu, cuda or cuda:n, or not on this machine."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise RecipeError(f"--device: {device!r} is not known; allowed: cpu, cuda, cuda:1 and so on")
     try:
@@ -43,17 +43,17 @@ def usable(device: str) -> torch.device:
 
 
 def placed(device: str) -> dict[str, Any]:
-    """What `load` is told so that a model is on a device by that name; raises RecipeError as `usable`."""
+    """The options with which `load` puts a model on this device; raises RecipeError as `usable` does."""
     there = usable(device)
     return {} if there.type == "cpu" else {"device_map": str(there)}
 
 
 def free_place(out: Path, source: Path, force: bool | None) -> Path:
-    """The output path, absolute, after what was killed while it made the like is removed, or put back.
+    """The absolute output path, after the leftovers of killed processes there have been removed or undone.
 
-    Raises RecipeError if something is there and may not be replaced: without `force` (None: the caller has no such
-    option) anything, with it everything but an empty folder or an artifact of ours; if it would swallow the source or
-    lie inside it; and for a name that is not UTF-8, under which safetensors writes nothing.
+    Raises RecipeError if something exists there that may not be replaced: anything without `force` (None: the caller
+    has no such option), and with it anything but an empty folder or an artifact. Also raises it if the path would
+    contain the source or lie inside it, and for a name that is not UTF-8, which safetensors cannot write.
     """
     out, source = absolute(out), source.resolve()
     if out == source or out in source.parents or source in out.parents:
@@ -70,7 +70,7 @@ def free_place(out: Path, source: Path, force: bool | None) -> Path:
 
 
 def absolute(out: Path) -> Path:
-    """An output path, absolute; raises RecipeError for one that cannot be, or a name under which nothing is written."""
+    """The absolute output path; raises RecipeError if the system does not take it, or it is not UTF-8."""
     try:
         out = out.expanduser().resolve()
         out.exists()
@@ -82,7 +82,7 @@ def absolute(out: Path) -> Path:
 
 
 def check_disk(out: Path, source: Checkpoint) -> None:
-    """Raise PlanError if the disk cannot hold an output as large as the source, as a merged model is."""
+    """Raise PlanError if the disk cannot hold an output as large as the source (a merged model has that size)."""
     there = next(parent for parent in out.parents if parent.exists())
     needed = max(source.nbytes(), sum(shard.stat().st_size for shard in set(source.files.values())))
     free = shutil.disk_usage(there).free
@@ -93,7 +93,8 @@ def check_disk(out: Path, source: Checkpoint) -> None:
 def check_tensors(walk: Walk, source: Checkpoint) -> None:
     """Raise ArtifactError if a parameter of the architecture is missing from the files or has another shape.
 
-    Tensors that the architecture does not know pass through, but not whole blocks, unless it says that it ignores them.
+    Tensors that the architecture does not know are allowed, but not blocks beyond its number of blocks, unless the
+    architecture declares that it ignores them.
     """
     prefix = f"{walk.path}."
     for name in walk.anatomy.layout.unknown:
@@ -108,10 +109,10 @@ def check_tensors(walk: Walk, source: Checkpoint) -> None:
 
 
 def check_values(walk: Walk, source: Checkpoint) -> None:
-    """Raise ArtifactError for the first tensor that holds NaN, infinite values, or no floating-point numbers.
+    """Raise ArtifactError for the first tensor that holds NaN or infinite values, or a parameter that is not float.
 
-    Every tensor of the model is read for it, so that a run cannot meet them after hours; of files that nothing decodes,
-    as they are hashed.
+    Reads every tensor of the model, so that a run does not fail on one after hours. Of a plain checkpoint, the values
+    are checked in the same read that hashes the files.
     """
     unsound = source.unsound() if type(source) is Checkpoint else None
     layout = walk.anatomy.layout
@@ -125,9 +126,9 @@ def check_values(walk: Walk, source: Checkpoint) -> None:
 
 
 def outline(walk: Walk, source: Checkpoint, recipe: Recipe) -> tuple[Walk, Checkpoint]:
-    """The model as the recipe's first passes will shape it: names and sizes are right, values are not read.
+    """The model in the shape that the recipe's reshaping passes will give it: names and sizes only, no values.
 
-    Raises RecipeError if transformers cannot build it, and what a pass raises that cannot handle the model.
+    Raises RecipeError if transformers cannot build it, and whatever a pass raises that cannot handle the model.
     """
     for i, step in enumerate(recipe.reshapes):
         try:
@@ -141,11 +142,11 @@ def outline(walk: Walk, source: Checkpoint, recipe: Recipe) -> tuple[Walk, Check
 
 
 def plan(walk: Walk, recipe: Recipe) -> Coverage:
-    """The coverage of a recipe over a model, after what changes its shape.
+    """The coverage of a recipe over a model that already has the shape its reshaping passes give it.
 
-    Raises RecipeError if a pass selects nothing or cannot handle the shape of a site, or if what is asked at the end
-    is in no folder, PlanError if more is unreachable than the recipe's limit. Where no pass rewrites weights there is
-    nothing to reach.
+    Raises RecipeError if a pass selects no site or cannot handle the shape or form of one, or if `accept.data_dir` is
+    not a folder; PlanError if more is unreachable than the recipe's limit, which does not apply if no pass rewrites
+    weights.
     """
     if recipe.accept and recipe.accept.data_dir is not None and not os.path.isdir(recipe.accept.data_dir):
         raise RecipeError(f"accept.data_dir: {recipe.accept.data_dir} is not a folder")
@@ -162,7 +163,7 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
 
 
 def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
-    """Raise RecipeError for the first pass that finds a site in a form it cannot rewrite."""
+    """Raise RecipeError for the first pass that would get a site in a form (such as factored) it cannot rewrite."""
     for site in sites:
         form = "dense"
         for i, step in enumerate(passes):
@@ -198,9 +199,10 @@ def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:
 
 
 def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
-    """The calibration windows and the probe; without data-hungry passes, only the probe.
+    """The calibration windows and the probe; only the probe if no pass needs data.
 
-    Raises CalibrationError if data is needed and cannot be had, or a token is unknown to the model.
+    Without a tokenizer, and if no pass needs one, the probe is random tokens. Raises CalibrationError if data is needed
+    and not available, or if the model has no embedding for a token.
     """
     limit = longest_window(walk)
     tokenizer = tokenizer_of(folder)
@@ -219,7 +221,7 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
 
 
 def in_vocabulary(tokens: Tokens, walk: Walk, where: str) -> Tokens:
-    """The same tokens; raises CalibrationError, from `where`, if the model has no embedding of one of them."""
+    """The same tokens; raises CalibrationError, naming `where`, if the model has no embedding for one of them."""
     vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
     largest = int(max(ids.max() for ids in (*tokens.windows, tokens.probe_NT) if ids.numel()))
     if largest >= vocabulary:
@@ -228,9 +230,9 @@ def in_vocabulary(tokens: Tokens, walk: Walk, where: str) -> Tokens:
 
 
 def longest_window(walk: Walk) -> int:
-    """The tokens that a model takes at once."""
+    """The longest window that a model takes, in tokens; 2048 if its config does not say."""
     limit = int(getattr(walk.model.config.get_text_config(), "max_position_embeddings", 2048))
-    for module in walk.model.modules():  # RoBERTa counts positions from behind the padding's
+    for module in walk.model.modules():  # RoBERTa's positions start after the padding index
         table = getattr(module, "position_embeddings", None)
         if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
             limit = min(limit, table.num_embeddings - table.padding_idx - 1)
@@ -240,7 +242,7 @@ def longest_window(walk: Walk) -> int:
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a folder, or None if there is none that can be loaded.
 
-    A folder without a vocabulary counts as none: transformers would build an empty tokenizer of the model's type, and
+    A folder without a vocabulary has none: transformers would build an empty tokenizer of the model's type, and
     calibration would run on nothing but unknown tokens.
     """
     from transformers import AutoTokenizer

@@ -1,7 +1,7 @@
 """Writing safetensors files one tensor at a time, so that saving needs no more memory than one tensor.
 
-safetensors' own writer wants all tensors of a file at once and copies each; it also makes files that only their owner
-may read (0600, version 0.8). The format is its: a length, a JSON header, the values.
+safetensors' own writer takes all tensors of a file at once and copies each; it also makes files that only their owner
+may read (0600, version 0.8). The format is the same: a length, a JSON header, the values.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from compress.errors import VerificationError
 from compress.model.source import NAMES, digest
 
-SHARD_SIZE = 5_000_000_000  # bytes, as transformers' default
-AT_ONCE = 1 << 22  # values written in one go
+SHARD_SIZE = 5_000_000_000  # bytes, the default of transformers
+AT_ONCE = 1 << 22  # values written at once
 
 
 class WriteError(Exception):
@@ -33,7 +33,7 @@ class WriteError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A tensor to be written: what the header says of it, and how to get it when its turn comes."""
+    """A tensor to be written: its fields in the header, and `make`, which returns it when it is written."""
 
     name: str
     dtype: str
@@ -43,7 +43,7 @@ class Entry:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Entry:
-        """The entry of a tensor that is at hand."""
+        """The entry of a tensor that is in memory."""
         return cls(
             name=name, dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), nbytes=tensor.nbytes,
             make=partial(torch.Tensor.contiguous, tensor),
@@ -51,7 +51,7 @@ class Entry:
 
 
 def split(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:
-    """The entries in parts of at most `limit` bytes; a larger one stays alone."""
+    """The entries in parts of at most `limit` bytes; a larger entry is a part of its own."""
     part: list[Entry] = []
     size = 0
     for entry in entries:
@@ -77,7 +77,7 @@ def header_of(entries: Sequence[Entry]) -> bytes:
 
 
 def chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in its own order, some at a time; of a GPU's, each is gone when the next is asked for."""
+    """The bytes of a tensor in order, in chunks; for a GPU tensor, each chunk is overwritten by the next."""
     flat = tensor.detach().reshape(-1)
     staged = torch.empty(min(AT_ONCE, len(flat)), dtype=flat.dtype, pin_memory=True) if flat.is_cuda else None
     for part in flat.split(AT_ONCE):
@@ -86,7 +86,7 @@ def chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def write_shard(path: Path, entries: Iterable[Entry]) -> str:
-    """Write one safetensors file, readable by everyone, and read it back; its sha256.
+    """Write one safetensors file, readable by everyone, and read it back; returns its sha256.
 
     Raises WriteError if the disk refuses, VerificationError if the file does not hold what was written.
     """
@@ -94,12 +94,13 @@ def write_shard(path: Path, entries: Iterable[Entry]) -> str:
 
 
 def write_tensors(path: Path, entries: Iterable[Entry], *, reread: bool = False) -> str:
-    """Write one safetensors file, readable by everyone, down to the disk; its sha256.
+    """Write one safetensors file, readable by everyone and flushed to disk; returns its sha256.
 
-    What is written is hashed meanwhile, and with `reread` read again while the disk takes it. Raises WriteError if the
-    disk refuses, VerificationError if the file does not hold what was written.
+    The bytes are hashed while they are written, and with `reread` the file is read back while it is being flushed.
+    Raises WriteError if the disk refuses, VerificationError if a tensor is not what its entry announced or the file
+    does not hold what was written.
     """
-    ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, prod(e.shape)), e.name))  # wide ones first: aligned
+    ordered = sorted(entries, key=lambda e: (-e.nbytes // max(1, prod(e.shape)), e.name))  # wide dtypes first: aligned
     sha = hashlib.sha256()
     try:
         with path.open("r+b" if path.exists() else "wb") as file, ThreadPoolExecutor(1) as aside:
@@ -121,7 +122,7 @@ def write_tensors(path: Path, entries: Iterable[Entry], *, reread: bool = False)
 
 
 def pieces(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
-    """Everything a file holds, in order; each tensor is made when it is reached and dropped after."""
+    """The content of a file in order; each tensor is made when it is reached and freed afterwards."""
     yield header_of(entries)
     for entry in entries:
         tensor = entry.make()

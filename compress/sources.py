@@ -1,7 +1,7 @@
-"""Opening a model folder whatever its weights are stored as: plain, float8 with scales, or compressed by a method.
+"""Opening a model folder, however its weights are stored: plain, float8 with scales, or compressed by a method.
 
-Float8 is a way of storing numbers and is read as such. Anything that was quantized by a method has lost something
-already; compressing it again is refused by the method's name, or done on its decoded weights if the user says so.
+Float8 is treated as a storage format and decoded silently. A model that was quantized by a method has already lost
+something: compressing it again is refused, naming the method, unless the user asks for its weights to be decoded.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from compress.foreign import CompressedTensors
 from compress.model.source import NAMES, Checkpoint, Held, dtype_of
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
-SCALES = ("_scale_inv", "_scale")  # both are multiplied with; DeepSeek's name means the inverse of the quantizer's
+SCALES = ("_scale_inv", "_scale")  # weights are multiplied by either; DeepSeek's `inv` is of the quantizer's scale
 BESIDE = re.compile(r"(weight_scale(_inv)?|input_scale|activation_scale|k_scale|v_scale)$")
 USUAL = 128  # side of a block in every published float8 checkpoint with blocks
 DECODED = (METHOD, "compressed-tensors")
 
 
 def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
-    """The plain tensors of a model folder.
+    """Open a model folder as a checkpoint of plain tensors.
 
-    Raises ArtifactError for one that a method has quantized, unless `dequantize` is set and the method can be decoded.
+    Raises ArtifactError for a delta, and for a model that a method has quantized, unless `dequantize` is set and the
+    method can be decoded.
     """
     plain = Checkpoint(path)
     quantization = plain.config.get("quantization_config") or {}
@@ -56,18 +57,18 @@ def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
         return plain
     opened = Float8(path)
     bare = [name for name in float8 if name not in opened.scales and name not in opened.scales.values()]
-    if quantization and bare:  # a scale under a name nobody knows would be left out silently
+    if quantization and bare:  # a scale under an unknown name would otherwise be ignored silently
         raise ArtifactError(f"{path}: quantized by {method}, but {bare[0]} has no scale beside it")
     return opened
 
 
 def only_float8(source: Checkpoint) -> bool:
-    """Whether every stored tensor is a floating-point number: then scales are all that stands between it and dense."""
+    """Whether every stored tensor is floating point, so that decoding needs nothing but scales."""
     return all(held.dtype.startswith(("F8", "F16", "F32", "F64", "BF16")) for held in source.headers.values())
 
 
 class Float8(Checkpoint):
-    """A checkpoint with float8 weights, read as what they denote in the dtype of the config."""
+    """A checkpoint with float8 weights, read as plain weights in the dtype of the config."""
 
     decoded_from = "float8"
 
@@ -80,7 +81,7 @@ class Float8(Checkpoint):
 
     @cached_property
     def scales(self) -> dict[str, str]:
-        """Float8 tensor -> the tensor that holds its scale."""
+        """The tensor that holds the scale of each float8 tensor that has one, by name."""
         stored = self.stored_headers
         found: dict[str, str] = {}
         for name, held in stored.items():
@@ -92,7 +93,7 @@ class Float8(Checkpoint):
 
     @cached_property
     def headers(self) -> dict[str, Held]:
-        """What the decoded tensors are; scales are gone."""
+        """The dtype and shape of each decoded tensor; scales are left out."""
         stored = self.stored_headers
         gone = {n for n in stored if BESIDE.search(n) and BESIDE.sub("weight", n) in stored} | set(self.scales.values())
         wide = NAMES[self.dtype]
@@ -119,9 +120,9 @@ class Float8(Checkpoint):
 
 
 def spread(scale: Tensor, shape: tuple[int, ...], block: list[int] | None = None) -> Tensor | None:
-    """A scale of a tensor, a row or a block [rows, columns], in the shape of the weight; None if it does not fit.
+    """A scale per tensor, row or block [rows, columns], made broadcastable to the weight's shape; None if it misfits.
 
-    The last blocks of a side may be cut.
+    The last block along an axis may be smaller.
     """
     if scale.numel() == 1:
         return scale.reshape(())
@@ -141,12 +142,12 @@ def spread(scale: Tensor, shape: tuple[int, ...], block: list[int] | None = None
 
 
 def block_width(size: int, count: int) -> int:
-    """Entries that share a scale where the config does not say: an even share, else the usual 128."""
+    """The width of a block if the config does not say: an even share if `count` divides `size`, else 128."""
     return size // count if size % count == 0 else USUAL
 
 
 def block_size(told: Any, path: Path) -> list[int] | None:
-    """`weight_block_size` of a config, if it is one; raises ArtifactError otherwise."""
+    """The `weight_block_size` of a config, or None; raises ArtifactError if it is not a pair of positive integers."""
     if told is None:
         return None
     if not isinstance(told, (list, tuple)) or len(told) != 2 or not all(isinstance(n, int) and n > 0 for n in told):

@@ -1,4 +1,4 @@
-"""What a model folder that is not ours consists of: its sites by kind, and what no pass would touch. Headers only."""
+"""A survey of a model folder that is not an artifact: its sites by kind, and what no pass would touch. Headers only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def survey(folder: Path) -> dict[str, Any]:
-    """The parts of a model folder, as plain data.
+    """The architecture, sizes and sites of a model folder, as plain data.
 
     Raises ArtifactError for a folder that `compress run` would refuse too.
     """
@@ -48,7 +48,7 @@ def survey(folder: Path) -> dict[str, Any]:
 
 
 def non_embedding(walk: Walk) -> int:
-    """Parameters of the language part, but for embeddings and output head; all experts count."""
+    """The number of parameters of the language part, without embeddings and output head; all experts count."""
     anatomy = walk.anatomy
     tables = {name for name, module in anatomy.modules.items() if isinstance(module, nn.Embedding)}
     return sum(
@@ -59,7 +59,7 @@ def non_embedding(walk: Walk) -> int:
 
 
 def kinds(places: list[Place]) -> list[dict[str, Any]]:
-    """Sites by what they are: names with every number replaced, shape [out, in], how many, parameters."""
+    """The sites grouped by name, with every number replaced by `*`, and shape [out, in]: count and parameters."""
     found: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
     for place in places:
         name = NUMBER.sub("*", place.site)

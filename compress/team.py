@@ -1,9 +1,9 @@
-"""The processes that work on one run together: who does what, and how they tell each other.
+"""The processes that share one run: how work is assigned to them, and how they exchange results.
 
-`torchrun` starts them. Each holds the same model and does its share; what one has computed it tells to all, so that all
-go on with the same bits, which are those of one process. A message is JSON with tensors as raw bytes beside it: nothing
-is pickled. One process alone is a team too, so nobody else asks how many there are.
-Not here: what is divided (`job.py`, `model/block.py`, `passes/manager.py`).
+`torchrun` starts them. Each holds the same model and does its share. Results are sent to all, so that every process
+continues with the same bits, which are those that a single process would compute. A message is JSON plus tensors as
+raw bytes; nothing is pickled. A single process is a team too, so that no other code needs to ask how many there are.
+Not here: which work is divided (`job.py`, `model/block.py`, `passes/manager.py`).
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from torch import Tensor
 from compress import errors
 from compress.errors import CompressError, LostProcess, RecipeError, out_of_memory
 
-ALIGNED = 64  # bytes: where in such a line a tensor begins may decide which instructions read it
-LONGEST_WAIT = timedelta(hours=6)  # for a process that lives: process 0 may evaluate, or read a large model, alone
-Parcel = tuple[Any, list[Tensor]]  # what JSON can say, and tensors
+ALIGNED = 64  # bytes of a cache line: a tensor's offset in one may decide which instructions read it
+LONGEST_WAIT = timedelta(hours=6)  # for a live process: process 0 may evaluate, or read a large model, alone
+Parcel = tuple[Any, list[Tensor]]  # a value that JSON can represent, and tensors
 T = TypeVar("T")
 
 
 class Team:
-    """One process alone, which does everything; `rank` is its number among `size`."""
+    """A single process, which does everything; `rank` is its number among `size` processes."""
 
     rank, size = 0, 1
 
     @property
     def chief(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this is process 0, the one that writes files and emits events."""
         return self.rank == 0
 
     def owns(self, number: int) -> bool:
-        """Whether what is dealt round by number is this process's."""
+        """Whether item `number` is this process's when items are dealt round-robin."""
         return number % self.size == self.rank
 
     def deal(self, costs: Sequence[float]) -> list[int]:
-        """The process that does each of some works: the costliest first, each to who has least so far."""
+        """The process that does each task: tasks are dealt by falling cost, each to the process with the least load."""
         loads = [0.0] * self.size
         owners = [0] * len(costs)
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -52,26 +52,26 @@ class Team:
         return owners
 
     def share(self, make: Callable[[], Parcel]) -> Iterator[Parcel]:
-        """What `make` gives in each process, in their order; the tensors are lent, not to be changed.
+        """The result of `make` in every process, in order of rank; the tensors are lent and must not be changed.
 
-        Where it raises in one, all raise that: a CompressError or missing memory as what it is, else LostProcess. The
-        parcels come one by one, so whoever asks takes them all.
+        If it raises in one process, all raise: a CompressError or MemoryError as itself, any other error as
+        LostProcess. The parcels arrive one by one, so the caller must consume the whole iterator.
         """
         return iter([make()])
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` gives in process 0, which alone calls it; JSON must be able to say it. Raises like `share`."""
+        """The result of `make` in process 0, the only one to call it; must be JSON-serializable. Raises as `share`."""
         return make()
 
     def agree(self, values: Callable[[], Mapping[str, Any]]) -> None:
-        """Raise RecipeError unless every process has these values, by their names; a process alone does not look."""
+        """Raise RecipeError unless all processes have the same values; a single process does not even compute them."""
 
     def least(self, value: int) -> int:
         """The smallest value of all processes."""
         return value
 
     def placed(self, device: str) -> str:
-        """The device that this process computes on, where the run is told `device`."""
+        """The device that this process computes on if the run was given `device`."""
         return device
 
 
@@ -80,7 +80,7 @@ JOINED: ContextVar[Team | None] = ContextVar("JOINED", default=None)  # like tor
 
 
 class Processes(Team):
-    """This process among those of torch's default group, which must be there."""
+    """This process among those of torch's default process group, which must be initialized."""
 
     def __init__(self) -> None:
         from torch import distributed
@@ -88,11 +88,11 @@ class Processes(Team):
         self.group = distributed
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.wire = torch.device("cuda", local_rank()) if distributed.get_backend() == "nccl" else torch.device("cpu")
-        self.apart = False  # whether nothing can be told to all: tensors are under way, or it has ended in an error
-        self.agreed = False  # whether that error is the same in all
+        self.apart = False  # whether no message can be sent: tensors are being exchanged, or an error has ended the run
+        self.agreed = False  # whether that error is known to all processes
 
     def share(self, make: Callable[[], Parcel]) -> Iterator[Parcel]:
-        """One exchange of all JSON, then each tensor from its process to the others."""
+        """Exchange all JSON at once, then broadcast each tensor from its process to the others."""
         try:
             value, tensors = make()
         except LostProcess:
@@ -106,12 +106,12 @@ class Processes(Team):
         return self._parcels(told, value, tensors)
 
     def first(self, make: Callable[[], T]) -> T:
-        """The other processes wait."""
+        """Run `make` in process 0 while the other processes wait."""
         found: T = next(self.share(lambda: (make() if self.chief else None, [])))[0]
         return found
 
     def agree(self, values: Callable[[], Mapping[str, Any]]) -> None:
-        """Costs one exchange."""
+        """Compare the values of all processes; costs one exchange."""
         own = dict(values())
         told = self._tell({"values": own})
         for rank, name in ((rank, name) for rank in range(self.size) for name in own):
@@ -123,19 +123,19 @@ class Processes(Team):
                 )
 
     def least(self, value: int) -> int:
-        """Costs one exchange."""
+        """The smallest value of all processes; costs one exchange."""
         return int(min(self._tell(value)))
 
     def placed(self, device: str) -> str:
-        """A GPU of its own. Raises RecipeError for one GPU that all would share."""
+        """For `cuda`, this process's own GPU. Raises RecipeError for one GPU that all processes would share."""
         if device.startswith("cuda:"):
             raise RecipeError(f"--device: {device!r} is one GPU for {self.size} processes; cuda gives each its own")
         return f"cuda:{local_rank()}" if device == "cuda" else device
 
     def common(self, error: Exception) -> Exception:
-        """What all processes raise where this one has met an error: that of the first of them that met one.
+        """The error that all processes raise after this one met `error`: that of the lowest rank that met one.
 
-        The others learn of it at what they exchange next. The error itself where no one can be told any more.
+        The other processes learn of it in their next exchange. Returns `error` itself if no message can be sent.
         """
         if self.apart:
             return error
@@ -148,7 +148,7 @@ class Processes(Team):
         return error
 
     def _parcels(self, told: list[Any], value: Any, tensors: list[Tensor]) -> Iterator[Parcel]:
-        """The parcels in order of processes; each tensor is on the wire when its turn comes."""
+        """The parcels in order of rank; each tensor is broadcast when the iterator reaches it."""
         self.apart = any(message["tensors"] for message in told)
         for rank, message in enumerate(told):
             if rank == self.rank:
@@ -160,20 +160,20 @@ class Processes(Team):
         self.apart = False
 
     def _receive(self, held: Sequence[Any], rank: int) -> Tensor:
-        """A tensor that another process sends, in memory of its own, laid out as there."""
+        """A tensor that another process sends, in new memory with the same strides and alignment."""
         name, shape, stride, phase, where = held
         flat_N = torch.empty(phase + span(shape, stride), dtype=getattr(torch, name), device=self.wire)[phase:]
         self._broadcast(flat_N, rank)
         return flat_N.to("cpu" if where == "cpu" else f"cuda:{local_rank()}").as_strided(shape, stride)
 
     def _broadcast(self, flat_N: Tensor, rank: int) -> None:
-        """The bytes of a flat tensor, from one process into those of the others."""
+        """Broadcast the bytes of a flat tensor from process `rank` into the tensors of the others."""
         if flat_N.numel():
             with self._linked():
                 self.group.broadcast(flat_N.view(torch.uint8), src=rank)
 
     def _tell(self, value: Any, error: Exception | None = None) -> list[Any]:
-        """What each process tells at this moment; raises the error of the first that tells one, which may be ours."""
+        """All-gather a JSON value; raises the error of the lowest rank that sent one, which may be our own."""
         text_N = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.wire)
         sizes = [int(size) for size in self._gather(torch.tensor([len(text_N)], device=self.wire))]
         padded_N = torch.zeros(max(sizes), dtype=torch.uint8, device=self.wire)
@@ -195,7 +195,7 @@ class Processes(Team):
 
     @contextmanager
     def _linked(self) -> Iterator[None]:
-        """A connection that breaks means that a process has gone."""
+        """Turn a broken connection, which means that another process has died, into LostProcess."""
         try:
             yield
         except RuntimeError as error:
@@ -206,11 +206,11 @@ class Processes(Team):
 
 @contextmanager
 def joined(device: str, once: bool = False) -> Iterator[Team]:
-    """The processes that torchrun has started with this one, or this one alone; those that are joined already again.
+    """The team of processes that torchrun started with this one, or this process alone; nested calls share one team.
 
-    An error of one becomes the error of all. With `once`, only process 0 raises it and another ends with its exit code,
-    so that whoever looks at their common output sees it once. A group that torch has already is used and left.
-    Raises RecipeError if the processes do not find each other.
+    An error in one process becomes the error of all. With `once`, only process 0 raises it and the others exit with its
+    exit code, so that it appears once in their common output. A process group that torch already has is used and not
+    destroyed. Raises RecipeError if the processes do not find each other.
     """
     if (team := JOINED.get()) is not None:
         yield team
@@ -233,12 +233,12 @@ def joined(device: str, once: bool = False) -> Iterator[Team]:
         raise common from error
     finally:
         JOINED.reset(token)
-        if ours and not (failed and team.wire.type == "cuda"):  # NCCL would wait for those that do not answer
+        if ours and not (failed and team.wire.type == "cuda"):  # NCCL would wait for processes that do not answer
             team.group.destroy_process_group()
 
 
 def start(device: str) -> tuple[Processes, bool] | None:
-    """The processes and whether their group was made here, or None if there is only this one."""
+    """The team, and whether its process group was created here; None if there is only this process."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
@@ -256,7 +256,7 @@ def start(device: str) -> tuple[Processes, bool] | None:
 
 
 def number(name: str, default: int) -> int:
-    """What torchrun tells in the environment; raises RecipeError if it is no number."""
+    """A number that torchrun sets in the environment; raises RecipeError if it is not a number."""
     told = os.environ.get(name, str(default))
     if not told.isdecimal():
         raise RecipeError(f"{name}={told!r} in the environment is not a number; start with torchrun, or unset it")
@@ -264,7 +264,7 @@ def number(name: str, default: int) -> int:
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine."""
+    """The number of this process among those on its machine."""
     return number("LOCAL_RANK", 0)
 
 
@@ -272,24 +272,27 @@ def local_rank() -> int:
 
 
 def form(tensor: Tensor) -> list[Any]:
-    """What is to be known of a tensor before its bytes come."""
+    """What a receiver must know before a tensor's bytes arrive: dtype, shape, strides, alignment, device type."""
     name = str(tensor.dtype).removeprefix("torch.")
     phase = tensor.data_ptr() % ALIGNED // tensor.element_size()
     return [name, list(tensor.shape), list(tensor.stride()), phase, tensor.device.type]
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Values in the memory that a tensor's entries lie in, from the first to the last."""
+    """The number of values from a tensor's first entry to its last in memory, gaps included."""
     return 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """That memory: products depend in their last bits on how and where a matrix lies, so both are kept."""
+    """That span of memory as one flat tensor.
+
+    Strides and alignment are kept, because the last bits of a product depend on both.
+    """
     return tensor.detach().as_strided((span(tensor.shape, tensor.stride()),), (1,))
 
 
 def kind_of(error: Exception) -> str:
-    """The class of ours that an error is, `memory` if that ran out, else its own name, which no other process knows."""
+    """How an error is named in a message: its class in `compress.errors`, `memory`, or `?` and another class's name."""
     if out_of_memory(error):
         return "memory"
     return next(
@@ -298,7 +301,7 @@ def kind_of(error: Exception) -> str:
 
 
 def error_of(rank: int, kind: str, message: str) -> Exception:
-    """An error that another process has met."""
+    """The error to raise for one that process `rank` met."""
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, CompressError):
         return known(message)
@@ -308,12 +311,12 @@ def error_of(rank: int, kind: str, message: str) -> Exception:
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code of an error that the command line tells in one line; 0 if it is a bug."""
+    """The exit code of an error that the command line reports in one line; 0 for a bug."""
     if isinstance(error, CompressError):
         return error.exit_code
     return 3 if out_of_memory(error) else 0
 
 
 def said(value: Any) -> str:
-    """A value in a message."""
+    """A value as it appears in an error message, at most 120 characters."""
     return json.dumps(value)[:120]

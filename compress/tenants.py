@@ -20,8 +20,9 @@ def load_tenants(
 ) -> Tenants:
     """The base model, loaded once, and its fine-tunes by name, each loaded from its delta folder when first needed.
 
-    `budget` bounds the bytes of the deltas in memory; the least recently used leave. `options` go to `load`. Raises
-    ArtifactError for a delta of another base, PlanError for one that alone exceeds the budget.
+    `budget` limits the bytes of the deltas in memory; the least recently used are evicted. `options` are passed to
+    `compress.load` for the base. Raises ArtifactError for a delta of another base, PlanError for one that alone exceeds
+    the budget.
     """
     import compress
     from compress.runtime.tenants import Tenants
@@ -31,7 +32,10 @@ def load_tenants(
 
 
 def difference(folder: str | Path, base: str | Path) -> Difference:
-    """What a delta folder holds, to be read one tensor at a time; raises ArtifactError if `base` is not its base."""
+    """The content of a delta folder, read one tensor at a time.
+
+    Raises ArtifactError if `base` is not its base, or if it rewrites stacked experts, which cannot be served by tenant.
+    """
     from compress.runtime.tenants import Difference
 
     path = locate(folder)

@@ -1,7 +1,7 @@
-"""What is written is loaded again and must compute what was meant, before it is put in place.
+"""Verification: before an artifact is put in place, it is loaded again and must compute what was meant.
 
-The artifact is walked block by block with the very modules that users get, so that a family whose code does something
-unforeseen with them is found here and not by whoever loads it.
+The artifact is walked block by block with the same modules that users get, so that a family whose code does something
+unforeseen with them fails here and not when a user loads it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from compress.weights import rounded_for
 
 RUNTIME_ERROR = 0.02  # relative; bf16 products and bf16 scales of packed forms stay below 0.01
 SAME = 1e-4  # relative, of float32 logits computed twice
-ROUNDINGS = 4  # of the model's dtype, where a family adds a bias in another order
-ROWS = 1024  # of a matrix in float64 at once
+ROUNDINGS = 4  # roundings of the model's dtype, for families that add a bias in another order
+ROWS = 1024  # rows of a matrix that are held in float64 at once
 
 
 class RuntimeWalk(Walk):
-    """A walk through an artifact whose sites are run by the modules that stand for them after loading; once."""
+    """A walk through an artifact that runs its sites with the modules users get on loading; it can be done once."""
 
     def __init__(self, artifact: Artifact, walk: Walk) -> None:
         super().__init__(artifact.config, artifact, artifact.dtype, walk.device)
         self.artifact, self.rest, self.fit = artifact, walk.rest, walk.fit
 
     def load_block(self, index: int) -> None:
-        """Bring a block's plain tensors and put the modules of its sites in their places."""
+        """Load a block's plain tensors and put the runtime modules of its sites in place."""
         places = [p for p in self.anatomy.of_block(index) if p.site in self.artifact.specs]
         held = {f"{place.module}.{place.parameter}" for place in places}
         self.look_ahead(index + 1)
@@ -64,7 +64,7 @@ class RuntimeWalk(Walk):
             experts.prepare(self.dtype)
 
     def look_ahead(self, index: int) -> None:
-        """The same for what is stored of a block."""
+        """Start reading ahead the stored tensors of a block."""
         if index < len(self.blocks):
             specs = {place.site: self.artifact.specs.get(place.site) for place in self.anatomy.of_block(index)}
             stored = [key for site, spec in specs.items() if spec for key in keys(site, spec).values()]
@@ -76,7 +76,7 @@ class RuntimeWalk(Walk):
         module.fill({p: self.artifact.stored_tensor(key).to(self.device) for p, key in stored.items()})
 
     def drop_block(self, index: int) -> None:
-        """Forget a block; it cannot be loaded again."""
+        """Free a block; it cannot be loaded again."""
         for module in self.blocks[index].modules():
             forget(module)
             if isinstance(module, CompressedLinear):
@@ -91,9 +91,10 @@ class RuntimeWalk(Walk):
 def check_whole(
     folder: Path, source: Checkpoint, walk: Walk, probe_NT: Tensor, logits: Tensor, base: Path | None = None
 ) -> None:
-    """Read the artifact back block by block; its names, untouched tensors and logits must be the intended ones.
+    """Read the artifact back block by block and check its tensor names and its logits on the probe against the run's.
 
-    A delta is read beside its `base`, as the plain model it denotes. Raises VerificationError at the first difference.
+    Untouched tensors are checked as far as these logits depend on them. A delta is read with its `base`, as the plain
+    model it denotes. Raises VerificationError at the first difference.
     """
     artifact = Artifact(folder, base)
     if set(artifact.names()) != set(source.names()):
@@ -107,7 +108,7 @@ def check_whole(
         again = replay.replay(probe)
     except CompressError:
         raise
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # of the family's code, with our modules
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # from the family's code, with our modules
         if out_of_memory(error):
             raise
         raise VerificationError(
@@ -125,10 +126,10 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def check_runtime(artifact: Artifact, walk: Walk) -> None:
-    """Compute with and without preparing, for the sites of the first compressed block, and compare with the weights.
+    """Run the modules of the first compressed block's sites, unprepared and prepared, and compare with their weights.
 
-    Where the walk computes: on a GPU its kernels. Raises VerificationError if a stored site computes something else
-    than `x @ W.T`.
+    Runs on the walk's device, so on a GPU this checks the GPU kernels. Raises VerificationError if the module of a
+    site computes something other than `x @ W.T`.
     """
     blocks = ([p.site for p in walk.anatomy.of_block(i) if p.site in artifact.specs] for i in range(len(walk.blocks)))
     for site in next((sites for sites in blocks if sites), []):

@@ -1,6 +1,6 @@
 """Writing an artifact: block by block into a folder beside OUT, verified, then renamed into place.
 
-Nothing in it depends on time, place or speed: the same run writes the same bytes.
+Nothing written depends on time, place or speed: the same run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -27,33 +27,34 @@ from compress.shards import Entry, WriteError, split, write_shard
 from compress.weights import Dense, External, Weight, pack, specify, unpack
 
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
-REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # a disk's ways to say no
+REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a disk that does not take the data
 NOTICES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-LONGEST_NOTICE = 1 << 20  # bytes; what is longer is no text that people agreed to
+LONGEST_NOTICE = 1 << 20  # bytes; a longer file is not a licence text and is not copied
 NOT_COPIED = (
     "config.json", INDEX, PROVENANCE,
     ADAPTER,  # beside whole weights, transformers would look for an adapter
 )  # fmt: skip
 PICTURE = "ledger.svg"
-SMALLEST = 256  # bytes of a tensor worth finding twice
+SMALLEST = 256  # bytes; smaller tensors are not worth deduplicating
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A rewritten site and the tensor of the source it comes from, of which it may be one `expert`."""
+    """A rewritten site and the source tensor it comes from, of which it may be one `expert`."""
 
     weight: Weight
     tensor: str
     transposed: bool = False
-    inputs: str = ""  # what the module rounds its input to
+    inputs: str = ""  # the format that the module rounds its input to; empty for none
     expert: int | None = None
     part: bool = False  # of a stack in the model, whether or not in the file
 
 
 def site_spec(site: str, stored: Stored, packed: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The specification stored in config.json: the tree, (path, dtype, shape) of each tensor, and its place.
+    """The specification of a site in config.json: the tree, (path, dtype, shape) of each tensor, and its place.
 
-    A list, because transformers sorts the keys of a config it saves and the order names the payload.
+    The tensors are a list, because transformers sorts the keys of a config that it saves, and the first tensor must
+    remain the one that keeps the source's key.
     """
     tensors = [[p, str(t.dtype).removeprefix("torch."), list(t.shape)] for p, t in packed.items()]
     weight = stored.weight
@@ -70,7 +71,7 @@ def site_spec(site: str, stored: Stored, packed: Mapping[str, Tensor]) -> dict[s
 
 @dataclass(kw_only=True)
 class Part:
-    """What was written together, or all of it: where, with which hashes, and what it stands for; bytes in `size`."""
+    """What was written, at once or in total: shards with their hashes, keys, and specifications; `size` in bytes."""
 
     digests: dict[str, str] = field(default_factory=dict)  # file -> sha256
     weight_map: dict[str, str] = field(default_factory=dict)  # key -> file
@@ -78,7 +79,7 @@ class Part:
     size: int = 0
 
     def take(self, other: Part) -> None:
-        """Add what another part holds."""
+        """Add the content of another part."""
         self.digests |= other.digests
         self.weight_map |= other.weight_map
         self.specs |= other.specs
@@ -87,28 +88,28 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What is to be written together: its entries, of rewritten sites the tensors meant, and what a delta refers to."""
+    """What will be written at once: entries, the packed tensors of rewritten sites, and their leaves in a base."""
 
     entries: list[Entry]
     meant: dict[str, dict[str, Tensor]]
     bases: dict[str, list[External]]
     specs: dict[str, Any]
-    spared: dict[str, int]  # bytes of a site that another one keeps
+    spared: dict[str, int]  # bytes of a site that are stored only under another site's keys
 
     @property
     def size(self) -> int:
-        """Bytes of the tensors."""
+        """The bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries)
 
     def nbytes(self, site: str, weight: Weight) -> int:
-        """Bytes that a site takes of this; what another site keeps for it is not its own."""
+        """The bytes that a site adds to the file, without those that it shares from another site."""
         return weight.nbytes() - self.spared.get(site, 0)
 
 
 class ArtifactWriter(Part):
-    """Writes OUT block by block into the folder `partial`, which is its owner's; `commit` puts it in place.
+    """Writes OUT block by block into the folder `partial`, which the caller owns; `commit` puts it in place.
 
-    A shard holds at most one block and, unless one tensor is larger, at most `shard_size` bytes.
+    A shard holds tensors of at most one block and at most `shard_size` bytes, unless a single tensor is larger.
     """
 
     def __init__(self, out: Path, shard_size: int, partial: Path) -> None:
@@ -116,16 +117,17 @@ class ArtifactWriter(Part):
         self.out, self.shard_size, self.partial = out, shard_size, partial
 
     def add(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> Part:
-        """Write rewritten sites and untouched tensors, read them back, and compare; what was added.
+        """Write rewritten sites and untouched tensors, read them back and compare; returns what was added.
 
         Raises VerificationError if a file does not hold what was meant.
         """
         return self.write(self.pack(sites, plain))
 
     def pack(self, sites: Mapping[str, Stored], plain: Iterable[Entry]) -> Packed:
-        """What is to be written of rewritten sites, beside untouched tensors.
+        """Pack rewritten sites, together with untouched tensors, to be written later.
 
-        It holds weights as packed, plain ones and a delta's base as they are: nobody may write over these until then.
+        Rewritten weights are held packed, plain ones and a delta's base as they are: these must not be changed until
+        `write` has returned.
         """
         entries, packed = list(plain), {}
         known: dict[Any, str] = {}
@@ -149,7 +151,7 @@ class ArtifactWriter(Part):
         return Packed(entries=entries, meant=packed, bases=bases, specs=specs, spared=spared)
 
     def write(self, packed: Packed) -> Part:
-        """Write what was packed, read it back and compare; what was added.
+        """Write what was packed, read it back and compare; returns what was added.
 
         Raises VerificationError if a file does not hold what was meant.
         """
@@ -166,7 +168,7 @@ class ArtifactWriter(Part):
         """Decode each site from its file; raises VerificationError unless it packs to the bytes that were meant."""
         shards = {name: Shard(self.partial / name) for name in added.digests}
         for site, meant in packed.meant.items():
-            device = next(iter(meant.values())).device  # where decoding is fast
+            device = next(iter(meant.values())).device  # decode where the weights are, which may be a GPU
             stored = {
                 p: shards[added.weight_map[key]].tensor(key).to(device)
                 for p, key in keys(site, self.specs[site]).items()
@@ -195,11 +197,11 @@ class ArtifactWriter(Part):
         picture: str = "",
         over: Path | None = None,
     ) -> None:
-        """Write everything that is not weights; a folder without rewritten sites is plain and names no method.
+        """Write everything but the weights; without rewritten sites, config.json names no quantization method.
 
-        `kv` is how the model shall keep its cache once loaded. A delta names its base by `pin`, and leaves out the
-        files that the folder `base` has alike. `picture` is that of the ledger, if there is one. Companion files in the
-        folder `over` replace the source's of the same name.
+        `kv` is how the loaded model keeps its key-value cache. A delta names its base by `pin`, and files that are
+        identical in the folder `base` are left out. `picture` is the SVG of the ledger; empty for none. Companion files
+        in the folder `over` replace the source's of the same name.
         """
         self._number()
         shared = copy_companions(source, self.partial, base, over)
@@ -219,7 +221,7 @@ class ArtifactWriter(Part):
         write_json(self.partial / PROVENANCE, {**told, "sha256": seal(told)}, small=bool(pin))
 
     def commit(self) -> None:
-        """Flush every file and rename the folder into place; what was there before goes last, and stays on failure."""
+        """Flush every file and rename the folder into place; an earlier folder is deleted last, or kept on failure."""
         for path in (*self.partial.iterdir(), self.partial):
             flush(path)
         exchange(self.partial, self.out)
@@ -227,7 +229,7 @@ class ArtifactWriter(Part):
 
 @contextmanager
 def writing(out: Path, shard_size: int) -> Iterator[ArtifactWriter]:
-    """A writer in a folder of its own, which leaves nothing behind; a failure to write becomes an ArtifactError."""
+    """A writer in a temporary folder that is removed at the end; a failed write becomes an ArtifactError."""
     with beside(out) as folder:
         writer = ArtifactWriter(out, shard_size, folder / "artifact")
         try:
@@ -240,7 +242,7 @@ def writing(out: Path, shard_size: int) -> Iterator[ArtifactWriter]:
 
 
 def refusal(out: Path, error: BaseException) -> ArtifactError | None:
-    """What to raise if a disk would not take what was written."""
+    """The ArtifactError to raise if `error` means that the disk refused the data; None for any other error."""
     if isinstance(error, WriteError):
         return ArtifactError(f"{out}: cannot be written: {error.__cause__}")
     if isinstance(error, OSError) and error.errno in REFUSING:
@@ -249,12 +251,12 @@ def refusal(out: Path, error: BaseException) -> ArtifactError | None:
 
 
 def externals(weight: Weight) -> list[External]:
-    """What the expression of a delta refers to of a base model."""
+    """The leaves of a weight expression that refer to a base model: itself, or its children."""
     return [leaf for leaf in (weight, *weight.children()) if isinstance(leaf, External)]
 
 
 def base_in(leaves: Iterable[External], source: str, tensor: str) -> Tensor:
-    """The matrix of a base model among these."""
+    """The base model's matrix of this name among the leaves; raises ArtifactError if there is none."""
     for leaf in leaves:
         if (leaf.source, leaf.tensor) == (source, tensor):
             return leaf.data
@@ -262,9 +264,10 @@ def base_in(leaves: Iterable[External], source: str, tensor: str) -> Tensor:
 
 
 def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[Any, str]) -> dict[str, str]:
-    """Path -> key of each of these tensors that `known` has already; the others are added to it.
+    """Find duplicates: path -> key of each of these tensors that `known` already has; the others are added to it.
 
-    Never the first, whose key must be the site's own. What is no larger than its entry in a header is left.
+    The first tensor is never shared, because its key must be the site's own, nor is one below SMALLEST bytes, whose
+    entry in a header would be as large.
     """
     found: dict[str, str] = {}
     for path, tensor in list(packed.items())[1:]:
@@ -279,9 +282,9 @@ def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[An
 def copy_companions(source: Path, target: Path, base: Path | None = None, over: Path | None = None) -> dict[str, str]:
     """Copy tokenizer, generation and licence files; never code, weights or what the target writes itself.
 
-    Files in the folder `over` replace those of the same name. Not copied are those that the folder `base` has, byte for
-    byte: their sha256 is returned. Raises ArtifactError for a
-    link that leads out of an artifact, which may come from anybody; of such a folder only recorded files are copied.
+    Files in the folder `over` replace the source's of the same name. Files that the folder `base` has byte for byte are
+    not copied; their sha256 is returned by name. If `source` is itself an artifact, which may come from an untrusted
+    place, only its recorded files are copied, and a link that leads out of the folder raises ArtifactError.
     """
     recorded = Artifact(source).provenance["files"] if is_artifact(source) else None
     shared: dict[str, str] = {}
@@ -301,9 +304,9 @@ def copy_companions(source: Path, target: Path, base: Path | None = None, over: 
 
 
 def copy_shared(delta: Artifact, target: Path) -> None:
-    """Copy the companion files that a delta leaves to its base.
+    """Copy the companion files that a delta shares with its base.
 
-    Raises ArtifactError if the base has other files of these names, or the delta names what is no such file.
+    Raises ArtifactError if the base's file has changed or is missing, or if a name is not that of a companion file.
     """
     for name in sorted(delta.provenance.get("base_files", {})):
         file = delta.companion(name)
@@ -315,7 +318,7 @@ def copy_shared(delta: Artifact, target: Path) -> None:
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name belongs beside the weights whatever the format."""
+    """Whether a file of this name belongs beside the weights in any format (tokenizer, generation, licence)."""
     licence = name.upper().startswith(NOTICES)
     wanted = Path(name).suffix in COPIED and name not in NOT_COPIED and not name.endswith("index.json")
     return wanted or licence
@@ -330,13 +333,13 @@ def copy(file: Path, target: Path) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes; reads them only if they are of one size."""
+    """Whether two files hold the same bytes; reads them only if their sizes are equal."""
     alike = other.is_file() and one.stat().st_size == other.stat().st_size
     return alike and digest(one) == digest(other)
 
 
 def write_json(path: Path, value: Any, small: bool = False) -> None:
-    """Write JSON, indented for people or as `small` as it can be; raises WriteError if the disk refuses."""
+    """Write JSON, indented for readers or, if `small`, without whitespace; raises WriteError if the disk refuses."""
     form: dict[str, Any] = {"separators": (",", ":")} if small else {"indent": 1}
     try:
         path.write_text(json.dumps(value, ensure_ascii=False, **form) + "\n", encoding="utf-8")
@@ -345,5 +348,5 @@ def write_json(path: Path, value: Any, small: bool = False) -> None:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes, so that NaN equals itself."""
+    """The tensor's bytes as uint8, so that NaN compares equal to itself."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
