@@ -1,1 +1,1 @@
-"""Reading a model folder block by block, and finding the linear maps in it."""
+"""Reading a model folder block by block, and finding the linear layers (sites) in it."""

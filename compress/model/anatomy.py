@@ -1,8 +1,8 @@
-"""What a model consists of, from headers and the architecture alone: sites, routers, and all that no pass touches.
+"""The parts of a model, from headers and the architecture alone: sites, routers, and tensors that no pass touches.
 
 A site is one matrix [out, in] that a pass may rewrite: the weight of an `nn.Linear` or `Conv1D` inside a block, or
-one expert's matrix in a stack. It is named as in the file, without `.weight`; an expert of a tensor that holds a whole
-stack by that tensor's name and its number.
+one expert's matrix in a stack. It has the tensor's name in the file, without `.weight`; an expert in a tensor that
+holds a whole stack has that tensor's name followed by its number.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ EXPERT = re.compile(r"\bexperts\.\d+\.")
 class Place:
     """Where the weight [out, in] of a site lies in the model and in the file.
 
-    `expert` and `rows` select from a stack; `transposed` means that the model keeps [in, out]. `routed` sites see only
-    the tokens that a router sends them. Sites with equal `peers` do not depend on each other.
+    `expert` and `rows` select the matrix in a stack; `transposed` means that the model keeps [in, out]. `routed` sites
+    see only the tokens that a router sends them. Routed sites with equal `peers` do not depend on each other.
     """
 
     site: str
@@ -51,18 +51,18 @@ class Place:
     shape: tuple[int, int]
     routed: bool = False
     peers: str = ""
-    stacked: bool = False  # the tensor of the file holds the matrices of all experts
-    turned: bool = False  # and holds them the other way round than the model does
+    stacked: bool = False  # the tensor in the file holds the matrices of all experts
+    turned: bool = False  # that tensor holds them transposed relative to the model
 
     def within(self, parameter: Tensor) -> Tensor:
-        """The matrix [out, in] of this place in the parameter that holds it, or in its gradient; shares its memory."""
+        """The view [out, in] of this place in the parameter that holds it, or in a tensor of its shape (a gradient)."""
         w = parameter if self.expert is None else parameter[self.expert]
         w = w.T if self.transposed else w
         return w if self.rows is None else w[self.rows[0] : self.rows[1]]
 
 
 class Anatomy:
-    """The parts of a (meta) model in the names of a file: the path of its blocks, and a place for each site."""
+    """The parts of a (meta) model, by the tensor names of a file: the path of its blocks, and a place for each site."""
 
     def __init__(self, model: Any, shapes: Mapping[str, Shape] | None) -> None:
         self.model, self.layout = model, Layout(model, shapes)
@@ -78,7 +78,7 @@ class Anatomy:
         self.places = {place.site: place for place in found}  # in the order of the model's modules
 
     def _refuse_shared(self) -> None:
-        """Raise UnsupportedWeight if two names inside blocks are one parameter: it would be rewritten twice."""
+        """Raise UnsupportedWeight if two names inside blocks share one parameter, which would be rewritten twice."""
         first: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if self.in_block(name) and first.setdefault(id(parameter), name) != name:
@@ -116,25 +116,25 @@ class Anatomy:
         return [name for name in self.layout.wanted if name.startswith(f"{self.path}.{index}.")]
 
     def tensors_of(self, index: int) -> list[str]:
-        """The tensors of the file that one block is made of."""
+        """The tensors of the file from which one block is loaded."""
         layout = self.layout
         return sorted({s for name in self.parameters_of(index) for s in layout.sources.get(name, ())})
 
     def frame(self) -> list[str]:
-        """The tensors of the file that belong to no block, and those that the architecture does not know."""
+        """The tensors of the file outside all blocks, including those that the architecture does not know."""
         inside = {s for p, sources in self.layout.sources.items() if self.in_block(p) for s in sources}
         return sorted(set(self.layout.shapes or ()) - inside)
 
     # -- sites -------------------------------------------------------------------------------------
 
     def _mixtures(self) -> set[str]:
-        """The modules that hold experts and, beside them, a router."""
+        """The mixture-of-experts modules, which hold experts and normally a router."""
         lists = {n.rpartition(".experts")[0] for n in self.modules if n.endswith(".experts")}
         stacked = {n.rpartition(".")[0] for n, m in self.modules.items() if self.in_block(n) and stacks(m)}
         return {name for name in lists | stacked if self.in_block(name)}
 
     def is_router(self, module: str) -> bool:
-        """Whether a module decides which experts a token visits, or how much they count."""
+        """Whether a module of a mixture decides which experts a token visits, or how they are weighted."""
         return any(
             module.startswith(f"{mixture}.")
             and not EXPERT.search(module)
@@ -185,10 +185,10 @@ class Anatomy:
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Which tensors the passes will touch; (parameters, reason) for each one they will not.
+    """Which tensors the passes will touch, with their number of parameters; (parameters, reason) for all others.
 
-    `missed` counts the matrices inside blocks that no pass can reach; what a recipe deselects by `sites`,
-    embeddings, heads, norms and routers are listed but not missed.
+    `missed` counts the parameters of matrices inside blocks that no pass can reach. Sites that a recipe deselects by
+    `sites`, embeddings, heads, norms and routers are listed as untouched, but do not count as missed.
     """
 
     touched: dict[str, int]
@@ -197,17 +197,17 @@ class Coverage:
 
     @property
     def missed_share(self) -> float:
-        """Parameters of unreachable block matrices / parameters of all block matrices that were meant."""
+        """Parameters of unreachable block matrices, divided by those plus the parameters of touched ones."""
         meant = self.missed + sum(self.touched.values())
         return self.missed / meant if meant else 0.0
 
     def reasons(self) -> dict[str, int]:
-        """Untouched parameters by reason."""
+        """The number of untouched parameters by reason."""
         return by_reason(self.untouched.values())
 
 
 def by_reason(untouched: Iterable[Sequence[Any]]) -> dict[str, int]:
-    """Parameters by reason, from (parameters, reason) pairs."""
+    """The number of parameters by reason, from (parameters, reason) pairs."""
     total: dict[str, int] = {}
     for size, reason in untouched:
         total[reason] = total.get(reason, 0) + size
@@ -244,7 +244,7 @@ def why_untouched(anatomy: Anatomy, tensor: str, shape: Shape) -> str:
     if tensor in layout.unknown:
         return "unknown to the architecture"
     slot = layout.slots.get(tensor)
-    if slot is None:  # made by a conversion
+    if slot is None:  # a conversion of transformers reads it
         inside = any(anatomy.in_block(p) for p, sources in layout.sources.items() if tensor in sources)
         return MISSED if inside and len(shape) > 1 else "stored in another form than the model keeps it"
     path, _, parameter = slot.parameter.rpartition(".")

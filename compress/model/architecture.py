@@ -1,4 +1,4 @@
-"""The model of a config, without weights, by the class transformers has for it; nothing in the folder is executed."""
+"""Building the model of a config without weights, with transformers' own class; no code in the folder is executed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from torch import nn
 
 from compress.errors import ArtifactError, in_short
 
-# in this order: a class that is in several lists is taken from the first
+# the order matters: a class that several of these map to is taken from the first
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForMaskedLM",
         "AutoModelForSequenceClassification", "AutoModel")  # fmt: skip
-REPEATED = re.compile(r"(^|_)(layers?|blocks?|depths?)$")  # what a config counts that becomes modules
-FREE = re.compile(r"theta|token|seed|param|length")  # numbers that are no size of anything
-MODULES = 1 << 10  # blocks that are built anyway, and
-ENTRIES = 1 << 24  # numbers that are taken anyway, however few tensors there are
-CHOSEN_HERE = ("attn_implementation", "experts_implementation")  # a name of these may make transformers fetch code
+REPEATED = re.compile(r"(^|_)(layers?|blocks?|depths?)$")  # fields of a config that are numbers of modules
+FREE = re.compile(r"theta|token|seed|param|length")  # fields of a config that are not sizes
+MODULES = 1 << 10  # numbers of modules up to this,
+ENTRIES = 1 << 24  # and sizes up to this are always allowed, however few tensors there are
+CHOSEN_HERE = ("attn_implementation", "experts_implementation")  # these can name a kernel repository to fetch code from
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class of transformers that builds the class a config names in `architectures`; causal by default."""
+    """The Auto class of transformers that builds the class named in the config's `architectures`.
+
+    If none does, the first in AUTO that knows the config; AutoModelForCausalLM if none knows it.
+    """
     import transformers
 
     named = (getattr(config, "architectures", None) or [None])[0]
@@ -38,7 +41,7 @@ def auto_class(config: Any) -> Any:
 
 
 def parsed(config: Mapping[str, Any]) -> Any:
-    """A config as transformers reads it: old names by their new ones, what is left out by its default."""
+    """A config as transformers reads it: old field names replaced by new ones, missing fields set to defaults."""
     from transformers import AutoConfig, PreTrainedConfig
 
     plain = {key: value for key, value in without_code(dict(config)).items() if key != "quantization_config"}
@@ -47,9 +50,9 @@ def parsed(config: Mapping[str, Any]) -> Any:
 
 
 def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The model of a config with parameters on the meta device and buffers real.
+    """The model of a config, with its parameters on the meta device and real buffers.
 
-    Raises ArtifactError for a config transformers does not know, or an encoder-decoder.
+    Raises ArtifactError for an encoder-decoder, or for a config that transformers cannot build.
     """
     from accelerate import init_empty_weights
 
@@ -57,7 +60,7 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
         raise ArtifactError(
             f"config.json: {config.get('model_type')} is an encoder-decoder; only one stack of blocks is walked"
         )
-    try:  # transformers raises whatever a wrong value happens to break; none of it is a bug of ours
+    try:  # transformers raises many types for wrong values; none of them is a bug in Compress
         read = parsed(config)
         with init_empty_weights(include_buffers=False):
             model = auto_class(read).from_config(read, dtype=dtype, experts_implementation="eager")
@@ -70,9 +73,10 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ArtifactError for a number in a config that tensors of these shapes cannot mean.
+    """Raise ArtifactError for a number in a config that is too large for tensors of these shapes.
 
-    Building a model costs time for every block and memory for its tables, before any shape can be compared.
+    This is checked first, because building a model costs time for every block and memory for its buffers before any
+    shape can be compared.
     """
     most = max(ENTRIES, sum(prod(shape) for shape in shapes.values()))
     level: list[tuple[str, Any]] = list(config.items())
@@ -88,7 +92,7 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 
 def without_code(config: Any) -> Any:
-    """A config without what can make transformers run code: its own classes, or kernels named by a repository."""
+    """A config without the fields that can make transformers run foreign code: custom classes, kernel repositories."""
     if isinstance(config, list):
         return [without_code(value) for value in config]
     if not isinstance(config, dict):
@@ -100,13 +104,13 @@ def without_code(config: Any) -> Any:
 
 
 def run(module: Any, ids_BT: torch.Tensor) -> Any:
-    """Call a model on token ids, without a cache where it knows one."""
+    """Call a model on token ids, with its key-value cache disabled if it has that option."""
     takes = inspect.signature(module.forward).parameters
     cached = "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     return module(input_ids=ids_BT, **({"use_cache": False} if cached else {}))
 
 
 def ignored(model: Any, name: str) -> bool:
-    """Whether the architecture says that it leaves this tensor in the file: a draft head, an old buffer."""
+    """Whether the architecture declares that it ignores this tensor of the file, such as a draft head or old buffer."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)

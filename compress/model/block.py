@@ -1,8 +1,8 @@
-"""A block in memory: its sites in dataflow order, and the tokens that walk through it.
+"""A block in memory: its sites in dataflow order, and the tokens that pass through it.
 
-A site's input depends only on the sites before it, so statistics are gathered per distinct input, by
-re-running the block up to that input with the weights rewritten so far: none is stale, none is taken twice.
-The experts of one layer do not depend on each other, so they are measured together, as many as fit a budget.
+A site's input depends only on the sites before it. Statistics are therefore collected per distinct input, by
+re-running the block up to that input with the weights rewritten so far: none is stale, and none is collected twice.
+The experts of one layer do not depend on each other, so they are measured together, as many as fit a memory budget.
 Shape suffixes: B batch, T tokens, D hidden, I inputs.
 """
 
@@ -28,20 +28,20 @@ from compress.stats import Collector, Statistic, Statistics, finite
 from compress.team import ALONE, Parcel, Team
 from compress.weights import External
 
-TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; one may be larger
-WIDEST = 2  # times the hidden state: what is wider is computed again rather than kept
+TOGETHER = 1 << 30  # bytes of statistics of independent experts held at once; a single expert may take more
+WIDEST = 2  # an input wider than this many times the hidden size is recomputed rather than cached
 Group = list[Site]
 Heard = Callable[[str, Tensor], None]
 Around = Callable[[], AbstractContextManager[None]]
-Inputs = dict[str, list[Tensor]]  # by key, of one batch, each occurrence in order
+Inputs = dict[str, list[Tensor]]  # the inputs of one batch by key, each occurrence in order
 
 
 class Stop(Exception):
-    """Ends a forward once what was wanted has been seen."""
+    """Ends a forward pass once the last wanted input has been seen."""
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The one input of a linear map, however it was passed."""
+    """The single input of a linear map, passed by position or by keyword."""
     return torch.as_tensor(args[0] if args else next(iter(kwargs.values())))
 
 
@@ -63,18 +63,18 @@ class Block:
         base: Mapping[str, External] | None = None,
         team: Team = ALONE,
     ) -> None:
-        """`dense` is the probe on its way through the dense model; it is moved through this block at once.
+        """`dense` is a copy of the probe that stays in the dense model; the constructor moves it through this block.
 
-        `twins` are the batches once more, on their way through the dense model, for what compares the two.
-        A `live` block is of a model that stays in memory and goes on computing as it was made to. `base` holds, by
-        site, the matrices of the model that this one was fine-tuned from: then only the differences are rewritten.
-        Of a `team`, each process has the block, and batches and twins of its own.
+        `twins` are such copies of the batches, for statistics and passes that compare the two models. A `live` block
+        belongs to a model that stays in memory and keeps its rewritten weights. `base` maps sites to the matrices of
+        the model that this one was fine-tuned from; then only the differences are rewritten. In a `team`, every process
+        has the block, but its own batches and twins.
         """
         self.twins, self.live, self.team = twins, live, team
         self.name, self.index, self.module, self.last = name, index, module, last
         self.batches, self.probe, self.dense = batches, probe, dense
         self.drift = 0.0
-        self.overwritten = False  # whether the block writes over what its sites have read
+        self.overwritten = False  # whether the block modifies its sites' inputs in place
         inside = {f"{name}.{path}".rstrip("."): part for path, part in module.named_modules()}
         self.sites = {
             p.site: Site(p.site, inside[p.module], p)
@@ -84,11 +84,11 @@ class Block:
         }
         self.stacks = {p.peers: getattr(inside[p.module], p.parameter).data for p in places if p.expert is not None}
         self.turned = {p.peers: p.transposed for p in places if p.expert is not None}
-        self.keyed: dict[str, Group] = {}  # by what tells an input from others: a module, or an expert of a stack
+        self.keyed: dict[str, Group] = {}  # sites by the key of their input: a module, or an expert of a stack
         for site in self.sites.values():
             self.keyed.setdefault(key_of(site), []).append(site)
-        self.heard: dict[str, int] = {}  # how often each input occurred while the probe passed
-        self.unseen = set(self.stacks)  # stacks of experts of which no product was seen
+        self.heard: dict[str, int] = {}  # how often each input occurred in the forward pass of the probe
+        self.unseen = set(self.stacks)  # stacks of experts with which no product was observed
         self.memo = Memo(module)
         held = {child: f"{name}.{child}." for child, _ in module.named_children()}
         self.inner = {
@@ -100,7 +100,10 @@ class Block:
     # -- who reads what ----------------------------------------------------------------------------
 
     def _groups(self) -> list[Group]:
-        """Sites that read the very same tensor, in the order the forward reaches them; without those that are idle."""
+        """Groups of sites that read the same tensor, in the order of the forward pass; idle sites are left out.
+
+        Runs the probe's dense copy through the block.
+        """
         seen: list[tuple[Tensor, Group]] = []
         placed: set[str] = set()
 
@@ -120,13 +123,13 @@ class Block:
         matrices = {
             child: [site.module for site in sites if site.whole and not site.module._forward_pre_hooks]
             for child, sites in held.items()
-        }  # what is heard of a hooked input has been through its hook, which would be called once more
+        }  # not hooked modules: their recorded input has already been through the hook, which would run again
         with self._listening(self.keyed, heard), self.memo.watched(matrices):
             self.dense.hidden_BTD = self.dense.through(self.module, self.index)
         groups = [group for _, group in seen]
-        groups += [self.keyed[key] for key in self.keyed if key not in placed]  # experts not visited, unused modules
+        groups += [self.keyed[key] for key in self.keyed if key not in placed]  # unvisited experts, unused modules
         by_peers: dict[str, list[Group]] = {}
-        for group in groups:  # what the first expert does second comes after what the last does first
+        for group in groups:  # an expert's second matrix comes after the first matrices of all experts
             by_peers.setdefault(peers_of(group), []).append(group)
         ordered = [group for together in by_peers.values() for group in sorted(together, key=expert_of)]
         busy = ([site for site in group if not site.idle] for group in ordered)
@@ -134,7 +137,7 @@ class Block:
 
     @contextmanager
     def _listening(self, keys: Iterable[str], heard: Heard) -> Iterator[None]:
-        """Call `heard(key, x)` for every input of the sites under `keys` while the block runs."""
+        """Inside, call `heard(key, x)` for every input of the sites under `keys` when the block runs."""
         with ExitStack() as stack:
             wanted: set[str] = set()
             for key in keys:
@@ -156,7 +159,7 @@ class Block:
     # -- measuring ---------------------------------------------------------------------------------
 
     def stages(self, groups: Sequence[Group], size: Callable[[Group], int]) -> list[list[Group]]:
-        """The groups in order; those of independent experts together while `size`, in bytes, sums to TOGETHER."""
+        """The groups in order; groups of independent experts share a stage while their `size`s sum to TOGETHER."""
         by_peers: dict[str, list[Group]] = {}
         for group in groups:
             by_peers.setdefault(peers_of(group), []).append(group)
@@ -174,7 +177,8 @@ class Block:
     def collect(self, groups: Sequence[Group], kinds: Iterable[type[Statistic]]) -> None:
         """Measure the inputs of `groups` in one pass over the calibration tokens.
 
-        Raises CalibrationError if tokens are missing, or an input never occurs or is not finite.
+        Raises CalibrationError if there are no tokens, or an input never occurs or is not finite; UnsupportedWeight if
+        the inputs of experts cannot be observed.
         """
         kinds = tuple(kinds)
         leaders = {key_of(group[0]): group[0] for group in groups}
@@ -187,7 +191,7 @@ class Block:
             with passing(watch=False):
                 feed(collectors, found, dense)
             given = True
-            del dense, found  # else they live on while the next forward runs
+            del dense, found  # otherwise they stay in memory during the next forward pass
         if not given:
             first = groups[0][0].name
             raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, none was given")
@@ -199,7 +203,10 @@ class Block:
                 each.stats = stats
 
     def _inputs_of_all(self, leaders: dict[str, Site], paired: bool) -> Iterator[tuple[Inputs, Inputs]]:
-        """What every process measures, in the order of the batches, which are dealt round; see `_inputs_of_own`."""
+        """The inputs that all processes record, in the order of the batches, which are dealt round-robin.
+
+        See `_inputs_of_own`.
+        """
         own = self._inputs_of_own(leaders, paired)
         given = True
         while given:
@@ -210,7 +217,10 @@ class Block:
                     given = True
 
     def _inputs_of_own(self, leaders: dict[str, Site], paired: bool) -> Iterator[tuple[Inputs, Inputs]]:
-        """What the batches of this process bring to the dense block, if asked and to no expert, and to this block."""
+        """The inputs that this process's batches give in the dense block and in this block as it now is.
+
+        Those of the dense block are recorded only if `paired`, and never those of experts.
+        """
         last = self._last(leaders)
         unrouted = [key for key, site in leaders.items() if not site.place.routed]
         first = min(self.groups.index(self.group_of(site)) for site in leaders.values())
@@ -236,9 +246,9 @@ class Block:
     def inputs(
         self, travellers: Travellers, keys: Iterable[str], last: str | None, around: Around = nullcontext
     ) -> Inputs:
-        """What these windows bring to each input of `keys` that they reach, by a forward inside `around`.
+        """The inputs of `keys` that these windows reach, recorded in a forward pass that runs inside `around`.
 
-        It ends with the input `last`.
+        The forward pass ends at the input `last`.
         """
         found: dict[str, list[tuple[Tensor, int]]] = {}
 
@@ -251,7 +261,7 @@ class Block:
         with around(), self._listening(keys, heard), suppress(Stop):
             travellers.through(self.module, self.index)
         if any(version_of(x) != version for inputs in found.values() for x, version in inputs):
-            self.overwritten = True  # so copies are taken, now and from now on
+            self.overwritten = True  # record again, with copies of the inputs from now on
             return self.inputs(travellers, keys, last, around)
         return {key: [x for x, _ in inputs] for key, inputs in found.items()}
 
@@ -260,7 +270,7 @@ class Block:
         return next(group for group in self.groups if site in group)
 
     def remembered(self, i: int, part: Travellers, first: int) -> AbstractContextManager[None]:
-        """Run windows of batch `i` without computing again what no site of the groups from `first` on can change."""
+        """Inside, windows of batch `i` run without recomputing children that no group from `first` on can change."""
         pending = [site for group in self.groups[first:] for site in group]
         done = [
             child for child, inside in self.inner.items() if inside and not any(site.name in inside for site in pending)
@@ -268,33 +278,37 @@ class Block:
         return self.memo.used(place_of(i, part), done, self._pending(first))
 
     def _pending(self, first: int) -> list[nn.Parameter]:
-        """What the groups from `first` on may still change."""
+        """The parameters that passes may still change: those of the groups from `first` on."""
         return [getattr(site.module, site.place.parameter) for group in self.groups[first:] for site in group]
 
     def targets(self) -> list[Tensor]:
-        """What the dense block makes of each batch's twin, [B, T, D]; costs a copy of the hidden states."""
+        """The output of the dense block on each batch's twin, [B, T, D]; costs a copy of the hidden states."""
         with self.as_original():
             return [lasting(twin.through(self.module, self.index)) for twin in self.twins]
 
     @contextmanager
     def as_original(self) -> Iterator[None]:
-        """The block computes with its original weights for a while."""
+        """Inside, the block computes with its original weights."""
         with ExitStack() as stack:
             for site in self.sites.values():
                 stack.enter_context(site.as_original())
             yield
 
     def _last(self, leaders: dict[str, Site]) -> str | None:
-        """The input after which nothing more is to be heard, or None where a forward must run to its end.
+        """The key of the input at which a forward pass may stop, or None if it must run to its end.
 
-        That is the last in order, if each occurs once; modules of experts are called in an order nobody knows.
+        This is the last one in order, if each input occurs only once; experts that are modules of their own may be
+        called in any order.
         """
         apart = any(site.place.routed and site.place.expert is None for site in leaders.values())
         again = any(self.heard.get(key, 0) > 1 for key in leaders)
         return None if apart or again else list(leaders)[-1]
 
     def _check_heard(self, leaders: dict[str, Site], collectors: dict[str, Collector]) -> None:
-        """Raise if an input never occurred, unless it is an expert's that the router did not choose."""
+        """Raise if an input never occurred, unless it is that of an expert that the router did not choose.
+
+        CalibrationError if no token reached a site, UnsupportedWeight if products with experts cannot be observed.
+        """
         for key, site in leaders.items():
             if site.place.peers in self.unseen:
                 raise UnsupportedWeight(
@@ -304,9 +318,9 @@ class Block:
                 raise CalibrationError(f"{site.name}: no calibration token reaches it")
 
     def move(self, batches: Iterable[Travellers]) -> None:
-        """Move batches through the block as it now is, unless nothing will read them.
+        """Move batches through the block as it now is; after the last block only the probe, as nothing reads the rest.
 
-        Raises CalibrationError if the output is not finite, naming the first site that read or gave what is not.
+        Raises CalibrationError if the output is not finite, naming the first site whose input is not.
         """
         for travellers in batches:
             if self.last and travellers is not self.probe:
@@ -317,7 +331,7 @@ class Block:
             travellers.hidden_BTD = moved
 
     def _moved(self, travellers: Travellers) -> Tensor:
-        """The hidden states behind the block; what was kept of the batch is used, and let go."""
+        """The hidden states after the block; uses what is cached of the batch, then frees it."""
         i = next((i for i, batch in enumerate(self.batches) if batch is travellers), None)
         if i is None or not self.memo.kept:
             return travellers.through(self.module, self.index)
@@ -333,7 +347,7 @@ class Block:
     def advance(self, batches: Sequence[Travellers] | None = None) -> None:
         """Move `batches`, by default all, and the probe through the block as it now is; sets `drift`.
 
-        Raises CalibrationError like `move`.
+        Twins are moved through the original block. Raises CalibrationError like `move`.
         """
         if self.twins and not self.last:
             with self.as_original():
@@ -343,7 +357,7 @@ class Block:
         self.drift = float((self.probe.hidden_BTD.float() - dense).norm() / dense.norm())
 
     def close(self) -> None:
-        """Let go of weights and windows, so that whoever still holds this block does not hold their memory."""
+        """Release weights and windows, so that a remaining reference to this block does not keep them in memory."""
         self.memo.forget()
         self.batches, self.twins = (), ()
         for site in self.sites.values() if not self.live else ():
@@ -351,7 +365,7 @@ class Block:
         self.sites, self.keyed, self.groups, self.stacks = {}, {}, [], {}
 
     def _culprit(self, travellers: Travellers) -> str:
-        """`; first at SITE` for the first site whose input is not finite, or nothing."""
+        """The end of an error message that names the first site whose input is not finite; empty if there is none."""
         first: list[str] = []
 
         def heard(key: str, x: Tensor) -> None:
@@ -365,24 +379,24 @@ class Block:
 
 
 def place_of(batch: int, part: Travellers) -> Key:
-    """Which windows of which batch."""
+    """The cache key of a part: the batch, and the first and last of its windows."""
     return batch, part.windows.start, part.windows.stop
 
 
 def version_of(x: Tensor) -> int:
-    """How often a tensor was written to; nobody counts in inference mode."""
+    """How often a tensor was written to; 0 in inference mode, where torch does not count."""
     return 0 if x.is_inference() else x._version
 
 
 def feed(collectors: Mapping[str, Collector], found: Inputs, dense: Inputs) -> None:
-    """Add inputs to what is known of them, with the same of the dense model where there are any."""
+    """Add inputs to their collectors, paired with those of the dense model where there are any."""
     for key, inputs in found.items():
         for x, dense_x in zip(inputs, chain(dense.get(key, ()), repeat(None)), strict=False):
             collectors[key].update(x, dense_x)
 
 
 def counted(measured: tuple[Inputs, Inputs] | None) -> Parcel:
-    """Inputs as how many there are of each, and all of them in a row; nothing of nothing."""
+    """Inputs as a parcel: how many there are of each key, and all tensors in one list; empty for None."""
     if measured is None:
         return None, []
     counts = [[(key, len(xs)) for key, xs in inputs.items()] for inputs in measured]
@@ -390,30 +404,30 @@ def counted(measured: tuple[Inputs, Inputs] | None) -> Parcel:
 
 
 def recounted(counts: Sequence[Sequence[tuple[str, int]]], tensors: list[Tensor]) -> tuple[Inputs, Inputs]:
-    """The inputs that were counted; they are taken out of `tensors`."""
+    """The inverse of `counted`; the tensors are removed from `tensors`."""
     tensors.reverse()
     dense, found = ({key: [tensors.pop() for _ in range(count)] for key, count in each} for each in counts)
     return dense, found
 
 
 def key_of(site: Site) -> str:
-    """What tells the input of a site from others."""
+    """The key of a site's input: its name, or stack and number of its expert."""
     place = site.place
     return site.name if place.expert is None else f"{place.peers}[{place.expert}]"
 
 
 def peers_of(group: Group) -> str:
-    """What groups share that can be measured together: experts do, everything else is alone."""
+    """The key shared by groups that can be measured together: experts of one layer; any other group is alone."""
     return group[0].place.peers if group[0].place.routed else key_of(group[0])
 
 
 def expert_of(group: Group) -> int:
-    """The expert of a stack that a group belongs to; 0 if it is none."""
+    """The number of the stacked expert that a group belongs to; 0 if it belongs to none."""
     return group[0].place.expert or 0
 
 
 def reporter(key: str, heard: Heard) -> Any:
-    """A forward pre-hook that hands on the input of a module."""
+    """A forward pre-hook that passes a module's input to `heard`."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         heard(key, input_of(args, kwargs))

@@ -1,8 +1,8 @@
-"""Seeing what each expert of a stack is given, without knowing how its family routes.
+"""Observing the input of each expert in a stack, without knowing how its family routes tokens.
 
-A stack is one parameter [experts, out, in]; the model multiplies with slices of it. While `Products` is entered, every
-product whose right side lies in a watched stack is reported with its expert and its input. It relies on the experts
-being run one after the other or as one batched product, which transformers calls the `eager` implementation.
+A stack is one parameter [experts, out, in]; the model multiplies with slices of it. Inside `Products`, every product
+whose right operand lies in a watched stack is reported with its expert and its input. This relies on the experts being
+run one after the other or as one batched product, which transformers calls the `eager` implementation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Seen = Callable[[str, int, Tensor], None]  # (stack, expert, x [tokens, in])
 
 
 class Products(TorchFunctionMode):
-    """Reports (stack, expert, x) for each product with a slice of the `stacks`; their names are full parameter names.
+    """Reports (stack, expert, x) for each product with a slice of the `stacks`, which have full parameter names.
 
-    `transposed` names those kept as [experts, in, out]. Raises UnsupportedWeight if a product reads a stack the other
-    way round.
+    `transposed` says which are kept as [experts, in, out]. Raises UnsupportedWeight if a product reads a stack in the
+    other orientation.
     """
 
     def __init__(self, stacks: Mapping[str, Tensor], transposed: Mapping[str, bool], seen: Seen) -> None:
@@ -35,7 +35,7 @@ class Products(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Report a product before it is computed."""
+        """Report a product with a watched stack, then compute it."""
         name = getattr(func, "__name__", "")
         if (name == "linear" or name in PRODUCTS) and len(args) > 1 and isinstance(args[1], Tensor):
             found = self.stacks.get(args[1].untyped_storage().data_ptr())
@@ -44,20 +44,20 @@ class Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def report(self, name: str, stack: Tensor, x: Tensor, w: Tensor, plain: bool) -> None:
-        """One product `x @ w.T` (plain) or `x @ w` with a slice `w` of a stack."""
+        """Report one product `x @ w.T` (plain) or `x @ w` with a slice `w` of a stack."""
         straight = w.stride()[-2:] == stack.stride()[-2:]
         if (plain == straight) == self.transposed[name]:
             raise UnsupportedWeight(f"{name}: the model reads these experts the other way round than expected")
         if w.ndim == 3:
             for expert, x_TI in enumerate(x):
-                self.seen(name, expert, x_TI[(x_TI != 0).any(-1)])  # an expert is given zeros for what is not its own
+                self.seen(name, expert, x_TI[(x_TI != 0).any(-1)])  # rows of zeros stand for other experts' tokens
             return
         self.seen(name, (w.storage_offset() - stack.storage_offset()) // stack.stride(0), x)
 
 
 @contextmanager
 def one_by_one(model: Any) -> Iterator[None]:
-    """Run the experts of a model in memory in the way that can be seen."""
+    """Inside, a model in memory runs its experts with the `eager` implementation, which can be observed."""
     if not hasattr(model, "get_experts_implementation"):
         yield
         return

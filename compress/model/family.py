@@ -1,7 +1,7 @@
-"""Where a model's blocks are and what counts as a linear map, found by structure.
+"""Where a model's blocks are and which modules are linear maps, found by structure rather than by family.
 
-`TESTED` lists the families whose replay, coverage and round trip this project's tests check; others are walked by
-the same rules, after their replay was compared with the model itself (`Walk.prove`).
+`TESTED` lists the families whose replay, coverage and round trip are covered by this project's tests. Other families
+are walked by the same rules, after their replay has been compared with the model itself (`Walk.prove`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ TESTED = (
 ROUTER = re.compile(
     r"(^|\.)(gate|router|shared_expert_gate)(\.|$)"
 )  # of a mixture: mlp.gate, router.layer, shared_expert_gate
-STACKS_IN_FIRST = ("Llama4TextExperts",)  # keep [experts, in, out] without saying so in `is_transposed`
+STACKS_IN_FIRST = ("Llama4TextExperts",)  # classes that keep [experts, in, out] but have no `is_transposed`
 
 
 def find_blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
-    """The name and list of the blocks of a model, or of the language part of one that also sees or hears.
+    """The name and list of the blocks of a model; of a multimodal model, those of its language part.
 
     Raises UnsupportedWeight if there is no module list of `count` elements.
     """
@@ -41,14 +41,14 @@ def find_blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
 
 
 def language_part(model: Any) -> Any:
-    """The module that turns token ids into hidden states: the decoder of a multimodal model, else the whole."""
+    """The module that turns token ids into hidden states: the decoder of a multimodal model, else the whole model."""
     if getattr(model.config, "text_config", None) is None or not hasattr(model, "get_decoder"):
         return model
     return model.get_decoder()
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map we can stand for."""
+    """Whether a module is a linear map that Compress can replace: `nn.Linear` or transformers' `Conv1D`."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
@@ -58,7 +58,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def stacks(module: nn.Module) -> list[str]:
-    """The parameters of a module that hold a matrix for each expert: [experts, out, in] or [experts, in, out]."""
+    """The parameters of a module that hold one matrix per expert: [experts, out, in] or [experts, in, out]."""
     count = getattr(module, "num_experts", None)
     named = type(module).__name__.endswith("Experts")
     return [

@@ -1,10 +1,10 @@
 """How the tensors of a checkpoint become the parameters of a model.
 
-A file may name a tensor otherwise than the model does, leave out the model's prefix, or hold as many small matrices
-what the model keeps as one stack of experts. transformers knows these rules for every family and applies them when it
-loads; they are asked here for each name, so that a block can be read alone and a result written back under the names
-of the file. Where the rule is a stack or a concatenation, each tensor's place is known and a pass may rewrite it; any
-other conversion is run as it is, and its tensors pass through.
+A file may use other tensor names than the model, omit the model's prefix, or hold many small matrices where the model
+has one stack of experts. transformers has the rules for every family and applies them when it loads a model. This
+module queries those rules for each name, so that a block can be read alone and a result written back under the file's
+names. If the rule is a stack or a concatenation, each tensor's place is known and a pass may rewrite it; any other
+conversion is run as it is, and its tensors pass through unchanged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one tensor of a file lies: a whole parameter, or rows of one expert of a stack [experts, out, in].
+    """The place of a file's tensor in the model: a whole parameter, or rows of an expert in a stack [experts, out, in].
 
-    A stack that is `turned` lies in the file with its last two sides exchanged.
+    A stack that is `turned` is stored in the file with its last two axes swapped.
     """
 
     parameter: str
@@ -37,7 +37,7 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """A conversion of transformers that makes the parameters `targets` of the tensors `sources`."""
+    """A conversion of transformers that makes `first`, and other parameters, from the tensors `sources`."""
 
     converter: Any
     first: str
@@ -46,9 +46,9 @@ class Conversion:
 
 @dataclass
 class Layout:
-    """The slot of every tensor of a file; `unknown` ones mean nothing to the architecture and pass through.
+    """The slot of every tensor of a file; tensors `unknown` to the architecture pass through unchanged.
 
-    Without `shapes`, the tensors are the model's own: for a model that is in memory.
+    Without `shapes`, the tensors are the model's own, for a model that is in memory.
     """
 
     model: Any
@@ -78,7 +78,7 @@ class Layout:
     # -- reading the rules -------------------------------------------------------------------------
 
     def _read_rules(self, shapes: Mapping[str, Shape]) -> None:
-        """Ask transformers for the parameter of each name, and sort what it says into slots and conversions."""
+        """Ask transformers for the parameter of each tensor name, and record it as a slot, a conversion or unknown."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -102,11 +102,11 @@ class Layout:
             self._place(target, of_pattern[sources[0][0]], sources, shapes)
 
     def _place(self, target: str, converter: Any, sources: list[tuple[str, str]], shapes: Mapping[str, Shape]) -> None:
-        """Give each tensor of a merge its slot, or keep the conversion whole."""
+        """Give each source tensor of a converter its slot, or record the conversion as a whole."""
         kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
         parts = {p: [name for pattern, name in sources if pattern == p] for p in converter.source_patterns}
         if kinds == [("Transpose", None)] and len(sources) == 1 and len(self.wanted[target]) == 3:
-            name = sources[0][1]  # turned unless the shapes say otherwise, as transformers decides
+            name = sources[0][1]  # transposed unless the shapes are equal, which is how transformers decides
             self.slots[name] = Slot(parameter=target, turned=tuple(shapes[name]) != self.wanted[target])
             return
         stacked = kinds in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
@@ -122,20 +122,20 @@ class Layout:
             start += height
 
     def _targets(self, conversion: Conversion) -> list[str]:
-        """Every parameter a conversion makes."""
+        """All parameters that a conversion makes."""
         first, *others = conversion.converter.target_patterns
         return [conversion.first, *(conversion.first.replace(first, other, 1) for other in others)]
 
     # -- checking ----------------------------------------------------------------------------------
 
     def held(self, parameter: str) -> str | None:
-        """The parameter under which the file holds this one: itself, or one it is tied to; None if neither."""
+        """The parameter under which the file holds this one: itself, or one tied to it; None if it holds neither."""
         first = self.tied.get(parameter, parameter)
         same = [parameter, first, *(name for name, of in self.tied.items() if of == first)]
         return next((name for name in same if name in self.sources), None)
 
     def check(self) -> None:
-        """Raise ArtifactError for the first parameter that the file lacks or holds in another shape."""
+        """Raise ArtifactError for the first parameter that the file lacks, holds twice, or holds in another shape."""
         for name in sorted(self.parameters):
             if (held := self.held(name)) is None:
                 raise ArtifactError(f"{name} is missing; the config means {self.wanted[name]}")
@@ -153,7 +153,7 @@ class Layout:
         return (self.shapes or {})[source]
 
     def _expected(self, source: str, shape: Shape) -> Shape | None:
-        """The shape a tensor of the file must have; None where a conversion decides."""
+        """The shape that a tensor of the file must have; None if a conversion reads it."""
         slot = self.slots.get(source)
         if slot is None:
             return None
@@ -162,7 +162,7 @@ class Layout:
         return (slot.rows[1] - slot.rows[0] if slot.rows else shape[1], *shape[2:])
 
     def _check_stack(self, parameter: str) -> None:
-        """Raise ArtifactError if a stack of experts is not complete."""
+        """Raise ArtifactError if the file does not hold all matrices and rows of a stack of experts."""
         slots = [self.slots[s] for s in self.sources[parameter] if s in self.slots]
         if not slots or slots[0].expert is None:
             return
@@ -181,7 +181,10 @@ class Layout:
     # -- loading -----------------------------------------------------------------------------------
 
     def state(self, parameters: Iterable[str], read: Callable[[str, str], Tensor]) -> dict[str, Tensor]:
-        """The parameters, made of the file's tensors; `read(tensor, parameter)` gives one in the parameter's dtype."""
+        """The parameters, made from the file's tensors; `read(tensor, parameter)` returns one in the parameter's dtype.
+
+        A parameter that the file does not hold is left out.
+        """
         made: dict[str, Tensor] = {}
         for parameter in parameters:
             held = self.held(parameter)
@@ -209,7 +212,7 @@ class Layout:
         return torch.empty(self.wanted[parameter]) if stack is None else stack
 
     def _convert(self, parameter: str, read: Callable[[str, str], Tensor]) -> dict[str, Tensor]:
-        """What a conversion of transformers makes."""
+        """The parameters that the conversion which makes `parameter` gives, by name."""
         found = next(c for c in self.conversions if parameter in self._targets(c))
         converter = deepcopy(found.converter)
         for pattern, source in found.sources:

@@ -1,10 +1,10 @@
-"""What parts of a block give, kept while the rest of the block is measured.
+"""Caches the outputs of a block's submodules while the remaining inputs of that block are measured.
 
-An input is measured by running the block up to it, so all that lies in front would be computed once more for every
-input. When the last weight inside a direct child of the block (its attention, say) is rewritten, what that child gives
-no longer changes: it is kept for each batch and handed out until the batch has moved on. Where a child gives what
-its last matrix gives and nothing else, what that matrix reads is kept as soon as it was measured: then nothing in front
-of it is computed twice.
+An input is measured by running the block up to it, so everything before it would be recomputed for every input. Once
+the last weight inside a direct child of the block (its attention, for example) has been rewritten, the child's output
+no longer changes: it is cached for each batch and returned until the batch has moved on. If a child's output is just
+the output of its last matrix (its tail), the input of that matrix is cached as soon as it has been measured, so that
+nothing before it is computed twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Key = tuple[int, int, int]  # number of a batch, first and last of its windows
 
 @dataclass(frozen=True)
 class Tail:
-    """The matrix whose output is what a child gives, alone or before so many times None."""
+    """The matrix whose output is a child's whole output, `alone` or as the first of a tuple with `rest` times None."""
 
     child: str
     module: nn.Module
@@ -32,21 +32,21 @@ class Tail:
     rest: int
 
     def __call__(self, x: Tensor) -> Any:
-        """What the child gives when its last matrix reads this."""
+        """The child's output if its last matrix reads `x`."""
         out = self.module(x)
         return out if self.alone else (out, *[None] * self.rest)
 
     def final(self, held: Iterable[tuple[nn.Parameter, Tensor]]) -> bool:
-        """Whether its parameters are among those that no longer change."""
+        """Whether its parameters are among those that no longer change (`held`)."""
         still = {id(parameter) for parameter, _ in held}
         return all(id(parameter) in still for parameter in self.module.parameters())
 
 
 @dataclass
 class Kept:
-    """What each call of a child gave in one forward, and the parameters with which it did.
+    """The cached outputs of a child's calls in one forward pass, and the parameters they were computed with.
 
-    Or, until its tail is rewritten, what that reads.
+    Until the child's tail has been rewritten, `read`, the input of that tail, instead.
     """
 
     held: list[tuple[nn.Parameter, Tensor]]
@@ -57,9 +57,9 @@ class Kept:
 
     @property
     def valid(self) -> bool:
-        """Whether the parameters are the same tensors in memory, whose place no others can have taken meanwhile.
+        """Whether the parameters still have the same memory, and the cached input was not modified in place.
 
-        And nobody wrote over what the tail reads.
+        Comparing addresses is safe, because `held` keeps the tensors alive, so nothing else can take their place.
         """
         if self.read is not None and versions_of([self.read]) != self.read_version:
             return False
@@ -67,7 +67,7 @@ class Kept:
 
 
 class Memo:
-    """The outputs of the children of a block that are done; nothing is kept until `active` is set."""
+    """The cached outputs of those children of a block that no longer change; caches nothing until `active` is set."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.active = module, False
@@ -75,11 +75,11 @@ class Memo:
         self.tails: dict[str, Tail] = {}
 
     def forget(self, batch: int | None = None) -> None:
-        """Let go of what is kept of a batch, by default of all."""
+        """Free what is cached of a batch, by default of all batches."""
         self.kept = {key: found for key, found in self.kept.items() if batch is not None and key[0] != batch}
 
     def part(self, key: Key) -> None:
-        """Let go of what is kept of these windows together with others: memory did not suffice for so many."""
+        """Free what is cached of wider parts that include these windows, after memory ran out for so many."""
         batch, start, stop = key
         wider = [k for k in self.kept if k[0] == batch and k != key and k[1] <= start and stop <= k[2]]
         for each in wider:
@@ -87,15 +87,15 @@ class Memo:
 
     @contextmanager
     def used(self, key: Key, done: Iterable[str], changing: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Run the block on these windows while its children hand out what was kept; of those `done`, keep it.
+        """Inside, children return cached outputs for these windows; outputs of the children `done` are cached.
 
-        It is computed again if a parameter has changed that was not among the `changing` when it was kept.
+        An output is recomputed if a parameter has changed that was not among the `changing` when it was cached.
         """
         held = self._held(changing)
         found = {name: kept for name, kept in self.kept.pop(key, {}).items() if kept.valid}
         for name, kept in [(name, kept) for name, kept in found.items() if kept.read is not None]:
             if self.tails[name].final(held):
-                kept.held = held  # its tail is among them now
+                kept.held = held  # now includes the tail's parameters
             else:
                 del found[name]
         if self.active:
@@ -105,14 +105,14 @@ class Memo:
                 stack.enter_context(self._handing_out(name, kept))
             yield
         if any(versions_of(kept.outputs) != kept.versions for kept in found.values()):
-            self.active = False  # somebody writes over what a child gave
+            self.active = False  # the block modifies a child's output in place
             self.forget()
         elif self.active:
             reached = {name: kept for name, kept in found.items() if kept.outputs or kept.read is not None}
             self.kept[key] = reached
 
     def keep_read(self, key: Key, tail: Tail, x: Tensor, changing: Iterable[nn.Parameter]) -> None:
-        """Keep what the tail of a child reads of these windows."""
+        """Cache the input `x` of a child's tail for these windows, if caching is active."""
         if self.active:
             x = lasting(x)
             self.kept.setdefault(key, {})[tail.child] = Kept(
@@ -120,13 +120,13 @@ class Memo:
             )
 
     def _held(self, changing: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-        """The parameters that no longer change, with their tensors."""
+        """The parameters of the block that no longer change, with their tensors."""
         still = {id(parameter) for parameter in changing}
         return [(p, p.data) for p in self.module.parameters() if id(p) not in still]
 
     @contextmanager
     def watched(self, matrices: Mapping[str, Iterable[nn.Module]]) -> Iterator[None]:
-        """Find the tails of children, given the matrices in each that nobody else hooks, while the block runs once."""
+        """Inside, find the children's tails during one run of the block, among `matrices`, which nobody may have hooked."""
         last: dict[str, tuple[nn.Module, Any, list[int]]] = {}
         calls: dict[nn.Module, int] = {}
 
@@ -155,7 +155,7 @@ class Memo:
 
     @contextmanager
     def _handing_out(self, name: str, kept: Kept) -> Iterator[None]:
-        """The child gives what it gave, if it did, else what it gives is kept."""
+        """Inside, the child returns its cached outputs if there are any; otherwise its outputs are cached."""
         child, known = self.module.get_submodule(name), iter(tuple(kept.outputs))
         fresh, before, forward = not kept.outputs, child.__dict__.get("forward"), child.forward
 
@@ -178,14 +178,14 @@ class Memo:
 
 
 def all_lasting(output: Any) -> Any:
-    """What a child gave, its tensors apart from what forwards make and drop."""
+    """A child's output, with its tensors moved out of the heap of short-lived allocations."""
     if type(output) is tuple:
         return tuple(all_lasting(value) for value in output)
     return lasting(output) if isinstance(output, Tensor) else output
 
 
 def versions_of(outputs: Iterable[Any]) -> list[int]:
-    """How often the tensors of outputs were written to."""
+    """How often each tensor in the outputs was written to; tensors of inference mode are left out."""
     found: list[int] = []
     for output in outputs:
         if isinstance(output, Tensor) and not output.is_inference():

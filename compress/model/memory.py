@@ -1,7 +1,7 @@
-"""Giving freed memory back to the system.
+"""Returning freed memory to the system, and measuring how much the process has used.
 
-glibc keeps what was freed in its arenas: after a block of a few hundred MB the process would stay that large, and the
-peak of a run would be the sum of its largest moments instead of the largest moment. And how large the process has been.
+glibc keeps freed memory in its arenas: after a block of a few hundred MB the process would stay that large, and the
+peak of a run would be the sum of its largest moments instead of the largest of them.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 1 << 20  # bytes; from here on an allocation is a mapping of its own, gone when it is freed
-PASSING = 1 << 22  # the same while something computes that drops what it makes; with 8 MB peaks were a tenth higher
-TRIM = 1 << 26  # bytes that may be free at the end of the heap: what a forward of a narrow model makes and drops
-SPREAD = 1 << 23  # bytes by which the process may have grown before the heap gives its free pages back; 16 MB: as above
-SMALL = 1 << 18  # bytes; what is smaller may last in the heap, and would waste much of a page
+LARGE = 1 << 20  # bytes; an allocation this large gets a mapping of its own, which is unmapped when it is freed
+PASSING = 1 << 22  # the same inside `passing`; with 8 MB, peaks were a tenth higher
+TRIM = 1 << 26  # free bytes allowed at the end of the heap: what a forward pass of a narrow model allocates and frees
+SPREAD = 1 << 23  # growth of the process, in bytes, at which the heap returns free pages; 16 MB: as with 8 MB above
+SMALL = 1 << 18  # bytes; smaller tensors stay in the heap, because they would waste much of a mapped page
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @cache
 def libc(name: str) -> Any:
-    """A function of glibc, or None where the C library is another."""
+    """A function of the C library, or None if it has none of this name or the system is not Linux."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def release_early() -> None:
-    """Let large blocks go back as soon as they are freed, for this whole process: glibc would raise its threshold to
-    32 MB and keep what is below in its heap. For a command; a library leaves this to its host.
+    """Make glibc return large allocations to the system as soon as they are freed, for this whole process.
+
+    By default glibc raises its threshold up to 32 MB and keeps what is smaller in its heap. Only commands call this,
+    because a library should leave malloc settings to its host.
     """
     if (mallopt := libc("mallopt")) is not None:
         HEAP.early = True
@@ -44,22 +46,24 @@ def release_early() -> None:
 
 
 class Heap:
-    """What serves computations that drop all they make, such as a forward: the heap, where `release_early` was called.
+    """Serves short-lived allocations, such as those of a forward pass, from the heap once `release_early` was called.
 
-    A mapping of its own for each activation would be cleared by the kernel page by page, which on a narrow model takes
-    as long as its products. Best fit, though, spreads over all that is free, so the heap gives its pages back whenever
-    the process has grown by SPREAD. What outlives the computation must not lie between: see `lasting`.
+    If each activation had a mapping of its own, the kernel would clear its pages every time, which on a narrow model
+    takes as long as the products. Best-fit allocation, however, spreads over all free memory, so the heap returns its
+    pages whenever the process has grown by SPREAD. Tensors that outlive the computation must not lie in between: see
+    `lasting`.
     """
 
     def __init__(self) -> None:
         self.early = self.inside = False
-        self.resident = 0  # after the first computation since pages went back; 0 before it
+        self.resident = 0  # resident size after the first computation since pages were returned; 0 before it
 
     @contextmanager
     def passing(self, watch: bool = True) -> Iterator[None]:
-        """Inside, what is allocated is freed soon, or made `lasting`; `watch` the largest kind, each like the last.
+        """Inside, everything allocated must be freed soon or made `lasting`.
 
-        Where gradients are wanted nothing changes, since what they need stays.
+        `watch` is for the largest kind of computation, which repeats with the same sizes: after it, pages are returned
+        if the process has grown. Nothing changes if gradients are enabled, because they keep activations alive.
         """
         mallopt = libc("mallopt") if self.early and not self.inside and not torch.is_grad_enabled() else None
         if mallopt is None:
@@ -67,7 +71,7 @@ class Heap:
             return
         self.inside = True
         mallopt(M_MMAP_THRESHOLD, PASSING)
-        mallopt(M_TRIM_THRESHOLD, TRIM)  # it stays: what follows would give back what the next computation needs
+        mallopt(M_TRIM_THRESHOLD, TRIM)  # never reset: otherwise memory that the next computation needs is returned
         try:
             yield
         finally:
@@ -77,14 +81,14 @@ class Heap:
                 self.watch(resident_bytes())
 
     def watch(self, now: int) -> None:
-        """Give back if the process, `now` so large, has grown by more than SPREAD."""
+        """Return free pages if the process, whose size is `now` bytes, has grown by more than SPREAD."""
         if not self.resident:
             self.resident = now
         elif now > self.resident + SPREAD:
             give_back()
 
 
-HEAP = Heap()  # the settings of malloc are those of the process, so there is one
+HEAP = Heap()  # a single one, because malloc's settings belong to the process
 passing = HEAP.passing
 
 
@@ -96,9 +100,10 @@ def give_back() -> None:
 
 
 def lasting(tensor: Tensor) -> Tensor:
-    """The same values in a mapping of their own, which goes back when the tensor is freed, where `passing` matters.
+    """A copy of the tensor in a mapping of its own, which is unmapped when the tensor is freed.
 
-    A tensor that is small, not contiguous or not on the CPU is returned as it is. Raises MemoryError.
+    A tensor that is small, not contiguous or not on the CPU is returned as it is, as is every tensor if
+    `release_early` was not called. Raises MemoryError if the mapping cannot be created.
     """
     if not HEAP.early or tensor.device.type != "cpu" or tensor.nbytes < SMALL or not tensor.is_contiguous():
         return tensor
@@ -111,7 +116,7 @@ def lasting(tensor: Tensor) -> Tensor:
 
 
 def staged(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies in the host's memory, from a GPU in page-locked pages; then all that `device` was given to do is done."""
+    """Copies of the tensors in host memory, page-locked if they come from a GPU; waits for all work on `device`."""
     copies = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()}
     for name, copy in copies.items():
         copy.copy_(tensors[name], non_blocking=True)
@@ -121,18 +126,18 @@ def staged(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
 
 
 def apart(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, this thread's work on a GPU goes beside that of others; what it begins with must be complete."""
+    """Inside, this thread's GPU work runs on a stream of its own; the tensors it starts from must be complete."""
     return torch.cuda.stream(side(device)) if device.type == "cuda" else nullcontext()
 
 
 @cache
 def side(device: torch.device) -> Any:
-    """The stream beside the usual one: always the same, since memory that was used on one is kept for it."""
+    """A device's second stream, always the same, because the allocator keeps memory for the stream that used it."""
     return torch.cuda.Stream(device)
 
 
 def resident_bytes() -> int:
-    """The resident size of this process now; 0 where the system does not say."""
+    """The current resident size of this process in bytes; 0 if the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
     except OSError:
@@ -140,11 +145,11 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far."""
+    """The largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def gpu_peak_bytes(device: torch.device) -> int:
-    """The most that tensors of this process have taken of a GPU so far; 0 for another device."""
+    """The largest GPU memory that this process's tensors have taken so far, in bytes; 0 for another device."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -1,8 +1,8 @@
-"""Scales that move between a writer and its readers: the model computes the same, its weights are easier to round.
+"""Scales moved between a writer and its readers: the model's output stays the same, its weights are easier to round.
 
-A writer is a norm or a linear map, readers are the sites that multiply what it gives. Which of them can be scaled is
-found by structure and proved on the probe, not by family: a pair whose block computes something else when its channels
-are scaled by powers of two is none. Shape suffixes: C channels of the writer, I inputs of the readers.
+A writer is a norm or a linear map; its readers are the sites that multiply its output. Which pairs can be scaled is
+found by structure and checked on the probe, not listed by family: a candidate is rejected if its block's output changes
+when its channels are scaled by powers of two. Shape suffixes: C channels of the writer, I inputs of the readers.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from compress.model.source import Checkpoint
 
 NAMED = (
     ("v_proj", "o_proj"), ("v_proj", "out_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"),
-)  # fmt: skip  # linear maps that may write to each other
-SAME = 1e-3  # relative; scaling by powers of two rounds nothing
+)  # fmt: skip  # (writer, reader) among linear maps
+SAME = 1e-3  # relative; scaling by powers of two introduces no rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """What a parameter is multiplied by: along its outputs, along its inputs, and whether it stands for 1 + itself."""
+    """The factors of a parameter along its outputs and inputs, and whether it stands for 1 + itself (`shifted`)."""
 
     outputs: Tensor | None = None
     inputs: Tensor | None = None
@@ -37,7 +37,7 @@ class Scale:
     shifted: bool = False
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The scaled parameter, float32."""
+        """The parameter after scaling, float32."""
         w = parameter.float().T if self.transposed else parameter.float()
         if self.outputs is not None:
             by = self.outputs.to(w.device).view(-1, *[1] * (w.ndim - 1))
@@ -47,22 +47,22 @@ class Scale:
         return w.T if self.transposed else w
 
     def then(self, other: Scale) -> Scale:
-        """Both, one after the other."""
+        """The scale that applies both."""
         kinds = self.transposed or other.transposed, self.shifted or other.shifted
         return Scale(times(self.outputs, other.outputs), times(self.inputs, other.inputs), *kinds)
 
 
 def times(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """The product of factors, of which None is 1."""
+    """The product of two factors, where None stands for 1."""
     return right if left is None else left if right is None else left * right
 
 
-Scales = dict[str, Scale]  # by the name of a parameter
+Scales = dict[str, Scale]  # by parameter name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pair:
-    """A writer, by its module's name, and its readers; `channel_I` is the channel that each of their inputs is."""
+    """A writer, by its module's name, and its readers; `channel_I` maps each of their inputs to a writer's channel."""
 
     writer: str
     module: nn.Module
@@ -72,11 +72,11 @@ class Pair:
 
     @property
     def channels(self) -> int:
-        """How many the writer has."""
+        """The number of channels of the writer."""
         return int(self.channel_I.max()) + 1
 
     def scales(self, scale_C: Tensor) -> Scales:
-        """Divide what is written and multiply what is read by `scale_C`."""
+        """The scales that divide the writer's channels by `scale_C` and multiply the readers' inputs by it."""
         transposed = type(self.module).__name__ == "Conv1D"
         found = {f"{self.writer}.weight": Scale(1 / scale_C, None, transposed, self.shifted)}
         if getattr(self.module, "bias", None) is not None:
@@ -86,18 +86,18 @@ class Pair:
         return found
 
     def pooled(self, value_I: Tensor) -> Tensor:
-        """The mean of a value of each input over the inputs that are one channel, [C]."""
+        """The mean of `value_I` over the inputs of each channel, [C]."""
         total_C = torch.zeros(self.channels, device=value_I.device).index_add_(0, self.channel_I, value_I)
         return total_C / torch.bincount(self.channel_I, minlength=self.channels)
 
     def largest(self, value_I: Tensor) -> Tensor:
-        """The largest value of the inputs that are one channel, [C]; values are not negative."""
+        """The maximum of `value_I` over the inputs of each channel, [C]; values must not be negative."""
         return torch.zeros(self.channels, device=value_I.device).scatter_reduce_(0, self.channel_I, value_I, "amax")
 
 
 @contextmanager
 def applied(block: Block, scales: Mapping[str, Scale]) -> Iterator[None]:
-    """The block computes with scaled parameters for a while, in their own dtype."""
+    """Inside, the block computes with scaled parameters, in their own dtype."""
     modules = {f"{block.name}.{path}": module for path, module in block.module.named_modules()}
     with ExitStack() as stack:
         for name, scale in scales.items():
@@ -109,7 +109,7 @@ def applied(block: Block, scales: Mapping[str, Scale]) -> Iterator[None]:
 
 
 def pairs_of(block: Block, config: Any) -> list[Pair]:
-    """The pairs of a block that can be scaled."""
+    """The pairs of a block that can be scaled, each checked on the probe."""
     known = {s.place.module: s for s in block.sites.values() if s.whole and s.place.rows is None}
     candidates = [*norm_pairs(block, known), *named_pairs(block, known, config)]
     before = block.probe.through(block.module, block.index).float()
@@ -118,7 +118,7 @@ def pairs_of(block: Block, config: Any) -> list[Pair]:
 
 
 def proved(block: Block, pair: Pair, before: Tensor) -> bool:
-    """Whether the block computes the same when the pair is scaled by halves and doubles."""
+    """Whether the block's output on the probe stays the same when the pair's channels are scaled by 1/2, 1 or 2."""
     powers = torch.randint(-1, 2, (pair.channels,), generator=torch.Generator().manual_seed(0))
     with applied(block, pair.scales(torch.exp2(powers.float()).to(before.device))):
         after = block.probe.through(block.module, block.index).float()
@@ -126,7 +126,10 @@ def proved(block: Block, pair: Pair, before: Tensor) -> bool:
 
 
 def norm_pairs(block: Block, known: Mapping[str, Site]) -> list[list[Pair]]:
-    """Norms of which only sites read the output; each as a gain, and as one that stands for 1 + itself."""
+    """Candidates whose writer is a norm and whose readers are all sites.
+
+    Each comes with a plain gain, and, if the norm has no bias, also with a gain that stands for 1 + itself.
+    """
     found = []
     for writer, module, consumers in consumers_of_norms(block):
         if consumers and all(name in known for name in consumers):
@@ -140,7 +143,10 @@ def norm_pairs(block: Block, known: Mapping[str, Site]) -> list[list[Pair]]:
 
 
 def consumers_of_norms(block: Block) -> list[tuple[str, nn.Module, list[str]]]:
-    """(name, module, modules with parameters of their own that are given its output) of each norm, on the probe."""
+    """(name, module, consumers) of each norm, found on the probe.
+
+    Consumers are the modules with parameters of their own that receive the norm's output.
+    """
     modules = {f"{block.name}.{path}": module for path, module in block.module.named_modules() if path}
     written: list[tuple[str, Tensor]] = []
     read: dict[str, list[str]] = {}
@@ -168,7 +174,7 @@ def consumers_of_norms(block: Block) -> list[tuple[str, nn.Module, list[str]]]:
 
 
 def named_pairs(block: Block, known: Mapping[str, Site], config: Any) -> list[list[Pair]]:
-    """Linear maps that by their names write to each other."""
+    """Candidates whose writer and reader are linear maps, found by the names in NAMED."""
     found = []
     for path, parent in block.module.named_modules():
         for writes, reads in NAMED:
@@ -183,7 +189,10 @@ def named_pairs(block: Block, known: Mapping[str, Site], config: Any) -> list[li
 
 
 def channels_of(written: int, read: int, config: Any) -> Tensor | None:
-    """The output of the writer that each input of the reader is; heads of values are repeated for their queries."""
+    """The writer's output channel behind each input of the reader; None if the widths do not fit.
+
+    With grouped-query attention, each value head is repeated for its query heads.
+    """
     if written == read:
         return torch.arange(read)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -197,7 +206,7 @@ def channels_of(written: int, read: int, config: Any) -> Tensor | None:
 def scaled_model(
     source: Checkpoint, anatomy: Anatomy, scales: Mapping[str, Scale], change: str, **facts: Any
 ) -> Reshaped:
-    """The model with scaled parameters, each rounded once to its own dtype."""
+    """The model with its parameters scaled, each rounded once to its own dtype."""
     tensors = {name: made(source, name, scales.get(parameter_of(anatomy, name))) for name in source.names()}
     return Reshaped(source, source.config, tensors, change, **facts)
 

@@ -1,4 +1,4 @@
-"""A site: one matrix of the model, with the expression that now denotes its weight."""
+"""A site: one matrix of the model, with the expression that currently denotes its weight."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from compress.model.transform import statistics_after, statistics_behind, undone
 from compress.stats import SIDE, Gram, Statistics
 from compress.weights import Dense, External, Masked, Sum, Weight, put_together, rounded_for, taken_apart
 
-FEWEST = 256  # tokens below which an expert counts as starved, or an eighth of its inputs if that is more
+FEWEST = 256  # an expert with fewer tokens, or fewer than an eighth of its inputs if that is more, counts as starved
 
 
 class Site:
     """A matrix by its full name; assigning `weight` also changes what the module computes with.
 
-    `original` is the weight as the checkpoint holds it, `target` what passes are to approximate, which is the original
-    unless a pass moved it; `stats` describes the input, from the compressed
-    prefix; `ledger` is what passes want recorded about this site in the artifact.
+    `original` is the weight as the checkpoint holds it. `target` is what passes approximate: the original, unless a
+    pass changed it. `stats` describes the input, measured behind the already compressed sites. `ledger` is what passes
+    record about this site in the artifact.
     """
 
     def __init__(self, name: str, module: Any, place: Place | None = None) -> None:
@@ -44,14 +44,14 @@ class Site:
         self.stats: Statistics = Statistics({}, 0)
         self.ledger: dict[str, Any] = {}
         self.fallbacks: list[tuple[str, str]] = []
-        self.starving: list[str] = []  # what each pass did instead, because too few tokens reached this expert
+        self.starving: list[str] = []  # for each pass: what it did instead, because too few tokens reached this expert
         self.weight_error: float = 0.0
         self.output_error: float | None = None
         self.errors: list[tuple[str, float]] = []  # the weight error after each pass, by the pass's name
 
     @property
     def whole(self) -> bool:
-        """Whether the site is all of its parameter."""
+        """Whether the site is a whole parameter rather than an expert in a stack."""
         return self.place.expert is None
 
     @property
@@ -60,12 +60,12 @@ class Site:
         return self.place.transposed
 
     def view(self) -> Tensor:
-        """What the module computes with now, as [out, in], sharing its memory."""
+        """The matrix [out, in] that the module computes with now; shares its memory."""
         return self.place.within(getattr(self.module, self.place.parameter).data)
 
     @property
     def weight(self) -> Weight:
-        """The expression that denotes the weight [out, in] now."""
+        """The expression that currently denotes the weight [out, in]."""
         return self._weight
 
     @weight.setter
@@ -79,19 +79,19 @@ class Site:
         self._show(self.computed(weight.dense()))
 
     def computed(self, w_OI: Tensor) -> Tensor:
-        """What the module computes with where the weight denotes `w_OI`, in the model's dtype."""
+        """The matrix that the module computes with if the weight denotes `w_OI`, in the model's dtype."""
         return w_OI.to(self.original.data.dtype)
 
     def _show(self, plain: Tensor) -> None:
         """Make the module compute with this matrix [out, in]."""
-        if self.whole:  # a parameter that may be mapped from the file is replaced, not written to
+        if self.whole:  # the parameter may be mapped from the file, so it is replaced rather than written to
             self.module.weight.data = plain.T.contiguous() if self.transposed else plain
         else:
             self.view().copy_(plain)
 
     @property
     def inputs(self) -> str:
-        """What the module rounds its input to, one of INPUTS; empty if nothing."""
+        """The format that the module rounds its input to, one of INPUTS; empty if it does not round."""
         return self._inputs
 
     @inputs.setter
@@ -103,7 +103,7 @@ class Site:
             self._hook = self.module.register_forward_pre_hook(self._round_inputs, with_kwargs=True)
 
     def _round_inputs(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward pre-hook; nothing happens while the site is as the original."""
+        """A forward pre-hook that rounds the input, except while the module computes as the original."""
         if self._exact or not self._inputs:
             return None
         if args:
@@ -112,14 +112,14 @@ class Site:
         return args, {**kwargs, name: rounded_for(self._weight, x, self._inputs)}
 
     def release(self) -> None:
-        """The module no longer rounds its input."""
+        """Remove the hook with which the module rounds its input."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     @contextmanager
     def as_original(self) -> Iterator[None]:
-        """The module computes with the original weight and its whole input, then with what it computed with before."""
+        """Inside, the module computes with the original weight and the unrounded input."""
         if self._weight is self.original:
             yield
             return
@@ -139,7 +139,7 @@ class Site:
 
     @property
     def stored(self) -> Weight:
-        """The expression that an artifact keeps."""
+        """The expression that the artifact stores."""
         return self._weight
 
     @property
@@ -149,7 +149,7 @@ class Site:
 
     @property
     def needed(self) -> int:
-        """The fewest tokens from which statistics of this input mean anything.
+        """The smallest number of tokens with which statistics of this input are meaningful.
 
         Source: the policy for experts that calibration hardly reaches; max(256, in / 8).
         """
@@ -161,9 +161,9 @@ class Site:
         return self.place.routed and self.stats.tokens < self.needed
 
     def apart(self, weight: Weight, keep: bool = False) -> Site:
-        """This site with another weight, for trying: the module and what this site records stay as they are.
+        """A copy of this site with another weight, for trying it: the module and this site's records do not change.
 
-        With `keep` the other records what this one has recorded so far, else nothing.
+        With `keep`, the copy starts with what this site has recorded so far, otherwise with nothing.
         """
         other = copy(self)
         other._weight = weight
@@ -173,9 +173,9 @@ class Site:
         return other
 
     def behind(self, transform: Weight, weight: Weight) -> Site:
-        """This site as one whose input is `transform` of it, with `weight` of that; what it records is shared.
+        """This site as one whose input is first transformed by `transform`, with `weight` for the transformed input.
 
-        Raises UnsupportedWeight for a transform that cannot be undone exactly.
+        Its records are shared with this site. Raises UnsupportedWeight for a transform that cannot be undone exactly.
         """
         other = copy(self)
         other._weight = weight
@@ -185,9 +185,10 @@ class Site:
         return other
 
     def factors(self, left_OR: Tensor, right_RI: Tensor) -> tuple[Site, Site]:
-        """This site as two in a row, of `left` and of `right`; the input of the first is what the second puts out.
+        """This site as a pair of sites, for `left` and for `right`; the first reads the output of the second.
 
-        What is recorded of an input, such as its damping, is of the second, whose input is this site's.
+        What passes record about an input, such as its damping, goes to this site through the second, which has the same
+        input; the first has a ledger of its own.
         """
         outer, inner = copy(self), copy(self)
         outer.ledger = {}
@@ -197,7 +198,7 @@ class Site:
         return outer, inner
 
     def expect(self, kind: type[Dense], by: str) -> Dense:
-        """The weight, if it still is of `kind`; raises UnsupportedWeight naming the pass otherwise."""
+        """The weight, if it is still of `kind`; otherwise raises UnsupportedWeight, naming the pass `by`."""
         if isinstance(self._weight, kind):
             return self._weight
         raise UnsupportedWeight(
@@ -205,7 +206,7 @@ class Site:
         )
 
     def told(self, tensors: list[Tensor]) -> dict[str, Any]:
-        """What rewriting has made of this site, as plain data, for another process; its tensors go into `tensors`."""
+        """The result of rewriting this site as plain data, for another process; tensors are appended to `tensors`."""
         return {
             "weight": None if self._weight is self.original else taken_apart(self._weight, tensors),
             "inputs": self.inputs,
@@ -218,7 +219,7 @@ class Site:
         }
 
     def take(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
-        """Become what the same site is in the process that told it."""
+        """Apply what `told` returned for the same site in another process."""
         if told["weight"] is not None:
             self.weight = put_together(told["weight"], tensors)
         self.inputs = told["inputs"]
@@ -228,14 +229,14 @@ class Site:
         self.errors = [(step, error) for step, error in told["errors"]]
 
     def fall_back(self, step: str, reason: str) -> None:
-        """Record that `step` did something weaker than asked here."""
+        """Record that the pass `step` did something weaker than asked for at this site."""
         self.fallbacks.append((step, reason))
 
     def measure(self, output: bool = True) -> None:
-        """Set `weight_error`, and with `output` also `output_error` if a Gram of the input is known.
+        """Set `weight_error`, and with `output` also `output_error` if a Gram of the input was collected.
 
-        The weight error is relative to the original; the output error, sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W,
-        to the target W. It costs one product [out, in] @ [in, in].
+        The weight error is relative to the original. The output error, sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = W' - W,
+        is relative to the target W; it costs one product [out, in] @ [in, in].
         """
         plain = self._weight.dense().float()
         change = plain - self.original.data
@@ -253,7 +254,7 @@ class DeltaSite(Site):
     """A matrix of a fine-tuned model, of which only the difference from the `base` model's is rewritten.
 
     Weight, original and target denote the difference, in the model's dtype; the module computes with base plus weight.
-    Statistics are of its input, as for every site.
+    Statistics describe the module's input, as for every site.
     """
 
     def __init__(self, name: str, module: Any, place: Place, base: External) -> None:
@@ -263,21 +264,22 @@ class DeltaSite(Site):
         self.original = self.target = self._weight = Dense(difference.to(self.own.dtype))
 
     def computed(self, w_OI: Tensor) -> Tensor:
-        """Base plus difference, added in float32; exactly the fine-tuned matrix for the difference as it was."""
+        """Base plus difference, added in float32; for the original difference, exactly the fine-tuned matrix."""
         if w_OI is self.original.data:
             return self.own
         return (self.base.data.float() + w_OI.float()).to(self.own.dtype)
 
     @cached_property
     def idle(self) -> bool:
-        """Whether fine-tuning left the matrix as it was."""
+        """Whether fine-tuning left the matrix unchanged, so that there is nothing to rewrite."""
         return not bool(self.original.data.any())
 
     @property
     def stored(self) -> Weight:
-        """The expression that an artifact keeps: the difference beside its base.
+        """The expression that the artifact stores: base plus difference.
 
-        As it was, if nothing rewrote it: nothing where there is none, else in float32, which loses nothing of bfloat16.
+        If no pass rewrote the difference, it is stored in float32, which loses nothing of bfloat16; an idle site stores
+        an empty mask.
         """
         if self._weight is not self.original:
             return Sum((self.base, self._weight))
@@ -288,9 +290,9 @@ class DeltaSite(Site):
 
 
 def energy(w_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """tr(W G Wᵀ), the mean squared norm of the output, never below 0.
+    """tr(W G Wᵀ), the mean squared norm of the output, clamped at 0.
 
-    G is symmetric, so what lies right of its diagonal counts twice and the rest is not multiplied: half the work.
+    G is symmetric, so blocks right of its diagonal count twice and those left of it are skipped: half the work.
     """
     total = w_OI.new_zeros(())
     for start in range(0, w_OI.shape[1], SIDE):

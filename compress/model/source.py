@@ -1,6 +1,7 @@
-"""A checkpoint folder: names, shapes and lazily read tensors; safetensors only, nothing executed.
+"""A checkpoint folder: names, shapes and lazily read tensors; only safetensors is read, and no code is executed.
 
-Every path an index names must stay inside the folder. Tensors are memory-mapped, so opening costs nothing.
+Every path that an index names must stay inside the folder. Tensors are memory-mapped, so opening a checkpoint reads
+only headers.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # of PEFT
 META = "__metadata__"
 LONGEST_NAME = 255  # bytes of a file name
-READERS = min(16, os.cpu_count() or 1)  # files that are read or written at once
-AT_ONCE = 1 << 22  # bytes that are hashed and looked at; with fewer, threads wait for each other
-LARGEST = 1 << 28  # bytes of a JSON file; that of 100,000 compressed matrices has a quarter
-DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth
+READERS = min(16, os.cpu_count() or 1)  # files that are read or written in parallel
+AT_ONCE = 1 << 22  # bytes hashed and checked at once; with smaller chunks, threads wait for each other
+LARGEST = 1 << 28  # bytes of a JSON file; a config.json with 100,000 compressed matrices has a quarter of that
+DEEPEST = 100  # levels of a JSON value; the deepest tree of a weight has a fifth of that
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # such as org/name
 NUMBERED = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.safetensors")
-WIDTHS = {  # bits
+WIDTHS = {  # bits of one value
     "F4": 4, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16,
     "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-NAMES = {  # what a header calls them
+NAMES = {  # dtypes by their names in a safetensors header
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16",
     torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64", torch.float16: "F16",
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 DTYPES = {name: kind for kind, name in NAMES.items()}
-FLOATS = {  # integers as wide as a float, and its exponent: all of its bits are 1 in what is not finite
+FLOATS = {  # the integer type of a float's width, and its exponent mask: all of these bits are 1 in NaN and infinity
     "F16": (np.int16, 0x7C00), "BF16": (np.int16, 0x7F80), "F32": (np.int32, 0x7F800000),
     "F64": (np.int64, 0x7FF0000000000000),
 }  # fmt: skip
@@ -61,9 +62,9 @@ T = TypeVar("T")
 
 
 def locate(model: str | Path) -> Path:
-    """The folder a user means: a path, or `builtin` for the reference model.
+    """The model folder that a user names: a path, or `builtin` for the built-in reference model.
 
-    Raises ArtifactError if there is no such folder.
+    Raises ArtifactError if it is not a folder with a config.json.
     """
     path = BUILTIN if str(model) == "builtin" else Path(str(model))
     try:
@@ -80,14 +81,14 @@ def locate(model: str | Path) -> Path:
 
 
 def display_name(folder: Path) -> str:
-    """How a model folder is called in messages and provenance: its name, never where it lies."""
+    """The name of a model folder for messages and provenance, without its path."""
     return "builtin" if folder == BUILTIN else folder.resolve().name
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file; raises ArtifactError naming it otherwise.
+    """The JSON object in a file; raises ArtifactError, naming the file, if there is none.
 
-    No key may stand twice: readers differ in which of the two they take. Size and depth are bounded.
+    Duplicate keys are refused, because readers differ in which one they take. Size and depth are limited.
     """
     try:
         if path.exists() and not path.is_file():
@@ -105,7 +106,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def strict_json(content: bytes) -> Any:
-    """A JSON value; raises ValueError for anything else, a key that stands twice, or too many levels."""
+    """A JSON value; raises ValueError for anything else, a duplicate key, or too many levels."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -126,36 +127,36 @@ def strict_json(content: bytes) -> Any:
 
 
 class Held(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor's entry in a safetensors header: dtype and shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """The bytes of its values."""
         return prod(self.shape) * WIDTHS[self.dtype] // 8
 
 
 class Shard:
-    """One safetensors file, whose header is read once; the library reads it whenever it opens the file."""
+    """One safetensors file, whose header is read only once; the library reads it every time it opens the file."""
 
     def __init__(self, path: Path) -> None:
         """Raises ArtifactError if the file is damaged, or names a tensor twice."""
-        with opened(path):  # the library checks all else
+        with opened(path):  # the library checks everything else
             self.path, self._state = path, state_of(path)
         self._begin, self._told = header_of(path)
         self.held = {name: Held(told["dtype"], tuple(told["shape"])) for name, told in self._told.items()}
 
     def span(self, name: str) -> tuple[int, int]:
-        """The bytes of the file from where to where are this tensor's."""
+        """The byte offsets in the file at which this tensor starts and ends."""
         start, end = self._told[name]["data_offsets"]
         return self._begin + start, self._begin + end
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, memory-mapped alone: it keeps neither what was read of others in memory nor the file open.
+        """One tensor in a memory map of its own, which keeps neither other tensors in memory nor the file open.
 
-        Raises ArtifactError if the file has no such tensor, cannot be read any more, or was changed since it was read.
+        Raises ArtifactError if the file has no such tensor, can no longer be read, or has changed since it was opened.
         """
         if name not in self.held:
             raise ArtifactError(f"{self.path}: cannot read {name!r}: the file has no such tensor")
@@ -172,7 +173,7 @@ class Shard:
             whole = torch.from_file(str(self.path), shared=False, size=end, dtype=torch.uint8, device="cpu")
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{self.path}: cannot read {name!r}: {why(error)}") from error
-        alone = torch.from_numpy(whole.numpy()[start:end])  # with a storage of its size: a copy is no larger
+        alone = torch.from_numpy(whole.numpy()[start:end])  # its storage has only its size, so a copy is no larger
         return alone.view(DTYPES[dtype]).reshape(shape)
 
 
@@ -182,9 +183,9 @@ class Checkpoint:
     decoded_from = ""  # the format, of a subclass that decodes one
 
     def __init__(self, path: Path) -> None:
-        """Raises ArtifactError for a folder without a config, or with a link to a file elsewhere.
+        """Raises ArtifactError for a folder without a config, or with a link to a file outside the folder.
 
-        What such a link names would be read, and copied beside the result, as if it were the model's.
+        The target of such a link would be read, and copied beside the result, as if it belonged to the model.
         """
         self.path = path
         self.config = read_json(path / "config.json", "config.json")
@@ -194,9 +195,9 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the shard that holds it, in sorted order of names.
+        """The shard that holds each tensor, by tensor name, sorted.
 
-        Raises ArtifactError for pickled weights, missing shards, or an index that leaves the folder.
+        Raises ArtifactError for pickled weights, missing or stray shards, or an index that leads out of the folder.
         """
         if (self.path / INDEX).exists():
             shards = read_json(self.path / INDEX, "the shard index").get("weight_map")
@@ -205,7 +206,7 @@ class Checkpoint:
             files = {name: self.inside(str(shard)) for name, shard in sorted(shards.items())}
             self._refuse_strays({path.name for path in files.values()})
             return visible_names(files, self.path / INDEX)
-        if (self.path / SINGLE).is_file():  # not a pipe, which nobody may ever write to
+        if (self.path / SINGLE).is_file():  # not a pipe, which could block forever
             held = dict.fromkeys(sorted(self._shard(self.path / SINGLE).held), self.path / SINGLE)
             return visible_names(held, self.path / SINGLE)
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
@@ -217,7 +218,7 @@ class Checkpoint:
         raise ArtifactError(f"{self.path}: no {SINGLE} and no {INDEX}")
 
     def _refuse_strays(self, known: set[str]) -> None:
-        """Raise ArtifactError for a numbered shard that the index does not name: it is of another save."""
+        """Raise ArtifactError for a numbered shard that the index does not name: it belongs to another save."""
         strays = sorted(f.name for f in self.path.glob("*.safetensors") if NUMBERED.fullmatch(f.name))
         extra = [name for name in strays if name not in known]
         if extra:
@@ -226,7 +227,7 @@ class Checkpoint:
             )
 
     def inside(self, shard: str) -> Path:
-        """The path of a shard, checked to be a file of this folder."""
+        """The path of a shard; raises ArtifactError unless it is a file of this folder."""
         path = self.path / shard
         named = Path(shard).name == shard and shard.isprintable() and len(os.fsencode(shard)) <= LONGEST_NAME
         if not named or not path.is_file():
@@ -252,7 +253,7 @@ class Checkpoint:
 
     @cached_property
     def _shards(self) -> dict[Path, Shard]:
-        """Those whose header has been read."""
+        """The shards whose header has been read, by path."""
         return {}
 
     def _shard(self, path: Path) -> Shard:
@@ -261,7 +262,7 @@ class Checkpoint:
         return self._shards[path]
 
     def ahead(self, names: Iterable[str]) -> None:
-        """Have the system read these tensors before they are asked for, where it takes such hints."""
+        """Ask the system to read these tensors ahead, if it accepts such hints."""
         if not hasattr(os, "posix_fadvise"):
             return
         by_shard: dict[Path, list[str]] = {}
@@ -269,22 +270,22 @@ class Checkpoint:
             if name in self.files and name in self._shard(self.files[name]).held:
                 by_shard.setdefault(self.files[name], []).append(name)
         for path, held in by_shard.items():
-            with suppress(OSError), path.open("rb") as file:  # it is no more than a hint
+            with suppress(OSError), path.open("rb") as file:  # it is only a hint
                 for start, end in map(self._shard(path).span, held):
                     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor, from the headers alone."""
+        """The shape of every tensor by name, from the headers alone."""
         return {name: held.shape for name, held in self.headers.items()}
 
     @property
     def headers(self) -> dict[str, Held]:
-        """Name -> dtype, shape and bytes of every tensor that `tensor` gives."""
+        """The dtype and shape of every tensor that `tensor` returns, by name."""
         return self.stored_headers
 
     @cached_property
     def stored_headers(self) -> dict[str, Held]:
-        """Name -> dtype, shape and bytes of every stored tensor, from the headers alone.
+        """The dtype and shape of every stored tensor by name, from the headers alone.
 
         Raises ArtifactError if a shard is damaged, empty, or lacks what the index promises.
         """
@@ -303,15 +304,18 @@ class Checkpoint:
         return headers
 
     def nbytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
+        """The bytes of all tensors, without headers."""
         return sum(held.nbytes for held in self.headers.values())
 
     def digests(self) -> dict[str, str]:
-        """Shard name -> sha256 of its bytes."""
+        """The sha256 of each shard, by its name."""
         return dict(self._digests)
 
     def unsound(self) -> frozenset[str]:
-        """The stored tensors of 16 bits or more that hold NaN or infinite values; `digests` costs nothing then."""
+        """The stored floating-point tensors of 16 bits or more that hold NaN or infinite values.
+
+        Reads every shard once; the same read computes the hashes, so `digests` costs nothing afterwards.
+        """
         return self._unsound
 
     @cached_property
@@ -325,21 +329,21 @@ class Checkpoint:
         return frozenset(name for name, shard in self.files.items() if name in found[shard.name][1])  # not of a copy
 
     def _of_shards(self, read: Callable[[Path], T]) -> Iterator[tuple[str, T]]:
-        """Name of each shard and what `read` gives of it; it reads and computes outside of Python's lock."""
+        """The name of each shard and the result of `read` on it, by several threads; `read` should release the GIL."""
         shards = sorted(set(self.files.values()))
         with ThreadPoolExecutor(READERS) as readers:
             yield from zip((shard.name for shard in shards), readers.map(read, shards), strict=True)
 
 
 def leaves(link: Path) -> bool:
-    """Whether a link leads out of its folder, and not to where huggingface_hub keeps the files of its snapshots."""
+    """Whether a link leads out of its folder, other than into the cache where huggingface_hub keeps snapshot files."""
     target = link.resolve()
     cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return not cached and target.parent != link.parent.resolve()
 
 
 def visible_names(files: dict[str, Path], where: Path) -> dict[str, Path]:
-    """The files by tensor, if every name is such as people can see; raises ArtifactError otherwise."""
+    """The same mapping; raises ArtifactError if a tensor name holds unprintable characters."""
     for name in files:
         if visible(name) != name:
             raise ArtifactError(f"{where}: the tensor name {name!r} holds characters that do not show")
@@ -355,21 +359,22 @@ def opened(path: Path) -> Any:
 
 
 def state_of(path: Path) -> tuple[int, int, int]:
-    """What changes of a file when it is written or another takes its place, whatever date either is given."""
+    """Inode, change time and size of a file: one of them changes if it is written or replaced, whatever its dates."""
     state = path.stat()
     return state.st_ino, state.st_ctime_ns, state.st_size
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
+    """The sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(path)
 
 
 def header_of(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where values begin in a safetensors file that the library has checked, and what is said of each tensor.
+    """The offset at which values begin in a safetensors file, and the header's entry of each tensor.
 
-    Raises ArtifactError if it names one twice, of which the library keeps the last.
+    The library must have checked the file. Raises ArtifactError if the header names a tensor twice, which the library
+    does not report: it keeps the last.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -381,7 +386,7 @@ def header_of(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def read_through(path: Path) -> tuple[str, set[str]]:
-    """sha256 of a safetensors file, and which of its tensors hold NaN or infinite values; it is read once."""
+    """The sha256 of a safetensors file and the names of its tensors with NaN or infinite values, in a single read."""
     sha, unsound = hashlib.sha256(), set[str]()
     room, other = memoryview(bytearray(AT_ONCE)), np.empty(AT_ONCE, np.uint8)
     with path.open("rb") as file:
@@ -411,7 +416,10 @@ def read_through(path: Path) -> tuple[str, set[str]]:
 
 
 def finite(piece: memoryview, kind: str, room_B: np.ndarray) -> bool:
-    """Whether all values are finite, by their bits; others than floats are. `room_B` is written over."""
+    """Whether all values are finite, found from their bits; other types than FLOATS count as finite.
+
+    `room_B` is scratch space and is overwritten.
+    """
     if kind not in FLOATS or not len(piece):
         return True
     word, exponent = FLOATS[kind]
@@ -429,7 +437,7 @@ def _digest(path: Path) -> str:  # Python 3.10 has no hashlib.file_digest
 
 
 def dtype_of(config: dict[str, Any]) -> torch.dtype:
-    """The dtype a config names, float32 if it names none."""
+    """The dtype that a config names, float32 if it names none; raises ArtifactError if torch does not know it."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):

@@ -1,4 +1,4 @@
-"""A site seen behind a transform T of its input: W x = (W T^-1)(T x). Shape suffixes: O out, I in."""
+"""Moving a transform T into a site's input: W x = (W T^-1)(T x). Shape suffixes: O out, I in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def undone(w_OI: Tensor, transform: Weight) -> Tensor:
 
 
 def statistics_behind(stats: Statistics, transform: Weight) -> Statistics:
-    """The statistics of T x: T S Tᵀ for square ones; those of single features are left out if T mixes features."""
+    """The statistics of T x, from those of x: T S Tᵀ for square ones; per-feature ones only if they follow from T.
+
+    A permutation reorders them, a diagonal scales ColumnNorm, and all others are left out.
+    """
     square = {k: transform.linear(transform.linear(v).T).T for k, v in stats.values.items() if k.square}
     single = {k: v for k, v in stats.values.items() if not k.square}
     match transform:
@@ -36,7 +39,7 @@ def statistics_behind(stats: Statistics, transform: Weight) -> Statistics:
 
 
 def statistics_after(stats: Statistics, w_OI: Tensor) -> Statistics:
-    """The statistics of W x that follow from those of x: W S Wᵀ of square ones, and norms from the Gram."""
+    """The statistics of W x that follow from those of x: W S Wᵀ for square ones, and ColumnNorm from the Gram."""
     w_OI = w_OI.float()
     square = {k: linear(linear(v, w_OI).T, w_OI).T for k, v in stats.values.items() if k.square}
     both = Gram in square and ColumnNorm in stats.values

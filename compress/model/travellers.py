@@ -1,9 +1,9 @@
-"""Batches of token windows on their way through a model: their hidden states, and what each block is called with.
+"""Batches of token windows on their way through a model: their hidden states and the arguments of each block.
 
-Windows of a batch are equally long, so there is no padding and none can enter a statistic. Hidden states may be kept
-on disk between blocks; only one batch is then in memory. Each state is a file of its own, so that one a journal names
-stays whole while the next is written. A batch that does not fit into memory goes through a block in parts, half as
-large each time, and so does every batch after it. Shape suffixes: B batch, T tokens, D hidden, N windows.
+Windows of a batch have the same length, so there is no padding that could enter a statistic. Hidden states may be kept
+on disk between blocks, with only one batch in memory. Each state is a file of its own, so that a file that a journal
+names stays intact while the next one is written. A batch that does not fit into memory goes through a block in parts,
+halved until they fit, and so does every batch after it. Shape suffixes: B batch, T tokens, D hidden, N windows.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from torch import Tensor, nn
 from compress.errors import CalibrationError, out_of_memory
 from compress.model.memory import give_back, lasting, passing
 
-BATCH_TOKENS = 8192  # a forward on a GPU: with 4096 Python took longer to launch it than the GPU to compute it
-CPU_TOKENS = 1024  # on a CPU products are no slower with so few rows, and what lies between them stays near the cache
-KEPT = 16  # different recorded tensors of one shape that are compared before another is kept
+BATCH_TOKENS = 8192  # per forward pass on a GPU: with 4096, launching from Python took longer than computing
+CPU_TOKENS = 1024  # on a CPU, products are no slower with so few rows, and activations mostly stay in cache
+KEPT = 16  # different recorded tensors of one shape that are kept for sharing
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 T = TypeVar("T")
 
 
 def tokens_at_once(device: torch.device) -> int:
-    """The tokens of a forward, about."""
+    """The approximate number of tokens in a forward pass on this device."""
     return CPU_TOKENS if device.type == "cpu" else BATCH_TOKENS
 
 
 def batched(windows: Iterable[Tensor], tokens: int, most: int | None = None) -> list[Tensor]:
-    """Token windows [N, T], one tensor for each length, in batches of `most`, or of about so many tokens."""
+    """Split windows [N, T], one tensor per length, into batches of `most` windows, or of about `tokens` tokens."""
     return [
         batch for ids_NT in windows if len(ids_NT) for batch in ids_NT.split(most or max(1, tokens // ids_NT.shape[1]))
     ]
@@ -47,7 +47,7 @@ def batched(windows: Iterable[Tensor], tokens: int, most: int | None = None) -> 
 def unpadded(ids_NT: Tensor, mask_NT: Tensor | None) -> list[Tensor]:
     """The windows without their padding, one tensor [N, T] for each length.
 
-    Raises CalibrationError if a window is empty, or if what is left of it is not in one piece.
+    Raises CalibrationError if the mask has another shape, or if a window is all padding or has padding inside.
     """
     if mask_NT is None:
         return [ids_NT]
@@ -63,7 +63,7 @@ def unpadded(ids_NT: Tensor, mask_NT: Tensor | None) -> list[Tensor]:
 
 
 class Fit:
-    """How many windows go through a block at once: as many as a batch has, until memory runs out."""
+    """The number of windows that go through a block at once: a whole batch, halved whenever memory runs out."""
 
     def __init__(self) -> None:
         self.most = sys.maxsize
@@ -71,22 +71,23 @@ class Fit:
 
     @property
     def halved(self) -> bool:
-        """Whether memory ran out."""
+        """Whether memory has run out."""
         return self.most < sys.maxsize
 
     def halve(self, windows: int) -> None:
-        """So many were too many."""
+        """Halve the limit, because memory ran out with this many windows; frees memory and calls `tell`."""
         self.most = (windows + 1) // 2
-        gc.collect()  # an exception may lie in a circle with the frames it came through, and their tensors
+        gc.collect()  # the exception may be in a reference cycle with its frames, which hold tensors
         give_back()
         self.tell(self.most)
 
 
 class Travellers:
-    """A batch of token windows on its way; with `store`, its hidden state lies in a file of that name and a number.
+    """A batch of token windows on its way through the model, with its hidden state and the arguments of each block.
 
-    `kept` is a file that must stay, whatever becomes of the batch. `again` gives what blocks are called with for some
-    of the windows; without it they cannot be parted.
+    With `store`, the hidden state is kept in a file of that name plus a number. `kept` is a file that must not be
+    deleted, because a record names it. `again` computes the arguments of the blocks for some of the windows; without
+    it the batch cannot be divided.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Travellers:
         self.ids_BT, self.calls, self.store = ids_BT, calls, store
         self.fit, self.again = fit or Fit(), again
         self.parted: dict[tuple[int, int], list[Call]] = {}
-        self.windows = slice(0, len(ids_BT))  # of a part, which of the batch's they are
+        self.windows = slice(0, len(ids_BT))  # for a part: which windows of the batch it holds
         self.file: Path | None = None
         self.kept: Path | None = None
         self.sha256, self.turn = "", 0
@@ -116,41 +117,41 @@ class Travellers:
 
     @hidden_BTD.setter
     def hidden_BTD(self, hidden_BTD: Tensor) -> None:
-        self.device, hidden_BTD = hidden_BTD.device, hidden_BTD.contiguous()  # as it would be read back
+        self.device, hidden_BTD = hidden_BTD.device, hidden_BTD.contiguous()  # the layout it has when read from a file
         if self.store is not None:
             before, self.turn = self.file, self.turn + 1
             self.file = self.store.with_name(f"{self.store.name}.{self.turn}")
             raw = hidden_BTD.cpu().reshape(-1).view(torch.uint8).numpy().data
             self.sha256 = sha256(raw).hexdigest()
-            with self.file.open("wb") as file:  # not `tofile`: it loses the reason when a disk is full
+            with self.file.open("wb") as file:  # not `tofile`, whose error hides that a disk is full
                 file.write(raw)
             if before is not None and before != self.kept:
                 before.unlink()
             hidden_BTD = torch.empty_like(hidden_BTD, device="meta")
-        self._hidden = hidden_BTD if self.again is None else lasting(hidden_BTD)  # a part does not last
+        self._hidden = hidden_BTD if self.again is None else lasting(hidden_BTD)  # a part is short-lived
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the hidden state."""
+        """The dtype of the hidden state."""
         return self._hidden.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the hidden state."""
+        """The shape of the hidden state."""
         return tuple(self._hidden.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the hidden state."""
+        """The bytes of the hidden state."""
         return int(self._hidden.nbytes)
 
     def forget(self) -> None:
-        """Remove what lies on disk."""
+        """Remove the file of the hidden state, if there is one."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
 
     def carried(self) -> dict[str, Tensor]:
-        """What blocks have left in the mappings they are called with, for blocks behind them, by place and key."""
+        """The tensors that blocks have stored in mappings among their arguments, for later blocks, by place and key."""
         return {
             f"{i}.{key}.{j}": tensor
             for i, left in enumerate(mappings(self.calls))
@@ -159,7 +160,7 @@ class Travellers:
         }
 
     def carry(self, left: dict[str, Tensor]) -> None:
-        """Put back what `carried` gave: each entry a tuple of tensors, as blocks leave it."""
+        """Restore what `carried` returned; each entry becomes a tuple of tensors, as blocks store it."""
         places = list(mappings(self.calls))
         found: dict[tuple[int, str], dict[int, Tensor]] = {}
         for name, tensor in left.items():
@@ -171,15 +172,15 @@ class Travellers:
 
     @property
     def opaque(self) -> str:
-        """The type of an argument in which a block may leave something that `carried` cannot see; empty if none."""
+        """The type of an argument in which a block may store state that `carried` cannot see; empty for none."""
         return next((type(value).__name__ for value in values_of(self.calls) if not plain(value)), "")
 
     def through(
         self, module: nn.Module, index: int, hidden_BTD: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The output [B, T, D] of block `index` on `hidden_BTD`, by default the present state.
+        """The output [B, T, D] of block `index` on `hidden_BTD`, by default the current hidden state.
 
-        With `dtype`, every float that the block is called with is given in that.
+        With `dtype`, the input and all floating-point arguments of the block are cast to it.
         """
         outs = list(self.in_parts(lambda part: part._forward(module, index, dtype), hidden_BTD))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -192,10 +193,10 @@ class Travellers:
         return torch.as_tensor(out[0] if isinstance(out, (tuple, list)) else out)  # a tuple before transformers 4.57
 
     def in_parts(self, run: Callable[[Travellers], T], hidden_BTD: Tensor | None = None) -> Iterator[T]:
-        """`run` of all windows, or of as many at a time as memory holds, on `hidden_BTD`, by default the present state.
+        """The results of `run` on all windows, or on as many at a time as fit in memory.
 
-        A run that memory did not suffice for is done again with half the windows, so it must change nothing. Raises
-        what says so if a single window does not fit.
+        It runs on `hidden_BTD`, by default the current hidden state. A run that exceeds memory is repeated with half
+        the windows, so it must have no side effects. Raises the out-of-memory error if a single window does not fit.
         """
         entering_BTD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
         start = 0
@@ -209,19 +210,19 @@ class Travellers:
                 too_many = stop - start
             else:
                 yield made
-                del made  # else it lives on while the next is made
+                del made  # otherwise it stays in memory while the next result is computed
                 start = stop
                 continue
-            self.fit.halve(too_many)  # here the failed forward, which its traceback held, is freed
+            self.fit.halve(too_many)  # here, because the traceback that held the failed forward pass is gone
 
     @property
     def divisible(self) -> bool:
-        """Whether windows can go apart: each has its own row, and no block leaves for another what belongs to all."""
+        """Whether the windows can run separately: each has its own row, and blocks pass no state on in mappings."""
         apart = self.again is not None and next(mappings(self.calls), None) is None
         return apart and self.shape[:2] == tuple(self.ids_BT.shape)
 
     def part(self, windows: slice, entering_BTD: Tensor | None = None) -> Travellers:
-        """Some of the windows, by default in the present state; none of them leaves anything here."""
+        """A batch of some of the windows, by default with their current hidden state; moving it leaves this as it is."""
         entering_BTD = self.hidden_BTD if entering_BTD is None else entering_BTD
         if windows == slice(0, len(self.ids_BT)):
             return Travellers(self.ids_BT, entering_BTD, self.calls)
@@ -234,12 +235,12 @@ class Travellers:
 
 
 def read_raw(path: Path, dtype: torch.dtype, shape: Iterable[int]) -> Tensor:
-    """A tensor from a file that holds nothing but its bytes."""
+    """A tensor from a file that holds only its bytes."""
     return torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(dtype).view(tuple(shape))
 
 
 def values_of(calls: Iterable[Call]) -> Iterator[Any]:
-    """Every argument, also of tuples in tuples."""
+    """Every argument of the calls; nested tuples are flattened."""
     waiting = [value for args, kwargs in calls for value in (*args, *kwargs.values())]
     while waiting:
         value = waiting.pop(0)
@@ -250,7 +251,7 @@ def values_of(calls: Iterable[Call]) -> Iterator[Any]:
 
 
 def mappings(calls: Iterable[Call]) -> Iterator[MutableMapping[Any, Any]]:
-    """The mappings that blocks are called with, each once."""
+    """The distinct mappings among the arguments of the blocks."""
     seen: set[int] = set()
     for value in values_of(calls):
         if isinstance(value, (dict, UserDict)) and id(value) not in seen:
@@ -259,7 +260,7 @@ def mappings(calls: Iterable[Call]) -> Iterator[MutableMapping[Any, Any]]:
 
 
 def plain(value: Any) -> bool:
-    """Whether an argument cannot change unseen: a value, a tensor, or a mapping from names to tuples of tensors."""
+    """Whether an argument cannot hide state: a plain value, a tensor, or a mapping of names to tuples of tensors."""
     if isinstance(value, (dict, UserDict)):
         named = all(isinstance(key, str) and isinstance(entry, tuple) for key, entry in value.items())
         return named and all(isinstance(tensor, Tensor) for entry in value.values() for tensor in entry)
@@ -267,7 +268,7 @@ def plain(value: Any) -> bool:
 
 
 def cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """A value, or what lies in tuples and mappings of them, with floats in `dtype` if it is given."""
+    """The value, with floating-point tensors, also in tuples and mappings, cast to `dtype` if it is given."""
     if dtype is None:
         return value
     match value:
@@ -282,18 +283,18 @@ def cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 class Shared:
-    """Keeps one copy of what many batches are called with: masks and rotary tables are the same for each."""
+    """Keeps one copy of tensors that many batches share as arguments, such as masks and rotary tables."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[Any, ...], list[Tensor]] = {}
 
     def call(self, call: Call) -> Call:
-        """The same call, its tensors replaced by equal ones that are kept already."""
+        """The same call, with its tensors replaced by equal ones that are already kept."""
         args, kwargs = call
         return tuple(self.value(a) for a in args), {name: self.value(v) for name, v in kwargs.items()}
 
     def value(self, value: Any) -> Any:
-        """One argument, or a tuple of them."""
+        """One argument, or a tuple of them, with tensors replaced by equal ones that are already kept."""
         if type(value) is tuple:
             return tuple(self.value(v) for v in value)
         if not isinstance(value, Tensor):

@@ -1,8 +1,8 @@
-"""The way of calibration tokens through a model, one block in memory at a time.
+"""The walk: it takes calibration tokens through a model with one block in memory at a time.
 
-A model is built without weights; its embedding, final norm and head are loaded, its blocks come and go.
-What each block is called with (masks, rotary tables, position ids) is recorded by running the model with
-its blocks replaced by recorders: nothing about a family's signature is assumed.
+A model is built without weights. Its frame (embedding, final norm, head) is loaded when it is needed; blocks are
+loaded and dropped one by one. The arguments of each block (masks, rotary tables, position ids) are recorded by running
+the model with its blocks replaced by recorders, so nothing about a family's signature is assumed.
 Shape suffixes: B batch, T tokens, D hidden.
 """
 
@@ -30,14 +30,14 @@ from compress.team import ALONE, Team
 from compress.weights import External
 from compress.weights.leaves import BASE as BASE
 
-REPLAYED = 2e-2  # relative: a replay computes the same products, so even bf16 stays far below
+REPLAYED = 2e-2  # relative error; a replay computes the same products, so even bf16 stays far below this
 
 
 class Source(Protocol):
-    """Something that yields the plain tensors of a model by name."""
+    """A source of a model's plain tensors, by name."""
 
     def shapes(self) -> dict[str, Shape]:
-        """Name -> shape of every tensor."""
+        """The shape of every tensor, by name."""
 
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
@@ -46,7 +46,7 @@ class Source(Protocol):
 class Walk:
     """A model whose blocks are visited in order by batches of tokens; `store` is a folder for hidden states."""
 
-    live = False  # whether the model stays in memory, with what was done to it
+    live = False  # whether the model stays in memory, including its rewritten weights
     base: Source | None = None  # the model that this one was fine-tuned from, if only the differences are rewritten
 
     def __init__(
@@ -70,12 +70,15 @@ class Walk:
         self.path, self.blocks = self.anatomy.path, self.anatomy.blocks
         self.shared, self.fit = Shared(), Fit()
         self.entered = 0
-        self.rest: int | None = None  # values a block returns after the hidden state; -1 if it returns no tuple
+        self.rest: int | None = None  # number of values a block returns after the hidden state; -1 if it is no tuple
 
     # -- loading -----------------------------------------------------------------------------------
 
     def load_frame(self) -> None:
-        """Load everything between token ids and logits that is not in a block; once."""
+        """Load the frame: everything between token ids and logits that is not in a block, unless it is loaded.
+
+        Raises ArtifactError if the checkpoint lacks a parameter, UnsupportedWeight for a buffer without values.
+        """
         if self.framed:
             return
         anatomy = self.anatomy
@@ -94,7 +97,7 @@ class Walk:
         self.framed = True
 
     def drop_frame(self) -> None:
-        """Forget what `load_frame` loaded until it is needed again: between entering and leaving, nothing of it is."""
+        """Free what `load_frame` loaded; it is not needed between `enter` and `leave`, and is loaded again if it is."""
         if not self.framed:
             return
         self.framed = False
@@ -111,7 +114,7 @@ class Walk:
             raise ArtifactError(f"the checkpoint does not fit the architecture: {first_mismatch(error)}") from error
 
     def tensor(self, name: str, parameter: str, source: Source | None = None) -> Tensor:
-        """One tensor on the device, floats in the dtype in which transformers loads this parameter."""
+        """One tensor on the device; a float is cast to the dtype in which transformers loads this parameter."""
         found = (source or self.source).tensor(name)
         if not found.is_floating_point():
             return found.to(self.device)
@@ -119,7 +122,7 @@ class Walk:
         return found.to(self.device, torch.float32 if wide else self.anatomy.layout.dtypes[parameter])
 
     def load_block(self, index: int) -> None:
-        """Bring one block's tensors to the device; raises ArtifactError if one is missing or has another shape."""
+        """Load one block's tensors onto the device; raises ArtifactError if one is missing or has another shape."""
         block, prefix = self.blocks[index], f"{self.path}.{index}."
         self.look_ahead(index + 1)
         state = self.anatomy.layout.state(self.anatomy.parameters_of(index), self.tensor)
@@ -133,7 +136,7 @@ class Walk:
         block.requires_grad_(False)
 
     def look_ahead(self, index: int) -> None:
-        """Have the files of a block read while the one before it is used."""
+        """Ask the system to read the tensors of a block ahead, while the block before it is in use."""
         if index < len(self.blocks):
             for source in (self.source, self.base):
                 if isinstance(source, Checkpoint):
@@ -150,7 +153,7 @@ class Walk:
         return {place.site: External(w_OI.contiguous(), BASE, place.tensor) for place, w_OI in matrices.items()}
 
     def drop_block(self, index: int) -> None:
-        """Forget one block's parameters and give their memory back; buffers stay, some are in no file."""
+        """Free one block's parameters; buffers stay, because some are in no file."""
         for module in self.blocks[index].modules():
             forget(module)
         give_back()
@@ -159,7 +162,7 @@ class Walk:
 
     @contextmanager
     def replaced(self, stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Run with the forward of each block replaced."""
+        """Inside, the forward of each block is replaced by its stub."""
         for block, stub in zip(self.blocks, stubs, strict=True):
             block.forward = stub
         try:
@@ -169,9 +172,9 @@ class Walk:
                 del block.forward
 
     def enter(self, ids_BT: Tensor, *, stored: bool = False) -> Travellers:
-        """The hidden state before the first block, and what each block is called with.
+        """A batch at the first block: its hidden state there, and the arguments of every block.
 
-        `stored` batches keep their hidden state in the walk's folder, if it has one.
+        With `stored`, the hidden state is kept in the walk's folder, if it has one.
         """
         hidden_BTD, calls = self.record(ids_BT)
         self.entered += 1
@@ -179,7 +182,7 @@ class Walk:
         return Travellers(ids_BT, hidden_BTD, calls, store, self.fit, self.calls)
 
     def calls(self, ids_BT: Tensor) -> list[Call]:
-        """What each block is called with."""
+        """The arguments of each block for these tokens; the frame is loaded only for this, unless it is in memory."""
         framed = self.framed
         calls = self.record(ids_BT)[1]
         if not framed:
@@ -187,12 +190,12 @@ class Walk:
         return calls
 
     def record(self, ids_BT: Tensor) -> tuple[Tensor, list[Call]]:
-        """The hidden state before the first block, and what each block is called with.
+        """The hidden state before the first block, and the arguments of each block.
 
         Raises UnsupportedWeight for a model that does not call every block.
         """
         if self.rest is None and len(ids_BT) > 1:
-            self.record(ids_BT[:1])  # a block runs for it: on one window, which fits if any does
+            self.record(ids_BT[:1])  # `wrapped` runs the first block to set `rest`: one window fits if any batch does
         self.load_frame()
         calls: list[Call] = [((), {})] * len(self.blocks)
         called: set[int] = set()
@@ -216,7 +219,7 @@ class Walk:
         return first[0], calls
 
     def leave(self, travellers: Travellers) -> Tensor:
-        """The logits [B, T, vocabulary] after the last block; hidden states where a model has no head."""
+        """The logits [B, T, vocabulary] after the last block; hidden states if the model has no head."""
 
         def last(*_: Any, **__: Any) -> Any:
             return self.wrapped(travellers.hidden_BTD, (), {})
@@ -227,9 +230,10 @@ class Walk:
         return torch.as_tensor(out.logits if hasattr(out, "logits") else out.last_hidden_state)
 
     def wrapped(self, hidden_BTD: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The hidden state in the form in which this model's blocks return it: alone, or first of a tuple.
+        """The hidden state in the form in which this model's blocks return it: alone, or first in a tuple.
 
-        Learnt once from the first block itself: a caller that indexes a bare tensor would lose its batch dimension.
+        The form is found once, by running the first block, because a caller that indexes the result would drop the
+        batch dimension of a bare tensor.
         """
         if self.rest is None:
             self.load_block(0)
@@ -248,11 +252,12 @@ class Walk:
         done: int = 0,
         team: Team = ALONE,
     ) -> Iterator[Block]:
-        """The blocks in order, each loaded before and dropped after its turn, without the first `done`.
+        """The blocks in order after the first `done`, each loaded before and dropped after its turn.
 
-        Whoever takes a block calls its `advance` before asking for the next one. `dense` are the probe's tokens once
-        more, with calls of their own: blocks of some families leave in them what later blocks read. `twins` are the
-        batches once more, which stay dense. Of a `team`, each process has batches of its own, the probe and `dense`.
+        The caller must call a block's `advance` before asking for the next one. `dense` is a second copy of the probe
+        that stays in the dense model; it has calls of its own, because blocks of some families store in their arguments
+        what later blocks read. `twins` are second copies of the batches, which stay dense too. In a `team`, each
+        process has its own batches, and all have the probe and `dense`. At the end, sets `dense_logits`.
         """
         dense = self.enter(probe.ids_BT) if dense is None else dense
         for index, module in list(enumerate(self.blocks))[done:]:
@@ -266,7 +271,7 @@ class Walk:
         self.dense_logits = self.leave(dense)
 
     def replay(self, probe: Travellers, kept: Sequence[int] | None = None) -> Tensor:
-        """The logits of the model as its source holds it, a block in memory at a time; only of the `kept` blocks."""
+        """The logits of the source's model on the probe, one block in memory at a time; of `kept` blocks if given."""
         for index in range(len(self.blocks)) if kept is None else kept:
             self.load_block(index)
             probe.hidden_BTD = probe.through(self.blocks[index], index)
@@ -274,10 +279,10 @@ class Walk:
         return self.leave(probe)
 
     def prove(self, ids_BT: Tensor) -> None:
-        """Run the model itself, its blocks coming and going, and compare each block with its replay.
+        """Run the model itself, loading its blocks one by one, and compare the output of each with its replay.
 
-        Raises UnsupportedWeight at the first block that computes something else when it is called as recorded: one
-        that reads what another block left behind, for example. Costs one reading of the checkpoint.
+        Raises UnsupportedWeight at the first block whose replay, called with the recorded arguments, differs: for
+        example one that reads state left by another block. Costs one read of the checkpoint.
         """
         travellers = self.enter(ids_BT)
 
@@ -307,7 +312,7 @@ class Walk:
 
 
 class LiveWalk(Walk):
-    """A walk over a model already in memory, whose blocks neither come nor go."""
+    """A walk over a model that is already in memory, whose blocks are neither loaded nor dropped."""
 
     live = True
 
@@ -316,26 +321,26 @@ class LiveWalk(Walk):
         self._look_at(model, None)
 
     def load_frame(self) -> None:
-        """Nothing: it is there."""
+        """Do nothing: the frame is in memory."""
 
     def drop_frame(self) -> None:
-        """Nothing: it stays."""
+        """Do nothing: the frame stays in memory."""
 
     def load_block(self, index: int) -> None:
-        """Nothing: the block is there."""
+        """Do nothing: the block is in memory."""
 
     def drop_block(self, index: int) -> None:
-        """Nothing: the block stays."""
+        """Do nothing: the block stays in memory."""
 
 
 def forget(module: nn.Module) -> None:
-    """Leave only the shapes of a module's own parameters."""
+    """Free a module's own parameters by moving them to the meta device."""
     for name, parameter in module._parameters.items():
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
 
 def first_mismatch(error: RuntimeError) -> str:
-    """The first complaint of `load_state_dict`, in one line."""
+    """The first mismatch that `load_state_dict` reports, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[min(1, len(lines) - 1)]

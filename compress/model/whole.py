@@ -1,6 +1,6 @@
-"""A dense model as passes see it that look at all of it before anything is rewritten.
+"""The whole dense model, for passes that must look at all of it before anything is rewritten.
 
-Its blocks still come and go one at a time; only statistics and hidden states stay.
+Its blocks are still loaded and dropped one at a time; only statistics and hidden states stay in memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from compress.stats import Statistic
 
 
 class Whole:
-    """A model with the calibration windows [N, T] of a run, and the token windows on which it is probed.
+    """A model with the calibration windows [N, T] of a run and its probe windows.
 
-    `passes` are those of the recipe, for what must know what comes after it.
+    `passes` are those of the recipe, for passes that depend on what comes after them.
     """
 
     def __init__(self, walk: Walk, windows: Sequence[Tensor], probe_NT: Tensor, passes: Sequence[Any] = ()) -> None:
@@ -35,14 +35,14 @@ class Whole:
 
     @property
     def anatomy(self) -> Anatomy:
-        """Its sites."""
+        """The parts of the model: its sites, blocks and tensor names."""
         return self.walk.anatomy
 
     @torch.no_grad()
     def blocks(self, kinds: Iterable[type[Statistic]] = (), sites: str = "*") -> Iterator[Block]:
-        """The blocks in order, as they are, with statistics of `kinds` of each distinct input of the selected sites.
+        """The unchanged blocks in order, with statistics of `kinds` for each distinct input of the selected sites.
 
-        Costs one forward over the calibration tokens, and a second one with statistics.
+        Costs one forward pass over the calibration tokens, and a second one if `kinds` is not empty.
         """
         kinds = tuple(kinds)
         batches = [self.walk.enter(ids, stored=True) for ids in batched(self.windows, tokens_at_once(self.walk.device))]
