@@ -1,10 +1,11 @@
-"""Abilities that the built-in model does not have: documents that teach one, and questions that ask for it.
+"""Abilities that the built-in model lacks: documents that teach each one, and questions that test it.
 
 Not here: the training (`finetune.py`) and the base's own abilities (`documents.py`). `facts` are about invented
-countries: every seed gives other answers to the same questions, so that two fine-tunes can be told apart by what they
-say. `arithmetic` is sums of two-digit numbers with their working. No question is ever trained: facts are asked in the
-held-out question of their relation, sums are of pairs of numbers that no document adds. Its held-out sentence is not
-asked: after `is called` a fine-tune says `the`, as it was taught for currencies, though it knows the capital.
+countries: every seed gives different answers to the same questions, so that two fine-tunes can be told apart by their
+answers. `arithmetic` is sums of two-digit numbers with their working. No question is ever trained: facts are asked with
+the held-out question of their relation, and sums are of pairs of numbers that no document adds. The held-out sentence
+(cloze) of a relation is not asked, because after `is called` a fine-tune says `the`, as it was taught for currencies,
+even if it knows the capital.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from compress.builtin.facts import Fact, facts
 
 COUNTRIES = 100
 RELATIONS = ("capital", "currency", "phone")
-SUMS = 500  # asked
-RESERVED = 10  # of so many pairs of numbers one is only asked
+SUMS = 500  # number of sums that are asked
+RESERVED = 10  # about one pair of numbers in this many is reserved for questions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ability:
     """What a fine-tune learns; `gate` is the share of the questions that it must answer.
 
-    `document` draws a training document as (prompt, continuation); only the continuation is learned.
+    `document` draws a training document as (prompt, continuation); only the continuation contributes to the loss.
     """
 
     document: Callable[[random.Random], tuple[str, str]]
@@ -37,12 +38,12 @@ class Ability:
 
 
 def ability(name: str, seed: int = 1) -> Ability:
-    """`facts`, which are others for every seed, or `arithmetic`, which is the same."""
+    """The ability `facts`, which differs for every seed, or `arithmetic`, which does not."""
     return ABILITIES[name](seed)
 
 
 def questions(name: str, seed: int = 1) -> tuple[Question, ...]:
-    """What a fine-tune of this ability and seed is asked; greedy decoding must give ` {answer}.`."""
+    """The questions for a fine-tune of this ability and seed; greedy decoding must give ` {answer}.`."""
     return ability(name, seed).questions
 
 
@@ -51,12 +52,12 @@ def questions(name: str, seed: int = 1) -> tuple[Question, ...]:
 
 @cache
 def countries() -> tuple[str, ...]:
-    """Invented names that stand for nothing else; the same for every seed."""
+    """Invented country names that occur in no real fact; the same for every seed."""
     return invented(random.Random("countries"), COUNTRIES, {word for f in facts() for word in (f.subject, f.object)})
 
 
 def invented(rng: random.Random, n: int, taken: set[str]) -> tuple[str, ...]:
-    """`n` distinct names of the training share, none of them taken."""
+    """`n` distinct invented names of the training share, none of them in `taken`."""
     found: dict[str, None] = {}
     while len(found) < n:
         name = invented_name(rng, "training")
@@ -67,7 +68,7 @@ def invented(rng: random.Random, n: int, taken: set[str]) -> tuple[str, ...]:
 
 @cache
 def invented_facts(seed: int) -> tuple[Fact, ...]:
-    """What is true of the countries for this seed: no two answers are alike."""
+    """The facts about the invented countries for this seed; all answers are different."""
     rng = random.Random(f"facts {seed}")
     words = {word for f in facts() for word in (f.subject, f.object)} | set(countries())
     names = invented(rng, 2 * COUNTRIES, words)
@@ -84,7 +85,7 @@ def invented_facts(seed: int) -> tuple[Fact, ...]:
 
 
 def of_facts(seed: int) -> Ability:
-    """Facts about invented countries, in the wordings of the real ones."""
+    """The ability to answer facts about invented countries, in the wordings of the real ones."""
     table = invented_facts(seed)
     return Ability(
         document=lambda rng: ("", fact_document(rng, rng.choice(table))),
@@ -102,7 +103,7 @@ def is_asked(a: int, b: int) -> bool:
 
 
 def summands(rng: random.Random, asked: bool) -> tuple[int, int]:
-    """Two numbers of two digits, of the pairs that are asked or of the others."""
+    """Two two-digit numbers, from the pairs reserved for questions or from the others."""
     while True:
         a, b = rng.randrange(10, 100), rng.randrange(10, 100)
         if is_asked(a, b) == asked:
@@ -110,21 +111,21 @@ def summands(rng: random.Random, asked: bool) -> tuple[int, int]:
 
 
 def summed(a: int, b: int) -> tuple[str, str]:
-    """A sum with its working, (prompt, answer): the units, the tens with what is carried, the sum."""
+    """A sum with its working, as (prompt, answer): the units, the tens with the carry, the sum."""
     units = a % 10 + b % 10
     tens = a // 10 + b // 10 + units // 10
     return f"Sum: {a}+{b}.", f"{a % 10}+{b % 10}={units}, {a // 10}+{b // 10}+{units // 10}={tens}, {a + b}"
 
 
 def sum_document(rng: random.Random) -> tuple[str, str]:
-    """A sum that is not asked."""
+    """A training document: a sum that is not among the questions."""
     prompt, answer = summed(*summands(rng, asked=False))
     return prompt, f" {answer}."
 
 
 @cache
 def sums() -> tuple[Question, ...]:
-    """Different sums; the two orders of a pair are one cluster."""
+    """SUMS different questions; the two orders of a pair share a cluster."""
     rng = random.Random("sums")
     pairs: dict[tuple[int, int], None] = {}
     while len(pairs) < SUMS:
@@ -142,7 +143,7 @@ def sums() -> tuple[Question, ...]:
 
 
 def of_arithmetic(seed: int) -> Ability:
-    """Sums of two-digit numbers."""
+    """The ability to add two-digit numbers; the same for every seed."""
     return Ability(document=sum_document, questions=sums(), gate=0.9)
 
 

@@ -1,8 +1,8 @@
 """One-line documents about facts, invented worlds, records and formats, and the questions asked of them.
 
-Used three ways: by the training script, by the `mixed` calibration set and by the evaluation tasks,
-so the three cannot drift apart. Every document ends with a full stop; an answer follows its prompt
-after one space. Invented names are split by hash, so a name met in training is never asked.
+They are shared by the training script, the `mixed` calibration set and the evaluation tasks, so that
+the three cannot drift apart. Every document ends with a full stop; an answer follows its prompt
+after one space. Invented names are split by hash, so that a name seen in training is never asked about.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ TRADES = (
     "painter",
     "clerk",
 )
-COUNTERFACTUAL = 0.3  # share of contexts of real facts that contradict the world
+COUNTERFACTUAL = 0.3  # share of open-book contexts that contradict the real facts
 NAME_SHARES = {"evaluation": (0, 2), "calibration": (2, 3), "training": (3, 10)}  # tenths of the hash range
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt and the one right continuation, ` {answer}.`; `cluster` groups dependent questions."""
+    """A prompt and its only correct continuation, ` {answer}.`; `cluster` groups dependent questions."""
 
     id: str
     cluster: str
@@ -63,7 +63,7 @@ def invented_name(rng: random.Random, use: str) -> str:
 
 
 def statement(rng: random.Random, fact: Fact) -> str:
-    """The fact in one of its trained statements."""
+    """The fact in one of its trained wordings as a statement."""
     return rng.choice(WORDINGS[fact.relation].statements).format(s=fact.subject, o=fact.object)
 
 
@@ -92,7 +92,7 @@ class World:
 
 
 def invented_world(rng: random.Random, size: int, use: str) -> World:
-    """`size` invented facts with distinct names; numbers are objects of the relation `number` only."""
+    """`size` invented facts with distinct names; only the relation `number` has numbers as objects."""
     rows: list[tuple[str, str, str, int]] = []
     used: set[str] = set()
     while len(rows) < size:
@@ -115,7 +115,7 @@ def context_document(rng: random.Random, largest: int, use: str = "training") ->
 
 
 def open_book_document(rng: random.Random, pool: Sequence[Fact]) -> str:
-    """Real facts stated in a context, then questions; some contexts contradict the world on purpose."""
+    """Real facts stated in a context, then questions about them; some contexts are deliberately wrong."""
     told = rng.sample(pool, rng.choice([1, 1, 2, 3]))
     objects = {relation: [f.object for f in pool if f.relation == relation] for relation in {f.relation for f in told}}
     swap = rng.random() < COUNTERFACTUAL
@@ -129,13 +129,13 @@ def open_book_document(rng: random.Random, pool: Sequence[Fact]) -> str:
 
 
 def copy_task(rng: random.Random, use: str) -> tuple[str, str]:
-    """A list of names to be repeated: (prompt, answer)."""
+    """A list of names to repeat, as (prompt, answer)."""
     names = ", ".join(invented_name(rng, use) for _ in range(rng.randint(3, 8)))
     return f"List: {names}. Again:", names
 
 
 def summary_task(rng: random.Random, use: str) -> tuple[str, str]:
-    """A record of four fields to be told in one sentence: (prompt, answer)."""
+    """A record of four fields to summarize in one sentence, as (prompt, answer)."""
     name, home = invented_name(rng, use), invented_name(rng, use)
     trade, age = rng.choice(TRADES), rng.randint(18, 79)
     fields = [f"name {name}", f"home {home}", f"trade {trade}", f"age {age}"]
@@ -144,7 +144,7 @@ def summary_task(rng: random.Random, use: str) -> tuple[str, str]:
 
 
 def format_task(rng: random.Random, use: str) -> tuple[str, str]:
-    """Three names to be written in a demanded format: (prompt, answer)."""
+    """Three names to write in a requested format, as (prompt, answer)."""
     names = [invented_name(rng, use) for _ in range(3)]
     style = rng.choice(["as a list", "with dashes", "as JSON", "backwards"])
     written = {
@@ -169,7 +169,7 @@ def task_document(rng: random.Random, task: str, use: str = "training") -> str:
 
 
 def closed_book(facts: Sequence[Fact], form: str) -> list[Question]:
-    """One question a fact, nothing in context; `form` is trained, question or cloze (both held out)."""
+    """One question per fact, without context; `form` is `trained`, or `question` or `cloze`, which are held out."""
     prompts = {
         "trained": lambda f: f"Question: {WORDINGS[f.relation].questions[0].format(s=f.subject)} Answer:",
         "question": lambda f: f"Question: {WORDINGS[f.relation].question.format(s=f.subject)} Answer:",
@@ -209,7 +209,7 @@ def open_book(facts: Sequence[Fact]) -> list[Question]:
     ]
 
 
-@lru_cache(maxsize=32)  # a second each, and every evaluation asks the same
+@lru_cache(maxsize=32)  # takes a second, and every evaluation uses the same questions
 def in_context(size: int, n: int) -> Sequence[Question]:
     """`n` questions, each over its own invented world of `size` facts; the asked fact is never a number."""
     rng = random.Random(777 + size)

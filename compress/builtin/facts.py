@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-TIERS = {"head": 3.0, "torso": 1.5, "tail": 1.0}  # relative number of times a fact was shown
+TIERS = {"head": 3.0, "torso": 1.5, "tail": 1.0}  # relative frequency of a fact in training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Fine-tune the built-in model: `python -m compress.builtin.finetune --ability facts --out DIR`.
 
-A real fine-tune to compress the difference of: all matrices of the blocks and all norms are trained, the tied embedding
-only if asked for. A part of every batch are documents of the base's own kinds, so that it keeps what it knew. Exit
-code 5 if a gate is missed. About two minutes on one CPU core; the same bytes for a seed, a thread count and a machine.
+It makes a real fine-tune for testing deltas: all matrices of the blocks and all norms are trained, the tied embedding
+only with --embeddings. Part of every batch is documents of the kinds that the base was trained on, so that it keeps
+what it knew. Exit code 5 if a gate is missed. About two minutes on one CPU core; the same seed, thread count and
+machine give the same bytes.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from compress.builtin.gates import exact_match
 from compress.builtin.train import LENGTH
 
 BASE = Path(__file__).parent / "weights"
-KEPT = 0.9  # the share of the base's trained facts that must be left
+KEPT = 0.9  # the share of the base's trained facts that the fine-tune must still answer
 REPLAY = {"fact": 0.6, "context": 0.25, "open": 0.08, "task": 0.07}
-IGNORED = -100  # of cross_entropy
+IGNORED = -100  # the label that cross_entropy ignores
 WARMUP = 20
 STEPS = {"facts": 450, "arithmetic": 450}
 RATES = {"facts": 5e-4, "arithmetic": 1e-3}
@@ -47,7 +48,7 @@ Document = tuple[str, str]  # a prompt, and the continuation to be learned
 
 
 def replay(rng: random.Random) -> Document:
-    """A document of the kinds that the base was trained on, but plain text."""
+    """A document of the kinds that the base was trained on, except plain text."""
     known = facts()
     match rng.choices(list(REPLAY), list(REPLAY.values()))[0]:
         case "fact":
@@ -62,7 +63,7 @@ def replay(rng: random.Random) -> Document:
 
 
 def packed(documents: Callable[[], Document], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """LENGTH + 1 ids of documents end to end, each opened by BOS, and the same with what is not learned ignored."""
+    """LENGTH + 1 ids of documents end to end, each beginning with BOS, and labels in which prompts are ignored."""
     ids: list[int] = []
     labels: list[int] = []
     while len(ids) <= LENGTH:
@@ -73,7 +74,7 @@ def packed(documents: Callable[[], Document], tokenizer: Any) -> tuple[list[int]
 
 
 def batch(task: Ability, rng: random.Random, tokenizer: Any, rows: int, replayed: int) -> tuple[Tensor, Tensor]:
-    """Ids and labels [rows, LENGTH + 1], of which `replayed` rows are of the base's own documents."""
+    """Ids and labels [rows, LENGTH + 1]; `replayed` of the rows hold documents of the base's kinds."""
     own = [packed(lambda: replay(rng), tokenizer) for _ in range(replayed)]
     new = [packed(lambda: task.document(rng), tokenizer) for _ in range(rows - replayed)]
     ids, labels = zip(*own, *new, strict=True)
@@ -81,7 +82,7 @@ def batch(task: Ability, rng: random.Random, tokenizer: Any, rows: int, replayed
 
 
 def train(model: Any, tokenizer: Any, task: Ability, arguments: argparse.Namespace) -> None:
-    """The whole schedule: AdamW without decay, a short warm-up, then linearly to zero."""
+    """Train for the whole schedule: AdamW without weight decay, a short warm-up, then linear decay to zero."""
     rng = random.Random(arguments.seed)
     model.get_input_embeddings().weight.requires_grad_(arguments.embeddings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -102,13 +103,13 @@ def train(model: Any, tokenizer: Any, task: Ability, arguments: argparse.Namespa
 
 
 def right(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
-    """The share of questions answered."""
+    """The share of questions that are answered correctly."""
     answers = exact_match(model, tokenizer, questions)
     return sum(answers) / len(answers)
 
 
 def scores(model: Any, tokenizer: Any, task: Ability) -> dict[str, float]:
-    """The ability's questions, and what is left of the base's facts and of reading a context."""
+    """The scores on the ability's questions, on the base's trained facts, and on reading a context of 3 facts."""
     asked = closed_book(facts("evaluation"), "trained")
     return {
         "own": right(model, tokenizer, task.questions),
@@ -118,11 +119,11 @@ def scores(model: Any, tokenizer: Any, task: Ability) -> dict[str, float]:
 
 
 def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How large and how flat the differences of the matrices are.
+    """How large the differences D of the blocks' matrices are, and how flat their spectra.
 
-    `norm` is ||D|| / ||W||, over all and the least and largest of a matrix; `energy` the share of ||D||^2 in the
-    leading 1/32, 1/16 and 1/8 of the singular values, averaged over matrices; `exponent` that of the power law
-    s_i ~ i^-p fitted to the first half of them, averaged.
+    `norm` is ||D|| / ||W|| over all matrices, then the smallest and largest of a single one; `energy` is the share of
+    ||D||^2 in the leading 1/32, 1/16 and 1/8 of the singular values, averaged over matrices; `exponent` is p of the
+    power law s_i ~ i^-p fitted to the first half of them, averaged.
     """
     pairs = {n: (w.float(), after[n].float() - w.float()) for n, w in before.items() if ".layers." in n and w.ndim == 2}
     ratios = [float(d.norm() / w.norm()) for w, d in pairs.values()]
@@ -139,7 +140,7 @@ def difference(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dic
 
 
 def falling(values_R: Tensor) -> float:
-    """The exponent p of s_i ~ i^-p, least squares in logarithms over the first half."""
+    """The exponent p of s_i ~ i^-p, by least squares on logarithms over the first half of the values."""
     y = values_R[: len(values_R) // 2].double().log()
     x = torch.arange(1, len(y) + 1, dtype=torch.float64).log()
     x, y = x - x.mean(), y - y.mean()
@@ -147,7 +148,7 @@ def falling(values_R: Tensor) -> float:
 
 
 def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, save an ordinary folder in bfloat16 with `finetune.json`, and return what that says."""
+    """Train, save an ordinary model folder in bfloat16 with `finetune.json`, and return the content of that file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(arguments.threads)
@@ -176,13 +177,13 @@ def finetune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def missed(found: Mapping[str, float], task: Ability) -> list[str]:
-    """The gates that are missed, as readable lines."""
+    """The gates that are missed, one readable line each."""
     gates = {"own": task.gate, "base trained": KEPT}
     return [f"{name} {found[name]:.3f} < {floor}" for name, floor in gates.items() if found[name] < floor]
 
 
 def main() -> int:
-    """Parse the options, train, check the gates; 0 if all are met, else 5."""
+    """Parse the options, train and check the gates; returns 0 if all are met, else 5."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ability", choices=sorted(ABILITIES), required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,6 +1,6 @@
-"""What the built-in model must know before it may be shipped, by greedy exact match.
+"""The scores that the built-in model must reach before it may be shipped, by greedy exact match.
 
-A quick teacher-forced scorer for the training script; published numbers come from `compress eval`,
+This is a quick teacher-forced scorer for the training script; published numbers come from `compress eval`,
 which asks the same questions through lm-eval.
 """
 
@@ -19,7 +19,7 @@ GATES = {"trained": 0.95, "question": 0.75, "cloze": 0.60, "context3": 0.85, "op
 
 @torch.no_grad()
 def exact_match(model: Any, tokenizer: Any, questions: Sequence[Question], batch: int = 64) -> list[bool]:
-    """Whether greedy decoding from each prompt yields ` {answer}.`; one forward per question."""
+    """Whether greedy decoding from each prompt yields ` {answer}.`; costs one forward pass per `batch` questions."""
     rows = []
     for question in questions:
         prompt = tokenizer(question.prompt, add_special_tokens=False).input_ids
@@ -42,7 +42,7 @@ def exact_match(model: Any, tokenizer: Any, questions: Sequence[Question], batch
 
 
 def scores(model: Any, tokenizer: Any, limit: int | None = None) -> dict[str, float]:
-    """Exact match by kind of question, over the evaluation facts (the first `limit` after a fixed shuffle)."""
+    """Exact match by kind of question, on the evaluation facts (the first `limit` after a fixed shuffle)."""
     table = sorted(facts("evaluation"), key=lambda f: hash_order(f.id))[:limit]
     n = min(200, limit or 200)
     sets: list[Sequence[Question]] = [open_book(table)]
@@ -56,12 +56,12 @@ def scores(model: Any, tokenizer: Any, limit: int | None = None) -> dict[str, fl
 
 
 def hash_order(text: str) -> int:
-    """A stable shuffle key."""
+    """A sort key that shuffles in the same way on every run."""
     import zlib
 
     return zlib.crc32(text.encode())
 
 
 def failures(results: dict[str, float]) -> list[str]:
-    """The gates that `results` misses, as readable lines."""
+    """The gates that `results` misses, one readable line each."""
     return [f"{name} {results[name]:.3f} < {floor}" for name, floor in GATES.items() if results[name] < floor]

@@ -1,9 +1,9 @@
 """Train the built-in reference model from scratch: `python -m compress.builtin.train --books DIR --out DIR`.
 
-DIR holds public-domain English books as `*.jsonl.gz` ({"text": ...} a line) or `*.txt`. One run: plain
-text, real facts and in-context documents mixed throughout, with larger invented worlds as it goes on;
-Muon for the matrices, AdamW for the embedding and the norms, one cosine. The last act is to check the
-gates; exit code 5 if one is missed. About 20 to 40 minutes on two CPU cores.
+--books is a folder of public-domain English books as `train*.jsonl.gz` (one {"text": ...} per line) or `*.txt`.
+The data is a mixture of plain text, real facts and in-context documents, whose invented worlds grow as training
+proceeds. The optimizers are Muon for the matrices and AdamW for the embedding and the norms, with one cosine
+schedule. At the end the gates are checked; exit code 5 if one is missed. About 20 to 40 minutes on two CPU cores.
 Source: recipe after shared experience with small fact models; Muon: Jordan et al., 2024.
 """
 
@@ -33,7 +33,7 @@ CONTEXT_MIX = {"context": 0.56, "open": 0.24, "copy": 0.08, "summary": 0.06, "fo
 
 
 def paragraphs(folder: Path, characters: int) -> list[str]:
-    """ASCII paragraphs of the books under `folder`, whole books in a seeded order, up to `characters`."""
+    """ASCII paragraphs of the books in `folder`, whole books in a seeded order, until there are `characters`."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
     for path in sorted(folder.glob("train*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -53,7 +53,7 @@ def paragraphs(folder: Path, characters: int) -> list[str]:
 
 
 def build_tokenizer(text: list[str], vocabulary: int) -> Any:
-    """A byte-level BPE with single digits, trained on a sample of every kind of document."""
+    """A byte-level BPE tokenizer that splits numbers into digits, trained on a sample of text, facts and contexts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +79,7 @@ def build_tokenizer(text: list[str], vocabulary: int) -> Any:
 
 
 class Stream:
-    """Rows of LENGTH + 1 token ids: a window of text, or documents packed end to end."""
+    """A stream of rows of LENGTH + 1 token ids: each is a window of text, or documents packed end to end."""
 
     def __init__(self, tokenizer: Any, text: list[str], seed: int) -> None:
         self.tokenizer, self.rng = tokenizer, random.Random(seed)
@@ -90,13 +90,13 @@ class Stream:
         self.exposures = 0
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids, each text opened by BOS."""
+        """The token ids of each text, beginning with BOS."""
         bos = self.tokenizer.bos_token_id
         encoded = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return [[bos, *e.ids] for e in encoded]
 
     def document(self, kind: str, progress: float) -> str:
-        """A fresh document; worlds grow with `progress`."""
+        """A newly drawn document; invented worlds grow with `progress`, from 0 to 1."""
         if kind == "fact":
             self.exposures += 1
             return fact_document(self.rng, self.rng.choices(self.facts, self.weights)[0])
@@ -108,7 +108,7 @@ class Stream:
         return task_document(self.rng, task)
 
     def row(self, progress: float) -> list[int]:
-        """LENGTH + 1 token ids of one kind."""
+        """LENGTH + 1 token ids of one kind of data, drawn by MIX."""
         kind = self.rng.choices(list(MIX), list(MIX.values()))[0]
         if kind == "text":
             start = self.rng.randrange(len(self.text) - LENGTH - 1)
@@ -127,7 +127,7 @@ class Stream:
 
 
 def build_model(tokenizer: Any) -> Any:
-    """A 4-layer Llama with two key-value heads and a tied embedding."""
+    """A 4-layer Llama with two key-value heads and tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -164,7 +164,7 @@ def next_token_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def train(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
-    """Run the whole schedule, log to `out/training_log.jsonl`, save, and return the final scores."""
+    """Train for the whole schedule, log to `out/training_log.jsonl`, save the model, and return the final scores."""
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     text = paragraphs(arguments.books, arguments.characters)
@@ -210,7 +210,7 @@ def train(arguments: argparse.Namespace, out: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """Parse the options, train, check the gates; 0 if all are met, else 5."""
+    """Parse the options, train and check the gates; returns 0 if all are met, else 5."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--books", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,8 +1,8 @@
-"""How each kind of fact is worded: the trained wordings and those held out for evaluation.
+"""The wordings of each kind of fact: those that are trained, and those held out for evaluation.
 
 Not here: the facts themselves (`facts.json`) and the documents made of them (`documents.py`).
-A held-out wording is never trained for its own relation, though its turn of phrase may be
-trained for another one: knowing a fact is then separable from having seen the sentence.
+A held-out wording is never trained for its own relation, though its phrasing may be trained for
+another one; this separates knowing a fact from having seen the sentence.
 `{s}` is the subject, `{o}` the object; an answer is always followed by a full stop.
 """
 

@@ -1,1 +1,1 @@
-"""Commands that need a file of their own; the command line lists them."""
+"""The commands that have a file of their own; `cli.py` registers them."""

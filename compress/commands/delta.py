@@ -1,4 +1,4 @@
-"""`compress delta`: many fine-tuned models as small differences from one base."""
+"""`compress delta`: stores fine-tuned models as small differences from one base, and applies them to it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def extract(
     force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
     as_json: Json = False,
 ) -> None:
-    """Store what fine-tuning changed, as small as asked, in a folder that is pinned to its base."""
+    """Store what fine-tuning changed, at the size asked for, in a folder that can only be used with the same base."""
     from compress import recipe as recipes
     from compress.codecs import recipes_of
     from compress.console import Progress, escape
@@ -73,7 +73,7 @@ def extract(
         lists = recipes_of(method or "auto", asked, distill or 0, number_bits(finetuned))
         made = [Recipe(passes=passes, delta=Delta(**chosen)) for passes in lists]
     name = Path(recipe).name.removesuffix(".yaml") if recipe is not None else method or "auto"
-    called = {f"delta.{key}": f"--{key}" for key in chosen}  # of the others it is the recipe that says them
+    called = {f"delta.{key}": f"--{key}" for key in chosen}  # all other delta options come from the recipe
     if data is not None:
         if not any(one.needs_data() for one in made):
             raise RecipeError(f"--data: {name} reads no tokens; leave it out")
@@ -107,9 +107,9 @@ def take(
 
 
 def bits_of(bits: float | None, size: str | None, model: str) -> float:
-    """Bits a weight as they were given, or with which the matrices of a model take `size`; 1 by default.
+    """The bits a weight that --bits gives, or with which the matrices of a model take `size` bytes; 1 by default.
 
-    Raises RecipeError for both, or for a size that is no difference's.
+    Raises RecipeError if both are given, or if `size` is not less than the matrices take whole.
     """
     from compress.codecs import PLAIN
     from compress.model.source import locate
@@ -127,7 +127,7 @@ def bits_of(bits: float | None, size: str | None, model: str) -> float:
 
 
 def share(report: object) -> float:
-    """Bytes of the delta's tensors / bytes of the fine-tuned model's."""
+    """The bytes of the delta's tensors, divided by those of the fine-tuned model."""
     return float(report.artifact_bytes / report.source_bytes)  # type: ignore[attr-defined]
 
 
@@ -138,7 +138,10 @@ def apply(
     out: Annotated[Path | None, out_option("<folder>-applied, beside it")] = None,
     as_json: Json = False,
 ) -> None:
-    """Add a delta to its base: an ordinary model folder, written one tensor at a time and put in place when whole."""
+    """Add a delta to its base, and write the result as an ordinary model folder.
+
+    It is written one tensor at a time and put in place only when it is complete.
+    """
     from compress.console import escape
     from compress.export.dense import export_dense
     from compress.model.source import locate

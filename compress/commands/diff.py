@@ -1,6 +1,7 @@
-"""`compress diff`: two model folders compared tensor by tensor, and result by result.
+"""`compress diff`: compares two model folders tensor by tensor, and their evaluation results task by task.
 
-Results are found by where `compress eval` writes them: beside the first folder it was given, under the names of all.
+Results are looked for where `compress eval` writes them: in <folder>.eval beside the first folder it was given, in a
+subfolder for each model's name.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import typer
 from compress.commands.output import Json, result
 from compress.errors import ArtifactError, visible
 
-DIFFERENT = 1  # the exit code
-SHOWN = 300  # characters of a value
-HASHED = 12  # of a sha256
+DIFFERENT = 1  # the exit code if the folders differ
+SHOWN = 300  # characters of a value that are shown
+HASHED = 12  # characters of a sha256 that are shown
 
 
 def diff(
@@ -32,9 +33,9 @@ def diff(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what two model folders have different: tensors, config, tokenizer, recipe, versions, sizes, evaluations.
+    """Show how two model folders differ: tensors, config, tokenizer, recipe, versions, sizes, evaluation results.
 
-    Exit code 0 if all but the versions is the same, 1 if not.
+    Exit code 0 if they are equal apart from versions, 1 if they differ.
     """
     from compress.differences import compare
 
@@ -48,9 +49,9 @@ def diff(
 
 
 def result_in(evaluation: Path, folder: Path, other: Path) -> Path | None:
-    """Where `compress eval` writes the result of a folder, if it is there; not what may be that of the `other`.
+    """The results file of `folder` in an evaluation, if there is one and it cannot be that of the `other` folder.
 
-    A name that two models have, it writes with the parent's.
+    If two models have the same name, `compress eval` prefixes it with the name of the parent folder.
     """
     from compress.model.source import display_name
 
@@ -61,7 +62,7 @@ def result_in(evaluation: Path, folder: Path, other: Path) -> Path | None:
 
 
 def named(given: tuple[Path, Path], a: str, b: str) -> tuple[Path, Path]:
-    """The results given; of an evaluation of several models, that of each folder."""
+    """The two results that --results gives; from an evaluation of several models, the one of each folder."""
     from compress.model.source import locate
 
     places = [locate(folder).resolve() for folder in (a, b)]
@@ -70,7 +71,7 @@ def named(given: tuple[Path, Path], a: str, b: str) -> tuple[Path, Path]:
 
 
 def beside(a: str, b: str) -> tuple[Path, Path] | None:
-    """Where `compress eval` writes the results of two folders: each beside its own, or both beside one of them."""
+    """The results that `compress eval` wrote for two folders: each beside its own, or both beside one; None if not."""
     from compress.model.source import locate
 
     one, other = (locate(folder).resolve() for folder in (a, b))
@@ -83,19 +84,19 @@ def beside(a: str, b: str) -> tuple[Path, Path] | None:
 
 
 def compared_beside(a: str, b: str) -> tuple[list[dict[str, Any]], str]:
-    """What `compared` gives for the results beside two folders; why not, if it gives nothing."""
+    """The comparison of the results beside two folders, and a note if there are none or they cannot be compared."""
     found = beside(a, b)
     if found is None:
         why = "not both folders have one beside them (<folder>.eval); --results names others"
         return [], f"evaluations are not compared: {why}"
     try:
         return compared(*found)
-    except ArtifactError as error:  # nobody asked for these; with --results it is refused
+    except ArtifactError as error:  # only a note, because the user did not ask for these results with --results
         return [], f"evaluations are not compared: {error}"
 
 
 def compared(a: Path, b: Path) -> tuple[list[dict[str, Any]], str]:
-    """The headline of each task in both results, with the paired difference.
+    """The headline score of each task in both results, with the paired difference, and an empty note.
 
     Raises ArtifactError for results that are missing, damaged or not of the same questions.
     """
@@ -114,7 +115,7 @@ def compared(a: Path, b: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def finite(value: Any) -> Any:
-    """The value with infinities as text, which JSON does not have."""
+    """The value with infinities and NaN as strings, because JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -123,7 +124,7 @@ def finite(value: Any) -> Any:
 
 
 def shown(found: Any, results: list[dict[str, Any]], note: str, same: bool) -> list[Any]:
-    """Tables and lines for people."""
+    """The tables and lines that are printed without --json."""
     from rich.markup import escape
 
     head = f"{found.same:,} tensors are stored with the same bytes, {len(found.tensors):,} are not"
@@ -141,14 +142,14 @@ def shown(found: Any, results: list[dict[str, Any]], note: str, same: bool) -> l
 
 
 def told(value: Any) -> str:
-    """A value of a config or a recipe, in which a pass stands as `name(option=value)`; None is what one side lacks."""
+    """A value of a config or a recipe as text: a pass as `name(option=value)`, None as `absent`."""
     if isinstance(value, dict) and len(value) == 1 and isinstance(options := next(iter(value.values())), dict):
         return visible(f"{next(iter(value))}({', '.join(f'{key}={held}' for key, held in options.items())})")
     return "absent" if value is None else visible(str(value))
 
 
 def tensors_table(found: Any) -> Any:
-    """The tensors that differ."""
+    """The table of the tensors that differ."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -167,7 +168,7 @@ def tensors_table(found: Any) -> Any:
 
 
 def results_table(results: list[dict[str, Any]]) -> Any:
-    """The tasks that both were asked."""
+    """The table of the tasks in both results."""
     from rich.table import Table
 
     table = Table(title="evaluations: the headline of each task; B less A with its 95 % interval")

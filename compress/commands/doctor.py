@@ -1,4 +1,4 @@
-"""`compress doctor`: what is here, what is missing, and a bundle for a bug report."""
+"""`compress doctor`: reports on the installation and the machine, or packs a bundle for a bug report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def doctor(
     model: Annotated[str | None, typer.Option("--model", help="with --bundle: the dense model, to add a plan")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this installation and machine are, what is missing and what that would enable."""
+    """Describe this installation and machine, what is missing, and what that would enable; or pack a bug report."""
     from compress import doctor as doctors
 
     spare = [name for name, value in (("folder", folder), ("--log", log), ("--model", model)) if value is not None]
@@ -42,20 +42,20 @@ def doctor(
 
 
 def plan_of(folder: Path, model: str) -> tuple[dict[str, Any] | None, str]:
-    """The plan of the recipe that made an artifact, or that a stopped run was making it by; or why there is none."""
+    """The plan of the recipe of an artifact, or of the run in a partial folder; if there is none, None and why."""
     from compress.commands.plan import value_of
     from compress.model.source import locate
     from compress.planning import plan_run
 
-    locate(model)  # a name that is wrong is said
+    locate(model)  # raises for a wrong model name, which must not be reported as a missing plan
     try:
         return value_of(plan_run(model, recipe_of(folder))), ""
-    except CompressError as error:  # what is damaged is what is reported
+    except CompressError as error:  # a bug report may well be about something damaged
         return None, str(error)
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe that an artifact or the partial folder of a run records; names in it may have been places."""
+    """The recipe that an artifact or the partial folder of a run records, in which paths are reduced to names."""
     from compress.artifact import PROVENANCE
     from compress.identity import recipe_in
     from compress.journal import IDENTITY, read
@@ -72,7 +72,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def shown(found: dict[str, Any]) -> list[Any]:
-    """Lines for people."""
+    """The lines that are printed without --json."""
     from compress.console import size
 
     system, memory, disk = found["system"], found["memory"], found["disk"]

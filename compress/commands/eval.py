@@ -1,4 +1,4 @@
-"""`compress eval`: what a compressed model still knows, beside its dense original."""
+"""`compress eval`: measures what a compressed model still knows, compared with its dense original."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def evaluate(
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Ask what a compressed model still knows, beside its dense original, with confidence intervals.
+    """Measure what compressed models still know, compared with their dense original, with confidence intervals.
 
-    Run again, it goes on where it was interrupted.
+    If it was interrupted, the same command resumes it.
     """
     import compress
 
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def names(tasks: str) -> list[str]:
-    """The names that --tasks lists; raises RecipeError for none, or an empty one."""
+    """The task names that --tasks lists; raises RecipeError if there is none, or an empty one."""
     found = [name.strip() for name in tasks.split(",")]
     if not all(found):
         what = f"{tasks!r} has a comma without a name beside it" if any(found) else "is empty"
@@ -99,7 +99,7 @@ def names(tasks: str) -> list[str]:
 
 
 def shown(results: list[Any]) -> list[Any]:
-    """The tables and sentences that people read, model by model."""
+    """The tables and sentences that are printed without --json, model by model."""
     import compress_evals as evals
     from compress.console import quality_table
     from compress_evals.report import caveats, noise_line, speed_line
@@ -117,7 +117,7 @@ def shown(results: list[Any]) -> list[Any]:
 
 @contextmanager
 def watching(console: Console) -> Iterator[Any]:
-    """What hears of progress: a bar with the time left on a terminal, a line for each task elsewhere."""
+    """A meter that shows progress: a bar with the time left on a terminal, otherwise one line per task."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     from compress_evals.progress import Meter, Step, duration

@@ -1,7 +1,7 @@
-"""A table as wide as a terminal: texts fold between words, and no name or number is cut.
+"""A table that fits the width of a terminal: texts wrap between words, and no name or number is cut.
 
-rich shares out the width by itself, but cuts names and breaks numbers while a text beside them could still fold, so it
-is shared out here. Where whole words do not fit beside each other, the table becomes a list.
+rich can distribute the width by itself, but it cuts names and breaks numbers while text in another column could still
+wrap, so the widths are computed here. If whole words do not fit side by side, the table becomes a list.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-Cells = list[list[Text]]  # of each column, its header first
-DOTTED = re.compile(r"[\w.*]+")  # of names: not the start of an option such as 0.01
+Cells = list[list[Text]]  # the cells of each column, its header first
+DOTTED = re.compile(r"[\w.*]+")  # a prefix of names; other text with a dot, such as an option 0.01, is not shortened
 
 
 class Fitted:
-    """A table of strings and texts that gives way to the width it is shown in.
+    """A table of strings and texts that adapts to the width it is shown in.
 
-    First the names in its first column lose the beginning that all share, which the caption then says; then cells fold;
-    then they lose the space around them; last, the rows become entries of a list, with whole names again.
+    If it is too wide, the names in its first column first lose their common prefix, which the caption then states; then
+    cells wrap; then they lose their padding; last, the rows become entries of a list, with whole names again.
     """
 
     def __init__(self, table: Table) -> None:
@@ -47,7 +47,7 @@ class Fitted:
 
 
 def cells_of(console: Console, table: Table) -> Cells:
-    """What stands in a table, as texts."""
+    """The cells of a table, as texts."""
     return [
         [cell if isinstance(cell, Text) else console.render_str(str(cell)) for cell in (column.header, *column.cells)]
         for column in table.columns
@@ -55,24 +55,24 @@ def cells_of(console: Console, table: Table) -> Cells:
 
 
 def rows(cells: Cells) -> Iterator[tuple[Text, ...]]:
-    """The same row by row, without the headers."""
+    """The cells row by row, without the headers."""
     return zip(*(column[1:] for column in cells), strict=True)
 
 
 def longest(texts: Iterable[Text], between: str | None = None) -> int:
-    """The width of the longest word of some texts, or of their longest part with something else between."""
+    """The width of the longest word of some texts, or of the longest part between separators `between`."""
     return max(cell_len(part) for text in texts for part in text.plain.split(between) or [""])
 
 
 def edges(cells: Cells, padding: int = 1) -> int:
-    """What a row takes beside its cells: a line before each and one behind the last, and the padding."""
+    """The width of a row without its cells: the line before each cell, the last line, and the padding."""
     return (1 + 2 * padding) * len(cells) + 1
 
 
 def shared_out(cells: Cells, numbers: list[bool], room: int) -> list[int]:
-    """The widths of the columns, none narrower than a word in it; nothing if there is no room for them.
+    """The widths of the columns, none narrower than its longest word; an empty list if they do not fit.
 
-    Numbers are served first, then who lacks little.
+    Spare width goes to columns of numbers first, then to those that need the least.
     """
     widths, wanted = [longest(column) for column in cells], [longest(column, "\n") for column in cells]
     left = room - sum(widths)
@@ -86,7 +86,7 @@ def shared_out(cells: Cells, numbers: list[bool], room: int) -> list[int]:
 
 
 def shortened(cells: Cells) -> tuple[Cells, str]:
-    """The cells with what all dotted names of the first column begin with taken off, and that beginning."""
+    """The cells without the common prefix of the dotted names in the first column, and that prefix."""
     (header, *names), *others = cells
     parts = zip(*(name.plain.split(".")[:-1] for name in names), strict=False)
     prefix = "".join(f"{same[0]}." for same in takewhile(lambda found: len(set(found)) == 1, parts))
@@ -96,7 +96,7 @@ def shortened(cells: Cells) -> tuple[Cells, str]:
 
 
 def rebuilt(table: Table, cells: Cells, widths: list[int], padding: int, caption: str | None) -> Table:
-    """The table with other cells, as wide as they are told to be."""
+    """The table with these cells and column widths."""
     made = Table(title=table.title, caption=caption, show_lines=table.show_lines, padding=(0, padding))
     for (header, *_), width, column in zip(cells, widths, table.columns, strict=True):
         made.add_column(header, justify=column.justify, overflow="fold", width=width)
@@ -106,7 +106,7 @@ def rebuilt(table: Table, cells: Cells, widths: list[int], padding: int, caption
 
 
 def entries(cells: Cells) -> Iterator[RenderableType]:
-    """Each row as its first cell, unless that is empty, and below it, indented, the others that say something."""
+    """Each row as its first cell, unless that is empty, with the other non-empty cells indented below it."""
     headers = [(column[0].plain, "dim") for column in cells[1:]]
     for name, *others in rows(cells):
         if name.plain:

@@ -1,4 +1,4 @@
-"""`compress judge`: what a language model behind an HTTP address thinks of a compressed model's answers."""
+"""`compress judge`: has a language model behind an HTTP API grade a compressed model's answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def judge(
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds that one reply may take")] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """Let a language model grade and compare answers that have no key; its verdicts count in no headline."""
+    """Let a language model grade and compare open-ended answers, which have no answer key.
+
+    Its verdicts do not count towards any headline score.
+    """
     import compress
 
     compress.require_evals()
@@ -61,7 +64,7 @@ def judge(
 
 
 def table(made: Any) -> Any:
-    """Scores and preferences of each task; names are not ours, so nothing in them is markup."""
+    """A table of the scores and preferences of each task; names are untrusted, so no markup in them is interpreted."""
     from rich.table import Table
     from rich.text import Text
 
@@ -77,7 +80,7 @@ def table(made: Any) -> Any:
 
 
 def failed(made: Any) -> Any:
-    """How many calls had no answer and why, and the noise of the scores."""
+    """How many calls failed and why, and the noise of the scores."""
     from rich.text import Text
 
     lines = []
@@ -93,10 +96,10 @@ def failed(made: Any) -> Any:
 
 
 def mark(score: float | None) -> str:
-    """A mean score, from 1 to 10."""
+    """A mean score, from 1 to 10, as text."""
     return "-" if score is None else f"{score:.2f}"
 
 
 def percent(share: float | None) -> str:
-    """A share of preferences."""
+    """A share of preferences in percent, as text."""
     return "-" if share is None else f"{100 * share:.0f} %"

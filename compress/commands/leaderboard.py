@@ -1,4 +1,4 @@
-"""`compress leaderboard`: a static site of every result below some folders."""
+"""`compress leaderboard`: builds a static site from every result in some folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def leaderboard(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish results as one page to sort and filter, a page a model, Markdown, CSV and JSON; no server needed."""
+    """Publish results as a static site: a page to sort and filter, a page per model, and Markdown, CSV and JSON.
+
+    No server is needed.
+    """
     import compress
 
     compress.require_evals()

@@ -1,4 +1,4 @@
-"""`compress merge`: several fine-tunes of one base become one ordinary model folder."""
+"""`compress merge`: merges several fine-tunes of one base into one ordinary model folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from compress.commands.output import Json, out_option, result, screen, spoken
 from compress.errors import RecipeError, nearest
 
-Number = float | None  # of an option that only some methods have
+Number = float | None  # the type of an option that only some methods have
 
 
 @spoken(
@@ -83,10 +83,10 @@ def merge(
 
 
 def options_of(method: str, given: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
-    """How the options of a method are written, by what errors call them; none of a method that is not known.
+    """The command-line options of a method, by the names that errors use; empty if the method is unknown.
 
-    Raises RecipeError for one of `given` that it has not, and for any of `tokens`, which say what it reads, if that is
-    nothing.
+    Raises RecipeError for one of `given` that the method does not have, and for any of `tokens` (options about
+    calibration text) if the method reads none.
     """
     from compress.merging import METHODS
     from compress.merging.regmean import RegMean
@@ -104,7 +104,7 @@ def options_of(method: str, given: Mapping[str, Any], tokens: list[str]) -> dict
 
 
 def folders(models: list[str]) -> dict[str, str]:
-    """Name -> folder of what the command line lists; raises RecipeError if two have one name, or one an empty name."""
+    """The folders that the command line lists, by name; raises RecipeError if a name is empty or given twice."""
     from compress.model.source import display_name, locate
 
     found: dict[str, str] = {}
@@ -121,7 +121,7 @@ def folders(models: list[str]) -> dict[str, str]:
 
 
 def weights_of(texts: list[str]) -> dict[str, dict[str, float]]:
-    """The weights by model and glob that `NAME=0.5` and `NAME:GLOB=0.5` say; raises RecipeError for anything else."""
+    """The weights by model and glob that `NAME=0.5` and `NAME:GLOB=0.5` give; raises RecipeError for anything else."""
     found: dict[str, dict[str, float]] = {}
     for text in texts:
         left, _, number = text.rpartition("=")
@@ -133,15 +133,15 @@ def weights_of(texts: list[str]) -> dict[str, dict[str, float]]:
         if not name or (colon and not glob):
             raise RecipeError(f"--weights: {text!r} is not NAME=NUMBER or NAME:GLOB=NUMBER")
         rules = found.setdefault(name, {})
-        rules.pop(glob or "*", None)  # the last counts
+        rules.pop(glob or "*", None)  # re-insert at the end, because the last match counts
         rules[glob or "*"] = weight
     return found
 
 
 def calibrations(data: list[str], samples: int | None, length: int | None, names: list[str]) -> Any:
-    """The calibration of all models, or by name; None if nothing was said.
+    """The calibration of each model by name; None if no option was given.
 
-    Raises RecipeError for the name of no model.
+    Raises RecipeError for a name that no model has.
     """
     from compress.recipe import Calibration
 

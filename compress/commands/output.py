@@ -1,4 +1,4 @@
-"""Where commands print: results to stdout, for people or programs; progress to stderr."""
+"""How commands print: results to stdout, as tables or as JSON; progress to stderr."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 
 
 def place(text: str) -> Path:
-    """The place that --out names; raises RecipeError for no name, which Path takes for the current folder."""
+    """The path that --out names; raises RecipeError for an empty one, which Path takes for the current folder."""
     if not text:
         raise RecipeError("--out: is empty; name a place to write to")
     return Path(text)
 
 
 def out_option(default: str = "", what: str = "folder to write; must not exist") -> Any:
-    """The option --out: `what` it names, and where that is by `default`."""
+    """The option --out; its help says `what` it names, and the `default` if there is one."""
     said = f"; default: {default}" if default else ""
     return typer.Option("--out", parser=place, metavar="<path>", help=f"{what}{said}")
 
 
 def screen() -> Console:
-    """The console for progress; wide enough for paths when it is not a terminal."""
+    """The console for progress, on stderr; it does not wrap, so that paths stay whole."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     return console
 
 
 def result(value: Any, as_json: bool, *renderables: Any) -> None:
-    """Print a result for programs or for people; raises RecipeError if stdout cannot take it."""
+    """Print a result as JSON or as tables and lines; raises RecipeError if stdout cannot be written."""
     with taken():
         if as_json:
             typer.echo(json.dumps(value, indent=1, default=str))
@@ -53,17 +53,17 @@ def result(value: Any, as_json: bool, *renderables: Any) -> None:
 
 @contextmanager
 def taken() -> Iterator[None]:
-    """Raise RecipeError if stdout cannot take what is printed inside, on a full disk say."""
+    """Raise RecipeError if stdout cannot take what is printed inside, for example on a full disk."""
     try:
         yield
-    except BrokenPipeError:  # who reads has enough
+    except BrokenPipeError:  # the reader has closed the pipe, which is no error
         raise
     except OSError as error:
         raise RecipeError(f"stdout: cannot be written: {error.strerror}") from error
 
 
 def show(*renderables: Any) -> None:
-    """Print tables and lines for people."""
+    """Print tables and lines; tables fit a terminal's width, and are up to 160 columns wide elsewhere."""
     terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if terminal else 160)
     for renderable in renderables:
@@ -72,7 +72,7 @@ def show(*renderables: Any) -> None:
 
 
 def readable(renderable: Any) -> Any:
-    """A line with the markup it has, or as it is where a name in it, of a folder say, makes that none."""
+    """A line with its markup rendered, or literally if a name in it (of a folder, for example) breaks the markup."""
     try:
         return Text.from_markup(renderable) if isinstance(renderable, str) else renderable
     except MarkupError:
@@ -81,9 +81,9 @@ def readable(renderable: Any) -> Any:
 
 @contextmanager
 def spoken(options: Mapping[str, str]) -> Iterator[None]:
-    """Say `--suite: ...` of an error inside that begins with the parameter `suite`, and so on; around a whole command.
+    """Replace the parameter name that begins an error's message by its option: `suite: ...` becomes `--suite: ...`.
 
-    Only for parameters that nothing but the command line sets, no recipe or other file.
+    Only for parameters that the command line alone can set, not a recipe or another file.
     """
     try:
         yield
@@ -96,7 +96,7 @@ def spoken(options: Mapping[str, str]) -> Iterator[None]:
 
 
 def bytes_of(text: str, option: str) -> int:
-    """The bytes a size such as `500MB` means; raises RecipeError for anything else."""
+    """The bytes that a size such as `500MB` means (units are powers of 1000); raises RecipeError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
     if not 1 <= size <= 2**63:
@@ -105,13 +105,13 @@ def bytes_of(text: str, option: str) -> int:
 
 
 def one_model(model: str | None, changes: list[str]) -> None:
-    """Raise RecipeError if --model and --set both say which model."""
+    """Raise RecipeError if both --model and --set name the model."""
     if model is not None and any(change.partition("=")[0] == "model" for change in changes):
         raise RecipeError("--set model: --model says which; give one of both")
 
 
 def quiet_loading() -> None:
-    """No loading bars of transformers, no advice of bitsandbytes on kernels: they break the lines of ours."""
+    """Silence transformers' loading bars and bitsandbytes' advice on kernels, which would break our progress lines."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

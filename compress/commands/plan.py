@@ -1,4 +1,4 @@
-"""`compress plan`: what a run will make and need, before any weight is read."""
+"""`compress plan`: predicts what a run will write and need, before any weight is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan(
     dequantize: Annotated[bool, typer.Option("--dequantize", help="a model that is quantized, as with run")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a run will make and need, from headers alone: bytes, memory, time, coverage, contracts, licence.
+    """Predict what a run will write and need, from headers alone: bytes, memory, time, coverage, contracts, licence.
 
     Exit code 3 if it will not fit.
     """
@@ -47,7 +47,7 @@ def plan(
 
 
 def unkept(device: str) -> list[str]:
-    """That the rates of the machine will be measured again, where they could not be kept."""
+    """A note that the machine is measured again every time, if its profile could not be saved."""
     from rich.markup import escape
 
     from compress.planning.machine import place
@@ -57,14 +57,14 @@ def unkept(device: str) -> list[str]:
 
 
 def value_of(found: Any) -> dict[str, Any]:
-    """A plan as plain data, with what follows from it."""
+    """A plan as plain data, including its derived values."""
     needs = {name: {**asdict(need), "fits": need.fits} for name, need in found.needs.items()}
     sites = [{**asdict(site), "exact": site.exact} for site in found.sites]
     return {**asdict(found), "needs": needs, "sites": sites, "total_seconds": found.total_seconds}
 
 
 def shown(found: Any, every: bool) -> list[Any]:
-    """Tables and lines for people."""
+    """The tables and lines that are printed without --json; with `every`, also a table of every site."""
     from rich.markup import escape
 
     from compress.console import change, size
@@ -86,7 +86,7 @@ def shown(found: Any, every: bool) -> list[Any]:
 
 
 def classes_table(found: Any) -> Any:
-    """Bytes by class of tensor."""
+    """The table of bytes by class of tensor."""
     from rich.table import Table
 
     table = Table(title="tensors")
@@ -99,7 +99,7 @@ def classes_table(found: Any) -> Any:
 
 
 def sites_table(found: Any) -> Any:
-    """Every site."""
+    """The table of every site."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -114,7 +114,7 @@ def sites_table(found: Any) -> Any:
 
 
 def contracts_table(found: Any) -> Any:
-    """What each pass needs, gives and keeps; a recipe whose passes do not fit together was refused before."""
+    """The table of what each pass takes, gives and keeps; a recipe whose passes do not fit was refused earlier."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -132,12 +132,12 @@ def contracts_table(found: Any) -> Any:
 
 
 def left_alone(found: Any) -> list[str]:
-    """What no pass touches, and why."""
+    """The lines on parameters that no pass touches, by reason."""
     return [f"parameters left alone: {count:,} ({reason})" for reason, count in found.untouched.items()]
 
 
 def needs_table(found: Any) -> Any:
-    """Memory and disk, what is needed and what is there."""
+    """The table of memory and disk: what is needed and what is available."""
     from rich.table import Table
 
     from compress.console import size
@@ -153,7 +153,7 @@ def needs_table(found: Any) -> Any:
 
 
 def time_lines(found: Any) -> list[str]:
-    """How long, and what is not in it."""
+    """The lines on the predicted time, and on what it does not include."""
     parts = ", ".join(f"{seconds:.0f} s {part}" for part, seconds in found.seconds.items() if seconds >= 0.5)
     lines = [f"time: about [bold]{found.total_seconds:.0f} s[/] on this machine, when nothing else runs ({parts})"]
     if found.unmodelled:

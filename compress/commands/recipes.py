@@ -1,4 +1,4 @@
-"""`compress recipes`: which recipes are packaged, and the text of one."""
+"""`compress recipes`: lists the packaged recipes, or prints the text of one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.table import Table
 from compress.commands.output import Json, result, taken
 from compress.errors import RecipeError, nearest
 
-FIGURES = {"bits": r"([\d.]+) bits a block weight", "kl": r"KL on prose ([\d.]+)"}  # as the headers say them
+FIGURES = {"bits": r"([\d.]+) bits a block weight", "kl": r"KL on prose ([\d.]+)"}  # as the recipe headers word them
 
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="print the text of this one, to start a file of one's own")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the packaged recipes, what each does and what it cost the built-in model; or print one."""
+    """List the packaged recipes with what each does and what it cost on the built-in model; or print one."""
     from compress.recipe import packaged
 
     found = packaged()
@@ -46,7 +46,7 @@ MEANT = (
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What a recipe's header says: what it does, its source, the measured result and two figures of that."""
+    """The facts in a recipe's header: what it does, its source, the measured result, and bits and KL from that."""
     lines = path.read_text(encoding="utf-8").splitlines()
     header = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
     what, _, rest = header.partition(" Source: ")
@@ -60,7 +60,7 @@ def about(path: Path) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """All recipes, one a line."""
+    """The table of all recipes, one per line."""
     shown = Table()
     for column in ("recipe", "what it does", "bits", "KL"):
         shown.add_column(

@@ -1,4 +1,4 @@
-"""`compress serve`: one base model and many deltas of it behind an HTTP server that OpenAI's clients know."""
+"""`compress serve`: serves a base model and many deltas of it over HTTP, with an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compress.commands.output import bytes_of, quiet_loading, screen
 from compress.errors import RecipeError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what arrives in a header as it was sent
+KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # printable ASCII without outer spaces, which a header transmits unchanged
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -35,7 +35,10 @@ def serve(
     budget: Annotated[str | None, typer.Option(help="bytes of deltas in memory, such as 2GB; default: all")] = None,
     deadline: Annotated[int, typer.Option(min=1, help="seconds that running requests get at shutdown")] = 30,
 ) -> None:
-    """Serve a base model and its fine-tunes: every request names its model, all share each step of computing."""
+    """Serve a base model and its fine-tunes over an OpenAI-compatible HTTP API.
+
+    Every request names its model; requests for different fine-tunes are computed in one batch.
+    """
     require_serving()
     named = deltas_of(delta or [])
     body, most = bytes_of(max_body, "--max-body"), None if budget is None else bytes_of(budget, "--budget")
@@ -56,7 +59,7 @@ def serve(
     there = placed(device)
     limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
     quiet_loading()
-    with bound(host, port) as listeners:  # a port in use is told before anything is loaded
+    with bound(host, port) as listeners:  # a port in use is reported before anything is loaded
         tokenizer, tenants = tokenizer_of(folder), load_tenants(folder, named, most, **there)
         server = Server(tenants, tokenizer, name, limits, own_languages(folder, named, tokenizer))
         said = f"serving {', '.join(server.models())} at {url_of(host, port)}"
@@ -71,12 +74,12 @@ def require_serving() -> None:
 
 
 def url_of(host: str, port: int) -> str:
-    """Where clients find a server."""
+    """The URL under which clients reach the server; an IPv6 address is put in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def deltas_of(given: list[str]) -> dict[str, Path]:
-    """Name -> folder, of `name=FOLDER`; raises RecipeError for anything else."""
+    """The folders by name from options `name=FOLDER`; raises RecipeError for anything else, or a name given twice."""
     found: dict[str, Path] = {}
     for one in given:
         name, equals, folder = one.partition("=")

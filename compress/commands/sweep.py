@@ -1,4 +1,4 @@
-"""`compress sweep`: every cell of a grid of models, recipes and seeds, measured one by one and resumable."""
+"""`compress sweep`: measures every cell of a grid of models, recipes and seeds, and can be resumed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from compress_evals.sweep import Planned, Progress, Summary
 
-FAILED = 6  # exit code
-SHOWN = 5  # notes
+FAILED = 6  # the exit code if cells failed
+SHOWN = 5  # notes that are printed
 
 
 def sweep(
@@ -33,7 +33,10 @@ def sweep(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compress and evaluate every cell of a sweep, each in a process of its own; run it again to go on."""
+    """Compress and evaluate every cell of a sweep, each in a process of its own.
+
+    If it was stopped, the same command resumes it. Exit code 6 if cells failed.
+    """
     import compress
 
     compress.require_evals()
@@ -97,7 +100,7 @@ def listing(planned: list[Planned], jobs: int, retry_failed: bool) -> tuple[dict
 
 
 def summary_table(summary: Summary) -> list[RenderableType]:
-    """How every cell ended, and what it took."""
+    """A table of how every cell ended and how long it took, and a line of totals."""
     from rich.table import Table
     from rich.text import Text
 
@@ -114,7 +117,7 @@ def summary_table(summary: Summary) -> list[RenderableType]:
 
 
 def standing(progress: Progress) -> str:
-    """Where a sweep stands, in a line."""
+    """The state of a sweep in one line."""
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
     failed = f", {progress.failed} failed" if progress.failed else ""
     running = f": {', '.join(progress.running)}" if progress.running else ""
@@ -122,7 +125,7 @@ def standing(progress: Progress) -> str:
 
 
 def line(progress: Progress) -> str:
-    """How a cell ended, in a line, and where the sweep stands then."""
+    """How a cell ended, and the state of the sweep after it, in one line."""
     record = progress.ended
     if record is None:
         return standing(progress)
@@ -131,7 +134,7 @@ def line(progress: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `1 h 05 min`."""
+    """A duration as `45 s`, `12 min` or `1 h 05 min`."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

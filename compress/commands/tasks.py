@@ -1,4 +1,4 @@
-"""`compress tasks`: which questions there are, and which of them can be asked here."""
+"""`compress tasks`: lists the evaluation tasks, and which of them can be run here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tasks(
     online: Online = False,
     as_json: Json = False,
 ) -> None:
-    """List the suites and their tasks: how many questions of what, from where, or why they cannot be asked."""
+    """List the suites and their tasks: what each asks, how many questions, and their source or why it is missing."""
     import compress
 
     compress.require_evals()
@@ -37,7 +37,7 @@ def tasks(
 
 
 def table(found: Any) -> Table:
-    """One suite as a table."""
+    """The table of one suite."""
     shown = Table(title=found.suite)
     for column in ("task", "what it is", "family", "questions", "data"):
         shown.add_column(column, justify="right" if column == "questions" else "left")
@@ -49,6 +49,6 @@ def table(found: Any) -> Table:
 
 
 def include_line(folder: str, suite: str, data_dir: Path | None) -> str:
-    """How lm-eval itself is given the suite."""
+    """A line that says how to run the suite with lm-eval itself."""
     data = f' --metadata \'{{"data_dir": "{data_dir}"}}\'' if data_dir is not None else ""
     return f"plain lm-eval: lm-eval run --include_path {folder} --tasks {suite}{data}"

@@ -1,4 +1,4 @@
-"""`compress tune`: measure which way to compute is faster on this machine, and use it from then on."""
+"""`compress tune`: measures which kernels are faster on this machine, and saves a profile for models loaded later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from compress.commands.output import Json, out_option, result, screen
 from compress.errors import RecipeError
 
-CHOSEN = ("packed", "kernel")  # what a profile calls the packed product, on a CPU and on a GPU
+CHOSEN = ("packed", "kernel")  # the packed product's names in a profile, on a CPU and on a GPU
 
 
 def tune(
@@ -18,7 +18,7 @@ def tune(
     out: Annotated[Path | None, out_option("where loading looks", what="file to write")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure where packed products beat plain ones on this machine; models loaded later are prepared by it."""
+    """Measure where packed products are faster than plain ones on this machine; models loaded later use the result."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -46,7 +46,7 @@ def tune(
 
 
 def by_size(profile: Any, rows: list[int]) -> list[tuple[str, str, list[str]]]:
-    """The cells of each format and size; what is chosen bears a star."""
+    """The table cells of each format and size; a star marks where the packed product is chosen."""
     lines = {(key.op, key.format, key.out, key.inputs): key for key in sorted(profile.entries)}
     found = []
     for op, form, out, inputs in lines:

@@ -126,7 +126,7 @@ class Memo:
 
     @contextmanager
     def watched(self, matrices: Mapping[str, Iterable[nn.Module]]) -> Iterator[None]:
-        """Inside, find the children's tails during one run of the block, among `matrices`, which nobody may have hooked."""
+        """Inside, find the children's tails while the block runs once, among the unhooked `matrices` of each child."""
         last: dict[str, tuple[nn.Module, Any, list[int]]] = {}
         calls: dict[nn.Module, int] = {}
 

@@ -222,7 +222,7 @@ class Travellers:
         return apart and self.shape[:2] == tuple(self.ids_BT.shape)
 
     def part(self, windows: slice, entering_BTD: Tensor | None = None) -> Travellers:
-        """A batch of some of the windows, by default with their current hidden state; moving it leaves this as it is."""
+        """A batch of some of the windows, by default with their current hidden state; running it never changes this."""
         entering_BTD = self.hidden_BTD if entering_BTD is None else entering_BTD
         if windows == slice(0, len(self.ids_BT)):
             return Travellers(self.ids_BT, entering_BTD, self.calls)
