@@ -155,15 +155,16 @@ def run(
 
     `model` is a model folder, `builtin`, or None for the model that the recipe names. `recipe` is a Recipe, a recipe
     file, the name of a packaged recipe, or a list of passes. `calibration` replaces the recipe's, `emit` is called
-    with every event, and `force` allows an existing `out` to be replaced. `options` are the others of
-    `compress.driver.compress`: `shard_size` (bytes), `offload`, `dequantize` and `restart`.
+    with every event, `device` is `cpu`, `cuda` or `cuda:N`, and `force` allows an earlier artifact in `out` to be
+    replaced. `options` are the others of `compress.driver.compress`: `shard_size` (bytes), `offload`, `dequantize` and
+    `restart`.
 
     The same call after an interruption resumes after the last finished block. Processes started by torchrun share the
     work, and each returns the report.
 
     Raises subclasses of CompressError for everything that a user can cause, and leaves `out` as it was before. The
-    exception: if the compressed model breaks the recipe's `accept` rule, AcceptanceError is raised but the artifact
-    stays in `out` for inspection.
+    exception is the recipe's `accept` rule, which is checked once the artifact is in place: if it is broken,
+    AcceptanceError is raised and the artifact stays in `out` for inspection.
 
     Example:
         compress.run("builtin", [Wanda(sparsity="2:4"), GPTQ(bits=4, target="original")], "half")

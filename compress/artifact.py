@@ -78,7 +78,7 @@ class Artifact(Checkpoint):
         """Raises ArtifactError if the folder is not an artifact, or `base` is not the model that it is a delta of."""
         super().__init__(path)
         quantization = self.config.get("quantization_config")
-        self.packed = not (quantization is None and is_plain(path))  # whether sites are stored as expressions
+        self.packed = not (quantization is None and is_plain(path))  # whether config.json holds weight expressions
         if not self.packed:
             quantization = {"quant_method": METHOD, "version": VERSION, "weights": {}}
         if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:

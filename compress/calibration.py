@@ -25,7 +25,7 @@ from compress.texts import Document, read_documents
 TEXTS = Path(__file__).parent / "builtin" / "texts"
 LONGEST = 2048  # tokens of a default window; longer ones cost quadratic memory and must be asked for explicitly
 LARGE = 4_000_000  # characters; only a source larger than this is subsampled before it is tokenized
-PROBE = 4  # windows
+PROBE = 4  # windows in the probe
 SHORTEST = 8  # tokens; a shorter document gets no window
 PROBE_LENGTH = 256  # most tokens of a probe window: its logits are kept in memory, and vocabularies are large
 

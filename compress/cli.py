@@ -100,8 +100,8 @@ def run(
 ) -> None:
     """Compress a model by a recipe into a new folder, which is verified before it is put in place.
 
-    If a run was stopped or killed, the same command resumes it after the last finished block. To share the work among
-    N processes, start it with `torchrun --nproc-per-node N -m compress run ...`.
+    If a run was stopped or killed, the same command resumes it after the last finished block.
+    Started with `torchrun --nproc-per-node N -m compress run ...`, N processes share the work.
     """
     import compress
     from compress import events
@@ -372,7 +372,7 @@ def passes(
     name: Annotated[str | None, typer.Argument(help="show only this one")] = None,
     as_json: Json = False,
 ) -> None:
-    """List every pass, or one of them, with its options, their defaults, and the paper it comes from."""
+    """List every pass, or one of them, with its options, their defaults, and its source."""
     from compress.console import passes_table
     from compress.options import describe
     from compress.passes import PASSES, load_plugins

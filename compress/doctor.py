@@ -28,7 +28,7 @@ from compress_kernels import tuning
 
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pydantic", "typer", "rich", "ruamel.yaml",
           "jinja2", "scipy")  # fmt: skip
-OPTIONAL = {  # package -> (extra of ours, what it enables)
+OPTIONAL = {  # package -> (extra of compress-llm, what it enables)
     "lm-eval": ("eval", "compress eval, `accept` rules in recipes"),
     "datasets": ("eval", "compress eval, calibration from datasets folders and the hub"),
     "rouge-score": ("eval", "compress eval: summaries"),
@@ -43,7 +43,7 @@ OPTIONAL = {  # package -> (extra of ours, what it enables)
     "prometheus-client": ("serve", "compress serve: its metrics"),
     "tokenizers": ("train", "training the built-in model anew"),
 }
-BUNDLED = ("compress.json", "config.json", "model.safetensors.index.json")  # of an artifact
+BUNDLED = ("compress.json", "config.json", "model.safetensors.index.json")  # files of an artifact
 JOURNALS = ("identity.json", "records/*.json", "artifact/compress.json")  # of an unfinished run: hashes and errors
 LARGEST = 64 << 20  # most bytes of a file in a bundle
 CACHES = ("tuning", "machine")

@@ -192,7 +192,7 @@ class Sample(Statistic):
         return self.kept_TI
 
 
-SIDE = 1024  # of the square blocks in which a Gram is accumulated
+SIDE = 1024  # side of the square blocks in which a Gram is accumulated
 HALVES = (torch.float16, torch.bfloat16)  # dtypes whose products tensor cores compute exactly
 
 

@@ -76,7 +76,7 @@ class Team:
 
 
 ALONE = Team()
-JOINED: ContextVar[Team | None] = ContextVar("JOINED", default=None)  # like torch's group, one at a time
+JOINED: ContextVar[Team | None] = ContextVar("JOINED", default=None)  # one at a time, as with torch's group
 
 
 class Processes(Team):

@@ -47,7 +47,7 @@ class Stored:
     transposed: bool = False
     inputs: str = ""  # the format that the module rounds its input to; empty for none
     expert: int | None = None
-    part: bool = False  # of a stack in the model, whether or not in the file
+    part: bool = False  # whether it is part of a stack in the model; the file may hold it alone
 
 
 def site_spec(site: str, stored: Stored, packed: Mapping[str, Tensor]) -> dict[str, Any]:

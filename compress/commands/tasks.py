@@ -21,7 +21,7 @@ def tasks(
     online: Online = False,
     as_json: Json = False,
 ) -> None:
-    """List the suites and their tasks: what each asks, how many questions, and their source or why it is missing."""
+    """List the suites and their tasks: how many questions of what, and their source, or why they cannot be asked."""
     import compress
 
     compress.require_evals()

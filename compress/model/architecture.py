@@ -45,7 +45,7 @@ def parsed(config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     plain = {key: value for key, value in without_code(dict(config)).items() if key != "quantization_config"}
-    # it writes infinity as {"__float__": "Infinity"}
+    # transformers writes infinity as {"__float__": "Infinity"}
     return AutoConfig.for_model(**PreTrainedConfig._decode_special_floats(plain))
 
 
