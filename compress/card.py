@@ -45,6 +45,9 @@ all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}"
 {% if probe.tokens -%}
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
 {{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
+{% elif adapter -%}
+The LoRA adapter `{{ adapter.name }}` was made part of it afterwards. Errors below and the recipe are of before; what
+the adapter has won back was not measured here: run `compress eval`.
 {% else -%}
 Nothing was lost: its factors are stored as they were trained.
 {% endif -%}
@@ -156,7 +159,7 @@ def card(provenance: Mapping[str, Any], picture: str = "", said: Said | None = N
     starved = sum(bool(row.get("starved")) for row in provenance["sites"].values())
     return filled(
         TEMPLATE,
-        **{**provenance, "reshaped": reshaped, "base": provenance.get("base")},
+        **{**provenance, "reshaped": reshaped, "base": provenance.get("base"), "adapter": provenance.get("adapter")},
         tags=tags,
         kept=kept,
         starved=starved,

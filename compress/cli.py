@@ -23,6 +23,7 @@ from rich.markup import escape
 
 from compress import __version__
 from compress.commands import delta
+from compress.commands.attach import attach
 from compress.commands.diff import diff
 from compress.commands.doctor import doctor
 from compress.commands.eval import evaluate
@@ -55,6 +56,7 @@ app.command()(doctor)
 app.command()(judge)
 app.command()(leaderboard)
 app.command()(tasks)
+app.command()(attach)
 app.command()(merge)
 app.command()(plan)
 app.command()(recipes)

@@ -172,11 +172,12 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
             str(row["tokens"]), ", ".join(said),
         )  # fmt: skip
     sizes = view["sizes"]
+    divergence = f"; probe KL {view['probe']['kl']:.4g} nats" if view["probe"]["tokens"] else ""  # else not measured
     lines = [
         f"made from [bold]{escape(view['source'])}[/] by Compress {escape(view['version'])}; calibration: "
         f"{escape(view['calibration'])}",
         f"{size(sizes['source_bytes'])} -> [bold]{size(sizes['bytes'])}[/], "
-        f"{sizes['bits_per_weight']:.2f} bits a block weight; probe KL {view['probe']['kl']:.4g} nats",
+        f"{sizes['bits_per_weight']:.2f} bits a block weight{divergence}",
         "untouched: " + ", ".join(f"{n:,} ({escape(reason)})" for reason, n in view["untouched"].items()),
     ]
     if view.get("base"):

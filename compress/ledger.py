@@ -15,6 +15,7 @@ def notes(row: Mapping[str, Any]) -> list[str]:
     failed = ", ".join(f"{tried:g}" for tried in row.get("damping_failed", []))
     said = [f"damping {row['damping']:g}"] if row.get("damping") else []
     said += [f"damping {failed} failed"] if failed else []
+    said += ["errors without the adapter"] if row.get("adapter") else []
     said += [f"{row['dead_inputs']} dead inputs"] if row.get("dead_inputs") else []
     if "errors" in row:
         said.append("weight error " + " -> ".join(f"{step} {error:.4f}" for step, error in row["errors"]))

@@ -125,6 +125,13 @@ class Reshaping(TypedDict):
     change: str
 
 
+class Attached(TypedDict):
+    """The LoRA adapter that was made part of an artifact: its name and the sha256 of its tensors' file."""
+
+    name: str
+    sha256: str
+
+
 class Provenance(TypedDict):
     """The content of compress.json: how the artifact was made, and the sha256 of every other file.
 
@@ -144,6 +151,7 @@ class Provenance(TypedDict):
     probe: Probe
     reshaped: NotRequired[list[Reshaping]]
     base: NotRequired[Pin]
+    adapter: NotRequired[Attached]
     cast: NotRequired[dict[str, Literal["F64", "F32", "F16", "BF16"]]]
     base_files: NotRequired[dict[str, str]]
     sites: dict[str, SiteRecord]

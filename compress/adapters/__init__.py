@@ -36,7 +36,7 @@ RECIPE = "# imported from a LoRA adapter; no pass was run\npasses: []\n"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
+class Written:
     """What was written to `out`: the bytes of its tensors, how many matrices have factors, and how many tensors are
     `whole`; `parameters` counts the entries of all factors."""
 
@@ -48,7 +48,7 @@ class Imported:
 
 
 @torch.no_grad()
-def import_adapter(adapter: str | Path, base: str | Path, out: str | Path, *, force: bool = False) -> Imported:
+def import_adapter(adapter: str | Path, base: str | Path, out: str | Path, *, force: bool = False) -> Written:
     """Write the LoRA adapter in the folder `adapter` as a delta of `base` into the folder `out`.
 
     The factors keep their dtype and every bit; scale * B is rounded to float32 where alpha / r is no power of two.
@@ -78,7 +78,7 @@ def import_adapter(adapter: str | Path, base: str | Path, out: str | Path, *, fo
         writer.describe(root, config, said, text, pin=pin, base=root, over=found.folder)
         verify(writer.partial, root)
         writer.commit()
-    return Imported(out=target, bytes=writer.size, matrices=len(places), parameters=found.parameters, whole=len(plain))
+    return Written(out=target, bytes=writer.size, matrices=len(places), parameters=found.parameters, whole=len(plain))
 
 
 def opened(folder: Path) -> Adapter:
@@ -168,4 +168,4 @@ def told(
     }  # fmt: skip
 
 
-__all__ = ["Imported", "import_adapter"]
+__all__ = ["Written", "import_adapter"]

@@ -120,5 +120,5 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Not yet."""
-        return False
+        """Whether gradients pass through, so that adapters beside the frozen weights can be trained: always."""
+        return True

@@ -1,0 +1,171 @@
+"""A LoRA adapter that was trained beside a compressed model becomes a part of it: one more low-rank term at each site.
+
+Nothing else changes: masks and codes stay the same to the bit, the factors keep theirs, and the result is an artifact
+like any other, which is verified, evaluated, loaded and run as `repair`'s corrections are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.adapters import Written, opened, placed, row, whole
+from compress.adapters.lora import WEIGHTS, Adapter
+from compress.artifact import Artifact, tensor_of, verify
+from compress.card import card
+from compress.errors import RecipeError, UnsupportedWeight
+from compress.frontmatter import carried
+from compress.identity import versions
+from compress.model.anatomy import Place
+from compress.model.source import digest, display_name, locate
+from compress.model.walk import Walk
+from compress.picture import picture
+from compress.plan import free_place
+from compress.shards import SHARD_SIZE, Entry
+from compress.verification import check_runtime
+from compress.weights import Dense, Product, Sum, Weight
+from compress.writer import PICTURE, Stored, writing
+
+FORGOTTEN = ("files", "sha256")  # of compress.json: they are made anew
+NOTE = "# a LoRA adapter, {name} ({rank}), was attached afterwards\n"
+
+
+@torch.no_grad()
+def attach(artifact: str | Path, adapter: str | Path, out: str | Path, *, force: bool = False) -> Written:
+    """Write the compressed model in the folder `artifact` with a LoRA adapter as part of it to the folder `out`.
+
+    The adapter is one that PEFT has trained on that model (see `compress.adapters.training`). The KL on the probe is no
+    longer known afterwards and left out; `compress eval` says what was won. Raises ArtifactError for a folder that is
+    not ours or no LoRA adapter of this model, RecipeError for a delta or if `out` is taken and not `force`,
+    UnsupportedWeight where a site's input is quantized, which the adapter's was not in training.
+    """
+    path, found = locate(artifact), opened(Path(adapter))
+    target = free_place(free_place(Path(out), found.folder, force), path, force)
+    held = Artifact(path)
+    if held.is_delta:
+        raise RecipeError(f"{path}: is a delta of {held.pin_name}; apply it first")
+    verify(path)
+    walk = Walk(held.config, held, held.dtype, torch.device("cpu"))
+    places = {place.site: module for module, place in placed(found, walk.anatomy).items()}
+    replaced = {entry.name: entry for entry in whole(found, walk.anatomy, held)}
+    rows = dict(held.provenance["sites"])
+    with writing(target, SHARD_SIZE) as writer:
+        for sites, plain in parts(held, found, places, walk.anatomy.places, replaced):
+            packed = writer.pack(sites, plain)
+            for site in sites.keys() & places.keys():
+                old = rows.get(site, {})
+                rows[site] = {**row(sites[site], packed.nbytes(site, sites[site].weight)), **changed(old)}
+            writer.write(packed)
+        said = told(held, found, walk, rows, places, writer.size)
+        drawn = picture(said)
+        text = card(said, PICTURE if drawn else "", carried(path))
+        config = {key: value for key, value in held.config.items() if key != "quantization_config"}
+        kv = held.config.get("quantization_config", {}).get("kv")
+        writer.describe(path, config, said, text, kv, picture=drawn)
+        check_runtime(Artifact(writer.partial), walk)
+        verify(writer.partial)
+        writer.commit()
+    return Written(
+        out=target, bytes=writer.size, matrices=len(places), parameters=found.parameters, whole=len(replaced)
+    )
+
+
+def parts(
+    held: Artifact,
+    adapter: Adapter,
+    adapted: Mapping[str, str],
+    places: Mapping[str, Place],
+    replaced: Mapping[str, Entry],
+) -> Any:
+    """What lies in each file of the artifact, one file at a time: its sites with their new weights, its plain tensors.
+
+    `adapted` maps sites to the modules that have factors; `replaced` are the tensors that the adapter holds whole.
+    """
+    files: dict[str, list[str]] = {}
+    for name in held.names():
+        files.setdefault(held.shard_of(name), []).append(name)
+    for _, names in sorted(files.items()):
+        sites: dict[str, Stored] = {}
+        plain: list[Entry] = []
+        for name in names:
+            own = held.holders.get(name) or [s for s in adapted if places[s].tensor == name]
+            sites |= {site: stored(held, adapter, site, places[site], adapted.get(site)) for site in own}
+            if not own:
+                plain.append(replaced.get(name) or held.entry(name))
+        yield sites, plain
+
+
+def stored(held: Artifact, adapter: Adapter, site: str, place: Place, module: str | None) -> Stored:
+    """A site as it is to be written: its weight, plus the product of the factors if its `module` has any."""
+    spec = held.specs.get(site)
+    turned = place.transposed != place.turned if spec is None else spec["transposed"]
+    if spec is None:
+        matrix = held.tensor(place.tensor)
+        weight: Weight = Dense(matrix.T.contiguous() if turned else matrix)
+    else:
+        weight = held.expression(site)
+    if module is not None:
+        if spec is not None and spec.get("inputs"):
+            raise UnsupportedWeight(
+                f"{site}: its input is quantized to {spec['inputs']}; no adapter can stand beside it"
+            )
+        left_OR, right_RI = adapter.factors(module)
+        terms = weight.terms if isinstance(weight, Sum) else (weight,)
+        weight = Sum((*terms, Product(Dense(left_OR), Dense(right_RI))))
+    return Stored(
+        weight=weight,
+        tensor=place.tensor if spec is None else tensor_of(site, spec),
+        transposed=turned,
+        inputs="" if spec is None else spec.get("inputs", ""),
+        expert=None if spec is None else spec.get("expert"),
+        part=place.expert is not None,
+    )
+
+
+def changed(old: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays in the record of a site, whose errors were measured without the adapter."""
+    kept = {key: value for key, value in old.items() if key not in ("weight", "bytes")}
+    return {**kept, "adapter": True}
+
+
+def told(
+    held: Artifact, adapter: Adapter, walk: Walk, rows: dict[str, Any], places: Mapping[str, str], size: int
+) -> dict[str, Any]:
+    """compress.json without the hashes of what was written."""
+    before = held.provenance
+    anatomy = walk.anatomy.places
+    weights = sum(place.shape[0] * place.shape[1] for place in anatomy.values())
+    was = {
+        site: before["sites"][site]["bytes"] if site in before["sites"] else plain(held, anatomy[site])
+        for site in places
+    }
+    more = sum(rows[site]["bytes"] - was[site] for site in places)
+    ranks = sorted({pair.rank for pair in adapter.pairs.values()})
+    note = NOTE.format(
+        name=display_name(adapter.folder), rank=", ".join(f"r{rank}" for rank in ranks) or "whole tensors"
+    )
+    tensors = {anatomy[site].tensor for site in places}
+    return {
+        **{key: value for key, value in before.items() if key not in FORGOTTEN},
+        "versions": versions(),
+        "recipe": before["recipe"] + note,
+        "sizes": {
+            **before["sizes"], "bytes": size,
+            "bits_per_weight": before["sizes"]["bits_per_weight"] + 8 * more / weights,
+        },
+        "probe": {"tokens": 0, "kl": 0.0},
+        "adapter": {"name": display_name(adapter.folder), "sha256": digest(adapter.folder / WEIGHTS)},
+        "sites": rows,
+        "untouched": {name: why for name, why in before["untouched"].items() if name not in tensors},
+    }  # fmt: skip
+
+
+def plain(held: Artifact, place: Place) -> int:
+    """Bytes of a site that was stored as a plain matrix."""
+    return place.shape[0] * place.shape[1] * held.dtype.itemsize
+
+
+__all__ = ["attach"]
