@@ -1,1 +1,1 @@
-"""Running compressed models: modules for weight expressions, and transformers' loader."""
+"""Runs compressed models: the modules that compute with weight expressions, and the integration with transformers."""

@@ -1,7 +1,8 @@
-"""How long compressed layers and models take beside dense ones, measured in turn so that other load meets both alike.
+"""Times compressed layers and models against dense ones, in alternation, so that other load affects both sides alike.
 
-Not here: loading models and printing. A layer is timed on several of its sites in turn, so that no weight stays in a
-cache which it would leave in the model; the dense side is the `nn.Linear` that a dense model would run.
+Loading models and printing results are done elsewhere. A layer is timed on several of its sites in rotation, so that a
+weight does not stay in a CPU or GPU cache that it would leave in the whole model. The dense side is the `nn.Linear`
+that a dense model would run.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from compress_kernels.cpu import nbytes
 from compress_kernels.tuning import device_name
 
 CPU = torch.device("cpu")
-REPLAYS = 10  # of a graph, before the other side's
-ROTATED = 1 << 28  # bytes of dense matrices that take turns: more than the last cache of a server
+REPLAYS = 10  # of one side's CUDA graph before the other side's graph runs
+ROTATED = 1 << 28  # bytes of dense matrices to rotate through: more than the last-level cache of a server
 PREPARED, LOW_MEMORY = "prepared", "low memory"
-EXPERTS = "experts"  # in place of a rule: no rule is asked, their stacks are decoded
-REASONS = {  # path -> why it may be slower
+EXPERTS = "experts"  # stands in for the name of a lowering rule: none applies, because expert stacks are decoded
+REASONS = {  # path -> why it may be slower than dense
     "decoded": "the matrix is decoded once and multiplied as dense, and the module around it costs some microseconds; "
     "it saves disk, not time",
     "packed": "the packed product does not beat the plain one at this size here; it saves disk, not time",
@@ -54,7 +55,7 @@ SEVERAL = "its parts are multiplied one by one, and together cost more than one 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A median and what lies around it: the middle half of many values, or the range of few."""
+    """A median with its spread: the interquartile range of many values, or the full range of few."""
 
     median: float
     low: float
@@ -63,7 +64,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Sites that compute alike: one shape [out, in], one form of the weight; bytes are of all of them together."""
+    """Sites that compute in the same way: one shape [out, in], one kind of weight; bytes are totals over the sites."""
 
     sites: tuple[str, ...]
     names: tuple[str, ...]
@@ -76,10 +77,10 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTiming:
-    """One layer at so many rows of x: seconds a call (quartiles); `speedup` is dense / compressed, pair by pair.
+    """The timing of one layer for x with `rows` rows: seconds per call, as median and quartiles.
 
-    `held_bytes` is what one site's module keeps in memory, `path` how it computes for this many rows, `why` the reason
-    in a sentence.
+    `speedup` is dense / compressed time, computed for each pair of measurements. `held_bytes` is what one site's module
+    keeps in memory, `path` how it computes for this many rows, and `why` the reason in one sentence.
     """
 
     layer: Layer
@@ -95,16 +96,17 @@ class LayerTiming:
 
     @property
     def slower(self) -> bool:
-        """Whether dense won in three of four pairs at least."""
+        """Whether dense was faster in at least three quarters of the pairs."""
         return self.speedup.high < 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationTiming:
-    """A model that generated greedily: medians and ranges; `speedup` is to the first model, pair by pair.
+    """The timing of greedy generation by one model: medians and ranges over the runs.
 
-    `tokens_per_second` counts the time of the prompt, which is `prefill` in seconds; `decode` are tokens a second
-    behind the first. Bytes are those of all weights, and of the cache; `captured`: whether steps replay a CUDA graph.
+    `speedup` is relative to the first model, run by run. `tokens_per_second` includes the time of the prompt, which is
+    `prefill` (seconds, with the first new token); `decode` is tokens per second after the first. `held_bytes` counts
+    all weights, `cache_bytes` the key-value cache. `captured` says whether steps replay a CUDA graph.
     """
 
     name: str
@@ -125,10 +127,11 @@ def measure_layers(
     seconds: float = 0.5,
     device: str = "cpu",
 ) -> list[LayerTiming]:
-    """Every kind of layer of an artifact at every number of rows of x, on one device.
+    """Time every kind of layer of an artifact, for each number of rows of x in `rows`, on one device.
 
-    About `seconds` are spent on each on a CPU; on a GPU, calls are replayed as one CUDA graph. `low_memory` also times
-    modules that keep only the stored bits. Raises ArtifactError if the folder is not ours, or a delta.
+    On a CPU each measurement takes about `seconds`; on a GPU the calls are replayed as one CUDA graph. With
+    `low_memory`, modules that keep only the stored bits are timed too. Raises ArtifactError if the folder is not an
+    artifact, or is a delta.
     """
     artifact, there = whole(folder), torch.device(device)
     modes = (PREPARED, LOW_MEMORY) if low_memory else (PREPARED,)
@@ -136,7 +139,7 @@ def measure_layers(
 
 
 def whole(folder: Path) -> Artifact:
-    """The artifact of a folder; raises ArtifactError for a delta, whose sites are no matrices by themselves."""
+    """The artifact in a folder; raises ArtifactError for a delta, whose sites are not matrices on their own."""
     artifact = Artifact(folder)
     if artifact.is_delta:
         raise ArtifactError(f"{folder}: is a delta of {artifact.pin_name}; `compress delta apply` makes a model of it")
@@ -144,7 +147,7 @@ def whole(folder: Path) -> Artifact:
 
 
 def conditions(folder: Path, device: str = "cpu") -> dict[str, str]:
-    """What timings of an artifact depend on beside it."""
+    """The conditions that timings depend on besides the artifact: device, threads, dtype, torch version, date."""
     return {
         "device": "cpu" if device == "cpu" else device_name(device),
         "threads": str(torch.get_num_threads()),
@@ -155,7 +158,7 @@ def conditions(folder: Path, device: str = "cpu") -> dict[str, str]:
 
 
 def layers(artifact: Artifact, device: torch.device = CPU) -> list[Layer]:
-    """The sites of an artifact, those that compute alike together."""
+    """The sites of an artifact, grouped into layers of sites that compute in the same way."""
     alike: dict[Any, list[str]] = {}
     stacked = in_stacks(artifact)
     for site, spec in artifact.specs.items():
@@ -164,7 +167,7 @@ def layers(artifact: Artifact, device: torch.device = CPU) -> list[Layer]:
 
 
 def in_stacks(artifact: Artifact) -> set[str]:
-    """The sites whose matrices a model keeps in stacks of experts, whatever its file does."""
+    """The sites whose matrices the model keeps in stacked expert tensors, however the file stores them."""
     if not artifact.specs:
         return set()
     check_sizes(artifact.config, artifact.shapes())
@@ -177,7 +180,7 @@ def in_stacks(artifact: Artifact) -> set[str]:
 
 
 def structure(tree: Any) -> Any:
-    """A specification without what tells one mask from another of its rule, which computes alike; hashable."""
+    """The specification in hashable form, without what distinguishes masks of one pattern, which compute alike."""
     match tree:
         case dict():
             rule = str(tree.get("pattern", "")).partition("@")[0]
@@ -190,7 +193,7 @@ def structure(tree: Any) -> Any:
 
 
 def described(artifact: Artifact, sites: list[str], stacked: bool, device: torch.device) -> Layer:
-    """What sites that compute alike are."""
+    """The layer that stands for sites that compute in the same way."""
     first = artifact.specs[sites[0]]
     there = unpack(first["tree"], stored(artifact, sites[0], device))
     out, inputs = (int(n) for n in first["tree"]["shape"])
@@ -209,7 +212,7 @@ def described(artifact: Artifact, sites: list[str], stacked: bool, device: torch
 def measure_layer(
     artifact: Artifact, layer: Layer, rows: Sequence[int], modes: Sequence[str], seconds: float, device: torch.device
 ) -> Iterator[LayerTiming]:
-    """The timings of one layer: every mode against dense, each alone, since one leaves its traces in the caches."""
+    """The timings of one layer; each mode is raced against dense on its own, since modes disturb each other's caches."""
     each = layer.dense_bytes // len(layer.sites)
     chosen = layer.sites[: max(1, ROTATED // each)]
     dense = [dense_module(artifact, site).to(device) for site in chosen]
@@ -235,7 +238,10 @@ def measure_layer(
 
 
 def timed(dense: Sequence[nn.Module], maps: Sequence[nn.Module], x: Tensor, seconds: float) -> list[list[float]]:
-    """Seconds of one call of a dense map and of ours, pair by pair; on a GPU, graphs of ten replays in turn."""
+    """Seconds per call of the dense and of the compressed modules, in pairs.
+
+    On a GPU both sides are CUDA graphs, replayed alternately, REPLAYS times each.
+    """
     if x.device.type == "cuda":
         sides = [[partial(each, x) for each in some] for some in (dense, maps)]
         rounds = [[spans(calls, x.device, REPLAYS) for calls in sides] for _ in range(FEWEST)]
@@ -244,7 +250,7 @@ def timed(dense: Sequence[nn.Module], maps: Sequence[nn.Module], x: Tensor, seco
 
 
 def stored(artifact: Artifact, site: str, device: torch.device) -> dict[str, Tensor]:
-    """The stored tensors of a site on a device, by their path in the tree."""
+    """The stored tensors of a site on a device, keyed by their path in the specification tree."""
     return {path: artifact.stored_tensor(key).to(device) for path, key in keys(site, artifact.specs[site]).items()}
 
 
@@ -259,7 +265,7 @@ def dense_module(artifact: Artifact, site: str) -> nn.Linear:
 def site_module(
     artifact: Artifact, site: str, mode: str, device: torch.device = CPU, stacked: bool = False
 ) -> nn.Module:
-    """The site as `compress.load` makes it; of a stack of experts, one prepared matrix as the family slices it."""
+    """The site as `compress.load` builds it; for an expert stack in prepared mode, its decoded matrix alone."""
     if stacked and mode == PREPARED:
         return Matrix(artifact.expression(site).dense().to(device, artifact.dtype))
     module = CompressedLinear(artifact.specs[site], bias_of(artifact, site, device), artifact.dtype)
@@ -269,7 +275,7 @@ def site_module(
 
 
 def bias_of(artifact: Artifact, site: str, device: torch.device = CPU) -> nn.Parameter | None:
-    """The bias beside a site's weight, if there is one."""
+    """The bias that belongs to a site's weight, or None."""
     name = tensor_of(site, artifact.specs[site]).removesuffix("weight") + "bias"
     if name not in artifact:
         return None
@@ -277,32 +283,33 @@ def bias_of(artifact: Artifact, site: str, device: torch.device = CPU) -> nn.Par
 
 
 def path_of(module: nn.Module, rows: int) -> str:
-    """How a site's module computes for so many rows of x."""
+    """How a site's module computes for x with this many rows."""
     lowered = module.lowered if isinstance(module, CompressedLinear) else module
     return "decoded at each call" if lowered is None else path(lowered, rows)
 
 
 def rotating(maps: Sequence[nn.Module], x: Tensor) -> Callable[[], object]:
-    """A function that applies the next map at each call."""
+    """A function that applies the next module of the rotation at each call."""
     turn = cycle(maps)
     return lambda: next(turn)(x)
 
 
 def quartiles(values: Sequence[float]) -> Spread:
-    """The median and the middle half."""
+    """The median and the quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median=median, low=low, high=high)
 
 
 def extent(values: Sequence[float]) -> Spread:
-    """The median and the range."""
+    """The median and the full range."""
     return Spread(median=statistics.median(values), low=min(values), high=max(values))
 
 
 def held_bytes(model: nn.Module, device: torch.device | None = None) -> int:
-    """Bytes in memory of a loaded model or layer: parameters, buffers and packed copies, each storage once.
+    """Bytes that a loaded model or layer holds: parameters, buffers and packed copies; shared tensors count once.
 
-    With `device`, only what lies there: stored bits may wait in host memory.
+    With `device`, counts only parameters, buffers and decoded stacks on that device, because stored tensors may be
+    parked in host memory; packed copies always count.
     """
     tensors, packed = [*model.parameters(), *model.buffers()], 0
     for part in model.modules():
@@ -317,7 +324,7 @@ def held_bytes(model: nn.Module, device: torch.device | None = None) -> int:
 
 
 def layer_sentences(timings: Sequence[LayerTiming]) -> list[str]:
-    """One for each layer and reason for which compressed is slower than dense."""
+    """One sentence for each layer that is slower than dense, and for each reason."""
     found: dict[tuple[str, str], list[LayerTiming]] = {}
     for timing in filter(lambda timing: timing.slower, timings):
         size = " x ".join(map(str, timing.layer.shape))
@@ -331,16 +338,17 @@ def layer_sentences(timings: Sequence[LayerTiming]) -> list[str]:
 
 
 def reason(timing: LayerTiming) -> str:
-    """Why this path may cost more than a plain product."""
+    """Why this path may cost more than a plain matrix product."""
     return REASONS.get(timing.path, SEVERAL)
 
 
 def measure_generation(
     models: Mapping[str, Any], *, prompt: int = 64, new: int = 128, runs: int = 5
 ) -> list[GenerationTiming]:
-    """Greedy generation of `new` tokens behind `prompt` random ones, batch 1, by each model in turn, `runs` times.
+    """Time greedy generation of `new` tokens after `prompt` random ones, batch size 1, alternating between the models.
 
-    Raises RecipeError if a model cannot do that.
+    Each model runs `runs` times; the first run warms up and is not counted. Raises RecipeError if a model cannot
+    generate this much.
     """
     for name, model in models.items():
         check_generates(name, model, prompt + new)
@@ -374,7 +382,7 @@ def measure_generation(
 
 
 def generation_sentences(timings: Sequence[GenerationTiming]) -> list[str]:
-    """What each model has worse than the first: speed in every pair of runs, or memory."""
+    """Sentences on where a model does worse than the first: slower in every pair of runs, or larger in memory."""
     dense, *others = timings
     lines = []
     for found in others:
@@ -389,7 +397,7 @@ def generation_sentences(timings: Sequence[GenerationTiming]) -> list[str]:
 
 
 def check_generates(name: str, model: Any, tokens: int) -> None:
-    """Raise RecipeError if a model cannot generate, or not as far."""
+    """Raise RecipeError if a model cannot generate, or has a context shorter than `tokens`."""
     if not model.can_generate():
         raise RecipeError(f"--generate: {name} is a {type(model).__name__}, which generates no text")
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""A delta beside its base as an ordinary model in memory: nothing of ours stays in it."""
+"""Loads a delta and its base as an ordinary transformers model, which contains no modules of this package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ GENERATION = "generation_config.json"
 
 
 def fine_tuned(delta: Artifact, options: dict[str, Any]) -> Any:
-    """The transformers model that a delta read with its base denotes; `options` go to `from_pretrained`.
+    """The fine-tuned transformers model that a delta and its base describe; `options` go to `from_pretrained`.
 
-    Its tensors are decoded one by one; memory is that of one model.
+    The tensors are decoded one by one, so that memory peaks at about one model. Raises ArtifactError if the delta was
+    opened without its base, or if tensors are missing, unexpected or of the wrong shape.
     """
     from transformers import GenerationConfig
 

@@ -1,7 +1,7 @@
-"""A module of experts whose stacks are stored expert by expert.
+"""Expert modules (MoE) whose stacked weights are stored compressed, expert by expert.
 
-The module stays what its family made it, so any way of running its experts works; only its stacks are no longer
-parameters. They are decoded once, or with `low_memory` for the length of each call.
+The module keeps its family's code, so that every way in which the family runs its experts still works; only the stacks
+are no longer parameters. They are decoded once, or, with `low_memory`, for the duration of each call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compress.runtime.linear import StoredWeight
 
 
 class CompressedExperts:
-    """What is mixed into a family's class of experts; `stored[i]` holds the matrix at `places[i]`."""
+    """Base class mixed into a family's expert class; `stored[i]` holds the compressed matrix for `places[i]`."""
 
     stored: nn.ModuleList
     places: Sequence[Place]
@@ -27,10 +27,10 @@ class CompressedExperts:
     dtype: torch.dtype
     decoded: dict[str, Tensor]
     kept: bool
-    replaced: bool  # whether stored tensors came after the stacks were decoded
+    replaced: bool  # whether stored tensors were loaded after the stacks had been decoded
 
     def prepare(self, dtype: torch.dtype) -> None:
-        """Decode every stack once, for computing in `dtype`."""
+        """Decode every stack once, in `dtype`."""
         self.dtype, self.kept, self.replaced = dtype, True, False
         self.decoded = self.decode()
 
@@ -47,39 +47,39 @@ class CompressedExperts:
         return stacks
 
     def stack(self, name: str) -> Tensor:
-        """A stack as it is now; empty of values until it was decoded."""
+        """The decoded stack, or a tensor on the meta device if it has not been decoded."""
         if name in self.decoded:
             return self.decoded[name]
         return torch.empty(self.extents[name], dtype=self.dtype, device="meta")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the family computes."""
+        """The family's own forward; unless `prepare` was called, the stacks are decoded for this call only."""
         if self.kept:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        called = copy(self)  # which another thread does not have
+        called = copy(self)  # so that no other thread sees the stacks of this call
         called.decoded = self.decode()
         return super(CompressedExperts, called).forward(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Note whether other stored tensors come; they are there when `decode_again` is called."""
+        """Note whether the state dict replaces stored tensors; `decode_again` runs once they are loaded."""
         super()._load_from_state_dict(state_dict, prefix, *others)  # type: ignore[misc]
         self.replaced = self.kept and any(key.startswith(f"{prefix}stored.") for key in state_dict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move what was decoded with the module."""
+        """Move the decoded stacks along with the module."""
         moved = super()._apply(fn, recurse)  # type: ignore[misc]
         self.decoded = {name: fn(stack) for name, stack in self.decoded.items()}
         return moved
 
 
 def decode_again(module: Any, _: Any) -> None:
-    """Decode the stacks of stored tensors that `load_state_dict` has replaced."""
+    """Decode the stacks again if `load_state_dict` has replaced their stored tensors."""
     if module.replaced:
         module.prepare(module.dtype)
 
 
 def compress_experts(module: Any, stored: Sequence[tuple[Place, dict[str, Any]]], dtype: torch.dtype) -> None:
-    """Make `module` keep its stacks as the given weights instead of parameters, in place."""
+    """Replace the stacks of `module`, in place, by the given compressed weights; they are no longer parameters."""
     names = sorted({place.parameter for place, _ in stored})
     module.extents = {name: tuple(getattr(module, name).shape) for name in names}
     for name in names:

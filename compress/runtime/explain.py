@@ -1,4 +1,4 @@
-"""How a layer computes, and why so, in one plain sentence."""
+"""Says in one sentence how a layer computes, and why."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ NAMES = {cpu.Int4: "packed int4", cpu.Int8: "packed int8", cpu.Sparse: "a produc
 
 
 def explain(layer: nn.Module | Weight, rows: int, *, dtype: torch.dtype = torch.bfloat16, inputs: str = "") -> str:
-    """The path that `layer` takes for `rows` rows of x, and why, in a sentence.
+    """One sentence on how `layer` computes for `rows` rows of x, and why.
 
-    `layer` is a module of a loaded model, or a weight expression, which is lowered for x of `dtype`, rounded to
-    `inputs` if that is given. Raises RecipeError for less than one row, or a module that is not compressed.
+    `layer` is a module of a loaded model, or a weight expression. An expression is first lowered for x of `dtype`,
+    rounded to `inputs` if that is given. Raises RecipeError for fewer than one row and for a module that is not
+    compressed.
     """
     if rows < 1:
         raise RecipeError(f"rows: {rows} rows of x; give 1 or more")
@@ -35,7 +36,7 @@ def explain(layer: nn.Module | Weight, rows: int, *, dtype: torch.dtype = torch.
 
 
 def sentence(module: nn.Module, rows: int) -> str:
-    """What a lowered module does for so many rows of x."""
+    """What a lowered module does for x with this many rows."""
     match module:
         case FewRows():
             name, matrix = NAMES[type(module.packed)], f"the decoded {short(module.many.matrix.dtype)} matrix"
@@ -72,7 +73,7 @@ def sentence(module: nn.Module, rows: int) -> str:
 
 
 def origin() -> str:
-    """Where a choice comes from."""
+    """Where the measurement behind a choice was made; raises RecipeError for a damaged tuning profile."""
     try:
         profile = known("cpu")
     except TuningError as error:
@@ -83,7 +84,7 @@ def origin() -> str:
 
 
 def short(dtype: torch.dtype) -> str:
-    """`bf16`, `fp32`."""
+    """The short name of a dtype, such as `bf16` or `fp32`."""
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 

@@ -1,8 +1,8 @@
-"""Greedy generation as it is timed: one pass over the prompt, then steps of one token with fixed buffers.
+"""Greedy generation for timing: one forward pass over the prompt, then steps of one token with fixed buffers.
 
-The cache is static, so that on a GPU a step is captured as one CUDA graph and replayed; on the CPU the same step runs
-as it is. A model with a cache of its own (quantized, latent) keeps it, which grows and so cannot be captured.
-Not yet run on a GPU. Shape suffixes: B batch, T tokens.
+The key-value cache is static, so that on a GPU a step can be captured as one CUDA graph and replayed; on the CPU the
+same step runs eagerly. A model with an attached cache (quantized or latent) keeps using it; such a cache grows, so its
+steps cannot be captured. Not yet run on a GPU. Shape suffixes: B batch, T tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers.cache_utils import StaticCache
 from compress.errors import RecipeError
 from compress.runtime.kv import own_cache
 
-WARM = 3  # steps before a capture, as torch's notes on CUDA graphs ask
+WARM = 3  # warm-up steps before a capture, as PyTorch's notes on CUDA graphs require
 
 
 class Decoder:
-    """One model that generates; its cache has room for `length` tokens.
+    """Generates with one model, whose static cache has room for `length` tokens.
 
-    Raises RecipeError for a model that has no static cache.
+    Raises RecipeError for a model that supports no static cache, unless it has a cache of its own.
     """
 
     def __init__(self, model: Any, length: int) -> None:
@@ -39,12 +39,12 @@ class Decoder:
 
     @torch.no_grad()
     def advance(self, ids_BT: Tensor) -> None:
-        """Read tokens behind those in the cache, and put the next one in `token_B1`."""
+        """Append tokens to those in the cache, and write the next token to `token_B1`."""
         logits_BTV = self.model(input_ids=ids_BT, past_key_values=self.cache, **self.options).logits
         self.token_B1.copy_(logits_BTV[:, -1:].argmax(-1))
 
     def prefill(self, ids_BT: Tensor) -> None:
-        """Start anew with a prompt."""
+        """Clear the cache and process a prompt."""
         if self.new_cache:
             self.cache = self.new_cache()
         else:
@@ -52,18 +52,18 @@ class Decoder:
         self.advance(ids_BT)
 
     def step(self) -> None:
-        """One token more."""
+        """Generate one more token."""
         if self.graph is None:
             self.advance(self.token_B1)
         else:
             self.graph.replay()
 
     def capture(self, ids_BT: Tensor) -> None:
-        """Capture a step, on a GPU and with a static cache; what is in the cache is lost."""
+        """Capture one step as a CUDA graph; the cache contents are lost. Does nothing without a GPU or static cache."""
         if self.device.type != "cuda" or self.new_cache:
             return
         self.prefill(ids_BT)
-        with torch.cuda.device(self.device):  # a graph is captured on the current one
+        with torch.cuda.device(self.device):  # a graph is captured on the current device
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
@@ -76,7 +76,7 @@ class Decoder:
         self.graph = graph
 
     def generate(self, ids_BT: Tensor, new: int) -> Tensor:
-        """`new` tokens behind a prompt, [1, new]."""
+        """The `new` tokens that follow a prompt, [1, new]."""
         self.prefill(ids_BT)
         found = [self.token_B1.clone()]
         for _ in range(new - 1):
@@ -85,7 +85,7 @@ class Decoder:
         return torch.cat(found, 1)
 
     def timed(self, ids_BT: Tensor, new: int, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
-        """Seconds for the prompt and the first token, and for the `new - 1` others."""
+        """Seconds for the prompt with the first new token, and seconds for the other `new - 1` tokens."""
         self.wait()
         began = clock()
         self.prefill(ids_BT)
@@ -97,12 +97,12 @@ class Decoder:
         return read - began, clock() - read
 
     def wait(self) -> None:
-        """Until the device is done."""
+        """Wait until the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values, or of what stands for them."""
+        """Bytes of the cache: keys and values, or what a compressed cache stores instead."""
         if hasattr(self.cache, "nbytes"):
             return int(self.cache.nbytes())
         held = [value for layer in self.cache.layers for value in vars(layer).values() if isinstance(value, Tensor)]
@@ -110,10 +110,10 @@ class Decoder:
 
 
 def static_cache(model: Any, length: int) -> StaticCache:
-    """An empty one; raises RecipeError for a model that cannot have it."""
+    """An empty static cache; raises RecipeError for a model that does not support one."""
     try:
         return StaticCache(config=model.config, max_cache_len=length)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # a kind of layer that has none
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # a layer type that has no static cache
         raise RecipeError(f"--generate: {type(model).__name__} has no static cache: {error}") from error
 
 

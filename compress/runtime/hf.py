@@ -1,7 +1,7 @@
-"""The quantization method `compress` of transformers: builds, loads, lowers and saves our modules.
+"""Registers the quantization method `compress` with transformers, which lets it load and save artifacts.
 
-Importing this module registers it. `register_when_needed` does so without importing transformers: at once if its
-quantizers are loaded, else right after they are.
+Importing this module registers nothing and does not import transformers. `register_when_needed` registers at once if
+transformers' quantizers are already loaded, and otherwise right after they have been imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HOOKED = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Tell transformers about the method; safe to call twice."""
+    """Register the method with transformers; calling it again has no effect."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     from compress.artifact import METHOD
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Runs `register` once `HOOKED` has been imported by whoever needs it."""
+    """An import hook that runs `register` right after any code has imported `HOOKED`."""
 
     def __init__(self) -> None:
         self.real: Any = None
@@ -55,7 +55,7 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def register_when_needed() -> None:
-    """Register now if transformers' quantizers are loaded, else as soon as they are."""
+    """Register now if transformers' quantizers are loaded, otherwise as soon as they are."""
     if HOOKED in sys.modules:
         register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):

@@ -1,9 +1,9 @@
-"""A key-value cache that keeps old tokens in 8, 4 or 2 bits, and how a model is given that or a latent one for good.
+"""A key-value cache that stores older tokens in 8, 4 or 2 bits, and what attaches it, or a latent one, to a model.
 
-Codes are packed in memory, not only rounded. Nothing is fused: each step decodes the whole cache to the model's dtype,
-layer by layer, so it saves memory between steps, not time.
-Shapes: B batch, H key-value heads (as many as the model has: grouped queries are the attention's business), T tokens,
-D channels of a head, G numbers of a group, N groups or tokens, C channels or groups of a token.
+Codes are packed in memory, not only rounded. No kernel is fused: each step decodes the whole cache to the model's
+dtype, layer by layer, so the cache saves memory between steps, not time.
+Shapes: B batch, H key-value heads (of the model; the attention itself repeats them for grouped queries), T tokens,
+D channels of a head, G values of a group, N groups or tokens, C channels or groups of a token.
 """
 
 from __future__ import annotations
@@ -28,29 +28,32 @@ Rows = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Packed:
-    """Rounded numbers [B, H, N, C, G]: packed codes [B, H, N, C, G * bits / 8], float16 scale and low [B, H, N, C]."""
+    """Quantized values [B, H, N, C, G]: packed codes [B, H, N, C, G * bits / 8], float16 scale and low [B, H, N, C].
+
+    `low` is the minimum of each group.
+    """
 
     codes: Tensor
     scale: Tensor
     low: Tensor
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is stored."""
+        """The stored tensors."""
         return self.codes, self.scale, self.low
 
     def mapped(self, rows: Rows) -> Packed:
-        """With other rows of the batch."""
+        """The values after `rows` has been applied to the batch dimension of every tensor."""
         return Packed(*map(rows, self.tensors()))
 
     def joined(self, later: Packed) -> Packed:
-        """With later groups behind."""
+        """These groups followed by later ones."""
         return Packed(*(torch.cat(pair, 2) for pair in zip(self.tensors(), later.tensors(), strict=True)))
 
 
 def encode(x_BHNCG: Tensor, bits: int) -> Packed:
-    """Round each group between its minimum and maximum, both ends included; a constant group has scale 0.
+    """Quantize each group between its minimum and maximum, both included; a constant group has scale 0.
 
-    Codes are of the stored float16 scale and minimum. A group beyond float16's range decodes to NaN.
+    Codes are computed from the scale and minimum as stored in float16. A group beyond float16's range decodes to NaN.
     Source: Liu et al., KIVI, ICML 2024, section 3 (asymmetric, no integer zero point).
     """
     x = x_BHNCG.float()
@@ -63,17 +66,18 @@ def encode(x_BHNCG: Tensor, bits: int) -> Packed:
 
 
 def decode(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
-    """The numbers [B, H, N, C, G] of what `encode` made."""
+    """The values [B, H, N, C, G] that `encode` quantized, in `dtype`."""
     codes = unpack_bits(packed.codes.reshape(-1), bits, packed.codes.numel() * 8 // bits)
     x = codes.view(*packed.scale.shape, -1) * packed.scale.float().unsqueeze(-1)
     return (x + packed.low.float().unsqueeze(-1)).to(dtype)
 
 
 class Side:
-    """The keys or the values of one layer: plain first tokens, rounded ones, a plain tail.
+    """The keys or values of one layer: the first tokens unquantized, then quantized tokens, then an unquantized tail.
 
-    The state after many tokens at once is that after the same tokens one by one.
-    Source: KIVI, algorithm 1: keys are rounded `residual` tokens at a time, values whenever more than that are plain.
+    Appending many tokens at once leaves the same state as appending them one by one.
+    Source: KIVI, algorithm 1: keys are quantized `residual` tokens at a time, values as soon as more than `residual`
+    of them are unquantized.
     """
 
     def __init__(self, kv: KV, keys: bool, like_BHTD: Tensor) -> None:
@@ -83,16 +87,17 @@ class Side:
         self.packed: Packed | None = None
 
     def update(self, new_BHTD: Tensor) -> Tensor:
-        """All tokens, the new ones as they came: they see each other and themselves before they are rounded."""
+        """Append new tokens and return all tokens; the new ones are unrounded in this step, also to each other."""
         middle = () if self.packed is None else (self.unlay(decode(self.packed, self.kv.bits, self.tail.dtype)),)
         seen_BHTD = torch.cat((self.sink, *middle, self.tail, new_BHTD), 2)
         self.append(new_BHTD)
         return seen_BHTD
 
     def append(self, new_BHTD: Tensor) -> None:
-        """Keep new tokens and round those that are due; a slice is copied, lest it keep the whole prompt alive.
+        """Append new tokens and quantize those that are due.
 
-        Gradients end here: rounded tokens have none.
+        The tail is copied, because a slice would keep the whole prompt in memory. Gradients stop here, since quantized
+        tokens have none.
         """
         new_BHTD = new_BHTD.detach()
         first = min(self.kv.sink - self.sink.shape[2], new_BHTD.shape[2])
@@ -106,26 +111,26 @@ class Side:
             self.tail = self.tail[:, :, due:].clone()
 
     def due(self, plain: int) -> int:
-        """How many of the plain tokens are to be rounded."""
+        """How many of the unquantized tokens in the tail are to be quantized now."""
         return plain - plain % self.kv.residual if self.keys else max(0, plain - self.kv.residual)
 
     def lay(self, x_BHTD: Tensor) -> Tensor:
-        """Tokens as groups: of consecutive tokens in a channel, or of channels in a token."""
+        """Split tokens into groups: of consecutive tokens of a channel, or of channels of a token."""
         if self.channel:
             return torch.unflatten(x_BHTD, 2, (-1, self.kv.group)).transpose(3, 4)
         return torch.unflatten(x_BHTD, 3, (-1, self.kv.group))
 
     def unlay(self, x_BHNCG: Tensor) -> Tensor:
-        """Groups as tokens."""
+        """Join groups to tokens; the inverse of `lay`."""
         return x_BHNCG.transpose(3, 4).flatten(2, 3) if self.channel else x_BHNCG.flatten(3, 4)
 
     def select(self, rows: Rows) -> None:
-        """Keep other rows of the batch."""
+        """Apply `rows` to the batch dimension of everything stored."""
         self.sink, self.tail = rows(self.sink), rows(self.tail)
         self.packed = None if self.packed is None else self.packed.mapped(rows)
 
     def nbytes(self) -> int:
-        """Bytes of the memory that is held."""
+        """Bytes of memory held, counted by storage."""
         held = (self.sink, self.tail, *(() if self.packed is None else self.packed.tensors()))
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
 
@@ -133,7 +138,8 @@ class Side:
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of the cache.
 
-    It cannot be cropped: what was rounded too early cannot be had back. So assisted generation is refused.
+    It cannot be cropped, because tokens that have been quantized cannot be restored; assisted generation is therefore
+    refused.
     """
 
     supports_early_init = False
@@ -143,7 +149,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.kv, self.length = kv, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin with the first tokens; raises RecipeError if their heads do not divide into groups."""
+        """Initialize for the first tokens; raises RecipeError if the head size does not divide into groups."""
         self.kv.check_head(value_states.shape[-1])
         if self.kv.keys == "token":
             self.kv.check_head(key_states.shape[-1])
@@ -151,7 +157,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep new tokens; all keys and values that they may attend to."""
+        """Append new tokens and return all keys and values that they may attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[2]
@@ -163,53 +169,54 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens kept."""
+        """The number of tokens in the cache."""
         return self.length
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """-1, which means no limit."""
         return -1
 
     def nbytes(self) -> int:
-        """Bytes of the memory that is held."""
+        """Bytes of memory held; 0 before the first token."""
         return sum(side.nbytes() for side in self.sides) if self.is_initialized else 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self.is_initialized, self.length = False, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise RecipeError unless nothing is to be removed."""
+        """Raise RecipeError unless `tokens_to_remove` is 0."""
         if tokens_to_remove:
             raise RecipeError(
                 "kv: a quantized cache cannot give tokens back, which assisted generation needs; load with kv=None"
             )
 
     def select(self, rows: Rows) -> None:
-        """Keep other rows of the batch."""
+        """Apply `rows` to the batch dimension of keys and values."""
         if self.is_initialized:
             for side in self.sides:
                 side.select(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
+        """Reorder the rows of the batch as beam search asks."""
         self.select(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeat each row of the batch."""
         self.select(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep only these rows of the batch."""
         self.select(lambda t: t[indices])
 
 
 class QuantizedCache(Cache):  # type: ignore[misc]
-    """A cache for a model of this config; `options` are those of `compress.KV`.
+    """A quantized cache for a model with this config; `options` are those of `compress.KV`.
 
-    `model.generate(ids, past_key_values=QuantizedCache(model.config, bits=4))`. Layers of full attention are quantized;
-    others (sliding windows, linear attention) keep transformers' own. Padding is rounded with the tokens beside it.
-    Raises RecipeError for unfit options and for a model without a layer of full attention.
+    Use as `model.generate(ids, past_key_values=QuantizedCache(model.config, bits=4))`. Full-attention layers are
+    quantized; others (sliding window, linear attention) keep transformers' own cache. Padding tokens are quantized
+    together with the tokens beside them. Raises RecipeError for invalid options and for a model without a
+    full-attention layer.
     """
 
     def __init__(self, config: Any, **options: Any) -> None:
@@ -225,7 +232,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
 
 def check(model: Any, kept: Kept, factored: Collection[str] = ()) -> None:
-    """Raise RecipeError if the model cannot have such a cache, once the modules named in `factored` are low-rank."""
+    """Raise RecipeError if the model cannot use such a cache; `factored` names the modules that will be low-rank."""
     check_decoder(model)
     if kept == "latent":
         latent.check(model, factored)
@@ -237,16 +244,16 @@ def check(model: Any, kept: Kept, factored: Collection[str] = ()) -> None:
 
 
 def check_decoder(model: Any) -> None:
-    """Raise RecipeError if the model has no cache of keys and values."""
+    """Raise RecipeError if the model is not a decoder that generates from a key-value cache."""
     cached = "past_key_values" in signature(model.forward).parameters
     if not (cached and model.can_generate()) or model.config.is_encoder_decoder:
         raise RecipeError(f"kv: {type(model).__name__} is not a decoder that generates from a key-value cache")
 
 
 def attach(model: Any, kept: Kept | Mapping[str, Any]) -> None:
-    """Let `model` make such a cache wherever it would make a plain one: in `generate` and in its forward.
+    """Make `model` create such a cache wherever it would create a default one: in `generate` and in its forward pass.
 
-    A cache that the caller gives or names is left alone. Raises RecipeError if the model cannot have one.
+    A cache that the caller passes or names is left alone. Raises RecipeError if the model cannot use such a cache.
     """
     new = maker(model, read_kept(kept))
     model._own_cache = new
@@ -255,12 +262,12 @@ def attach(model: Any, kept: Kept | Mapping[str, Any]) -> None:
 
 
 def own_cache(model: Any) -> Callable[[], Cache] | None:
-    """What makes a new cache of the kind that was attached to a model, or None for a plain one."""
+    """The function that creates the kind of cache attached to a model; None if none is attached."""
     return getattr(model, "_own_cache", None)
 
 
 def maker(model: Any, kept: Kept) -> Callable[[], Cache]:
-    """What makes a new cache for the model; raises RecipeError if it cannot have one."""
+    """The function that creates such a cache for the model; raises RecipeError if the model cannot use one."""
     if kept == "latent":
         check_decoder(model)
         return latent.prepared(model)
@@ -271,7 +278,7 @@ def maker(model: Any, kept: Kept) -> Callable[[], Cache]:
 def _enter(
     new: Callable[[], Cache], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Add a new cache to the arguments of a forward that would make its own."""
+    """A forward pre-hook that adds a new cache to the arguments if the forward pass would create its own."""
     bound = signature(model.forward).bind_partial(*args, **kwargs)
     given = bound.arguments
     asked = given.get("use_cache")
@@ -284,7 +291,7 @@ def _enter(
 
 
 def _generate(generate: Callable[..., Any], usual: Any, new: Callable[[], Cache], *args: Any, **kwargs: Any) -> Any:
-    """`generate` with a new cache, unless the caller gives one, names a kind, or wants none."""
+    """Call `generate` with a new cache, unless the caller passes one, names an implementation or wants none."""
     config = signature(generate).bind_partial(*args, **kwargs).arguments.get("generation_config") or usual
     used = kwargs.get("use_cache", config.use_cache) is not False
     named = kwargs.get("cache_implementation", config.cache_implementation)

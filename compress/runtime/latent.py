@@ -1,13 +1,13 @@
-"""A key-value cache that keeps, of each token, only what factored projections make its key and its value of.
+"""A key-value cache for factored (low-rank) projections that stores each token's latents instead of its key and value.
 
-Where W_k = A_k B_k and W_v = A_v B_v, the latents B_k x and B_v x are all that later tokens need: one latent where both
-are of the same B. Keys and values are made of them anew, layer by layer, whenever they are attended to: memory is saved
-between steps, at the price of time. Keys are rotated when they are read, each by its own position, so positions are
-kept too, once for all layers.
+With W_k = A_k B_k and W_v = A_v B_v, the latents B_k x and B_v x are all that later tokens need; if both projections
+have the same B, one latent is enough. Keys and values are recomputed from the latents, layer by layer, at every
+step, which saves memory between steps and costs time. Keys are rotated (RoPE) when they are recomputed, each by its
+own position, so the cache also stores the positions, once for all layers.
 
-Which attention this can stand in for is found by structure and proved on a few tokens before a cache is made: its keys
-must be `k_proj` of the hidden states, with or without a norm `k_norm`, then rotated (or not) by the model's one
-rotary embedding through the family's own `apply_rotary_pos_emb`.
+The attentions that this works for are found by structure and verified on a few tokens before a cache is made: keys must
+be `k_proj` of the hidden states, with or without a norm `k_norm`, then rotated (or not) by the model's only rotary
+embedding through the family's own `apply_rotary_pos_emb`.
 Shapes: B batch, H key-value heads, T tokens, D channels of a head, R rank.
 """
 
@@ -30,12 +30,12 @@ from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import lower
 
 Map = Callable[[Tensor], Tensor]
-ROTATE = "apply_rotary_pos_emb"  # what families call it, in the module of their attention
-STEADY = {"default", "linear", "llama3", "yarn"}  # rotary embeddings that do not change when a text grows
-TRANSFORMS = ("hadamard", "diagonal", "permutation")  # factors that are no low rank
-PROBE = (6, 3)  # tokens that enter at a time when an attention is proved; one row begins with padding
-ROUNDINGS = 8  # of the model's dtype: the matrix, the latent and what is made of it, of both sides
-SAME = 1e-4  # relative, of float32 numbers computed twice
+ROTATE = "apply_rotary_pos_emb"  # the name that families give it, in the Python module of their attention
+STEADY = {"default", "linear", "llama3", "yarn"}  # types of rotary embedding that do not depend on the text's length
+TRANSFORMS = ("hadamard", "diagonal", "permutation")  # kinds of factors that are not low-rank
+PROBE = (6, 3)  # tokens of each of the two forward passes that verify an attention; one row begins with padding
+ROUNDINGS = 8  # in the model's dtype: of the matrix, the latent and the result, on both sides
+SAME = 1e-4  # relative difference allowed between float32 values computed in two ways
 
 
 # -- what a model must be like ---------------------------------------------------------------------
@@ -48,7 +48,7 @@ def is_factored(spec: Mapping[str, Any]) -> bool:
 
 
 def attentions(model: Any) -> dict[str, Any]:
-    """The attentions over all tokens that have a key and a value projection of their own, by the module's name."""
+    """The full-attention modules that have a `k_proj` and a `v_proj` of their own, by module name."""
     layers = DynamicCache(config=model.config).layers
     found = {
         name: module
@@ -60,7 +60,7 @@ def attentions(model: Any) -> dict[str, Any]:
 
 
 def check(model: Any, factored: Collection[str]) -> None:
-    """Raise RecipeError if no cache could keep latents once the modules of these names are factored."""
+    """Raise RecipeError if the model could not use a latent cache once the modules named in `factored` are factored."""
     kind, known = type(model).__name__, attentions(model)
     if not known:
         raise RecipeError(f"kv: latent: no attention of {kind} over all tokens has a k_proj and a v_proj of its own")
@@ -74,7 +74,7 @@ def check(model: Any, factored: Collection[str]) -> None:
 
 
 def rotary_of(model: Any) -> Any:
-    """The rotary embedding of a model, or None; raises RecipeError if it is not one function of the position alone."""
+    """The rotary embedding of a model, or None; raises RecipeError unless it is one function of the position alone."""
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
     given = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = {kind for module in found for kind in rope_types(module).values()}
@@ -87,7 +87,7 @@ def rotary_of(model: Any) -> Any:
 
 
 def rope_types(rotary: Any) -> dict[str, str]:
-    """The type of a rotary embedding, by the type of layer where each has its own, else under no name."""
+    """The types of a rotary embedding, keyed by layer type if each layer type has its own, else by the empty string."""
     given = getattr(rotary, "rope_type", "default")
     return dict(given) if isinstance(given, dict) else {"": given}
 
@@ -97,13 +97,13 @@ def rope_types(rotary: Any) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """How one attention makes keys and values: rotated by what, if by anything, and of one latent or of two."""
+    """How one attention computes keys and values: with which rotary embedding, and from one latent or two."""
 
-    rotary: Any  # a module, or None
+    rotary: Any  # the module of the rotary embedding, or None
     shared: bool
 
     def latents(self, attention: Any, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents [B, 1, T, R] of keys and of values; the second is empty where they share the first."""
+        """The latents [B, 1, T, R] of keys and of values; the second has R = 0 if they share the first."""
         key_BTR = factors(attention.k_proj)[0](hidden_BTD)
         value_BTR = key_BTR[..., :0] if self.shared else factors(attention.v_proj)[0](hidden_BTD)
         return key_BTR.unsqueeze(1), value_BTR.unsqueeze(1)
@@ -111,14 +111,14 @@ class Reading:
     def keys_values(
         self, attention: Any, latents: tuple[Tensor, Tensor], heads: int, positions_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, T, D] of latents [B, 1, T, R] of tokens at these positions."""
+        """Keys and values [B, H, T, D] computed from latents [B, 1, T, R] of tokens at these positions."""
         key_BTR, value_BTR = (latent.squeeze(1) for latent in latents)
         keys_BHTD = self.rotated(attention, normed(attention, made(attention.k_proj, key_BTR), heads), positions_BT)
         values_BTO = made(attention.v_proj, key_BTR if self.shared else value_BTR)
         return keys_BHTD, values_BTO.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def rotated(self, attention: Any, keys_BHTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """Keys rotated by the family's own function; channels beyond the embedding's width stay as they are."""
+        """Keys rotated by the family's own function; channels beyond the embedding's width are not rotated."""
         if self.rotary is None:
             return keys_BHTD
         rotate = getattr(sys.modules[type(attention).__module__], ROTATE)
@@ -130,7 +130,7 @@ class Reading:
 
 
 def factors(projection: CompressedLinear) -> tuple[Map, Map]:
-    """The maps to and from the latent, as the module computes them."""
+    """The two maps of a factored projection, input to latent and latent to output, as the module computes them."""
     if isinstance(projection.lowered, nn.Sequential):
         return projection.lowered[0], projection.lowered[1]
     weight: Any = projection.expression
@@ -138,20 +138,20 @@ def factors(projection: CompressedLinear) -> tuple[Map, Map]:
 
 
 def keep_factors(projection: CompressedLinear) -> None:
-    """Let a prepared module compute by its factors, also where its whole matrix would be cheaper."""
+    """Make a prepared module compute with its factors even where the whole matrix would be cheaper."""
     if projection.lowered is not None and not isinstance(projection.lowered, nn.Sequential):
         weight: Any = projection.expression
         projection.lowered = nn.Sequential(*(lower(part, projection.dtype) for part in (weight.right, weight.left)))
 
 
 def made(projection: CompressedLinear, latent_BTR: Tensor) -> Tensor:
-    """What the projection gives, [B, T, out]."""
+    """The output of the projection for a latent, [B, T, out], with bias."""
     y_BTO = factors(projection)[1](latent_BTR)
     return y_BTO if projection.bias is None else y_BTO + projection.bias
 
 
 def normed(attention: Any, keys_BTO: Tensor, heads: int) -> Tensor:
-    """Keys [B, H, T, D], each head or all of them together through the attention's norm, if it has one."""
+    """Keys [B, H, T, D] after the attention's `k_norm`, if it has one, applied per head or over all heads together."""
     norm: Any = getattr(attention, "k_norm", None)
     together = norm is not None and norm.weight.shape[-1] == keys_BTO.shape[-1]
     keys_BTHD = (norm(keys_BTO) if together else keys_BTO).unflatten(-1, (heads, -1))
@@ -160,7 +160,7 @@ def normed(attention: Any, keys_BTO: Tensor, heads: int) -> Tensor:
 
 
 def share_latent(attention: Any) -> bool:
-    """Whether keys and values are made of one and the same latent."""
+    """Whether keys and values are computed from one and the same latent."""
     key, value = (
         [p.get_buffer(name).data_ptr() for path, name in p.names.items() if path.startswith("right")]
         for p in (attention.k_proj, attention.v_proj)
@@ -172,20 +172,23 @@ def share_latent(attention: Any) -> bool:
 
 
 class LatentLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer: `keys` [B, 1, T, R] are the latents of keys, `values` those of values, or empty if they share them."""
+    """One layer of the cache: `keys` [B, 1, T, R] holds the latents of keys, `values` those of values.
+
+    `values` has R = 0 if keys and values share one latent.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.shown: tuple[Any, Reading, Tensor, Tensor] | None = None
 
     def show(self, attention: Any, reading: Reading, hidden_BTD: Tensor, positions_BT: Tensor) -> None:
-        """What the attention that will update this layer is about to compute with; positions are of all tokens."""
+        """Record what the attention that is about to update this layer was given; positions are those of all tokens."""
         self.shown = attention, reading, hidden_BTD.detach(), positions_BT
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep the latents of new tokens; the keys and values of all, the new ones as they came.
+        """Store the latents of new tokens and return all keys and values, those of the new tokens as given.
 
-        Raises RecipeError if a model calls that this cache was not made for.
+        Raises RecipeError if a model other than the one this cache was made for calls it.
         """
         if self.shown is None:
             raise RecipeError("kv: latent: this cache was made for another model; take a new one from its own")
@@ -202,7 +205,7 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class LatentCache(Cache):  # type: ignore[misc]
-    """A cache whose layers of these numbers keep latents; the others are transformers' own for this config."""
+    """A cache whose layers numbered in `layers` store latents; the others are transformers' own for this config."""
 
     def __init__(self, config: Any, layers: Collection[int], kind: type[LatentLayer] = LatentLayer) -> None:
         plain = DynamicCache(config=config).layers
@@ -211,52 +214,52 @@ class LatentCache(Cache):  # type: ignore[misc]
         self.positions_BT: Tensor | None = None
 
     def show(self, attention: Any, reading: Reading, hidden_BTD: Tensor, positions_BT: Tensor) -> None:
-        """Keep the positions of new tokens, when the first layer meets them, and show a layer what is coming."""
+        """Pass on to a layer what its attention was given; the first layer also stores the new tokens' positions."""
         if attention.layer_idx == self.first or self.positions_BT is None:
             self.positions_BT = joined(self.positions_BT, positions_BT.int())
         self.layers[attention.layer_idx].show(attention, reading, hidden_BTD, self.positions_BT)
 
     def nbytes(self) -> int:
-        """Bytes that the layers with latents hold, and the positions."""
+        """Bytes held by the latent layers and the positions."""
         kept = [layer for layer in self.layers if isinstance(layer, LatentLayer) and layer.is_initialized]
         held = [t for layer in kept for t in (layer.keys, layer.values)]
         held += [] if self.positions_BT is None else [self.positions_BT]
         return sum(int(t.nbytes) for t in held)
 
     def select(self, rows: Map) -> None:
-        """Keep the positions of other rows of the batch; one row of them stands for all."""
+        """Apply `rows` to the batch dimension of the positions, unless one row of positions stands for all rows."""
         if self.positions_BT is not None and len(self.positions_BT) > 1:
             self.positions_BT = rows(self.positions_BT)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         super().reset()
         self.positions_BT = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -`tokens_to_remove` tokens."""
+        """Remove tokens from the end; `tokens_to_remove` is minus their number, as in transformers."""
         super().crop(tokens_to_remove)
         if self.positions_BT is not None and tokens_to_remove:
             self.positions_BT = self.positions_BT[:, :tokens_to_remove]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
+        """Reorder the rows of the batch as beam search asks."""
         super().reorder_cache(beam_idx)
         self.select(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row."""
+        """Repeat each row of the batch."""
         super().batch_repeat_interleave(repeats)
         self.select(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Keep only these rows of the batch."""
         super().batch_select_indices(indices)
         self.select(lambda t: t[indices])
 
 
 def joined(before_BT: Tensor | None, new_BT: Tensor) -> Tensor:
-    """Positions with new ones behind; one row stands for all where both have one."""
+    """Positions followed by new ones, [B, T]; if both have one row, so has the result, and it stands for all rows."""
     if before_BT is None:
         return new_BT
     rows = max(len(before_BT), len(new_BT))
@@ -267,13 +270,16 @@ def joined(before_BT: Tensor | None, new_BT: Tensor) -> Tensor:
 
 
 class Witness(LatentLayer):
-    """A layer that also keeps the keys and values it is given, to compare with them what its latents make."""
+    """A layer that also stores the keys and values it is given, and compares them with those its latents yield."""
 
-    agreed: Reading | None = None  # the reading that made the same, once one did
+    agreed: Reading | None = None  # the reading that reproduced them, once one has
     given: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """As the layer does; raises RecipeError if no reading of all its latents gives the keys and values of all."""
+        """Append the tokens and return all given keys and values.
+
+        Raises RecipeError if no reading of the latents of all tokens reproduces them.
+        """
         if self.shown is None:
             raise RecipeError(
                 "kv: latent: this attention is not given hidden states and positions of tokens; load with kv=None"
@@ -300,16 +306,16 @@ class Witness(LatentLayer):
 
 
 def same(got: Tensor, want: Tensor) -> bool:
-    """Whether two tensors are equal but for the rounding of their dtype."""
+    """Whether two tensors are equal up to rounding in their dtype."""
     off = (got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30)
     return bool(off <= max(SAME, ROUNDINGS * torch.finfo(want.dtype).eps))
 
 
 def prepared(model: Any) -> Callable[[], LatentCache]:
-    """What makes a latent cache for `model`, whose attentions from now on show such a cache what they compute with.
+    """The function that creates latent caches for `model`; hooks on its attentions feed such a cache from now on.
 
-    Layers whose projections are not factored, or have latents larger than key and value, stay plain. Raises RecipeError
-    if no layer is left, or if one computes otherwise than assumed.
+    Layers whose projections are not factored, or whose latents are larger than key and value together, keep a plain
+    cache. Raises RecipeError if no layer is left, or if one computes keys and values differently from what is assumed.
     """
     factored = {n for n, m in model.named_modules() if isinstance(m, CompressedLinear) and is_factored(m.spec)}
     check(model, factored)
@@ -329,7 +335,7 @@ def prepared(model: Any) -> Callable[[], LatentCache]:
 
 
 def proved(model: Any, chosen: list[Any]) -> list[tuple[Any, Reading]]:
-    """The attentions with the reading of each that agrees with it; raises RecipeError for the first without one."""
+    """Each attention with the reading that reproduces its keys and values; raises RecipeError if one has none."""
     rotary = rotary_of(model)
     cache = LatentCache(model.config, [attention.layer_idx for attention in chosen], Witness)
     with ExitStack() as hooks:
@@ -339,7 +345,7 @@ def proved(model: Any, chosen: list[Any]) -> list[tuple[Any, Reading]]:
             hooks.callback(attention.register_forward_pre_hook(show, with_kwargs=True).remove)
         try:
             feed(model, cache)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # of the family's code, called as by us
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # from family code called in this way
             raise RecipeError(
                 f"kv: latent: {type(model).__name__} is not known here ({in_short(error)}); load with kv=None"
             ) from error
@@ -348,7 +354,7 @@ def proved(model: Any, chosen: list[Any]) -> list[tuple[Any, Reading]]:
 
 @torch.no_grad()
 def feed(model: Any, cache: Cache) -> None:
-    """Let the model see a few tokens of two rows, one of which begins with padding, in steps."""
+    """Run the model on a few tokens of two rows, one of which begins with padding, in one forward pass per PROBE."""
     words = model.config.get_text_config(decoder=True).vocab_size
     ids_BT = torch.arange(2 * sum(PROBE), device=model.device).view(2, -1) % words
     mask_BT = torch.ones_like(ids_BT)
@@ -365,18 +371,18 @@ def feed(model: Any, cache: Cache) -> None:
 
 
 def rank_of(attention: Any) -> int:
-    """Numbers that are kept of a token."""
+    """How many values the cache stores per token."""
     key, value = (int(p.spec["tree"]["right"]["shape"][0]) for p in (attention.k_proj, attention.v_proj))
     return key if share_latent(attention) else key + value
 
 
 def width_of(attention: Any) -> int:
-    """Numbers of a token's key and value."""
+    """How many values the key and value of a token have together."""
     return int(attention.k_proj.out_features + attention.v_proj.out_features)
 
 
 def _show(reading: Reading, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: show a latent cache the hidden states and positions that an attention is given."""
+    """A forward pre-hook that passes the hidden states and positions given to an attention on to its latent cache."""
     cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
     hidden = args[0] if args else kwargs.get("hidden_states")
     if isinstance(cache, LatentCache) and hidden is not None and positions is not None:

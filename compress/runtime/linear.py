@@ -1,7 +1,7 @@
-"""The modules that stand where a matrix was: stored tensors as buffers, computation lowered from them.
+"""The modules that replace a matrix: they hold its stored tensors as buffers and compute with a lowered form of them.
 
-The stored tensors are their state dict, so saving writes back exactly what was read. `weight` is what a model's own
-code expects under that name: the matrix it computes with, in the dtype it computes in.
+The stored tensors are the state dict, so that saving writes back exactly what was read. `weight` gives a model's own
+code what it expects under that name: the decoded matrix, in the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from compress_kernels import w8a8
 
 
 def buffers(spec: Mapping[str, Any]) -> dict[str, str]:
-    """Tree path -> name of the buffer that holds it."""
+    """The name of the buffer for each stored tensor, keyed by the tensor's path in the specification tree."""
     paths = [path for path, _, _ in spec["tensors"]]
     return {path: f"stored_{path.replace('.', '_')}" for path in paths}
 
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what reads one input, by most families' names
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # modules that read one input, as usually named
 
 
 class StoredWeight(nn.Module):
-    """A weight expression in its stored form."""
+    """A weight expression in its stored form; raises ArtifactError for a specification with an unknown dtype."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class StoredWeight(nn.Module):
             kind = getattr(torch, str(dtype), None)
             if not isinstance(kind, torch.dtype):
                 raise ArtifactError(f"quantization_config: {path} has the unknown dtype {dtype!r}")
-            own = path not in spec.get("shared", {})  # else it is another module's, and saved with that one
+            own = path not in spec.get("shared", {})  # else it belongs to another module and is saved with that one
             self.register_buffer(self.names[path], torch.empty(shape, dtype=kind, device="meta"), persistent=own)
 
     @property
@@ -48,12 +48,12 @@ class StoredWeight(nn.Module):
         return unpack(self.spec["tree"], {path: self.get_buffer(name) for path, name in self.names.items()})
 
     def fill(self, stored: Mapping[str, Tensor]) -> None:
-        """Take the stored tensors, by their path in the tree."""
+        """Set the stored tensors, given by their path in the specification tree."""
         for path, tensor in stored.items():
             self._buffers[self.names[path]] = tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeight:
-        """Move stored tensors with the module, but never cast them: they are the file's, not the computation's."""
+        """Move stored tensors with the module, but never cast them: their dtypes are those of the file."""
         stored = {name: self._buffers.pop(name) for name in self.names.values()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in stored.items():
@@ -69,25 +69,27 @@ class StoredWeight(nn.Module):
 
 
 class CompressedLinear(StoredWeight):
-    """`x @ W.T + b` with W a stored weight expression.
+    """`x @ W.T + b`, where W is a stored weight expression.
 
-    Until `prepare` is called, and with `low_memory` where no kernel reads it packed, W is decoded at every call.
+    W is decoded at every call until `prepare` is called, and with `low_memory` also afterwards if no kernel reads its
+    packed form.
     """
 
     def __init__(self, spec: dict[str, Any], bias: nn.Parameter | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(spec)
         self.bias = bias
         self.dtype = dtype
-        self.device: torch.device | None = None  # once prepared, where it computes
+        self.device: torch.device | None = None  # where it computes, once prepared
         self.lowered: nn.Module | None = None
-        self.asked: dict[str, bool] = {}  # how it was prepared
+        self.asked: dict[str, bool] = {}  # the options of the last `prepare`
 
     def prepare(self, dtype: torch.dtype, *, floats: bool = False, lean: bool = False, park: bool = True) -> None:
-        """Decode once into the fastest module for inputs of `dtype`, or the one that computes as passes do (`floats`).
+        """Lower the weight to the fastest module for inputs of `dtype`.
 
-        The two agree to the last bits, but such a bit may send the next layer's input to another step of its grid.
-        With `lean` memory comes first: what no kernel reads packed is decoded at every call. Without `park` the stored
-        tensors stay where they are.
+        With `floats`, to the module that computes in floating point, as passes do. The two results differ at most in
+        the last bits, but such a difference can move an input of the next layer to another quantization level. `lean`
+        saves memory first: a weight that no kernel reads packed is decoded at every call. With `park`, stored tensors
+        may move to host memory (see `park`).
         """
         self.dtype, self.asked = dtype, {"floats": floats, "lean": lean}
         self.device = next(self.buffers(recurse=False)).device
@@ -100,7 +102,7 @@ class CompressedLinear(StoredWeight):
             self.park()
 
     def park(self) -> None:
-        """Keep the stored tensors in host memory if a GPU computes with a packed form and has no use for them."""
+        """Move the stored tensors to host memory if a GPU computes with a packed form and does not need them."""
         if self.lowered is not None and any(isinstance(part, Packed) for part in self.lowered.modules()):
             self._put(torch.device("cpu"))
 
@@ -109,7 +111,7 @@ class CompressedLinear(StoredWeight):
             self._buffers[name] = self.get_buffer(name).to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedLinear:
-        """Move the stored tensors; what was lowered for another device or dtype is lowered again."""
+        """Move the stored tensors, and lower the weight again if the device or dtype has changed."""
         lowered, self.lowered = self.lowered, None
         before = self.device or next(self.buffers(recurse=False)).device
         if self.device is not None:
@@ -124,7 +126,7 @@ class CompressedLinear(StoredWeight):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Take other stored tensors; what was lowered of those before is lowered again."""
+        """Load stored tensors, and lower the weight again if it was lowered before."""
         super()._load_from_state_dict(state_dict, prefix, *others)
         if self.device is not None and any(f"{prefix}{name}" in state_dict for name in self.names.values()):
             self._put(self.device)
@@ -132,7 +134,7 @@ class CompressedLinear(StoredWeight):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix as the family's module would hold it, decoded at each access; of no values before loading."""
+        """The matrix as the family's module would hold it, decoded at each access; before loading, a meta tensor."""
         if any(buffer.is_meta for buffer in self.buffers(recurse=False)):
             shape = (self.out_features, self.in_features)
             plain = torch.empty(shape, dtype=self.dtype, device="meta")
@@ -141,7 +143,7 @@ class CompressedLinear(StoredWeight):
         return plain.T if self.spec["transposed"] else plain
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]; raises TypeError for x of integers, as a plain linear map would."""
+        """Map x [..., in] to [..., out]; raises TypeError for an integer x, which a plain linear layer rejects too."""
         if not x.is_floating_point():
             raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
         if self.lowered is not None and not (differentiated(x) and rounds_exactly(self.lowered)):
@@ -150,21 +152,21 @@ class CompressedLinear(StoredWeight):
         return y if self.bias is None else y + self.bias
 
     def reference(self, x: Tensor) -> Tensor:
-        """`x @ W.T` with W decoded for this call, and a gradient."""
+        """`x @ W.T` with W decoded for this call; differentiable in x."""
         inputs = self.spec.get("inputs", "")
-        stored = {path: self.get_buffer(name).to(x.device) for path, name in self.names.items()}  # they may be parked
+        stored = {path: self.get_buffer(name).to(x.device) for path, name in self.names.items()}  # may be parked
         expression = unpack(self.spec["tree"], stored)
         return expression.linear(rounded_for(expression, x, inputs) if inputs else x)
 
 
 def rounds_exactly(lowered: nn.Module) -> bool:
-    """Whether a map rounds its input on the way to a product of integers or small floats, which has no gradient."""
+    """Whether a lowered module rounds its input for a product of integers or 8-bit floats, which has no gradient."""
     forms = [part.form for part in lowered.modules() if isinstance(part, Packed)]
     return isinstance(lowered, IntegerProduct) or any(isinstance(form, w8a8.Packed) for form in forms)
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let prepared maps that read one input turn and round it once."""
+    """Make prepared modules that read the same input transform and round it once (see `shared.py`)."""
     for parent in model.modules():
         for names in TOGETHER:
             found = [getattr(parent, name, None) for name in names]

@@ -1,7 +1,8 @@
-"""Lowering: from a weight expression to the fastest module here; a list of rules, first answer wins.
+"""Lowers a weight expression to the fastest module on its device: a list of rules, of which the first match wins.
 
-`dense` decodes once and computes with a plain matrix; packed CPU forms are kept beside it where they win for a few
-rows; on a GPU what has a kernel stays packed (`packed.py`). Factored weights stay factored.
+The last rule decodes the weight once and computes with a dense matrix. On the CPU, packed forms are kept beside that
+matrix where they are faster for few rows of x; on a GPU, a weight that has a kernel stays packed (`packed.py`).
+Factored weights stay factored where that is cheaper.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RULES: list[Rule] = []
 
 
 def rule(function: Rule) -> Rule:
-    """Register a lowering rule; earlier rules win."""
+    """Register a lowering rule; rules registered earlier take precedence."""
     RULES.append(function)
     return function
 
@@ -39,8 +40,8 @@ def rule(function: Rule) -> Rule:
 def lower(weight: Weight, dtype: torch.dtype, inputs: str = "", *, floats: bool = False) -> nn.Module:
     """The module that computes `x @ weight.T` for x of `dtype`, on the device of the expression's tensors.
 
-    With `inputs`, one of compress.weights.INPUTS, x is rounded first, behind a transform at the input if there is one;
-    with `floats`, it is computed with in floating point even where integers are faster.
+    With `inputs`, one of compress.weights.INPUTS, x is first rounded, after the weight's transform of its input if it
+    has one. With `floats`, the rounded x is multiplied in floating point even where integers are faster.
     """
     if inputs:
         exact = None if floats else integers(weight, dtype, inputs)
@@ -49,7 +50,7 @@ def lower(weight: Weight, dtype: torch.dtype, inputs: str = "", *, floats: bool 
 
 
 def lower_lean(weight: Weight, dtype: torch.dtype, inputs: str = "") -> nn.Module | None:
-    """The module that keeps a weight packed on a GPU, if it is no faster too; None where a weight must be decoded."""
+    """The module that keeps a weight packed on a GPU, even if that is not faster; None if it must be decoded."""
     if not on_gpu(weight):
         return None
     return rounded(weight, inputs) if inputs else packed(weight, dtype, lean=True)
@@ -57,12 +58,12 @@ def lower_lean(weight: Weight, dtype: torch.dtype, inputs: str = "") -> nn.Modul
 
 @rule
 def gpu_packed(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
-    """Whatever has a kernel that reads it packed, on a GPU."""
+    """Any weight on a GPU that a kernel reads packed."""
     return packed(weight, dtype) if on_gpu(weight) else None
 
 
 def on_gpu(weight: Weight) -> bool:
-    """Whether an expression's tensors are where the kernels run."""
+    """Whether an expression's tensors are on a device on which the kernels run."""
     if own := tensors(weight):
         return not dispatch.missing(next(iter(own.values())).device)
     return any(map(on_gpu, weight.children()))
@@ -70,7 +71,7 @@ def on_gpu(weight: Weight) -> bool:
 
 @rule
 def cpu_int4(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
-    """Int4 in groups ATen knows, bf16, large enough to pay."""
+    """Int4 with a group size that ATen supports, x in bf16, and a matrix large enough to gain."""
     match weight:
         case Quantized(codes, scale, zero, bits=4) if (
             dtype == torch.bfloat16
@@ -88,7 +89,7 @@ def cpu_int4(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
 
 @rule
 def cpu_int8(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
-    """Symmetric int8 with one scale a row, bf16, large enough to pay."""
+    """Symmetric int8 with one scale per row, x in bf16, and a matrix large enough to gain."""
     match weight:
         case Quantized(codes, scale, None, bits=8) if (
             dtype == torch.bfloat16
@@ -104,7 +105,7 @@ def cpu_int8(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
 
 @rule
 def cpu_sparse(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
-    """Almost all entries pruned, bf16 or float32, large enough to pay."""
+    """A large enough matrix with almost all entries pruned (see `cpu.SPARSE`), and x in bf16 or float32."""
     match weight:
         case Masked(_, mask_OI) if (
             dtype in (torch.bfloat16, torch.float32)
@@ -120,7 +121,7 @@ def cpu_sparse(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
 
 
 def few_rows(form: str, weight: Weight) -> int:
-    """Rows up to which a packed form is chosen; raises RecipeError for a damaged tuning profile."""
+    """Rows of x up to which a packed form is chosen; raises RecipeError for a damaged tuning profile."""
     try:
         return cpu.few_rows(form, *weight.shape)
     except TuningError as error:
@@ -128,7 +129,10 @@ def few_rows(form: str, weight: Weight) -> int:
 
 
 def integers(weight: Weight, dtype: torch.dtype, inputs: str) -> nn.Module | None:
-    """Rounded inputs times a weight of eight bits as it is, where `compress tune` did not find floats faster."""
+    """The module that multiplies rounded inputs by 8-bit codes, or None where there is none or floats are faster.
+
+    On a CPU, floats are used where `compress tune` found them faster. Raises RecipeError for a damaged tuning profile.
+    """
     if on_gpu(weight):
         return rounded(weight, inputs)
     if inputs != "int8" or (product := integer_product(weight)) is None:
@@ -143,7 +147,10 @@ def integers(weight: Weight, dtype: torch.dtype, inputs: str) -> nn.Module | Non
 
 
 def integer_product(weight: Weight) -> IntegerProduct | None:
-    """A weight of at most 8 bits with one scale a row, on a CPU that multiplies integers exactly."""
+    """The integer product for a weight of at most 8 bits with one scale per row; None for any other weight.
+
+    None also on a CPU that does not multiply integers exactly.
+    """
     match weight:
         case Product(left, Hadamard() | Diagonal() as transform):
             inner = integer_product(left)
@@ -163,9 +170,9 @@ def integer_product(weight: Weight) -> IntegerProduct | None:
 
 @rule
 def factored(weight: Weight, dtype: torch.dtype) -> nn.Module | None:
-    """Products of which the factors are cheaper than the whole, and sums of such and of packed terms.
+    """Products whose factors are cheaper than the whole matrix, and sums of such products and packed terms.
 
-    A sum with a term that would be decoded to the whole matrix is decoded with it: one product instead of three.
+    If any term of a sum would be decoded to a whole matrix, the whole sum is decoded: one product instead of three.
     """
     match weight:
         case Product(left, right) if sum(map(_cost, (left, right))) < weight.shape[0] * weight.shape[1]:
@@ -188,7 +195,7 @@ def decoded(weight: Weight, dtype: torch.dtype) -> nn.Module:
 
 
 def rule_of(weight: Weight, dtype: torch.dtype, inputs: str = "") -> str:
-    """Which rule answers for a weight, by name."""
+    """The name of the rule that lowers a weight."""
     if inputs and integers(weight, dtype, inputs) is not None:
         return integers.__name__
     return next(found.__name__ for found in RULES if found(weight, dtype) is not None)

@@ -1,6 +1,6 @@
-"""The modules that a weight is lowered to: how each computes, and what it says of that.
+"""The modules that a weight is lowered to, and the description of how each computes (`path`).
 
-Not here: which of them answers for a weight (`lower.py`, `packed.py`).
+The choice among them is made in `lower.py` and `packed.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Linear = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 
 class Biased(nn.Module):
-    """A map that takes a bias with x, and so rounds once as a plain linear map does."""
+    """A module that takes the bias together with x, so that the result is rounded once, as in a plain linear layer."""
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + b`."""
@@ -30,7 +30,7 @@ class Biased(nn.Module):
 
 
 def applied(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`module` of x, and the bias added."""
+    """`module` applied to x, plus the bias."""
     if isinstance(module, Biased):
         return torch.as_tensor(module(x, bias))
     y: Tensor = module(x)
@@ -38,12 +38,12 @@ def applied(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def differentiated(x: Tensor) -> bool:
-    """Whether a gradient of x is wanted, which packed products do not have."""
+    """Whether a gradient of x is wanted, which packed CPU products do not have."""
     return x.requires_grad and torch.is_grad_enabled()
 
 
 class Matrix(Biased):
-    """A decoded matrix; buffers are not saved, the packed form is."""
+    """A decoded matrix; it is not in the state dict, because the stored tensors are saved instead."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -51,19 +51,19 @@ class Matrix(Biased):
         self.matrix: Tensor
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + b`, rounded once as a plain linear map is."""
+        """`x @ W.T + b`, rounded once as in a plain linear layer."""
         return F.linear(x, self.matrix, bias)
 
 
 class FewRows(Biased):
-    """A packed CPU product for up to `few` rows of x, a decoded matrix above."""
+    """A packed CPU product for up to `few` rows of x, and a decoded matrix for more."""
 
     def __init__(self, packed: cpu.Int4 | cpu.Int8 | cpu.Sparse, matrix: Tensor, few: int) -> None:
         super().__init__()
         self.packed, self.many, self.few = packed, Matrix(matrix), few
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x @ W.T + b`; the packed form serves x of the matrix' dtype without a gradient."""
+        """`x @ W.T + b`; the packed form is used only if x has the matrix's dtype and needs no gradient."""
         if x.dtype == self.many.matrix.dtype and x.numel() // x.shape[-1] <= self.few and not differentiated(x):
             y = self.packed.linear(x.reshape(-1, x.shape[-1]))
             return (y if bias is None else y + bias).view(*x.shape[:-1], y.shape[-1])
@@ -71,7 +71,7 @@ class FewRows(Biased):
 
 
 class Rounding(Biased):
-    """A map that turns and rounds its input first; what other maps of that input share with it."""
+    """A module that first transforms and rounds its input, a step that modules of the same input can share."""
 
     transform: Weight | None
     inputs: str
@@ -79,16 +79,16 @@ class Rounding(Biased):
     member = 0
 
     def read(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the product needs of x."""
+        """What the product needs of x: the transformed and rounded input."""
         raise NotImplementedError
 
     def taken(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The same, made once for all that share it."""
+        """The result of `read`, computed once for all modules that share it."""
         return self.read(x) if self.shared is None else self.shared.take(self.member, x, self.read)
 
 
 class IntegerProduct(Rounding):
-    """Int8 inputs times int8 weights, exactly, behind the transform at the input; x has no gradient."""
+    """Int8 inputs times int8 weights, exact in integers, after the input transform if any; x has no gradient."""
 
     inputs = "int8"
 
@@ -109,24 +109,24 @@ class IntegerProduct(Rounding):
 
 
 class ByRows(Biased):
-    """One of two ways for each number of rows of x, as `compress tune` found them faster."""
+    """Integers or floats, whichever `compress tune` measured as faster for the number of rows of x."""
 
     def __init__(self, integers: IntegerProduct, floats: nn.Module, measured: Mapping[int, bool]) -> None:
         super().__init__()
         self.integers, self.floats, self.measured = integers, floats, dict(measured)
 
     def chosen(self, rows: int) -> nn.Module:
-        """The module for so many rows."""
+        """The module for x with this many rows."""
         return self.integers if self.measured[bucket(rows, self.measured)] else self.floats
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`round(x) @ W.T + b`."""
+        """`round(x) @ W.T + b`; in floats if a gradient of x is wanted."""
         rows = x.numel() // x.shape[-1]
         return applied(self.floats if differentiated(x) else self.chosen(rows), x, bias)
 
 
 class RoundedFirst(Rounding):
-    """Inputs rounded, and computed with in floating point."""
+    """Rounds the inputs and multiplies them in floating point."""
 
     def __init__(self, product: nn.Module, weight: Weight, inputs: str) -> None:
         super().__init__()
@@ -138,15 +138,15 @@ class RoundedFirst(Rounding):
         return (rounded_for(self.kept, x, self.inputs),)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product of the rounded x, and the bias."""
+        """The product of the rounded x with the weight, plus the bias."""
         (read,) = self.taken(x)
         return applied(self.product, read, bias)
 
 
 class Transformed(Biased):
-    """A map behind a transform of its input that costs little: a scaling, an order, a rotation.
+    """Applies a cheap transform to the input (scaling, permutation or rotation) and then another module.
 
-    `wide` transforms in float32, as rounding behind it wants.
+    `wide` transforms in float32, which rounding of the result requires.
     """
 
     def __init__(self, transform: Weight, then: nn.Module, *, wide: bool = False) -> None:
@@ -158,39 +158,39 @@ class Transformed(Biased):
         return applied(self.then, self.transform.linear(x.float() if self.wide else x), bias).to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformed:
-        """Move the transform with the module."""
+        """Move the tensors of the transform along with the module."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.transform = moved(self.transform, fn)
         return self
 
 
 class Packed(Biased):
-    """`x @ W.T + b` by an op on a packed form: a dataclass of tensors and numbers."""
+    """`x @ W.T + b`, computed by an op on a packed form, which is a dataclass of tensors and numbers."""
 
     def __init__(self, form: Any, linear: Linear, name: str) -> None:
         super().__init__()
         self.form, self.linear, self.name = form, linear, name
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Map x [..., in] to [..., out]."""
         return self.linear(self.form, x, bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
-        """Move with the module, never cast: the numbers are the format's."""
+        """Move the packed form along with the module, but never cast it: the format fixes its dtypes."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.form = moved(self.form, fn)
         return self
 
 
 class Parallel(nn.Module):
-    """The sum of several maps of one input."""
+    """The sum of several modules applied to one input."""
 
     def __init__(self, parts: list[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each part applied, added."""
+        """The sum of the outputs of all parts."""
         y: Tensor = self.parts[0](x)
         for part in self.parts[1:]:
             y = y + part(x)
@@ -198,7 +198,7 @@ class Parallel(nn.Module):
 
 
 def kept_transform(weight: Weight) -> Weight:
-    """A weight of the same transform at the input, that holds nothing else."""
+    """A weight with the same input transform and no rows, which is all that rounding an input needs."""
     match weight:
         case Product(left, Hadamard() | Diagonal() as right):
             return Product(Dense(torch.empty(0, left.shape[1])), right)
@@ -207,7 +207,7 @@ def kept_transform(weight: Weight) -> Weight:
 
 
 def share(modules: Sequence[nn.Module]) -> None:
-    """Let maps of one input turn and round it once, those that do it alike."""
+    """Make modules of one input transform and round it once, as far as they do so in the same way."""
     alike: list[list[Rounding]] = []
     for module in modules:
         if isinstance(module, Rounding):
@@ -223,7 +223,7 @@ def share(modules: Sequence[nn.Module]) -> None:
 
 
 def begins_alike(one: Rounding, other: Rounding) -> bool:
-    """Whether two maps do the same to their input."""
+    """Whether two modules transform and round their input in the same way."""
     if (type(one), one.inputs) != (type(other), other.inputs):
         return False
     match one.transform, other.transform:
@@ -236,7 +236,7 @@ def begins_alike(one: Rounding, other: Rounding) -> bool:
 
 
 def path(module: nn.Module, rows: int) -> str:
-    """How a lowered module computes for so many rows of x on the CPU, such as `packed + decoded @ decoded`."""
+    """How a lowered module computes for x with this many rows, for example `packed + decoded @ decoded`."""
     match module:
         case FewRows():
             return "packed" if rows <= module.few else "decoded"
@@ -252,7 +252,7 @@ def path(module: nn.Module, rows: int) -> str:
             return path(module.chosen(rows), rows)
         case RoundedFirst():
             return f"rounded, {path(module.product, rows)}"
-        case nn.Sequential():  # the right factor comes first
+        case nn.Sequential():  # the right factor is applied first
             return " @ ".join(path(part, rows) for part in reversed(list(module)))
         case Parallel():
             return " + ".join(path(part, rows) for part in module.parts)
@@ -261,12 +261,12 @@ def path(module: nn.Module, rows: int) -> str:
 
 
 def tensors(form: Any) -> dict[str, Tensor]:
-    """The tensors among the fields of a dataclass."""
+    """The fields of a dataclass that are tensors, by name."""
     found = {field.name: getattr(form, field.name) for field in fields(form)}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def moved(form: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """A dataclass with its tensors where `fn`, which may also cast, would put one of them."""
+    """A dataclass with its tensors moved to the device that `fn` moves to; if `fn` also casts, that is ignored."""
     there = {name: t.to(fn(torch.empty(0, device=t.device)).device) for name, t in tensors(form).items()}
     return replace(form, **there)

@@ -1,8 +1,8 @@
-"""Weights that stay packed on a GPU: which op of `compress_kernels` computes an expression, or why none does.
+"""Weights that stay packed on a GPU: the op of `compress_kernels` that computes an expression, or why none does.
 
-One `match`; what it does not name is decoded by the rules of `lower.py`. A form that the roofline expects to be slower
-than the decoded matrix is taken only where memory comes first. Not here: CPU forms, and which way an op goes for many
-rows of x, which the op decides.
+The supported expressions are the cases of one `match`; the rules of `lower.py` decode all others. A form that the
+roofline model predicts to be slower than the decoded matrix is used only with `low_memory`. CPU forms are in
+`lower.py`; whether an op reads the packed form or decodes it for many rows of x is decided in the op.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compress.weights import Scaled as Floats
 from compress_kernels import bitmap, dispatch, nm, w8a8, wq
 from compress_kernels.given import HALVES
 
-FLOAT8 = (8, 9)  # the capability of GPUs that multiply float8
+FLOAT8 = (8, 9)  # the least compute capability that multiplies float8
 Form = wq.Packed | nm.Packed | bitmap.Packed | w8a8.Packed
 LINEAR: dict[type[Any], Linear] = {
     wq.Packed: wq.linear, nm.Packed: nm.linear, bitmap.Packed: bitmap.linear, w8a8.Packed: w8a8.linear
@@ -33,16 +33,16 @@ WITH_LOW_RANK: dict[type[Any], Callable[[Any, Tensor, Tensor], Form]] = {
 
 @dataclass(frozen=True)
 class Way:
-    """The packed form of an expression, or the reason that there is none."""
+    """The packed form of an expression, or the reason why there is none."""
 
     form: Form | None = None
     problem: str = ""
 
 
 def packed(weight: Weight, dtype: torch.dtype, *, lean: bool = False) -> nn.Module | None:
-    """The module that computes a weight packed for x of `dtype`, or None: then it is decoded.
+    """The module that computes with a packed weight for x of `dtype`, or None if the weight has to be decoded.
 
-    `lean` also takes forms that are expected to be slower than the decoded matrix, for their memory.
+    `lean` also accepts forms that are expected to be slower than the decoded matrix, to save memory.
     """
     match weight:
         case Product(left, Hadamard() | Diagonal() as transform):
@@ -59,7 +59,7 @@ def packed(weight: Weight, dtype: torch.dtype, *, lean: bool = False) -> nn.Modu
 
 
 def way(weight: Weight, dtype: torch.dtype, *, lean: bool = False) -> Way:
-    """The packed form of an expression for x of `dtype`, or the reason that there is none."""
+    """The packed form of an expression for x of `dtype`, or the reason why there is none."""
     if dtype not in HALVES:
         return Way(problem=f"x is {dtype}; tensor cores take float16 and bfloat16")
     try:
@@ -74,7 +74,7 @@ def way(weight: Weight, dtype: torch.dtype, *, lean: bool = False) -> Way:
 
 
 def form_of(weight: Weight, dtype: torch.dtype) -> Form:
-    """The packed form; raises ValueError, which says why, where no kernel takes the weight."""
+    """The packed form; raises ValueError with the reason if no kernel takes the weight."""
     match weight:
         case Quantized(codes, scale, zero, bits):
             return wq.pack(codes, scale, bits, zero)
@@ -94,13 +94,13 @@ def form_of(weight: Weight, dtype: torch.dtype) -> Form:
 
 
 def n_of_m(pattern: str) -> tuple[int, int] | None:
-    """(n, m) of the name of a mask's rule, or None if it is another."""
+    """(n, m) if the pattern of a mask is n:m, else None."""
     found = re.fullmatch(r"(\d+):(\d+)", pattern.partition("@")[0])
     return None if found is None else (int(found[1]), int(found[2]))
 
 
 def sparse(values: Weight, mask_OI: Tensor, ratio: tuple[int, int] | None, dtype: torch.dtype) -> Form:
-    """What a mask keeps: n of m, or anywhere."""
+    """The packed form of a masked weight, pruned n:m or, if `ratio` is None, anywhere; raises ValueError if none."""
     match values, ratio:
         case Dense(data), None:
             return bitmap.pack(data.to(dtype), mask_OI)
@@ -119,14 +119,14 @@ def sparse(values: Weight, mask_OI: Tensor, ratio: tuple[int, int] | None, dtype
 
 
 def whole(values: Weight) -> Tensor:
-    """The scales of groups of inputs; raises ValueError if the last is cut, which kernels do not know."""
+    """The scales of groups of inputs; raises ValueError if the last group is partial, which no kernel supports."""
     if not isinstance(values, Floats) or (values.scale.shape[1] > 1 and values.shape[1] % values.columns):
         raise ValueError(f"there is no kernel for tiles that do not divide {values.shape[1]} inputs")
     return values.scale
 
 
 def summed(terms: Sequence[Weight], dtype: torch.dtype) -> Form:
-    """A packed term and low-rank ones, whose factors are stacked."""
+    """The packed form of one term plus low-rank terms, whose factors are concatenated; raises ValueError if none."""
     thin = [term for term in terms if isinstance(term, Product) and term.left.shape[1] < min(term.shape)]
     others = [term for term in terms if not any(term is each for each in thin)]
     if len(others) != 1 or not thin:
@@ -141,9 +141,9 @@ def summed(terms: Sequence[Weight], dtype: torch.dtype) -> Form:
 
 
 def rounded(weight: Weight, inputs: str) -> nn.Module | None:
-    """The module that rounds x to `inputs` and multiplies eight bits by eight, or None where no kernel does.
+    """The module that rounds x to `inputs` and multiplies 8-bit by 8-bit numbers, or None if no kernel does.
 
-    A transform at the input comes first, in float32, as `rounded_for` has it.
+    A transform of the input is applied first, in float32, as in `rounded_for`.
     """
     match weight:
         case Product(left, Hadamard() | Diagonal() as transform):
@@ -158,7 +158,7 @@ def rounded(weight: Weight, inputs: str) -> nn.Module | None:
 
 
 def eight(weight: Weight, inputs: str) -> w8a8.Packed:
-    """Codes of eight bits and their scales; raises ValueError where there are none."""
+    """The packed 8-bit codes and their scales; raises ValueError if no kernel multiplies them by such inputs."""
     match weight:
         case Quantized(codes, scale, None, bits) if inputs == "int8" and bits <= 8:
             return w8a8.pack((codes.short() - 2 ** (bits - 1)).to(torch.int8), scale)
@@ -172,18 +172,18 @@ def eight(weight: Weight, inputs: str) -> w8a8.Packed:
 
 
 def prediction(form: Form, rows: int = 1, path: str = "") -> dispatch.Choice:
-    """What the roofline expects of a form on the GPU where it lies, by a way or the faster one."""
+    """The roofline's prediction for a form on its GPU, for the given path or, without one, for the faster path."""
     weights = form.shape[0] * form.shape[1]
     return dispatch.predict(dispatch.format_of(form, weights), rows, weights, dispatch.here(device_of(form)), path)
 
 
 def device_of(form: Form) -> torch.device:
-    """Where a form lies."""
+    """The device that holds a form."""
     return next(value.device for value in vars(form).values() if isinstance(value, Tensor))
 
 
 def said(form: Form, rows: int) -> str:
-    """Which way a form goes for so many rows of x, how fast that is against dense, and who says so."""
+    """Which path a form takes for this many rows of x, how fast it is against dense, and whether that was measured."""
     measured = dispatch.tuned(form.kind, rows, *form.shape, device_of(form))
     if measured is not None:
         way, what = measured["path"], f"measured {measured['speedup']} times as fast as decoding first"

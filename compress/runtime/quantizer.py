@@ -1,4 +1,4 @@
-"""transformers' view of an artifact: its quantization config and its quantizer."""
+"""What transformers needs to load and save an artifact: the quantization config and the quantizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from compress.runtime.names import StoredNames
 
 @register_quantization_config(METHOD)
 class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The specification of every compressed site, and of the cache; `low_memory` is a choice at load, not saved."""
+    """The specifications of all compressed sites and of the key-value cache.
+
+    `low_memory` is chosen at load time and not saved. Raises ArtifactError for another format version, for a delta and
+    for an invalid cache specification.
+    """
 
     def __init__(
         self,
@@ -46,18 +50,18 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ArtifactError(f"quantization_config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The `quantization_config` that config.json holds."""
         kv = {"kv": written(self.kv)} if self.kv else {}
         return {"quant_method": METHOD, "version": self.version, "weights": self.weights, **kv}
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a config given to `from_pretrained` may change: how, not what."""
+        """What a config passed to `from_pretrained` may override: how to compute, not what is stored."""
         return {"low_memory": self.low_memory}
 
 
 @register_quantizer(METHOD)
 class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps sites for `CompressedLinear` before loading, and lowers them after."""
+    """Replaces the sites' modules by compressed ones before the weights are loaded, and lowers them afterwards."""
 
     requires_calibration = True
 
@@ -85,7 +89,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._enter(place.site, part, f"{within}.stored.{i}")
 
     def _enter(self, site: str, spec: dict[str, Any], module: str) -> None:
-        """Note which buffers of `module` the stored tensors of a site go to."""
+        """Record which buffers of `module` the stored tensors of a site are loaded into."""
         held = buffers(spec)
         named = {path: (key, f"{module}.{held[path]}") for path, key in keys(site, spec).items()}
         others = spec.get("shared", {})
@@ -93,7 +97,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         self.shared |= {buffer: key for path, (key, buffer) in named.items() if path in others}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """The family's rules, after a lookup of what we stored."""
+        """The family's rules, with its renamings behind a table lookup of the stored keys."""
         renamings = [rule for rule in weight_conversions if isinstance(rule, WeightRenaming)]
         others = [rule for rule in weight_conversions if not isinstance(rule, WeightRenaming)]
         return [StoredNames(self.table, renamings), *others]
@@ -115,10 +119,10 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
             attach(model, self.quantization_config.kv)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
-        """Artifacts save as they were read."""
+        """True: saving writes the stored tensors as they were read."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Whether gradients pass through, so that adapters beside the frozen weights can be trained: always."""
+        """True: gradients pass through the frozen weights, so adapters beside them can be trained."""
         return True

@@ -1,9 +1,10 @@
-"""Projections that read one input, such as q, k and v: what they do to it first is done once.
+"""Shares the preprocessing of an input among projections that read it, such as q, k and v.
 
-A family's code calls them one by one. The first turns and rounds the input; the others take the result if they are
-called with the same tensor object, not written to since. Each takes it once, so a repeated call starts anew, and the
-last one, or the end of the input, drops it. To stack the matrices too was tried and left out: on the CPU one product
-was no faster than three (docs/speed.md).
+A family's code calls the projections one by one. The first transforms and rounds the input; the others reuse the result
+if they are called with the same tensor object and it has not been written to since. Each takes the result once, so that
+a repeated call computes it anew. The result is dropped when the last projection has taken it, or when the input is
+freed. Stacking the matrices as well was tried and left out: on the CPU one product was no faster than three
+(docs/speed.md).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Read = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass
 class Kept:
-    """What was made of an input, and who has not taken it yet."""
+    """The result computed from an input, and the members that have not taken it yet."""
 
     seen: weakref.ref[Tensor]
     version: int
@@ -31,17 +32,17 @@ class Kept:
 
 
 class SharedInput:
-    """What `members` modules make of an input that they share; safe to use from several threads."""
+    """Computes once what `members` modules need of the input they share; safe to use from several threads."""
 
     def __init__(self, members: int) -> None:
         self.members = members
         self.kept: dict[int, Kept] = {}  # by thread
 
     def take(self, member: int, x: Tensor, read: Read) -> tuple[Tensor, ...]:
-        """`read(x)`, made by whichever member asks first.
+        """`read(x)`, computed by whichever member asks first.
 
-        Made for this member alone where writing to x could not be seen (inference tensors), where a gradient is wanted
-        and where a compiler traces, which finds equal work by itself.
+        Computed for this member alone in three cases: if writes to x could not be detected (inference tensors), if a
+        gradient is wanted, and under torch.compile, which removes the duplicate work itself.
         """
         if torch.compiler.is_compiling() or x.is_inference() or (x.requires_grad and torch.is_grad_enabled()):
             return read(x)
@@ -55,7 +56,7 @@ class SharedInput:
         return kept.value
 
     def made(self, x: Tensor, read: Read, thread: int) -> Kept:
-        """A new value, which goes with x."""
+        """Compute `read(x)`, to be forgotten when x is freed."""
 
         def forget(gone: weakref.ref[Tensor]) -> None:
             kept = self.kept.get(thread)
@@ -65,7 +66,7 @@ class SharedInput:
         return Kept(weakref.ref(x, forget), x._version, read(x), set(range(self.members)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has nothing kept."""
+        """The state of a copy, which starts without cached results."""
         return {"members": self.members, "kept": {}}
 
 
