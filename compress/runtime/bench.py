@@ -212,7 +212,7 @@ def described(artifact: Artifact, sites: list[str], stacked: bool, device: torch
 def measure_layer(
     artifact: Artifact, layer: Layer, rows: Sequence[int], modes: Sequence[str], seconds: float, device: torch.device
 ) -> Iterator[LayerTiming]:
-    """The timings of one layer; each mode is raced against dense on its own, since modes disturb each other's caches."""
+    """The timings of one layer; each mode is raced against dense alone, because modes disturb each other's caches."""
     each = layer.dense_bytes // len(layer.sites)
     chosen = layer.sites[: max(1, ROTATED // each)]
     dense = [dense_module(artifact, site).to(device) for site in chosen]

@@ -1,4 +1,4 @@
-"""One base model in memory and the differences of many fine-tunes, computed together: every row names its tenant."""
+"""Serves many fine-tunes of one base model in one batch: the base is in memory once, and each row names its tenant."""
 
 from compress.runtime.tenants.difference import Difference
 from compress.runtime.tenants.tenants import Tenants

@@ -1,7 +1,7 @@
-"""Differences of small integer codes, computed packed, for the tokens of several tenants in one go.
+"""Quantized differences, multiplied in packed form for the tokens of several tenants at once.
 
-What differs between tenants is the product with their bytes; scales, zeros and the sums over inputs are then applied
-to all tokens. Signs are codes of one bit: scale * (2b - 1) = 2 scale * (b - 0.5).
+Only the product with the packed codes is computed tenant by tenant; scales, zero points and the sums over inputs are
+then applied to all tokens together. Signs are one-bit codes: scale * (2b - 1) = 2 scale * (b - 0.5).
 Shapes: N tokens, O out, I in, G groups of inputs, M matrices of one input.
 """
 
@@ -17,15 +17,17 @@ from torch import Tensor
 from compress.runtime.tenants.part import Part, per_token
 from compress_kernels import planes
 
-PIECES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}  # lowest bits first
+# Bits of a code -> widths in bits of the pieces that it is packed in, lowest bits first.
+PIECES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codes(Part):
-    """`scale * (code - zero)`: one matrix, or several of one input side by side, with `outputs` each.
+    """`scale * (code - zero)`: one matrix, or several with the same input stacked along the outputs.
 
-    `words` holds the bytes of each piece of the code, lowest bits first. `scale` is [O, G] for all outputs, or [M]
-    where a matrix has but one; `zero` is a number, or like the scale.
+    `outputs` holds the number of outputs of each matrix, `words` the packed bytes of each piece of the codes, lowest
+    bits first. `scale` is [O, G] over all outputs, or [M] if each matrix has a single scale; `zero` is a number, or a
+    tensor shaped like the scale.
     """
 
     words: tuple[Tensor, ...]
@@ -37,7 +39,7 @@ class Codes(Part):
 
     @staticmethod
     def of(codes_OI: Tensor, bits: int, scale: Tensor, zero: Tensor | float) -> Codes:
-        """Pack codes below 2**bits; scale and zero are [O, G] or [1, 1]."""
+        """Pack codes [O, I] below 2**bits; scale and zero are [O, G] or [1, 1]."""
         words, below = [], 0
         for piece in PIECES[bits]:
             words.append(planes.pack((codes_OI >> below) & (2**piece - 1), piece))
@@ -49,26 +51,26 @@ class Codes(Part):
 
     @property
     def groups(self) -> int:
-        """Groups of inputs."""
+        """The number of groups of inputs."""
         return 1 if self.scale.ndim == 1 else int(self.scale.shape[1])
 
     @cached_property
     def kind(self) -> Hashable:
-        """Bits, shapes, and which zero."""
+        """Bits, shapes, and the zero point's value or shape."""
         zero = self.zero if isinstance(self.zero, float) else self.zero.shape
         return "codes", self.bits, self.inputs, self.outputs, self.scale.shape, zero
 
     def tensors(self) -> list[Tensor]:
-        """Packed codes, scales and zeros."""
+        """Packed codes, scales and, if they are tensors, zero points."""
         return [*self.words, self.scale, *([self.zero] if isinstance(self.zero, Tensor) else [])]
 
     @classmethod
     def together(cls, parts: Sequence[Codes], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-        """The product with the one matrix of each."""
+        """The product of each tenant's tokens with its part, which must hold a single matrix."""
         return coded(parts, x_NI, counts)[0]
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows of these numbers of the one matrix."""
+        """Rows `ids` of the matrix, decoded; the part must hold a single matrix."""
         flat = ids.flatten()
         codes_NI = torch.zeros((), device=ids.device)
         below = 0
@@ -86,12 +88,12 @@ class Codes(Part):
 
 
 def picked(each: Tensor, ids_N: Tensor) -> Tensor:
-    """The scales or zeros of these outputs, [N, G, 1], or of all."""
+    """The scales or zero points of these outputs, [N, G, 1], or [1] if one stands for all outputs."""
     return (each if each.ndim == 1 else each[ids_N][..., None]).float()
 
 
 def joined(parts: Sequence[Part | None]) -> Codes | None:
-    """The parts of one input as one, if all are codes of one kind."""
+    """The parts of modules that share an input, stacked into one; None unless all are codes with matching formats."""
     codes = [part for part in parts if isinstance(part, Codes)]
     zeros = [part.zero if isinstance(part.zero, float) else part.zero.ndim for part in codes]
     alike = {(part.bits, part.groups, part.scale.ndim, zero) for part, zero in zip(codes, zeros, strict=True)}
@@ -99,7 +101,7 @@ def joined(parts: Sequence[Part | None]) -> Codes | None:
         return None
     first = codes[0]
     if len(codes) == 1:
-        return first  # the very same: an embedding may hold it too
+        return first  # not a copy, because an embedding may hold the same object
     zero = first.zero if isinstance(first.zero, float) else torch.cat([torch.as_tensor(part.zero) for part in codes])
     return Codes(
         words=tuple(torch.cat(words, 1) for words in zip(*(part.words for part in codes), strict=True)),
@@ -112,7 +114,7 @@ def joined(parts: Sequence[Part | None]) -> Codes | None:
 
 
 def coded(tenants: Sequence[Codes], x_NI: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    """For each matrix of codes of one kind, the product of every tenant's tokens with its own, [N, O]."""
+    """For each matrix, the product of all tokens with their tenants' codes, [N, O]; the codes are of one kind."""
     first = tenants[0]
     x_NI = x_NI.float()
     y_NGO = code_products(tenants, x_NI, counts)
@@ -127,7 +129,7 @@ def coded(tenants: Sequence[Codes], x_NI: Tensor, counts: Sequence[int]) -> Sequ
 
 
 def code_products(tenants: Sequence[Codes], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-    """x times the codes alone, [N, G, O]."""
+    """x times the codes alone, without scale and zero point, [N, G, O]."""
     first, total, below = tenants[0], None, 0
     for number, bits in enumerate(PIECES[first.bits]):
         y_NGO = planes.products(x_NI, counts, [tenant.words[number] for tenant in tenants], bits, first.groups)
@@ -137,7 +139,7 @@ def code_products(tenants: Sequence[Codes], x_NI: Tensor, counts: Sequence[int])
 
 
 def spread(each: Sequence[Tensor], counts: Sequence[int], outputs: tuple[int, ...]) -> Tensor:
-    """Scales or zeros of every tenant, [O, G] or [M], for each token and output: [N, G, O]."""
+    """The scales or zero points of every tenant, [O, G] or [M], repeated for each token and output: [N, G, O]."""
     found = per_token(each, counts)
     if found.ndim == 3:
         return found.transpose(1, 2)
@@ -146,5 +148,5 @@ def spread(each: Sequence[Tensor], counts: Sequence[int], outputs: tuple[int, ..
 
 @lru_cache(maxsize=64)
 def matrix_of(outputs: tuple[int, ...], device: torch.device) -> Tensor:
-    """The number of the matrix that every output is of."""
+    """The index of the matrix to which each output belongs, [O]."""
     return torch.arange(len(outputs), device=device).repeat_interleave(torch.tensor(outputs, device=device))

@@ -1,4 +1,4 @@
-"""What a fine-tune differs by from its base: what there is, and how to get it, one tensor at a time."""
+"""The difference of a fine-tune from its base: what it consists of, and how to read it one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from compress.weights import Weight, specify
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Difference:
-    """`weight(site)` is added to the matrix [out, in] of a site; `tensor(name)` is the fine-tune's own.
+    """`weight(site)` is what is added to the matrix [out, in] of a site; `tensor(name)` replaces a tensor of the base.
 
-    `form(site)` is the specification of that weight and the bytes of its stored form; no tensor is read. `nbytes` are
-    the bytes of the stored form of all of them.
+    `form(site)` returns the specification of that weight and the bytes of its stored form without reading a tensor.
+    `nbytes` is the size in bytes of the stored form of all weights and tensors.
     """
 
     sites: Sequence[str]
@@ -28,7 +28,7 @@ class Difference:
 
     @staticmethod
     def of(weights: Mapping[str, Weight], own: Mapping[str, Tensor] | None = None) -> Difference:
-        """One whose expressions and tensors are at hand."""
+        """A difference made of expressions and tensors that are already in memory."""
         own = own or {}
         return Difference(
             sites=tuple(weights),

@@ -1,6 +1,7 @@
-"""What of a base model tenants may differ in: which module holds which tensor, and which modules share an input.
+"""What tenants may change in a base model: which module holds which tensor, and which modules share an input.
 
-Found once, by structure and by a probe of a few tokens, never by the name of a family.
+Found once per model, from its structure and from a probe (a forward pass over a few tokens), never from the name of its
+family.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PROBE = (2, 3)  # rows, tokens
 
 @dataclass(frozen=True)
 class Given:
-    """What the probe gave a module: which tensor, by number, its shape, and whether it is real."""
+    """The input of a module in the probe: an identifier of the tensor, its shape, and whether it is floating-point."""
 
     number: int
     shape: tuple[int, ...]
@@ -28,10 +29,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of modules, as the model knows them.
+    """The layout of a model; modules go by their names in `named_modules`.
 
-    `holders` are the (module, parameter) that compute with a tensor: several where it is tied. `groups` are the modules
-    given one and the same input as this one, in the order of their calls.
+    `holders` maps the name of a tensor to the (module, parameter) pairs that compute with it, several if it is tied.
+    `given` maps a module to its input in the probe. `groups` maps a module to all modules that are given the very same
+    input tensor, itself included, in the order of their calls.
     """
 
     holders: Mapping[str, tuple[tuple[str, str], ...]]
@@ -39,7 +41,7 @@ class Layout:
     groups: Mapping[str, tuple[str, ...]]
 
     def of_tensor(self, name: str, tensor: Tensor, model: nn.Module) -> tuple[tuple[str, str], ...]:
-        """Who computes with a tensor; raises ArtifactError if nobody does, or with another shape."""
+        """The holders of a tensor; raises ArtifactError if the base has no such tensor, or one of another shape."""
         held = self.holders.get(name)
         if held is None:
             raise ArtifactError(f"{name}: the base computes with no tensor of this name")
@@ -54,7 +56,7 @@ class Layout:
     def of_site(self, site: str, model: nn.Module) -> list[str]:
         """The modules that compute with the matrix of a site.
 
-        Raises UnsupportedWeight if there is none, or if it is not told which rows of the batch it is given.
+        Raises UnsupportedWeight if there is none, or if its input is not all tokens of every row of the batch.
         """
         names = [module for module, _ in self.holders.get(f"{site}.weight", ((site, "weight"),))]
         for name in names:
@@ -69,7 +71,7 @@ class Layout:
 
 
 def layout(model: nn.Module) -> Layout:
-    """What there is in a model; costs one forward pass of a few tokens."""
+    """Find the layout of a model; costs one forward pass over a few tokens."""
     tensors: dict[int, list[tuple[str, str]]] = {}
     for module_name, module in model.named_modules():
         for parameter, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -83,8 +85,8 @@ def layout(model: nn.Module) -> Layout:
 
 
 def probe(model: nn.Module) -> dict[str, Given]:
-    """What every module without children is given, in the order of their calls."""
-    kept: list[Tensor] = []  # so that no two inputs are one after the other at one address
+    """The input of every module without children, in the order of their calls."""
+    kept: list[Tensor] = []  # keeps inputs alive, so that no id is reused for another tensor
     found: dict[str, Given] = {}
 
     def note(name: str) -> Any:

@@ -1,9 +1,9 @@
-"""Plain tensors that tenants have of their own: how one module computes with another tensor for every row.
+"""Tensors that a tenant replaces (norms, biases, embeddings): how one module computes with a different one per row.
 
-Three ways, each proved on random numbers before it is used: `rowwise`, the module takes one value a row where it has
-for all (norms); `additive`, what it puts out moves by as much as the tensor (biases); `anew`, the module computes the
-rows of a tenant once more with its tensors (embeddings, heads), which needs no proof.
-Shapes: B rows of a batch, D the tensor's own.
+There are three ways. `rowwise`: the module accepts one tensor per row in place of its parameter (norms). `additive`:
+the output changes by as much as the tensor does (biases). `anew`: the module computes the rows of a tenant again with
+the tenant's tensors (embeddings, heads). The first two are verified on random numbers before they are used; the third
+is always correct. Shapes: B rows of a batch, D the tensor's own dimensions.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from compress.runtime.tenants.layout import PROBE, Given
 
-OwnOf = tuple[str, ...]  # a module, then the parameters of which a tenant has its own
+OwnOf = tuple[str, ...]  # the name of a module, then those of its parameters that a tenant replaces
 Tensors = Mapping[str, Tensor]  # parameter -> tensor
-SAME = 1e-5  # relative, of numbers computed twice in float32; more as rounding is coarser
+SAME = 1e-5  # relative difference allowed between two ways in float32; scaled up for coarser dtypes
 
 
 @contextmanager
 def holding(module: nn.Module, tensors: Tensors) -> Iterator[None]:
-    """The module computes with these tensors in place of its parameters."""
+    """A context in which the module computes with these tensors in place of its parameters."""
     before = {name: module._parameters[name] for name in tensors}
     module._parameters.update(tensors)  # type: ignore[arg-type]  # a plain tensor computes as a parameter does
     try:
@@ -33,7 +33,7 @@ def holding(module: nn.Module, tensors: Tensors) -> Iterator[None]:
 
 
 def way_of(module: nn.Module, parameters: Sequence[str], given: Given) -> str:
-    """The cheapest way that is right for these parameters of a module."""
+    """The cheapest way (`rowwise`, `additive` or `anew`) that is correct for these parameters of a module."""
     held = {name: module._parameters[name] for name in parameters}
     if not given.real or given.shape[0] != PROBE[0] or any(t is None or t.ndim != 1 for t in held.values()):
         return "anew"
@@ -51,7 +51,7 @@ def way_of(module: nn.Module, parameters: Sequence[str], given: Given) -> str:
         stacked = {name: per_row([own[name] for own in each], len(given.shape)) for name in known}
         vectors = all(
             p is None or p.ndim == 1 for p in module._parameters.values()
-        )  # a product may read one bias as two
+        )  # a matrix product could broadcast stacked biases in an unintended way
         if vectors and close(tried(module, stacked, x), want):
             return "rowwise"
         moved = [own["bias"] - known["bias"] for own in each] if list(known) == ["bias"] else []
@@ -61,14 +61,14 @@ def way_of(module: nn.Module, parameters: Sequence[str], given: Given) -> str:
 
 
 def computed(module: nn.Module, tensors: Tensors, x: Tensor) -> Tensor:
-    """What the module makes of x with these tensors, past its hooks."""
+    """The module's output for x with these tensors, without running its hooks."""
     with holding(module, tensors):
         y: Tensor = module.forward(x)
     return y
 
 
 def tried(module: nn.Module, tensors: Tensors, x: Tensor) -> Tensor | None:
-    """The same, or None if the module cannot."""
+    """The same, or None if the module cannot compute with these tensors."""
     try:
         return computed(module, tensors, x)
     except (RuntimeError, ValueError, TypeError):
@@ -76,7 +76,7 @@ def tried(module: nn.Module, tensors: Tensors, x: Tensor) -> Tensor | None:
 
 
 def close(got: Tensor | None, want: Tensor) -> bool:
-    """Whether two results are one but for rounding."""
+    """Whether two results are equal up to rounding."""
     if got is None or got.shape != want.shape:
         return False
     error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
@@ -84,6 +84,6 @@ def close(got: Tensor | None, want: Tensor) -> bool:
 
 
 def per_row(each: Sequence[Tensor], dimensions: int) -> Tensor:
-    """One tensor [D] a row as [B, 1, ..., D] of so many dimensions."""
+    """Stack one tensor [D] per row to [B, 1, ..., D] with this many dimensions."""
     stacked_BD = torch.stack(list(each))
     return stacked_BD.view(len(each), *(1,) * (dimensions - 2), -1)

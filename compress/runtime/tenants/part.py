@@ -1,6 +1,6 @@
-"""What a resident difference of one matrix is: tensors that stay in memory and a product, for several tenants at once.
+"""The interface of a resident difference of one matrix: its tensors in memory, and its product for several tenants.
 
-Shapes: N tokens, those of one tenant after those of another; O out, I in, K tenants.
+Shapes: N tokens, grouped by tenant; O out, I in, K tenants.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from torch import Tensor
 
 
 class Part:
-    """A difference [out, in] as it stays in memory."""
+    """The difference of one matrix [out, in], in the form in which it stays in memory."""
 
     def tensors(self) -> Sequence[Tensor]:
-        """What stays in memory."""
+        """The tensors that stay in memory."""
         raise NotImplementedError
 
     @property
     def kind(self) -> Hashable:
-        """What the parts of several tenants must agree in to be computed together."""
+        """A key that the parts of several tenants must share to be computed together."""
         raise NotImplementedError
 
     @classmethod
     def together(cls, parts: Sequence[Any], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-        """`x @ D.T`, float32 [N, O], each tenant's `counts` tokens with its own part; the parts are of one kind."""
+        """`x @ D.T`, float32 [N, O], with each tenant's part for its tokens.
+
+        `counts[k]` is the number of tokens of tenant k; the parts must be of one kind.
+        """
         raise NotImplementedError
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows of these numbers, float32 [..., I]."""
+        """Rows `ids` of the difference, float32 [..., I]."""
         raise NotImplementedError
 
     def describe(self) -> str:
-        """How it computes."""
+        """How the product is computed, in a few words."""
         raise NotImplementedError
 
     def linear(self, x_NI: Tensor) -> Tensor:
-        """`x @ D.T`, float32 [N, O], of one tenant."""
+        """`x @ D.T`, float32 [N, O], for tokens of one tenant."""
         return self.together([self], x_NI, [len(x_NI)])
 
     def nbytes(self) -> int:
@@ -48,7 +51,7 @@ class Part:
 
 
 def placed(held: Any, device: torch.device) -> Any:
-    """A part, or what is in one, with its tensors on a device."""
+    """A part, or a value inside one, with its tensors moved to a device."""
     match held:
         case Tensor():
             return held.to(device)
@@ -63,7 +66,7 @@ def placed(held: Any, device: torch.device) -> Any:
 
 
 def per_token(each: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """What every tenant has one of, for each of its tokens, float32 [N, ...]."""
+    """One tensor per tenant, repeated for each of the tenant's tokens, float32 [N, ...]."""
     stacked = torch.stack(list(each)).float()
     if min(counts) == max(counts):
         return stacked if counts[0] == 1 else stacked.repeat_interleave(counts[0], 0)
@@ -71,5 +74,5 @@ def per_token(each: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 
 def apart(x_NI: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    """The tokens of every tenant."""
+    """Split the tokens by tenant."""
     return x_NI.split(list(counts)) if len(counts) > 1 else (x_NI,)

@@ -1,7 +1,7 @@
-"""From a weight expression to the form in which it stays in memory: packed as it is stored, computed with as it is.
+"""Converts a weight expression to the form in which it stays in memory, where possible one that is multiplied packed.
 
-What no part knows is kept as `pack` stores it and unpacked at every call. All products are float32.
-Shapes: N tokens, O out, I in, K tenants.
+An expression without a form of its own is kept in its stored form (`pack`) and unpacked at every call. All products are
+computed in float32. Shapes: N tokens, O out, I in, K tenants.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compress.runtime.tenants.coded import PIECES, Codes
 from compress.runtime.tenants.part import Part, apart
 from compress.weights import Dense, Masked, Product, Quantized, Signs, Sum, Weight, pack, specify, unpack
 
-LARGER = 1.5  # than the stored form, in bytes, that codes without their mask may be
+LARGER = 1.5  # how many times the bytes of the stored form codes without their mask may take
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Plain(Part):
 
     @classmethod
     def together(cls, parts: Sequence[Plain], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-        """One batched product where all tenants have as many tokens, else one each."""
+        """One batched product if all tenants have equally many tokens, otherwise one product per tenant."""
         x_NI = x_NI.float()
         if len(parts) > 1 and min(counts) == max(counts):
             d_KIO = torch.stack([part.data for part in parts]).float().transpose(1, 2)
@@ -59,29 +59,29 @@ class Plain(Part):
 
 @dataclass(frozen=True, eq=False)
 class Chain(Part):
-    """Two factors, the right one first."""
+    """The product of two factors; the right one is applied first."""
 
     left: Part
     right: Part
     inputs: int
 
     def tensors(self) -> Sequence[Tensor]:
-        """Those of both factors."""
+        """The tensors of both factors."""
         return (*self.left.tensors(), *self.right.tensors())
 
     @property
     def kind(self) -> Hashable:
-        """Those of both factors."""
+        """The kinds of both factors."""
         return "chain", self.left.kind, self.right.kind
 
     @classmethod
     def together(cls, parts: Sequence[Chain], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-        """Two products."""
+        """Two products, one with each factor."""
         inner = parts[0].right.together([part.right for part in parts], x_NI, counts)
         return parts[0].left.together([part.left for part in parts], inner, counts)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the left factor times the right one, which is decoded for it."""
+        """Rows of the left factor times the right factor, which is decoded for this."""
         first = next(iter(self.right.tensors()))
         return self.left.rows(ids) @ self.right.linear(torch.eye(self.inputs, device=first.device)).T
 
@@ -97,23 +97,23 @@ class Total(Part):
     terms: tuple[Part, ...]
 
     def tensors(self) -> Sequence[Tensor]:
-        """Those of all terms."""
+        """The tensors of all terms."""
         return [tensor for term in self.terms for tensor in term.tensors()]
 
     @property
     def kind(self) -> Hashable:
-        """Those of all terms."""
+        """The kinds of all terms."""
         return "total", *(term.kind for term in self.terms)
 
     @classmethod
     def together(cls, parts: Sequence[Total], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-        """Each term applied, added."""
+        """The sum of the products with each term."""
         each = zip(*(part.terms for part in parts), strict=True)
         y_NO: Tensor = reduce(add, (terms[0].together(terms, x_NI, counts) for terms in each))
         return y_NO
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The terms' rows, added."""
+        """The sum of the rows of all terms."""
         found: Tensor = reduce(add, (term.rows(ids) for term in self.terms))
         return found
 
@@ -124,7 +124,7 @@ class Total(Part):
 
 @dataclass(frozen=True, eq=False)
 class Stored(Part):
-    """Any expression in its stored form, unpacked at every call: right, and slow."""
+    """Any expression in its stored form, unpacked at every call: always correct, but slow."""
 
     spec: dict[str, Any]
     held: dict[str, Tensor]
@@ -136,17 +136,17 @@ class Stored(Part):
 
     @property
     def kind(self) -> Hashable:
-        """Its shape: each computes on its own anyway."""
+        """The shape alone, since the parts of different tenants are computed one by one anyway."""
         return "stored", *self.spec["shape"]
 
     @classmethod
     def together(cls, parts: Sequence[Stored], x_NI: Tensor, counts: Sequence[int]) -> Tensor:
-        """The expressions' own products."""
+        """The products of the unpacked expressions, one tenant at a time."""
         each = zip(apart(x_NI.float(), counts), parts, strict=True)
         return torch.cat([unpack(part.spec, part.held).linear(x) for x, part in each])
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the whole matrix, decoded for them."""
+        """Rows of the matrix, all of which is decoded for this."""
         return unpack(self.spec, self.held).dense().float()[ids]
 
     def describe(self) -> str:
@@ -155,9 +155,9 @@ class Stored(Part):
 
 
 def undropped(weight: Weight, values: Quantized, mask_OI: Tensor) -> Quantized | None:
-    """The same matrix without its mask, the code of zero where that cut; None where it would be much larger.
+    """The same matrix without its mask: pruned entries get the code that decodes to zero.
 
-    None also for a grid that zero is not on.
+    None if that would be much larger than the masked form (LARGER), or if no code decodes to exactly zero.
     """
     zero = values.zero
     if values.bits not in PIECES or (zero is not None and zero.is_floating_point()):
@@ -167,18 +167,17 @@ def undropped(weight: Weight, values: Quantized, mask_OI: Tensor) -> Quantized |
 
 
 def zeros_of(values: Quantized) -> Tensor:
-    """The code of zero, for each entry."""
+    """For each entry, the code that decodes to zero."""
     if values.zero is None:
         return torch.full_like(values.codes, 2 ** (values.bits - 1))
     return values.zero.repeat_interleave(values.group, 1).to(values.codes.dtype).expand_as(values.codes)
 
 
 def resident(weight: Weight) -> Part:
-    """The expression as it stays in memory, sharing none of its tensors.
+    """The expression in the form in which it stays in memory; it shares no tensor with the expression.
 
-    Codes under a mask that keeps about half of them stay as all codes, which is larger and many times faster.
-
-    Raises UnsupportedWeight for an expression that has no stored form.
+    Quantized values under a mask that keeps about half of them stay without the mask, which takes more memory and is
+    many times faster. Raises UnsupportedWeight for an expression that has no stored form.
     """
     match weight:
         case Dense(data):

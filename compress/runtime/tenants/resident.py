@@ -1,4 +1,4 @@
-"""One tenant in memory: its parts by the input that they share, and its own tensors by the module that needs them."""
+"""One tenant in memory: its parts, grouped by the input that modules share, and its own tensors by module."""
 
 from __future__ import annotations
 
@@ -23,29 +23,33 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """The differences of the modules of one input: one for each, None where there is none; as one where they join."""
+    """The differences of the modules that share one input.
+
+    `parts` has one entry per module, None where there is no difference. If all parts can be stacked, `codes` holds them
+    as one and all entries of `parts` are None.
+    """
 
     parts: tuple[Part | None, ...]
     codes: Codes | None
 
     @staticmethod
     def of(parts: Sequence[Part | None]) -> Shared:
-        """These parts, joined if they can be."""
+        """These parts, stacked into one if possible."""
         codes = joined(parts)
         return Shared(tuple(parts) if codes is None else (None,) * len(parts), codes)
 
     def held(self) -> list[Part]:
-        """The parts there are."""
+        """The parts that exist."""
         return [self.codes] if self.codes is not None else [part for part in self.parts if part is not None]
 
     @cached_property
     def kind(self) -> Hashable:
-        """What tenants must agree in to be computed together."""
+        """A key that tenants must share to be computed together."""
         return self.codes.kind if self.codes is not None else tuple(part and part.kind for part in self.parts)
 
     @staticmethod
     def together(each: Sequence[Shared], x_NI: Tensor, counts: Sequence[int]) -> Sequence[Tensor | None]:
-        """What is added to the output of each module for the tokens of tenants of one kind, [N, O]."""
+        """For each module, what is added to its output for the tokens of tenants of one kind, [N, O], or None."""
         codes = [shared.codes for shared in each if shared.codes is not None]
         if codes:
             return coded(codes, x_NI, counts)
@@ -55,9 +59,11 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """`shared` by the modules of an input, `looked_up` by embedding, `own` by module: parameter -> its own tensor.
+    """What one tenant keeps in memory.
 
-    `slots` by module are those in stacks, which are no memory of the tenant's.
+    `shared` holds the differences of linear layers, by group of modules that share an input; `looked_up` those of
+    embeddings, by module; `own` the tensors that replace the base's, by module and parameter; `slots` its places in
+    stacks, by module, whose memory is counted with the stacks.
     """
 
     shared: Mapping[Group, Shared]
@@ -66,7 +72,7 @@ class Resident:
     slots: Mapping[str, tuple[Slot, ...]] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        """Bytes that stay in memory; what two modules share counts once."""
+        """Bytes that stay in memory, without slots; a tensor that two modules share counts once."""
         parts = [part for shared in self.shared.values() for part in shared.held()] + list(self.looked_up.values())
         held = [tensor for part in parts for tensor in part.tensors()]
         held += [tensor for tensors in self.own.values() for tensor in tensors.values()]
@@ -74,9 +80,9 @@ class Resident:
 
 
 def modules_of(site: str, shape: tuple[int, int], layout: Layout, model: nn.Module) -> list[str]:
-    """The modules that compute with the matrix of a site, which a difference of this shape fits.
+    """The modules that compute with the matrix of a site.
 
-    Raises ArtifactError or UnsupportedWeight otherwise.
+    Raises ArtifactError if a difference of this shape does not fit it, and UnsupportedWeight as `Layout.of_site`.
     """
     names = layout.of_site(site, model)
     known = layout.holders.get(f"{site}.weight")
@@ -86,9 +92,9 @@ def modules_of(site: str, shape: tuple[int, int], layout: Layout, model: nn.Modu
 
 
 def need_of(difference: Difference, layout: Layout, model: nn.Module, stacks: Stacks) -> Need:
-    """What a tenant takes on a GPU, told from specifications; an embedding's difference is looked up, not stacked.
+    """The memory that a tenant needs on a GPU, from specifications alone; differences of embeddings are not stacked.
 
-    Raises ArtifactError or UnsupportedWeight where it does not fit the base.
+    Raises ArtifactError or UnsupportedWeight if the difference does not fit the base.
     """
     seats, rest = {}, difference.nbytes
     for site in difference.sites:
@@ -105,8 +111,8 @@ def need_of(difference: Difference, layout: Layout, model: nn.Module, stacks: St
 def make_resident(difference: Difference, layout: Layout, model: nn.Module, need: Need | None = None) -> Resident:
     """A tenant's difference in the form in which it stays in memory, made one tensor at a time.
 
-    What it needs in stacks goes into free slots of them. Raises ArtifactError or UnsupportedWeight where it does not
-    fit the base.
+    The sites listed in `need` go into free slots of their stacks, which are freed again on failure. Raises
+    ArtifactError or UnsupportedWeight if the difference does not fit the base.
     """
     device = next(model.parameters()).device
     parts: dict[str, Part] = {}
@@ -135,7 +141,7 @@ def make_resident(difference: Difference, layout: Layout, model: nn.Module, need
 
 
 def release(slots: Iterable[Slot]) -> None:
-    """Free these slots; tied modules share theirs."""
+    """Free these slots, each once, since tied modules share theirs."""
     for slot in dict.fromkeys(slots):
         slot.stack.free(slot)
 
@@ -143,7 +149,7 @@ def release(slots: Iterable[Slot]) -> None:
 def owned(
     difference: Difference, layout: Layout, model: nn.Module, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors that a tenant has of its own, by module and parameter."""
+    """The tensors with which a tenant replaces the base's, by module and parameter."""
     own: dict[str, dict[str, Tensor]] = {}
     for name in difference.names:
         tensor = difference.tensor(name).detach()
@@ -159,14 +165,14 @@ Added = tuple[Rows, Tensor]  # rows, and what is added to them, float32 [n, S, O
 
 @dataclass(frozen=True, eq=False)
 class Alike:
-    """Tenants whose differences for the modules of one input are of one kind, with their rows."""
+    """Tenants whose differences, for modules that share one input, are of one kind, with their rows."""
 
     rows: Rows
     numbers: tuple[tuple[int, ...], ...]
     each: tuple[Shared, ...]
 
     def added(self, x_BSI: Tensor) -> list[Added | None]:
-        """For each module, what is added to its output; None if nothing."""
+        """For each module, what is added to its output, or None."""
         x_nSI = self.rows.take(x_BSI)
         rows, tokens, _ = x_nSI.shape
         products = Shared.together(self.each, x_nSI.reshape(rows * tokens, -1), [len(n) * tokens for n in self.numbers])
@@ -174,7 +180,7 @@ class Alike:
 
 
 def alike(batch: Batch[Resident], group: Group, device: torch.device) -> list[Alike]:
-    """The tenants of a batch that differ in the modules of a group, by kind."""
+    """The tenants of a batch that differ in the modules of a group, collected by kind."""
     kinds: dict[Hashable, dict[Shared, Sequence[int]]] = {}
     for owner, numbers in zip(batch.owners, batch.numbers, strict=True):
         shared = owner.shared.get(group)

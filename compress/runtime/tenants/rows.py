@@ -1,4 +1,4 @@
-"""Whose the rows of a batch are: sorted by tenant once, so that all layers find each tenant's tokens together.
+"""Which rows of a batch belong to which tenant; ordered by tenant once, for all layers of a step.
 
 Shapes: B rows of a batch, n of them of any tenant, S tokens of a row.
 """
@@ -17,20 +17,20 @@ Owner = TypeVar("Owner")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a batch, in some order: a slice where they lie together, else their numbers."""
+    """Rows of a batch in some order: a slice if they are consecutive, otherwise a tensor of their indices."""
 
     index: slice | Tensor
 
     @staticmethod
     def of(numbers: Sequence[int], device: torch.device) -> Rows:
-        """These rows."""
+        """The rows with these indices, of which there is at least one."""
         first = numbers[0]
         if list(numbers) == list(range(first, first + len(numbers))):
             return Rows(slice(first, first + len(numbers)))
         return Rows(torch.tensor(numbers, device=device))
 
     def take(self, x: Tensor) -> Tensor:
-        """These rows of x; a view of it where they lie together."""
+        """These rows of x; a view if they are consecutive."""
         return x[self.index] if isinstance(self.index, slice) else x.index_select(0, self.index)
 
     def put(self, into: Tensor, y: Tensor) -> None:
@@ -52,7 +52,10 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Batch(Generic[Owner]):
-    """Tenants, the numbers of their rows, and all these rows in the order of the tenants."""
+    """The tenants of a batch and their rows.
+
+    `numbers` holds the row indices of each tenant, `each` the same as `Rows`, and `rows` all of them, tenant by tenant.
+    """
 
     owners: tuple[Owner, ...]
     numbers: tuple[tuple[int, ...], ...]
@@ -61,7 +64,7 @@ class Batch(Generic[Owner]):
 
     @staticmethod
     def of(numbers: Mapping[Owner, Sequence[int]], device: torch.device) -> Batch[Owner]:
-        """The rows of each tenant, rising; there is one at least."""
+        """A batch from the row indices of each tenant, in rising order; there must be at least one tenant."""
         return Batch(
             tuple(numbers),
             tuple(tuple(own) for own in numbers.values()),

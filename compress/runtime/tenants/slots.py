@@ -1,9 +1,10 @@
-"""Signs and low ranks of all tenants on a GPU, stacked by site: a tenant has a slot, and one launch adds what all have.
+"""Signs and low-rank factors of all tenants on a GPU, stacked by site: each tenant has a slot, and one launch adds all.
 
-A tenant that leaves frees its slots for the next. Memory moves only when a tenant is loaded, never for a request: under
-a budget a stack then has a slot for each of its tenants and none more, else free ones stay. Ranks are filled with zeros
-up to the largest, a multiple of 16; factors are rounded to the dtype of the base, scales are float32.
-Shapes: T slots, O out, I in, K rank, N tokens of all rows; words as `compress_kernels.formats` has them.
+A tenant that is unloaded frees its slots for others. Stacks are reallocated only when a tenant is loaded, never for a
+request: with a budget, a stack then has exactly one slot for each of its tenants; without one, free slots stay. Ranks
+are padded with zeros to the largest rank, rounded up to a multiple of 16. Factors are rounded to the dtype of the base;
+scales are float32.
+Shapes: T slots, O out, I in, K rank, N tokens of all rows; words are those of `compress_kernels.formats`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from compress.weights import Dense, Product, Signs, Sum, Weight
 from compress_kernels import dispatch, formats, segments
 from compress_kernels.given import HALVES
 
-RANKS = 16  # ranks are padded to a multiple of this, a step of a tensor core
-NOBODY = -1  # the slot of a row that differs in nothing here
+RANKS = 16  # ranks are padded to a multiple of this, the depth of one tensor-core instruction
+NOBODY = -1  # the slot of a row whose tenant has no slot in this stack
 
 
 def on_gpu(like: Tensor) -> bool:
-    """Whether the model that has this tensor is computed by kernels, which take halves."""
+    """Whether the kernels can compute with a model that has this tensor: 16-bit floats, on a device they run on."""
     return like.dtype in HALVES and not dispatch.missing(like.device)
 
 
 def forms(tree: Mapping[str, Any]) -> list[tuple[str, int]] | None:
-    """The form and rank of each term of a specified weight, or None if one of them cannot be stacked."""
+    """The form and rank of each term of a weight, given its specification; None if one of them cannot be stacked."""
     match tree:
         case {"kind": "signs"}:
             return [("signs", 0)]
@@ -46,7 +47,7 @@ def forms(tree: Mapping[str, Any]) -> list[tuple[str, int]] | None:
 
 
 def terms_of(weight: Weight) -> Iterator[Weight]:
-    """The same terms of the weight itself."""
+    """The terms of a weight, in the order of `forms`."""
     match weight:
         case Sum(terms):
             for term in terms:
@@ -57,7 +58,7 @@ def terms_of(weight: Weight) -> Iterator[Weight]:
 
 @dataclass(eq=False)
 class Slot:
-    """The place of a tenant in a stack; the number changes when tenants are loaded."""
+    """The place of a tenant in a stack; `number` may change when other tenants are loaded."""
 
     stack: Stack
     number: int
@@ -69,7 +70,7 @@ class Slot:
 
 
 class Stack:
-    """One term of the differences of one site, [out, in], of all tenants that have it."""
+    """One term of the difference at one site, [out, in], for all tenants that have such a term."""
 
     form = ""
 
@@ -80,28 +81,28 @@ class Stack:
         self.held: list[Tensor] = []
 
     def shapes(self, rank: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """What one slot holds."""
+        """The shapes and dtypes of the tensors of one slot."""
         raise NotImplementedError
 
     def write(self, number: int, term: Weight) -> None:
-        """Fill a slot that is zero."""
+        """Write a term into a slot that has been zeroed; raises ArtifactError if the term is of another form."""
         raise NotImplementedError
 
     def add(self, y_NO: Tensor, x_NI: Tensor, table: Tensor, tile: int) -> None:
-        """Add to y what the tenants of the segments have."""
+        """Add to y the products of x with the terms of the tenants whose segments `table` lists."""
         raise NotImplementedError
 
     def bytes_for(self, ranks: Sequence[int]) -> int:
-        """Bytes of slots for tenants of these ranks, one at least, together."""
+        """Bytes of a stack for tenants of these ranks, of which there is at least one."""
         each = self.shapes(formats.padded(max(ranks), RANKS))
         return len(ranks) * sum(prod(shape) * dtype.itemsize for shape, dtype in each)
 
     def nbytes(self) -> int:
-        """Bytes that are held, free slots included."""
+        """Bytes held, including free slots."""
         return sum(int(tensor.nbytes) for tensor in self.held)
 
     def fit(self, ranks: Sequence[int], *, exact: bool) -> None:
-        """Make room for newcomers of these ranks; with `exact` for nobody else."""
+        """Make room for new tenants of these ranks; with `exact`, without leaving further free slots."""
         taken = [slot for slot in self.slots if slot is not None]
         rank = formats.padded(max([*ranks, *(slot.rank for slot in taken)], default=0), RANKS)
         size = len(taken) + len(ranks)
@@ -121,7 +122,7 @@ class Stack:
         self.rank, self.slots = rank, [*taken, *[None] * (size - len(taken))]
 
     def put(self, term: Weight, rank: int) -> Slot:
-        """Give a tenant a free slot, for which there is room."""
+        """Write a tenant's term into a free slot, which `fit` must have provided."""
         slot = Slot(self, self.slots.index(None), rank)
         for tensor in self.held:
             tensor[slot.number].zero_()
@@ -130,17 +131,17 @@ class Stack:
         return slot
 
     def free(self, slot: Slot) -> None:
-        """Let another tenant have a slot."""
+        """Mark a slot as free."""
         self.slots[slot.number] = None
 
 
 class SignStack(Stack):
-    """Words [T, B, R, P] of one bit a weight, and a scale for each output."""
+    """A stack of signs: words [T, B, R, P] with one bit per weight, and scales [T, O]."""
 
     form = "signs"
 
     def shapes(self, rank: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Words and scales."""
+        """The shapes of words and scales; `rank` is ignored."""
         blocks, rows = -(-self.inputs // formats.block(1)), formats.padded(self.outputs, formats.ROWS)
         return [((blocks, rows, formats.PLACES), torch.int16), ((self.outputs,), torch.float32)]
 
@@ -160,16 +161,16 @@ class SignStack(Stack):
 
 
 class FactorStack(Stack):
-    """Left factors [T, O, K] and right ones [T, K, I]."""
+    """A stack of low-rank products: left factors [T, O, K] and right factors [T, K, I]."""
 
     form = "low rank"
 
     def shapes(self, rank: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Both factors."""
+        """The shapes of both factors."""
         return [((self.outputs, rank), self.dtype), ((rank, self.inputs), self.dtype)]
 
     def write(self, number: int, term: Weight) -> None:
-        """Ranks beyond those of a tenant stay zero."""
+        """Write both factors; entries beyond the tenant's rank stay zero."""
         match term:
             case Product(Dense(left_OK), Dense(right_KI)):
                 left, right = self.held
@@ -189,25 +190,25 @@ Seats = tuple[tuple[Stack, int], ...]  # the stack of each term of a site, and i
 
 @dataclass(frozen=True, eq=False)
 class Need:
-    """What a tenant takes: slots by site, and stored bytes beside them."""
+    """The memory that a tenant needs: slots by site, and `rest`, the bytes of everything that is not stacked."""
 
     seats: Mapping[str, Seats] = field(default_factory=dict)
     rest: int = 0
 
     def all(self) -> Iterator[tuple[Stack, int]]:
-        """The stacks and ranks of all sites."""
+        """The stack and rank of every slot."""
         return (seat for seats in self.seats.values() for seat in seats)
 
 
 class Stacks:
-    """The stacks of all sites of a model of this dtype."""
+    """The stacks of all sites of a model with this dtype."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.found: dict[tuple[str, str, int], Stack] = {}
 
     def seats(self, site: str, shape: tuple[int, int], tree: Mapping[str, Any]) -> Seats:
-        """Where the terms of a difference go; none if one cannot be stacked."""
+        """The stack and rank of each term of a difference, making stacks as needed; empty if one cannot be stacked."""
         each, found = forms(tree) or [], []
         for number, (form, rank) in enumerate(each):
             key = (site, form, [form for form, _ in each[:number]].count(form))
@@ -217,22 +218,22 @@ class Stacks:
         return tuple(found)
 
     def nbytes(self) -> int:
-        """Bytes that all stacks hold."""
+        """Bytes held by all stacks."""
         return sum(stack.nbytes() for stack in tuple(self.found.values()))
 
     def bytes_for(self, needs: Iterable[Need]) -> int:
-        """Bytes of stacks made for these tenants alone."""
+        """Bytes that the stacks would take for these tenants alone."""
         return sum(stack.bytes_for(ranks) for stack, ranks in ranks_of(needs).items())
 
     def fit(self, newcomers: Sequence[Need], *, exact: bool) -> None:
-        """Make room for these tenants; with `exact`, give back what nobody uses."""
+        """Make room for these tenants; with `exact`, also release unused slots."""
         ranks = ranks_of(newcomers)
         for stack in self.found.values():
             stack.fit(ranks.get(stack, []), exact=exact)
 
 
 def ranks_of(needs: Iterable[Need]) -> dict[Stack, list[int]]:
-    """The ranks of all tenants of each stack."""
+    """The ranks that these tenants need in each stack."""
     ranks: dict[Stack, list[int]] = {}
     for need in needs:
         for stack, rank in need.all():
@@ -241,7 +242,7 @@ def ranks_of(needs: Iterable[Need]) -> dict[Stack, list[int]]:
 
 
 def table_of(owners: Sequence[int], tokens: int, device: torch.device) -> tuple[Tensor, int]:
-    """The segments of the tokens of a batch, of which each row is of the tenant of a slot, and their longest length."""
+    """The table of segments for a batch whose rows belong to these slots, and the tile length it was made for."""
     runs = [(slot, tokens * len(list(rows))) for slot, rows in groupby(owners)]
     longest = max(count for slot, count in runs if slot != NOBODY)
     tile = next((tile for tile in segments.TILES if tile >= longest), segments.TILES[-1])

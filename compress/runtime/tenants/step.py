@@ -1,4 +1,4 @@
-"""One forward pass over a mixed batch: what belongs to its rows, worked out once for all layers.
+"""One forward pass over a batch of several tenants: which rows need what, worked out once for all layers.
 
 Shapes: B rows of a batch, S tokens of a row, I in, O out.
 """
@@ -21,9 +21,9 @@ from compress.runtime.tenants.slots import NOBODY, Stack, table_of
 
 
 class Step:
-    """The tenants of a batch, worked out once and kept as long as batches are made of the same rows.
+    """The tenants of a batch and their rows; reused as long as batches consist of the same rows.
 
-    Results for an input are kept until all modules that share it have had theirs.
+    The results for an input are cached until another input reaches the modules that share it, or the pass ends.
     """
 
     def __init__(self, tenants: Batch[Resident] | None, size: int, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Step:
             yield from zip(self.tenants.owners, self.tenants.each, self.tenants.numbers, strict=True)
 
     def added(self, group: Group, number: int, x_BSI: Tensor) -> list[Added | None]:
-        """What is added to the output of the module of this number in its group."""
+        """What is added to the output of module `number` of a group; computed for the whole group at its first call."""
         if self.tenants is None:
             return []
         if group not in self.kinds:
@@ -51,7 +51,7 @@ class Step:
         return [each[number] for each in known[1]]
 
     def stacks(self, name: str) -> dict[Stack, tuple[int, ...]]:
-        """The stacks that tenants have slots in for a module, and the slot of every row."""
+        """The stacks in which tenants have slots for a module, each with the slot of every row."""
         if name not in self.slotted:
             found: dict[Stack, list[int]] = {}
             for tenant, _, numbers in self.each():
@@ -63,7 +63,7 @@ class Step:
         return self.slotted[name]
 
     def add_stacked(self, name: str, x_BSI: Tensor, y_BSO: Tensor) -> None:
-        """Add to y what is stacked for a module; tables are the same for most of them."""
+        """Add to y what is stacked for a module; most modules share one segment table."""
         tokens = x_BSI.shape[1]
         for stack, owners in self.stacks(name).items():
             if (owners, tokens) not in self.tables:
@@ -72,7 +72,7 @@ class Step:
             stack.add(y_BSO.view(-1, y_BSO.shape[2]), x_NI, *self.tables[owners, tokens])
 
     def stack(self, name: str, module: nn.Module, dimensions: int) -> None:
-        """Let a module hold one tensor a row, [B, 1, ..., D], for an input of so many dimensions."""
+        """Prepare row-wise tensors, [B, 1, ..., D], for a module whose input has this many dimensions."""
         found: dict[str, list[Tensor]] = {}
         for tenant, _, numbers in self.each():
             for parameter, tensor in tenant.own.get(name, {}).items():
@@ -83,7 +83,7 @@ class Step:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While this lasts, the modules hold what they hold by row; then results are forgotten."""
+        """A context in which modules hold their row-wise tensors; at its end, cached results are dropped."""
         with ExitStack() as stack:
             for module, tensors in self.rowwise:
                 stack.enter_context(holding(module, tensors))
@@ -92,7 +92,7 @@ class Step:
 
 
 def linear_hook(current: Callable[[], Step | None], layout: Layout, name: str) -> Any:
-    """Adds the tenants' differences to what a linear map puts out."""
+    """A forward hook that adds the tenants' differences to the output of a linear layer."""
     group = layout.groups[name]
     number = group.index(name)
 
@@ -112,7 +112,7 @@ def linear_hook(current: Callable[[], Step | None], layout: Layout, name: str) -
 
 
 def lookup_hook(current: Callable[[], Step | None], name: str) -> Any:
-    """Adds the tenants' differences to the rows that an embedding looks up."""
+    """A forward hook that adds the tenants' differences to the rows that an embedding looks up."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         step = current()
@@ -125,7 +125,7 @@ def lookup_hook(current: Callable[[], Step | None], name: str) -> Any:
 
 
 def own_hook(current: Callable[[], Step | None], name: str, ways: Mapping[OwnOf, str]) -> Any:
-    """Puts right what a module computed with the base's tensors where a tenant has its own."""
+    """A forward hook that corrects the output of a module for the rows of tenants that replace its tensors."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         step = current()

@@ -1,8 +1,8 @@
-"""Many fine-tunes of one base in one process: the base's products once a batch, then each tenant's difference.
+"""Many fine-tunes of one base in one process: the base is computed once per batch, then each tenant's difference.
 
-Deltas are loaded when they are first needed and stay packed; the least recently used leave when they do not fit the
-budget. A fine-tune's own tensors come before its differences: they replace what the base computed. On a GPU signs and
-low ranks of all tenants are stacked (slots.py).
+Deltas are loaded when they are first needed and stay packed; the least recently used ones are unloaded when they exceed
+the budget. A tenant's own tensors are applied before its differences, because they replace what the base computed. On a
+GPU, the signs and low-rank factors of all tenants are stacked (slots.py).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from compress.runtime.tenants.step import Step, linear_hook, lookup_hook, own_ho
 
 @dataclass
 class Entry:
-    """A registered tenant, and what of it is in memory."""
+    """A registered tenant, and its resident form if it is in memory."""
 
     difference: Difference
-    need: Need | None = None  # told on a GPU alone
+    need: Need | None = None  # set on a GPU only
     resident: Resident | None = None
     used: int = 0
 
 
 class Tenants:
-    """The fine-tunes of a model by name; `None` in a batch is the model itself.
+    """The fine-tunes of a model, by name; in a batch, None stands for the model itself.
 
-    `budget` are the bytes that deltas may take together; None for no limit. `read` gives what a delta folder holds. One
-    forward pass runs at a time.
+    `budget` limits the bytes that deltas in memory take together; None means no limit. `read` reads a delta folder. A
+    lock lets only one forward pass run at a time.
     """
 
     def __init__(
@@ -59,24 +59,24 @@ class Tenants:
         self.lock = RLock()
         self.clock = 0
         self.step: Step | None = None
-        self.last: tuple[tuple[Resident | None, ...], Step] | None = None  # the batch before, mostly the next one too
+        self.last: tuple[tuple[Resident | None, ...], Step] | None = None  # the previous batch, reused if it recurs
         self.hooked: set[tuple[str, str]] = set()
         self.ways: dict[OwnOf, str] = {}
         for name, delta in deltas.items():
             self.add(name, delta)
 
-    # -- who there is ---------------------------------------------------------------------------------
+    # -- registered tenants ---------------------------------------------------------------------------
 
     def names(self) -> list[str]:
         """The tenants, sorted."""
         return sorted(self.entries)
 
     def add(self, name: str, delta: Difference | str | Path) -> None:
-        """Register a tenant by its delta folder, or by what such a folder holds.
+        """Register a tenant, given its delta folder or its difference.
 
-        Raises RecipeError if the name is taken, PlanError if it alone exceeds the budget, ArtifactError if the folder
-        is no delta of this base. On a GPU, where it is measured first, also UnsupportedWeight if it does not fit the
-        base.
+        Raises RecipeError if the name is taken, or for a folder if the base was not loaded from one; PlanError if the
+        tenant alone exceeds the budget; ArtifactError if the folder is not a delta of this base. On a GPU, where its
+        memory is computed first, also UnsupportedWeight if it does not fit the base.
         """
         if isinstance(delta, Difference):
             difference = delta
@@ -94,7 +94,7 @@ class Tenants:
             self.entries[name] = entry
 
     def drop(self, name: str) -> None:
-        """Forget a tenant, after the step that runs; raises RecipeError if there is none of this name."""
+        """Remove a tenant once the running step is over; raises RecipeError if there is none of this name."""
         with self.lock:
             self.unload(self.entry(name))
             del self.entries[name]
@@ -111,7 +111,7 @@ class Tenants:
         return sorted(found, key=lambda name: self.entries[name].used)
 
     def delta_bytes(self) -> int:
-        """Bytes of the deltas in memory, and of slots that are free."""
+        """Bytes of the deltas in memory, including free slots."""
         stacked = 0 if self.stacks is None else self.stacks.nbytes()
         return stacked + sum(e.resident.nbytes() for e in self.entries.values() if e.resident is not None)
 
@@ -121,14 +121,14 @@ class Tenants:
         return sum(held.values()) + self.delta_bytes()
 
     def fits(self, names: Sequence[str]) -> bool:
-        """Whether these tenants may be in memory together."""
+        """Whether these tenants fit the budget together."""
         entries = [self.entry(name) for name in set(names)]
         if self.budget is None or (self.stacks is not None and all(entry.resident is not None for entry in entries)):
             return True
         return self.cost(entries) <= self.budget
 
     def cost(self, entries: Sequence[Entry]) -> int:
-        """Bytes of these tenants together: as stored, and on a GPU as stacked, with what is stacked for them alone."""
+        """Bytes of these tenants together: as stored; on a GPU, as in stacks made for them alone, plus the rest."""
         if self.stacks is None:
             return sum(entry.difference.nbytes for entry in entries)
         needs = [entry.need for entry in entries if entry.need is not None]
@@ -137,11 +137,11 @@ class Tenants:
         return self.stacks.bytes_for(needs) + sum(held) + sum(rest)
 
     def explain(self) -> dict[str, dict[str, str]]:
-        """For every tenant in memory: module -> how what it differs in is computed."""
+        """For every tenant in memory: module -> how the tenant's difference is computed there."""
         return {name: self.explained(self.entries[name].resident) for name in self.loaded()}
 
     def explained(self, resident: Resident | None) -> dict[str, str]:
-        """Module -> how it computes what a tenant differs in."""
+        """Module -> how a tenant's difference is computed there; empty for a tenant that is not in memory."""
         if resident is None:
             return {}
         said: dict[str, str] = {}
@@ -159,7 +159,7 @@ class Tenants:
     # -- in and out of memory --------------------------------------------------------------------------
 
     def load(self, names: Sequence[str]) -> dict[str, Resident]:
-        """These tenants, in memory; others leave if the budget asks for it.
+        """Load these tenants into memory and return them; others are unloaded if the budget requires it.
 
         Raises PlanError if they do not fit the budget together.
         """
@@ -185,7 +185,7 @@ class Tenants:
         return found
 
     def make_room(self, nbytes: int, keep: Sequence[str]) -> None:
-        """Let the least recently used tenants leave until so many more bytes fit."""
+        """Unload the least recently used tenants, except those in `keep`, until `nbytes` more fit the budget."""
         if self.budget is None:
             return
         for name in self.loaded():
@@ -195,7 +195,7 @@ class Tenants:
                 self.unload(self.entries[name])
 
     def make_slots(self, stacks: Stacks, names: Sequence[str]) -> None:
-        """Let the least recently used tenants leave until these fit; those that are missing find free slots."""
+        """Unload the least recently used tenants until these fit, and make slots for those not in memory."""
         missing = [self.entries[name].need for name in names if self.entries[name].resident is None]
         if not missing:
             return
@@ -206,16 +206,16 @@ class Tenants:
             if name not in names:
                 self.unload(self.entries[name])
         stacks.fit([need for need in missing if need is not None], exact=self.budget is not None)
-        self.last = None  # slots may have moved
+        self.last = None  # slot numbers may have changed
 
     def unload(self, entry: Entry) -> None:
-        """Forget what of a tenant is in memory."""
+        """Remove a tenant from memory; it stays registered."""
         if entry.resident is not None:
             release(slot for slots in entry.resident.slots.values() for slot in slots)
         entry.resident = self.last = None
 
     def hook(self, resident: Resident) -> None:
-        """Make the modules that a tenant differs in ask the step what to add."""
+        """Hook the modules in which a tenant differs, so that they ask the running step what to add."""
         for group in resident.shared:
             for name in group:
                 self.hook_module(name, "linear", linear_hook(self.current, self.layout, name))
@@ -231,13 +231,13 @@ class Tenants:
                 self.hook_module(name, "own", own_hook(self.current, name, self.ways))
 
     def hook_module(self, name: str, kind: str, hook: Any) -> None:
-        """Register a hook once; what replaces an output comes before what adds to it."""
+        """Register a hook once; hooks that replace an output run before those that add to it."""
         if (name, kind) not in self.hooked:
             self.hooked.add((name, kind))
             self.model.get_submodule(name).register_forward_hook(hook, prepend=kind == "own")
 
     def current(self) -> Step | None:
-        """The forward pass that is running."""
+        """The step of the running forward pass, or None."""
         return self.step
 
     # -- computing -----------------------------------------------------------------------------------------
@@ -250,9 +250,10 @@ class Tenants:
         position_ids: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """What the model puts out for the rows of `input_ids` [B, S], each as its tenant would.
+        """The model's output for `input_ids` [B, S], where each row is computed as by its tenant.
 
-        Positions follow from the mask [B, past + S] unless they are given. Raises RecipeError for unknown tenants.
+        Positions are derived from the mask [B, past + S] unless they are given. Raises RecipeError for unknown tenants
+        and for a wrong number of names, PlanError if the tenants do not fit the budget together.
         """
         if len(tenants) != len(input_ids):
             raise RecipeError(f"tenants: {len(tenants)} names for {len(input_ids)} rows")
@@ -263,7 +264,7 @@ class Tenants:
 
     @contextmanager
     def stepping(self, tenants: Sequence[str | None]) -> Iterator[None]:
-        """While this lasts, the model computes the rows of these tenants."""
+        """A context in which the model computes each row as its tenant."""
         found = self.load([name for name in dict.fromkeys(tenants) if name is not None])
         owners = tuple(None if name is None else found[name] for name in tenants)
         if self.last is None or self.last[0] != owners:
@@ -276,7 +277,7 @@ class Tenants:
             self.step = None
 
     def planned(self, owners: Sequence[Resident | None]) -> Step:
-        """What a batch of rows of these tenants needs; None for a row of the base."""
+        """The step for a batch with one owner per row; None stands for the base."""
         numbers: dict[Resident, list[int]] = {}
         for row, owner in enumerate(owners):
             if owner is not None:
@@ -295,9 +296,9 @@ class Tenants:
         max_new_tokens: int,
         stop: int | None = None,
     ) -> list[list[int]]:
-        """The likeliest next tokens for every prompt by its tenant, at most so many, without the token `stop`.
+        """Generate greedily for every prompt with its tenant, up to `max_new_tokens` and without the token `stop`.
 
-        The rows are sorted by tenant first, so that all steps find each tenant's rows together.
+        Rows are sorted by tenant, so that in every step the rows of a tenant are consecutive.
         """
         order = sorted(range(len(prompts)), key=lambda row: (tenants[row] is not None, tenants[row] or ""))
         names = [tenants[row] for row in order]
@@ -317,7 +318,7 @@ class Tenants:
 
 
 def own_of(resident: Resident) -> dict[OwnOf, Mapping[str, Tensor]]:
-    """The tensors that a tenant has of its own, by module and parameters."""
+    """The tensors with which a tenant replaces the base's, keyed by module and parameter names."""
     return {(name, *own): own for name, own in resident.own.items()}
 
 
@@ -327,12 +328,12 @@ def until(tokens: list[int], stop: int | None) -> list[int]:
 
 
 def positions(mask_BT: Tensor) -> Tensor:
-    """The position of every token, [B, T], counted from the first that is not padding."""
+    """The position of every token, [B, T], counted from the first token that is not padding."""
     return (mask_BT.long().cumsum(1) - 1).clamp(min=0)
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of one length, filled with token 0 on the left, and the mask of what is no padding."""
+    """The rows padded on the left with token 0 to one length, and a mask that is 1 where there is no padding."""
     length = max(map(len, rows))
     ids = torch.tensor([[0] * (length - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
