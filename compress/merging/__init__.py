@@ -1,7 +1,7 @@
-"""Merging: several fine-tunes of one base become one ordinary model folder, tensor by tensor.
+"""Merges several fine-tunes of one base into one ordinary model folder, tensor by tensor.
 
-The models may be plain folders or compressed deltas of the base. Memory is a few tensors whatever their size; only
-RegMean, which needs what flows through the models, holds a block of each.
+The models may be plain folders or compressed deltas of the base. A merge holds only a few tensors in memory, whatever
+the size of the models; only RegMean, which needs the layers' inputs, holds one block of each model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ METHODS: dict[str, type[Method]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What was written: the folder, bytes of its tensors, and how many entries each model changed and were kept."""
+    """The result of a merge: the folder, the bytes of its tensors, and entry counts by model.
+
+    `changed` counts the entries in which a model differs from the base, `kept` those of them that were merged.
+    """
 
     out: Path
     method: str
@@ -69,17 +72,17 @@ def merge(
 ) -> Merged:
     """Merge fine-tunes of `base` into the folder `out`, with the base's config and tokenizer.
 
-    `models` are folders, by name or called as their folders are. `weights` maps a name to a number, or to numbers by
-    globs over tensor names of which the last match counts; 1 where nothing is said. `options` are those of the method.
-    `calibration` and `device` are for `regmean`: the tokens on which inputs are measured, for all models or by name.
-    Which models are merged decides the result, bit for bit, not their order or names. Raises CompressError children;
-    `out` is then not there.
+    `models` maps names to folders, or lists folders, which then go by their own names. `weights` maps a model's name to
+    a number, or to numbers by glob over tensor names, of which the last matching glob counts; the default is 1.
+    `options` are those of the method. `calibration` and `device` are used by `regmean` only: `calibration` describes
+    the tokens on which inputs are measured, for all models or by name. The result depends only on which models are
+    merged, bit for bit, not on their order or names. Raises subclasses of CompressError; `out` then does not exist.
     """
     if method not in METHODS:
         raise RecipeError(f"method: {method!r} is not a method{nearest(str(method), METHODS)}")
     chosen = build(METHODS[method], options, f"merge.{method}")
     folders, root = labelled(models), locate(base)
-    for folder in (root, *folders.values()):  # before anything that takes time
+    for folder in (root, *folders.values()):  # check the target before anything that takes time
         target = free_place(Path(out), folder, force=None)
     calibrations = by_label(calibration, list(folders), chosen)
     where = usable(device)
@@ -103,34 +106,34 @@ def merge(
 
 
 class Work(Protocol):
-    """What yields the merged tensors, some at a time, and what is to be said of how they were made."""
+    """Yields the merged tensors in parts, and describes how they were made."""
 
     def parts(self) -> Iterator[list[Entry]]:
-        """What is to be written; each part before the next is asked for."""
+        """The tensors to write; each part must be written before the next is requested."""
 
     def facts(self) -> dict[str, Any]:
-        """For compress.json, once all is written."""
+        """Additional facts for compress.json, available once everything has been written."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """All tensors, made one by one."""
+    """Merges all tensors one by one, without running the models."""
 
     stream: Stream
 
     def parts(self) -> Iterator[list[Entry]]:
-        """One part."""
+        """One part with all tensors."""
         yield self.stream.entries(self.stream.inputs.names())
 
     def facts(self) -> dict[str, Any]:
-        """Nothing."""
+        """No additional facts."""
         return {}
 
 
 def by_label(
     told: Calibration | Mapping[str, Calibration] | None, labels: Sequence[str], method: Method
 ) -> dict[str, Calibration]:
-    """Label -> calibration; raises RecipeError if the method reads none, or a model is unknown."""
+    """Label -> calibration; raises RecipeError if the method uses no calibration, or if a model is unknown."""
     if told is None:
         return dict.fromkeys(labels, Calibration())
     if not isinstance(method, RegMean):
@@ -144,7 +147,7 @@ def by_label(
 
 
 def announced(entry: Entry, on_progress: Callable[[str], None]) -> Entry:
-    """The entry, whose name is said when its turn comes."""
+    """The entry, with its name reported to `on_progress` when its tensor is made."""
 
     def make() -> Tensor:
         on_progress(entry.name)
@@ -154,11 +157,11 @@ def announced(entry: Entry, on_progress: Callable[[str], None]) -> Entry:
 
 
 def finish(writer: ArtifactWriter, inputs: Inputs, facts: dict[str, Any]) -> None:
-    """Write everything that is not weights; raises VerificationError if the folder does not hold what was meant."""
+    """Write everything but the weights; raises VerificationError if the tensors in the folder are not as planned."""
     told = {key: value for key, value in without_code(inputs.teller.config).items() if key != "quantization_config"}
     kept = {key: inputs.base.config[key] for key in ("dtype", "torch_dtype") if key in inputs.base.config}
     config = {key: value for key, value in told.items() if key not in ("dtype", "torch_dtype")} | kept
-    if isinstance(inputs.teller, Artifact):  # a delta leaves out what its base has alike
+    if isinstance(inputs.teller, Artifact):  # a delta folder leaves out the files that equal its base's
         copy_shared(inputs.teller, writer.partial)
     merged = {member.label: member.source for member in inputs.members}
     named = [(display_name(inputs.base.path), inputs.base), *((label, merged[label]) for label in inputs.order)]

@@ -1,4 +1,4 @@
-"""Breadcrumbs: neither the smallest nor the very largest entries of a change."""
+"""Breadcrumbs: drops both the smallest and the very largest entries of a change."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from compress.weights.pattern import drop_count
 
 @dataclass(frozen=True, kw_only=True)
 class Breadcrumbs(Method):
-    """Of each tensor's change drop the share `gamma` of largest entries, keep the next `density`, drop the rest; sum.
+    """Drop, per tensor, the share `gamma` of largest entries, keep the next `density`, drop the rest; sum the changes.
 
-    Source: Davari and Belilovsky, "Model Breadcrumbs", ECCV 2024, section 3; shares as in mergekit. Entries as large as
-    the largest or the smallest one kept are kept too.
+    Source: Davari and Belilovsky, "Model Breadcrumbs", ECCV 2024, section 3; shares as in mergekit. Entries equal in
+    magnitude to the largest or the smallest one kept are kept too.
     """
 
     name = "breadcrumbs"
@@ -38,10 +38,10 @@ class Breadcrumbs(Method):
             raise RecipeError(f"merge.breadcrumbs.density: {self.density} + gamma {self.gamma} must be at most 1")
 
     def sieve(self, change: Change, known: float | None) -> Sieve:
-        """Drop what is too small or too large."""
+        """Drop entries that are too small or too large."""
         del known
         size = change.base_RN.numel()
-        outliers = min(drop_count(size, self.gamma), size - 1)  # 0 of a small tensor: then none is one
+        outliers = min(drop_count(size, self.gamma), size - 1)  # 0 for a small tensor, which then has no outliers
         most = level(change.magnitudes, outliers + 1)
         least = level(change.magnitudes, min(size, outliers + share(size, self.density)))
 

@@ -1,4 +1,4 @@
-"""DARE: drop entries of a change at random and enlarge the others, so that its expectation stays."""
+"""DARE: drops entries of a change at random and rescales the others, so that the expected change stays the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.merging.method import Change, Density, Method, Scale, Seed, Sieve,
 
 
 def thinned(change: Change, density: float, seed: int) -> Sieve:
-    """Keep each entry with probability `density`, divided by it."""
+    """Keep each entry with probability `density`, and divide it by `density`."""
     generator = change.generator(seed)
 
     def sieve(part_RN: Tensor) -> Tensor:
@@ -23,14 +23,14 @@ def thinned(change: Change, density: float, seed: int) -> Sieve:
 
 @dataclass(frozen=True, kw_only=True)
 class Dare(Method):
-    """Drop at random; a subclass says how what is left is put together."""
+    """Drops entries at random; a subclass says how the remaining ones are combined."""
 
     density: Density = 0.8
     seed: Seed = 0
     scale: Scale = 1.0
 
     def sieve(self, change: Change, known: float | None) -> Sieve:
-        """Drop at random."""
+        """Drop entries at random and rescale the others."""
         del known
         return thinned(change, self.density, self.seed)
 
@@ -53,14 +53,14 @@ class DareLinear(Dare):
 
 @dataclass(frozen=True, kw_only=True)
 class DareTies(Dare):
-    """DARE in the place of the trimming of TIES: drop at random, elect signs, average.
+    """TIES with DARE in place of trimming: drop at random, elect signs, average.
 
     Source: Yu et al., "Language Models are Super Mario", ICML 2024, section 3.3, with TIES-Merging's steps 2 and 3.
-    The mean is over those who have the elected sign, as there; mergekit sums by default.
+    The mean is over the changes that have the elected sign, as in TIES; mergekit sums by default.
     """
 
     name = "dare-ties"
 
     def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The mean of those who have the elected sign."""
+        """The mean of the changes that have the elected sign."""
         return elected(changes, weights).mul_(self.scale)

@@ -1,4 +1,4 @@
-"""DELLA: drop entries of a change at random, small ones more often than large ones."""
+"""DELLA: drops entries of a change at random, small ones more often than large ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from compress.merging.method import Change, Density, Method, Scale, Seed, Sieve,
 
 @dataclass(frozen=True, kw_only=True)
 class Della(Method):
-    """Keep an entry with a probability that grows with the rank of its magnitude in its row, and divide it by that.
+    """Keep an entry with a probability that grows with its magnitude's rank in its row, and divide it by that.
 
-    The probabilities go linearly from density - epsilon for the smallest to density + epsilon for the largest entry.
-    Signs are then elected and averaged as in TIES.
+    The probabilities grow linearly from density - epsilon for the smallest to density + epsilon for the largest entry.
+    Signs are then elected and entries averaged as in TIES.
 
     Source: Deep et al., "DELLA-Merging", 2024, section 3; equal magnitudes rank in order of position.
     """
@@ -40,7 +40,7 @@ class Della(Method):
             )
 
     def sieve(self, change: Change, known: float | None) -> Sieve:
-        """Drop at random, by rank within a row."""
+        """Drop entries at random, by their rank within a row."""
         del known
         generator = change.generator(self.seed)
 
@@ -60,5 +60,5 @@ class Della(Method):
         return torch.empty_like(part_RN).scatter_(1, order_RN, steps_N.expand_as(part_RN))
 
     def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The mean of those who have the elected sign."""
+        """The mean of the changes that have the elected sign."""
         return elected(changes, weights).mul_(self.scale)

@@ -1,4 +1,4 @@
-"""What a merged folder says of itself: compress.json and the model card, made of the same facts."""
+"""Writes the description of a merged folder: compress.json and the model card, from the same facts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def provenance(
     tally: Mapping[str, list[int]],
     how: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """compress.json without the hashes of what was written; `how` is what else the method says."""
+    """The contents of compress.json without the hashes of the written files; `how` adds facts from the method."""
     members = {member.label: member for member in inputs.members}
     packages = {name: version(name) for name in ("torch", "safetensors")}
     return {
@@ -42,7 +42,7 @@ def provenance(
 
 
 def of_model(member: Member, share: Share, tally: list[int]) -> dict[str, Any]:
-    """What is kept of one model: where entries were dropped, how many it had changed and how many were kept."""
+    """The record of one model: its name, hashes and weights, how many entries it had changed and how many were kept."""
     return {
         "name": display_name(member.source.path),
         "sha256": member.sha256,
@@ -54,7 +54,7 @@ def of_model(member: Member, share: Share, tally: list[int]) -> dict[str, Any]:
 
 
 def card(facts: Mapping[str, Any], cards: Sequence[tuple[str, Said]] = ()) -> str:
-    """The Markdown of a merged folder, with what the cards of all that was merged, each under its name, say alike."""
+    """The model card of a merged folder, in Markdown; the front matter keeps what the cards of all inputs agree on."""
     merge, said = facts["merge"], agreed(told for _, told in cards)
     named = [merge["base"]["name"], *(model["name"] for model in merge["models"].values())]
     options = ", ".join(f"{key} {value}" for key, value in merge["options"].items())
@@ -95,12 +95,12 @@ def card(facts: Mapping[str, Any], cards: Sequence[tuple[str, Said]] = ()) -> st
 
 
 def licences(cards: Sequence[tuple[str, Said]]) -> list[str]:
-    """A line with the licence that each card states, of cards that state different ones; none if none states any."""
+    """A line that lists the licence of each card, for cards that do not agree; none if no card states a licence."""
     stated = ", ".join(f"`{name}` `{quoted(said['license'])}`" for name, said in cards if "license" in said)
     return [f"The cards of what was merged state different licences; each of them holds: {stated}.\n"] if stated else []
 
 
 def weights_of(model: Mapping[str, Any]) -> str:
-    """The weights of a model in one cell."""
+    """The weights of a model as the text of a table cell."""
     weights = model["weights"]
     return ", ".join(f"{weight:g}" if glob == "*" else f"{weight:g} in `{glob}`" for glob, weight in weights.items())

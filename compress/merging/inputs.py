@@ -1,7 +1,8 @@
-"""The base and the models that are merged: opened, named, and checked to be one architecture before any work.
+"""The inputs of a merge, the base and the models: opened, named, and checked to share one architecture before any work.
 
-All have the base's tensors. Only the tables over the vocabulary may have more rows: what a fine-tune added. Those rows
-come from the one model that has them; of several, their mean, if their tokenizers are the same files.
+All models have the base's tensors. Only tables over the vocabulary may have more rows, for tokens that a fine-tune has
+added. Those rows are taken from the model that has them; if several have them, and with identical tokenizer files,
+their mean is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from compress.plan import FLOATS
 from compress.sources import open_source
 from compress.stats import finite
 
-COMPUTED = {  # what a config says that changes what a model computes with equal tensors
+COMPUTED = {  # the config keys that change what a model computes from the same tensors
     "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
     "intermediate_size", "hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps",
     "layer_norm_epsilon", "rope_theta", "partial_rotary_factor", "tie_word_embeddings", "layer_types",
@@ -34,7 +35,11 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A model to merge. `key` is made of its bytes: the order and the draws of a merge depend on it, not on labels."""
+    """A model to merge.
+
+    `key` is derived from the hashes of its files. The order of summation and the random draws of a merge depend on it,
+    not on the label.
+    """
 
     label: str
     source: Checkpoint
@@ -48,9 +53,10 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is merged; `members` in an order that does not depend on the user's, `order` is theirs.
+    """The inputs of a merge.
 
-    `teller` is whose config and tokenizer the result gets: the base, or a model with a larger vocabulary.
+    `members` are sorted by key, so that their order does not depend on the user's; `order` holds the labels in the
+    user's order. `growers` are the members with a larger vocabulary than the base.
     """
 
     base: Checkpoint
@@ -61,19 +67,19 @@ class Inputs:
 
     @property
     def teller(self) -> Checkpoint:
-        """Whose config and companions the result gets."""
+        """The source of the result's config and tokenizer: the base, or a model with a larger vocabulary."""
         return self.growers[0].source if self.growers else self.base
 
     def names(self) -> list[str]:
-        """All tensors, sorted."""
+        """The names of all tensors, sorted."""
         return sorted(self.base.headers)
 
     def merges(self, name: str) -> bool:
-        """Whether a tensor holds floating-point numbers; the others are the same in every model."""
+        """Whether a tensor is merged, which is if it is floating-point; the others are the same in every model."""
         return self.base.headers[name].dtype in FLOATS
 
     def header(self, name: str) -> Held:
-        """What the merged tensor is: the base's dtype, and as many rows as any model has."""
+        """The dtype and shape of the merged tensor: the base's dtype, and as many rows as the largest model has."""
         held = self.base.headers[name]
         return held._replace(shape=max([held.shape, *(m.source.headers[name].shape for m in self.growers)]))
 
@@ -87,10 +93,10 @@ def checked(source: Checkpoint, name: str) -> Tensor:
 
 
 def open_inputs(base: Path, folders: Mapping[str, Path]) -> Inputs:
-    """The base and the models by label; a delta of the base is what it decodes to.
+    """Open the base and the models by label; a delta of the base is read as the model it decodes to.
 
-    Everything is compared before the files are hashed. Raises ArtifactError for a folder that is no plain model of the
-    base's architecture and no delta of the base.
+    Everything is compared before files are hashed. Raises ArtifactError for a folder that is neither a plain model of
+    the base's architecture nor a delta of the base.
     """
     opened = open_source(base)
     sources = {label: open_model(path, base) for label, path in folders.items()}
@@ -107,14 +113,14 @@ def open_inputs(base: Path, folders: Mapping[str, Path]) -> Inputs:
 
 
 def open_model(path: Path, base: Path) -> Checkpoint:
-    """A fine-tuned model, or what a delta of the base decodes to."""
+    """A fine-tuned model, or the model that a delta of the base decodes to."""
     return Artifact(path, base) if is_artifact(path) and Artifact(path).is_delta else open_source(path)
 
 
 def labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[str, Path]:
-    """Label -> folder, called as it is where no label is given.
+    """Label -> folder; a folder without a label goes by its own name.
 
-    Raises RecipeError for labels that are unfit or used twice, ArtifactError for what is no model folder.
+    Raises RecipeError for labels that are not usable or used twice, ArtifactError for a path that is no model folder.
     """
     if isinstance(models, str) or not isinstance(models, (Mapping, Sequence)) or not models:
         raise RecipeError(
@@ -134,7 +140,7 @@ def labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
 
 
 def members_of(sources: Mapping[str, Checkpoint]) -> Iterator[Member]:
-    """The opened models, hashed; equal ones get different keys."""
+    """The opened models with their hashes; identical models get different keys."""
     seen: dict[str, int] = {}
     for label, source in sources.items():
         digests = source.digests()
@@ -144,7 +150,7 @@ def members_of(sources: Mapping[str, Checkpoint]) -> Iterator[Member]:
 
 
 def compare(base: Checkpoint, where: str, model: Checkpoint) -> None:
-    """Raise ArtifactError for the first difference in architecture of the model called `where` from the base."""
+    """Raise ArtifactError for the first difference in architecture between the base and the model named `where`."""
     mine, theirs = model.headers, base.headers
     for key, want, got in differences(base.config, model.config):
         raise ArtifactError(f"{where}: config.json says {key} {got!r}, the base's {want!r}; they cannot be merged")
@@ -164,7 +170,7 @@ def compare(base: Checkpoint, where: str, model: Checkpoint) -> None:
 
 
 def differences(base: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, the base's value, the other's) of what both configs say differently and a model computes with."""
+    """(key, the base's value, the other's value) for each config entry that differs and affects the computation."""
     for key in sorted(base.keys() & other.keys()):
         where, want, got = f"{path}{key}", base[key], other[key]
         if isinstance(want, dict) and isinstance(got, dict):
@@ -174,15 +180,16 @@ def differences(base: Any, other: Any, path: str = "") -> Iterator[tuple[str, An
 
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:
-    """The entries of the vocabulary that a config names, at its top or for its language part."""
+    """The size of the vocabulary according to a config, at its top level or in its text config; None if absent."""
     told = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return told if isinstance(told, int) else None
 
 
 def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
-    """The models with more rows than the base in some table.
+    """The models that have more rows than the base in some table.
 
-    Raises ArtifactError if there are several and their new rows need not mean the same.
+    Raises ArtifactError if there are several and their shapes or tokenizers differ, since their new rows may then mean
+    different tokens.
     """
     sizes = base.shapes()
     found = [m for m in members if m.source.shapes() != sizes]
@@ -198,7 +205,7 @@ def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
 
 
 def tokenizer(member: Member) -> dict[str, str]:
-    """The hashes of a model's tokenizer files; those that a delta has in common with its base lie there."""
+    """The hashes of a model's tokenizer files; files that a delta shares with its base are read from the base."""
     source = member.source
     held = {name: source.companion(name) if isinstance(source, Artifact) else source.path / name for name in TOKENIZERS}
     return {name: digest(file) for name, file in held.items() if file is not None and file.is_file()}

@@ -1,7 +1,7 @@
-"""What a merging method is: how each model's change of a tensor is thinned, and how what is left becomes one change.
+"""The interface of a merging method: how each model's change of a tensor is thinned out, and how changes are combined.
 
-A change is D = W - W0, the model's tensor less the base's, in float64 and in parts of whole rows, so that a method
-never holds more than a few parts besides the tensors themselves. Shape suffixes: R rows, N entries of a row.
+A change is D = W - W0, the model's tensor minus the base's, computed in float64 in parts of whole rows, so that a
+method never holds more than a few parts besides the tensors themselves. Shape suffixes: R rows, N entries of a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.options import check_options
 
-AT_ONCE = 1 << 16  # entries of a part: some dozen of them fit a cache, and no allocator maps pages for one
+AT_ONCE = 1 << 16  # entries of a part: about a dozen parts fit a cache, and no allocator maps new pages for one
 Sieve = Callable[[Tensor], Tensor]
 Scale = Annotated[
     float, Field(gt=0, le=100, allow_inf_nan=False, description="multiplies the merged change; lambda in the papers")
@@ -28,7 +28,10 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="of the entries that
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What the model `model` changed in the tensor `name`, both [R, N] in the dtypes of their files."""
+    """The change that the model with key `model` made to the tensor `name`.
+
+    `base_RN` and `own_RN` are the base's and the model's tensor, both [R, N] in the dtypes of their files.
+    """
 
     name: str
     model: str
@@ -40,18 +43,18 @@ class Change:
         return self.own_RN[rows].double() - self.base_RN[rows].double()
 
     def magnitudes(self) -> Iterator[Tensor]:
-        """|D| in parts, float32: what entries are compared by."""
+        """|D| in parts, float32, by which entries are compared."""
         for rows in parts(self.base_RN):
             yield magnitude(self.part(rows))
 
     def generator(self, seed: int) -> torch.Generator:
-        """Draws for this change alone: the same whatever else is merged, and in whatever order."""
+        """A random generator for this change alone, which is the same whatever else is merged, in whatever order."""
         name = f"{seed}\0{self.model}\0{self.name}"
         return torch.Generator().manual_seed(int.from_bytes(sha256(name.encode()).digest()[:4], "big"))
 
 
 def parts(matrix_RN: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, about AT_ONCE entries at a time."""
+    """Slices over the rows of a matrix, with about AT_ONCE entries each."""
     step = max(1, AT_ONCE // max(1, matrix_RN.shape[1]))
     for start in range(0, len(matrix_RN), step):
         yield slice(start, start + step)
@@ -64,9 +67,10 @@ def magnitude(change_RN: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method; its fields are its options, checked strictly.
+    """A merging method; its fields are its options, which are checked strictly.
 
-    `signed`: a weight may be negative. `shared`: every tensor needs a model with a weight above 0, being a mean.
+    `signed`: weights may be negative. `shared`: the method is a mean, so every tensor needs at least one model with a
+    weight above 0.
     """
 
     name: ClassVar[str]
@@ -77,20 +81,24 @@ class Method:
         check_options(self, f"merge.{self.name}")
 
     def survey(self, models: Mapping[str, Callable[[], Iterator[Tensor]]], size: int) -> dict[str, float]:
-        """What must be known of each whole model before its first tensor: by model, a float.
+        """One number per model that must be known before its first tensor is merged, such as a threshold.
 
-        Each of `models` gives |D| over all tensors in parts, `size` entries in all, every time it is called.
+        Each value of `models`, whenever it is called, yields |D| over all tensors of that model in parts, `size`
+        entries in total.
         """
         del models, size
         return {}
 
     def sieve(self, change: Change, known: float | None) -> Sieve:
-        """What thins the parts of a change, called with each once and in order; `known` is from the survey."""
+        """The function that thins out the parts of a change; it is called once with each part, in order.
+
+        `known` is the model's number from `survey`, or None.
+        """
         del change, known
         return lambda part_RN: part_RN
 
     def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """One change [R, N] of those of several models, each with its weight, which is never 0."""
+        """Combine the changes [R, N] of several models into one; their weights are never 0."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def total(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def elected(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Entry by entry, the weighted mean of the changes that have the elected sign: that of sum_k w_k D_k, + if it is 0.
+    """Entry by entry, the weighted mean of the changes with the elected sign: that of sum_k w_k D_k, + if it is 0.
 
     Source: Yadav et al., "TIES-Merging", NeurIPS 2023, section 3.1, steps 2 and 3; weights and the sign of a zero sum
     as in mergekit.

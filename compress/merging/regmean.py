@@ -1,7 +1,7 @@
-"""RegMean: the weight whose outputs on every model's own inputs are nearest to that model's; the rest is averaged.
+"""RegMean: finds the weight whose outputs are closest to each model's on that model's own inputs; the rest is averaged.
 
-The models walk side by side, a block of each in memory, every one over its own calibration tokens; the merged block is
-written before the next is loaded. A site is any linear map of a block but an expert that a router chooses.
+The models are walked side by side, each over its own calibration tokens and with one block of each in memory; a merged
+block is written before the next is loaded. A site is any linear layer of a block except routed experts.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ from compress.recipe import Calibration
 from compress.shards import Entry
 from compress.stats import Gram
 
-DAMPING = 1e-6  # of the mean of the diagonal; float32 Grams are not positive definite to their last digits
+DAMPING = 1e-6  # times the mean of the diagonal; float32 Grams are not positive definite in their last digits
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegMean(Method):
-    """W = (sum_k w_k W_k G_k) (sum_k w_k G_k)^-1, G_k the mean x xᵀ of model k's inputs, off the diagonal shrunk.
+    """W = (sum_k w_k W_k G_k) (sum_k w_k G_k)^-1, where G_k is the mean x xᵀ of model k's inputs.
+
+    The off-diagonal entries of G_k are multiplied by 1 - shrink.
 
     Source: Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023, eq. 2, and
     section 3.3 for the shrinking, where alpha is 1 - shrink. Deviations: G is a mean, so that models count by their
-    weight and not by their tokens; 1e-6 of its mean diagonal is added to it.
+    weight and not by their number of tokens; 1e-6 times its mean diagonal is added to its diagonal.
     """
 
     name = "regmean"
@@ -49,16 +51,16 @@ class RegMean(Method):
     ] = 0.1
 
     def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The weighted mean, of what is no site."""
+        """The weighted mean, for tensors that are not merged by regression."""
         return total(changes, weights).div_(sum(weights))
 
 
 def regression(
     changes: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], shrink: float
 ) -> Tensor | None:
-    """The merged change [out, in] of those of models whose inputs have these Grams [in, in], float64.
+    """The merged change [out, in], float64, of models whose inputs have these Grams [in, in].
 
-    None if the sum of the Grams is not positive definite. One change alone is itself.
+    None if the sum of the Grams is not positive definite. A single change is returned as it is.
     """
     if len(changes) == 1:
         return changes[0]
@@ -74,7 +76,7 @@ def regression(
 
 
 class SideBySide:
-    """The merged tensors of a model in the order of its blocks, each model walked over its own calibration."""
+    """Makes the merged tensors block by block while each model is walked over its own calibration tokens."""
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class SideBySide:
         device: torch.device,
     ) -> None:
         self.inputs, self.stream, self.method = inputs, stream, method
-        for member in inputs.members:  # a walk would only say that its output is not finite
+        for member in inputs.members:  # to name the tensor: a walk would only report that an output is not finite
             for name in inputs.names():
                 member.tensor(name)
         self.walks = {m.label: walk_through(m, device) for m in inputs.members}
@@ -95,7 +97,7 @@ class SideBySide:
         self.regressed: list[str] = []
 
     def parts(self) -> Iterator[list[Entry]]:
-        """What is to be written, a block at a time, each before the next is asked for."""
+        """The tensors to write, one block at a time; each must be written before the next is requested."""
         anatomy = next(iter(self.walks.values())).anatomy
         yield self.stream.entries(anatomy.frame())
         wholes = [Whole(w, self.tokens[label].windows, self.tokens[label].probe_NT) for label, w in self.walks.items()]
@@ -104,7 +106,10 @@ class SideBySide:
             yield self.stream.entries(anatomy.tensors_of(blocks[0].index), partial(self.merged, blocks=present))
 
     def facts(self) -> dict[str, Any]:
-        """The tokens of each model, how few windows went together if memory ran out, and what is no mean."""
+        """The calibration tokens of each model, and the names of the tensors merged by regression.
+
+        If memory ran out, also the number of windows that the model was then run on at once.
+        """
         named: dict[str, Any] = {label: {"name": t.name, "sha256": t.sha256} for label, t in self.tokens.items()}
         for label, walk in self.walks.items():
             if walk.fit.halved:
@@ -138,13 +143,13 @@ class SideBySide:
 
 
 def site_of(block: Block, name: str) -> Site | None:
-    """The site that is all of a tensor of the file and sees every token, or None."""
+    """The site whose matrix is the whole tensor of this name in the file and that sees every token, or None."""
     found = [site for site in block.sites.values() if site.place.tensor == name]
     return found[0] if len(found) == 1 and found[0].whole and not found[0].place.routed else None
 
 
 def walk_through(member: Member, device: torch.device) -> Walk:
-    """A walk through a model; raises ArtifactError if its files do not fit its config."""
+    """The walk over a model; raises ArtifactError if its files do not match its config."""
     source = member.source
     walk = Walk(source.config, source, dtype_of(source.config), device)
     check_tensors(walk, source)
@@ -152,9 +157,10 @@ def walk_through(member: Member, device: torch.device) -> Walk:
 
 
 def tokens_of(walk: Walk, member: Member, base: Checkpoint, calibration: Calibration) -> Tokens:
-    """The calibration tokens of a model, by its own tokenizer, or the base's if it has none: a delta may leave it out.
+    """The calibration tokens of a model, from its own tokenizer, or from the base's if it has none, as a delta may.
 
-    Raises CalibrationError if neither can be loaded, data cannot be had, or a token is unknown to the model.
+    Raises CalibrationError if neither tokenizer can be loaded, the data is not available, or a token is outside the
+    model's vocabulary.
     """
     tokenizer = tokenizer_of(member.source.path) or tokenizer_of(base.path)
     if tokenizer is None:

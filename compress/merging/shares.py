@@ -1,4 +1,4 @@
-"""How much each model counts in each tensor: one weight a model, or several by globs over tensor names."""
+"""The weight of each model in each tensor: one number per model, or several by glob over tensor names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The weight of one model: that of the last glob a tensor's name matches, 1 if none does."""
+    """The weights of one model: for a tensor, that of the last glob that matches its name, or 1 if none does."""
 
     rules: tuple[tuple[str, float], ...] = ()
 
@@ -26,10 +26,10 @@ class Share:
 
 
 def shares(weights: Weights, labels: Iterable[str], names: Sequence[str], method: Method) -> dict[str, Share]:
-    """Label -> share, of weights such as {"a": 0.5, "b": {"*": 1, "*.mlp.*": 0.2}}.
+    """Label -> share, from weights such as {"a": 0.5, "b": {"*": 1, "*.mlp.*": 0.2}}.
 
     Raises RecipeError for an unknown model, a glob that matches no tensor, a weight that is not a number in range,
-    and a tensor to which no model contributes though the method is a mean.
+    and, if the method is a mean, a tensor to which no model contributes.
     """
     found = dict.fromkeys(labels, Share())
     if not isinstance(weights, Mapping):
@@ -46,7 +46,7 @@ def shares(weights: Weights, labels: Iterable[str], names: Sequence[str], method
 
 
 def number(weight: object, where: str, glob: object, method: Method, names: Sequence[str]) -> float:
-    """A weight and its glob, checked."""
+    """The weight as a float, after checking it and its glob; raises RecipeError."""
     if not isinstance(glob, str) or not any(fnmatchcase(name, glob) for name in names):
         raise RecipeError(f"{where}: {glob!r} matches no tensor; they are called like {names[0]}")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):

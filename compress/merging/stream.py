@@ -1,7 +1,7 @@
-"""Merging tensor by tensor: one tensor of each model, mapped from its file, the merged one, and parts in float64.
+"""Merges tensor by tensor; memory holds one tensor of each model (memory-mapped), the merged one and parts in float64.
 
-What is merged to exactly one model's change is that model's own value, not W0 + (W - W0), which may round. So a model
-merged alone, whole, is itself bit for bit in every dtype.
+Where the merged change equals one model's change exactly, that model's own value is written rather than W0 + (W - W0),
+which may round. A model merged alone without dropping anything is therefore reproduced bit for bit in every dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Make = Callable[[str], Tensor]
 
 
 class Stream:
-    """The merged tensors by name; `tally` counts entries that each model changed, and of those the ones kept."""
+    """Makes the merged tensors by name; `tally` counts, by model, the entries it changed and those of them kept."""
 
     def __init__(self, inputs: Inputs, method: Method, shares: Mapping[str, Share]) -> None:
         self.inputs, self.method, self.shares = inputs, method, shares
@@ -34,18 +34,18 @@ class Stream:
         self.known = method.survey({m.key: partial(self.magnitudes, m) for m in inputs.members}, size)
 
     def magnitudes(self, member: Member) -> Iterator[Tensor]:
-        """|D| of a whole model in parts."""
+        """|D| over all tensors of a model, in parts."""
         for name in self.names:
             yield from self.change(member, name, checked(self.inputs.base, name)).magnitudes()
 
     def change(self, member: Member, name: str, base: Tensor) -> Change:
-        """What a model changed in a tensor, without the rows that it added."""
+        """The change that a model made to a tensor, without the rows that it added."""
         own = member.tensor(name)
         own = own[: len(base)] if base.ndim else own
         return Change(name=name, model=member.key, base_RN=as_matrix(base), own_RN=as_matrix(own))
 
     def weights(self, name: str) -> dict[str, float]:
-        """Label -> weight in a tensor, of those whose weight is not 0, in the order of the models' keys."""
+        """Label -> weight in a tensor, for the models whose weight is not 0, in the order of their keys."""
         found = {member.label: self.shares[member.label].of(name) for member in self.inputs.members}
         return {label: weight for label, weight in found.items() if weight}
 
@@ -60,7 +60,7 @@ class Stream:
         return self.with_new_rows(name, finite_in(merged.view(base.shape), base.dtype, name))
 
     def fused(self, changes: Sequence[Change], labels: Sequence[str], weights: Sequence[float]) -> Tensor:
-        """The merged tensor [R, N], a part at a time."""
+        """The merged tensor [R, N], computed part by part."""
         base_RN = changes[0].base_RN
         merged_RN = torch.empty_like(base_RN)
         sieves = [self.method.sieve(change, self.known.get(change.model)) for change in changes]
@@ -77,12 +77,12 @@ class Stream:
         return merged_RN
 
     def count(self, label: str, change: Tensor, kept: Tensor) -> None:
-        """Add to the tally of a model."""
+        """Add the non-zero entries of a change, before and after thinning, to the tally of a model."""
         self.tally[label][0] += int(change.count_nonzero())
         self.tally[label][1] += int(kept.count_nonzero())
 
     def with_new_rows(self, name: str, merged: Tensor) -> Tensor:
-        """A table with the rows that models added to it: their mean."""
+        """A merged table followed by the rows that models added to it, or by their mean if several did."""
         more = [m for m in self.inputs.growers if m.source.headers[name].shape != merged.shape]
         if not more:
             return merged
@@ -90,7 +90,7 @@ class Stream:
         return torch.cat((merged, finite_in(added.to(merged.dtype), merged.dtype, name)))
 
     def entries(self, names: Sequence[str], make: Make | None = None) -> list[Entry]:
-        """The merged tensors, to be made when they are written."""
+        """Entries for the merged tensors, each of which is made when it is written."""
         made = []
         for name in names:
             held = self.inputs.header(name)
@@ -99,12 +99,12 @@ class Stream:
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """A tensor as rows of its last side."""
+    """A tensor as a matrix whose rows run along its last dimension."""
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
 
 
 def finite_in(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor; raises ArtifactError if values were too large for the dtype."""
+    """The tensor itself; raises ArtifactError if values were too large for the dtype."""
     if not finite(merged):
         raise ArtifactError(f"{name}: merged values are too large for {dtype}; lower scale or weights")
     return merged

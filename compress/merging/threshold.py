@@ -1,7 +1,8 @@
-"""The k-th largest of more magnitudes than memory holds, exactly: two passes over them and two small histograms.
+"""Finds the k-th largest of more magnitudes than memory holds, exactly, with two passes and two small histograms.
 
-The bits of a float32 that is not negative are in the order of its value. The first pass counts the upper 16 of them,
-which finds the bin the answer lies in; the second counts the lower 16 of what falls into that bin.
+The bit patterns of non-negative float32 values, read as integers, are in the order of the values. The first pass makes
+a histogram of the upper 16 bits, which finds the bin that holds the answer; the second makes one of the lower 16 bits
+of the values in that bin.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ HALF = 16  # bits
 
 
 def level(magnitudes: Callable[[], Iterable[Tensor]], rank: int) -> float:
-    """The `rank`-th largest (from 1) of the float32 values that `magnitudes()` gives in parts, twice the same."""
+    """The `rank`-th largest (from 1) of the float32 values that `magnitudes()` yields in parts.
+
+    It is called twice and must yield the same values both times.
+    """
     upper = torch.zeros(1 << (HALF - 1), dtype=torch.long)
     for part in magnitudes():
         upper += torch.bincount(keys(part) >> HALF, minlength=len(upper))
@@ -31,7 +35,7 @@ def level(magnitudes: Callable[[], Iterable[Tensor]], rank: int) -> float:
 
 
 def keys(part: Tensor) -> Tensor:
-    """The bits of float32 values as whole numbers in the same order."""
+    """The bits of non-negative float32 values as integers, which are in the same order."""
     return part.contiguous().view(torch.int32).flatten()
 
 
@@ -43,5 +47,5 @@ def find(counts: Tensor, rank: int) -> tuple[int, int]:
 
 
 def share(size: int, part: float) -> int:
-    """How many of `size` entries are a share `part` of them, at least 1."""
+    """How many entries the share `part` of `size` entries is, at least 1."""
     return max(1, drop_count(size, part))
