@@ -1,1 +1,1 @@
-"""An HTTP server for a base model and its fine-tunes; what it needs beyond the package is the extra `serve`."""
+"""An HTTP server for a base model and its fine-tunes; its dependencies are in the extra `serve`."""

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shapes: one object, or a stream of server-sent events."""
+"""Builds responses in the format of OpenAI's API: one JSON object, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Answer:
-    """The parts that all objects of one answer share."""
+    """Builds the JSON objects of one response; its fields are what they share."""
 
     model: str
     chat: bool
@@ -20,7 +20,7 @@ class Answer:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def head(self, chunk: bool) -> dict[str, Any]:
-        """What every object begins with."""
+        """The fields with which every object begins."""
         if self.chat:
             kind, name = "chat.completion.chunk" if chunk else "chat.completion", f"chatcmpl-{self.name}"
         else:
@@ -28,7 +28,7 @@ class Answer:
         return {"id": name, "object": kind, "created": self.created, "model": self.model}
 
     def usage(self, made: int) -> dict[str, int]:
-        """Tokens counted."""
+        """The token counts, when `made` tokens were generated."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": made,
@@ -36,24 +36,24 @@ class Answer:
         }
 
     def whole(self, text: str, finish: str, made: int) -> dict[str, Any]:
-        """The answer at once."""
+        """The complete response as one object."""
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
         return {**self.head(False), "choices": [choice], "usage": self.usage(made)}
 
     def chunk(self, text: str, finish: str | None, first: bool) -> dict[str, Any]:
-        """Some of the answer."""
+        """One chunk of a streamed response."""
         said: dict[str, Any] = {"text": text}
         if self.chat:
             said = {"delta": {**({"role": "assistant"} if first else {}), **({"content": text} if text else {})}}
         return {**self.head(True), "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}]}
 
     def counted(self, made: int) -> dict[str, Any]:
-        """The last object of a stream that was asked to tell the usage."""
+        """The last object of a stream for which the client asked for the usage."""
         return {**self.head(True), "choices": [], "usage": self.usage(made)}
 
 
 def event(value: dict[str, Any] | str) -> bytes:
-    """One server-sent event."""
+    """The bytes of one server-sent event."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"data: {text}\n\n".encode()

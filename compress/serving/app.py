@@ -1,6 +1,6 @@
-"""The HTTP interface: what is asked is checked, queued, and answered as it is computed.
+"""The HTTP interface: checks requests, queues them, and streams or returns the answers.
 
-`model` names the tenant; the base goes by its own name. Nothing is kept of what is asked.
+`model` in a request names the tenant; the base has a name of its own. No contents of requests are stored.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from compress.serving.requests import Asked, Chat, Completion, body_of, parsed
 from compress.serving.running import Piece, Sequence, check_cache
 from compress.serving.text import Text
 
-LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")  # what configs call the longest text
+LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")  # config keys for the length of the context
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server takes: sequences that wait and run, tokens an answer, bytes a body; and the key it asks for."""
+    """The limits of a server: waiting and running sequences, tokens per answer, bytes per body; and its API key."""
 
     max_queue: int = 256
     max_batch: int = 32
@@ -44,21 +44,24 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """How a model's tokens are read: its tokenizer, and the tokens that end a text."""
+    """A model's tokenizer and the tokens that end a text."""
 
     tokenizer: Any
     ends: frozenset[int]
 
     @staticmethod
     def of(tokenizer: Any, told: Any) -> Language:
-        """With the end that the settings of the model tell, a number or several or None, and the tokenizer's."""
+        """The language of a tokenizer; `told` is the EOS token id of the model's settings: an int, several, or None.
+
+        A text ends at any of these tokens and at the tokenizer's own EOS token.
+        """
         found: set[int] = set()
         for end in (told, getattr(tokenizer, "eos_token_id", None)):
             found |= set(end) if isinstance(end, (list, tuple)) else set() if end is None else {int(end)}
         return Language(tokenizer=tokenizer, ends=frozenset(found))
 
     def opened(self, text: str) -> list[int]:
-        """A text that is to go on, as tokens: without the EOS that some tokenizers are set to add behind it."""
+        """The tokens of a text to be continued, without the EOS token that some tokenizers append."""
         ids = [int(token) for token in self.tokenizer(text)["input_ids"]]
         said = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         added = ids[-1:] == [getattr(self.tokenizer, "eos_token_id", None)] != said[-1:]
@@ -66,7 +69,7 @@ class Language:
 
 
 class Server:
-    """A base and its tenants behind an engine; `own` are the languages of tenants that have not the base's."""
+    """A base and its tenants behind an engine; `own` holds the languages of tenants that do not use the base's."""
 
     def __init__(
         self, tenants: Tenants, tokenizer: Any, name: str, limits: Limits, own: Mapping[str, Language] | None = None
@@ -84,21 +87,21 @@ class Server:
     # -- from a request to a sequence ---------------------------------------------------------------------
 
     def models(self) -> list[str]:
-        """The base, then the tenants."""
+        """The names of the base and then of the tenants."""
         return [self.name, *self.tenants.names()]
 
     def tenant(self, model: str) -> str | None:
-        """The tenant that a request names, None for the base; raises Refusal 404 for no model of this name."""
+        """The tenant that a request names, or None for the base; raises Refusal 404 if there is no such model."""
         if model not in self.models():
             raise Refusal(404, f"the model {model[:100]!r} does not exist", param="model", code="model_not_found")
         return None if model == self.name else model
 
     def language_of(self, model: str) -> Language:
-        """The language of a model that is served."""
+        """The language of a served model: its own, or the base's."""
         return self.own.get(model, self.language)
 
     def tokens(self, asked: Asked) -> list[int]:
-        """The prompt as tokens; raises Refusal 400 if it cannot be one."""
+        """The tokens of the prompt; raises Refusal 400 if it is not valid."""
         if isinstance(asked, Chat):
             return self.chat_tokens(asked)
         prompt = asked.prompt if isinstance(asked, Completion) else ""
@@ -111,7 +114,10 @@ class Server:
         return self.language_of(asked.model).opened(unbroken(text, "prompt"))
 
     def chat_tokens(self, asked: Chat) -> list[int]:
-        """A conversation as tokens, by the tokenizer's own template, which transformers runs in a sandbox."""
+        """The tokens of a conversation, by the tokenizer's chat template, which transformers runs in a sandbox.
+
+        Raises Refusal 400 if there is no template or it rejects the messages.
+        """
         tokenizer = self.language_of(asked.model).tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise Refusal(
@@ -120,12 +126,12 @@ class Server:
         said = [message.model_dump() for message in asked.messages]
         try:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template refuses in its own words, with any kind of error
+        except Exception as error:  # a template may raise any kind of error to reject messages
             raise Refusal(400, "messages: the chat template does not take these", param="messages") from error
         return [int(token) for token in tokenizer(unbroken(text, "messages"), add_special_tokens=False)["input_ids"]]
 
     def sequence(self, asked: Asked, emit: Callable[[Piece], None]) -> Sequence:
-        """What the engine is given; raises Refusal if it cannot be."""
+        """The sequence for the engine; raises Refusal if the request is not valid."""
         tenant, language = self.tenant(asked.model), self.language_of(asked.model)
         prompt = self.tokens(asked)
         place = "messages" if isinstance(asked, Chat) else "prompt"
@@ -151,7 +157,7 @@ class Server:
     # -- answering ----------------------------------------------------------------------------------------
 
     async def answer(self, request: Request, kind: type[Asked]) -> Response:
-        """The answer to a request for text."""
+        """Answer a completion or chat request; raises Refusal, with 429 if the queue is full and 503 at shutdown."""
         body = await body_of(request, self.limits.max_body)
         asked = parsed(body, kind)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
@@ -178,7 +184,7 @@ class Server:
     async def whole(
         self, request: Request, answer: Answer, sequence: Sequence, pieces: asyncio.Queue[Piece]
     ) -> Response:
-        """All of an answer; the sequence is cancelled when the client goes away."""
+        """The complete answer; the sequence is cancelled if the client disconnects."""
         gone = asyncio.create_task(disconnected(request))
         text, start, last = [], time.monotonic(), Piece()
         try:
@@ -201,7 +207,7 @@ class Server:
     async def stream(
         self, answer: Answer, sequence: Sequence, pieces: asyncio.Queue[Piece], told: bool
     ) -> AsyncIterator[bytes]:
-        """The events of an answer; leaving off, as when the client goes away, cancels the sequence."""
+        """The events of an answer; closing the iterator early, as when the client disconnects, cancels the sequence."""
         first, start, last = True, time.monotonic(), Piece()
         try:
             while last.finish is None and last.error is None:
@@ -219,7 +225,7 @@ class Server:
             self.count(answer, sequence, last, start)
 
     def count(self, answer: Answer, sequence: Sequence, last: Piece, start: float) -> None:
-        """Add a request that is over to the metrics."""
+        """Add a finished request to the metrics."""
         outcome = last.finish or ("failed" if last.error else "cancelled")
         self.metrics.requests.labels(answer.model, outcome).inc()
         self.metrics.tokens.labels(answer.model, "completion").inc(sequence.made)
@@ -227,14 +233,14 @@ class Server:
 
 
 def unbroken(text: str, place: str) -> str:
-    """The text; raises Refusal 400 for half of a surrogate pair, which JSON can say and at which tokenizers stop."""
+    """The text; raises Refusal 400 for half of a surrogate pair, which JSON can encode but tokenizers fail on."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise Refusal(400, f"{place}: holds half of a surrogate pair, which is no character", param=place)
     return text
 
 
 def context_of(model: Any) -> int:
-    """The longest text of a model; raises RecipeError if its config tells none."""
+    """The length of a model's context in tokens; raises RecipeError if its config does not state one."""
     config = model.config.get_text_config()
     found = next((told for told in (getattr(config, name, None) for name in LENGTHS) if told), None)
     if found is None:
@@ -245,13 +251,13 @@ def context_of(model: Any) -> int:
 
 
 async def disconnected(request: Request) -> None:
-    """Returns when the client has gone."""
+    """Return once the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def authorised(request: Request, key: str | None) -> bool:
-    """Whether a request carries the key, compared in constant time; where no key is asked for, all do."""
+    """Whether a request carries the API key, compared in constant time; always True if no key is set."""
     if key is None:
         return True
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -259,7 +265,7 @@ def authorised(request: Request, key: str | None) -> bool:
 
 
 def make_app(server: Server) -> FastAPI:
-    """The application; the engine runs as long as it does."""
+    """The FastAPI application; it starts the engine when it starts and closes it when it stops."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

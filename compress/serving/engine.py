@@ -1,4 +1,7 @@
-"""One thread that computes: sequences of all tenants share each step; new ones join between steps, done ones leave."""
+"""The engine: one thread that computes all running sequences together, with continuous batching.
+
+Sequences of all tenants share each step; new sequences join between steps, and finished ones leave.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from compress.serving.running import Piece, Running, Sequence, by_tenant, logits
 from compress.serving.sampling import choose
 
 LOG = logging.getLogger("compress.serving")
-FEW = 32  # tokens of prompts that are not told apart by length: a step reads all weights, however few they are
+FEW = 32  # prompts up to this many tokens are grouped whatever their length: a step reads all weights in any case
 FAILED = "the server failed while computing this answer"
 
 
@@ -25,13 +28,13 @@ class Full(Exception):
 
 
 class Closed(Exception):
-    """The engine takes no more sequences."""
+    """The engine accepts no more sequences."""
 
 
 class Engine:
     """Runs up to `max_batch` sequences at once; up to `max_queue` more wait.
 
-    Sequences are told apart by their rows alone: what a row's tenant is is asked anew at every step.
+    The tenant of each row is looked up by name again at every step.
     """
 
     def __init__(self, tenants: Tenants, *, max_batch: int, max_queue: int) -> None:
@@ -40,15 +43,15 @@ class Engine:
         self.running: Running | None = None
         self.changed = threading.Condition()
         self.closed = False
-        self.observe: Callable[[int], None] = lambda rows: None  # called with the rows of every step
+        self.observe: Callable[[int], None] = lambda rows: None  # called with the number of rows of every step
         self.thread = threading.Thread(target=self._loop, name="compress-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to compute."""
+        """Start the thread."""
         self.thread.start()
 
     def submit(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn; raises Full or Closed."""
+        """Queue a sequence; raises Full or Closed."""
         with self.changed:
             if self.closed:
                 raise Closed
@@ -59,7 +62,7 @@ class Engine:
             self.changed.notify()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Take no more, fail what is not done, and stop."""
+        """Accept no more sequences, fail the unfinished ones and stop; waits for the thread up to `timeout` seconds."""
         with self.changed:
             self.closed = True
             self.changed.notify()
@@ -68,7 +71,7 @@ class Engine:
 
     @property
     def active(self) -> int:
-        """Sequences that run."""
+        """The number of running sequences."""
         running = self.running
         return 0 if running is None else len(running.sequences)
 
@@ -88,7 +91,7 @@ class Engine:
         fail(left, "the server is shutting down")
 
     def _admitted(self) -> list[Sequence]:
-        """Those that wait and may run now: there is room for them, and their tenants fit in memory together."""
+        """Take from the queue the sequences that can run now: the batch has room, and their tenants fit in memory."""
         active = [] if self.running is None else self.running.sequences
         names = {sequence.tenant for sequence in active if sequence.tenant is not None}
         found: list[Sequence] = []
@@ -104,14 +107,14 @@ class Engine:
         return found
 
     def _fits(self, names: set[str]) -> bool:
-        known = [name for name in names if name in self.tenants.entries]  # others fail when it is their turn
+        known = [name for name in names if name in self.tenants.entries]  # unknown tenants fail when they are run
         return self.tenants.fits(known)
 
     def _admit(self, new: list[Sequence]) -> None:
-        """Let new sequences run; if they fail together, each is tried alone, so that none fails for another."""
+        """Start new sequences; if they fail together, each is tried alone, so that none fails because of another."""
         try:
             self._join(new)
-        except Exception:  # whatever it is, the requests it is about must hear of it and the others go on
+        except Exception:  # whatever the error, the affected requests must be answered and the others must go on
             unheard = [sequence for sequence in new if not sequence.made]
             if len(new) > 1:
                 for sequence in unheard:
@@ -125,17 +128,17 @@ class Engine:
         return self.running is not None and sequence in self.running.sequences
 
     def _advance(self) -> None:
-        """One more token for all that run; if that fails, so do they."""
+        """Compute one more token for all running sequences; if the step fails, all of them fail."""
         sequences = [] if self.running is None else self.running.sequences
         try:
             self._step()
-        except Exception:  # as above; there is no telling whose fault it was
+        except Exception:  # as above; which sequence caused it cannot be known
             LOG.exception("a step of %d sequences failed", len(sequences))
             self.running = None
             fail(sequences, FAILED)
 
     def _join(self, new: list[Sequence]) -> None:
-        """Compute the prompts of new sequences, then let them run with the others."""
+        """Compute the prompts of new sequences, then add them to the running ones."""
         new = [new[row] for row in by_tenant(new)]
         device = next(self.tenants.model.parameters()).device
         ids_BS, mask_BS = left_padded([sequence.prompt for sequence in new], device)
@@ -145,11 +148,11 @@ class Engine:
             self.running = left if self.running is None else self.running.joined(left)
 
     def _step(self) -> None:
-        """One more token for every sequence."""
+        """Compute one more token for every running sequence that has not been cancelled."""
         running = self.running
         if running is None:
             return
-        with self.tenants.lock:  # so that no tenant goes between the look and the step
+        with self.tenants.lock:  # so that no tenant is dropped between the check and the step
             self._fail_dropped(running.sequences)
             if any(sequence.cancelled for sequence in running.sequences):
                 running = running.select([row for row, one in enumerate(running.sequences) if not one.cancelled])
@@ -160,12 +163,12 @@ class Engine:
                 self.running = self._advanced(running, running.last_B1)
 
     def _fail_dropped(self, sequences: list[Sequence]) -> None:
-        """End what asks for a tenant that is gone."""
+        """Fail the sequences whose tenant has been dropped."""
         known = self.tenants.entries
         fail([s for s in sequences if s.tenant is not None and s.tenant not in known], "this model is no longer served")
 
     def _advanced(self, running: Running, ids_BS: Tensor) -> Running | None:
-        """The sequences that go on after one more token each; None if none does."""
+        """Choose one more token for each sequence, and return those that continue; None if none does."""
         self.observe(len(running.sequences))
         logits_BV = logits_of(self.tenants, running, ids_BS)
         finite = torch.isfinite(logits_BV).all(1).tolist()
@@ -190,8 +193,9 @@ class Engine:
 
 
 def of_like_length(new: Iterable[Sequence]) -> list[list[Sequence]]:
-    """The sequences in groups that are computed together, each filled up to its longest prompt, at most to twice a
-    prompt's own tokens where they are more than FEW.
+    """Group sequences by prompt length, for prompts that are computed together, padded to the longest of the group.
+
+    Padding at most doubles the shortest prompt of a group, or fills it up to FEW tokens.
     """
     groups: list[list[Sequence]] = []
     for sequence in sorted(new, key=lambda one: len(one.prompt)):
@@ -203,7 +207,7 @@ def of_like_length(new: Iterable[Sequence]) -> list[list[Sequence]]:
 
 
 def fail(sequences: list[Sequence], why: str) -> None:
-    """Tell sequences that they will not be answered."""
+    """Cancel sequences and send each the error `why`."""
     for sequence in sequences:
         sequence.cancelled = True
         sequence.emit(Piece(error=why))

@@ -1,4 +1,4 @@
-"""What is said to clients when something is wrong, in the shape that OpenAI's clients know."""
+"""The errors sent to clients, in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 
 
 class Refusal(Exception):
-    """A request that is not answered, with its HTTP status."""
+    """An error response to a request, with its HTTP status; `retry` is in seconds."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
@@ -17,14 +17,14 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the response."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
         if self.status >= 500:
             kind = "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The complete response, with headers."""
         headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""The tokenizers and templates that fine-tunes of one base bring, where they are not the base's."""
+"""Loads the tokenizers and chat templates of fine-tunes whose files differ from the base's."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from compress.writer import copy_companions, copy_shared, is_companion, write_js
 
 
 def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> dict[str, Language]:
-    """The languages of the fine-tunes that differ from their base in a file beside the weights.
+    """The languages of the fine-tunes that differ from their base in a file other than the weights.
 
-    `tokenizer` is the base's, which those keep that have none. Raises ArtifactError for one that cannot be read.
+    `tokenizer` is the base's; fine-tunes without a tokenizer of their own use it. Raises ArtifactError for a tokenizer
+    that cannot be loaded.
     """
     found: dict[str, Language] = {}
     for name, given in deltas.items():
         delta = Artifact(locate(given), base)
         if not any(map(is_companion, delta.provenance["files"])):
             continue
-        with TemporaryDirectory() as made:  # a tokenizer is read from one folder, and a delta leaves files to its base
+        with TemporaryDirectory() as made:  # a tokenizer is loaded from one folder, but a delta omits the base's files
             beside = Path(made)
             copy_shared(delta, beside)
             copy_companions(delta.path, beside)
@@ -39,8 +40,8 @@ def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> 
 
 
 def tokenizer_of(folder: Path, told: Path | None = None) -> object:
-    """The tokenizer in a model folder; raises ArtifactError, which names `told`, if there is none that can be read."""
+    """The tokenizer in a model folder; raises ArtifactError, naming `told` or the folder, if it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged folder breaks transformers in many ways
+    except Exception as error:  # transformers raises many kinds of error for a damaged folder
         raise ArtifactError(f"{told or folder}: its tokenizer cannot be loaded: {first_line(error)[:200]}") from error

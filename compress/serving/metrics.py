@@ -1,4 +1,4 @@
-"""What is counted, for Prometheus; labels are tenants and outcomes, never what a client wrote."""
+"""The Prometheus metrics of the server; label values are served models, outcomes and kinds, never text from clients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compress.serving.engine import Engine
 
 
 class Metrics:
-    """The counters of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self, engine: Engine, tenants: Tenants) -> None:
         self.registry = CollectorRegistry()

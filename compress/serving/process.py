@@ -1,4 +1,4 @@
-"""A server as a process: binds, serves until it is told to stop, lets what runs end, and exits with 0."""
+"""Runs a server as a process: binds, serves until told to stop, lets running requests finish, and exits with 0."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import uvicorn
 from compress.errors import RecipeError
 from compress.serving.app import Server, make_app
 
-LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # `localhost` has an address of IPv6 where there is no IPv6, too
-BACKLOG = 1024  # connections that the system holds before they are accepted
-LAST_WORDS = 10  # seconds in which a step ends and clients hear that theirs was not done
+LACKING = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # `localhost` may resolve to an IPv6 address without IPv6 support
+BACKLOG = 1024  # connections that the system queues before they are accepted
+LAST_WORDS = 10  # seconds after the deadline to finish a step and send errors to the remaining clients
 
 
 @contextmanager
 def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
-    """Sockets that have the addresses of `host` and do not listen yet; one that this machine lacks is left out.
+    """Sockets bound to all addresses of `host`, not listening yet; addresses that this machine lacks are left out.
 
-    Raises RecipeError if none can be had, or the port of any is in use.
+    Raises RecipeError if none can be bound, or if the port is in use at any of them.
     """
     try:
         told = {(family, at) for family, _, _, _, at in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
@@ -37,7 +37,7 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
             try:
                 one = end.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:  # else `::` would take the port of IPv4 as well
+                if family == socket.AF_INET6:  # else binding `::` would take the IPv4 port as well
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind(address)
                 found.append(one)
@@ -51,16 +51,16 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 
 def refused(host: str, port: int, error: OSError) -> RecipeError:
-    """What to raise where the system gives no port."""
+    """The error to raise if the system refuses a port."""
     if error.errno == errno.EADDRINUSE:
         return RecipeError(f"--port: {port} is in use")
     return RecipeError(f"--port: {port} at {host} cannot be had: {error.strerror}")
 
 
 class Ending(uvicorn.Server):
-    """One that lets the engine fail, with a last word to each client, what still runs at its deadline.
+    """A uvicorn server that, at the deadline, closes the engine, which sends an error to every client still waiting.
 
-    uvicorn itself would cut the connections, with a traceback for each.
+    uvicorn alone would cut the connections, with a traceback for each.
     """
 
     def __init__(self, config: uvicorn.Config, served: Server, deadline: float) -> None:
@@ -68,7 +68,7 @@ class Ending(uvicorn.Server):
         self.served, self.deadline = served, deadline
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn does, with an end."""
+        """Shut down as uvicorn does, but close the engine after the deadline."""
         end = asyncio.get_running_loop().call_later(self.deadline, self.served.engine.close, 0.0)
         try:
             await super().shutdown(sockets)
@@ -77,13 +77,13 @@ class Ending(uvicorn.Server):
 
 
 def serve_forever(server: Server, listeners: Sequence[socket.socket], deadline: int, ready: Callable[[], None]) -> None:
-    """Listen, say `ready`, and serve until SIGTERM or SIGINT; then give what runs `deadline` seconds.
+    """Listen, call `ready`, and serve until SIGTERM or SIGINT; running requests then have `deadline` seconds to finish.
 
-    Raises RecipeError if another process has come to listen at the address of one of `listeners`.
+    Raises RecipeError if another process has started to listen at the address of one of `listeners`.
     """
 
     def stopped(_: int, __: FrameType | None) -> None:
-        """uvicorn has stopped cleanly by then, and raises the signal once more for whoever was there before."""
+        """Ignore the signal that uvicorn, after a clean stop, raises again for the handler installed before it."""
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stopped)

@@ -1,4 +1,4 @@
-"""What clients may ask: bodies read within a limit and checked against what is supported; nothing is ignored."""
+"""Reads and checks requests: bodies up to a size limit, with unsupported fields rejected rather than ignored."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(BaseModel):
-    """Whether a stream ends with the usage."""
+    """Options of a stream: whether it ends with the token usage."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
 
 
 class Asked(BaseModel):
-    """What both kinds of completion share."""
+    """The fields that both kinds of completion request share."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str = Field(max_length=256)
@@ -35,10 +35,10 @@ class Asked(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
-    user: str | None = Field(None, max_length=1024)  # a name for logs that are not kept
+    user: str | None = Field(None, max_length=1024)  # accepted for compatibility; a name for logs, which are not kept
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen; as with OpenAI, at temperature 1 if not said."""
+        """How tokens are chosen; the default temperature is 1, as in OpenAI's API."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -46,22 +46,22 @@ class Asked(BaseModel):
         )
 
     def stops(self) -> list[str]:
-        """The stop strings."""
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     def wanted(self) -> int | None:
-        """Tokens asked for at most."""
+        """The largest number of tokens asked for, or None."""
         return self.max_tokens
 
 
 class Completion(Asked):
-    """A text to go on with, or its tokens."""
+    """A completion request: a text to continue, or its tokens."""
 
     prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
 
 
 class Message(BaseModel):
-    """What was said, and by whom."""
+    """One message of a conversation."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "user", "assistant"]
@@ -69,13 +69,13 @@ class Message(BaseModel):
 
 
 class Chat(Asked):
-    """A conversation to go on with."""
+    """A chat request: a conversation to continue."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def wanted(self) -> int | None:
-        """Tokens asked for at most."""
+        """The largest number of tokens asked for, or None; `max_completion_tokens` takes precedence."""
         return self.max_completion_tokens or self.max_tokens
 
 
@@ -83,7 +83,10 @@ Kind = TypeVar("Kind", bound=Asked)
 
 
 async def body_of(request: Request, limit: int) -> bytes:
-    """The body; raises Refusal 413 as soon as it is longer than the limit, whatever its header says."""
+    """The body; raises Refusal 413 as soon as it exceeds the limit, whatever its Content-Length header says.
+
+    Raises Refusal 400 if the client disconnects before the end.
+    """
     told = request.headers.get("content-length", "")
     too_long = Refusal(413, f"the body is longer than {limit} bytes", code="request_too_large")
     if told.isdecimal() and int(told[:20]) > limit:
@@ -101,7 +104,7 @@ async def body_of(request: Request, limit: int) -> bytes:
 
 
 def parsed(body: bytes, kind: type[Kind]) -> Kind:
-    """The request in a body; raises Refusal 400 with the first thing that is wrong."""
+    """The request in a body; raises Refusal 400 that names the first error."""
     try:
         value: Any = json.loads(body)
     except (ValueError, RecursionError) as error:

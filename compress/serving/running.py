@@ -1,4 +1,4 @@
-"""The sequences that run together: one cache, padded on the left, in the order of their tenants.
+"""The batch of running sequences: one key-value cache, padded on the left, with rows sorted by tenant.
 
 Shapes: B sequences, H key-value heads, T tokens with padding, D channels of a head, V vocabulary.
 """
@@ -24,7 +24,10 @@ from compress.serving.text import Text
 
 @dataclass(frozen=True)
 class Piece:
-    """Some more text of a sequence; `finish` says why it ended, `error` that it failed."""
+    """A piece of generated text; `finish` is the reason if it is the last one, `error` the message of a failure.
+
+    `tokens` counts all tokens generated so far.
+    """
 
     text: str = ""
     tokens: int = 0
@@ -34,11 +37,11 @@ class Piece:
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """One request on its way: its prompt, how to go on, and where pieces of text go."""
+    """One request in progress: its prompt, its settings, and `emit`, which receives the pieces of text."""
 
     prompt: list[int]
     tenant: str | None
-    limit: int  # tokens to make at most
+    limit: int  # tokens to generate at most
     sampling: Sampling
     text: Text
     ends: frozenset[int]  # tokens that end a text
@@ -51,11 +54,11 @@ class Sequence:
 
     @property
     def made(self) -> int:
-        """Tokens made so far."""
+        """The number of tokens generated so far."""
         return len(self.text.tokens)
 
     def take(self, token: int) -> bool:
-        """Hand out the text of one more token; whether the sequence is done."""
+        """Emit the text of one more token; returns whether the sequence is finished."""
         if token in self.ends:
             self.text.tokens.append(token)
             self.emit(Piece(self.text.finish(), self.made, "stop"))
@@ -75,7 +78,10 @@ class Sequence:
 
 @dataclass(eq=False)
 class Running:
-    """Sequences, the last token of each, which is in no cache yet, their keys and values, and what is no padding."""
+    """The running sequences with their cache.
+
+    `last_B1` is the last token of each sequence, which is not in the cache yet. `mask_BT` is 0 at padding.
+    """
 
     sequences: list[Sequence]
     last_B1: Tensor
@@ -83,7 +89,7 @@ class Running:
     layers: list[tuple[Tensor, Tensor]]  # keys and values [B, H, T, D]
 
     def select(self, rows: Many[int]) -> Running | None:
-        """Some of the sequences, without the padding that they all have; None for none."""
+        """The sequences in these rows, without padding that all of them have; None if `rows` is empty."""
         if not rows:
             return None
         index = torch.tensor(list(rows), device=self.mask_BT.device)
@@ -93,7 +99,7 @@ class Running:
         return Running([self.sequences[row] for row in rows], self.last_B1[index], mask_BT[:, first:], layers)
 
     def joined(self, other: Running) -> Running:
-        """These and others, sorted by tenant."""
+        """These and other sequences as one batch, sorted by tenant."""
         length = max(self.mask_BT.shape[1], other.mask_BT.shape[1])
         pairs = zip(self.layers, other.layers, strict=True)
         both = Running(
@@ -107,17 +113,17 @@ class Running:
 
 
 def stacked(one: Tensor, other: Tensor, length: int) -> Tensor:
-    """Rows [..., T, D] of both, with zeros on the left up to one length."""
+    """The rows [..., T, D] of both, padded with zeros on the left to one length."""
     return torch.cat([F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in (one, other)])
 
 
 def by_tenant(sequences: Many[Sequence]) -> list[int]:
-    """The rows sorted by tenant, the base first."""
+    """Row indices sorted by tenant, the base first."""
     return sorted(range(len(sequences)), key=lambda row: sequences[row].tenant or "")
 
 
 def check_cache(model: Any) -> None:
-    """Raise RecipeError unless keys and values are all that a model keeps of a text: nothing else is kept here."""
+    """Raise RecipeError unless a model caches nothing but plain keys and values, since only these are kept here."""
     cached = "past_key_values" in signature(model.forward).parameters and model.can_generate()
     if not cached or not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
         raise RecipeError(
@@ -126,9 +132,9 @@ def check_cache(model: Any) -> None:
 
 
 def logits_of(tenants: Tenants, running: Running, ids_BS: Tensor) -> Tensor:
-    """Put tokens behind each sequence; the scores [B, V] of what comes next. Caches and mask grow in place.
+    """Append tokens to each sequence and return the logits [B, V], float32, of the next token.
 
-    The mask must cover the tokens already.
+    The cache in `running` is updated; its mask must already cover the new tokens.
     """
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(running.layers):

@@ -1,30 +1,31 @@
-"""From tokens to text as it grows: whole characters only, and nothing of a stop string."""
+"""Decodes a growing list of tokens to text: whole characters only, and nothing from a stop string on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+UNFINISHED = "\ufffd"  # what a tokenizer decodes an incomplete character to
 
 
 class Text:
-    """The text of a growing list of tokens, handed out in pieces that are final."""
+    """The text of a growing list of tokens, returned in pieces that will not change."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.tokens: list[int] = []
-        self.start = self.told = 0  # tokens decoded again for their context; tokens whose text is in `held` or out
+        # Tokens before `start` are not decoded again; the text of those before `told` is in `held` or was returned.
+        self.start = self.told = 0
         self.held = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is final now; sets `stopped` if it ends at a stop string."""
+        """Add a token and return the text that has become final; sets `stopped` if it ends at a stop string."""
         self.tokens.append(token)
         return self._take(self._decoded(final=False))
 
     def finish(self) -> str:
-        """The text that was held back."""
+        """Return the text that was held back, at the end of a sequence."""
         if self.stopped:
             return ""
         rest = self._take(self._decoded(final=True))
@@ -32,7 +33,7 @@ class Text:
         return rest
 
     def _decoded(self, final: bool) -> str:
-        """The text of new tokens, if it ends with a whole character."""
+        """The text of tokens not decoded before; empty while it ends in an incomplete character, unless `final`."""
         before = self._decode(self.tokens[self.start : self.told])
         now = self._decode(self.tokens[self.start :])
         if len(now) <= len(before) or (now.endswith(UNFINISHED) and not final):
@@ -44,7 +45,7 @@ class Text:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
 
     def _take(self, new: str) -> str:
-        """What of the held text and the new is final."""
+        """The part of the held and the new text that is final; what may be the beginning of a stop string is held."""
         text = self.held + new
         ends = [found for stop in self.stops if (found := text.find(stop)) >= 0]
         if ends:
@@ -56,5 +57,5 @@ class Text:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that a stop string begins with."""
+    """How many characters at the end of the text are the beginning of a stop string."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
