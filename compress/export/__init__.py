@@ -1,9 +1,10 @@
-"""Writing an artifact in other people's formats: one file a format, one table.
+"""Writes an artifact in formats of other libraries: one module per format, and one table of them.
 
-What a format cannot say is refused with the site, the reason and the nearest format that can; nothing is requantized.
-Not here: optimum. Of what it still has (2.3), its GPTQ loader is what transformers needs to read our `gptq` folders,
-and is used there by its users; its exporters to ONNX and others have moved to packages of their own, its graph passes
-no longer run, and its calibration sets and model tables are no better than what this package has.
+A site that a format cannot represent is refused with the site's name, the reason and the closest format that can;
+nothing is requantized. This package does not use optimum. Of what optimum 2.3 still contains, transformers needs its
+GPTQ loader to read `gptq` folders, so users of such folders install it themselves; its exporters to ONNX and other
+formats have moved to packages of their own, its graph passes no longer run, and its calibration sets and model tables
+are no better than those of this package.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ FORMATS: dict[str, Callable[[Path, Path], Exported]] = {
 
 
 def export(path: str | Path, to: str, out: str | Path) -> Exported:
-    """Write the artifact at `path` to the folder `out` in the format named `to`, read back before it is put in place.
+    """Write the artifact at `path` to the folder `out` in the format `to`; it is read back before it is put in place.
 
-    Raises RecipeError for an unknown format, otherwise what the format's own function raises.
+    Raises RecipeError for an unknown format, and whatever the format's own function raises.
     """
     if to not in FORMATS:
         raise RecipeError(f"--to: {to!r} is not a format this version writes{nearest(to, FORMATS)}")

@@ -1,8 +1,8 @@
-"""Export to bitsandbytes: NF4 with plain or nested scales, or int8 by row, as transformers saves them.
+"""Export to bitsandbytes: NF4 with plain or nested scales, or int8 with one scale per row, as transformers saves them.
 
-NF4 decodes to the artifact's matrices bit for bit. Int8 does so up to the last bit of a float32, but the library also
-rounds a layer's inputs to int8 where they are below 6.0 (LLM.int8), whatever the recipe did: its layers compute a
-little differently from ours. One of the two kinds has to be said for all layers.
+NF4 decodes to the artifact's matrices bit for bit. Int8 decodes to them up to the last bit of a float32, but the
+library also rounds a layer's inputs below 6.0 to int8 (LLM.int8), whatever the recipe did, so that its layers compute
+slightly different outputs from this package's. All layers must be of one of the two kinds.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NAME = "bitsandbytes"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE = "weight.quant_state.bitsandbytes__nf4"
 LEVELS = 127.0
-OUTLIER = 6.0  # inputs from here on are kept in 16 bits
+OUTLIER = 6.0  # inputs of at least this magnitude stay in 16 bits
 
 
 class Kind(NamedTuple):
-    """`bits` of a site, for NF4 the weights of a block and whether scales are coded themselves."""
+    """How a site is stored: its bits and, for NF4, the weights per block and whether scales are quantized too."""
 
     bits: int
     block: int = 0
@@ -38,7 +38,9 @@ class Kind(NamedTuple):
 
 
 def export_bitsandbytes(path: Path, out: Path) -> Exported:
-    """Write the artifact at `path` for bitsandbytes; errors as `write_folder`, and RecipeError without the library.
+    """Write the artifact at `path` for bitsandbytes.
+
+    Raises the errors of `write_folder`, and RecipeError if bitsandbytes is not installed.
 
     Source: Dettmers et al., QLoRA, NeurIPS 2023; LLM.int8(), NeurIPS 2022; the library's `QuantState.as_dict`.
     """
@@ -51,12 +53,12 @@ def export_bitsandbytes(path: Path, out: Path) -> Exported:
 
 
 class BitsAndBytes(Form):
-    """All sites nf4, or all int8 by row."""
+    """The bitsandbytes format: all sites NF4, or all sites int8 with one scale per row."""
 
     name = NAME
 
     def scheme(self, site: Leaf) -> Kind | None:
-        """The kind of a site; raises UnsupportedWeight if the library has no other like it."""
+        """The kind of a site, or None if dense; raises UnsupportedWeight for other formats and for mixed widths."""
         match site.weight:
             case Dense():
                 return None
@@ -72,7 +74,7 @@ class BitsAndBytes(Form):
         return found
 
     def nf4(self, site: Leaf, weight: Codebook) -> Kind:
-        """Blocks must follow each other without a gap in the flattened matrix."""
+        """The kind of an NF4 site; its blocks must be contiguous in the flattened matrix."""
         block = weight.shape[1] // weight.scale.shape[1]
         if site.inputs:
             raise site.refused(NAME, "its 4-bit layers do not round inputs", "use inputs: full, or --to dense")
@@ -82,7 +84,7 @@ class BitsAndBytes(Form):
         return Kind(4, block, isinstance(weight.scale, Nested))
 
     def int8(self, site: Leaf, weight: Quantized) -> Kind:
-        """A scale a row."""
+        """The kind of an int8 site, which must have one scale per row."""
         if weight.scale.shape[1] > 1:
             raise site.refused(NAME, "its 8-bit integers have a scale a row", "use group: 0, or --to dense")
         if site.inputs == "fp8":
@@ -90,7 +92,7 @@ class BitsAndBytes(Form):
         return Kind(8)
 
     def pack(self, site: Leaf, scheme: Kind) -> dict[str, Tensor]:
-        """The tensors of the library's own state."""
+        """The tensors that the library stores for a site."""
         match site.weight:
             case Quantized(codes, scale):
                 rows = scale.expand(codes.shape[0], 1)
@@ -103,7 +105,7 @@ class BitsAndBytes(Form):
                 raise site.refused(NAME, "no rule stores it", "use --to dense")
 
     def pack_nf4(self, codes_OI: Tensor, scale: Weight, scheme: Kind) -> dict[str, Tensor]:
-        """Codes of the flattened matrix, the first of two in the high half of a byte, and what decodes them."""
+        """The codes of the flattened matrix, the first of two in the high half of a byte, and the decoding state."""
         scales, about = scales_of(scale)
         state = {
             "quant_type": "nf4", "blocksize": scheme.block, "shape": list(codes_OI.shape),
@@ -117,7 +119,7 @@ class BitsAndBytes(Form):
         }
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Kind, dtype: torch.dtype) -> Tensor:
-        """What the library itself decodes."""
+        """The matrix as the library itself decodes it."""
         from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
 
         if scheme.bits == 8:
@@ -128,11 +130,11 @@ class BitsAndBytes(Form):
         return torch.as_tensor(dequantize_4bit(stored["weight"], state))
 
     def slack(self, scheme: Kind) -> float:
-        """An int8 scale is multiplied by 127 and divided by it again."""
+        """2**-22 for int8, whose scale is multiplied by 127 and divided by it again; 0 for NF4."""
         return 2.0**-22 if scheme.bits == 8 else 0.0
 
     def config(self) -> dict[str, Any]:
-        """As transformers writes it."""
+        """The config as transformers writes it."""
         first: Kind = next(iter(self.schemes.values()))
         four = first.bits == 4
         dtype = str(self.artifact.dtype).removeprefix("torch.")
@@ -144,7 +146,7 @@ class BitsAndBytes(Form):
         }  # fmt: skip
 
     def note(self, rounding: float) -> str:
-        """What the library does differently."""
+        """One line on how the library's results differ."""
         four = next(iter(self.schemes.values())).bits == 4
         if four:
             return "exact nf4; transformers loads it with bitsandbytes"
@@ -153,7 +155,7 @@ class BitsAndBytes(Form):
 
 
 def others(weight: Weight) -> str:
-    """The formats that have weights of this kind; each says itself what of them it takes."""
+    """The formats that have weights of this kind; each of them checks the details itself."""
     match weight:
         case Quantized(zero=None):
             return "compressed-tensors, gptq, gguf or dense"
@@ -166,7 +168,7 @@ def others(weight: Weight) -> str:
 
 
 def scales_of(scale: Weight) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the scales of blocks, and what is said of them, if they are coded themselves."""
+    """The tensors that store the scales of blocks and, if the scales are quantized too, the state to decode them."""
     match scale:
         case Nested(codes, absmax, offset):
             tensors = {

@@ -1,9 +1,9 @@
-"""Export to compressed-tensors, which stock transformers loads and vLLM reads: our integers and scales as they are.
+"""Export to compressed-tensors, which stock transformers and vLLM load; integers and scales are written unchanged.
 
-Scales are written in our dtype, or in float32 for a model of it; a loader casts them to the model's, so a bfloat16
-model has weights up to 2**-8 off and a float32 or float16 one has ours. transformers decodes everything at the first
-forward pass; vLLM keeps it packed. A mask has no name here: pruned entries are stored as zeros, 2:4 or not, and
-nothing gets smaller by them.
+Scales are written in the artifact's dtype, or in float32 for a float32 model. Loaders cast them to the model's dtype,
+so the weights of a bfloat16 model may be off by up to 2**-8, and those of a float32 or float16 model are exact.
+transformers decodes all weights at the first forward pass; vLLM keeps them packed. Masks are not represented: pruned
+entries, 2:4 or not, are stored as zeros and save no space.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ WIDTHS = (2, 4, 8)  # the layout of other widths changed between versions 0.17 a
 TOKEN = {"symmetric": True, "dynamic": True, "strategy": "token", "num_bits": 8}
 INPUTS = {"": None, "int8": {"type": "int", **TOKEN}, "fp8": {"type": "float", **TOKEN}}
 FP4 = {"nvfp4": ("tensor_group", 16, "float8_e4m3fn"), "mxfp4": ("group", 32, "uint8")}
-BIAS = 127  # of an e8m0 exponent
+BIAS = 127  # of the exponent in e8m0
 
 
 def export_compressed_tensors(path: Path, out: Path) -> Exported:
-    """Write the artifact at `path` for compressed-tensors; errors as `write_folder`, RecipeError without the library.
+    """Write the artifact at `path` for compressed-tensors.
+
+    Raises the errors of `write_folder`, and RecipeError if the library is not installed.
 
     Source: the library's compressors (github.com/vllm-project/compressed-tensors, 0.20), one for each format.
     """
@@ -46,7 +48,10 @@ def export_compressed_tensors(path: Path, out: Path) -> Exported:
 
 
 class CompressedTensors(Form):
-    """Integers by group or row, e4m3 by row, tensor or 128x128, nvfp4 and mxfp4; a scheme a site."""
+    """The compressed-tensors format: integers by group or row, e4m3 by row, tensor or 128x128, nvfp4 and mxfp4.
+
+    Each site has its own scheme, except that all experts of a model must have the same.
+    """
 
     name = NAME
     experts = True
@@ -58,7 +63,7 @@ class CompressedTensors(Form):
             raise UnsupportedWeight(f"{held[0]}: {NAME} has one scheme for all experts of a model; use --to dense")
 
     def scheme(self, site: Leaf) -> Any:
-        """The library's scheme, without targets."""
+        """The library's scheme for a site, without targets."""
         from compressed_tensors.quantization import QuantizationScheme
 
         match site.weight:
@@ -79,7 +84,7 @@ class CompressedTensors(Form):
         )
 
     def integers(self, site: Leaf, weight: Quantized) -> tuple[str, dict[str, Any]]:
-        """Packed in words, or as int8 if inputs are rounded too."""
+        """The format and arguments for integers: packed in words, or plain int8 if inputs are rounded too."""
         if weight.bits not in WIDTHS:
             reason = f"its versions lay {weight.bits}-bit integers out differently"
             raise site.refused(NAME, reason, "use bits: 2, 4 or 8, or --to dense")
@@ -96,7 +101,7 @@ class CompressedTensors(Form):
         return "int-quantized" if site.inputs else "pack-quantized", {**args, **group}
 
     def floats(self, site: Leaf, weight: Scaled) -> tuple[str, dict[str, Any]]:
-        """One byte a weight."""
+        """The format and arguments for e4m3, which takes one byte per weight."""
         args: dict[str, Any] = {"num_bits": 8, "type": "float"}
         if weight.data.dtype != torch.float8_e4m3fn:
             raise site.refused(NAME, "its 8-bit floats are e4m3", "use e4m3, or --to dense")
@@ -112,7 +117,7 @@ class CompressedTensors(Form):
         raise site.refused(NAME, reason, "use a scale a row, the matrix or 128x128, or --to dense")
 
     def fp4(self, site: Leaf, weight: Codebook) -> tuple[str, dict[str, Any]]:
-        """Two weights a byte."""
+        """The format and arguments for 4-bit floats, of which two are stored per byte."""
         strategy, group, dtype = FP4[weight.name]
         if weight.scale.shape != (weight.shape[0], weight.shape[1] // group):
             raise site.refused(NAME, f"{weight.name} has a scale for every {group} inputs", "use --to dense")
@@ -128,10 +133,10 @@ class CompressedTensors(Form):
         return f"{weight.name}-pack-quantized", args
 
     def pack(self, site: Leaf, scheme: Any) -> dict[str, Tensor]:
-        """The tensors the library would write, from our codes."""
+        """The tensors that the library would write, made from the artifact's codes."""
         match site.weight:
             case Quantized(codes, scale, _, bits):
-                scale = self.kept(scale.expand(codes.shape[0], -1))  # one grid for the matrix: the same in every row
+                scale = self.kept(scale.expand(codes.shape[0], -1))  # a scale for the whole matrix repeats in every row
                 if scheme.format == "int-quantized":
                     return {"weight": (codes.short() - 2 ** (bits - 1)).to(torch.int8), "weight_scale": scale}
                 shape = torch.tensor(codes.shape)
@@ -153,11 +158,14 @@ class CompressedTensors(Form):
                 raise site.refused(NAME, "no rule stores it", "use --to dense")
 
     def kept(self, scale: Tensor) -> Tensor:
-        """A scale as it is written: where the library decodes while loading, it does so in the dtype of the file."""
+        """The scale in the dtype in which it is written; float32 for a float32 model.
+
+        If the library decodes while loading, it does so in the dtype of the file.
+        """
         return scale.to(torch.float32 if self.artifact.dtype == torch.float32 else scale.dtype)
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Any, dtype: torch.dtype) -> Tensor:
-        """What the library's own compressor reads."""
+        """The matrix as the library's own compressor decodes it."""
         from compressed_tensors.compressors import BaseCompressor
 
         cast = dict(stored)
@@ -167,11 +175,11 @@ class CompressedTensors(Form):
         return torch.as_tensor(read["weight"]).to(dtype)
 
     def slack(self, scheme: Any) -> float:
-        """The library decodes FP4 in bfloat16 whatever the model's dtype."""
+        """2**-8 for FP4, which the library decodes in bfloat16 whatever the model's dtype; 0 otherwise."""
         return 2.0**-8 if scheme.format.startswith(("nvfp4", "mxfp4")) else 0.0
 
     def config(self) -> dict[str, Any]:
-        """A group for every scheme, its sites by name."""
+        """The library's config: one group per scheme, which targets its sites by name."""
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig
 
@@ -196,12 +204,12 @@ class CompressedTensors(Form):
         return {**told, "version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}}
 
     def targets(self, sites: list[str]) -> list[str]:
-        """The names of sites; experts, which loaders hold in one tensor and look for by a pattern, by that."""
+        """The target names of sites; experts share one pattern, because loaders hold them in one tensor."""
         named = [site for site in sites if EXPERTS not in site]
         return named + ([f"re:.*{re.escape(EXPERTS)}.*"] if len(named) < len(sites) else [])
 
     def note(self, rounding: float) -> str:
-        """The cost of the cast, and of FP4."""
+        """One line on the cost of the cast to the model's dtype, and on FP4."""
         cast = (
             f"up to {rounding:.1e} of a matrix is lost to the model's dtype when it is loaded" if rounding else "exact"
         )
@@ -210,7 +218,7 @@ class CompressedTensors(Form):
 
 
 def is_nested(weight: Codebook) -> bool:
-    """Whether the scales are e4m3 numbers under one scale."""
+    """Whether the scales are e4m3 numbers that share one scale for the matrix."""
     match weight.scale:
         case Scaled(data, scale):
             return data.dtype == torch.float8_e4m3fn and scale.numel() == 1

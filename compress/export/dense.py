@@ -1,6 +1,7 @@
-"""Export to a plain dense folder that stock transformers loads without us: zeros and grid values included.
+"""Export to a dense model folder that stock transformers loads without this package.
 
-Nothing is smaller or faster afterwards, and the command says so.
+Pruned weights are zeros and quantized weights the values they decode to. The result is neither smaller nor faster than
+the original, and the command says so.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from compress.writer import copy_companions, copy_shared, write_json
 
 
 def export_dense(path: Path, out: Path, base: Path | None = None) -> Exported:
-    """Write the plain model that the artifact at `path` denotes to `out`, one tensor in memory at a time.
+    """Write the dense model that the artifact at `path` decodes to into `out`, with one tensor in memory at a time.
 
-    A delta is added to its `base`. The artifact is verified first. Raises RecipeError if `out` exists or lies in the
-    artifact, ArtifactError if `path` is not an artifact or `base` not its base, VerificationError if it was changed.
+    A delta is added to its `base`. The artifact is verified first. Raises RecipeError if `out` exists or lies inside
+    the artifact, ArtifactError if `path` is not an artifact or `base` is not its base, VerificationError if the
+    artifact has been changed.
     """
     with put_in_place(path, out, base) as (artifact, partial):
         size = write_shards(artifact, partial, lambda name: [artifact.entry(name)])

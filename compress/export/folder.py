@@ -1,7 +1,7 @@
-"""What every export to a Hugging Face folder shares: the artifact is verified first, written a shard at a time, read
-back and compared with the artifact's matrices, and only then put in place.
+"""The steps that all exports to a Hugging Face folder share.
 
-Not here: how a format stores a weight; each has its own file.
+The artifact is verified first, written one shard at a time, read back and compared with the artifact's matrices, and
+only then put in place. How a format stores a weight is defined in the format's own module.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from compress.plan import free_place
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
 from compress.writer import copy_companions, write_json
 
-EXPERTS = ".experts."  # in the names of the experts of a mixture
+EXPERTS = ".experts."  # part of the names of all experts of a mixture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written: the folder, the bytes of its tensors, and a line for people on what the format costs.
+    """The result of an export: the folder, the bytes of its tensors, and a line for the user on what the format costs.
 
-    `rounding` is the largest relative RMS difference of a site from the artifact's, as the stock library decodes it
-    in the model's dtype.
+    `rounding` is the largest relative RMS difference between a site as the format's library decodes it in the model's
+    dtype and the artifact's matrix.
     """
 
     out: Path
@@ -45,10 +45,10 @@ class Exported:
 
 
 class Form:
-    """How a format says the sites of one artifact; it decides and refuses before anything is written."""
+    """How a format represents the sites of one artifact; sites are checked and refused before anything is written."""
 
     name: ClassVar[str]
-    experts: ClassVar[bool] = False  # whether loaders read quantized experts of a mixture
+    experts: ClassVar[bool] = False  # whether loaders of the format support quantized experts of a mixture
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -66,42 +66,45 @@ class Form:
             )
 
     def scheme(self, site: Leaf) -> Any:
-        """How a site is stored, None for plainly; raises UnsupportedWeight if the format cannot say it."""
+        """How a site is stored, None for dense; raises UnsupportedWeight if the format cannot represent it."""
         raise NotImplementedError
 
     def pack(self, site: Leaf, scheme: Any) -> dict[str, Tensor]:
-        """The stored tensors of a site, by what follows its key."""
+        """The stored tensors of a site, by the part of their name that follows its key."""
         raise NotImplementedError
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Any, dtype: torch.dtype) -> Tensor:
-        """The matrix [out, in] that stored tensors are read as by a model of `dtype`."""
+        """The matrix [out, in] that a model of `dtype` reads from the stored tensors."""
         raise NotImplementedError
 
     def slack(self, scheme: Any) -> float:
-        """The relative RMS error in float32 that a matrix has by the format's own rules: none, if not overridden."""
+        """The relative RMS error in float32 that the format's own rules cause; 0 unless overridden."""
         del scheme
         return 0.0
 
     def config(self) -> dict[str, Any]:
-        """What config.json says of it under `quantization_config`."""
+        """The `quantization_config` of config.json."""
         raise NotImplementedError
 
     def note(self, rounding: float) -> str:
-        """What people should know of the export, in one line."""
+        """One line that tells the user what to know about the export."""
         raise NotImplementedError
 
     def plain(self) -> list[str]:
-        """Modules whose matrices are stored plainly; an output head that is an embedding is one too."""
+        """The modules whose matrices are stored dense; always includes `lm_head` unless it is quantized.
+
+        An output head that is tied to the embedding has no tensor of its own but is still such a module.
+        """
         matrices = [n for n, held in self.artifact.headers.items() if len(held.shape) > 1 and n.endswith(".weight")]
         stored = {self.key_of(site) for site in self.schemes}
         return sorted({name.removesuffix(".weight") for name in matrices} - stored | {"lm_head"})
 
     def key_of(self, site: str) -> str:
-        """What the tensors of a site begin with."""
+        """The prefix of the names of a site's tensors."""
         return str(self.artifact.specs[site].get("tensor", f"{site}.weight")).removesuffix(".weight")
 
     def entries(self, name: str) -> list[Entry]:
-        """What is written for a tensor of the plain model."""
+        """The entries to write in place of a tensor of the dense model."""
         sites = self.artifact.holders.get(name, [])
         if not sites or sites[0] not in self.schemes:
             return [self.artifact.entry(name)]
@@ -111,10 +114,11 @@ class Form:
 
 
 def write_folder(path: Path, out: Path, kind: type[Form]) -> Exported:
-    """Write the artifact at `path` to the folder `out` in a format, in place only after it was read back.
+    """Write the artifact at `path` to the folder `out` in a format; it is put in place only after it was read back.
 
-    Raises RecipeError if `out` exists or lies in the artifact, ArtifactError if `path` is not an artifact,
-    UnsupportedWeight for what the format cannot say, VerificationError if what is read back is not what was meant.
+    Raises RecipeError if `out` exists or lies inside the artifact, or if no site is quantized; ArtifactError if `path`
+    is not an artifact; UnsupportedWeight if the format cannot represent a site; VerificationError if the tensors read
+    back do not decode to the artifact's matrices.
     """
     with put_in_place(path, out) as (artifact, partial):
         form = kind(artifact)
@@ -129,13 +133,13 @@ def write_folder(path: Path, out: Path, kind: type[Form]) -> Exported:
 
 
 def write_card(artifact: Artifact, folder: Path, form: str, note: str) -> None:
-    """Write the model card of an artifact in another format, with the licence that its own card states."""
+    """Write the model card of an exported artifact, with the licence that the artifact's own card states."""
     text = export_card(artifact.provenance, form, note, carried(artifact.path))
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def mask_note(artifact: Artifact) -> str:
-    """What becomes of a mask, if there is one: no format here can say it."""
+    """The note on lost masks if a site is pruned, else an empty string; no format here can represent a mask."""
     pruned = any(spec["tree"]["kind"] == "masked" for spec in artifact.specs.values())
     return "; pruned weights are stored as zeros: the mask is lost and saves nothing" if pruned else ""
 
@@ -144,9 +148,9 @@ def mask_note(artifact: Artifact) -> str:
 def put_in_place(
     path: Path, out: Path, base: Path | None = None, alone: bool = False
 ) -> Iterator[tuple[Artifact, Path]]:
-    """The verified artifact at `path`, a delta beside its `base`, and an empty folder that becomes `out` at the end.
+    """A context that gives the verified artifact and an empty folder, which is renamed to `out` at the end.
 
-    Only if it may stand `alone`, a delta needs no base.
+    A delta needs its `base`, unless it may stand `alone`. Raises ArtifactError if the folder cannot be written.
     """
     out = free_place(out, path, force=None)
     if base is not None:
@@ -166,7 +170,10 @@ def put_in_place(
 
 
 def write_shards(artifact: Artifact, folder: Path, entries: Any) -> int:
-    """One output shard for each of the artifact's, in which `entries` stand for a plain tensor; tensor bytes."""
+    """Write one shard for each shard of the artifact, and the index; returns the bytes of all tensors.
+
+    `entries(name)` gives what is written in place of a tensor of the dense model.
+    """
     held = shards_of(artifact)
     weight_map: dict[str, str] = {}
     size = 0
@@ -180,7 +187,7 @@ def write_shards(artifact: Artifact, folder: Path, entries: Any) -> int:
 
 
 def shards_of(artifact: Artifact) -> dict[str, list[str]]:
-    """The plain tensors of each shard to write: as the artifact's lie, those of a delta by their size."""
+    """The tensors of the dense model by output shard: as in the artifact, or for a delta split by size."""
     held: dict[str, list[str]] = {}
     if artifact.base is None:
         for name in artifact.names():
@@ -193,9 +200,9 @@ def shards_of(artifact: Artifact) -> dict[str, list[str]]:
 
 
 def compare(form: Form, written: Checkpoint) -> float:
-    """The largest relative RMS difference of a site, in the model's dtype, from the artifact's.
+    """The largest relative RMS difference between a site as read back and the artifact's, in the model's dtype.
 
-    Raises VerificationError if one differs in float32 by more than the format's own rules allow.
+    Raises VerificationError if a site differs in float32 by more than the format's own rules allow (`Form.slack`).
     """
     dtype, worst = form.artifact.dtype, 0.0
     plain = set(form.artifact.names())
@@ -212,7 +219,7 @@ def compare(form: Form, written: Checkpoint) -> float:
 
 
 def difference(got: Tensor, meant: Tensor) -> float:
-    """|got - meant| / |meant|, Frobenius, in float64."""
+    """|got - meant| / |meant| in the Frobenius norm, in float64; raises VerificationError if the shapes differ."""
     if got.shape != meant.shape:
         raise VerificationError(f"a matrix of {tuple(meant.shape)} reads back as {tuple(got.shape)}")
     norm = float(meant.double().norm())

@@ -1,10 +1,10 @@
-"""Export to one GGUF file for llama.cpp and what reads its files, for the architecture `llama`.
+"""Export to one GGUF file for llama.cpp and compatible programs, for the architecture `llama` only.
 
-Integers keep their codes: symmetric 8 bits as Q8_0, symmetric 4 bits as Q4_0, both exact; 4 bits with a zero as Q4_1,
-whose offset `-scale * zero` is rounded to float16. A block of the format is 32 inputs, so every group that 32 divides
-is said by repeating its scale: 4.5 bits a weight in Q4_0, 5 in Q4_1, 8.5 in Q8_0. What is not quantized keeps its
-dtype. Queries and keys have their rows in llama.cpp's order. Pruned entries are codes of zero: the mask is lost, and in
-Q4_1 they read as up to 2**-7 of a step.
+Integers keep their codes: symmetric 8-bit as Q8_0 and symmetric 4-bit as Q4_0, both exact; 4-bit with a zero point as
+Q4_1, whose offset `-scale * zero` is rounded to float16. The format's blocks have 32 inputs, so any group size that is
+a multiple of 32 is represented by repeating its scale: 4.5 bits per weight in Q4_0, 5 in Q4_1, 8.5 in Q8_0. Matrices
+that are not quantized keep their dtype. The rows of query and key projections are put in llama.cpp's order. Pruned
+entries get the code of zero: the mask is lost, and in Q4_1 they decode to at most 2**-7 of a quantization step.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from compress.weights import Dense, Quantized
 from compress.writer import copy_companions
 
 NAME = "gguf"
-BLOCK = 32  # inputs of a block
+BLOCK = 32  # inputs per block
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-SLACK = 2.0**-8  # of Q4_1: an offset is off by 2**-11 of itself, at most 2**-7 of a step
+SLACK = 2.0**-8  # for Q4_1: rounding moves an offset by 2**-11 of itself, at most 2**-7 of a step
 OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -44,18 +44,19 @@ INNER = {
 
 
 class Piece(NamedTuple):
-    """A tensor of the file: its name, the name of its type, rows of bytes and how many, and how to make them."""
+    """A tensor of the file: its name, the name of its GGML type, its shape in bytes, and how to make it."""
 
     name: str
     type: str
-    shape: tuple[int, ...]  # of bytes
+    shape: tuple[int, ...]  # the last dimension counts bytes
     make: Callable[[], Tensor]
 
 
 def export_gguf(path: Path, out: Path) -> Exported:
-    """Write the artifact at `path` to `out/model.gguf`, tokenizer files beside it; errors as `write_folder`.
+    """Write the artifact at `path` to `out/model.gguf`, with the tokenizer files beside it.
 
-    Raises RecipeError for another architecture than llama, or without the package gguf.
+    Raises the errors of `write_folder`, and RecipeError for an architecture other than llama or if the package gguf is
+    not installed.
     Source: the GGUF specification and block types of ggml (github.com/ggml-org/ggml, docs/gguf.md, ggml-common.h).
     """
     try:
@@ -83,7 +84,7 @@ def export_gguf(path: Path, out: Path) -> Exported:
 
 
 def renamed(name: str) -> str:
-    """The name of a tensor in the file; raises ArtifactError for one that llama.cpp's llama does not have."""
+    """The name of a tensor in the file; raises ArtifactError if llama.cpp's llama has no such tensor."""
     if name in OUTER:
         return OUTER[name]
     parts = name.split(".")
@@ -94,7 +95,10 @@ def renamed(name: str) -> str:
 
 
 def piece(artifact: Artifact, config: Mapping[str, Any], name: str) -> Piece:
-    """A tensor of the plain model as the file holds it; raises UnsupportedWeight if it has no type there."""
+    """A tensor of the dense model as stored in the file.
+
+    Raises UnsupportedWeight for a site and ArtifactError for another tensor that no type of the format can store.
+    """
     sites, held = artifact.holders.get(name, []), artifact.headers[name]
     new, order = renamed(name), row_order(config, name)
     if sites:
@@ -103,7 +107,7 @@ def piece(artifact: Artifact, config: Mapping[str, Any], name: str) -> Piece:
             kind, per_block = block_type(site)
             shape = (held.shape[0], held.shape[1] // BLOCK * per_block)
             return Piece(new, kind, shape, lambda: blocks(ordered(artifact, site.name, order), kind))
-    dtype = torch.float32 if len(held.shape) == 1 else artifact.tensor(name).dtype  # llama.cpp adds vectors in float32
+    dtype = torch.float32 if len(held.shape) == 1 else artifact.tensor(name).dtype  # as llama.cpp computes with vectors
 
     def make() -> Tensor:
         plain = artifact.tensor(name)
@@ -115,7 +119,7 @@ def piece(artifact: Artifact, config: Mapping[str, Any], name: str) -> Piece:
 
 
 def ordered(artifact: Artifact, site: str, order: Tensor | None) -> Quantized:
-    """The codes and scales of a site with its rows in the file's order."""
+    """The codes and scales of a site with its rows in the order of the file."""
     weight = leaf(artifact, site, NAME).weight
     if not isinstance(weight, Quantized):
         raise UnsupportedWeight(f"{site}: {weight.describe()} has no blocks")
@@ -126,7 +130,7 @@ def ordered(artifact: Artifact, site: str, order: Tensor | None) -> Quantized:
 
 
 def block_type(site: Leaf) -> tuple[str, int]:
-    """The type of a site's blocks and the bytes of one; raises UnsupportedWeight if there is none."""
+    """The type of a site's blocks and the bytes per block; raises UnsupportedWeight if no type fits."""
     weight = site.weight
     if not isinstance(weight, Quantized):
         raise site.refused(
@@ -155,7 +159,7 @@ def block_type(site: Leaf) -> tuple[str, int]:
 
 
 def blocks(weight: Quantized, kind: str) -> Tensor:
-    """uint8 [out, bytes]: for each 32 inputs the scale, the offset if any, and the codes."""
+    """The blocks as uint8 [out, bytes]: for every 32 inputs the scale, the offset if any, and the codes."""
     rows, columns = weight.shape
     repeats = columns // BLOCK // weight.scale.shape[1]
     d_NB = weight.scale.to(torch.float16).repeat_interleave(repeats, 1).reshape(-1, 1)
@@ -173,7 +177,10 @@ def blocks(weight: Quantized, kind: str) -> Tensor:
 
 
 def row_order(config: Mapping[str, Any], name: str) -> Tensor | None:
-    """Which row of a query or key projection comes where: llama.cpp rotates neighbours, transformers halves."""
+    """The row order of a query or key projection in the file; None for other tensors.
+
+    It differs because llama.cpp rotates neighbouring channels and transformers the two halves of a head.
+    """
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
     if heads is None:
         return None
@@ -183,7 +190,7 @@ def row_order(config: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def rope_factors(config: Mapping[str, Any]) -> list[Piece]:
-    """The tensor of what each frequency is divided by, for models that need one."""
+    """The tensor of divisors of the rotary frequencies, for models that need one, else an empty list."""
     factors = frequency_factors(config)
     if factors is None:
         return []
@@ -194,7 +201,7 @@ def rope_factors(config: Mapping[str, Any]) -> list[Piece]:
 
 
 def write(artifact: Artifact, config: Mapping[str, Any], pieces: list[Piece], path: Path) -> str:
-    """Write the file, one tensor in memory at a time; what became of the tokenizer."""
+    """Write the file, one tensor in memory at a time; returns a note on the tokenizer."""
     import numpy
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -216,9 +223,9 @@ def write(artifact: Artifact, config: Mapping[str, Any], pieces: list[Piece], pa
 
 
 def compare(artifact: Artifact, config: Mapping[str, Any], path: Path) -> float:
-    """Read the file back; the largest relative RMS difference of a site from the artifact's.
+    """Read the file back, and return the largest relative RMS difference of a tensor from the artifact's.
 
-    Raises VerificationError if one is larger than the rounding of offsets, or anything else differs at all.
+    Raises VerificationError if a Q4_1 tensor differs by more than the rounding of offsets, or any other tensor at all.
     """
     from gguf import GGUFReader, dequantize
 

@@ -1,4 +1,4 @@
-"""What llama.cpp must be told of a model of the architecture `llama`, and which of them it can be told of."""
+"""The GGUF metadata of models of the architecture `llama`, and the check of which models it can describe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from compress.model.architecture import parsed
 
 
 def llama_config(artifact: Artifact) -> dict[str, Any]:
-    """The config as transformers reads it: old names by their new ones, what is left out by its default.
+    """The config as transformers reads it: with old keys renamed and missing ones set to their defaults.
 
-    Raises RecipeError for what the names and metadata here do not cover.
+    Raises RecipeError for a model that the tensor names and metadata of this export do not cover.
     """
     kind = artifact.config.get("model_type")
     if kind != "llama":
@@ -35,7 +35,7 @@ def llama_config(artifact: Artifact) -> dict[str, Any]:
 
 
 def add_metadata(writer: Any, artifact: Artifact, config: Mapping[str, Any], types: set[str]) -> None:
-    """What llama.cpp must know of the model."""
+    """Add the metadata that llama.cpp needs to run the model."""
     from gguf import LlamaFileType, RopeScalingType
 
     rope, head_dim = config["rope_parameters"], int(config["head_dim"])
@@ -61,8 +61,9 @@ def add_metadata(writer: Any, artifact: Artifact, config: Mapping[str, Any], typ
 
 
 def frequency_factors(config: Mapping[str, Any]) -> Tensor | None:
-    """What Llama 3.1 divides each frequency by, float32 [head_dim / 2], as llama.cpp wants to be told.
+    """The numbers by which Llama 3.1 divides each rotary frequency, float32 [head_dim / 2]; None for other rope types.
 
+    llama.cpp reads them from a tensor of the file.
     Source: transformers, `_compute_llama3_parameters`.
     """
     rope, head_dim = config["rope_parameters"], int(config["head_dim"])

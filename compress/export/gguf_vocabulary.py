@@ -1,7 +1,7 @@
-"""The tokenizer of a model in a GGUF file, where llama.cpp has its way of cutting text.
+"""Writes the tokenizer of a model into a GGUF file, if llama.cpp supports the tokenizer's pre-tokenization.
 
-llama.cpp knows tokenizers by name, not by rule; a byte-level BPE is written if its rule is one of those below, and
-otherwise left out and said so.
+llama.cpp identifies pre-tokenizers by name and does not read their rules. A byte-level BPE tokenizer is written if its
+rules are among those listed below; otherwise it is left out, and the note on the export says so.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ CUTS: dict[str, list[dict[str, Any]]] = {  # llama.cpp's name -> the pre-tokeniz
         {**BYTES, "use_regex": False},
     ],
 }
-NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
+NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # token types of GGUF
 
 
 def add_vocabulary(writer: Any, artifact: Artifact, size: int) -> str:
-    """Add the tokens, merges and special tokens if llama.cpp has a name for the rule; what was done, for people.
+    """Add the tokens, merges and special tokens if llama.cpp has a name for the pre-tokenizer; returns a note.
 
-    A token from `size` on has no row in the model, such as one for padding that was added later: it is left out.
+    Tokens with ids from `size` on, such as a padding token that was added later, have no row in the model and are left
+    out.
     """
     from gguf import SpecialVocab
 
@@ -53,7 +54,7 @@ def add_vocabulary(writer: Any, artifact: Artifact, size: int) -> str:
 
 
 def name_of_cut(told: dict[str, Any]) -> str | None:
-    """llama.cpp's name for the way a tokenizer.json cuts text before its BPE."""
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json, or None if it has none."""
     model, before = told.get("model", {}), told.get("pre_tokenizer") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback") or told.get("normalizer"):
         return None

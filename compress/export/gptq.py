@@ -1,8 +1,9 @@
 """Export to the layout of GPTQ checkpoints, which transformers (with optimum and gptqmodel), vLLM and others load.
 
-The layout has one width and one group for all layers, float16 scales and integer zeros. Version 1 stores a zero minus
-one, so a zero of 0 borrows from its neighbour; where there is one the folder says `gptq_v2`, which stores it as it is.
-Columns stay in their own order, so `g_idx` only repeats what the group size says.
+The layout has one bit width and one group size for all layers, float16 scales and integer zero points. Version 1 stores
+each zero point minus one, so a zero point of 0 would borrow from its neighbour in the packed word. If there is one, the
+folder is written as `gptq_v2`, which stores zero points unchanged. Columns keep their order, so `g_idx` contains no
+more than the group size does.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from compress.weights import Dense, Quantized
 
 NAME = "gptq"
 WIDTHS = (2, 4, 8)
-GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)  # what the loaders' kernels know; 0 is a whole row
-MULTIPLE = 32  # of the sides of a matrix, so that every width fills its words
+GROUPS = (0, 16, 32, 64, 128, 256, 512, 1024)  # group sizes that the loaders' kernels support; 0 is a whole row
+MULTIPLE = 32  # must divide both sides of a matrix, so that every width fills whole words
 
 
 class Layout(NamedTuple):
-    """What is said once for all layers: bits and inputs that share a scale (0: a row); whether zeros may be stored."""
+    """The settings that hold for all layers: bits, and the number of inputs that share a scale (0: a whole row)."""
 
     bits: int
     group: int
 
 
 def export_gptq(path: Path, out: Path) -> Exported:
-    """Write the artifact at `path` as a GPTQ checkpoint; errors as `write_folder`.
+    """Write the artifact at `path` as a GPTQ checkpoint; raises the errors of `write_folder`.
 
     Source: Frantar et al., GPTQ, ICLR 2023, released code, as packed by AutoGPTQ and GPT-QModel (`pack`).
     """
@@ -44,7 +45,7 @@ def export_gptq(path: Path, out: Path) -> Exported:
 
 
 class GPTQLayout(Form):
-    """Integers of one width and group, symmetric or with integer zeros."""
+    """The GPTQ format: integers of one width and group size, symmetric or with integer zero points."""
 
     name = NAME
 
@@ -55,7 +56,7 @@ class GPTQLayout(Form):
         self.only = self.modules()
 
     def scheme(self, site: Leaf) -> Layout | None:
-        """The width and group, if the layout can hold them."""
+        """The width and group size of a site, None if dense; raises UnsupportedWeight if the layout cannot hold it."""
         weight = site.weight
         if isinstance(weight, Dense):
             return None
@@ -75,7 +76,7 @@ class GPTQLayout(Form):
         return found
 
     def check(self, site: Leaf, weight: Quantized) -> None:
-        """Raise UnsupportedWeight for a grid that has no place in the layout."""
+        """Raise UnsupportedWeight for quantized values that the layout cannot hold."""
         if site.inputs:
             raise site.refused(NAME, "it does not round inputs", "use --to compressed-tensors or dense")
         if weight.bits not in WIDTHS:
@@ -91,9 +92,10 @@ class GPTQLayout(Form):
             raise site.refused(NAME, "its scales are float16, one of these does not fit", "use --to dense")
 
     def modules(self) -> list[str] | None:
-        """The ends of the names of quantized modules, None for all linear maps of the blocks.
+        """The names, within a block, of the quantized modules; None if all matrices of the blocks are quantized.
 
-        Raises UnsupportedWeight if a module is quantized in some blocks only: the layout names modules of every block.
+        Raises UnsupportedWeight if a module is quantized in some blocks only, because the layout names modules for
+        every block alike.
         """
         ends = Counter(end_of(site) for site in self.schemes)
         blocks = {block_of(name) for name in self.artifact.headers} - {None}
@@ -108,7 +110,7 @@ class GPTQLayout(Form):
         return sorted(ends) if plain else None
 
     def pack(self, site: Leaf, scheme: Layout) -> dict[str, Tensor]:
-        """qweight packs inputs, qzeros outputs; matrices are [in, out]."""
+        """The tensors of a site, stored as [in, out]: `qweight` is packed along inputs, `qzeros` along outputs."""
         weight = site.weight
         if not isinstance(weight, Quantized):
             raise site.refused(NAME, "no rule stores it", "use --to dense")
@@ -124,7 +126,7 @@ class GPTQLayout(Form):
         }
 
     def unpack(self, stored: Mapping[str, Tensor], scheme: Layout, dtype: torch.dtype) -> Tensor:
-        """scale * (code - zero), by the definition of the layout."""
+        """The matrix, scale * (code - zero), decoded by the definition of the layout."""
         codes_OI = from_words(stored["qweight"].T.contiguous(), scheme.bits)
         zeros_GO = from_words(stored["qzeros"], scheme.bits) + (1 if self.version == "gptq" else 0)
         groups = stored["g_idx"].long()
@@ -132,7 +134,7 @@ class GPTQLayout(Form):
         return ((codes_OI - zero_OI).float() * scale_OI.float()).to(dtype)
 
     def config(self) -> dict[str, Any]:
-        """One description of all layers."""
+        """The config, which describes all layers at once."""
         layout: Layout = next(iter(self.schemes.values()))
         only = {} if self.only is None else {"modules_in_block_to_quantize": [self.only]}
         return {
@@ -141,22 +143,22 @@ class GPTQLayout(Form):
         }  # fmt: skip
 
     def note(self, rounding: float) -> str:
-        """What loads it."""
+        """One line on what loads the folder."""
         del rounding
         return f"exact ({self.version}); transformers loads it with optimum and gptqmodel, in float16 or bfloat16"
 
 
 def described(layout: Layout) -> str:
-    """`4 bits by 64`."""
+    """A layout as text, such as `4 bits by 64`."""
     return f"{layout.bits} bits by {layout.group or 'row'}"
 
 
 def block_of(name: str) -> int | None:
-    """The first number in a dotted name, which counts the blocks."""
+    """The first number in a dotted name, which is the index of the block; None outside of blocks."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def end_of(name: str) -> str:
-    """What follows the number of the block, such as `mlp.up_proj`; the whole name outside of blocks."""
+    """The part of a name after the block index, such as `mlp.up_proj`; the whole name outside of blocks."""
     parts = name.split(".")
     return ".".join(parts[next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0) :])

@@ -1,6 +1,6 @@
-"""A site as another format meets it: one quantized leaf, its name in the file, and how it is refused.
+"""A site as the export formats see it: one quantized leaf, its name in the file, and the error if it is refused.
 
-Masks are not said by any of these formats: what was pruned is given the code that reads as zero.
+None of these formats can represent a mask; pruned entries get the code that decodes to zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compress.weights import Codebook, Dense, Masked, Quantized, Scaled, Weight
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
-    """One site: its module's `name`, the `key` its tensors begin with in the file, and its weight without the mask."""
+    """One site: its module's `name`, the prefix `key` of its tensors in the file, and its weight without a mask."""
 
     name: str
     key: str
@@ -27,21 +27,22 @@ class Leaf:
     described: str
 
     def refused(self, form: str, reason: str, instead: str) -> UnsupportedWeight:
-        """The error of a site that a format cannot say."""
+        """The error for a site that a format cannot represent."""
         return UnsupportedWeight(f"{self.name} ({self.described}): {form} cannot say it: {reason}; {instead}")
 
 
 def leaves(artifact: Artifact, form: str) -> Iterator[Leaf]:
-    """The sites of an artifact, one decoded at a time.
-
-    Raises UnsupportedWeight for what none of these formats has names for.
-    """
+    """The sites of an artifact, read one at a time; raises UnsupportedWeight as `leaf`."""
     for site in artifact.specs:
         yield leaf(artifact, site, form)
 
 
 def leaf(artifact: Artifact, site: str, form: str) -> Leaf:
-    """One site of an artifact; raises UnsupportedWeight if `form` has no name for where it lies."""
+    """One site of an artifact.
+
+    Raises UnsupportedWeight if the file stores the matrix in a form that `form` cannot address: among other experts in
+    one tensor, or transposed.
+    """
     spec = artifact.specs[site]
     weight, tensor = artifact.expression(site), tensor_of(site, spec)
     found = Leaf(
@@ -59,7 +60,10 @@ def leaf(artifact: Artifact, site: str, form: str) -> Leaf:
 
 
 def filled(weight: Weight) -> Weight:
-    """The weight without its mask, where a leaf can say the zeros itself: pruned entries have the code of zero."""
+    """The weight without its mask if it can represent zeros itself; pruned entries get the code that decodes to zero.
+
+    Otherwise the weight is returned unchanged.
+    """
     match weight:
         case Masked(Dense(data), mask_OI):
             return Dense(data.masked_fill(~mask_OI, 0))
@@ -74,7 +78,7 @@ def filled(weight: Weight) -> Weight:
 
 
 def zero_codes(weight: Quantized) -> Tensor:
-    """The codes that read as zero: one, or [out, in]."""
+    """The codes that decode to zero: a scalar if symmetric, else [out, in]."""
     if weight.zero is None:
         return torch.tensor(2 ** (weight.bits - 1), dtype=torch.uint8)
     return weight.zero.to(torch.uint8).repeat_interleave(weight.group, 1)
