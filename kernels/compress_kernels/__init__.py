@@ -1,1 +1,1 @@
-"""Kernels for compressed linear maps: tensors in, tensors out; torch only, triton loaded when a GPU needs it."""
+"""Kernels for compressed linear layers, as functions of tensors; need torch, and Triton only when a GPU is used."""

@@ -1,15 +1,16 @@
-"""Products y = x W^T with weights pruned anywhere: a bit an input says what is kept, kept values lie end to end.
+"""Products y = x W^T with unstructured sparsity: a bitmap with one bit per input, and the kept values end to end.
 
-This saves memory, not time. A GPU finds every kept value by counting bits and fetching it alone, 10 to 20 instructions
-a weight where a dense product issues less than 2, so with the matrix in memory dense is faster; its use is a matrix
-that would not fit. For many rows of x the matrix is decoded once to scratch memory and multiplied as
-dense.
+This saves memory, not time. A GPU finds every kept value by counting bits and loads it individually, which takes 10 to
+20 instructions per weight, whereas a dense product issues fewer than 2. A dense matrix is therefore faster if it fits
+in memory; this form is for matrices that would not fit. For many rows of x, the matrix is decoded once to scratch
+memory and multiplied as dense.
 
-Layout: 16 bits a kept value; one bit an input, 32 a word, bit k of word w of a block for input 32 w + k; one offset
-into the values for every row of a block of 512 inputs, from which a kernel counts on. At half the weights kept that is
-9.06 bits a weight. Values are ordered by row, then by input.
+Layout: kept values have 16 bits and are ordered by row, then by input. Bitmaps have one bit per input in 32-bit words:
+bit k of word w of a block belongs to input 32 w + k. Every row of a block of 512 inputs has one offset into the values,
+from which a kernel counts. With half of the weights kept, that makes 9.06 bits per weight.
 
-Packing, specification and the ops `compress::bitmap_linear` and `bitmap_dense`; the kernels are `gpu/bitmap.py`.
+Contains packing, the specification and the ops `compress::bitmap_linear` and `bitmap_dense`; the kernels are in
+`gpu/bitmap.py`.
 Shape suffixes: M rows of x, O out, I in, R padded rows, B blocks, W words of a block, K kept values.
 """
 
@@ -24,13 +25,16 @@ from torch.nn import functional as F
 
 from compress_kernels import formats, given, low_rank
 
-WORDS = 16  # of a block
+WORDS = 16  # per block
 BLOCK = 32 * WORDS
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Bits [B, W, R] int32, offsets [B, R] int32, kept values [K]; `u` [out, rank] and `v` [rank, in] add U V."""
+    """A packed weight: bits [B, W, R] int32, offsets [B, R] int32, kept values [K].
+
+    `u` [out, rank] and `v` [rank, in] add a low-rank term U V.
+    """
 
     bits: Tensor
     offsets: Tensor
@@ -41,7 +45,7 @@ class Packed:
 
     @property
     def kind(self) -> str:
-        """How `dispatch.py` and tuning profiles call it."""
+        """The name of this form in `dispatch.py` and in tuning profiles."""
         return "bitmap"
 
     @property
@@ -51,9 +55,9 @@ class Packed:
 
 
 def pack(values_OI: Tensor, mask_OI: Tensor) -> Packed:
-    """Keep the float16 or bfloat16 values where the mask is True; they may be 0.
+    """Pack the float16 or bfloat16 values where the mask is True; kept values may be 0.
 
-    Raises ValueError if the dtypes or shapes are others, or 2**31 values or more are kept.
+    Raises ValueError for other dtypes, for shapes that differ, or if 2**31 or more values are kept.
     """
     outputs, inputs = values_OI.shape
     if values_OI.dtype not in given.HALVES:
@@ -67,7 +71,7 @@ def pack(values_OI: Tensor, mask_OI: Tensor) -> Packed:
     if int(ends[-1]) >= 2**31:
         raise ValueError(f"bitmap: {int(ends[-1])} values are kept; offsets count to 2**31")
     offsets_RB = ends.view_as(counts_RB) - counts_RB
-    weights_K = (1 << torch.arange(32, device=mask_OI.device)).to(torch.int32)  # the last is negative: it wraps
+    weights_K = (1 << torch.arange(32, device=mask_OI.device)).to(torch.int32)  # the last one wraps to a negative
     bits_RBW = (mask_RBWK * weights_K).sum(3, dtype=torch.int32)
     return Packed(
         bits_RBW.permute(1, 2, 0).contiguous(), offsets_RB.T.to(torch.int32).contiguous(),
@@ -90,13 +94,16 @@ def reference(packed: Packed) -> Tensor:
 
 
 def with_low_rank(packed: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
-    """The weight plus `U V`, whose product with x the end of the same kernel adds."""
+    """The weight plus `U V`; the same kernel adds the low-rank term at its end."""
     u, v = low_rank.pack(u_OR, v_RI)
     return replace(packed, u=u, v=v)
 
 
 def check(op: str, w: Packed, x: Tensor) -> None:
-    """Refuse what a kernel would read wrongly; x says where. Raises ValueError or TypeError that names the argument."""
+    """Check that a kernel can read the weight, which must be on the device of x.
+
+    Raises ValueError that names the argument.
+    """
     blocks, rows = -(-w.shape[1] // BLOCK), formats.padded(w.shape[0], formats.ROWS)
     if w.values.ndim != 1 or w.values.dtype not in given.HALVES:
         raise ValueError(
@@ -108,7 +115,7 @@ def check(op: str, w: Packed, x: Tensor) -> None:
 
 
 def check_product(w: Packed, x: Tensor, bias: Tensor | None) -> None:
-    """`check`, and what a product takes beside a weight."""
+    """`check`, and check the other arguments of a product; raises ValueError or TypeError that names the argument."""
     given.floats("bitmap_linear: x", x)
     check("bitmap_linear", w, x)
     low_rank.check("bitmap_linear", x, w.u, w.v, w.shape[0])
@@ -130,7 +137,7 @@ def dense(w: Packed) -> Tensor:
 
 @torch.library.custom_op("compress::bitmap_dense", mutates_args=(), device_types="cpu")
 def bitmap_dense(bits: Tensor, offsets: Tensor, values: Tensor, out: int, inputs: int) -> Tensor:
-    """The matrix [out, in] that the tensors of a `Packed` denote."""
+    """The matrix [out, in] that the tensors of a `Packed` encode."""
     w = Packed(bits, offsets, values, (out, inputs))
     check("bitmap_dense", w, bits)
     return reference(w)
@@ -183,12 +190,12 @@ def _(
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep what gradients need."""
+    """Save what the gradients need."""
     ctx.save_for_backward(*inputs[:6])
 
 
 def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """Of x, the kept values, the low-rank factors and the bias."""
+    """The gradients of x, the kept values, the low-rank factors and the bias."""
     x, bits, offsets, values, u, v = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     dx = dvalues = None
@@ -196,7 +203,7 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx = dy @ bitmap_dense(bits, offsets, values, dy.shape[-1], x.shape[-1]).to(dy.dtype)
     if wanted[3]:
         kept = unpack_mask(Packed(bits, offsets, values, (dy.shape[-1], x.shape[-1]))).flatten()
-        place = (kept.cumsum(0) - 1).masked_fill(~kept, len(values))  # to select by a mask, a GPU would have to wait
+        place = (kept.cumsum(0) - 1).masked_fill(~kept, len(values))  # selecting by a mask would synchronize a GPU
         dw = (low_rank.rows(dy).T @ low_rank.rows(x)).flatten()
         dvalues = dw.new_zeros(len(values) + 1).scatter(0, place, dw)[:-1].to(values.dtype)
     more, du, dv = low_rank.gradients(x, u, v, dy, wanted[4:6])

@@ -1,11 +1,11 @@
-"""Which way a packed product goes on a GPU: its own kernel, or decoded to scratch memory and multiplied as dense.
+"""Chooses the path of a packed product on a GPU: its own kernel, or decoding to scratch memory and a dense product.
 
-Measured choices come from a tuning profile (`tuning.py`, written by `compress tune`). Where nothing was measured, the
-roofline predicts: a product takes at least the time to read its bytes, to multiply, and to issue its instructions.
-Instructions for each weight are read off compiled code (`gpu/aot.py`); how far each format stays behind its roof was
-measured on an H200 once (`bench/fit.py`). On another GPU it is a prediction, and says so. `defaults.json` holds what it
-rests on.
-Source of the issue bound: a lane issues one instruction a cycle at most; our low-bit kernels reach `ISSUED` of that.
+Measured choices come from a tuning profile (`tuning.py`, written by `compress tune`). Without a measurement, a roofline
+model predicts: a product takes at least the time to read its bytes, to multiply, and to issue its instructions. The
+number of instructions per weight is read off compiled code (`gpu/aot.py`); how much slower than its roofline each
+format is was measured once, on an H200 (`bench/fit.py`). On other GPUs the result is a prediction and is reported as
+such. The figures behind the model are in `defaults.json`.
+Source of the issue bound: a lane issues at most one instruction per cycle; the low-bit kernels reach `ISSUED` of that.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ import torch
 
 from compress_kernels import tuning
 
-KERNEL, DENSE = "kernel", "dense"  # the ways
-OP = "gpu"  # how a profile calls the products of packed forms
-START = 4.5e-6  # seconds of any product within a CUDA graph, however small; on an H200, of cuBLAS's too
-ISSUED = 0.3  # of the issue slots that int2, int3 and int4 reach on an H200
-MULTIPLIED = 0.6  # of the tensor cores' rate that a kernel with decoding reaches; an estimate, which binds nothing yet
-LANES = 128  # of a multiprocessor
-SMALL = 64  # inputs of a group: in smaller ones, their scales and sums weigh more than their weights
+KERNEL, DENSE = "kernel", "dense"  # the two paths
+OP = "gpu"  # the op under which tuning profiles list products of packed forms
+START = 4.5e-6  # seconds that any product takes within a CUDA graph, however small; on an H200, cuBLAS's too
+ISSUED = 0.3  # share of the issue slots that int2, int3 and int4 use on an H200
+MULTIPLIED = 0.6  # share of the tensor cores' rate that a decoding kernel reaches; an estimate that never binds so far
+LANES = 128  # per multiprocessor
+SMALL = 64  # group size below which the scales and sums of groups cost more than the weights
 WORDS = ("int2", "int3", "int4", "int8", "e4m3", "e5m2", "e2m1", "book")
-LIKE = {"e5m2": "e4m3", "e2m1": "book", "fp8 x fp8": "int8 x int8"}  # of which no slack was measured
-# rows of x above which, where nothing was tuned, another way is taken: with a dense copy of the matrix, beside whose
-# product decoding costs little, or by torch's own 8-bit products (specs, not measured). On an H200 4 and 8 bits take as
-# long at 256 rows as dense and the bytes that decoding moves, other words and slots much longer, bitmaps at one row
+LIKE = {"e5m2": "e4m3", "e2m1": "book", "fp8 x fp8": "int8 x int8"}  # forms without a measured slack -> a similar one
+# Rows of x above which, unless tuned, another path is taken: a dense copy of the matrix, because decoding then costs
+# little beside the product, or (LIBRARY_ABOVE) torch's own 8-bit products; from specifications, not measured. On an
+# H200, 4- and 8-bit words take as long at 256 rows as the dense product and the bytes that decoding moves. Other words
+# and n:m slots take much longer at that size, and bitmaps already at one row.
 DENSE_ABOVE, HALF_DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 128, 0, 64
-# words whose kernel is taken up to DENSE_ABOVE, if their groups are not SMALL
+# Words whose kernel is used up to DENSE_ABOVE rows, unless their groups are SMALL.
 FAST = ("int4", "int8", "e4m3", "e5m2")
-SPARSE_FROM = 1024  # rows of x from which sparse tensor cores are used, if they were asked for; specs, not measured
+SPARSE_FROM = 1024  # rows of x from which requested sparse tensor cores are used; from specifications, not measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Rates of one kind of GPU: bytes a second, bf16 operations a second, multiprocessors, cycles a second."""
+    """The rates of one kind of GPU: bytes, bf16 operations and clock cycles per second, and its multiprocessors."""
 
     kind: str
     bandwidth: float
@@ -59,7 +60,7 @@ SLACK: dict[str, tuple[float, float, float]] = {name: tuple(n) for name, n in SH
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What a weight costs: bytes a weight as stored, and instructions a weight with a tile of 8, 16 and 64 rows.
+    """The cost of a format: stored bytes per weight, and instructions per weight for tiles of 8, 16 and 64 rows.
 
     `slack` is how many times longer than the roofline such tiles take.
     """
@@ -71,9 +72,10 @@ class Format:
 
 
 def format_of(form: Any, weights: int) -> Format:
-    """What a packed form of so many weights costs; n:m that was not counted is taken for the dearest of its values.
+    """The cost of a packed form with this many weights.
 
-    So are small groups for the smallest that were measured, and what was not measured for the one like it.
+    An n:m form whose instructions were not counted takes the most expensive counts of its value format. A form whose
+    slack was not measured takes that of a similar one; small groups take that of the smallest ones measured.
     """
     kind, group = str(form.kind), int(getattr(form, "group", 0))
     alike = [counts for name, counts in INSTRUCTIONS.items() if name.endswith(kind.rpartition(" ")[2])]
@@ -86,7 +88,7 @@ def format_of(form: Any, weights: int) -> Format:
 
 
 def slack_of(kind: str, group: int) -> str:
-    """Under which name the slack of a kind was measured, or of the one like it."""
+    """The name under which the slack of a kind, or of a similar one, was measured."""
     if kind in WORDS and 0 < group < SMALL:
         return "int4 g32"
     if kind in SLACK or ":" not in kind:
@@ -95,7 +97,7 @@ def slack_of(kind: str, group: int) -> str:
 
 
 def above(kind: str, group: int) -> int | None:
-    """Rows of x above which the product of a kind decodes, where nothing was tuned; None if it never does."""
+    """Rows of x above which the product of a kind decodes the weight, unless tuned; None if it never does."""
     if kind == "bitmap":
         return BITMAP_DENSE_ABOVE
     if kind in WORDS:
@@ -104,7 +106,7 @@ def above(kind: str, group: int) -> int | None:
 
 
 def way(form: Any, rows: int, device: torch.device) -> str:
-    """Which way a packed form goes for so many rows of x."""
+    """The path, KERNEL or DENSE, that a packed form takes for x with this many rows."""
     limit = above(str(form.kind), int(getattr(form, "group", 0)))
     out, inputs = form.shape
     decoded = limit is not None and decodes(str(form.kind), rows, out, inputs, device, limit)
@@ -113,7 +115,7 @@ def way(form: Any, rows: int, device: torch.device) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """`kernel` or `dense`, how many seconds that is expected to take and how often faster than dense it would be."""
+    """A path with its expected time in seconds and its expected speed-up over a dense matrix."""
 
     path: str
     seconds: float
@@ -121,13 +123,13 @@ class Choice:
     bound: str  # what limits the kernel: memory, issue or multiplication
 
 
-OLDEST = (3, 6)  # version of triton; older ones compile other code
-CAPABLE = (8, 0)  # of a GPU: asynchronous copies and products of bfloat16
+OLDEST = (3, 6)  # the oldest supported version of Triton; older ones compile different code
+CAPABLE = (8, 0)  # the least compute capability, for asynchronous copies and bfloat16 products
 
 
 @lru_cache(maxsize=16)
 def missing(device: torch.device) -> str:
-    """What keeps the kernels from running on a device, or nothing."""
+    """The reason why the kernels cannot run on a device; empty if they can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type} is no NVIDIA GPU"
     if find_spec("triton") is None:
@@ -140,12 +142,12 @@ def missing(device: torch.device) -> str:
 
 
 def known(name: str) -> Device:
-    """The rates of a GPU by its name; an unknown one is taken for the slowest known."""
+    """The rates of a GPU by its name; an unknown GPU gets those of the last in the list, the slowest one."""
     return next((device for device in DEVICES if device.kind in name), DEVICES[-1])
 
 
 def predict(form: Format, m: int, weights: int, device: Device, path: str = "") -> Choice:
-    """What a way would take for x of `m` rows and a matrix of so many weights; the faster one if none is named."""
+    """Predict a path for x with `m` rows and a matrix of this many weights; without `path`, the faster one."""
     tile = next((i for i, rows in enumerate((8, 16)) if m <= rows), 2)
     times = {
         "memory": weights * form.bytes / device.bandwidth,
@@ -162,28 +164,29 @@ def predict(form: Format, m: int, weights: int, device: Device, path: str = "") 
 
 
 def issue_rate(device: Device) -> float:
-    """Instructions a second of all lanes, at the share that is reached."""
+    """The instructions per second that all lanes together issue, at the share `ISSUED` of the peak."""
     return ISSUED * LANES * device.multiprocessors * device.clock
 
 
 @lru_cache(maxsize=256)
 def most_rows(form: Format, device: Device) -> int:
-    """Rows of x up to which the kernel is expected to be no slower than decoding first."""
+    """Rows of x, of a few sizes up to 512, up to which the kernel is expected to be no slower than decoding first."""
     weights = 1 << 24
     rows = [m for m in (1, 8, 16, 32, 64, 128, 256, 512) if predict(form, m, weights, device).path == KERNEL]
     return max(rows, default=0)
 
 
 def tuned(kind: str, rows: int, out: int, inputs: int, device: torch.device) -> tuning.Choice | None:
-    """What `compress tune` chose for a kind of packed form on this GPU, or None: also for more rows than it measured.
+    """What `compress tune` chose for a kind of packed form on this GPU.
 
-    A profile is read once: one written later holds for the next process. Raises tuning.TuningError for a damaged one.
+    None if it was not tuned, or not for this many rows. Choices are cached, so a profile that is written later takes
+    effect in the next process. Raises tuning.TuningError for a damaged profile.
     """
     return _tuned(kind, 1 << max(rows - 1, 0).bit_length(), out, inputs, device) if device.type == "cuda" else None
 
 
 def decodes(kind: str, rows: int, out: int, inputs: int, device: torch.device, above: int) -> bool:
-    """Whether to decode a weight and multiply it as dense: as tuned, else for more than `above` rows of x."""
+    """Whether to decode a weight and multiply it as dense: as tuned, otherwise for more than `above` rows of x."""
     choice = tuned(kind, rows, out, inputs, device)
     return rows > above if choice is None else choice["path"] == DENSE
 
@@ -196,5 +199,5 @@ def _tuned(kind: str, bucket: int, out: int, inputs: int, device: torch.device) 
 
 
 def here(device: torch.device) -> Device:
-    """The rates of the GPU that a tensor is on."""
+    """The rates of the GPU that `device` is; those of the first known GPU if it is none."""
     return known(torch.cuda.get_device_name(device)) if device.type == "cuda" else DEVICES[0]

@@ -1,9 +1,9 @@
-"""How codes lie in memory for the GPU kernels: K-plane words, tile by tile. Torch only; the single source of layouts.
+"""The memory layout of codes for the GPU kernels: K-plane words, tile by tile. Torch only; layouts are defined here.
 
-The inputs of a matrix are cut in blocks; a block of a row is PLACES words of 16 bits. Word p of a block holds, from bit
-`bits * j` on, the code of input `j * PLACES + p` of the block: plane j of the words belongs to PLACES inputs in
-a row, so a kernel multiplies plane after plane without moving a value between lanes. Words are stored
-[blocks, rows, PLACES]: the rows that one program reads are one run of memory.
+The inputs of a matrix are divided into blocks; a block of a row is stored as PLACES words of 16 bits. Word p of a block
+holds, from bit `bits * j` on, the code of input `j * PLACES + p` of the block. Plane j of the words thus belongs to
+PLACES consecutive inputs, so that a kernel multiplies plane after plane without moving a value between lanes. Words are
+stored as [blocks, rows, PLACES], so that the rows that one program reads are contiguous in memory.
 Shape suffixes: O out, I in, R rows (out, padded to ROWS), B blocks, P places, J planes, G groups.
 """
 
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PLACES = 32  # words of a row of a block: 64 bytes, two of which are a cache line
-ROWS = 64  # rows are padded to a multiple of this, the smallest tile
+PLACES = 32  # words per row of a block: 64 bytes, half of a cache line
+ROWS = 64  # rows are padded to a multiple of this, the size of the smallest tile
 WORD = 16
 
 
 def planes(bits: int) -> int:
-    """Codes in a word."""
+    """The number of codes in a word, which is the number of planes."""
     return WORD // bits
 
 
 def block(bits: int, places: int = PLACES) -> int:
-    """Inputs of one block: 512 for one bit, 128 for four, 64 for eight."""
+    """The number of inputs of one block: 512 for one bit, 128 for four, 64 for eight."""
     return places * planes(bits)
 
 
@@ -34,10 +34,10 @@ def padded(n: int, multiple: int) -> int:
 
 
 def pack_words(codes_OI: Tensor, bits: int, inputs: int | None = None, places: int = PLACES) -> Tensor:
-    """Codes below 2**bits, bits 1, 2, 4 or 8, as int16 words [B, R, P]; what is missing in rows and blocks is 0.
+    """Pack codes below 2**bits (bits 1, 2, 4 or 8) into int16 words [B, R, P]; padding in rows and blocks is 0.
 
-    `inputs` pads to more blocks than the codes need, as a format of two sets of words may. Groups of 16 inputs take
-    blocks of 16 `places`.
+    `inputs` pads to more blocks than the codes need, which formats with two sets of words use. Groups of 16 inputs need
+    blocks with 16 `places`.
     """
     outputs, given = codes_OI.shape
     wide, rows = padded(inputs or given, block(bits, places)), padded(outputs, ROWS)
@@ -49,13 +49,13 @@ def pack_words(codes_OI: Tensor, bits: int, inputs: int | None = None, places: i
 
 
 def unpack_words(words_BRP: Tensor, bits: int) -> Tensor:
-    """The codes [R, inputs] that words hold, padding included, int32: the specification."""
+    """The specification: the codes [R, inputs] in words, int32, including padding."""
     places_J = torch.arange(0, WORD, bits, dtype=torch.int32, device=words_BRP.device)
     codes_BRJP: Tensor = (words_BRP[:, :, None].to(torch.int32) >> places_J[:, None]) & (2**bits - 1)
     return codes_BRJP.permute(1, 0, 2, 3).flatten(1)
 
 
 def pack_groups(values_OG: Tensor) -> Tensor:
-    """Values of groups of inputs, one row beside another: [G, R]; rows that pad are 0."""
+    """Transpose the values of groups of inputs to [G, R]; padding rows are 0."""
     padding = padded(values_OG.shape[0], ROWS) - values_OG.shape[0]
     return F.pad(values_OG, (0, 0, 0, padding)).T.contiguous()

@@ -1,15 +1,15 @@
-"""Checks of what an op is given, before anything is launched: one line that names the argument and what is allowed."""
+"""Checks of an op's arguments before a launch; each error is one line that names the argument and what is allowed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-HALVES = (torch.float16, torch.bfloat16)  # what the tensor cores take
+HALVES = (torch.float16, torch.bfloat16)  # the dtypes that the kernels multiply on tensor cores
 
 
 def floats(name: str, x: Tensor) -> None:
-    """Refuse an x [..., in] that a GPU kernel cannot take; the CPU takes every float."""
+    """Raise TypeError for an x [..., in] that the kernels do not support; the CPU takes any float."""
     if x.ndim == 0 or not x.is_floating_point():
         raise TypeError(f"{name} is {described(x)}; it must be floats [..., in]")
     if x.device.type != "cpu" and x.dtype not in HALVES:
@@ -17,7 +17,7 @@ def floats(name: str, x: Tensor) -> None:
 
 
 def expect(name: str, got: Tensor, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    """Refuse a tensor of another shape, dtype (None: any float) or device than x's, or not contiguous."""
+    """Raise ValueError unless a tensor has this shape and dtype (None: any float), is on x's device and contiguous."""
     kind = "floats" if dtype is None else str(dtype)
     fits = got.is_floating_point() if dtype is None else got.dtype == dtype
     if tuple(got.shape) != shape or not fits:
@@ -29,5 +29,5 @@ def expect(name: str, got: Tensor, x: Tensor, shape: tuple[int, ...], dtype: tor
 
 
 def described(tensor: Tensor) -> str:
-    """Its dtype and shape."""
+    """A tensor's dtype and shape as text."""
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"

@@ -1,7 +1,7 @@
-"""The low-rank term of a product: y += U (V x). `V x` is one small product; `gpu.gemm.add_low_rank` adds the rest.
+"""The low-rank term of a product: y += U (V x). `V x` is one small product; `gpu.gemm.add_low_rank` adds U times it.
 
-Ranks are padded with zeros to a multiple of STEP, the least that a tensor core multiplies; beyond MOST a product of its
-own is faster than the end of another's.
+Ranks are padded with zeros to a multiple of STEP, the least depth that a tensor core multiplies. For ranks above MOST,
+a separate product is faster than adding the term at the end of another kernel.
 Shape suffixes: M rows of x, O out, I in, R rank.
 """
 
@@ -19,7 +19,7 @@ MOST = 128
 
 
 def pack(u_OR: Tensor, v_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors with the rank padded, contiguous. Raises ValueError if the ranks differ or are above `MOST`."""
+    """Both factors, contiguous and with padded rank. Raises ValueError if the ranks differ, are 0 or exceed `MOST`."""
     rank = u_OR.shape[1]
     if rank != v_RI.shape[0] or not 1 <= rank <= MOST:
         raise ValueError(f"low-rank factors {tuple(u_OR.shape)} and {tuple(v_RI.shape)}: one rank, 1 to {MOST}")
@@ -28,7 +28,7 @@ def pack(u_OR: Tensor, v_RI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check(op: str, x: Tensor, u: Tensor | None, v: Tensor | None, out: int) -> None:
-    """Refuse factors that do not fit x and the outputs, one line that names the argument."""
+    """Raise ValueError, naming the argument, for factors that do not fit x and the number of outputs."""
     if (u is None) != (v is None):
         raise ValueError(f"{op}: u and v go together; one is None")
     if u is None or v is None:
@@ -41,7 +41,7 @@ def check(op: str, x: Tensor, u: Tensor | None, v: Tensor | None, out: int) -> N
 
 
 def inner(x: Tensor, v_RI: Tensor) -> Tensor:
-    """`V x` for every row of x, in the dtype of x: what `gpu.gemm.add_low_rank` takes."""
+    """`V x` for every row of x, in the dtype of x, as `gpu.gemm.add_low_rank` needs it."""
     return F.linear(x, v_RI.to(x.dtype))
 
 
@@ -53,7 +53,7 @@ def term(x: Tensor, u_OR: Tensor, v_RI: Tensor) -> Tensor:
 def gradients(
     x: Tensor, u: Tensor | None, v: Tensor | None, dy: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, and where wanted of U and V, through the term; None where there is none."""
+    """The gradients of x, U and V through the term; those of U and V only if wanted. All None without a term."""
     if u is None or v is None:
         return None, None, None
     dt = dy @ u.to(dy.dtype)
@@ -63,5 +63,5 @@ def gradients(
 
 
 def rows(x: Tensor) -> Tensor:
-    """x [..., n] as rows; of one dimension, one row."""
+    """x [..., n] as a matrix of rows; a vector becomes one row."""
     return x.reshape(-1, x.shape[-1])

@@ -1,18 +1,20 @@
 """Products y = x W^T with N:M weights: at most N of every M inputs in a row are kept, and only those are stored.
 
-Packing, specification and the ops `compress::nm_linear`, `nm_dense`, `nm_planes`; the kernels are `gpu/nm.py`. Kept
-values are 16-bit floats, or codes of 4 or 8 bits with a scale (and a zero) for every group of inputs, or e4m3 floats
-with a scale. A mask is a bitmap, one bit an input, never a list of places: it costs no more than 2:4 indices and needs
-no compares.
+Contains packing, the specification and the ops `compress::nm_linear`, `nm_dense`, `nm_planes`; the kernels are in
+`gpu/nm.py`. Kept values are 16-bit floats, or 4- or 8-bit codes with a scale (and a zero point) for every group of
+inputs, or e4m3 floats with a scale. The mask is a bitmap with one bit per input, never a list of positions: it takes no
+more space than 2:4 indices and needs no comparisons.
 
-Layout. P words of 16 bits of a row hold the bitmaps of a block of 16 * P inputs; P is 32, or 16 for small groups of
-scales. Group g of word p is M inputs from `(g * P + p) * M` of the block on; `places` says which bit belongs to which.
-Slot i of these groups is a plane of P values; planes are stored as they are or, of codes, several a word. Kept values
-of the front half of a group fill its slots from the first on, those of the back half from the last back, so a group may
-keep fewer than N. Element e of the P groups is a plane of x, once x is permuted so that planes are contiguous. Of 4-bit
-codes in groups of four ("nibble"), a word of slot i holds that slot of the four groups of a word of masks, which can
-then be applied to all four codes at once, before they are decoded; so that a masked code, 0, denotes 0, codes are
-stored xor their zero.
+Layout: For every row, P words of 16 bits hold the bitmaps of a block of 16 * P inputs; P is 32, or 16 for small groups
+of scales. Group g of word p consists of the M inputs from `(g * P + p) * M` of the block on; `places` gives the bit of
+each of them. Slot i of these groups is a plane of P values. Planes of floats are stored as they are, planes of codes
+several per word. The kept values of the front half of a group fill its slots from the first slot on, those of the back
+half from the last slot backwards, so that a group may keep fewer than N. Element e of the P groups is a plane of x,
+once x is permuted so that planes are contiguous.
+
+In the format "nibble" (4-bit codes in groups of four), a word of slot i holds that slot of the four groups of one mask
+word. The mask can then be applied to all four codes at once, before they are decoded. Codes are stored xor their zero
+point, so that a masked code, which is 0, stands for 0.
 Shape suffixes: M rows of x, O out, I in, R padded rows, G groups of scales, B blocks, P places, C planes, W words.
 """
 
@@ -27,18 +29,20 @@ from torch.nn import functional as F
 
 from compress_kernels import formats, given, low_rank, sparse_cores
 
-SIZES = (2, 4, 8, 16)  # M: what divides a word
-PLACES = (32, 16)  # words of a row of a block; a group of scales must be whole runs of them, 128 or 64 inputs of 2:4
+SIZES = (2, 4, 8, 16)  # the supported M, which divide a word
+PLACES = (32, 16)  # words per row of a block; a group of scales must be whole runs of M times this: 128 or 64 in 2:4
 BITS = {"half": 16, "int4": 4, "nibble": 4, "int8": 8, "fp8": 8}
 CODES = ("int4", "nibble", "int8")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A mask and what it keeps: `values` [B, C, R, P] floats, or words [B, W, R, P] of codes or of e4m3.
+    """A packed N:M weight: a mask and the kept values.
 
-    Kept weights are `scale * (code - 2**(bits - 1) - zero)`, `scale * e4m3` or the values themselves. `u` [out, rank]
-    and `v` [rank, in] add U V. With `cores`, a second copy, products of many rows go to sparse tensor cores.
+    `values` are floats [B, C, R, P], or words [B, W, R, P] of codes or e4m3. Kept weights are
+    `scale * (code - 2**(bits - 1) - zero)`, `scale * e4m3`, or the values themselves. `u` [out, rank] and `v`
+    [rank, in] add a low-rank term U V. `cores` is a second copy, with which products of many rows run on sparse tensor
+    cores.
     """
 
     mask: Tensor
@@ -56,7 +60,7 @@ class Packed:
 
     @property
     def kind(self) -> str:
-        """How `dispatch.py` and tuning profiles call it."""
+        """The name of this form in `dispatch.py` and in tuning profiles."""
         return f"{self.keep}:{self.of} {self.format}"
 
     @property
@@ -67,7 +71,7 @@ class Packed:
 
 
 def unsupported(format: str, keep: int, of: int, inputs: int, group: int) -> str:
-    """Why there is no kernel for such a weight, or nothing. `group` is 0 if a row has one scale."""
+    """The reason why there is no kernel for such a weight; empty if there is one. `group` 0: one scale per row."""
     if format not in BITS:
         return f"values as {format!r}; there are kernels for {', '.join(BITS)}"
     if format == "nibble" and of != 4:
@@ -80,7 +84,7 @@ def unsupported(format: str, keep: int, of: int, inputs: int, group: int) -> str
 
 
 def words_of(of: int, group: int) -> int:
-    """P, the words of a row of a block, for groups of so many inputs; 0 if there is no such layout."""
+    """P, the words per row of a block, for groups of this many inputs; 0 if no layout fits."""
     for count in PLACES:
         run, block = count * of, 16 * count
         if group % run == 0 and (group % block == 0 or block % group == 0):
@@ -89,9 +93,9 @@ def words_of(of: int, group: int) -> int:
 
 
 def pack(values_OI: Tensor, mask_OI: Tensor, keep: int, of: int) -> Packed:
-    """Keep the float16 or bfloat16 values where the mask is True; they may be 0.
+    """Pack the float16 or bfloat16 values where the mask is True; kept values may be 0.
 
-    Raises ValueError if a group keeps more than `keep`, or no kernel takes such a weight: see `unsupported`.
+    Raises ValueError if a group keeps more than `keep` values, or no kernel supports such a weight (`unsupported`).
     """
     if values_OI.dtype not in given.HALVES:
         raise ValueError(
@@ -106,10 +110,11 @@ def pack(values_OI: Tensor, mask_OI: Tensor, keep: int, of: int) -> Packed:
 def pack_codes(
     codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, bits: int, mask_OI: Tensor, keep: int, of: int
 ) -> Packed:
-    """Keep codes below 2**bits, 4 or 8, that denote `scale * (code - zero)`; zero None is 2**(bits - 1).
+    """Pack kept codes of 4 or 8 bits that stand for `scale * (code - zero)`; without `zero_OG`, zero is 2**(bits - 1).
 
-    A kernel subtracts zeros in the dtype of x: exact if they are whole, else rounded. Of M = 4, codes of 4 bits whose
-    zeros are codes are stored as `code xor zero`, "nibble": then a mask can be applied to four of them at once.
+    A kernel subtracts zero points in the dtype of x, which is exact if they are integers and rounded otherwise. For
+    M = 4, 4-bit codes whose zero points are integers from 0 to 15 are stored in the format "nibble", as
+    `code xor zero`, so that a mask can be applied to four of them at once.
     """
     zero = None if zero_OG is None else formats.pack_groups((zero_OG.float() - 2.0 ** (bits - 1)).half())
     codes = torch.arange(16.0, device=scale_OG.device)
@@ -121,7 +126,7 @@ def pack_codes(
 
 
 def pack_float8(values_OI: Tensor, scale_OG: Tensor, mask_OI: Tensor, keep: int, of: int) -> Packed:
-    """Keep values of dtype float8_e4m3fn, none of them NaN, that denote `scale * value`."""
+    """Pack kept values of dtype float8_e4m3fn that stand for `scale * value`; raises ValueError if one is NaN."""
     if values_OI.dtype != torch.float8_e4m3fn:
         raise ValueError(f"nm: values are {values_OI.dtype}, not torch.float8_e4m3fn")
     codes_OI = values_OI.view(torch.uint8)
@@ -133,7 +138,7 @@ def pack_float8(values_OI: Tensor, scale_OG: Tensor, mask_OI: Tensor, keep: int,
 def scaled(
     codes_OI: Tensor, scale_OG: Tensor, zero: Tensor | None, format: str, mask_OI: Tensor, keep: int, of: int
 ) -> Packed:
-    """Codes of a format with their scales, one a group of inputs."""
+    """Pack codes of a format with one scale per group of inputs."""
     outputs, inputs = codes_OI.shape
     group = 0 if scale_OG.shape[1] == 1 else inputs // scale_OG.shape[1]
     words = pack_planes(slots(codes_OI, mask_OI, keep, of, format, group), BITS[format])
@@ -154,13 +159,13 @@ def scaled(
 
 
 def with_low_rank(packed: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
-    """The weight plus `U V`, whose product with x the end of the same kernel adds."""
+    """The weight plus `U V`; the same kernel adds the low-rank term at its end."""
     u, v = low_rank.pack(u_OR, v_RI)
     return replace(packed, u=u, v=v)
 
 
 def with_sparse_cores(packed: Packed, dtype: torch.dtype) -> Packed:
-    """The weight and its copy for sparse tensor cores. Raises ValueError if they cannot be used."""
+    """The weight with a second copy for sparse tensor cores. Raises ValueError if they cannot be used."""
     where = packed.mask.device
     if problem := sparse_cores.unavailable(packed.shape, packed.keep, packed.of, dtype, where):
         raise ValueError(f"nm: no sparse tensor cores for {problem}")
@@ -168,12 +173,12 @@ def with_sparse_cores(packed: Packed, dtype: torch.dtype) -> Packed:
 
 
 def tuple_of(matrix_OI: Tensor) -> tuple[int, int]:
-    """Its shape."""
+    """The shape of a matrix."""
     return matrix_OI.shape[0], matrix_OI.shape[1]
 
 
 def grouped(matrix_OI: Tensor, of: int, count: int) -> Tensor:
-    """A matrix, padded, by rows, blocks, groups of a word, places and elements of a group: [R, B, 16/M, P, M]."""
+    """A padded matrix as [R, B, 16/M, P, M]: rows, blocks, groups of a word, words, elements of a group."""
     outputs, inputs = matrix_OI.shape
     more = (0, formats.padded(inputs, 16 * count) - inputs, 0, formats.padded(outputs, formats.ROWS) - outputs)
     whole: Tensor = F.pad(matrix_OI, more).unflatten(1, (-1, 16 // of, count, of))
@@ -187,15 +192,16 @@ def pack_masks(mask_OI: Tensor, of: int, count: int, format: str) -> Tensor:
 
 
 def unpack_masks(words_BRP: Tensor, of: int, format: str) -> Tensor:
-    """The mask by rows, blocks, groups of a word, places and elements, bool [R, B, 16/M, P, M]."""
+    """The mask in words, as bool [R, B, 16/M, P, M]: rows, blocks, groups of a word, words, elements of a group."""
     words_RB1P1 = words_BRP.transpose(0, 1)[:, :, None, :, None].to(torch.int32)
     return ((words_RB1P1 >> places(of, format, words_BRP.device)[:, None]) & 1).bool()
 
 
 def places(of: int, format: str, device: torch.device) -> Tensor:
-    """The bit of every element of every group of a word, [16/M, M]; two of a group lie eight bits apart.
+    """The bit that belongs to every element of every group of a word, [16/M, M].
 
-    Of nibbles, the bits of a group lie end to end, where its codes lie.
+    Element e of the front half of a group and element e + M/2 are eight bits apart. In the format "nibble", the bits of
+    a group are adjacent, at the position of its code.
     """
     if format == "nibble":
         return torch.arange(16, dtype=torch.int32, device=device).view(4, 4)
@@ -206,7 +212,7 @@ def places(of: int, format: str, device: torch.device) -> Tensor:
 
 
 def slot_of(mask: Tensor, keep: int) -> Tensor:
-    """The slot of every kept element of groups in the last dimension, int64; of the others it means nothing."""
+    """The slot of every kept element of groups in the last dimension, int64; undefined for the other elements."""
     front, back = mask.chunk(2, -1)
     before = front.cumsum(-1) - front.long()
     behind = back.flip(-1).cumsum(-1).flip(-1) - back.long()
@@ -214,7 +220,10 @@ def slot_of(mask: Tensor, keep: int) -> Tensor:
 
 
 def slots(values_OI: Tensor, mask_OI: Tensor, keep: int, of: int, format: str, group: int) -> Tensor:
-    """Planes of kept values [B, C, R, P]; a slot that a group leaves empty holds 0."""
+    """Planes of kept values [B, C, R, P], with 0 in empty slots.
+
+    Raises ValueError for a mask that does not fit or a weight that no kernel supports.
+    """
     if problem := unsupported(format, keep, of, values_OI.shape[1], group):
         raise ValueError(f"nm: {problem}")
     if mask_OI.dtype != torch.bool or mask_OI.shape != values_OI.shape:
@@ -232,7 +241,7 @@ def slots(values_OI: Tensor, mask_OI: Tensor, keep: int, of: int, format: str, g
 
 
 def pack_planes(planes_BCRP: Tensor, bits: int) -> Tensor:
-    """Planes of codes as int16 words [B, W, R, P]: 16 / bits planes a word, the first in the lowest bits."""
+    """Pack planes of codes into int16 words [B, W, R, P]: 16 / bits planes per word, the first in the lowest bits."""
     per = formats.planes(bits)
     whole = F.pad(planes_BCRP.to(torch.int32), (0, 0, 0, 0, 0, -planes_BCRP.shape[1] % per)).unflatten(1, (-1, per))
     at = torch.arange(0, 16, bits, dtype=torch.int32, device=planes_BCRP.device)
@@ -270,20 +279,23 @@ def reference(packed: Packed) -> Tensor:
 
 
 def spread_groups(values_GR: Tensor, packed: Packed) -> Tensor:
-    """A number of every group, for each weight, float32 [out, in]."""
+    """Repeat one value per group for each weight, float32 [out, in]."""
     outputs, inputs = packed.shape
     each: Tensor = values_GR.T[:outputs].float().repeat_interleave(packed.group or inputs, 1)
     return each
 
 
 def permuted(x: Tensor, of: int, count: int) -> Tensor:
-    """x [..., in] in the order of planes, the last block filled with zeros: the specification of `nm_planes`."""
+    """The specification of `nm_planes`: x [..., in] in the order of planes, with zeros at the end of the last block."""
     padding = formats.padded(x.shape[-1], 16 * count) - x.shape[-1]
     return torch.as_tensor(F.pad(x, (0, padding)).unflatten(-1, (-1, count, of)).transpose(-1, -2).flatten(-3))
 
 
 def check(op: str, w: Packed, x: Tensor) -> None:
-    """Refuse what a kernel would read wrongly; x says where. Raises ValueError or TypeError that names the argument."""
+    """Check that a kernel can read the weight, which must be on the device of x.
+
+    Raises ValueError that names the argument.
+    """
     out, inputs = w.shape
     if problem := unsupported(w.format, w.keep, w.of, inputs, w.group):
         raise ValueError(f"{op}: {problem}")
@@ -303,7 +315,7 @@ def check(op: str, w: Packed, x: Tensor) -> None:
 
 
 def check_product(w: Packed, x: Tensor, planes: Tensor | None, bias: Tensor | None) -> None:
-    """`check`, and what a product takes beside a weight."""
+    """`check`, and check the other arguments of a product; raises ValueError or TypeError that names the argument."""
     given.floats("nm_linear: x", x)
     check("nm_linear", w, x)
     low_rank.check("nm_linear", x, w.u, w.v, w.shape[0])
@@ -317,26 +329,26 @@ def check_product(w: Packed, x: Tensor, planes: Tensor | None, bias: Tensor | No
 
 
 def fits(values: Tensor, format: str, dtype: torch.dtype) -> None:
-    """Refuse to mix two 16-bit floats on a GPU, whose kernels convert nothing."""
+    """Raise TypeError unless values and result have one 16-bit dtype, since the GPU kernels convert nothing."""
     if dtype not in given.HALVES or (format == "half" and values.dtype != dtype):
         raise TypeError(f"nm: values are {values.dtype}, x or the result {dtype}; a GPU takes one 16-bit float for all")
 
 
 def linear(w: Packed, x: Tensor, bias: Tensor | None = None, planes: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias` for x [..., in]; `planes` is `nm_planes` of x, which several weights can share."""
+    """`x @ W.T + bias` for x [..., in]; `planes` is what `nm_planes` returns for x, which several weights can share."""
     tensors = (w.mask, w.values, w.scale, w.zero, w.u, w.v, w.cores)
     return torch.as_tensor(nm_linear(x, planes, *tensors, bias, w.format, w.keep, w.of, w.group, w.shape[0]))
 
 
 def dense(w: Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in], without the low-rank term."""
+    """The matrix [out, in] in `dtype`, without the low-rank term."""
     tensors = (w.mask, w.values, w.scale, w.zero)
     return torch.as_tensor(nm_dense(*tensors, w.format, w.keep, w.of, w.group, *w.shape, dtype))
 
 
 @torch.library.custom_op("compress::nm_planes", mutates_args=(), device_types="cpu")
 def nm_planes(x: Tensor, of: int, count: int) -> Tensor:
-    """x [..., in] in the order of planes of `count` places for groups of `of`, padded to whole blocks."""
+    """x [..., in] in the order of planes of `count` values for groups of `of` inputs, padded to whole blocks."""
     given.floats("nm_planes: x", x)
     return permuted(x, of, count).contiguous()
 
@@ -360,7 +372,7 @@ def nm_dense(
     mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
     format: str, keep: int, of: int, group: int, out: int, inputs: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The matrix [out, in] that the tensors of a `Packed` denote, rounded once to `dtype`."""
+    """The matrix [out, in] that the tensors of a `Packed` encode, rounded once to `dtype`."""
     w = Packed(mask, values, scale, zero, format, keep, of, group, (out, inputs))
     check("nm_dense", w, mask)
     return reference(w).to(dtype)
@@ -393,7 +405,7 @@ def nm_linear(
     u: Tensor | None, v: Tensor | None, cores: Tensor | None, bias: Tensor | None,
     format: str, keep: int, of: int, group: int, out: int,
 ) -> Tensor:  # fmt: skip
-    """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`; `planes` is `nm_planes` of x, or made here."""
+    """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`; `planes` is as in `linear`, and made if None."""
     w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v, cores)
     check_product(w, x, planes, bias)
     y = F.linear(x, reference(w).to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -424,14 +436,14 @@ def _(
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep what gradients need."""
+    """Save what the gradients need."""
     x, _, *tensors = inputs[:8]
     ctx.save_for_backward(x, *tensors)
     ctx.rest = inputs[10:-1]
 
 
 def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """Of x, the low-rank factors and the bias; what is packed is constant."""
+    """The gradients of x, the low-rank factors and the bias; packed tensors are constant."""
     x, mask, values, scale, zero, u, v = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     dx = None

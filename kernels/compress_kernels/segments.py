@@ -1,10 +1,10 @@
-"""Deltas of several tenants in one launch: to the base's product of all rows, each tenant's own is added.
+"""Deltas of several tenants in one launch: each tenant's own product is added to the base's product for all rows.
 
-Rows of x lie sorted by tenant. A table [S, 3] of int32 says of each segment (first row, row after the last, tenant); no
-segment is longer than `tile`, none overlaps another, and an empty one does nothing, so that a table of fixed length
-serves a CUDA graph. What tenants hold is stacked. Ops: `compress::sign_segments`, scale times signs, one bit a weight;
-`compress::low_rank_segments`, two factors. Both change y in place. On the CPU they are the specification (`planes.py`
-has the fast path there).
+The rows of x are sorted by tenant. An int32 table [S, 3] lists segments as (first row, row after the last, tenant). No
+segment is longer than `tile` and none overlap; an empty segment does nothing, so that a table of fixed length can be
+used in a CUDA graph. The tenants' tensors are stacked. The ops are `compress::sign_segments` (a scale times signs, one
+bit per weight) and `compress::low_rank_segments` (two factors). Both change y in place. On the CPU they run the
+specification; the fast path there is `planes.py`.
 Shape suffixes: M rows of x, O out, I in, R padded rows, K rank, T tenants, S segments, B blocks, P places.
 """
 
@@ -21,9 +21,9 @@ TILES = (8, 16, 32, 64)
 
 
 def table(counts: Sequence[int], tenants: Sequence[int], tile: int, length: int = 0) -> Tensor:
-    """The segments of rows of which `counts` belong to each of `tenants`, filled up to `length` with empty ones.
+    """The table for rows of which `counts[i]` in turn belong to `tenants[i]`, padded to `length` with empty segments.
 
-    Raises ValueError if there are more.
+    Raises ValueError if there are more than `length` segments; 0 sets no limit.
     """
     segments, first = [], 0
     for count, tenant in zip(counts, tenants, strict=True):
@@ -37,18 +37,18 @@ def table(counts: Sequence[int], tenants: Sequence[int], tile: int, length: int 
 
 
 def pack_signs(positive_TOI: Tensor) -> Tensor:
-    """Words of one bit a weight [T, B, R, P], set where positive."""
+    """Pack signs into words [T, B, R, P] with one bit per weight, set where positive."""
     return torch.stack([formats.pack_words(each_OI, 1) for each_OI in positive_TOI])
 
 
 def signs(words_BRP: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The specification of a tenant's words: the float32 matrix [out, in] of 1 and -1."""
+    """The specification: a tenant's words as a float32 matrix [out, in] of 1 and -1."""
     outputs, inputs = shape
     return formats.unpack_words(words_BRP, 1)[:outputs, :inputs].float() * 2 - 1
 
 
 def check(op: str, y: Tensor, x: Tensor, segments: Tensor, tile: int) -> None:
-    """Refuse wrong rows and tables. Raises ValueError or TypeError that names the argument."""
+    """Check x, y and the table. Raises ValueError or TypeError that names the argument."""
     given.floats(f"{op}: x", x)
     if x.ndim != 2 or y.ndim != 2:
         raise ValueError(f"{op}: x and y must be matrices; they are {given.described(x)} and {given.described(y)}")
@@ -60,7 +60,7 @@ def check(op: str, y: Tensor, x: Tensor, segments: Tensor, tile: int) -> None:
 
 
 def check_signs(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, segments: Tensor, tile: int) -> None:
-    """Refuse what a kernel would read wrongly."""
+    """Check all arguments of `sign_segments`; raises as `check`."""
     check("sign_segments", y, x, segments, tile)
     blocks, rows = -(-x.shape[1] // formats.block(1)), formats.padded(y.shape[1], formats.ROWS)
     tenants = words.shape[0]
@@ -70,7 +70,7 @@ def check_signs(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, segments: Te
 
 
 def check_factors(y: Tensor, x: Tensor, left: Tensor, right: Tensor, segments: Tensor, tile: int) -> None:
-    """Refuse what a kernel would read wrongly."""
+    """Check all arguments of `low_rank_segments`; raises as `check`."""
     check("low_rank_segments", y, x, segments, tile)
     tenants, rank = left.shape[0], left.shape[-1]
     given.expect("low_rank_segments: left", left, x, (tenants, y.shape[1], rank), x.dtype)
@@ -79,7 +79,7 @@ def check_factors(y: Tensor, x: Tensor, left: Tensor, right: Tensor, segments: T
 
 @torch.library.custom_op("compress::sign_segments", mutates_args=("y",), device_types="cpu")
 def sign_segments(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, segments: Tensor, tile: int) -> None:
-    """y [M, O] += scale * (x @ signs.T) of each row's tenant, rounded once; scale is [T, 1] or [T, O]."""
+    """y [M, O] += scale * (x @ signs.T) with each row's tenant, rounded once; scale is [T, 1] or [T, O]."""
     check_signs(y, x, words, scale, segments, tile)
     for start, end, tenant in segments.tolist():
         part_MO = x[start:end].float() @ signs(words[tenant], (y.shape[1], x.shape[1])).T
@@ -101,9 +101,9 @@ def _(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, segments: Tensor, tile
 
 @torch.library.custom_op("compress::low_rank_segments", mutates_args=("y",), device_types="cpu")
 def low_rank_segments(y: Tensor, x: Tensor, left: Tensor, right: Tensor, segments: Tensor, tile: int) -> None:
-    """y [M, O] += (x @ right.T) @ left.T of each row's tenant; left is [T, O, K], right [T, K, I].
+    """y [M, O] += (x @ right.T) @ left.T with each row's tenant; left is [T, O, K], right [T, K, I].
 
-    Float32; on a GPU the inner product is rounded to the dtype of x.
+    Computed in float32; on a GPU the inner product is rounded to the dtype of x.
     """
     check_factors(y, x, left, right, segments, tile)
     for start, end, tenant in segments.tolist():

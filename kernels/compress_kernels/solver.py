@@ -1,7 +1,7 @@
-"""The inner loops of compression itself, which on a GPU are many small launches: each is one launch here.
+"""The inner loops of compression passes, each as one launch; in plain torch on a GPU they are many small launches.
 
-Specifications in plain torch, and the calls that passes make where `usable` says so; the kernels are `gpu/solver.py`.
-Where it does not, passes run loops of their own, in torch.
+Contains specifications in plain torch, and the functions that passes call where `usable` returns True; the kernels are
+in `gpu/solver.py`. Elsewhere, passes run their own loops in torch.
 Shape suffixes: O out, I in, T tokens, B columns of a block, G groups, N groups of M scores, K places of a queue.
 """
 
@@ -14,20 +14,21 @@ from torch import Tensor
 
 from compress_kernels import dispatch
 
-WIDEST = 8  # groups of `swap_groups`, whose pairs of weights a warp holds
-STRIP = 16  # columns between two products within a launch of `sweep`
+WIDEST = 8  # the largest group of `swap_groups`, all pairs of whose weights a warp holds
+STRIP = 16  # columns that a launch of `sweep` processes between two matrix products
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether kernels run where this tensor is."""
+    """Whether the kernels can run on the device of this tensor."""
     return tensor.is_cuda and not dispatch.missing(tensor.device)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Steps:
-    """The grids of B columns, `scale * (code - zero)`; float32 [G, O], without a zero it is 2**(bits - 1).
+    """The quantization grids of B columns, `scale * (code - zero)`.
 
-    `group_B`, int32, says which of the G is a column's.
+    Scales and zero points are float32 [G, O]; without `zero_GO`, zero is 2**(bits - 1). `group_B`, int32, is the group
+    of each column.
     """
 
     bits: int
@@ -38,7 +39,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Choice:
-    """Keep `n` of every `m` columns by the score (w / U_jj)² when the first is reached; dead columns score 0."""
+    """Keep `n` of every `m` columns, by the score (w / U_jj)² when the first of them is reached; dead columns score 0."""
 
     n: int
     m: int
@@ -46,14 +47,14 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        """Whether a strip of `sweep` holds whole groups."""
+        """Whether a strip of `sweep` consists of whole groups."""
         return STRIP % self.m == 0
 
 
 def sweep_reference(
     w_BO: Tensor, u_BB: Tensor, keep_BO: Tensor | None, steps: Steps | None, choice: Choice | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The specification of `sweep`: (values, errors, mask, codes)."""
+    """The specification of `sweep`; returns (values, errors, mask, codes)."""
     w_BO, errors, codes = w_BO.clone(), torch.empty_like(w_BO), None
     keep_BO = torch.ones_like(w_BO, dtype=torch.bool) if choice else None if keep_BO is None else keep_BO.clone()
     codes = None if steps is None else torch.empty_like(w_BO, dtype=torch.uint8)
@@ -81,10 +82,11 @@ def sweep(
     w_BO: Tensor, u_BB: Tensor, e_BO: Tensor, *, keep_BO: Tensor | None = None, steps: Steps | None = None,
     choice: Choice | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Round, or cut, column after column; each error is pushed onto the columns after it. Gives the codes, uint8.
+    """Quantize or prune column after column, adding each column's error to the columns after it; returns uint8 codes.
 
-    w becomes the new values and e the errors (w - q) / U_jj that the columns beyond B are still to receive, in place;
-    so does `keep_BO` (bool) become the mask with `choice`, and else it is the mask. All float32, w and e contiguous.
+    Returns None without `steps`. In place, w becomes the new values and e the errors (w - q) / U_jj, which the caller
+    must apply to the columns after these B. With `choice`, the chosen mask is written to `keep_BO` (bool); without it,
+    `keep_BO` is the mask to use. Everything else is float32; w and e are contiguous.
     Source: Frantar et al., GPTQ, ICLR 2023, algorithm 1; Frantar and Alistarh, SparseGPT, ICML 2023, algorithm 1.
     """
     from compress_kernels.gpu import solver
@@ -93,7 +95,7 @@ def sweep(
 
 
 def keep_nm_reference(score_NM: Tensor, n: int) -> Tensor:
-    """The specification of `keep_nm`: an entry is kept if fewer than n are larger, or as large and further right."""
+    """The specification of `keep_nm`: an entry is kept if fewer than n are larger, or equal and further right."""
     place_M = torch.arange(score_NM.shape[1], device=score_NM.device)
     other, own = score_NM[:, None], score_NM[..., None]
     ahead = (other > own) | ((other == own) & (place_M > place_M[:, None]))
@@ -101,16 +103,16 @@ def keep_nm_reference(score_NM: Tensor, n: int) -> Tensor:
 
 
 def keep_nm(score_NM: Tensor, n: int) -> Tensor:
-    """A mask of the n highest of each row; equal scores are dropped from the left. No score may be NaN."""
+    """A mask of the n highest scores of each row; of equal scores, the left ones are dropped. No score may be NaN."""
     from compress_kernels.gpu import solver
 
     return solver.keep_nm(score_NM.contiguous(), n)
 
 
 def add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
-    """Add xᵀ x to the upper triangle of a float32 sum; what lies below the diagonal is left in any state.
+    """Add xᵀ x to the upper triangle of a float32 sum; entries below the diagonal are undefined afterwards.
 
-    x is contiguous and float16 or bfloat16: products are exact, sums float32.
+    x is contiguous and float16 or bfloat16, so that products are exact; sums are float32.
     """
     from compress_kernels.gpu import solver
 
@@ -118,7 +120,7 @@ def add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
 
 
 def mirror(sum_II: Tensor) -> None:
-    """Copy what lies above the diagonal below it, in place."""
+    """Copy the entries above the diagonal to those below it, in place."""
     from compress_kernels.gpu import solver
 
     solver.mirror(sum_II)
@@ -126,9 +128,9 @@ def mirror(sum_II: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Queue:
-    """What rows may grow, or drop, best first, while their error is positive, and while it is negative.
+    """The inputs that each row may grow (or drop), best first: one queue for a positive and one for a negative error.
 
-    `value` [2, O, K] is not finite where nothing is left; `index` [2, O, K], int32, says which inputs they are.
+    `value` [2, O, K] is not finite beyond the end of a queue; `index` [2, O, K], int32, holds the inputs.
     """
 
     value: Tensor
@@ -139,12 +141,13 @@ def exchange(
     part_OI: Tensor, keep_OI: Tensor, error_O: Tensor, grow: Queue, drop: Queue | Tensor, *, m: int, guarded: bool,
     cycles: int, threshold: float,
 ) -> Tensor:  # fmt: skip
-    """The mask after up to `cycles` exchanges in each row, each growing and dropping what is first in its queues.
+    """The mask after up to `cycles` exchanges in each row; each grows and drops the first inputs of the row's queues.
 
-    A row ends when its error is not above the threshold, a queue is at its end, or an exchange would not be accepted:
-    `guarded` accepts what makes the error smaller, else, under n:m, what leaves its sign. `part_OI` is what each weight
-    takes from the error. Under n:m (m not 0) `drop` is how loud each weight is [O, I]: dropped is the quietest kept one
-    beside what grows that was not exchanged before.
+    A row stops when the absolute value of its error is at most `threshold`, when a queue is exhausted, or when an
+    exchange is not accepted. `guarded` accepts only exchanges that reduce the absolute error; otherwise, under n:m,
+    only those that preserve the sign of the error. `part_OI` is the contribution of each weight to the error. Under n:m
+    (m not 0), `drop` is a score [O, I] for each weight; dropped is the kept weight with the lowest score in the group
+    of the grown one, except for weights that were exchanged before.
     Source: Zhang et al., "Dynamic Sparse No Training", ICLR 2024, algorithm 1; `compress.passes.pruning.dsnot`.
     """
     from compress_kernels.gpu import solver
@@ -158,11 +161,12 @@ def swap_groups(
     w_OI: Tensor, kept_OI: Tensor, keep_OI: Tensor, c_OI: Tensor, gram_II: Tensor, loss_O: Tensor, block: slice, m: int,
     gain: float,
 ) -> Tensor:  # fmt: skip
-    """Take the best swap of each group of m columns of a block, from left to right, where it lowers the row's loss.
+    """Make the best swap in each group of m columns of a block, from left to right, if it lowers the row's loss enough.
 
-    Restored is one weight that is cut, to its value in w, and cut one that is kept, if that changes the loss by less
-    than -gain times what it is. `kept_OI`, `keep_OI` and `loss_O` change in place; c = (w - kept) G is as it was before
-    the block. Gives the swaps of each row. All float32 and contiguous, the mask bool.
+    A swap restores one pruned weight to its value in w and prunes one kept weight; it is made if it changes the loss by
+    less than -gain times the loss. `kept_OI`, `keep_OI` and `loss_O` change in place; `c_OI`, (w - kept) G, is that
+    from before the block. Returns the number of swaps of each row, int32. Everything is float32 and contiguous, except
+    that the mask is bool.
     Source: `compress.passes.pruning.swaps`.
     """
     from compress_kernels.gpu import solver

@@ -1,8 +1,8 @@
-"""2:4 products of many rows of x on the sparse tensor cores of a GPU, by cuSPARSELt as torch binds it.
+"""2:4 products for many rows of x on the sparse tensor cores of a GPU, through torch's binding of cuSPARSELt.
 
-A copy of the matrix in the library's own form, 9/16 of the dense one, beside the packed weight: only who asks for it
-(`nm.with_sparse_cores`) pays for it. It was never run by us: the calls are those of torch's own
-`SparseSemiStructuredTensorCUSPARSELT` (2.13), and whether it is faster is not known until measured.
+They need a second copy of the matrix in the library's own form, 9/16 the size of the dense matrix, which is made only
+on request (`nm.with_sparse_cores`). This code has never been run: the calls are those of torch's own
+`SparseSemiStructuredTensorCUSPARSELT` (2.13), and whether they are faster has not been measured.
 Shape suffixes: M rows of x, O out, I in.
 """
 
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from compress_kernels import given
 
-SIDE = 16  # that both sides of the matrix must be multiples of, and STEP of the rows of x
+SIDE = 16  # must divide both sides of the matrix; rows of x are padded to a multiple of STEP
 STEP = 8
 
 
 def unavailable(shape: tuple[int, int], keep: int, of: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Why a weight cannot use them, or nothing."""
+    """The reason why a weight cannot use sparse tensor cores; empty if it can."""
     if (keep, of) not in ((2, 4), (1, 4)):
         return f"{keep}:{of}; sparse tensor cores take 2:4, and 1:4 as such"
     if dtype not in given.HALVES:
@@ -34,12 +34,12 @@ def unavailable(shape: tuple[int, int], keep: int, of: int, dtype: torch.dtype, 
 
 
 def compress(matrix_OI: Tensor) -> Tensor:
-    """The library's form of a 2:4 matrix."""
+    """A 2:4 matrix compressed to the library's form."""
     return torch.as_tensor(torch._cslt_compress(matrix_OI))
 
 
 def product(x_MI: Tensor, compressed: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ W.T + bias`; rows of x are padded as the library needs them."""
+    """`x @ W.T + bias`; rows of x are padded as the library requires."""
     rows = x_MI.shape[0]
     whole = F.pad(x_MI, (0, 0, 0, -rows % STEP))
     bias = None if bias is None else bias.to(x_MI.dtype)

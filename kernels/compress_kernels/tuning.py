@@ -1,8 +1,9 @@
-"""What was measured on this machine: which way to compute, by op, format, size and number of rows.
+"""Tuning profiles: the path measured as fastest on this machine, by op, format, size and number of rows.
 
 A profile is one JSON file for each device and version of torch, in the user's cache folder; without one, the defaults
-that stand beside each kernel hold. It is read when a weight is lowered, never while one is multiplied. Not here: how
-to measure. A file that is damaged, or of another device, is an error and never ignored: whoever tuned wants it used.
+in each kernel's module apply. On a CPU it is read when a weight is lowered; on a GPU a product looks its choice up, and
+that is cached. The measurements are in `bench/`. A file that is damaged or belongs to another device raises an error
+and is never ignored, because a user who has tuned expects the profile to be used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 FORMAT = 1
-LARGEST = 1 << 24  # bytes of a file; a real one has a few thousand
+LARGEST = 1 << 24  # the most bytes of a file; a real one has a few thousand
 Choice = Mapping[str, str | int | float | bool]
 
 
@@ -31,7 +32,7 @@ class TuningError(ValueError):
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What a choice was measured for: a weight [out, inputs] stored in `format`, and so many rows of x."""
+    """What a choice was measured for: an op, a weight [out, inputs] stored in `format`, and a number of rows of x."""
 
     op: str
     format: str
@@ -42,7 +43,10 @@ class Key:
 
 @dataclass(frozen=True)
 class Profile:
-    """Choices of one device with one version of torch; `measured` is a date, `threads` those of torch."""
+    """The choices for one device and one version of torch.
+
+    `measured` is an ISO date, `threads` the number of torch's threads at the time.
+    """
 
     device: str
     torch: str
@@ -51,7 +55,7 @@ class Profile:
     entries: Mapping[Key, Choice]
 
     def choices(self, op: str, format: str, out: int, inputs: int) -> dict[int, Choice]:
-        """By number of rows, what was measured at the size nearest in weights; empty if nothing was."""
+        """The choices by number of rows, for the measured size nearest in number of weights; empty if there is none."""
         alike = [key for key in self.entries if (key.op, key.format) == (op, format)]
         if not alike:
             return {}
@@ -63,18 +67,18 @@ class Profile:
         return {key.rows: self.entries[key] for key in sorted(alike) if (key.out, key.inputs) == nearest}
 
     def choice(self, op: str, format: str, out: int, inputs: int, rows: int) -> Choice | None:
-        """What to do for so many rows: as at the next larger number measured, or the largest; None if nothing was."""
+        """The choice for this many rows: that of the next larger number measured, else of the largest; None if none."""
         found = self.choices(op, format, out, inputs)
         return found[bucket(rows, found)] if found else None
 
 
 def bucket(rows: int, measured: Mapping[int, Any]) -> int:
-    """The number of rows that stands for `rows` among those measured: the next one above, else the last."""
+    """The measured number of rows that stands for `rows`: the smallest that is not below it, else the largest."""
     return min((count for count in measured if count >= rows), default=max(measured))
 
 
 def device_name(kind: str) -> str:
-    """What `cpu`, `cuda` or `cuda:1` is here, such as `AMD EPYC AVX512` or `NVIDIA H200`."""
+    """The name of the device `cpu`, `cuda` or `cuda:1` on this machine, such as `AMD EPYC AVX512` or `NVIDIA H200`."""
     device = torch.device(kind)
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
@@ -82,9 +86,9 @@ def device_name(kind: str) -> str:
 
 
 def place(kind: str) -> Path:
-    """Where the profile of a device lies: `$XDG_CACHE_HOME/compress/tuning/<device>-<torch>.json`."""
+    """The path of a device's profile: `$XDG_CACHE_HOME/compress/tuning/<device>-<torch>.json`."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"  # the standard ignores relative paths
+    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"  # the XDG standard ignores relative paths
     name = re.sub(r"[^a-z0-9]+", "-", device_name(kind).lower()).strip("-")
     return root / "compress" / "tuning" / f"{name}-{torch.__version__}.json"
 
@@ -111,7 +115,7 @@ REMEDY = "delete it, or write a new one with `compress tune`"
 
 
 def read(path: Path) -> Profile:
-    """The profile in a file; raises TuningError if it is missing, damaged or none."""
+    """The profile in a file; raises TuningError if the file is missing, damaged or not a profile."""
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST + 1)
@@ -126,12 +130,12 @@ def read(path: Path) -> Profile:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, file: int, changed: int, size: int) -> Profile:
-    """A file as it was when it changed last."""
+    """The profile in a file, cached until the file changes: inode, change time and size are the cache key."""
     return read(path)
 
 
 def parsed(value: Any) -> Profile:
-    """A profile from its JSON; raises ValueError naming what is wrong."""
+    """A profile from its JSON; raises ValueError that names what is wrong."""
     told = checked(value, "the file", {"format": int, "entries": list} | HEAD)
     if told["format"] != FORMAT:
         raise ValueError(f"format {told['format']}, this program reads {FORMAT}")
@@ -154,7 +158,7 @@ ENTRY = {field.name: str if field.name in ("op", "format") else int for field in
 
 
 def checked(value: Any, where: str, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """`value`, an object of exactly these names and types; raises ValueError else."""
+    """`value`, if it is an object with exactly these names and types; raises ValueError otherwise."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is not an object")
     if value.keys() != kinds.keys():
@@ -166,7 +170,7 @@ def checked(value: Any, where: str, kinds: Mapping[str, type]) -> dict[str, Any]
 
 
 def ready(path: Path) -> None:
-    """Make the folder of a profile; raises TuningError if none can be written there, before minutes are measured."""
+    """Make the folder of a profile, before minutes of measuring; raises TuningError if no file can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -176,7 +180,7 @@ def ready(path: Path) -> None:
 
 
 def write(profile: Profile, path: Path) -> None:
-    """Write a profile whole or not at all; raises TuningError if it cannot be."""
+    """Write a profile atomically; raises TuningError if that fails."""
     head = {"format": FORMAT, **{name: getattr(profile, name) for name in HEAD}}
     entries = [{**vars(key), "choice": dict(profile.entries[key])} for key in sorted(profile.entries)]
     lines = ",\n  ".join(json.dumps(entry) for entry in entries)

@@ -1,8 +1,8 @@
-"""Products of two 8-bit matrices, y = x W^T: each row of x is rounded to int8 or fp8 (e4m3) when it comes.
+"""Products of two 8-bit matrices, y = x W^T: each row of x is rounded to int8 or fp8 (e4m3) at run time.
 
-Specification and the op `compress::w8a8_linear`; the kernels are `gpu/w8a8.py`. Codes of weights are plain: what one
-byte holds needs no packing. Their dtype says what x is rounded to. On the CPU int8 products are exact and fast
-(`torch._int_mm`), those of fp8 and of groups are the specification.
+Contains the specification and the op `compress::w8a8_linear`; the kernels are in `gpu/w8a8.py`. The codes of weights
+are not packed, since each takes one byte; their dtype determines the dtype that x is rounded to. On the CPU, int8
+products with one scale per row are exact and fast (`torch._int_mm`); fp8 and grouped products run the specification.
 Shape suffixes: M rows of x, O out, I in, G groups of inputs, S inputs of a group.
 """
 
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from compress_kernels import dispatch, given
 
-LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the code of the largest entry of a row
-FLOOR = 1e-5  # of the largest entry, so that a row of zeros has a scale; as `compress.weights.inputs` has it
-GROUP = 32  # a group of inputs holds whole runs of so many, the least that tensor cores take
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the code to which the largest entry of a row is scaled
+FLOOR = 1e-5  # the least maximum of a row, so that a row of zeros has a scale; as in `compress.weights.inputs`
+GROUP = 32  # groups of inputs are multiples of this, the least depth of 8-bit products on tensor cores
 
 
 @dataclass(frozen=True)
 class Packed:
-    """`scale * codes`: codes [out, in], int8 or e4m3, scales [groups, out]; x is rounded to the dtype of the codes."""
+    """A weight `scale * codes`: codes [out, in], int8 or e4m3, and scales [groups, out].
+
+    x is rounded to the dtype of the codes.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -34,7 +37,7 @@ class Packed:
 
     @property
     def kind(self) -> str:
-        """How `dispatch.py` and tuning profiles call it."""
+        """The name of this form in `dispatch.py` and in tuning profiles."""
         return "int8 x int8" if self.codes.dtype == torch.int8 else "fp8 x fp8"
 
     @property
@@ -44,14 +47,17 @@ class Packed:
 
 
 def pack(codes_OI: Tensor, scale_OG: Tensor) -> Packed:
-    """Codes and their scales, one a group of inputs, or [1, groups] for all rows; see `unsupported`."""
+    """Pack codes with one scale per group of inputs, [out, groups], or [1, groups] for all rows.
+
+    Raises ValueError if there is no kernel for the weight; see `unsupported`.
+    """
     if problem := unsupported(codes_OI.dtype, codes_OI.shape[1], scale_OG.shape[1]):
         raise ValueError(problem)
     return Packed(codes_OI.contiguous(), scale_OG.float().expand(len(codes_OI), -1).T.contiguous())
 
 
 def unsupported(dtype: torch.dtype, inputs: int, groups: int) -> str:
-    """Why there is no kernel for such a weight, or nothing."""
+    """The reason why there is no kernel for such a weight; empty if there is one."""
     if dtype not in LIMITS:
         return f"codes of {dtype}; there are kernels for {' and '.join(map(str, LIMITS))}"
     if groups != 1 and (groups < 1 or inputs % groups or inputs // groups % GROUP):
@@ -65,9 +71,10 @@ def linear(packed: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def quantize(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(codes [M, I], float32 scales [M]): each row over its scale, rounded to nearest, ties to even.
+    """Quantize each row of x by its own scale; returns codes [M, I] and float32 scales [M].
 
-    A row with an entry that is not finite has codes 0 and the scale NaN, so that its products are NaN.
+    Rounds to nearest, ties to even. A row with an entry that is not finite gets codes 0 and the scale NaN, so that its
+    products are NaN.
     """
     wide_MI, limit = x_MI.float(), LIMITS[dtype]
     scale_M1 = wide_MI.abs().amax(-1, keepdim=True).clamp(min=FLOOR) / limit
@@ -78,7 +85,7 @@ def quantize(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def reference(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_GO: Tensor) -> Tensor:
-    """The specification of the product, float32 [M, O]: partial sums of groups, each under its scale."""
+    """The specification of the product, float32 [M, O]: the partial sums of groups, each multiplied by its scale."""
     groups = len(scale_GO)
     x_GMS = codes_MI.float().unflatten(1, (groups, -1)).transpose(0, 1)
     w_GSO = weight_OI.float().unflatten(1, (groups, -1)).permute(1, 2, 0)
@@ -87,20 +94,20 @@ def reference(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_GO: Te
 
 
 def exact(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """The same for int8 and one scale an output, through exact int32 sums."""
+    """The same product for int8 with one scale per output, with exact int32 sums."""
     sums_MO = torch._int_mm(codes_MI, weight_OI.T)
     return sums_MO.float() * scale_O.float() * scale_M[:, None]
 
 
 def rowwise(codes_MI: Tensor, scale_M: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """The same for fp8 and one scale an output, bfloat16, through the GPU's library."""
+    """The same product for fp8 with one scale per output, in bfloat16, by `torch._scaled_mm`."""
     return torch._scaled_mm(
         codes_MI, weight_OI.T, scale_a=scale_M[:, None], scale_b=scale_O.float()[None], out_dtype=torch.bfloat16
     )
 
 
 def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    """Refuse what a kernel would read wrongly. Raises ValueError or TypeError that names the argument."""
+    """Check the arguments of a product. Raises ValueError or TypeError that names the argument."""
     if x.ndim == 0 or not x.is_floating_point() or (x.is_cuda and x.dtype not in (*given.HALVES, torch.float32)):
         raise TypeError(
             f"w8a8_linear: x is {given.described(x)}; it must be floats [..., in], on a GPU of 16 or 32 bits"
@@ -149,7 +156,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def by_library(rows: int, weight: Tensor, scale: Tensor, out: torch.dtype) -> bool:
-    """Whether torch's own product takes these on a GPU, and there are enough rows for it to be the faster one."""
+    """Whether torch's own product supports these on a GPU, and there are enough rows for it to be the faster one."""
     multiple = 8 if weight.dtype == torch.int8 else 16
     if len(scale) > 1 or rows <= dispatch.LIBRARY_ABOVE or weight.shape[0] % multiple or weight.shape[1] % multiple:
         return False

@@ -1,8 +1,8 @@
-"""Weight-only products y = x W^T: integer codes, small floats and codebooks, a scale for every group of inputs.
+"""Weight-only products y = x W^T: integer codes, small floats and codebooks, with a scale for every group of inputs.
 
-Packing, specification and the op `compress::wq_linear`; the kernels are `gpu/wq.py`. On the CPU the op decodes and
-multiplies: it is the reference there, not a fast path (`cpu.py` has those). What is coded itself (scales of scales) is
-decoded before it is packed.
+Contains packing, the specification and the ops `compress::wq_linear` and `wq_dense`; the kernels are in `gpu/wq.py`. On
+the CPU the op decodes and multiplies: it is the reference there, not a fast path (those are in `cpu.py`). Scales that
+are themselves quantized are decoded before packing.
 Shape suffixes: M rows of x, O out, I in, R padded rows, G groups, B blocks, P places, E entries of a book.
 """
 
@@ -24,17 +24,19 @@ SUBNORMAL = ("int2", "int3", "int4")  # forms that may be read as subnormal floa
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ENTRIES = 16  # of a codebook
-BOOK = 2 * 8 + ENTRIES  # words of 32 bits: bytes of the entries in two dtypes, and the entries
+BOOK = 2 * 8 + ENTRIES  # 32-bit words of a packed book: the bytes of its entries in two 16-bit dtypes, then in float32
 
 
 @dataclass(frozen=True)
 class Packed:
-    """`scale * value`, values coded in K-plane words; `scale` is [G, R], one group of a row has group 0.
+    """A packed weight `scale * value`, with values coded in K-plane words (`formats.py`).
 
-    Values of integers are `code - zero`: `zero` is like scale, or None for 2**(bits - 1). Three bits are words of the
-    lower two and words `high` of the third; words of eight bits hold `code ^ 128`. Values of a `book` are its entries:
-    int32, the lower and then the upper bytes of the 16 entries in float16, those in bfloat16, the entries in float32.
-    The inputs of the matrix are `x[order]`; `u` [out, rank] and `v` [rank, in] add U V.
+    `scale` is [G, R]; `group` is the number of inputs per group, or 0 for one scale per row. Integer values are
+    `code - zero`, where `zero` has the shape of the scale, or is None for 2**(bits - 1). Three-bit codes are stored as
+    `words` of the lower two bits and words `high` of the third; words of eight bits hold `code ^ 128`. Values of the
+    form `book` are entries of `book`, int32: the lower and then the upper bytes of the 16 entries in float16, the same
+    in bfloat16, and the entries in float32. The matrix multiplies `x[order]`; `u` [out, rank] and `v` [rank, in] add a
+    low-rank term U V.
     """
 
     words: Tensor
@@ -51,7 +53,7 @@ class Packed:
 
     @property
     def kind(self) -> str:
-        """How `dispatch.py` and tuning profiles call it."""
+        """The name of this form in `dispatch.py` and in tuning profiles."""
         return self.form
 
     @property
@@ -64,17 +66,17 @@ class Packed:
 
 
 def pack(codes_OI: Tensor, scale_OG: Tensor, bits: int, zero_OG: Tensor | None = None) -> Packed:
-    """Pack `scale * (code - zero)`: codes below 2**bits; scales, and zeros like them (any number), one a group.
+    """Pack `scale * (code - zero)`, with codes below 2**bits and one scale and zero point (any number) per group.
 
-    Raises ValueError if there is no kernel for the group: see `unsupported`.
+    Raises ValueError if there is no kernel for the group size; see `unsupported`.
     """
     return packed(f"int{bits}", codes_OI, scale_OG, zero_OG=zero_OG)
 
 
 def pack_floats(data_OI: Tensor, scale: Tensor, tile: tuple[int, int]) -> Packed:
-    """Pack float8 `data * scale`; scale is [tiles down, tiles across], of tiles of (rows, columns).
+    """Pack float8 `data * scale`; scale has one entry per tile, [tiles down, tiles across], of (rows, columns).
 
-    Raises ValueError for NaN and infinities, which kernels do not decode, and where there is no kernel.
+    Raises ValueError for NaN and infinities, which the kernels do not decode, and if there is no kernel.
     """
     form = next((form for form, dtype in FLOATS.items() if dtype == data_OI.dtype), "")
     if not form:
@@ -86,9 +88,10 @@ def pack_floats(data_OI: Tensor, scale: Tensor, tile: tuple[int, int]) -> Packed
 
 
 def pack_book(codes_OI: Tensor, book_E: Tensor, scale_OG: Tensor) -> Packed:
-    """Pack `scale * book[code]`, a book of at most 16 numbers, in float32; the book of e2m1 is decoded without a table.
+    """Pack `scale * book[code]` for a book of at most 16 numbers; the book of e2m1 is decoded without a table.
 
-    Products take the entries in the dtype of x. Raises ValueError for larger books and where there is no kernel.
+    The entries are stored in float32; products use them in the dtype of x. Raises ValueError for larger books and if
+    there is no kernel.
     """
     entries = book_E.flatten().float()
     if len(entries) > ENTRIES:
@@ -103,14 +106,14 @@ def pack_book(codes_OI: Tensor, book_E: Tensor, scale_OG: Tensor) -> Packed:
 
 
 def with_order(w: Packed, order_I: Tensor) -> Packed:
-    """The weight of inputs `x[order]`, a permutation. Raises ValueError if it is none."""
+    """The weight applied to `x[order]`. Raises ValueError if `order` is not a permutation."""
     if not torch.equal(order_I.sort().values, torch.arange(w.shape[1], device=order_I.device)):
         raise ValueError(f"order {tuple(order_I.shape)} is no permutation of {w.shape[1]} inputs")
     return replace(w, order=order_I.to(torch.int32).contiguous())
 
 
 def with_low_rank(w: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
-    """The weight plus `U V` of x as it is, without `order`; the end of the same kernel adds it."""
+    """The weight plus `U V`, applied to x without `order`; the same kernel adds the low-rank term at its end."""
     u, v = low_rank.pack(u_OR, v_RI)
     return replace(w, u=u, v=v)
 
@@ -119,7 +122,7 @@ def packed(
     form: str, codes_OI: Tensor, scale_OG: Tensor, *, zero_OG: Tensor | None = None, book: Tensor | None = None,
     group: int | None = None,
 ) -> Packed:  # fmt: skip
-    """Any form from its codes."""
+    """Pack the codes of any form; raises ValueError if there is no kernel for it."""
     outputs, inputs = codes_OI.shape
     groups = scale_OG.shape[1]
     group = (0 if groups == 1 else inputs // groups) if group is None else group
@@ -140,22 +143,22 @@ def packed(
 
 
 def places_of(group: int) -> int:
-    """Words of a row of a block: 16 where groups are odd multiples of 16 inputs, else 32."""
+    """Words per row of a block: 16 if the group size is an odd multiple of 16 inputs, else 32."""
     return formats.PLACES // 2 if group % formats.PLACES else formats.PLACES
 
 
 def width(form: str, group: int) -> int:
-    """Inputs of a block."""
+    """The number of inputs of a block."""
     return formats.block(1 if form == "int3" else BITS[form], places_of(group))
 
 
 def width_of(w: Packed) -> int:
-    """Inputs of a block."""
+    """The number of inputs of a block of a packed weight."""
     return width(w.form, w.group)
 
 
 def unsupported(form: str, inputs: int, group: int) -> str:
-    """Why there is no kernel for such a weight, or nothing. `group` is 0 if a row has one scale."""
+    """The reason why there is no kernel for such a weight; empty if there is one. `group` 0: one scale per row."""
     if form not in BITS:
         return f"weights of form {form}; there are kernels for {', '.join(BITS)}"
     wide = width(form, group)
@@ -165,7 +168,7 @@ def unsupported(form: str, inputs: int, group: int) -> str:
 
 
 def plan_of(w: Packed, subnormal: bool) -> Plan:
-    """What a product with a weight wants of x."""
+    """How x must be prepared for a product with a weight; `subnormal` asks for decoding by subnormal numbers."""
     wide, places = width_of(w), places_of(w.group)
     unit = w.group if 0 < w.group < wide else wide
     asked = subnormal and w.form in SUBNORMAL
@@ -187,7 +190,7 @@ def reference(w: Packed) -> Tensor:
 
 
 def values(w: Packed) -> Tensor:
-    """What the codes stand for, float32 [out, in], before scale and order."""
+    """The values that the codes stand for, float32 [out, in], before scale and order."""
     outputs, inputs = w.shape
     codes_RI = formats.unpack_words(w.words, 2 if w.form == "int3" else BITS[w.form])
     if w.high is not None:
@@ -209,7 +212,7 @@ def values(w: Packed) -> Tensor:
 
 
 def check(x: Tensor, w: Packed, bias: Tensor | None) -> None:
-    """Refuse what a kernel would read wrongly. Raises ValueError or TypeError that names the argument."""
+    """Check the arguments of a product. Raises ValueError or TypeError that names the argument."""
     op, (out, inputs) = "wq_linear", w.shape
     if problem := unsupported(w.form, inputs, w.group):
         raise ValueError(f"{op}: {problem}")
@@ -235,7 +238,7 @@ def check(x: Tensor, w: Packed, bias: Tensor | None) -> None:
 
 
 def only(op: str, name: str, tensor: Tensor | None, allowed: bool, needed: bool) -> None:
-    """Refuse a tensor that the form of the weight has no use for, or that it lacks."""
+    """Raise ValueError for a tensor that the form of the weight does not use, or that it needs and lacks."""
     if tensor is not None and not allowed:
         raise ValueError(f"{op}: {name} does not go with this form of weight")
     if tensor is None and allowed and needed:
@@ -243,7 +246,7 @@ def only(op: str, name: str, tensor: Tensor | None, allowed: bool, needed: bool)
 
 
 def linear(w: Packed, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias` for x [..., in]; gradients of x, scale, u, v and bias."""
+    """`x @ W.T + bias` for x [..., in]; differentiable in x, scale, u, v and bias."""
     return torch.as_tensor(
         wq_linear(x, w.words, w.high, w.scale, w.zero, w.book, w.order, w.u, w.v, bias, w.form, w.group, w.shape[0])
     )
@@ -259,7 +262,7 @@ NAMES = tuple(argument.split()[1] for argument in SCHEMA[1 : SCHEMA.index(")")].
 
 
 def taken(x: Tensor, rest: tuple[Any, ...]) -> tuple[Packed, Tensor | None]:
-    """The weight and the bias of an op's arguments, checked."""
+    """The weight and the bias from an op's arguments, checked."""
     words, high, scale, zero, book, order, u, v, bias, form, group, out = rest
     w = Packed(words, high, scale, zero, book, order, u, v, form, group, (out, x.shape[-1]))
     check(x, w, bias)
@@ -268,7 +271,7 @@ def taken(x: Tensor, rest: tuple[Any, ...]) -> tuple[Packed, Tensor | None]:
 
 @torch.library.custom_op("compress::wq_linear", mutates_args=(), device_types="cpu", schema=SCHEMA)
 def wq_linear(x: Tensor, *rest: Any) -> Tensor:
-    """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`, in its order."""
+    """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`, in the order of its fields."""
     w, bias = taken(x, rest)
     y = F.linear(x, reference(w).to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if w.u is None or w.v is None else y + low_rank.term(x, w.u, w.v)
@@ -288,7 +291,7 @@ def _(x: Tensor, *rest: Any) -> Tensor:
 
 
 def dense(w: Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] without the low-rank term, rounded once to a dtype; on a GPU in one launch."""
+    """The matrix [out, in] without the low-rank term, rounded once to `dtype`; on a GPU in one launch."""
     tensors = (w.words, w.high, w.scale, w.zero, w.book, w.order)
     return torch.as_tensor(wq_dense(*tensors, w.form, w.group, *w.shape, dtype))
 
@@ -301,7 +304,7 @@ def dense(w: Packed, dtype: torch.dtype) -> Tensor:
     "int out, int inputs, ScalarType dtype) -> Tensor",
 )
 def wq_dense(*given: Any) -> Tensor:
-    """The matrix [out, in] of the tensors of a `Packed`."""
+    """The matrix [out, in] that the tensors of a `Packed` encode."""
     w, dtype = decodable(given)
     return reference(w).to(dtype)
 
@@ -319,7 +322,7 @@ def _(words: Tensor, *rest: Any) -> Tensor:
 
 
 def decodable(arguments: tuple[Any, ...]) -> tuple[Packed, torch.dtype]:
-    """The weight of an op's arguments, checked, and the dtype that is asked for."""
+    """The weight from an op's arguments, checked, and the dtype that is asked for."""
     words, high, scale, zero, book, order, form, group, out, inputs, dtype = arguments
     if dtype not in given.HALVES and words.device.type != "cpu":
         raise TypeError(f"wq_dense: dtype is {dtype}; GPU kernels give float16 and bfloat16")
@@ -332,14 +335,14 @@ def decodable(arguments: tuple[Any, ...]) -> tuple[Packed, torch.dtype]:
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """What the gradients need."""
+    """Save what the gradients need."""
     *tensors, bias, ctx.form, ctx.group, ctx.out = inputs
     ctx.save_for_backward(*tensors)
     ctx.of_bias = None if bias is None else bias.dtype
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, scale, u, v and bias; codes have none, zeros and books are taken as given."""
+    """The gradients of x, scale, u, v and bias; codes, zero points and books are constant."""
     x, words, high, scale, zero, book, order, u, v = ctx.saved_tensors
     w = Packed(words, high, scale, zero, book, order, u, v, ctx.form, ctx.group, (ctx.out, x.shape[-1]))
     asked = dict(zip(NAMES, ctx.needs_input_grad, strict=True))
@@ -353,7 +356,10 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def scale_gradient(w: Packed, x_MI: Tensor, grad_MO: Tensor) -> Tensor:
-    """Of every group, [G, R]: the gradient of the matrix times what the codes stand for, summed. Makes matrices."""
+    """The gradient of the scale of every group, [G, R]: that of the matrix times the values of the codes, summed.
+
+    Materializes whole matrices.
+    """
     wide = torch.promote_types(x_MI.dtype, torch.float32)
     ordered_MI = x_MI if w.order is None else x_MI[:, w.order.long()]
     product_OI = grad_MO.to(wide).T @ ordered_MI.to(wide) * values(w)

@@ -1,1 +1,1 @@
-"""Benchmarks: commands that print a table and its conditions."""
+"""Benchmarks: commands that print results together with the conditions under which they were measured."""

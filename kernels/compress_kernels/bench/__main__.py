@@ -1,6 +1,6 @@
-"""`python -m compress_kernels.bench`: packed CPU products against plain ones, in one run.
+"""`python -m compress_kernels.bench`: times packed products on the CPU against plain ones, in one run.
 
-Prints the median and the range of each ratio; `compress tune` keeps what they say.
+Prints the median and the range of each speed-up; `compress tune` makes the same measurements and saves the choices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMS = (cpu.INT4, cpu.INT8, cpu.CSR, cpu.INT8_INT8)
 
 
 def row(found: Timed) -> str:
-    """One line of the table: times as ratios to the plain product."""
+    """One line of the table: the speed-up of each packed product over the plain one."""
     cells = []
     for form in FORMS:
         ratios = found.ratios(form) if form in found.packed else []

@@ -1,4 +1,4 @@
-"""Timing functions against each other: in turn, so that other load meets all alike."""
+"""Times functions against each other, in alternation, so that other load affects all of them alike."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def race(
     most: int = MOST,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds of each call of each runner; all run once a round, in turn, until `seconds` are over.
+    """Seconds of each call of each runner; in every round, all runners are called once, until `seconds` have passed.
 
-    Between `fewest` and `most` rounds, after `warm` that do not count. Every other round goes backwards: what a call
-    leaves in the caches for the next one then favours nobody.
+    There are between `fewest` and `most` rounds, after `warm` rounds that are not counted. Every other round runs in
+    reverse order, so that what one call leaves in the caches for the next favours no runner.
     """
     for _ in range(warm):
         for run in runners:

@@ -1,7 +1,7 @@
-"""Where each packed CPU product starts to lose against the plain one: the measurements of `compress tune`.
+"""Measures up to how many rows each packed CPU product is faster than the plain one: the CPU half of `compress tune`.
 
-Both sides take turns; weights rotate through enough copies to leave the cache. A packed product is chosen where its
-median is faster by `MARGIN`, so that noise does not choose it.
+Both sides run in alternation, and calls rotate through enough copies of the weight to exceed the cache. A packed
+product is chosen only if its median is faster by `MARGIN`, so that noise does not decide.
 Shape suffixes: M rows of x, O out, I in.
 """
 
@@ -23,7 +23,7 @@ from compress_kernels.tuning import Choice, Key, Profile, TuningError, device_na
 
 SIZES = ((256, 256), (768, 256), (1024, 1024), (2048, 2048), (4096, 4096))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-ROTATED = 1 << 26  # bytes of plain weights that take turns; the last cache of the CPU measured holds half of it
+ROTATED = 1 << 26  # bytes of plain weights to rotate through, twice the last-level cache of the CPU measured
 COPIES = 12  # at most
 GROUP = 64
 MARGIN = 1.05
@@ -31,7 +31,7 @@ MARGIN = 1.05
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a plain product and of packed ones, round by round, by format."""
+    """Seconds of plain and of packed products, round by round, keyed by format."""
 
     out: int
     inputs: int
@@ -40,14 +40,14 @@ class Timed:
     packed: dict[str, list[float]]
 
     def ratios(self, form: str) -> list[float]:
-        """plain / packed of each round."""
+        """The speed-up, plain / packed time, of each round."""
         return [p / t for p, t in zip(self.plain[form], self.packed[form], strict=True)]
 
 
 def measure(
     sizes: Sequence[tuple[int, int]] = SIZES, rows: Sequence[int] = ROWS, seconds: float = 0.4, fewest: int = 9
 ) -> Iterator[Timed]:
-    """Every size at every number of rows, about `seconds` each and at least `fewest` rounds."""
+    """Measure every size at every number of rows, about `seconds` and at least `fewest` rounds each."""
     for size in sizes:
         products = makers(*size)
         for count in rows:
@@ -61,7 +61,7 @@ def measure(
 
 
 def makers(out: int, inputs: int) -> dict[str, list[Callable[[Tensor], Tensor]]]:
-    """Products with random weights, several of each kind."""
+    """Functions that multiply by random weights, several of each kind."""
     draw = torch.Generator().manual_seed(0)
     copies = range(max(2, min(COPIES, ROTATED // (2 * out * inputs))))
     plain = [torch.randn(out, inputs, generator=draw).bfloat16() for _ in copies]
@@ -82,19 +82,19 @@ def makers(out: int, inputs: int) -> dict[str, list[Callable[[Tensor], Tensor]]]
 
 
 def on_grid(x_MI: Tensor) -> Tensor:
-    """x as it is where inputs are rounded and computed with in floating point."""
+    """x rounded to int8 levels but kept in its floating-point dtype."""
     codes_MI, scale_M1 = cpu.rounded(x_MI)
     return (codes_MI * scale_M1).to(x_MI.dtype)
 
 
 def turns(maps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], object]:
-    """A function that applies the next map at each call."""
+    """A function that applies the next product of the rotation at each call."""
     turn = cycle(maps)
     return lambda: next(turn)(x)
 
 
 def profile(timed: Sequence[Timed]) -> Profile:
-    """What to choose from now on; raises TuningError if nothing was measured."""
+    """The tuning profile with the choice for each measurement; raises TuningError if nothing was measured."""
     if not timed:
         raise TuningError("nothing was measured")
     entries: dict[Key, Choice] = {}

@@ -1,9 +1,10 @@
-"""`python -m compress_kernels.bench.first`: what must be true of a GPU before its speed is worth measuring.
+"""`python -m compress_kernels.bench.first`: checks that must hold on a GPU before its speed is worth measuring.
 
-Subnormal float16 inputs count in the tensor cores, as either operand and in tiles of every size (the fastest decode
-rests on it); inline assembly gives the bits that plain Triton gives; a thousand runs that split the inputs, while
-another stream keeps the GPU busy, give the same bits and leave their counters zero. One JSON line a question; exit
-code 1 if one is answered no. In Triton's interpreter the same code runs as a test of itself.
+It checks three things. Tensor cores do not flush subnormal float16 inputs to zero, as either operand and in tiles of
+several sizes; the fastest decoding relies on this. Inline assembly gives the same bits as plain Triton. A thousand runs
+that split the inputs, while another stream keeps the GPU busy, give the same bits and leave their counters at zero.
+Prints one JSON line for each question; the exit code is 1 if any answer is no. In Triton's interpreter the same code
+runs as a test of itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ RUNS = 1000
 
 
 def subnormals(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Products of numbers below the smallest normal one with ordinary ones, either way round, against float64."""
+    """Check products of subnormal float16 numbers with normal ones, as either operand, against float64."""
     from compress_kernels.gpu.probes import bits_product
 
     for rows, columns in ((16, 16), (64, 16), (128, 64)):
@@ -43,13 +44,13 @@ def subnormals(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def weights(bits: int, group: int, shape: tuple[int, int], device: torch.device) -> wq.Packed:
-    """Random codes."""
+    """A weight of random integer codes."""
     codes, scale = random(2**bits, group, shape, device)
     return wq.pack(codes, scale, bits)
 
 
 def random(below: int, group: int, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes, and scales of groups."""
+    """Random codes below `below`, and random scales of groups."""
     generator = torch.Generator(device).manual_seed(below)
     codes = torch.randint(below, shape, generator=generator, device=device, dtype=torch.uint8)
     scale = torch.rand(shape[0], shape[1] // group if group else 1, generator=generator, device=device).half()
@@ -57,7 +58,7 @@ def random(below: int, group: int, shape: tuple[int, int], device: torch.device)
 
 
 def every_form(shape: tuple[int, int], device: torch.device) -> Iterator[tuple[str, wq.Packed]]:
-    """A weight of each form, in groups of 128."""
+    """A random weight of each form, in groups of 128."""
     for bits in wq.INTEGERS:
         yield f"int{bits}", weights(bits, 128, shape, device)
     codes, scale = random(256, 128, shape, device)
@@ -70,7 +71,7 @@ def every_form(shape: tuple[int, int], device: torch.device) -> Iterator[tuple[s
 
 
 def assembly(device: torch.device, shape: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Inline assembly and plain Triton, bit for bit; codes read as subnormal numbers against those that are not."""
+    """Compare inline assembly with plain Triton, bit for bit, and decoding by subnormal numbers with the usual one."""
     from compress_kernels.gpu.launch import Config
 
     config = Config(rows=8, outputs=64)
@@ -86,14 +87,14 @@ def assembly(device: torch.device, shape: tuple[int, int]) -> Iterator[dict[str,
 
 
 def product(packed: wq.Packed, x: Tensor, config: Any) -> Tensor:
-    """One launch of a given configuration."""
+    """The product by one launch with a given configuration."""
     from compress_kernels.gpu import wq as gpu
 
     return gpu.linear(x, packed, None, config)
 
 
 def splits(device: torch.device, shape: tuple[int, int], runs: int) -> Iterator[dict[str, Any]]:
-    """Programs that split the inputs under contention: the same bits every time, counters left zero."""
+    """Check that programs that split the inputs, under contention, always give the same bits and zero counters."""
     from compress_kernels.gpu.launch import Config, workspace
 
     packed = weights(4, 128, shape, device)
@@ -113,7 +114,7 @@ def splits(device: torch.device, shape: tuple[int, int], runs: int) -> Iterator[
 
 
 def keep_busy(device: torch.device) -> None:
-    """Queue products on another stream, to compete for the GPU."""
+    """Queue products on another stream, so that they compete for the GPU; does nothing on a CPU."""
     if device.type == "cuda":
         with torch.cuda.stream(torch.cuda.Stream(device)):
             a = torch.randn(4096, 4096, device=device, dtype=torch.float16)
@@ -129,7 +130,7 @@ def answers(device: torch.device, shape: tuple[int, int] = (4096, 4096), runs: i
 
 
 def main() -> None:
-    """Print the answers."""
+    """Print the answers, and exit with code 1 if one is no."""
     if not torch.cuda.is_available():
         sys.exit("compress_kernels.bench.first: there is no GPU here; it answers what only a GPU can")
     found = []

@@ -1,7 +1,7 @@
-"""`python -m compress_kernels.bench.fit LINES.jsonl`: how many times longer than its roof each format takes.
+"""`python -m compress_kernels.bench.fit LINES.jsonl`: how many times longer than its roofline each format takes.
 
-From the lines of `compress_kernels.bench.gpu`, as the `slack` of `defaults.json`: by kind of packed form, medians over
-shapes with a tile of 8, 16 and 64 rows of x. Nothing is measured here.
+Computes the `slack` of `defaults.json` from the lines that `compress_kernels.bench.gpu` has written: for each kind of
+packed form, the medians over shapes with tiles of 8, 16 and 64 rows of x. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from compress_kernels import dispatch
 from compress_kernels.bench.subjects import ours
 
 TILES = (8, 16, 64)
-SAMPLE = (128, 1024)  # [out, in] of a matrix that shows what a format is called and how many bits it takes
+SAMPLE = (128, 1024)  # [out, in] of a matrix that is packed to find each format's kind and bits per weight
 
 
 def forms() -> dict[str, tuple[str, dispatch.Format]]:
-    """By the name in the lines, what each format's slack is called and what it costs without any."""
+    """For each format name in the lines: the name of its slack, and its costs without slack."""
     found = {}
     for each in ours():
         form = each.pack(torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0)).half())
@@ -39,9 +39,10 @@ def forms() -> dict[str, tuple[str, dispatch.Format]]:
 def ratios(
     lines: Iterable[Mapping[str, Any]], device: dispatch.Device, rows: Collection[int] = TILES, shipped: bool = False
 ) -> dict[str, dict[int, list[float]]]:
-    """By slack, then by rows: measured over expected of each shape that a kernel computed, without its start.
+    """By slack and by rows: the measured over the expected time for each shape that a kernel computed.
 
-    With `shipped`, over what is expected with the shipped slack, start included.
+    Both times are taken without the launch overhead (`dispatch.START`). With `shipped`, the expected time has the
+    shipped slack and the overhead is included.
     """
     known, found = forms(), defaultdict[str, dict[int, list[float]]](lambda: defaultdict(list))
     start = 0.0 if shipped else dispatch.START

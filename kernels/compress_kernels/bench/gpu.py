@@ -1,8 +1,9 @@
-"""`python -m compress_kernels.bench.gpu`: every format and its peers over shapes and rows of x, as JSON lines.
+"""`python -m compress_kernels.bench.gpu`: times every format and its peers over shapes and rows of x, as JSON lines.
 
-Weights rotate through enough copies to leave the last cache; on a GPU the rotation is one CUDA graph, so no launch is
-timed. Every line says what it was measured on, how far the result was from float64, and what share of the measured
-memory bandwidth it reached. On a CPU it runs the same code with the ops' reference: a test of this command, no result.
+Weights rotate through enough copies to exceed the last-level cache; on a GPU the rotation is one CUDA graph, so that
+launches are not timed. The first line holds the conditions and the measured memory bandwidth; each further line says
+how far the result was from float64 and what share of that bandwidth it reached. On a CPU the same code runs with the
+reference implementation of the ops, which tests this command and measures nothing useful.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from compress_kernels.bench.subjects import Made, Subject, ours, peers
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))  # [out, in] of models of 8 and 70 billion
 ROWS = (1, 8, 16, 64, 256)
-ROTATED = 1 << 28  # bytes of weights that take turns: four times the last cache of an H200
+ROTATED = 1 << 28  # bytes of weights to rotate through: four times the last-level cache of an H200
 REPLAYS = 30
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The conditions that the figures depend on: device, versions, date, clocks."""
     found: dict[str, Any] = {"device": device.type, "torch": torch.__version__, "date": date.today().isoformat()}
     if device.type == "cuda":
         import triton
@@ -47,7 +48,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def clocks() -> str | None:
-    """Current and highest clocks, by the driver's own tool, if it is there."""
+    """Current and maximum clocks, as nvidia-smi reports them; None if it is not installed or prints nothing."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.draw,driver_version"
@@ -56,7 +57,7 @@ def clocks() -> str | None:
 
 
 def spans(calls: Sequence[Callable[[], object]], device: torch.device, replays: int) -> list[float]:
-    """Seconds of one call, once a replay of all of them."""
+    """The mean seconds per call of each of `replays` runs over all calls; on a GPU they are one CUDA graph."""
     for call in calls:
         call()
     if device.type != "cuda":
@@ -77,7 +78,7 @@ def spans(calls: Sequence[Callable[[], object]], device: torch.device, replays: 
 
 
 def elapsed(calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of all calls by the clock."""
+    """Wall-clock seconds for all calls together."""
     began = time.perf_counter()
     for call in calls:
         call()
@@ -85,15 +86,15 @@ def elapsed(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def bandwidth(device: torch.device, nbytes: int = 1 << 30) -> float:
-    """Bytes a second that a copy moves, read and written: the measured roof."""
+    """The measured memory bandwidth: bytes per second, read plus written, of an elementwise kernel."""
     source = torch.ones((nbytes if device.type == "cuda" else nbytes >> 4) // 4, device=device)
     target = torch.empty_like(source)
-    # by a kernel: as a node of a graph, a copy of memory is slower
+    # measured with a kernel, because a memory copy as a node of a CUDA graph is slower
     return 2 * source.nbytes / statistics.median(spans([lambda: torch.neg(source, out=target)], device, 10))
 
 
 def weights(shape: tuple[int, int], subject: Subject, device: torch.device, dtype: torch.dtype) -> Iterator[Made]:
-    """Copies of one subject that together exceed the last cache."""
+    """Copies of one subject that together exceed the last-level cache; on a CPU, one copy."""
     generator = torch.Generator(device).manual_seed(0)
     total = 0
     while total < (ROTATED if device.type == "cuda" else 1):
@@ -127,7 +128,7 @@ def measure(
 
 
 def error(made: Made, x: Tensor) -> float:
-    """Relative distance of a product from float64 on the matrix that the weight denotes."""
+    """The relative error of a product against float64 with the matrix that the weight decodes to."""
     want = x[:16].double() @ made.matrix.double().T
     return float((made.product(x)[:16].double() - want).norm() / want.norm())
 
@@ -139,7 +140,10 @@ def lines(
     dtype: torch.dtype,
     formats: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """The conditions, then every measurement or why there is none; of the `formats`, by default of all."""
+    """The conditions, then a line for every measurement or for the reason why there is none.
+
+    `formats` selects formats by name; all if empty.
+    """
     roof = bandwidth(device)
     yield {"conditions": conditions(device), "roof_bytes_per_second": roof}
     for shape in shapes:
@@ -151,12 +155,12 @@ def lines(
                 continue
             try:
                 yield from measure(subject, shape, rows, device, dtype, roof)
-            except (RuntimeError, ValueError, AttributeError, TypeError) as problem:  # a peer's own failure is a result
+            except (RuntimeError, ValueError, AttributeError, TypeError) as problem:  # a peer's failure is a result too
                 yield {"format": subject.name, "out": shape[0], "in": shape[1], "failed": str(problem)[:300]}
 
 
 def subjects(device: torch.device) -> list[Subject]:
-    """The peers' formats, then ours."""
+    """The formats of other libraries, then those of this package."""
     return [*peers(device), *(Subject(name=each.name, make=each.make) for each in ours())]
 
 
@@ -167,7 +171,7 @@ def shape_of(text: str) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the lines, to a file if one is named."""
+    """Write the lines to the terminal, or to a file if one is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="a file for the lines; default: the terminal")
     parser.add_argument("--device", default="cuda", help="cpu only tests this command")

@@ -1,6 +1,6 @@
-"""`python -m compress_kernels.bench.plot LINES.jsonl OUT.png`: speed-up over dense against rows of x, for each shape.
+"""`python -m compress_kernels.bench.plot LINES.jsonl OUT.png`: plots the speed-up over dense by rows of x and shape.
 
-From the lines of `compress_kernels.bench.gpu`; nothing is measured here.
+Reads the lines that `compress_kernels.bench.gpu` has written; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Lines = list[dict[str, Any]]
 
 
 def speedups(lines: Lines) -> dict[tuple[int, int], dict[str, list[tuple[int, float]]]]:
-    """By shape and format: (rows, seconds of dense / seconds), in the order measured."""
+    """By shape and format: (rows, speed-up over dense), in the order in which they were measured."""
     timed = [line for line in lines if "seconds" in line]
     dense = {(x["out"], x["in"], x["rows"]): x["seconds"] for x in timed if x["format"] == "dense"}
     found: dict[tuple[int, int], dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
@@ -28,7 +28,7 @@ def speedups(lines: Lines) -> dict[tuple[int, int], dict[str, list[tuple[int, fl
 
 
 def draw(lines: Lines, out: Path) -> None:
-    """One picture a shape, side by side. Raises ValueError if no line was timed beside dense."""
+    """Draw one plot per shape, side by side. Raises ValueError if no format was timed along with dense."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def draw(lines: Lines, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read lines, draw."""
+    """Read the lines and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("lines", type=Path)
     parser.add_argument("out", type=Path)

@@ -1,8 +1,9 @@
-"""Finding the best configuration of a kernel for each size and number of rows: the GPU half of `compress tune`.
+"""Finds the best configuration of a kernel for each size and number of rows: the GPU half of `compress tune`.
 
-Every candidate is timed in one graph over weights that rotate past the last cache, like `bench/gpu.py`, beside the way
-of decoding the weight first and multiplying it as dense; the fastest is kept. Candidates are few: what would leave
-most of the GPU idle is left out by arithmetic, what does not fit when it is tried.
+Every candidate is timed as one CUDA graph over weights that rotate to exceed the last-level cache, as in
+`bench/gpu.py`, and so is decoding the weight first and multiplying it as dense; the fastest is kept. There are few
+candidates: those that would leave most of the GPU idle are excluded by arithmetic, and those that need more resources
+than the GPU has are skipped when they fail.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     from compress_kernels.gpu.launch import Config
 
 REPLAYS = 10
-ROTATED = 1 << 27  # bytes of packed weights that take turns: twice the last cache of an H200
+ROTATED = 1 << 27  # bytes of packed weights to rotate through: twice the last-level cache of an H200
 SPLITS = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tunable:
-    """A kernel whose configuration is chosen: a packed form, one launch, its default and the way around it."""
+    """A kernel to tune: a packed form, a function that launches it, its default configuration, and its decoder."""
 
     form: subjects.Ours
     run: Callable[[Any, Tensor, Config], Tensor]
@@ -43,7 +44,7 @@ class Tunable:
 
 
 def tunables() -> Iterator[Tunable]:
-    """The kernels, each with one weight of its kind."""
+    """The kernels to tune, one for each packed form; `int4 g32` is not tuned."""
     from compress_kernels.gpu import nm as gpu_nm
     from compress_kernels.gpu import wq as gpu_wq
 
@@ -83,7 +84,7 @@ def candidates(first: Config, m: int, out: int, device: torch.device) -> list[Co
 def search(
     tunable: Tunable, shape: tuple[int, int], rows: Sequence[int], device: torch.device, copies: int = 0
 ) -> Iterator[tuple[Key, Choice]]:
-    """The choice for each number of rows; `copies` of the weight take turns, by default enough to leave the cache."""
+    """The choice for each number of rows, timed over `copies` of the weight (0: enough to exceed the cache)."""
     w_OI = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).half() / shape[1] ** 0.5
     form = tunable.form.pack(w_OI)
     forms = [form, *(tunable.form.pack(w_OI) for _ in range((copies or max(2, -(-ROTATED // form.nbytes))) - 1))]
@@ -102,14 +103,14 @@ def search(
 
 
 def decoded(tunable: Tunable, form: Any, x: Tensor) -> Tensor:
-    """The product by way of the dense matrix."""
+    """The product with the weight decoded to a dense matrix first."""
     return F.linear(x, tunable.dense(form, x.dtype))
 
 
 def fitting(
     tunable: Tunable, forms: Sequence[Any], x: Tensor, configs: Sequence[Config]
 ) -> Iterator[tuple[Config, float]]:
-    """Seconds of every configuration that the GPU has room for."""
+    """The median seconds of every configuration for which the GPU has enough resources."""
     from triton.runtime.errors import OutOfResources
 
     for config in configs:

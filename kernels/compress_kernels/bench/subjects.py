@@ -1,7 +1,7 @@
-"""What is timed: every packed format of ours, and its peers, each made from one random matrix.
+"""The subjects of the benchmarks: every packed format of this package and its peers, each made from a random matrix.
 
-A subject is made many times, so that weights can rotate past the last cache. A peer that is not installed, or not for
-this device, is left out with its reason.
+A subject is made many times, so that weights can rotate to exceed the last-level cache. A peer that is not installed,
+or does not support the device, is left out with the reason.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ GROUP = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """One weight: how it multiplies, the bytes that a product reads, and the matrix [out, in] that it denotes.
+    """One weight: its product, the bytes that a product reads, and the matrix [out, in] that it decodes to.
 
-    `way` says for a number of rows whether our kernel multiplies, or what it decodes to is multiplied as dense.
+    `way` says, for a number of rows, whether this package's kernel computes the product or the weight is decoded and
+    multiplied as dense; it is `library` for peers.
     """
 
     product: Product
@@ -37,7 +38,7 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A format, ours or a peer's; `missing` says why it cannot be timed here."""
+    """A format of this package or of a peer; `missing` says why it cannot be timed here."""
 
     name: str
     make: Callable[[Tensor], Made]
@@ -49,9 +50,9 @@ Form = wq.Packed | nm.Packed | bitmap.Packed | w8a8.Packed
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """A packed form of ours: how it is made from a matrix, multiplied and decoded.
+    """A packed form of this package: how it is made from a matrix, multiplied and decoded.
 
-    With `kernel`, `linear` is the kernel, whichever way the op would go.
+    With `kernel`, `linear` is always the kernel, whichever path the op would choose.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Ours:
     kernel: bool = False
 
     def make(self, w_OI: Tensor) -> Made:
-        """One weight."""
+        """A weight of this form that approximates a matrix."""
         form = self.pack(w_OI)
 
         def way(rows: int) -> str:
@@ -73,23 +74,23 @@ class Ours:
 
 
 def integers(w_OI: Tensor, bits: int, group: int) -> wq.Packed:
-    """Integer codes."""
+    """The matrix as integer codes."""
     return wq.pack(*grid(w_OI, bits, group), bits)
 
 
 def floats(w_OI: Tensor) -> wq.Packed:
-    """e4m3, one scale a row."""
+    """The matrix in e4m3 with one scale per row."""
     return wq.pack_floats(*small(w_OI), (1, w_OI.shape[1]))
 
 
 def small(w_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 numbers and the scale of each row."""
+    """The e4m3 values of a matrix and the scale of each row."""
     scale = w_OI.float().abs().amax(1, keepdim=True).clamp(min=1e-6) / 448
     return (w_OI.float() / scale).to(torch.float8_e4m3fn), scale.half()
 
 
 def book(w_OI: Tensor) -> wq.Packed:
-    """The nearest of sixteen quantiles of a normal distribution, in groups of 64."""
+    """The matrix rounded to the nearest of sixteen quantiles of a normal distribution, in groups of 64."""
     entries = torch.erfinv(torch.linspace(-0.93, 0.93, 16, device=w_OI.device))
     groups = w_OI.float().unflatten(1, (-1, 64))
     scale = (groups.abs().amax(-1) / entries.max()).clamp(min=1e-6).half()
@@ -98,14 +99,14 @@ def book(w_OI: Tensor) -> wq.Packed:
 
 
 def kept(w_OI: Tensor, keep: int, of: int) -> Tensor:
-    """The mask of the largest `keep` of every `of`."""
+    """The mask that keeps the `keep` largest of every `of` entries of a row."""
     groups = w_OI.abs().unflatten(1, (-1, of))
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(keep, -1).indices, True)
     return mask.flatten(1)
 
 
 def sparse(w_OI: Tensor, keep: int, of: int, bits: int = 16) -> nm.Packed:
-    """The largest n of m, as they are or as codes of four bits."""
+    """The matrix pruned n:m by magnitude, with kept values in 16 bits or as codes of `bits` bits."""
     mask = kept(w_OI, keep, of)
     if bits == 16:
         return nm.pack(w_OI, mask, keep, of)
@@ -113,12 +114,12 @@ def sparse(w_OI: Tensor, keep: int, of: int, bits: int = 16) -> nm.Packed:
 
 
 def anywhere(w_OI: Tensor) -> bitmap.Packed:
-    """The larger half of the whole matrix."""
+    """The matrix with the larger half of its entries kept."""
     return bitmap.pack(w_OI, w_OI.abs() > w_OI.abs().float().median())
 
 
 def by_kernel(form: bitmap.Packed, x: Tensor) -> Tensor:
-    """A product by the kernel itself, which the op never takes where nothing was tuned."""
+    """The product by the kernel itself, which the op never uses unless it was tuned."""
     if not x.is_cuda:
         return bitmap.linear(form, x)
     from compress_kernels.gpu import bitmap as gpu
@@ -127,18 +128,18 @@ def by_kernel(form: bitmap.Packed, x: Tensor) -> Tensor:
 
 
 def eight(w_OI: Tensor) -> w8a8.Packed:
-    """Eight-bit codes for eight-bit inputs."""
+    """The matrix as int8 codes for int8 inputs, with one scale per row."""
     codes, scale = grid(w_OI, 8, 0)
     return w8a8.pack((codes.short() - 128).to(torch.int8), scale)
 
 
 def decoded(form: w8a8.Packed) -> Tensor:
-    """The matrix of eight-bit codes."""
+    """The matrix that int8 codes and their scales stand for."""
     return form.codes.float() * form.scale.T.float()
 
 
 def ours() -> Iterator[Ours]:
-    """Our formats."""
+    """The formats of this package."""
     for bits, group in ((8, 0), (4, GROUP), (4, 32), (3, GROUP), (2, GROUP)):
         name = f"int{bits} g{group}" if group else f"int{bits} row"
         yield of_words(name, partial(integers, bits=bits, group=group))
@@ -162,7 +163,7 @@ def of_slots(name: str, pack: Callable[[Tensor], nm.Packed]) -> Ours:
 
 
 def grid(w_OI: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Codes and float16 scales, symmetric, rounded to nearest."""
+    """Codes and float16 scales of a matrix, quantized symmetrically by rounding to nearest."""
     groups = w_OI.float().unflatten(1, (-1, group or w_OI.shape[1]))
     half = 2 ** (bits - 1)
     scale = (groups.abs().amax(-1) / max(half - 1, 1)).clamp(min=1e-6).half()
@@ -171,13 +172,13 @@ def grid(w_OI: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def dense(w_OI: Tensor) -> Made:
-    """torch's own product: cuBLAS on a GPU."""
+    """torch's dense product, which is cuBLAS on a GPU."""
     w_OI = w_OI.clone()
     return Made(product=lambda x: F.linear(x, w_OI), nbytes=w_OI.nbytes, matrix=w_OI)
 
 
 def tinygemm(w_OI: Tensor) -> Made:
-    """torch's int4 product for bf16."""
+    """torch's int4 product for bf16 inputs (tinygemm)."""
     codes, scale = grid(w_OI, 4, GROUP)
     matrix = wq.reference(wq.pack(codes, scale, 4)).to(w_OI.dtype)
     pairs = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).contiguous().bfloat16()
@@ -189,7 +190,7 @@ def tinygemm(w_OI: Tensor) -> Made:
 
 
 def semi_structured(w_OI: Tensor) -> Made:
-    """torch's 2:4 product on sparse tensor cores: cuSPARSELt."""
+    """torch's 2:4 product on sparse tensor cores, which is cuSPARSELt."""
     keep = torch.zeros_like(w_OI.view(-1, 4), dtype=torch.bool)
     keep.scatter_(1, w_OI.view(-1, 4).abs().topk(2, 1).indices, True)
     matrix = w_OI * keep.view_as(w_OI)
@@ -198,7 +199,7 @@ def semi_structured(w_OI: Tensor) -> Made:
 
 
 def bitsandbytes_nf4(w_OI: Tensor) -> Made:
-    """bitsandbytes' four-bit product."""
+    """bitsandbytes' NF4 product, in blocks of 64."""
     import bitsandbytes
 
     words, state = bitsandbytes.functional.quantize_4bit(w_OI, blocksize=64, quant_type="nf4")
@@ -219,7 +220,7 @@ def gemlite_int4(w_OI: Tensor) -> Made:
 
 
 def peers(device: torch.device) -> Iterator[Subject]:
-    """What others have for the same work."""
+    """The formats of other libraries for the same product."""
     cuda = "" if device.type == "cuda" else "for CUDA"
     installed = {name: importlib.util.find_spec(name) is not None for name in ("bitsandbytes", "gemlite")}
     yield Subject(name="dense", make=dense)

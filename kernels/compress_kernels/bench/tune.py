@@ -1,4 +1,4 @@
-"""Measuring a device for `compress tune`: one entry for each kind of device."""
+"""Measures a device for `compress tune`, with one function for each kind of device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from compress_kernels.tuning import Profile, TuningError
 
 
 def tune(kind: str, say: Callable[[str], object] = lambda line: None) -> Profile:
-    """The profile of a device such as `cpu`; `say` is told what is measured. Raises TuningError for other devices."""
+    """Measure a device such as `cpu` and return its profile; `say` is called with what is measured, for progress.
+
+    Raises TuningError for a device that cannot be measured.
+    """
     device = measurable(kind)
     return MEASURES[device.type](device, say)
 
 
 def measurable(kind: str) -> torch.device:
-    """The device of that name; raises TuningError if nothing can be measured on it."""
+    """The device of this name; raises TuningError if nothing can be measured on it."""
     try:
         device = torch.device(kind)
     except RuntimeError as error:
@@ -31,7 +34,7 @@ def measurable(kind: str) -> torch.device:
 
 
 def tune_cpu(device: torch.device, say: Callable[[str], object]) -> Profile:
-    """Packed products of every size against plain ones, a fraction of a second each."""
+    """Time packed products of every size against plain ones, a fraction of a second each."""
     del device
     done = []
     for found in measure():
@@ -41,7 +44,7 @@ def tune_cpu(device: torch.device, say: Callable[[str], object]) -> Profile:
 
 
 def tune_gpu(device: torch.device, say: Callable[[str], object]) -> Profile:
-    """Configurations of every kernel, and the way around it."""
+    """Time the configurations of every kernel, and decoding the weight first instead."""
     return search.profile(device, say)
 
 
