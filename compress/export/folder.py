@@ -91,7 +91,7 @@ class Form:
         raise NotImplementedError
 
     def plain(self) -> list[str]:
-        """The modules whose matrices are stored dense; always includes `lm_head` unless it is quantized.
+        """The modules whose matrices are stored dense, always including `lm_head`, which is never quantized.
 
         An output head that is tied to the embedding has no tensor of its own but is still such a module.
         """
