@@ -39,7 +39,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Choice:
-    """Keep `n` of every `m` columns, by the score (w / U_jj)² when the first of them is reached; dead columns score 0."""
+    """Keep `n` of every `m` columns by the score (w / U_jj)² when the first one is reached; dead columns score 0."""
 
     n: int
     m: int

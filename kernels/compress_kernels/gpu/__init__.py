@@ -1,1 +1,1 @@
-"""The Triton kernels; the only folder that imports triton, and imported only when a kernel runs."""
+"""The Triton kernels; this package alone imports triton, and is imported only when a kernel runs."""

@@ -1,9 +1,9 @@
-"""`python -m compress_kernels.gpu.aot [--markdown] [--first] [FAMILY ...]`: compile kernels for GPUs not here; count.
+"""`python -m compress_kernels.gpu.aot [--markdown] [--first] [FAMILY ...]`: compiles kernels without a GPU, and counts.
 
-For each case and architecture one JSON line, or a row of one table: registers, spilled bytes (stack), shared memory,
-and the instructions that one thread of the innermost loop issues for each weight, read off the machine code. A tile of
-BN x BK weights is shared by the program's threads, so this is `loop length * threads / weights of an iteration`. It is
-the figure that decides whether a low-bit product is bound by memory or by issue, and it needs no GPU to be known.
+Prints, for each case and architecture, one JSON line or one table row: registers, spilled bytes (stack), shared memory,
+and the instructions issued per weight in the innermost loop, read off the machine code. The program's threads share a
+tile of BN x BK weights, so this is `loop length * threads / weights of an iteration`. It decides whether a low-bit
+product is bound by memory or by instruction issue, and can be determined without a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90)
-SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes a program may have; the compiler does not check
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}  # most bytes per program; the compiler does not check
 HERE = Path(__file__).parent
 FAMILIES = tuple(sorted(path.stem for path in HERE.glob("*.py") if "\nCASES = " in path.read_text(encoding="utf-8")))
 SUMS = {"p_work": "*fp32", "p_count": "*i32"}  # the types of a launch's workspaces
@@ -37,7 +37,10 @@ LABEL = re.compile(r"\s*(\.L_x_\d+):")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A kernel with the types of its arguments (`*fp16`, `i32`) and its constants; `weights` of one loop iteration."""
+    """A configuration to compile: a kernel, the types of its arguments (`*fp16`, `i32`) and its constants.
+
+    `weights` is the number of weights that one iteration of the innermost loop processes.
+    """
 
     name: str
     kernel: Any
@@ -50,7 +53,7 @@ class Case:
 
 
 def compiled(case: Case, architecture: int) -> Any:
-    """The kernel for an architecture; pointers and integers are taken to be divisible by 16, as launches have them."""
+    """The kernel compiled for an architecture; pointers and integers are assumed divisible by 16, as in launches."""
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     whole = {
@@ -63,7 +66,7 @@ def compiled(case: Case, architecture: int) -> Any:
 
 
 def measured(case: Case, architecture: int) -> dict[str, Any]:
-    """What the compiled kernel needs and does."""
+    """The resources and instructions of a compiled case; raises RuntimeError if the tools report no registers."""
     built = compiled(case, architecture)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -88,12 +91,12 @@ def measured(case: Case, architecture: int) -> dict[str, Any]:
 
 
 def tool(name: str, *arguments: str) -> str:
-    """What a tool of the CUDA compiler, which triton brings along, prints."""
+    """The output of a tool of the CUDA toolchain that ships with triton."""
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def innermost(code: str) -> list[str]:
-    """The instructions of the longest loop that contains no other, from disassembled code; empty if there is none."""
+    """The instructions of the longest loop that contains no other, from disassembled code; empty without a loop."""
     labels: dict[str, int] = {}
     lines: list[tuple[str, str]] = []
     for line in code.splitlines():
@@ -114,13 +117,13 @@ def innermost(code: str) -> list[str]:
 
 
 def cases(families: tuple[str, ...], most: int | None = None) -> Iterator[Case]:
-    """The cases of some families, at `most` so many of each."""
+    """The cases of these families; if `most` is given, at most this many of each."""
     for family in families:
         yield from importlib.import_module(f"compress_kernels.gpu.{family}").CASES[:most]
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Rows of Markdown: each case with what it is on every architecture, `-` where that is not known."""
+    """A Markdown table: each case with its figures on every architecture, `-` where there is none."""
     columns = [(name, sm) for name in ("registers", "shared", "per_weight") for sm in ARCHITECTURES]
     said = {"registers": "registers", "shared": "shared bytes", "per_weight": "instructions a weight"}
     yield "| case | " + " | ".join(f"{said[name]}, sm_{sm}" for name, sm in columns) + " |"

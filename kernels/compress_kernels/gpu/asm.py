@@ -1,8 +1,8 @@
-"""The PTX of every inline-assembly decode, as text: two 16-bit lanes in each 32-bit register.
+"""The PTX of every decoding step in inline assembly, as text, with two 16-bit lanes in each 32-bit register.
 
-Text, so that a test can run each string in an emulator on all words there are. Magic numbers: the bits of a code set
-into the mantissa of 1024 (float16, ten bits) or of 128 (bfloat16, seven) make that number plus the code, times two to
-the place where they were set; one fused multiply-add takes both away and is exact.
+It is text so that a test can run each string in an emulator on all possible words. Magic numbers: setting the bits of a
+code at place p of the mantissa of 1024 (float16, ten bits) or of 128 (bfloat16, seven) gives that number plus the code
+times 2**p; one fused multiply-add removes both the number and the power of two, exactly.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ def twice(half: int) -> str:
 
 
 def bits_of(value: float, kind: str) -> int:
-    """The bits of a number that `kind` represents exactly."""
+    """The bit pattern of a number that `kind` represents exactly."""
     if kind == "fp16":
         return int(struct.unpack("<H", struct.pack("<e", value))[0])
     return int(struct.unpack("<I", struct.pack("<f", value))[0]) >> 16
 
 
 def setting(bits: int, plane: int, kind: str) -> tuple[int, int]:
-    """(shift, place): how far a word moves right, and where the code then lies inside the mantissa."""
+    """(shift, place): how far to shift a word right, and at which bit of the mantissa the code then begins.
+
+    Raises ValueError if the code does not fit the mantissa of `kind`.
+    """
     at = bits * plane
     for shift in (0, 8, at):
         if 0 <= at - shift and at - shift + bits <= MANTISSA[kind]:
@@ -35,7 +38,7 @@ def setting(bits: int, plane: int, kind: str) -> tuple[int, int]:
 
 
 def integer(bits: int, plane: int, kind: str) -> str:
-    """Code `plane` of the words $1, of 1, 2, 4 or 8 bits, minus 2**(bits - 1)."""
+    """Asm for code `plane` of the words $1, with 1, 2, 4 or 8 bits, minus 2**(bits - 1)."""
     if bits == 8 and kind == "bf16":
         return eight(plane)
     shift, place = setting(bits, plane, kind)
@@ -50,7 +53,7 @@ def integer(bits: int, plane: int, kind: str) -> str:
 
 
 def undo(place: int, kind: str, less: int) -> str:
-    """From a magic number to the code minus `less`: the end of an asm, of $0 from t."""
+    """The end of an asm, which sets $0 to the code minus `less` from the magic number in t."""
     scale, magic = 0.5**place, 2.0 ** MANTISSA[kind]
     taken = -(magic * scale + less)
     return (
@@ -60,7 +63,7 @@ def undo(place: int, kind: str, less: int) -> str:
 
 
 def three(plane: int, kind: str) -> str:
-    """Code `plane` of three bits minus 4: two bits in the words $1 (plane modulo 8), the third in the words $2."""
+    """Asm for code `plane` of three bits minus 4; two bits are in the words $1 (plane modulo 8), the third in $2."""
     shift, place = setting(2, plane % 8, kind)
     if place + 3 > MANTISSA[kind]:
         shift, place = 2 * (plane % 8), 0
@@ -75,9 +78,10 @@ def three(plane: int, kind: str) -> str:
 
 
 def eight(plane: int) -> str:
-    """Code `plane` of eight bits minus 128, in bf16, of which no magic number holds eight bits.
+    """Asm for code `plane` of eight bits minus 128, in bf16, whose mantissa is too short for eight bits.
 
-    128 + seven bits, minus 128 or 256 by the eighth, which in `code ^ 128` is the sign of `code - 128`; all are exact.
+    Computes 128 plus the lower seven bits, minus 128 or 256 depending on the eighth bit, which in `code ^ 128` is the
+    sign of `code - 128`. All steps are exact.
     """
     moved = "shr.u32 t,$1,8;" if plane else "mov.b32 t,$1;"
     return (
@@ -87,15 +91,15 @@ def eight(plane: int) -> str:
 
 
 def sign(plane: int, kind: str) -> str:
-    """1 where bit `plane` of the words $1 is set, else -1: its complement moved to the sign of a one."""
+    """Asm for 1 where bit `plane` of the words $1 is set, else -1: its complement becomes the sign bit of a one."""
     one = twice(bits_of(1.0, kind))
     return f"{{ .reg .b32 t; shl.b32 t,$1,{15 - plane}; lop3.b32 $0,t,{twice(0x8000)},{one},0xAE; }}"
 
 
 def signed(plane: int, kind: str) -> str:
-    """Byte `plane` of the words $1 as a number from -128 to 127: the words of eight bits hold `code ^ 128`."""
+    """Asm for byte `plane` of the words $1 as a number from -128 to 127; words of eight bits hold `code ^ 128`."""
     moved = "shr.u32 t,$1,8;" if plane else "mov.b32 t,$1;"
-    if kind == "fp16":  # the exclusive or brings the code back, into the mantissa of 1024
+    if kind == "fp16":  # the exclusive or restores the code, in the mantissa of 1024
         flipped = f" lop3.b32 t,t,{twice(0xFF)},{twice(MAGIC[kind] | 0x80)},0x6A; "
         return "{ .reg .b32 t,a,c; " + moved + flipped + undo(0, kind, 128)
     return (
@@ -105,10 +109,11 @@ def signed(plane: int, kind: str) -> str:
 
 
 def subnormal(bits: int, plane: int) -> str:
-    """Code `plane` of two or four bits as the float16 number `code * 2**(place - 24)`, place = bits * plane modulo 8.
+    """Asm for code `plane` as the float16 number `code * 2**(place - 24)`, with place = bits * plane modulo 8.
 
-    The bits of a code are those of that number already: one AND. What is left, 2**place, is taken from x. Three bits
-    are two of the words $1 and, above them, one of the words $2.
+    For two or four bits, the bits of the code in the word already are those of this subnormal number, so one AND
+    suffices. The factor 2**place is divided out of x. A code of three bits has two bits in the words $1, which set the
+    place, and the third, above them, in the words $2.
     """
     low = 2 if bits == 3 else bits
     shift, place = divmod(low * plane % 16, 8)
@@ -123,20 +128,20 @@ def subnormal(bits: int, plane: int) -> str:
     )
 
 
-SMALL = {"e4m3": (4, 3), "e5m2": (5, 2), "e2m1": (2, 1)}  # bits of the exponent and of the mantissa, after one of sign
+SMALL = {"e4m3": (4, 3), "e5m2": (5, 2), "e2m1": (2, 1)}  # bits of exponent and mantissa, after the sign bit
 BIAS = {"fp16": 15, "bf16": 127}
 
 
 def rescale(form: str, kind: str) -> float:
-    """What a small float's bits, read as a wider float's with a larger bias, lack: a power of two."""
+    """The power of two by which to multiply a small float's bits when they are read as a wider float's."""
     return float(2.0 ** (BIAS[kind] - (2 ** (SMALL[form][0] - 1) - 1)))
 
 
 def small(form: str, plane: int, kind: str) -> str:
-    """Small float `plane` of the words $1: its sign and the rest put in place, then an exact multiplication.
+    """Asm for small float `plane` of the words $1: sign and rest are moved into place, then multiplied exactly.
 
-    The multiplication makes subnormal numbers normal ones, before a tensor core sees them; e5m2 has the exponents of
-    float16 and needs none.
+    The multiplication turns subnormal numbers into normal ones before a tensor core reads them. e5m2 has the exponents
+    of float16 and needs no multiplication in it.
     """
     exponent, mantissa = SMALL[form]
     bits, right = 1 + exponent + mantissa, MANTISSA[kind] - mantissa
@@ -155,17 +160,17 @@ def small(form: str, plane: int, kind: str) -> str:
 
 
 def looked_up() -> str:
-    """Planes 0 to 3 of the words $4, entries of a book of 16 numbers, in $0 to $3.
+    """Asm that looks planes 0 to 3 of the words $4 up in a book of 16 entries; results are in $0 to $3.
 
-    The book is eight registers $5, $7, ... $19 (a register pair each, for two lanes): the lower bytes of its entries,
-    then the upper bytes. A byte permutation looks four codes up in eight bytes; the fourth bit of a code, spread over
-    a byte, chooses between the halves of the book; then bytes are put side by side. No memory is read: a warp that
-    reads a table at 32 places waits for about as many of its lines.
+    The book is in eight registers $5, $7, ... $19 (a register pair each, for two lanes): the lower bytes of its
+    entries, then the upper bytes. A byte permutation looks four codes up in eight bytes; the fourth bit of a code,
+    spread over a byte, selects between the halves of the book; then the bytes are joined. This reads no memory, because
+    a warp that reads a table at 32 places would wait for about as many cache lines.
     """
     low0, low1, low2, low3, up0, up1, up2, up3 = (f"${5 + 2 * i}" for i in range(8))
 
     def word(select: str, mask: str, first: str, second: str) -> str:
-        """Planes 0 and 1 of one word in `first`, 2 and 3 in `second`."""
+        """Look up the four codes of one half: planes 0 and 1 go to `first`, 2 and 3 to `second`."""
         return (
             f"prmt.b32 a,{low0},{low1},{select}; prmt.b32 b,{low2},{low3},{select}; lop3.b32 a,{mask},b,a,0xCA; "
             f"prmt.b32 b,{up0},{up1},{select}; prmt.b32 c,{up2},{up3},{select}; lop3.b32 b,{mask},c,b,0xCA; "

@@ -1,20 +1,21 @@
-"""PTX that spreads kept values over the places of their group, as text: two 16-bit lanes in each 32-bit register.
+"""PTX that spreads kept values over the places of their group, as text, with two 16-bit lanes per 32-bit register.
 
-A lane mask is 0 or -1 in a half of a register. The bits of a word are stored so that one shift brings two of them to
-the tops of the two bytes of a half (`nm.places`), and the sign of a byte, repeated, is a mask: three instructions give
-two. Values are sorted by place, the ones of the front half of a group from the first slot on, those of the back half
-from the last slot back: so each half needs only the masks of its own places, and a group that keeps fewer has a gap.
+A lane mask is 0 or -1 in one half of a register. The bits of a mask word are stored (`nm.places`) so that one shift
+moves two of them to the top bits of the two bytes of a half. Replicating the sign of a byte then gives a mask, so that
+three instructions make two masks. Values are sorted by place: those of the front half of a group fill its slots from
+the first on, those of the back half from the last slot backwards. Each half therefore needs only the masks of its own
+places, and a group that keeps fewer values has a gap.
 """
 
 from __future__ import annotations
 
 from compress_kernels.gpu.asm import MAGIC, MANTISSA, bits_of, setting, twice
 
-COUNT = "popc.b32 $0,$1;"  # the bits that are set in all 32
+COUNT = "popc.b32 $0,$1;"  # the number of set bits of 32
 
 
 def spread(keep: int, of: int, group: int) -> str:
-    """Planes $0.. of the elements of a group, from the slots that follow and then the words of masks."""
+    """Asm that sets $0.. to the planes of the elements of a group, from its slots and then the mask words."""
     half, word = of // 2, f"${of + keep}"
     slots = [f"${of + i}" for i in range(keep)]
     names = ",".join(f"k{e}" for e in range(of)) + "," + ",".join(f"q{i}" for i in range(keep))
@@ -30,7 +31,7 @@ def spread(keep: int, of: int, group: int) -> str:
 
 
 def masks(half: int, low: int, word: str) -> list[str]:
-    """Lane masks k0.. from bits `low` on, of the lower and the upper byte of each word."""
+    """Instructions that make lane masks k0.. from the bits from `low` on of the two bytes of each mask word."""
     lines = []
     for b in range(half):
         shift = 7 - (low + b)
@@ -42,9 +43,10 @@ def masks(half: int, low: int, word: str) -> list[str]:
 
 
 def spread_packed(keep: int) -> str:
-    """As `spread`, of groups of four, but of words of four codes of 4 bits: the groups of a word all at once.
+    """As `spread` for groups of four, but for words of four 4-bit codes: all groups of a mask word at once.
 
-    Bit 4 g + e of a word of masks is element e of group g, so that a bit, times 15, is a mask of the code of its group.
+    Bit 4 g + e of a mask word belongs to element e of group g, so that the bit times 15 is a mask for the code of its
+    group.
     """
     word, slots = f"${4 + keep}", [f"${4 + i}" for i in range(keep)]
     lines = ["{ .reg .b32 t,k0,k1,k2,k3,q0;"]
@@ -55,9 +57,10 @@ def spread_packed(keep: int) -> str:
 
 
 def nibble(plane: int, kind: str, zero: bool) -> str:
-    """Code `plane` of the words $1 of codes stored as `code xor zero`, minus the zero: 0 is 0, also where masked.
+    """Asm for code `plane` of the words $1, stored as `code xor zero`, minus the zero point; a masked code gives 0.
 
-    The zero is 8, or that which is in $2, a magic number with the zero at the place of the code, and in $3, minus both.
+    The zero point is 8 or, with `zero`, given in two registers: $2 is a magic number with the zero point at the place
+    of the code, and $3 is minus the sum of the magic number, scaled as the code is, and the zero point.
     """
     shift, place = setting(4, plane, kind)
     moved = f"shr.u32 t,$1,{shift};" if shift else "mov.b32 t,$1;"
@@ -71,9 +74,9 @@ def nibble(plane: int, kind: str, zero: bool) -> str:
 
 
 def chosen(elements: list[int], slots: list[str]) -> list[str]:
-    """Outputs of the elements of half a group, outermost first: the next slot where the mask is set, else 0.
+    """Instructions for the elements of half a group, outermost first: the next slot if the mask is set, else 0.
 
-    q0, q1, ... are the slots from the next one on; after an element that took one, all move up.
+    q0, q1, ... are the remaining slots; after an element has taken one, all move up.
     """
     lines = []
     queue = slots[: len(elements)]
@@ -84,14 +87,14 @@ def chosen(elements: list[int], slots: list[str]) -> list[str]:
             if i + 1 < len(queue):
                 lines.append(f"lop3.b32 q{i},k{e},{queue[i + 1]},{queue[i]},0xCA;")
                 moved.append(f"q{i}")
-            else:  # the last slot: if it was taken, no mask that follows is set
+            else:  # the last slot: if it was taken, no later mask is set
                 moved.append(queue[i])
         queue = moved
     return lines
 
 
 def less(kind: str) -> str:
-    """$1 minus $2."""
+    """Asm for $1 minus $2."""
     if kind == "fp16":
         return "sub.f16x2 $0,$1,$2;"
     return f"{{ .reg .b32 a; mov.b32 a,{twice(bits_of(-1.0, kind))}; fma.rn.bf16x2 $0,$2,a,$1; }}"

@@ -1,4 +1,7 @@
-"""y = x W^T for weights pruned anywhere, kept as bits and values: kernels, launches, cases. See `bitmap.py`."""
+"""y = x W^T for weights with unstructured sparsity, stored as a bitmap and values: kernels, launches and cases.
+
+The layout is described in `compress_kernels/bitmap.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from compress_kernels.gpu import asm_spread, launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import add_low_rank, finish, load_x
 
-DENSE_TILE = 32  # rows of the matrix that a program decodes
+DENSE_TILE = 32  # rows of the matrix that one program decodes
 COUNT = tl.constexpr(asm_spread.COUNT)
 
 
@@ -32,7 +35,10 @@ def ones(b_v, ASM: tl.constexpr):
 
 @triton.jit
 def decoded(p_values, b_bits, b_at, ASM: tl.constexpr):
-    """32 weights of each row from its bits and from where its first kept value lies; counted on by `ones(b_bits)`."""
+    """32 weights of each row, from its bits and the position of its first kept value.
+
+    The caller advances the position by `ones(b_bits)`.
+    """
     one = (1 << tl.arange(0, 32))[None, :]
     b_before = ones(b_bits[:, None] & (one - 1), ASM)
     return tl.load((p_values + b_at)[:, None] + b_before, mask=(b_bits[:, None] & one) != 0, other=0.0)
@@ -98,11 +104,11 @@ def dense(w: bitmap.Packed) -> Tensor:
 
 
 def linear(x_MI: Tensor, w: bitmap.Packed, bias: Tensor | None, config: launch.Config | None = None) -> Tensor:
-    """`x @ W.T + bias` of checked, contiguous tensors on one device, of one 16-bit float."""
+    """`x @ W.T + bias` of checked, contiguous tensors on one device, all of one 16-bit dtype."""
     m, k = x_MI.shape
     n = w.shape[0]
     tuned = launch.tuned(w.kind, m, n, k, len(w.bits), x_MI.device)
-    tile = replace(launch.heuristic(m, n, x_MI.device), outputs=64)  # 128 spill registers
+    tile = replace(launch.heuristic(m, n, x_MI.device), outputs=64)  # with 128, registers spill
     chosen = config or tuned or launch.split(tile, m, n, w.bits.shape[0], x_MI.device)
     y_MN = x_MI.new_empty(m, n)
     t_MR = x_MI if w.v is None else low_rank.inner(x_MI, w.v)

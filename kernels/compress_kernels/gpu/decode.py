@@ -1,7 +1,8 @@
-"""Decoding of tiles of 16-bit words into the floats that a matrix product takes.
+"""Decodes tiles of 16-bit words into the floats that a matrix product takes.
 
-Each function has two branches that must agree bit for bit: inline assembly, two lanes an instruction, for GPUs; plain
-Triton, for the interpreter and as the specification of the first. The strings are tested in an emulator.
+Each function has two branches that must agree bit for bit: inline assembly, which decodes two lanes per instruction,
+for GPUs; and plain Triton, for the interpreter and as the specification of the assembly. The assembly strings are also
+tested in an emulator.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton.language as tl
 from compress_kernels.gpu import asm
 
 KINDS = ("fp16", "bf16")
-# texts by bits, kind and plane, end to end: a kernel can index constants, but not call Python
+# Asm texts by bits, kind and plane in flat tuples, because a kernel can index constants but not call Python.
 INTEGER = tl.constexpr(
     tuple(asm.integer(b, j % (16 // b), kind) for b in (1, 2, 4, 8) for kind in KINDS for j in range(16))
 )
@@ -44,7 +45,7 @@ def integer(b_q, J: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, ASM: 
 
 @triton.jit
 def three(b_low, b_high, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Plane J (0 to 15) of codes of three bits, minus 4: the words of the lower two bits, and of the third."""
+    """Plane J (0 to 15) of three-bit codes, minus 4; `b_low` has words of the lower two bits, `b_high` of the third."""
     if ASM:
         AT: tl.constexpr = (DTYPE == tl.bfloat16) * 16 + J
         bits = tl.inline_asm_elementwise(THREE[AT], "=r,r,r", [b_low, b_high], dtype=tl.int16, is_pure=True, pack=2)
@@ -67,7 +68,7 @@ def sign(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def signed(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Byte J of int16 words, a number from -128 to 127, as DTYPE."""
+    """Byte J of int16 words as a number from -128 to 127, in DTYPE."""
     if ASM:
         AT: tl.constexpr = (DTYPE == tl.bfloat16) * 2 + J
         bits = tl.inline_asm_elementwise(SIGNED[AT], "=r,r", [b_q], dtype=tl.int16, is_pure=True, pack=2)
@@ -78,9 +79,9 @@ def signed(b_q, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def subnormal(b_q, b_high, J: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Plane J of codes of BITS bits (2, 3, 4) as float16 `code * 2**(place - 24)`, place = BITS * J modulo 8.
+    """Plane J of codes of BITS bits (2, 3, 4) as float16 `code * 2**(place - 24)`, with place = BITS * J modulo 8.
 
-    Three bits take the place of their lower two; `b_high` holds the third, and is not read for others.
+    Codes of three bits have the place of their lower two bits; `b_high` holds the third bit and is not read otherwise.
     """
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     if ASM:
@@ -117,7 +118,7 @@ def small(b_q, J: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, ASM: tl
 
 @triton.jit
 def load_book(p_book, FORM: tl.constexpr, DTYPE: tl.constexpr):
-    """The bytes of a book's entries as DTYPE, eight registers: the lower ones, then the upper ones."""
+    """The bytes of a book's entries in DTYPE, as eight registers: the lower bytes, then the upper bytes."""
     if FORM == "book":
         p = p_book + 8 * (DTYPE == tl.bfloat16)
         return (tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3),
@@ -128,7 +129,7 @@ def load_book(p_book, FORM: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def looked_up(b_q, book, p_book, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Plane J of codes of four bits: entries of `book`, of which `p_book` has the float32 numbers behind the bytes."""
+    """Plane J of four-bit codes, looked up in `book`; `p_book` holds the float32 entries after the bytes."""
     if ASM:
         planes = tl.inline_asm_elementwise(
             LOOKED_UP, LOOKED_UP_OF,
@@ -146,7 +147,7 @@ def plane(
     b_q, b_more, b_high, book, p_book, J: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, SUBNORMAL: tl.constexpr,
     DTYPE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Plane J of the words of any form of weight, before its scale; `b_more` and `b_high` are read for three bits."""
+    """Plane J of the words of any form of weight, unscaled; `b_more` and `b_high` are read for three bits only."""
     if BITS == 3:
         b_low = b_q if J < 8 else b_more
         if SUBNORMAL:

@@ -1,7 +1,7 @@
-"""What the products share: y^T = W x^T, so that decoded weights are the first operand of every multiplication.
+"""What all products share: they compute y^T = W x^T, so that decoded weights are the first operand of every product.
 
-Also the end of a program: partial sums of programs that split the inputs are added by the last of them to arrive, in
-the order of their numbers, so that the same inputs give the same bits; then the bias, the store.
+Also contains the end of a program. If several programs split the inputs, the last one to arrive adds their partial
+sums in the order of their numbers, so that the same inputs always give the same bits; then it adds the bias and stores.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def load_x(p_first, o_row, o_k, left, K, EVEN: tl.constexpr):
-    """A tile of x from the row at `p_first` on, transposed [k, m]; zero beyond the `left` rows and the K inputs.
+    """A tile of x from the row at `p_first` on, transposed to [k, m]; zero beyond the `left` rows and the K inputs.
 
-    The first row is a pointer of the caller's, since its offset may pass 2**31; within a tile 32 bits do, and are
-    fewer instructions.
+    The caller passes a pointer to the first row, because its offset may exceed 2**31. Within a tile, 32-bit offsets
+    suffice and take fewer instructions.
     """
     mask = (o_row < left)[None, :]
     if not EVEN:
@@ -25,9 +25,9 @@ def load_x(p_first, o_row, o_k, left, K, EVEN: tl.constexpr):
 
 @triton.jit
 def group(k, K, GROUP: tl.constexpr, EVEN: tl.constexpr):
-    """The group of input k, the last one for inputs beyond K: their products are zero. GROUP 0 is one group a row.
+    """The group of input k; GROUP 0 is one group per row. EVEN says that no block reaches beyond K.
 
-    So no load of scales needs a mask. EVEN says that no block reaches beyond K.
+    Inputs beyond K get the last group, so that no load of scales needs a mask; their products are zero.
     """
     if GROUP == 0:
         return 0
@@ -39,10 +39,10 @@ def group(k, K, GROUP: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK: tl.constexpr):
-    """In the programs of split 0, acc [n, m] plus U t^T: t [M, RANK] = x V^T and U [N, RANK]; RANK is a multiple of 16.
+    """acc [n, m] plus the low-rank term U t^T, with t [M, RANK] = x V^T and U [N, RANK]; RANK is a multiple of 16.
 
-    For the end of a program, after its scales and before `finish`; U is cast to the dtype of t, the sum is float32.
-    RANK 0 adds nothing.
+    Only programs of split 0 add it. To be called at the end of a program, after scaling and before `finish`. U is cast
+    to the dtype of t; the sum is float32. RANK 0 adds nothing.
     """
     if RANK:
         if tl.program_id(2) == 0:
@@ -56,9 +56,10 @@ def add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK: tl.constexpr):
 
 @triton.jit
 def finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS: tl.constexpr, SPLITS: tl.constexpr):
-    """Store acc [n, m] transposed into y [M, N]; with several SPLITS, the last program to arrive adds all of them.
+    """Store acc [n, m] transposed into y [M, N]; with several SPLITS, the last program to arrive adds their sums.
 
-    `p_work` holds SPLITS x M x N floats of any value, fewer than 2**31; `p_count` a zero for every tile, left zero.
+    `p_work` has room for SPLITS x M x N floats, fewer than 2**31, of any value. `p_count` holds a zero for every tile
+    and is zero again afterwards.
     """
     m_y = (o_n < N)[:, None] & (o_m < M)[None, :]
     o_y = o_m.to(tl.int64)[None, :] * N + o_n[:, None]

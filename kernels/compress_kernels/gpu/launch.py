@@ -1,4 +1,4 @@
-"""What a launch needs beside tensors: tile sizes and splits for a shape, workspaces, whether we are interpreted."""
+"""What a launch needs besides tensors: tile sizes and splits for a shape, workspaces, and whether Triton interprets."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from compress_kernels import dispatch, formats
 
-BUSY = 2  # programs of four warps for each multiprocessor that splitting the inputs aims at; specs: 2 to 4
-MULTIPROCESSORS = 132  # of an H100 or H200; taken where there is no GPU
-SHARED = 232_448  # bytes of shared memory of a program, as above
-COUNTERS = 1 << 14  # tiles of one launch that may split the inputs
+BUSY = 2  # programs of four warps per multiprocessor that splitting the inputs aims at; specifications suggest 2 to 4
+MULTIPROCESSORS = 132  # of an H100 or H200; assumed where there is no GPU
+SHARED = 232_448  # most bytes of shared memory per program of an H100 or H200; assumed where there is no GPU
+COUNTERS = 1 << 14  # the most tiles of a launch that splits the inputs
 STREAMS = 32
-CAPTURED = 1 << 20  # counters of captured launches, for the life of the process
-SIZES = ("rows", "outputs", "splits", "warps", "stages")  # of a configuration in a profile
+CAPTURED = 1 << 20  # counters for all captured launches during the life of the process
+SIZES = ("rows", "outputs", "splits", "warps", "stages")  # the fields of a configuration that a profile stores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tile of rows of x and of outputs, programs that share one tile, warps, stages of the pipeline.
+    """A launch configuration: the tile (rows of x and outputs), programs per tile, warps, and pipeline stages.
 
-    Without `assembly` decoding is plain Triton: slower, for comparison. `dense` decodes the weight first. `subnormal`
-    reads codes as subnormal float16 numbers, with the fewest instructions; it is off: an H200 takes such numbers as
-    they are, but whether it is faster was not measured.
+    Without `assembly`, decoding is plain Triton, which is slower and serves for comparison. `dense` decodes the weight
+    first. `subnormal` reads codes as subnormal float16 numbers, which takes the fewest instructions. It is off by
+    default: an H200 multiplies such numbers correctly, but whether that is faster has not been measured.
     """
 
     rows: int
@@ -42,27 +42,28 @@ class Config:
 
     @property
     def inline(self) -> bool:
-        """Whether to decode in inline assembly, which the interpreter does not know."""
+        """Whether to decode in inline assembly, which the interpreter does not support."""
         return self.assembly and not interpreted()
 
 
 def heuristic(m: int, n: int, device: torch.device) -> Config:
-    """A fair tile for x of `m` rows and `n` outputs, not measured; a kernel fits it to its registers, then `split`."""
+    """A reasonable tile for x of `m` rows and `n` outputs, not measured; kernels adapt it and then call `split`."""
     rows = next((tile for tile in (8, 16, 32, 64) if m <= tile), 64)
     outputs = 64 if n % 128 or n * -(-m // rows) < 128 * multiprocessors(device) else 128
     return Config(rows=rows, outputs=outputs)
 
 
 def split(config: Config, m: int, n: int, blocks: int, device: torch.device) -> Config:
-    """The configuration with enough programs to keep the GPU busy, that share so many blocks of inputs."""
+    """The configuration with enough splits of the `blocks` of inputs to keep the GPU busy."""
     tiles = -(-n // config.outputs) * -(-m // config.rows)
     return replace(config, splits=splits_for(tiles, blocks, device, config.warps))
 
 
 def tuned(kind: str, m: int, n: int, k: int, blocks: int, device: torch.device) -> Config | None:
-    """The configuration that `compress tune` found fastest on this GPU for a kind of packed form, if it was asked.
+    """The configuration that `compress tune` found fastest on this GPU for a kind of packed form, None if not tuned.
 
-    It was measured at the nearest size: a tile that this size does not have is not taken, nor splits that it has not.
+    It was measured at the nearest size. None too if its tile does not fit this size; splits that do not fit are chosen
+    anew.
     """
     choice = dispatch.tuned(kind, m, n, k, device)
     if choice is None or formats.padded(n, formats.ROWS) % int(choice["outputs"]):
@@ -76,7 +77,7 @@ def tuned(kind: str, m: int, n: int, k: int, blocks: int, device: torch.device) 
 
 
 def splits_for(tiles: int, blocks: int, device: torch.device, warps: int = 4) -> int:
-    """Programs of so many warps that share the inputs of each of so many tiles, a power of two."""
+    """How many programs share the inputs of each tile: a power of two up to 16, or 1 if there are too many tiles."""
     splits, most = 1, BUSY * multiprocessors(device)
     while splits < 16 and tiles * splits * 2 * warps <= 4 * most and splits * 2 <= blocks:
         splits *= 2
@@ -84,20 +85,20 @@ def splits_for(tiles: int, blocks: int, device: torch.device, warps: int = 4) ->
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel on the device of its first argument, a tensor; Triton would take the current device."""
+    """Launch a kernel on the device of its first argument, a tensor; Triton alone would use the current device."""
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **constants)
 
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; the H200's where there is none."""
+    """The multiprocessors of a GPU; an H200's number for other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
 @lru_cache(maxsize=16)
 def shared(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; the H200's where there is no GPU."""
+    """The most bytes of shared memory that a program may use; an H200's number for other devices."""
     if device.type != "cuda":
         return SHARED
     properties = torch.cuda.get_device_properties(device)
@@ -105,14 +106,14 @@ def shared(device: torch.device) -> int:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which knows no inline assembly."""
+    """Whether kernels run in Triton's interpreter, which supports no inline assembly."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def workspace(config: Config, m: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Memory for the partial sums of one launch, and counters that are zero before and after every launch.
 
-    Partial sums come from torch's allocator, which CUDA graphs know. Raises RuntimeError if the first launch on a
+    The memory comes from torch's allocator, which works with CUDA graphs. Raises RuntimeError if the first launch on a
     device is being captured.
     """
     parts = config.splits * m * n if config.splits > 1 else 1
@@ -121,10 +122,11 @@ def workspace(config: Config, m: int, n: int, device: torch.device) -> tuple[Ten
 
 
 class Room:
-    """The counters of one device: launches that may run at once never share them.
+    """The counters of one device; launches that may run concurrently never share any.
 
-    Those of a stream run one after another; a captured launch has its own for good, since graphs are replayed on any
-    stream. What finds no room gets fresh zeros, which cost a launch of their own.
+    The launches of one stream run one after another and share its counters. A captured launch has counters of its own
+    for good, because graphs can be replayed on any stream. A launch for which there is no room gets fresh zeros, which
+    cost an additional launch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -136,7 +138,7 @@ class Room:
         self.device, self.slots, self.taken, self.lock = device, dict[int, int](), 0, Lock()
 
     def counters(self, tiles: int) -> Tensor:
-        """Zeros for a launch on the current stream."""
+        """Zeroed counters for a launch on the current stream."""
         with self.lock:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 at, self.taken = self.taken, self.taken + tiles
@@ -146,11 +148,11 @@ class Room:
         return self.streams[slot] if slot < STREAMS else self.fresh(tiles)
 
     def fresh(self, tiles: int) -> Tensor:
-        """Zeros of this launch alone."""
+        """Newly allocated zeros for this launch alone."""
         return torch.zeros(tiles, dtype=torch.int32, device=self.device)
 
 
 @lru_cache(maxsize=16)
 def room(device: torch.device) -> Room:
-    """The counters of a device, made once."""
+    """The counters of a device, created once."""
     return Room(device)

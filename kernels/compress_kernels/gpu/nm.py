@@ -1,7 +1,7 @@
-"""y = x W^T for N:M weights kept as values and bitmaps: kernels, launches, cases. The layout is described in `nm.py`.
+"""y = x W^T for N:M weights stored as values and bitmaps: kernels, launches and cases.
 
-Three kernels: the product; the permutation of x that makes its planes contiguous, one launch before it; the dense
-matrix, for many rows of x.
+There are three kernels: the product; the permutation of x that makes its planes contiguous, launched before it; and
+the decoding to a dense matrix, for many rows of x. The layout is described in `compress_kernels/nm.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import add_low_rank, finish, group
 from compress_kernels.gpu.spread import less, nibbles, spread, spread_packed, value
 
-DENSE_TILE = 32  # rows of the matrix that a program decodes
-SHARED = 81_920  # bytes of buffers that a program aims at: two programs on a multiprocessor of every GPU since the A100
+DENSE_TILE = 32  # rows of the matrix that one program decodes
+SHARED = 81_920  # target for a program's buffers in bytes: two programs fit a multiprocessor of any GPU since the A100
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _nm_linear_kernel(
     P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr,
     BIAS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. x is what `planes` gives."""
+    """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. x is the result of `planes`."""
     BLOCK: tl.constexpr = 16 * P
     RUNS: tl.constexpr = 16 // OF
     RUN: tl.constexpr = OF * P
@@ -45,7 +45,7 @@ def _nm_linear_kernel(
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     o_p = tl.arange(0, P)
     o_tile = o_n[:, None] * P + o_p[None, :]
-    p_first = p_x + (tl.program_id(1) * BM).to(tl.int64) * (blocks * BLOCK)  # within a tile 32 bits do
+    p_first = p_x + (tl.program_id(1) * BM).to(tl.int64) * (blocks * BLOCK)  # within a tile 32 bits suffice
     p_tile = p_first + tl.arange(0, BM)[None, :] * (blocks * BLOCK) + o_p[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     for i_b in range(tl.program_id(2), blocks, SPLITS):
@@ -55,7 +55,7 @@ def _nm_linear_kernel(
         if FORMAT == "nibble":
             words = packed_words(p_values + i_b * WORDS * R * P + o_tile, b_mask, R, P, KEEP, ASM)
         for g in tl.static_range(RUNS):
-            if GROUP != 0 and g % UNTIL == 0:  # long before its use
+            if GROUP != 0 and g % UNTIL == 0:  # loaded long before it is used
                 b_s = numbers(p_scale, i_b * BLOCK + g * RUN, K, R, o_n, GROUP)
             if ZERO and g % UNTIL == 0:
                 b_z = numbers(p_zero, i_b * BLOCK + g * RUN, K, R, o_n, GROUP).to(DTYPE)
@@ -91,7 +91,7 @@ def _nm_linear_kernel(
 
 @triton.jit
 def packed_words(p_words, b_mask, R, P: tl.constexpr, KEEP: tl.constexpr, ASM: tl.constexpr):
-    """Words of four codes of each of the four elements of a block: masked while they are packed."""
+    """Words of four codes for each of the four elements of the groups of a block, masked while packed."""
     slots = tl.tuple(())
     for i in tl.static_range(KEEP):
         slots = slots + (tl.load(p_words + i * R * P, eviction_policy="evict_first"),)
@@ -106,7 +106,7 @@ def numbers(p_values, k, K, R, o_n, GROUP: tl.constexpr):
 
 @triton.jit
 def _nm_planes_kernel(p_x, p_y, K, OF: tl.constexpr, P: tl.constexpr):
-    """Programs: rows of x, blocks of inputs. Element e of place p of a run moves to place p of plane e."""
+    """Programs: rows of x, blocks of inputs. Element e of group p of a run moves to place p of plane e."""
     BLOCK: tl.constexpr = 16 * P
     o = tl.arange(0, BLOCK)
     o_from = tl.program_id(1) * BLOCK + o // (OF * P) * (OF * P) + o % P * OF + o // P % OF
@@ -121,7 +121,7 @@ def _nm_dense_kernel(
     FORMAT: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     P: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of outputs, blocks of inputs. Scales multiply in float32, the result is rounded once."""
+    """Programs: tiles of outputs, blocks of inputs. Values are scaled in float32 and rounded once."""
     BLOCK: tl.constexpr = 16 * P
     RUNS: tl.constexpr = 16 // OF
     RUN: tl.constexpr = OF * P
@@ -161,7 +161,7 @@ def _nm_dense_kernel(
 
 @triton.jit
 def in_order(planes, OF: tl.constexpr):
-    """Planes [n, P] of elements 0 to OF - 1, woven to one [n, P * OF]."""
+    """Interleave the planes [n, P] of elements 0 to OF - 1 to one [n, P * OF]."""
     if OF == 2:
         return tl.interleave(planes[0], planes[1])
     else:
@@ -175,7 +175,8 @@ def in_order(planes, OF: tl.constexpr):
 def product(x: Tensor, ready: Tensor | None, w: nm.Packed, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` of checked tensors, by the kernel or, for many rows, with a dense copy of the matrix.
 
-    `ready` is x as `planes` gives it. A weight that has a copy for sparse tensor cores uses that for many rows.
+    `ready` is the result of `planes` for x, or None. A weight with a copy for sparse tensor cores uses that for many
+    rows.
     """
     x_MI = x.reshape(-1, x.shape[-1]).contiguous()
     rows = x_MI.shape[0]
@@ -200,7 +201,7 @@ def planes(x_MI: Tensor, of: int, count: int) -> Tensor:
 
 
 def dense(w: nm.Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] of a checked weight, in a 16-bit float, without the low-rank term."""
+    """The matrix [out, in] of a checked weight in a 16-bit float dtype, without the low-rank term."""
     n, k = w.shape
     blocks, rows, count = w.mask.shape
     y_OI = w.mask.new_empty(n, k, dtype=dtype)
@@ -215,7 +216,7 @@ def dense(w: nm.Packed, dtype: torch.dtype) -> Tensor:
 def linear(
     x_MK: Tensor, t_MR: Tensor | None, w: nm.Packed, bias: Tensor | None, config: launch.Config | None = None
 ) -> Tensor:
-    """`x @ W.T + bias` of checked, contiguous tensors on one device; x is what `planes` gives, t is `V x`."""
+    """`x @ W.T + bias` of checked, contiguous tensors on one device; x is the result of `planes`, t is `V x`."""
     m, (n, k) = x_MK.shape[0], w.shape
     rows, count = w.mask.shape[1:]
     chosen = config or launch.tuned(w.kind, m, n, k, len(w.mask), x_MK.device) or heuristic(m, n, w, x_MK.device)
@@ -233,10 +234,10 @@ def linear(
 
 
 def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Config:
-    """As for every product, but in tiles whose blocks of inputs, long ones, fit the shared memory.
+    """As `launch.heuristic`, but with tiles whose blocks of inputs, which are long here, fit the shared memory.
 
-    For few rows two warps, twice as many programs: a thread has more weights to spread the loop's cost over. Not where
-    a group has so many slots that registers would not do.
+    For few rows there are two warps and twice as many programs, so that a thread has more weights over which to spread
+    the cost of the loop; not if a group has so many slots that registers would spill.
     """
     blocks, _, count = w.mask.shape
     chosen = launch.heuristic(m, n, device)
@@ -245,16 +246,16 @@ def heuristic(m: int, n: int, w: nm.Packed, device: torch.device) -> launch.Conf
     outputs = 64 if w.of > 4 or rows > 16 or w.format == "int8" else chosen.outputs
     warps = 2 if outputs == 64 and rows <= 16 and w.of <= 8 and w.keep <= 4 else 4
     if warps == 4:
-        rows = max(rows, 256 // count)  # at least two numbers of x a thread: one is not copied asynchronously
+        rows = max(rows, 256 // count)  # at least two values of x per thread: one alone is not copied asynchronously
     block = 2 * count * (outputs * (1 + w.values.shape[1]) + 16 * rows)
-    most = 2 if w.format == "int8" else 3 if w.format == "int4" else 4  # more stages, and registers spill
+    most = 2 if w.format == "int8" else 3 if w.format == "int4" else 4  # with more stages, registers spill
     stages = min(most, 1 + max(1, SHARED // block))
     fitted = replace(chosen, rows=rows, outputs=outputs, warps=warps, stages=stages)
     return launch.split(fitted, m, n, blocks, device)
 
 
 def weight(w: nm.Packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mask, bits of the values, scale and zero."""
+    """Mask, the bits of the values, scale and zero point, as arguments of the kernels."""
     return w.mask, w.values.view(torch.int16), some(w.scale, w.mask), some(w.zero, w.mask)
 
 
@@ -264,7 +265,7 @@ def formed(w: nm.Packed) -> dict[str, Any]:
 
 
 def some(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A tensor, or a pointer that is not read."""
+    """A tensor, or `other` in its place as a pointer that is not read."""
     return other if tensor is None else tensor
 
 
@@ -272,7 +273,7 @@ def case(
     format: str, keep: int, of: int, rows: int, outputs: int, *,
     kind: str = "bf16", group: int = 0, zero: bool = False, rank: int = 0, warps: int = 4,
 ) -> Case:  # fmt: skip
-    """One configuration to compile; `2w` in its name if it has two warps."""
+    """One configuration to compile; its name has `2w` if there are two warps."""
     count = nm.words_of(of, group)
     extra = f" g{group}" * bool(group) + " zero" * zero + f" r{rank}" * bool(rank) + " 2w" * (warps == 2)
     return Case(

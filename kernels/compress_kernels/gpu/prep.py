@@ -1,4 +1,4 @@
-"""What is done to x before a product, in one launch: gather, cast to float16, powers of two, sums of groups."""
+"""Prepares x for a product in one launch: gather, cast to float16, scaling by powers of two, sums of groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import Case
 from compress_kernels.prep import Plan, Prepared
 
-TILE = 1024  # inputs of one program, or one unit if that is more
+TILE = 1024  # inputs per program, or one unit if that is larger
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _prep_kernel(
 ):  # fmt: skip
     """Programs: tiles of UNITS x UNIT inputs, rows of x.
 
-    PLACES inputs share a plane; its place in a word is LOW bits above the one before, and counts modulo 8.
+    PLACES inputs share a plane; its place in a word is LOW bits above that of the plane before, modulo 8.
     """
     i_m = tl.program_id(1)
     o_u = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -36,7 +36,7 @@ def _prep_kernel(
             b_top = tl.maximum(b_top, tl.abs(tl.load(p_x + i_m * K + o_r, mask=o_r < K, other=0.0).to(tl.float32)))
         exponent = tl.max(b_top, axis=0).to(tl.int32, bitcast=True) >> 23  # with the bias of float32, 127
         exponent = tl.minimum(tl.maximum(exponent, 40), 254)
-        up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # takes the largest below 2**15
+        up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # brings the largest into [2**14, 2**15)
         if tl.program_id(0) == 0:
             tl.store(p_factor + i_m, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
         place = (o_k // PLACES) * LOW % 8
@@ -53,7 +53,7 @@ def _prep_kernel(
 
 
 def prepare(x_MI: Tensor, plan: Plan, order: Tensor | None) -> Prepared:
-    """What `compress_kernels.prep.reference` gives, in one launch."""
+    """The result of `compress_kernels.prep.reference`, in one launch."""
     m, k = x_MI.shape
     stride = formats.padded(k, plan.block) if plan.writes else k
     out = x_MI.new_empty(m, stride, dtype=plan.dtype(x_MI)) if plan.writes else x_MI
@@ -70,7 +70,7 @@ def prepare(x_MI: Tensor, plan: Plan, order: Tensor | None) -> Prepared:
 
 
 def case(kind: str, *, subnormal: bool) -> Case:
-    """One configuration to compile: sums alone, or all that may be asked."""
+    """One configuration to compile: sums only, or with `subnormal` everything."""
     return Case(
         name=f"prep {kind}" + " subnormal" * subnormal,
         kernel=_prep_kernel,

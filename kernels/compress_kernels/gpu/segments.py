@@ -1,4 +1,4 @@
-"""Each segment of rows times its tenant's signs, or two factors, added to y: kernels, launches, cases."""
+"""Adds to y the product of each segment of rows with its tenant's signs or factors: kernels, launches and cases."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.decode import sign
 from compress_kernels.gpu.gemm import finish, load_x
 
-INPUTS = 64  # of one step of the inner product of two factors: a cache line of a row
-RANKS = 64  # of one step of a product with ranks
-STAGES = {8: 4, 16: 4, 32: 2, 64: 2}  # by rows: each holds 512 inputs of them
+INPUTS = 64  # inputs per step of the product with the right factor: one cache line of a row
+RANKS = 64  # ranks per step of the product with the left factor
+STAGES = {8: 4, 16: 4, 32: 2, 64: 2}  # pipeline stages by rows; each stage holds 512 inputs of them
 
 
 @triton.jit
 def segment(p_table, M, BM: tl.constexpr):
-    """(the first row, the rows, M or more where there are none, the row after the last, the tenant) of a program."""
+    """(first row, rows, row after the last, tenant) of a program's segment; rows beyond the segment are M."""
     p_own = p_table + 3 * tl.program_id(1)
     start, end, tenant = tl.load(p_own), tl.load(p_own + 1), tl.load(p_own + 2)
     o_m = start + tl.arange(0, BM)
@@ -28,9 +28,9 @@ def segment(p_table, M, BM: tl.constexpr):
 
 @triton.jit
 def held(p_y, o_n, o_m, N, M):
-    """What y [M, N] holds, transposed, for the first of the programs that share a tile; zero for the others.
+    """The present values of y [M, N], transposed, in the first of the programs that share a tile; zero in the others.
 
-    Read before any of them stores: the last to arrive does.
+    They are read before any program stores, because only the last one to arrive does.
     """
     mask = (o_n < N)[:, None] & (o_m < M)[None, :] & (tl.program_id(2) == 0)
     return tl.load(p_y + o_m.to(tl.int64)[None, :] * N + o_n[:, None], mask=mask, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def _sign_segments_kernel(
     WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of outputs, segments, splits of the blocks of inputs. WIDE: a scale for each output."""
+    """Programs: tiles of outputs, segments, splits of the blocks of inputs. WIDE: one scale per output."""
     P: tl.constexpr = 32
     BLOCK: tl.constexpr = 16 * P
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -52,7 +52,7 @@ def _sign_segments_kernel(
     blocks = tl.cdiv(K, BLOCK)
     p_tile = p_words + tenant * blocks * R * P + o_n[:, None] * P + o_p[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
-    for i_b in range(tl.program_id(2), tl.where(end > 0, blocks, 0), SPLITS):  # what fills a table ends at 0
+    for i_b in range(tl.program_id(2), tl.where(end > 0, blocks, 0), SPLITS):  # segments that pad a table end at 0
         b_q = tl.load(p_tile + i_b * R * P, eviction_policy="evict_first")
         for j in tl.static_range(16):
             b_x = load_x(p_first, o_row, i_b * BLOCK + j * P + o_p, end - start, K, EVEN)
@@ -70,7 +70,7 @@ def _segment_product_kernel(
     p_x, p_w, p_table, p_y, p_work, p_count, M, N, K,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T, or with ADD y += that, W [T, N, K] of each row's tenant; one factor of the two."""
+    """y = x W^T, or with ADD y += x W^T, for one of the two factors; W [T, N, K] is that of each row's tenant."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     start, o_m, end, tenant = segment(p_table, M, BM)
     o_row, p_first = tl.arange(0, BM), p_x + start * K
@@ -91,7 +91,7 @@ def _segment_product_kernel(
 
 
 def add_signs(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, table: Tensor, tile: int, splits: int = 0) -> None:
-    """`segments.sign_segments` of checked tensors on one device; `splits` 0 chooses."""
+    """`segments.sign_segments` for checked tensors on one device; with `splits` 0 they are chosen."""
     (m, n), k = y.shape, x.shape[1]
     blocks, outputs = words.shape[1], 64 if n % 128 else 128
     tiles = -(-n // outputs) * len(table)
@@ -107,7 +107,7 @@ def add_signs(y: Tensor, x: Tensor, words: Tensor, scale: Tensor, table: Tensor,
 
 
 def add_low_rank(y: Tensor, x: Tensor, left: Tensor, right: Tensor, table: Tensor, tile: int, splits: int = 0) -> None:
-    """`segments.low_rank_segments` of checked tensors on one device, in two launches; `splits` of the first."""
+    """`segments.low_rank_segments` for checked tensors on one device, in two launches; `splits` is for the first."""
     rank = right.shape[1]
     inner_MK = x.new_empty(len(x), rank)
     multiply(x, right, inner_MK, table, tile, INPUTS, splits, add=False)
@@ -117,7 +117,7 @@ def add_low_rank(y: Tensor, x: Tensor, left: Tensor, right: Tensor, table: Tenso
 def multiply(
     x: Tensor, w_TNK: Tensor, y: Tensor, table: Tensor, tile: int, width: int, splits: int, *, add: bool
 ) -> None:
-    """One factor's products into y, or added to it."""
+    """Write the products with one factor to y, or add them to it."""
     (m, n), k = y.shape, x.shape[1]
     outputs = min(64, max(16, triton.next_power_of_2(n)))
     blocks, tiles = -(-k // width), -(-n // outputs) * len(table)

@@ -1,4 +1,7 @@
-"""Error feedback through a block of columns, n of m, exchanges and swaps, Grams: kernels, launches, cases."""
+"""The kernels of `compress_kernels.solver`, with launches and cases.
+
+They do error feedback through a block of columns, n:m selection, exchanges, swaps and Gram matrices.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import Case
 from compress_kernels.solver import STRIP, Choice, Queue, Steps
 
-ROWS = 32  # outputs of a program of `sweep`, one warp: a matrix of 4096 keeps 128 multiprocessors busy
-GROUPS = 128  # groups of scores of a program of `keep_nm`
-SIDE = 128  # of the tiles of a Gram
-TOKENS = 64  # of one of its steps
-UNROLLED = tl.constexpr(8)  # columns whose errors reach a strip between two branches
+ROWS = 32  # outputs per program of `sweep`, one warp: a matrix with 4096 outputs keeps 128 multiprocessors busy
+GROUPS = 128  # groups of scores per program of `keep_nm`, for groups of four
+SIDE = 128  # side of the tiles of a Gram
+TOKENS = 64  # tokens per step of a Gram
+UNROLLED = tl.constexpr(8)  # columns whose errors are applied to a strip per iteration of the unrolled loop
 INF = tl.constexpr(float("inf"))
-NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it leaves the nearest integer, ties to even
+NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
 
 
 @triton.jit
 def select(b_w, b_d, b_dead, b_keep, j, N: tl.constexpr, M: tl.constexpr, S: tl.constexpr):
-    """The mask of a strip once that of the M columns from j on is chosen: N of them by (w / d)^2."""
+    """The mask of a strip after choosing N of the M columns from j on, by (w / d)^2."""
     o_s = tl.arange(0, S)
     b_score = tl.math.div_rn(b_w, tl.zeros_like(b_w) + b_d[:, None])
     b_score = tl.where((b_dead != 0)[:, None], 0.0, b_score * b_score)
@@ -40,10 +43,11 @@ def _sweep_kernel(
     BITS: tl.constexpr, ZERO: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     S: tl.constexpr,
 ):  # fmt: skip
-    """A program takes some of R outputs through all B columns, S at a time; U is the row stride of the factor.
+    """Each program takes ROWS of the R outputs through all B columns, S at a time; U is the row stride of the factor.
 
-    A strip of S columns stays in registers, where a column is picked by a sum over zeros; what earlier strips push onto
-    it is one product with their stored errors. BITS 0 rounds nothing; MASK 1 is given, 2 keeps N of M.
+    A strip of S columns stays in registers, where a column is selected by a masked sum. The updates from all earlier
+    strips are one product with their stored errors. BITS 0: no quantization. MASK 0: no mask, 1: a given mask, 2: keep
+    N of M.
     """
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < R
@@ -52,7 +56,7 @@ def _sweep_kernel(
         o_c = i_s * S + o_s
         b_w = tl.load(p_w + o_c[:, None] * R + o_r[None, :], mask=(o_c < B)[:, None] & m_r[None, :], other=0.0)
         b_d = tl.load(p_u + o_c * (U + 1), mask=o_c < B, other=1.0)
-        # this loop is a product, but as `tl.dot` its layout makes every column twice as long
+        # This loop is a matrix product, but with the layout of `tl.dot` every column takes twice as long.
         for t in tl.range(0, i_s * S, loop_unroll_factor=UNROLLED):
             b_u = tl.load(p_u + t * U + o_c, mask=o_c < B, other=0.0)
             b_w -= b_u[:, None] * tl.load(p_e + t * R + o_r, mask=m_r, other=0.0)[None, :]
@@ -116,7 +120,7 @@ def sweep(
 
 @triton.jit
 def _keep_nm_kernel(p_score, p_keep, ROWS, N, M: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A program ranks the scores of some groups: each against all others of its group."""
+    """Each program ranks the scores of BLOCK groups, each score against all others of its group."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_m = tl.arange(0, WIDTH)
     mask = (o_n < ROWS)[:, None] & (o_m < M)[None, :]
@@ -141,7 +145,7 @@ def keep_nm(score_NM: Tensor, n: int) -> Tensor:
 
 @triton.jit
 def _add_gram_kernel(p_x, p_sum, T, K, SIDE: tl.constexpr, BT: tl.constexpr, EVEN: tl.constexpr):
-    """Programs: tiles of the sum [K, K]; those below the diagonal do nothing."""
+    """Programs: tiles of the sum [K, K]; programs below the diagonal do nothing."""
     i_a, i_b = tl.program_id(1), tl.program_id(0)
     if i_a <= i_b:
         o_a, o_b, o_t = i_a * SIDE + tl.arange(0, SIDE), i_b * SIDE + tl.arange(0, SIDE), tl.arange(0, BT)
@@ -183,7 +187,7 @@ def add_gram(sum_II: Tensor, x_TI: Tensor) -> None:
 
 @triton.jit
 def _mirror_kernel(p_sum, K, SIDE: tl.constexpr):
-    """Programs: tiles; those below the diagonal do nothing, the others write their image."""
+    """Programs: tiles; programs below the diagonal do nothing, the others write their transpose."""
     i_a, i_b = tl.program_id(1), tl.program_id(0)
     if i_a <= i_b:
         o_a, o_b = i_a * SIDE + tl.arange(0, SIDE), i_b * SIDE + tl.arange(0, SIDE)
@@ -201,13 +205,16 @@ def mirror(sum_II: Tensor) -> None:
 
 @triton.jit
 def sign(b_x):
-    """-1, 0 or 1."""
+    """The sign: -1, 0 or 1."""
     return (b_x > 0).to(tl.int32) - (b_x < 0).to(tl.int32)
 
 
 @triton.jit
 def quietest(p_loud, p_open, p_row, b_at, b_on, M: tl.constexpr, WIDTH: tl.constexpr):
-    """(how loud, which) is the quietest open weight beside each row's, in its group of M; infinite if there is none."""
+    """(score, index) of the open weight with the lowest score in the group of M of each row's `b_at`.
+
+    The score is infinite if no weight of the group is open.
+    """
     o_m = tl.arange(0, WIDTH)[None, :]
     o_b = (b_at // M * M)[:, None] + o_m
     m_b = b_on[:, None] & (o_m < M)
@@ -222,7 +229,7 @@ def _exchange_kernel(
     p_part, p_grow, p_grows, p_drop, p_drops, p_open, p_keep, p_error, threshold, cycles, R, K, D,
     GUARDED: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A thread takes a row of K inputs through all cycles; D is the length of the queues."""
+    """Each thread takes a row of K inputs through all cycles; D is the length of the queues."""
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_row = o_r.to(tl.int64) * K
     b_on = o_r < R
@@ -257,7 +264,7 @@ def _exchange_kernel(
         b_error = tl.where(b_on, b_after, b_error)
         if M:
             tl.store(p_open + o_row + b_drop, tl.full((ROWS,), 0, tl.uint8), mask=b_on)
-            tl.debug_barrier()  # what is open in a group is read by several threads
+            tl.debug_barrier()  # several threads read which weights of a group are open
         left = tl.max(b_on.to(tl.int32), 0)
         i += 1
 
@@ -284,9 +291,10 @@ def _swap_groups_kernel(
     p_w, p_kept, p_keep, p_c, p_gram, p_loss, p_found, p_change, R, K, start, stop, gain,
     M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes some of R rows of K inputs through the groups of M from `start` to `stop`.
+    """Each program takes ROWS of the R rows of K inputs through the groups of M from `start` to `stop`.
 
-    What earlier swaps of the block change is added to c when a group is reached, by the Gram and the stored changes.
+    When a group is reached, the effect of the block's earlier swaps is added to its c, from the Gram and the stored
+    changes.
     """
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_m = tl.arange(0, WIDTH)
@@ -320,7 +328,7 @@ def _swap_groups_kernel(
         tl.store(p_change + (at - start + o_m)[None, :] * R + o_r[:, None], b_change, mask=mask)
         b_loss += tl.where(b_swap, b_gain, 0.0)
         b_found += b_swap.to(tl.int32)
-        tl.debug_barrier()  # changes are read by other threads
+        tl.debug_barrier()  # other threads read the changes
     tl.store(p_loss + o_r, b_loss, mask=m_r)
     tl.store(p_found + o_r, b_found, mask=m_r)
 
@@ -342,7 +350,7 @@ def swap_groups(
 
 
 def sweep_case(bits: int, mask: int, n: int = 2, m: int = 4) -> Case:
-    """One way through a block to compile."""
+    """One configuration of `sweep` to compile."""
     floats = dict.fromkeys(("p_w", "p_u", "p_e", "p_scale", "p_zero"), "*fp32")
     return Case(
         name=f"sweep int{bits} mask{mask}",
@@ -357,7 +365,7 @@ def sweep_case(bits: int, mask: int, n: int = 2, m: int = 4) -> Case:
 
 
 def exchange_case(m: int) -> Case:
-    """One way of exchanging to compile."""
+    """One configuration of `exchange` to compile."""
     return Case(
         name=f"exchange of {m}",
         kernel=_exchange_kernel,
@@ -370,7 +378,7 @@ def exchange_case(m: int) -> Case:
 
 
 def swap_case(m: int) -> Case:
-    """One way of swapping to compile."""
+    """One configuration of `swap_groups` to compile."""
     return Case(
         name=f"swap of {m}",
         kernel=_swap_groups_kernel,
@@ -383,7 +391,7 @@ def swap_case(m: int) -> Case:
 
 
 def keep_case(m: int) -> Case:
-    """One selection to compile."""
+    """One configuration of `keep_nm` to compile."""
     return Case(
         name=f"keep of {m}",
         kernel=_keep_nm_kernel,
@@ -393,7 +401,7 @@ def keep_case(m: int) -> Case:
 
 
 def gram_case(kind: str) -> Case:
-    """One Gram to compile."""
+    """One configuration of `add_gram` to compile."""
     return Case(
         name=f"gram {kind}",
         kernel=_add_gram_kernel,

@@ -1,7 +1,7 @@
-"""Decoding of tiles of an N:M weight: kept values from their words, and their places from a bitmap.
+"""Decodes tiles of an N:M weight: kept values from their words, and their places from a bitmap.
 
-As in `decode.py`, inline assembly and the plain branch agree bit for bit. Values travel as the int16 of their bits, so
-that a mask is one AND whatever they mean.
+As in `decode.py`, inline assembly and the plain branch agree bit for bit. Values are passed as their bits in int16, so
+that applying a mask is one AND for every format.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from compress_kernels.gpu.asm import MAGIC, MANTISSA, setting
 from compress_kernels.gpu.decode import KINDS, integer, small
 
 SIZES = (2, 4, 8, 16)
-# texts and constraints by size of a group, kept of it (0 to 15) and group of the word (0 to 7), end to end
+# Asm texts and constraints in flat tuples, by group size, kept values per group (0 to 15) and group of a word (0 to 7)
 SPREAD = tl.constexpr(
     tuple(
         asm_spread.spread(keep, of, group) if 0 < keep < of and group < 16 // of else ""
@@ -23,7 +23,8 @@ SPREAD = tl.constexpr(
 )  # fmt: skip
 CONSTRAINTS = tl.constexpr(tuple(",".join(["=&r"] * of + ["r"] * (keep + 1)) for of in SIZES for keep in range(16)))
 PACKED = tl.constexpr(tuple(asm_spread.spread_packed(keep) if keep else "" for keep in range(4)))
-# by kind and plane: texts without and with a zero; the place of a code in the magic number, it, what is taken with 8
+# By kind and plane: asm texts without and with a zero point; the place of a code in the magic number; the magic number;
+# and what is subtracted with 8.
 NIBBLE = tl.constexpr(
     tuple(asm_spread.nibble(j, kind, zero) for zero in (False, True) for kind in KINDS for j in range(4))
 )
@@ -35,7 +36,7 @@ LESS = tl.constexpr(tuple(asm_spread.less(kind) for kind in KINDS))
 
 @triton.jit
 def spread(values, b_mask, G: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, ASM: tl.constexpr):
-    """OF planes, int16, of group G of words of masks, from the KEEP slots of the group; 0 where nothing is kept."""
+    """The OF planes, int16, of group G of the mask words, from the KEEP slots of the group; 0 where nothing is kept."""
     LOG: tl.constexpr = 0 if OF == 2 else 1 if OF == 4 else 2 if OF == 8 else 3
     AT: tl.constexpr = LOG * 16 + KEEP
     if ASM:
@@ -65,7 +66,7 @@ def spread(values, b_mask, G: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr
 
 @triton.jit
 def spread_plainly(values, b_mask, G: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr):
-    """What `spread` must give: slots counted from the first in the front half of a group, from the last in the back."""
+    """The specification of `spread`: slots count from the first in the front half of a group, else from the last."""
     HALF: tl.constexpr = OF // 2
     front, back = tl.tuple(()), tl.tuple(())
     b_first, b_last = tl.zeros_like(b_mask), tl.full(b_mask.shape, KEEP - 1, tl.int16)
@@ -79,7 +80,7 @@ def spread_plainly(values, b_mask, G: tl.constexpr, KEEP: tl.constexpr, OF: tl.c
 
 @triton.jit
 def slot(values, b_at, KEEP: tl.constexpr):
-    """Of KEEP tiles, each entry from the one that `b_at` says."""
+    """For each entry, the value from the one of KEEP tiles that `b_at` selects."""
     b_slot = values[0]
     for i in tl.static_range(1, KEEP):
         b_slot = tl.where(b_at == i, values[i], b_slot)
@@ -94,7 +95,7 @@ def kept(b_mask, BIT: tl.constexpr):
 
 @triton.jit
 def spread_packed(slots, b_mask, KEEP: tl.constexpr, ASM: tl.constexpr):
-    """Words of four codes for each of four elements, from the KEEP words of slots; 0 where nothing is kept."""
+    """Words of four codes for each of the four elements, from KEEP words of slots; 0 where nothing is kept."""
     if ASM:
         given = slots + (b_mask,)
         return tl.inline_asm_elementwise(
@@ -114,7 +115,10 @@ def spread_packed(slots, b_mask, KEEP: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def nibbles(words, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Plane J of each of the four words of codes, as the bits of DTYPE, minus 8 or the zero of each row less 8."""
+    """Plane J of each of four words of codes as the bits of DTYPE, minus the zero point.
+
+    The zero point is 8 or, with ZERO, 8 plus `b_zero` of each row.
+    """
     return (
         nibble(words[0], b_zero, J, ZERO, DTYPE, ASM), nibble(words[1], b_zero, J, ZERO, DTYPE, ASM),
         nibble(words[2], b_zero, J, ZERO, DTYPE, ASM), nibble(words[3], b_zero, J, ZERO, DTYPE, ASM),
@@ -123,7 +127,7 @@ def nibbles(words, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.conste
 
 @triton.jit
 def nibble(b_q, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Plane J of words of codes stored as `code xor zero`, minus the zero."""
+    """Plane J of words of codes that are stored as `code xor zero`, minus the zero point, as bits."""
     AT: tl.constexpr = (DTYPE == tl.bfloat16) * 4 + J
     if ASM and ZERO:
         b_xor = ((b_zero.to(tl.int16) + 8) << PLACES[AT]) | MAGICS[AT]
@@ -142,7 +146,7 @@ def nibble(b_q, b_zero, J: tl.constexpr, ZERO: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def value(b_q, C: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """The bits of value C of words of a format: "half" (as it is), "int4" and "int8" (codes less half), "fp8"."""
+    """The bits of value C of the words of a format: "half" as stored, "int4" and "int8" minus half the range, "fp8"."""
     if FORMAT == "half":
         return b_q
     elif FORMAT == "fp8":
@@ -154,7 +158,7 @@ def value(b_q, C: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: 
 
 @triton.jit
 def less(b_v, b_z, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Values (bits) minus a number of each row, of DTYPE, as bits; exact for whole numbers up to 256."""
+    """Values minus one number per row, all of DTYPE and as bits; exact for integers up to 256."""
     if ASM:
         AT: tl.constexpr = 1 if DTYPE == tl.bfloat16 else 0
         b_rows, b_v = tl.broadcast(b_z.to(tl.int16, bitcast=True)[:, None], b_v)

@@ -1,4 +1,4 @@
-"""Rounding of rows to 8 bits in one launch, and y = x W^T of two 8-bit matrices: kernels, launches, cases."""
+"""Rounds rows to 8 bits in one launch, and multiplies two 8-bit matrices, y = x W^T: kernels, launches and cases."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import finish, load_x
 
-INPUTS = 128  # of one step of the product: a cache line of a row; then fp8 sums, kept in fewer bits, join float32 ones
-ROW = 4096  # entries of a row that a program holds at once
+INPUTS = 128  # inputs per step, one cache line of a row; then fp8 sums, held in fewer bits, are added to float32 ones
+ROW = 4096  # entries of a row that a program holds at a time
 FLOOR = tl.constexpr(w8a8.FLOOR)
 INF = tl.constexpr(float("inf"))
-NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it leaves the nearest integer, ties to even
+NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to the nearest integer, ties to even
 
 
 @triton.jit
 def _quantize_rows_kernel(p_x, p_codes, p_scale, K, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
-    """A program a row. Divisions are rounded to nearest: those of `/` are off by a bit, which changes codes."""
+    """One program per row. Divisions round to nearest: the results of `/` may be off by a bit, which changes codes."""
     i_m = tl.program_id(0)
     p_row = p_x + i_m.to(tl.int64) * K
     o_k = tl.arange(0, BLOCK)
     b_top = tl.zeros((BLOCK,), tl.float32)
     for k in range(0, K, BLOCK):
         b_x = tl.abs(tl.load(p_row + k + o_k, mask=k + o_k < K, other=0.0).to(tl.float32))
-        b_top = tl.maximum(b_top, tl.where(b_x < INF, b_x, INF))  # NaN too counts as infinite
+        b_top = tl.maximum(b_top, tl.where(b_x < INF, b_x, INF))  # NaN counts as infinite
     largest = tl.maximum(tl.max(b_top, 0), FLOOR)
     finite = largest < INF
     scale = tl.math.div_rn(tl.where(finite, largest, LIMIT), tl.full((), LIMIT, tl.float32))
@@ -49,7 +49,7 @@ def _w8a8_linear_kernel(
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of outputs, tiles of rows, splits of the inputs. GROUP 0 is one group a row."""
+    """Programs: tiles of outputs, tiles of rows, splits of the inputs. GROUP 0 is one group per row."""
     SUM: tl.constexpr = tl.int32 if p_x.dtype.element_ty == tl.int8 else tl.float32
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_row, i_m = tl.arange(0, BM), tl.program_id(1) * BM
@@ -78,7 +78,7 @@ def _w8a8_linear_kernel(
 
 
 def quantize(x_MI: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`w8a8.quantize` of a contiguous x, the same bits, in one launch."""
+    """`w8a8.quantize` for a contiguous x, with the same bits, in one launch."""
     m, k = x_MI.shape
     codes_MI, scale_M = torch.empty_like(x_MI, dtype=dtype), x_MI.new_empty(m, dtype=torch.float32)
     block = min(ROW, triton.next_power_of_2(k))
@@ -114,7 +114,7 @@ CODES = {"int8": ("*i8", (80, 90)), "fp8": ("*fp8e4nv", (90,))}
 
 
 def rounding(kind: str, floats: str) -> Case:
-    """A rounding to compile."""
+    """One configuration of the rounding to compile."""
     codes, architectures = CODES[kind]
     return Case(
         name=f"quantize {kind} {floats}",
@@ -128,7 +128,7 @@ def rounding(kind: str, floats: str) -> Case:
 
 
 def case(kind: str, group: int, rows: int, outputs: int, splits: int = 4) -> Case:
-    """A product to compile."""
+    """One configuration of the product to compile."""
     codes, architectures = CODES[kind]
     return Case(
         name=f"w8a8 {kind} g{group} {rows}x{outputs}",

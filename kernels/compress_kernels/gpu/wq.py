@@ -1,4 +1,4 @@
-"""y = x W^T for weights of codes in K-plane words, in groups along the inputs: kernels, launches, cases."""
+"""y = x W^T for weights coded in K-plane words, with scales for groups of inputs: kernels, launches and cases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from compress_kernels.wq import BITS, Packed, places_of, plan_of, width, width_o
 
 @triton.jit
 def load_words(p_words, p_high, i_b, o_tile, R, P: tl.constexpr, BITS: tl.constexpr):
-    """The words of a tile of block i_b: with three bits, two of the lower bits and one of the third; else one."""
+    """The words of a tile of block i_b, in three values.
+
+    With three bits, two sets of words for the lower bits and one for the third bit; otherwise the same words thrice.
+    """
     if BITS == 3:
         b_high = tl.load(p_high + i_b * R * P + o_tile, eviction_policy="evict_first")
         b_q = tl.load(p_words + 2 * i_b * R * P + o_tile, eviction_policy="evict_first")
@@ -35,7 +38,10 @@ def load_words(p_words, p_high, i_b, o_tile, R, P: tl.constexpr, BITS: tl.conste
 
 @triton.jit
 def load_zero(p_zero, at, BITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """What a decoded number lacks: the zero of its grid, less the middle that decoding took away already."""
+    """What remains to be subtracted from a decoded number.
+
+    That is the zero point, minus the middle of the grid if decoding has already subtracted it.
+    """
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
     if ZERO:
         return tl.load(p_zero + at).to(tl.float32) - (0 if SUBNORMAL else MIDDLE)
@@ -51,10 +57,11 @@ def _wq_linear_kernel(
     SPLITS: tl.constexpr, ZERO: tl.constexpr, SUBNORMAL: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr,
     EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. GROUP 0 is one group a row.
+    """Programs: tiles of outputs, tiles of rows, splits of the blocks of inputs. GROUP 0 is one group per row.
 
-    x has S numbers a row. With sums, those of every unit (a group, or a block of a larger one) times what its zero is
-    off are taken away: sum of scale (code - zero) x = scale (sum of code x - zero sum of x).
+    x has S values per row. If there are sums, the sum of x over every unit (a group, or one block of a larger group)
+    times the result of `load_zero` is subtracted:
+    sum of scale (code - zero) x = scale (sum of code x - zero sum of x).
     """
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     BLOCK: tl.constexpr = P * PLANES
@@ -99,7 +106,7 @@ def _wq_linear_kernel(
         if LESS:
             b_z = load_zero(p_zero, o_n, BITS, ZERO, SUBNORMAL)
             acc -= (b_s * b_z)[:, None] * b_all[None, :]
-    if SUBNORMAL:  # times 2**24: a subnormal float16 number counts in units of 2**-24
+    if SUBNORMAL:  # times 2**24, because a subnormal float16 number is a multiple of 2**-24
         acc = acc * 16777216.0 * tl.load(p_factor + o_m, mask=o_m < M, other=0.0)[None, :]
     acc = add_low_rank(acc, p_t, p_u, o_n, o_m, N, M, RANK)
     finish(acc, p_bias, p_y, p_work, p_count, o_n, o_m, N, M, BIAS, SPLITS)
@@ -108,7 +115,7 @@ def _wq_linear_kernel(
 def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config | None = None) -> Tensor:
     """`x @ W.T + bias` of checked, contiguous tensors on one device; x is float16 or bfloat16.
 
-    A configuration for many rows decodes the weight into memory and multiplies it as dense.
+    A configuration with `dense`, for many rows, decodes the weight to memory and multiplies it as dense.
     """
     m, k = x_MI.shape
     n, wide = w.shape[0], width_of(w)
@@ -139,7 +146,7 @@ def linear(x_MI: Tensor, w: Packed, bias: Tensor | None, config: launch.Config |
 
 
 def heuristic(form: str, m: int, n: int, k: int, group: int, device: torch.device) -> launch.Config:
-    """A fair configuration without measuring."""
+    """A reasonable configuration, not measured."""
     wide = width(form, group)
     chosen = fitted(form, group, launch.heuristic(m, n, device), k % wide == 0)
     chosen = replace(chosen, dense=m > (dispatch.above(form, group) or 0))
@@ -147,23 +154,23 @@ def heuristic(form: str, m: int, n: int, k: int, group: int, device: torch.devic
 
 
 def fitted(form: str, group: int, config: launch.Config, even: bool) -> launch.Config:
-    """A configuration that neither spills nor needs more shared memory than there is, as compiling has shown.
+    """Adapt a configuration so that it neither spills registers nor exceeds the shared memory, as compiling has shown.
 
-    `even` says that the blocks reach no further than the inputs. For few rows, two warps: a thread has more weights
-    to share the loop's overhead among, and one multiplication a warp is enough.
+    `even` says that blocks do not reach beyond the inputs. For few rows there are two warps, so that a thread has more
+    weights over which to spread the loop's overhead; one multiplication per warp is enough.
     """
     rows, outputs, stages = config.rows, config.outputs, config.stages
     warps = 2 if rows <= 16 else 4
-    many = 0 < group < 128  # scales and sums of every group take registers, too
+    many = 0 < group < 128  # the scales and sums of every group take registers too
     rows = min(rows, 32) if many else rows
-    if form == "int3":  # sixteen planes and three sets of words are in flight
+    if form == "int3":  # sixteen planes and three sets of words are held at once
         rows, warps, stages = min(rows, 16 if many else 32), 4, 2
         outputs = outputs if rows <= 16 and even and not many else 64
-    if form in ("int2", "book", "e2m1"):  # many planes, a book in registers, or the signs and sizes of small floats
+    if form in ("int2", "book", "e2m1"):  # many planes, a book in registers, or signs and magnitudes of small floats
         warps = {8: 2, 64: 8}.get(rows, 4)
     if form == "int2" and rows == 16 and many:
         outputs = 64
-    if form == "int2" and rows == 64:  # 256 inputs of 64 rows are 32 KiB a stage; sm_89 has 99
+    if form == "int2" and rows == 64:  # 256 inputs of 64 rows are 32 KiB per stage; sm_89 has 99 KiB
         stages = 3
     if form == "book":
         stages = 2
@@ -172,7 +179,7 @@ def fitted(form: str, group: int, config: launch.Config, even: bool) -> launch.C
 
 
 def given_or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer must be of something, also where it is not read."""
+    """A tensor, or `other` if it is None: a kernel needs a valid pointer even where it does not read it."""
     return other if tensor is None else tensor
 
 
@@ -182,7 +189,7 @@ def _wq_dense_kernel(
     FORM: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, BN: tl.constexpr,
     ZERO: tl.constexpr, ORDER: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of outputs, blocks of inputs. Values are made float32, scaled, and rounded once."""
+    """Programs: tiles of outputs, blocks of inputs. Values are converted to float32, scaled, and rounded once."""
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     DTYPE: tl.constexpr = p_y.dtype.element_ty
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -221,7 +228,7 @@ def case(
     form: str, group: int, rows: int, outputs: int, kind: str = "fp16", *, rank: int = 0, zero: bool = False,
     subnormal: bool = False, even: bool = True,
 ) -> Case:  # fmt: skip
-    """One configuration to compile, with the warps and stages that it would have."""
+    """One configuration to compile, with the warps and stages that `fitted` gives it."""
     chosen = fitted(form, group, launch.Config(rows=rows, outputs=outputs, subnormal=subnormal), even)
     floats = dict.fromkeys(("p_x", "p_t", "p_u", "p_bias", "p_y"), f"*{kind}")
     words = dict.fromkeys(("p_words", "p_high"), "*i16")
@@ -244,7 +251,10 @@ def case(
 
 
 def hardest(form: str, m: int, n: int, group: int = 128) -> Case:
-    """What is chosen for a shape, with all that costs registers: bfloat16, zeros, blocks that reach beyond."""
+    """The configuration chosen for a shape, with everything that costs registers.
+
+    That is bfloat16, zero points, and blocks that reach beyond the inputs.
+    """
     chosen = heuristic(form, m, n, 4100, group, torch.device("cpu"))
     return case(form, group, chosen.rows, chosen.outputs, "bf16", zero=form.startswith("int"), even=False)
 
