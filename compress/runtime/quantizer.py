@@ -97,7 +97,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         self.shared |= {buffer: key for path, (key, buffer) in named.items() if path in others}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """The family's rules, with its renamings behind a table lookup of the stored keys."""
+        """The family's rules, where the keys that this package stored are looked up in a table before any renaming."""
         renamings = [rule for rule in weight_conversions if isinstance(rule, WeightRenaming)]
         others = [rule for rule in weight_conversions if not isinstance(rule, WeightRenaming)]
         return [StoredNames(self.table, renamings), *others]
