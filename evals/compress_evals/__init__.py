@@ -1,6 +1,6 @@
-"""Ask a compressed model what its dense original knows, and say how sure the difference is.
+"""Measure how much of a dense model's knowledge its compressed version kept, and how certain the difference is.
 
-Not here: any model or data; the questions come from `compress.builtin`. lm-eval is imported only when
+Not here: any model or data; the built-in questions come from `compress.builtin`. lm-eval is imported only when
 something is evaluated.
 """
 

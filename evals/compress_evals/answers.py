@@ -1,8 +1,8 @@
-"""The answers of one model to one task: asked through lm-eval, or as they were stored when they were asked before.
+"""The answers of one model to one task, computed through lm-eval or read from the cache.
 
-Not here: what they are worth (`run.py`). lm-eval is entered by `evaluate`, one task at a time, not by
-`simple_evaluate`: the latter does the same after collecting the environment with a dozen subprocesses (0.8 s here,
-more with a GPU, on every call) and reseeding the caller's random numbers.
+Not here: aggregating the answers into scores (`run.py`). lm-eval is called through `evaluate`, one task at a time, not
+through `simple_evaluate`: the latter does the same work, but on every call it first collects information about the
+environment with a dozen subprocesses (0.8 s here, more with a GPU) and reseeds the caller's random number generators.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compress_evals.subject import Rows, Subject, engine, software
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """A row for every question; `truncated` counts prompts cut to fit, `seconds` is what asking took."""
+    """One row per question; `truncated` counts the prompts that were cut to fit the context, `seconds` is wall time."""
 
     rows: tuple[Row, ...]
     truncated: int
@@ -40,7 +40,10 @@ def answers(
     cache: Cache | None = None,
     on_rows: Rows | None = None,
 ) -> Answers:
-    """The answers to one task, stored as soon as they are there."""
+    """The answers to one task, from the cache if they are there; new answers are cached as soon as they are computed.
+
+    Nothing is cached without a `cache` or for a subject without an identity.
+    """
     if cache is None or subject.identity is None:
         return ask(subject, asked, exam, batch_size, on_rows)
     decided_by = parts(subject, asked, exam, batch_size, cache)
@@ -60,7 +63,7 @@ def answers(
 
 
 def parts(subject: Subject, asked: Questions, exam: Exam, batch_size: int, cache: Cache | None) -> dict[str, Any]:
-    """All that decides a model's answers to a task."""
+    """Everything that determines a model's answers to a task; used as the cache key."""
     return {
         "model": subject.identity,
         "tokenizer": exam.tokenizer_sha,
@@ -72,7 +75,11 @@ def parts(subject: Subject, asked: Questions, exam: Exam, batch_size: int, cache
 
 
 def stored(cache: Cache, decided_by: dict[str, Any], asked: Questions) -> Answers | None:
-    """The answers stored for a task; None if there are none, or not to these questions."""
+    """The cached answers to a task; None if there are none.
+
+    An entry that is malformed, or whose rows do not match its own count and hash, is reported as damaged and also
+    gives None.
+    """
     content = cache.get("answers", decided_by)
     if content is None:
         return None
@@ -89,7 +96,7 @@ def stored(cache: Cache, decided_by: dict[str, Any], asked: Questions) -> Answer
 
 
 def ask(subject: Subject, asked: Questions, exam: Exam, batch_size: int, on_rows: Rows | None = None) -> Answers:
-    """Ask a model all questions of a task."""
+    """Evaluate a model on all chosen questions of a task through lm-eval, without the cache."""
     from lm_eval.evaluator import evaluate as lm_evaluate
 
     began = time.perf_counter()
@@ -104,14 +111,14 @@ def ask(subject: Subject, asked: Questions, exam: Exam, batch_size: int, on_rows
             log_samples=True,
             apply_chat_template=exam.chat_template is not None,
         )
-    asked.loaded._instances = None  # all prompts and answers once more
+    asked.loaded._instances = None  # frees lm-eval's second copy of all prompts and answers
     rows = tuple(row(sample, asked.loaded) for sample in raw["samples"][task])
     cut = truncated(asked, exam, scorer.max_length)
     return Answers(rows=rows, truncated=cut, seconds=round(time.perf_counter() - began, 2))
 
 
 def row(sample: dict[str, Any], loaded: Any) -> Row:
-    """What is kept of one of lm-eval's samples."""
+    """The parts of one lm-eval sample that results keep."""
     hashes = "".join(sample[part] for part in ("doc_hash", "prompt_hash", "target_hash"))
     return Row(
         id=sample["doc"]["id"],
@@ -124,10 +131,10 @@ def row(sample: dict[str, Any], loaded: Any) -> Row:
 
 
 def said(responses: Sequence[Any], document: dict[str, Any], loaded: Any) -> str | None:
-    """What a model said: the text generated, the likeliest choice, or the target where it would say just that.
+    """The model's answer as text: the generated text, the most likely choice, or the target if it is greedy-decoded.
 
-    None where only the likelihood of a target is known, and the model would say something else. A choice among
-    scores that are not finite is no choice: nothing was said.
+    None if only the likelihood of the target is known and greedy decoding would give something else. An empty string
+    if any choice has a likelihood that is not finite, because then no choice can be called the most likely.
     """
     if isinstance(responses[0], str):
         return responses[0]
@@ -143,9 +150,10 @@ def said(responses: Sequence[Any], document: dict[str, Any], loaded: Any) -> str
 
 
 def truncated(asked: Questions, exam: Exam, context: int) -> int:
-    """How many questions do not fit into a model's context: lm-eval cuts their beginning with only a warning.
+    """The number of questions that exceed the context of `context` tokens.
 
-    A text scored by itself is read in windows instead, and never cut.
+    lm-eval cuts the beginning of such prompts with only a warning. A text scored by rolling likelihood is read in
+    windows instead and is never cut.
     """
     if asked.loaded.OUTPUT_TYPE == "loglikelihood_rolling":
         return 0

@@ -1,7 +1,7 @@
-"""How many questions a model is asked at once: as many as fit in memory, and the same for all models compared.
+"""Finds the batch size: the largest that fits in memory, and the same one for all models that are compared.
 
-Not here: asking. The batch size changes answers that are nearly tied, so it is part of a result, and two results
-with different ones are not compared.
+Not here: the evaluation itself. The batch size can flip answers that are nearly tied, so it is recorded in every
+result, and two results with different batch sizes are not compared.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from compress_evals.questions import Exam, lengths
 from compress_evals.references import asked_as
 from compress_evals.subject import Subject
 
-LARGEST = {"cpu": 64}  # by kind of device; on a CPU more is not faster
+LARGEST = {"cpu": 64}  # by device type; on a CPU, larger batches are not faster
 LARGEST_ELSEWHERE = 256
-COPIES = 12  # bytes a logit takes at most: as computed, in float32, and its log-softmax
+COPIES = 12  # maximum bytes per logit: as computed, in float32, and its log-softmax
 MEMINFO = Path("/proc/meminfo")
 
 BatchSize = int | Literal["auto"]
@@ -29,16 +29,17 @@ Result = TypeVar("Result")
 
 
 def parse(text: str) -> BatchSize:
-    """`auto` or a number from 1 on; raises RecipeError for anything else."""
+    """`auto` or a number from 1 to 65536; raises RecipeError for anything else."""
     if text != "auto" and not (text.isdecimal() and 1 <= int(text) <= 65536):
         raise RecipeError(f"--batch-size: {text!r} is neither auto nor a number from 1 to 65536")
     return "auto" if text == "auto" else int(text)
 
 
 def find(subject: Subject, exam: Exam, cache: Cache | None = None) -> int:
-    """The largest power of two of the exam's longest questions that fits; stored, so that it stays the same.
+    """The largest batch size, a power of two, at which the exam's longest question fits in memory.
 
-    Tried on the model at that length, and halved as long as memory runs out. Raises PlanError if one does not fit.
+    Sizes are tried on the model at that length and halved while memory runs out. The result is cached so that later
+    evaluations use the same size. Raises PlanError if a batch of one does not fit.
     """
     known = subject.known(exam, cache)
     longest = min(known.max_length, max(max(lengths(asked, exam.tokenizer)) for asked in exam.tasks))
@@ -57,9 +58,10 @@ def find(subject: Subject, exam: Exam, cache: Cache | None = None) -> int:
 
 
 def fitting(model: Any, longest: int, rows: int, most: int, free: int | None) -> int:
-    """The largest batch of `longest` tokens that a forward does not run out of memory with, from `most` on down.
+    """The largest batch size, from `most` down, at which a forward pass of `longest` tokens does not run out of memory.
 
-    No batch has more than `rows`. `free` are the bytes there are where running out ends the process, not a forward.
+    No batch has more than `rows` rows. `free` is the memory available in bytes on a device where running out kills the
+    process instead of raising in the forward pass (a CPU): at most half of it is planned for logits.
     """
     row, size = longest * model.config.vocab_size * COPIES, most
     while free is not None and size > 1 and min(size, rows) * row > free // 2:
@@ -69,13 +71,16 @@ def fitting(model: Any, longest: int, rows: int, most: int, free: int | None) ->
 
 @torch.inference_mode()
 def attempt(model: Any, size: int, longest: int) -> None:
-    """One forward as a batch of likelihoods takes it."""
+    """One forward pass and log-softmax, with the memory that a batch of likelihood requests needs."""
     logits = model(torch.zeros(size, longest, dtype=torch.long, device=model.device)).logits
     torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def halving(size: int, run: Callable[[int], Result], say: Callable[[str], None]) -> tuple[Result, int]:
-    """What `run` gives at the largest size, from `size` on down, that memory does not run out at, and that size."""
+    """The result of `run` at the largest size, halving from `size`, at which it does not run out of memory; that size.
+
+    `say` is told of every halving. Raises PlanError if memory runs out at size 1.
+    """
     while True:
         try:
             return run(size), size
@@ -87,7 +92,7 @@ def halving(size: int, run: Callable[[int], Result], say: Callable[[str], None])
 
 
 def halved(size: int) -> int:
-    """Half the size, with memory given back; raises PlanError below one."""
+    """Half the size, after freeing cached memory; raises PlanError if `size` is 1."""
     if size == 1:
         raise PlanError("out of memory with one question at a time: the model needs a device with more memory")
     gc.collect()
@@ -97,7 +102,7 @@ def halved(size: int) -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes that can be had without swapping, None where the system does not say."""
+    """Bytes that can be allocated without swapping; None where the system does not report them."""
     try:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         return 1024 * int(lines["MemAvailable"].split()[0])

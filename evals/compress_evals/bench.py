@@ -1,7 +1,7 @@
-"""`python -m compress_evals.bench`: every packaged recipe, run and measured on one or more dense models.
+"""`python -m compress_evals.bench`: runs and evaluates every packaged recipe on one or more dense models.
 
-Prints one table (mean over the models, and the range), writes `bench.json`, and draws quality against size. Run it on
-models of several training seeds before believing a ranking. Artifacts are made in a temporary folder.
+Prints one table (mean over the models, and the range), writes `bench.json`, and plots quality against size. Run it on
+models from several training seeds before trusting a ranking. Artifacts are written to a temporary folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TASKS = ("facts_trained", "facts_question", "facts_cloze", "facts_mc", "facts_co
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One recipe on one model: size, divergence on the evaluation text, and the score of each task."""
+    """One recipe on one model: size, KL divergence on the evaluation text, and the score of each task."""
 
     recipe: str
     model: str
@@ -75,7 +75,7 @@ def of(result: Results, dense: Results, model: str) -> Measured:
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """Markdown: one line a recipe, mean over models with the range in brackets."""
+    """A Markdown table with one line per recipe: the mean over models, with the range in parentheses."""
     head = ["recipe", "bits/weight", "bytes", "KL", "bits/byte", *[task.removeprefix("facts_") for task in TASKS]]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in dict.fromkeys(row.recipe for row in rows):
@@ -88,20 +88,20 @@ def table(rows: Sequence[Measured]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """`mean (lowest-highest)`, or the one value."""
+    """`mean (lowest-highest)`, or the value itself if there is only one."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def draw(rows: Sequence[Measured], path: Path) -> None:
-    """Knowledge kept against size, one point a recipe, bars over the models; colour tells the kind of recipe."""
+    """Plot knowledge kept against size: one point per recipe, bars for the range over models, coloured by `colour`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams["svg.hashsalt"] = "compress"  # the same file every time
+    pyplot.rcParams["svg.hashsalt"] = "compress"  # fixed ids, so that the file is reproducible
     figure, axes = pyplot.subplots(figsize=(8.6, 4.8), layout="constrained")
     points = []
     for name in dict.fromkeys(row.recipe for row in rows):
@@ -124,9 +124,10 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
 
 
 def colour(name: str) -> str:
-    """Blue for quantized, green for low rank, orange for all else that is smaller, purple for quantized and more.
+    """The colour of a recipe: blue for quantized, green for low rank, purple for quantized combined with either
+    pruning or low rank, orange for everything else that is smaller, grey for dense.
 
-    Grey for dense. Told by what the passes of the recipe of that name make.
+    The kind is derived from what the passes of the packaged recipe of that name produce.
     """
     if name == "dense":
         return "#555555"
@@ -139,7 +140,7 @@ def colour(name: str) -> str:
 
 
 def spread_labels(points: Sequence[tuple[str, float, float, float, float]]) -> list[float]:
-    """A height for each label, as near its point as other points and earlier labels allow."""
+    """A height for each label, as near to its point as the other points and the labels placed before it allow."""
     taken: list[tuple[float, float, float]] = []
     heights = []
     for name, x, y, _, _ in points:
@@ -154,7 +155,7 @@ def spread_labels(points: Sequence[tuple[str, float, float, float, float]]) -> l
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the arguments, measure, and print the table."""
     names = list(packaged())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["builtin"])

@@ -1,7 +1,7 @@
-"""What was measured once and need not be again: a folder of entries, each named by the hash of what decides it.
+"""An on-disk cache of measurements: a folder of entries, each named by the hash of everything that determines it.
 
-Not here: what an entry holds. An entry is JSON, written whole or not at all, and carries the hash of its content: one
-that is damaged is said to be and counts as missing. Nothing is ever looked up by a name that two models could share.
+Not here: what an entry holds. An entry is JSON, is written atomically, and carries the hash of its content: a damaged
+entry is reported and treated as missing. Nothing is ever looked up by a name that two models could share.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from typing import Any
 from compress.errors import RecipeError, why
 from compress.partial import put
 
-LAYOUT = 1  # of the entries; another is another key
+LAYOUT = 1  # version of the entry format; part of every key, so that a new one invalidates all entries
 Say = Callable[[str], None]
 
 
 class Cache:
-    """Stored entries under `folder`; `fresh` ignores those that are there, `say` hears of damaged ones."""
+    """Cache entries under `folder`.
+
+    With `fresh`, entries that this object has not written itself are ignored. `say` receives a note about each damaged
+    entry.
+    """
 
     def __init__(self, folder: Path, *, fresh: bool = False, say: Say = lambda text: None) -> None:
-        """Make the folder; raises RecipeError if that cannot be done."""
+        """Create the folder; raises RecipeError if it cannot be created."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -35,11 +39,11 @@ class Cache:
         self._written: set[Path] = set()
 
     def path(self, kind: str, parts: dict[str, Any], ending: str = ".json.gz") -> Path:
-        """Where the entry of a kind stands that `parts`, plain data, decide."""
+        """The path of the entry of this kind that is determined by `parts`, which must be plain data."""
         return self.folder / kind / f"{key(kind, parts)}{ending}"
 
     def get(self, kind: str, parts: dict[str, Any]) -> Any | None:
-        """What was put, or None: nothing, damaged, or from before a fresh start."""
+        """The stored content; None if there is none, it is damaged, or `fresh` excludes it."""
         path = self.path(kind, parts)
         if self._fresh and path not in self._written:
             return None
@@ -57,14 +61,14 @@ class Cache:
         return content
 
     def put(self, kind: str, parts: dict[str, Any], content: Any) -> None:
-        """Store plain data; an entry appears whole or not at all."""
+        """Store plain data atomically; raises RecipeError if it cannot be written."""
         path = self.path(kind, parts)
         entry = {"key": key(kind, parts), "sha256": _sha(content), "decided_by": parts, "content": content}
         raw = gzip.compress(json.dumps(entry, default=str).encode(), mtime=0)
         self.place(path, lambda partial: partial.write_bytes(raw))
 
     def place(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """Put a file in place once `write` has written all of it elsewhere; raises RecipeError if it cannot be."""
+        """Let `write` write a temporary file and then move it to `path`; raises RecipeError if that fails."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             put(path, write)
@@ -73,12 +77,12 @@ class Cache:
         self._written.add(path)
 
     def damaged(self, path: Path) -> None:
-        """Say that an entry cannot be trusted."""
+        """Report that an entry is damaged and is measured again."""
         self.say(f"note: {path} is damaged; measured again")
 
 
 def key(kind: str, parts: dict[str, Any]) -> str:
-    """The name of an entry: the hash of all that decides it."""
+    """The name of an entry: the hash of everything that determines it."""
     return _sha([LAYOUT, kind, parts])
 
 

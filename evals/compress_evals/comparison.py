@@ -1,8 +1,8 @@
-"""Compare a compressed model's results with its dense original's, and accept or refuse the loss.
+"""Compares a compressed model's results with those of its dense original, and accepts or rejects the loss.
 
-Not here: the statistics themselves (`stats.py`). Two results are compared question by question or not at all:
-different questions, batch size, context length or lm-eval version are refused, because each of them alone
-flips answers. Differences that a comparison may legitimately have (dtype, device, torch) are noted.
+Not here: the statistics themselves (`stats.py`). Two results are compared question by question or not at all: results
+with different questions, batch sizes, context lengths or lm-eval versions are refused, because each of these alone
+flips answers. Differences that a comparison may legitimately have (dtype, device, torch) are recorded as notes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from compress_evals.results import (
 )
 from compress_evals.suite import Gap, Task, find
 
-ASKED_ALIKE = ("task_hash", "shots", "version")  # of a task; the version tells what no hash does, such as the scoring
+ASKED_ALIKE = ("task_hash", "shots", "version")  # of a task; the version covers what no hash does, such as the scoring
 MUST_AGREE = ("suite", "lm_eval", "batch_size", "max_length", "bos", "chat_template")
 NOTED = ("torch", "transformers", "device", "dtype")
 SUMMARIES = "summaries"  # the family whose texts are compared with the dense model's own
@@ -49,11 +49,11 @@ def compare(
     examples: Mapping[str, Flipped] | None = None,
     speed: Speed | None = None,
 ) -> Comparison:
-    """The paired comparison of every task's headline metric; `margin` is the fraction of dense that may be lost.
+    """The paired comparison of the headline metric of every task.
 
-    `examples` are answers lost and gained by task.
-
-    Raises ArtifactError if the two were not measured alike on the same questions.
+    `margin` is the fraction of the dense score that may be lost; `iters` and `seed` set up the bootstrap; `examples`
+    holds examples of lost and gained answers by task. Raises ArtifactError unless both results come from the same
+    questions and settings.
     """
     check_comparable(dense, compressed)
     pairs = {task: _pair(dense, compressed, task, margin, iters, seed) for task in dense.tasks}
@@ -92,7 +92,7 @@ def compare(
 
 
 def check_comparable(dense: Results, compressed: Results) -> None:
-    """Raise ArtifactError, naming the difference, unless both were measured alike on the same questions."""
+    """Raise ArtifactError, naming the difference, unless both results come from the same questions and settings."""
     pair = f"{dense.model.name} and {compressed.model.name}"
     for field in MUST_AGREE:
         ours, theirs = getattr(dense.engine, field), getattr(compressed.engine, field)
@@ -109,18 +109,18 @@ def check_comparable(dense: Results, compressed: Results) -> None:
 
 
 def disagreement(dense: Sequence[Row], compressed: Sequence[Row]) -> float | None:
-    """The share of questions to which the two said different things, right or wrong; None if it is not known.
+    """The share of questions that the two models answered differently, right or wrong; None if an answer is unknown.
 
-    Two wrong answers that differ count: accuracy does not see them. What is nothing once normalised, as the letter A
-    and a full stop are, is compared as it is. Source: Dutta et al., "Accuracy is not all you need", NeurIPS 2024, there
-    called flips for choices.
+    Two different wrong answers count, although accuracy does not see them. Answers are compared after normalisation; an
+    answer that normalises to nothing, such as the letter A or a full stop, is compared as it is.
+    Source: Dutta et al., "Accuracy is not all you need", NeurIPS 2024, where it is called flips for choices.
     """
     texts = [[normalise(text) or text.strip() for text in pair] for pair in said_by_both(dense, compressed)]
     return sum(a != b for a, b in texts) / len(texts) if texts else None
 
 
 def agreement_of_texts(dense: Results, compressed: Results, task: str) -> float | None:
-    """How much of the dense model's summaries the compressed one's say, by ROUGE-L; None for all other tasks."""
+    """The mean agreement (ROUGE-L) of the compressed model's summaries with the dense model's; None for other tasks."""
     if dense.tasks[task].family != SUMMARIES:
         return None
     texts = said_by_both(dense.rows[task], compressed.rows[task])
@@ -128,16 +128,17 @@ def agreement_of_texts(dense: Results, compressed: Results, task: str) -> float 
 
 
 def said_by_both(dense: Sequence[Row], compressed: Sequence[Row]) -> list[tuple[str, str]]:
-    """What both said to every question; nothing if that is not known of all."""
+    """Both models' answers to every question; empty if any answer is unknown."""
     pairs = [(a.said, b.said) for a, b in zip(dense, compressed, strict=True)]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     return known if len(known) == len(pairs) else []
 
 
 def gap_change(dense: Results, compressed: Results, gap: Gap, iters: int, seed: int) -> GapChange:
-    """How much the worth of a passage changed, over the questions asked both with it and without.
+    """The change in the benefit of a passage (open-book minus closed-book score).
 
-    A question's identity is what follows the colon in its id.
+    It is measured over the questions asked both with the passage and without it, which are matched by the part of
+    their ids after the colon.
     """
     found, clusters = [], []
     for results in (dense, compressed):
@@ -153,10 +154,10 @@ def gap_change(dense: Results, compressed: Results, gap: Gap, iters: int, seed: 
 
 
 def retained(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> dict[str, float]:
-    """For every family the mean over its tasks of compressed over dense score, both above chance.
+    """For every family, the mean over its tasks of the compressed score divided by the dense score, both above chance.
 
-    Tasks where dense is not surely above chance have nothing to lose and do not count; nor do controls. Divided by the
-    little that chance gave it, one question would be the worst family.
+    Tasks where the dense score is not reliably above chance do not count, because dividing by a headroom near zero
+    would let a single question make a family the worst. Controls do not count either.
     """
     kept: dict[str, list[float]] = {}
     for task, result in dense.items():
@@ -167,23 +168,24 @@ def retained(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResul
 
 
 def worst_family(dense: Mapping[str, TaskResult], compressed: Mapping[str, TaskResult]) -> Worst | None:
-    """The family that kept least; None if dense has nothing to lose."""
+    """The family that kept the smallest share; None if the dense model is above chance in none."""
     kept = retained(dense, compressed)
     worst = min(kept, key=kept.__getitem__, default=None)
     return None if worst is None else Worst(family=worst, retained=kept[worst])
 
 
 def covered(task: Task | TaskComparison, family: str | None) -> bool:
-    """Whether a condition on `family` is about a task; one on none is about all but the controls."""
+    """Whether a condition on `family` applies to a task; with None it applies to all tasks except controls."""
     return task.family == family if family is not None else not task.control
 
 
 def accept(comparison: Comparison, max_drop: float, confidence: float, family: str | None = None) -> list[str]:
-    """The tasks that may have lost more than `max_drop` (absolute, 0.05 = 5 points), as readable lines.
+    """The tasks that may have lost more than `max_drop` (absolute, 0.05 = 5 points), as readable lines; empty if none.
 
-    A task passes if the one-sided lower bound of its difference, at `confidence`, is not below -max_drop: a
-    measurement too small to exclude the loss does not pass. Empty means accepted. With `family` only its tasks are
-    asked about, and it does not pass if it has none; otherwise all but the controls.
+    A task passes if the one-sided lower confidence bound of its difference, at `confidence`, is not below -max_drop, so
+    a measurement too small to exclude that loss does not pass. With `family` only the tasks of that family are checked,
+    otherwise all tasks except controls. If there is no such task, the condition does not pass.
+    Raises ValueError unless `confidence` is at least 0.5 and below 1.
     """
     if not 0.5 <= confidence < 1:
         raise ValueError(f"confidence must be from 0.5 to below 1, not {confidence}")
@@ -208,7 +210,7 @@ def _pair(dense: Results, compressed: Results, task: str, margin: float, iters: 
 
 
 def _broken(dense: Results, compressed: Results, fidelity: Fidelity | None) -> tuple[str, ...]:
-    """Which of the two gives no probability to what is written: a fault of numbers, which scores cannot tell."""
+    """Notes on models whose bits per byte are not finite: a numerical fault that scores alone cannot show."""
     if fidelity is None:
         return ()
     losses = (dense, fidelity.dense_bits_per_byte), (compressed, fidelity.compressed_bits_per_byte)

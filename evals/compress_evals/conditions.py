@@ -1,4 +1,4 @@
-"""Conditions on what may be lost, as they are written on a command line: `drop<=0.02@95%`, of all or of one family.
+"""Acceptance conditions as written on the command line, such as `drop<=0.02@95%`, for all tasks or one family.
 
 Not here: the test itself (`comparison.accept`).
 """
@@ -23,7 +23,7 @@ _WRITTEN = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """The largest loss (absolute) that may not be excluded at `confidence`, in each task of a family or of all."""
+    """The largest absolute loss that each task may have, at `confidence`; `family` None means all but the controls."""
 
     family: str | None
     max_drop: float
@@ -31,7 +31,7 @@ class Condition:
 
 
 def parse(text: str, families: Sequence[str]) -> Condition:
-    """One condition; raises RecipeError, with the form that is allowed, for anything else."""
+    """Parse one condition; raises RecipeError, which shows the accepted form, for anything else."""
     found = _WRITTEN.fullmatch(text.strip())
     if found is None:
         raise RecipeError(f"--accept: {text!r} is no condition; write {FORM}")
@@ -45,7 +45,7 @@ def parse(text: str, families: Sequence[str]) -> Condition:
 
 
 def parse_all(texts: Sequence[str], suite: str, only: Sequence[str] | None = None) -> list[Condition]:
-    """The conditions on a suite's families; raises RecipeError also for one on nothing that `only` asks."""
+    """Parse conditions on a suite's families; also raises RecipeError if one applies to none of the tasks in `only`."""
     families = list(dict.fromkeys(task.family for task in find(suite).tasks))
     conditions = [parse(text, families) for text in texts]
     for text, condition in zip(texts, conditions, strict=True):
@@ -55,7 +55,7 @@ def parse_all(texts: Sequence[str], suite: str, only: Sequence[str] | None = Non
 
 
 def check_asked(conditions: Sequence[Condition], exam: Exam) -> None:
-    """Raise RecipeError for a condition on a family of which nothing can be asked: no model could meet it."""
+    """Raise RecipeError for a condition on a family none of whose tasks can be asked: no model could meet it."""
     for family in dict.fromkeys(c.family for c in conditions):
         if not any(covered(asked.task, family) for asked in exam.tasks):
             lost = {skip.reason: name for name, skip in exam.skipped.items() if family in (None, skip.family)}
@@ -64,7 +64,7 @@ def check_asked(conditions: Sequence[Condition], exam: Exam) -> None:
 
 
 def broken(results: Results, conditions: Sequence[Condition]) -> list[str]:
-    """What a compared model does not meet, as readable lines."""
+    """The conditions that a compared model does not meet, as readable lines; empty for the dense model."""
     if results.vs is None:
         return []
     lines = (line for c in conditions for line in accept(results.vs, c.max_drop, c.confidence, c.family))

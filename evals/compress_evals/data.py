@@ -1,9 +1,9 @@
-"""Real questions: from a folder that the user names, or from the hub, and which of them are asked.
+"""Reads public data sets, from a folder that the user names or from the Hugging Face hub, and samples their questions.
 
-Not here: what becomes of a row (`tasks/kick/functions.py`). The folder is laid out as its manifest.json says; the
-project ships none of these files. What the hub gives is turned into the folder's own columns, so that a task does
-not know where its rows come from; its provenance does. Nothing is ever fetched unless `online` is said, and no code
-of a data set is run.
+Not here: how a row becomes a question (`tasks/kick/functions.py`). The folder may have a manifest.json with the sha256
+of its files; the project ships none of these files. Rows from the hub are converted to the folder's columns, so that
+tasks do not depend on the source, which is recorded in the results. Nothing is downloaded unless `online` is set, and
+no code from a data set is run.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from compress_evals.results import Data
 
 MANIFEST = "manifest.json"
 ENDINGS = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
-WITHIN = {"nq/questions": "nq/oracle"}  # a data set that is the same file in the folder, and less on the hub
+WITHIN = {"nq/questions": "nq/oracle"}  # in the folder both are the same file; the hub has only the questions
 
 Item = dict[str, Any]
 
 
 class Unavailable(CompressError):
-    """A data set is neither in the folder nor to be had from the hub; the message says why."""
+    """Raised for a data set that is neither in the folder nor available from the hub; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """The rows of a data set and where they came from.
 
-    `sha256` is that of the file as it is, or for the hub that of the rows as JSON lines. A line of a text file is
-    the row `{"text": line}`.
+    `sha256` is the hash of the file as stored, or, for the hub, of the converted rows as JSON lines. A line of a text
+    file becomes the row `{"text": line}`.
     """
 
     rows: list[Item]
@@ -50,7 +50,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """A data set of the hub: its name, configuration and split, and what makes a row of ours from one of its."""
+    """A data set on the hub: its name, configuration and split, and the function that converts a row of it to ours."""
 
     path: str
     config: str | None
@@ -61,9 +61,9 @@ class Hub:
 def read(name: str, folder: Path | None, online: bool) -> Found:
     """The data set called `name`, such as `mmlu/test`: from `folder` if it is there, else from the hub if `online`.
 
-    A file is read once per process. Raises Unavailable if it cannot be had, ArtifactError if a file is not what the
-    folder's manifest says or a line of it cannot be read.
-    The hub's names and columns are those of lm-eval 0.4.13's own tasks; reading from it has only been tested
+    A file is read once per process. Raises Unavailable if the data set is in neither place, ArtifactError if a file
+    does not match the folder's manifest or a line of it cannot be read.
+    The names and columns on the hub are those of lm-eval 0.4.13's own tasks; reading from the hub has only been tested
     with rows made by hand, never over a network.
     """
     if folder is not None:
@@ -79,9 +79,9 @@ def read(name: str, folder: Path | None, online: bool) -> Found:
 
 
 def available(needs: Sequence[str], folder: Path | None, online: bool) -> Data | str:
-    """Where a task's data come from, all that it needs together, or the reason why it cannot be asked.
+    """The source and combined hash of all data sets that a task needs, or the reason why the task cannot be asked.
 
-    Raises ArtifactError as `read` does: damaged data are an error, not a reason to skip.
+    Raises ArtifactError as `read` does: damaged data are an error, not a reason to skip a task.
     """
     try:
         found = [read(name, folder, online) for name in needs]
@@ -96,10 +96,10 @@ def available(needs: Sequence[str], folder: Path | None, online: bool) -> Data |
 
 
 def subset(documents: Sequence[Item], limit: int | None, seed: int) -> list[int]:
-    """Which documents are asked, ascending: all, or `limit` of them in proportion to their tiers.
+    """The indices of the documents to ask, ascending: all, or `limit` of them, stratified in proportion to their tiers.
 
-    The choice depends on the subject of a question, not on its wording: tasks about the same things ask about the
-    same ones, and a larger limit only adds questions.
+    The sample depends on the identity of the fact (the id after its colon) and on `seed`, not on the wording, so that
+    tasks about the same facts sample the same ones. A larger limit only adds questions.
     """
     if limit is None or limit >= len(documents):
         return list(range(len(documents)))
@@ -113,13 +113,16 @@ def subset(documents: Sequence[Item], limit: int | None, seed: int) -> list[int]
 
 
 def check_folder(folder: Path | None) -> None:
-    """Raise RecipeError for a data folder that is none."""
-    if folder is not None and not os.path.isdir(folder):  # unlike pathlib's, no error of its own for any name
+    """Raise RecipeError if the data folder is not a folder."""
+    if folder is not None and not os.path.isdir(folder):  # unlike Path.is_dir, never raises, whatever the name
         raise RecipeError(f"--data-dir: {folder} is not a folder")
 
 
 def _locate(folder: Path, name: str) -> Path | None:
-    """The file of a data set, None if there is none; refuses a name or a link that leads out of the folder."""
+    """The file of a data set, None if there is none.
+
+    Raises ArtifactError for a name or a link that leads out of the folder.
+    """
     check_folder(folder)
     root = folder.resolve()
     for ending in ENDINGS:
@@ -144,7 +147,7 @@ def _from_folder(path: Path, root: Path) -> Found:
     if sha256 != expected:
         raise ArtifactError(f"{path}: sha256 {sha256}, but {MANIFEST} says {expected}; fetch the file again")
     parse = _json_row if ".jsonl" in path.suffixes else _text_row
-    # by "\n" only: str.splitlines also breaks at U+2028 and U+0085, which JSON leaves unescaped
+    # split at "\n" only: str.splitlines also splits at U+2028 and U+0085, which JSON leaves unescaped
     lines = enumerate(_decoded(content, path).split("\n"), start=1)
     rows = [parse(line, f"{path}: line {i}") for i, line in lines if line.strip()]
     return Found(rows=rows, source="data folder", name=name, sha256=sha256)
@@ -152,7 +155,7 @@ def _from_folder(path: Path, root: Path) -> Found:
 
 @cache
 def _manifest(root: Path) -> dict[str, str]:
-    """The sha256 of each file as its manifest has it; nothing for a folder without one."""
+    """The sha256 of each file according to the manifest; empty for a folder without one."""
     path = root / MANIFEST
     if not path.is_file():
         return {}
@@ -192,7 +195,7 @@ def _from_hub(name: str) -> Found:
     title = "/".join(filter(None, (source.path, source.config, source.split)))
     try:
         table = load_dataset(source.path, source.config, split=source.split)
-    except Exception as error:  # of many kinds and libraries: no network, no such split, a script; the reason is told
+    except Exception as error:  # of many types: no network, no such split, a script; the message has the reason
         raise Unavailable(f"{name}: the hub's {title} could not be read: {first_line(error)}") from error
     try:
         rows = [source.row(row) for row in table]
@@ -237,7 +240,7 @@ def _boolq(row: Item) -> Item:
 
 
 def _hellaswag(row: Item) -> Item:
-    """Without the marks `[title]`, `[step]` that its WikiHow half carries, as everybody who reports it does."""
+    """A HellaSwag row without the markers `[title]` and `[step]` of its WikiHow half, as is usual when it is scored."""
 
     def clean(text: str) -> str:
         return " ".join(re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).split())
@@ -247,7 +250,7 @@ def _hellaswag(row: Item) -> Item:
 
 
 def _ifeval(row: Item) -> Item:
-    """Without the None that a table puts where a question has no such argument."""
+    """An IFEval row without the None values that the table format adds for arguments a question does not have."""
     given = [{key: value for key, value in arguments.items() if value is not None} for arguments in row["kwargs"]]
     return {**row, "kwargs": given}
 

@@ -1,9 +1,9 @@
-"""`python -m compress_evals.deltas FINETUNED...`: what each kind of delta keeps, at equal bytes.
+"""`python -m compress_evals.deltas FINETUNED...`: compares what each delta method keeps, at equal bytes.
 
-Each row is a run of `compress.run` on the difference of a fine-tune (`compress.builtin.finetune`) from the built-in
-model, at a budget of bits a weight, measured beside the true fine-tune: on the ability's own held-out questions, on the
-base's facts, and by KL on both kinds of text. The first two rows are the fine-tune itself and the bare base. Rows are
-appended to `NAME/rows.jsonl` and not measured again.
+Each row is one `compress.run` on the difference between a fine-tune (`compress.builtin.finetune`) and the built-in
+model, at a budget in bits per weight. It is compared with the original fine-tune on the ability's own held-out
+questions, on the base model's facts, and by KL divergence on both kinds of text. The first two rows are the fine-tune
+itself and the base model. Rows are appended to `NAME/rows.jsonl` and not measured again.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from compress_evals.table import (
 )
 
 OWN, FACTS = "own", "facts_trained"
-BUDGETS = (2.0, 1.0, 0.5)  # bits a weight: 1/8, 1/16 and 1/32 of bfloat16
-SLACK = 1.1  # scales come on top of a sign's one bit
-EXACT = 1.005  # of a budget, by which a mean of bits may miss it
-PLAIN = 16  # bits of a stored number
-CODED = 4  # of a coded one
-FACTOR = 4.25  # bits of an entry of a factor in four bits, with its share of scales
-LOST = 0.1  # what is left of an ability that the base never had
+BUDGETS = (2.0, 1.0, 0.5)  # bits per weight: 1/8, 1/16 and 1/32 of bfloat16
+SLACK = 1.1  # factor by which a method may exceed the budget: scales come on top of the one bit of a sign
+EXACT = 1.005  # factor up to which a mean number of bits counts as within the budget
+PLAIN = 16  # bits of an uncompressed number
+CODED = 4  # bits of a quantized number
+FACTOR = 4.25  # bits per entry of a 4-bit factor, including its share of the scales
+LOST = 0.1  # the base may score at most this share of the fine-tune's score on an ability that it never had
 SAMPLES, LENGTH = 128, 256
-DOCUMENTS = 4000  # enough for the windows
+DOCUMENTS = 4000  # enough for the calibration windows
 DATA = "tuning.jsonl"
 CALIBRATION = Calibration(data=DATA, samples=SAMPLES, length=LENGTH, seed=0)
 TRUE, BARE = "fine-tune", "base"
@@ -73,11 +73,11 @@ Seconds are those of a run beside other work: orders of magnitude only.
 """
 
 
-AUTO, NEAREST = "auto, unbiased", "auto, nearest"  # of which `compress delta extract --method auto` keeps the better
+AUTO, NEAREST = "auto, unbiased", "auto, nearest"  # `compress delta extract --method auto` keeps the better of the two
 
 
 def shipped(name: str) -> Method:
-    """A method of `compress delta extract`, where it can be that small."""
+    """A method of `compress delta extract`; it gives None for budgets that the method cannot reach."""
 
     def steps(bits: float) -> Steps | None:
         try:
@@ -89,39 +89,39 @@ def shipped(name: str) -> Method:
 
 
 def coded_factors(bits: float) -> Steps:
-    """Whitened factors in four bits, rounded with error feedback."""
+    """Whitened low-rank factors in four bits, rounded with error feedback."""
     return [{"svd-llm": {"removed": round(1 - bits / FACTOR, 5)}}, {"gptq": {"bits": 4, "group": 0, "factors": True}}]
 
 
 def few(by: str, bits: float) -> Steps:
-    """Few entries, chosen without making up for the others, in four bits with their positions."""
+    """A few entries in four bits with their positions, selected by `by` without compensating for the others."""
     share = kept_within(bits, CODED)
     return [{by: {"sparsity": round(1 - share, 5), "scope": "matrix"}}, {"rtn": {"bits": CODED, "group": -1}}]
 
 
 def coded_sparse(bits: float) -> Steps | None:
-    """Where the shipped sparse delta keeps signs: fewer entries, of two bits."""
+    """Fewer entries of two bits each, for the budgets at which the shipped sparse delta keeps signs."""
     share = kept_within(0.95 * bits, 2)
     return [{"sparsegpt": {"sparsity": round(1 - share, 5), "bits": 2, "group": 0}}] if bits < 1.5 else None
 
 
 def quantized(bits: float) -> Steps | None:
-    """Every entry in two bits."""
+    """Every entry quantized to two bits; None for any other budget."""
     return [{"gptq": {"bits": 2, "group": 0}}] if bits == 2 else None
 
 
 def sampled(bits: float) -> Steps:
-    """Unbiased like dare, but of what counts: positions are stored."""
+    """DARE with entries sampled by importance: unbiased like DARE, but positions must be stored."""
     return [{"dare": {"density": round(kept_within(bits, PLAIN), 5), "keep": "importance"}}]
 
 
 def published_signs(bits: float) -> Steps | None:
-    """One scale a matrix, the mean magnitude."""
+    """BitDelta with one scale per matrix, the mean magnitude; None unless the budget is one bit."""
     return [{"bitdelta": {"scale": "matrix", "fit": "mean"}}] if bits == 1 else None
 
 
 def nearest_signs(bits: float) -> Steps | None:
-    """Scales of the nearest matrix, which is too small a one."""
+    """BitDelta with the scales of the nearest matrix, which shrink the delta; None below one bit."""
     return [{"bitdelta": {"levels": int(bits)}}] if bits >= 1 else None
 
 
@@ -145,36 +145,39 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Scored):
-    """One method at one budget; `right` holds the ability's own answers too, `own_kl` sums over their windows."""
+    """One method at one budget.
+
+    `right` also holds the answers to the ability's own questions; `own_kl` is the KL summed over each of their windows.
+    """
 
     budget: float
     recipe: dict[str, Any]
     bits_per_weight: float
-    bytes: int  # of the matrices
+    bytes: int  # of the block matrices
     folder_bytes: int
     own_kl: list[float]
     own_tokens: int
-    probe_kl: float = float("nan")  # as the run itself measured it
+    probe_kl: float = float("nan")  # on the run's own probe
 
     @property
     def both(self) -> float:
-        """The mean of the KL on both texts, nats a token."""
+        """The mean of the KL divergences on both texts, in nats per token."""
         return (self.mean_own_kl + self.mean_kl) / 2
 
     @property
     def shares(self) -> list[float]:
-        """What each window adds to `both`."""
+        """The contribution of each window to `both`."""
         texts = ((self.own_kl, self.own_tokens), (self.kl, self.tokens))
         return [x / (2 * tokens) for kl, tokens in texts for x in kl]
 
     @property
     def mean_own_kl(self) -> float:
-        """KL(fine-tune || delta) on the ability's own questions and answers, nats a token."""
+        """KL(fine-tune || delta) on the ability's own questions and answers, in nats per token."""
         return sum(self.own_kl) / self.own_tokens
 
 
 class DeltaBench(Bench):
-    """A true fine-tune, and what it says, beside which each delta of it is measured."""
+    """The original fine-tune and its answers, with which each delta of it is compared."""
 
     def __init__(self, finetuned: Path, base: str = "builtin", limit: int | None = None) -> None:
         made = read_json(finetuned / "finetune.json", "finetune.json")
@@ -186,18 +189,18 @@ class DeltaBench(Bench):
         self.own = [self.window(f"{q.prompt} {q.answer}.") for q in self.questions]
 
     def window(self, text: str) -> Window:
-        """A document of its own, all of it scored."""
+        """A window that holds one document after a BOS token, with every token of the document scored."""
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return Window(ids=(self.tokenizer.bos_token_id, *ids), scored_from=1, size=len(text.encode()))
 
     def write_documents(self, path: Path) -> None:
-        """What the model was tuned on, half of it replay: what a delta is calibrated on."""
+        """Write the calibration documents of a delta: drawn like the tuning data, half of them replay."""
         rng = random.Random(f"calibration {self.seed}")
         drawn = ["".join(draw(rng)) for _ in range(DOCUMENTS // 2) for draw in (self.ability.document, replay)]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn), encoding="utf-8")
 
     def delta(self, recipe: Recipe, method: str, budget: float) -> Measured:
-        """Run a recipe on the difference in a temporary folder, and measure base and delta together."""
+        """Run a recipe on the difference in a temporary folder, and measure the base with the delta added."""
         with tempfile.TemporaryDirectory() as folder:
             data, out = Path(folder) / DATA, Path(folder) / "out"
             self.write_documents(data)
@@ -220,7 +223,7 @@ class DeltaBench(Bench):
             )
 
     def scored(self, model: Any, method: str, seconds: float) -> dict[str, Any]:
-        """The fields of `Measured` that a model has."""
+        """The fields of `Measured` that are measured on a loaded model."""
         fields = super().scored(model, method, seconds)
         answers = exact_match(model, self.tokenizer, self.questions)
         found = compare_windows(self.dense, model, self.own)
@@ -236,7 +239,7 @@ class DeltaBench(Bench):
         }
 
     def anchors(self) -> list[Measured]:
-        """The fine-tune itself, which must lose nothing, and the base, which never had the ability."""
+        """The rows of the fine-tune itself, which must lose nothing, and of the base, which never had the ability."""
         whole = sum(p.numel() for n, p in self.dense.named_parameters() if ".layers." in n and p.ndim == 2)
         sizes = [(TRUE, self.dense, whole * PLAIN // 8), (BARE, compress.load(locate(self.base)), 0)]
         return [
@@ -253,7 +256,10 @@ class DeltaBench(Bench):
 
 
 def recipe_of(method: str, bits: float) -> Recipe | None:
-    """The recipe of a row, if the method can be that small; raises RecipeError if a pass or option is not here."""
+    """The recipe of a method at a budget; None if the method cannot reach it.
+
+    Raises RecipeError if a pass or an option does not exist.
+    """
     steps = METHODS[method](bits)
     if steps is None:
         return None
@@ -261,7 +267,7 @@ def recipe_of(method: str, bits: float) -> Recipe | None:
 
 
 def fill(bench: DeltaBench, path: Path, methods: Sequence[str], budgets: Sequence[float]) -> None:
-    """Measure what no row of the file holds."""
+    """Measure and append the rows that the file does not have yet."""
     if not read(path, Measured):
         for row in bench.anchors():
             append(path, row)
@@ -276,7 +282,7 @@ def fill(bench: DeltaBench, path: Path, methods: Sequence[str], budgets: Sequenc
 
 
 def chosen(rows: Sequence[Measured]) -> list[Measured]:
-    """What `--method auto` keeps at each budget: of the two it makes, that of the lesser KL on the run's probe."""
+    """What `--method auto` keeps at each budget: the one of its two candidates with the lower KL on the run's probe."""
     made = [row for row in rows if row.method in (AUTO, NEAREST)]
     budgets = sorted({row.budget for row in made}, reverse=True)
     pairs = [[row for row in made if row.budget == budget] for budget in budgets]
@@ -284,7 +290,7 @@ def chosen(rows: Sequence[Measured]) -> list[Measured]:
 
 
 def kept(row: Measured, true: Measured, task: str) -> str:
-    """What a delta still answers, in percent of the true fine-tune, with the paired interval."""
+    """The score of a delta in percent of the original fine-tune's, with its paired 95 % interval."""
     pair = paired(row, true, task)
     if not pair.dense:
         return "-"
@@ -293,7 +299,7 @@ def kept(row: Measured, true: Measured, task: str) -> str:
 
 
 def line(row: Measured, rivals: Sequence[Measured], true: Measured) -> str:
-    """A row of the table, bold where none of its rivals is better."""
+    """A row of the table, with each figure in bold that none of `rivals` exceeds."""
     cells = [f"{row.budget:g}", row.method, f"{row.bits_per_weight:.2f}", f"{row.bytes:,}", f"{row.folder_bytes:,}"]
     best = bool(row.recipe)
     cells.append(bold(f"{row.mean_own_kl:.4f}", best and row.mean_own_kl == min(r.mean_own_kl for r in rivals)))
@@ -304,7 +310,7 @@ def line(row: Measured, rivals: Sequence[Measured], true: Measured) -> str:
 
 
 def table(rows: Sequence[Measured], true: Measured) -> str:
-    """Markdown: one line a row, the best of each column at each budget in bold."""
+    """A Markdown table with one line per row, and the best of each column at each budget in bold."""
     head = ["budget", "method", "bits a weight", "bytes", "folder", "own KL", "prose KL", "own kept",
             "base's facts kept", "seconds"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -315,7 +321,7 @@ def table(rows: Sequence[Measured], true: Measured) -> str:
 
 
 def checks(rows: Sequence[Measured]) -> list[str]:
-    """The claims, one line each, ending in what was found; one that does not hold ends in capitals."""
+    """The claims, one per line, each ending in its verdict; the verdict is in capitals if the claim does not hold."""
     anchors = {row.method: row for row in rows if not row.recipe}
     true, bare = anchors[TRUE], anchors[BARE]
     exact = max(true.own_kl + true.kl) == 0
@@ -330,7 +336,7 @@ def checks(rows: Sequence[Measured]) -> list[str]:
 
 
 def checks_at(budget: float, rows: Sequence[Measured]) -> list[str]:
-    """At one budget: what is over it, and that `auto` is no worse than the best of the others that are not."""
+    """The claims at one budget: which methods exceed it, and whether `auto` is worse than the best other within it."""
     over = [row for row in rows if row.bits_per_weight > EXACT * budget]
     far = [f"{row.method} {row.bits_per_weight:.2f}" for row in over if row.bits_per_weight > SLACK * budget]
     named = ", ".join(f"{row.method} ({row.bits_per_weight:.2f})" for row in over) or "none"
@@ -344,7 +350,7 @@ def checks_at(budget: float, rows: Sequence[Measured]) -> list[str]:
 
 
 def against(one: Measured, other: Measured) -> str:
-    """How `auto` compares with the best fixed method, on the same questions and the same prose."""
+    """Compare `auto` with the best fixed method by a sign-flip test over the same windows of questions and prose."""
     pairs = zip(one.shares, other.shares, strict=True)
     p = stats.sign_flip([a - b for a, b in pairs])
     verdict = "tie" if p >= 0.05 else "better" if one.both < other.both else "WORSE"
@@ -353,19 +359,19 @@ def against(one: Measured, other: Measured) -> str:
 
 
 def alone(one: Measured, fixed: Sequence[Measured]) -> str:
-    """The same on the ability's own questions alone, where one who wants only those would choose."""
+    """The same on the ability's own questions alone, without a verdict; `fixed` is chosen by these alone, too."""
     best = min(fixed, key=lambda row: row.mean_own_kl)
     figures = f"{one.mean_own_kl:.4f} against {best.method} {best.mean_own_kl:.4f}"
     return f"- {one.budget:g} bits: {one.method} KL on its own questions alone {figures}"
 
 
 def failed(lines: Sequence[str]) -> bool:
-    """Whether a claim does not hold."""
+    """Whether any of the claims does not hold."""
     return any(line.rpartition(": ")[2].isupper() for line in lines)
 
 
 def section(name: str, rows: Sequence[Measured]) -> str:
-    """One fine-tune as Markdown."""
+    """The Markdown section of one fine-tune."""
     true = next(row for row in rows if row.method == TRUE)
     scores = f"{percent(true, OWN)} own, {percent(true, FACTS)} of the base's facts"
     order = {method: i for i, method in enumerate(["auto", *METHODS])}
@@ -375,7 +381,7 @@ def section(name: str, rows: Sequence[Measured]) -> str:
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> list[Measured]:
-    """The rows of one fine-tune, those missing measured first; raises CompressError if they cannot be added."""
+    """The rows of one fine-tune, after measuring the missing ones; raises CompressError if they cannot be added."""
     path = arguments.out / folder.resolve().name / "rows.jsonl"
     if not arguments.print:
         bench = DeltaBench(folder, limit=arguments.limit)
@@ -391,7 +397,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[Measured]:
 
 
 def main() -> int:
-    """Measure what is missing, print the table; 1 with `--check` if a claim does not hold."""
+    """Measure the missing rows and print the table; returns 1 with `--check` if a claim does not hold, else 0."""
     names = list(METHODS)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("finetuned", nargs="+", type=Path, help="folders made by compress.builtin.finetune")

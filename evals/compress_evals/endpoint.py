@@ -1,8 +1,8 @@
-"""One question to a language model behind an HTTP address that speaks OpenAI's chat completions.
+"""A client for an HTTP endpoint that implements OpenAI's chat completions, one question per call.
 
-Not here: what is asked and what becomes of the reply (`judge.py`). The key goes into one header of one request and
-nowhere else: never over plain HTTP but to this machine, never along a redirect, never into a message or a file; what
-the server says of an error is not shown, because servers repeat the key there.
+Not here: what is asked and how the reply is used (`judge.py`). The API key is sent in one request header and goes
+nowhere else: never over plain HTTP except to this machine, never along a redirect, never into a message or a file. The
+body of an error response is not shown, because servers may repeat the key there.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from compress.errors import RecipeError
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LARGEST = 1 << 20  # bytes of a reply
-LONGEST_WAIT = 30.0  # seconds between two tries
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # a later try may go well
-HOPELESS = (401, 403, 404, 405)  # no question will be answered
+LONGEST_WAIT = 30.0  # seconds between two attempts
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses after which a retry may succeed
+HOPELESS = (401, 403, 404, 405)  # statuses after which no question will be answered
 
 
 class Unanswered(Exception):
-    """The server gave no answer to one question; the message is a reason in a few words, without what it said."""
+    """Raised if the server gave no answer to one question; the message is a short reason, without the server's text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where to ask, which model, and with how much patience; `url` ends before `/chat/completions`.
+    """The address, model, timeout and retries of a chat-completions endpoint; `url` ends before `/chat/completions`.
 
-    `timeout` is in seconds, for a connection and for a whole reply; `retries` come after a first try, `pause` seconds
-    apart, then twice as long each time or as long as the server asks, at most 30. Raises RecipeError for an address
-    that would show the key, and for a key that is none.
+    `timeout` is in seconds and applies to the connection and to the whole reply. `retries` are the attempts after the
+    first; the wait before them starts at `pause` seconds and doubles each time, or is as long as the server asks, at
+    most 30 seconds. Raises RecipeError for an address that would expose the key and for a malformed key.
     """
 
     url: str
@@ -53,7 +53,10 @@ class Endpoint:
             raise RecipeError("JUDGE_API_KEY: not a key; it must be printable ASCII without spaces")
 
     def ask(self, system: str, user: str) -> str:
-        """The model's reply at temperature 0; raises Unanswered, or RecipeError where no question would be answered."""
+        """The model's reply at temperature 0.
+
+        Raises Unanswered if this question gets no answer, RecipeError if the endpoint would answer none.
+        """
         body = {
             "model": self.model, "temperature": 0, "max_tokens": 1024,
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
@@ -89,7 +92,10 @@ class Endpoint:
 
 
 def check_url(url: str) -> None:
-    """Raise RecipeError unless the address is https, or http to this machine, without name, password or query."""
+    """Raise RecipeError unless the address is https, or http to this machine.
+
+    It must have no user name, password, query or fragment.
+    """
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -102,7 +108,7 @@ def check_url(url: str) -> None:
 
 
 class _Later(Exception):
-    """Worth another try, after `wait` seconds at least."""
+    """Raised if the request is worth a retry after at least `wait` seconds."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -111,7 +117,7 @@ class _Later(Exception):
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """None: the redirect is then an error with its status."""
+        """Return None, so that a redirect becomes an HTTPError with its status."""
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
@@ -122,7 +128,7 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
 
 
 def _read(reply: Any, deadline: float) -> bytes:
-    """The reply, unless it is too long or trickles in until after the deadline."""
+    """The whole reply; raises Unanswered if it is too long, TimeoutError if it is still arriving at the deadline."""
     content = b""
     while part := reply.read1(1 << 16):
         content += part

@@ -1,8 +1,8 @@
-"""What was said, where only the likelihood of the answer was measured, and examples of the answers that flipped.
+"""Generates the missing answer texts of likelihood tasks, and collects examples of answers that flipped.
 
-Not here: how much flipped (`comparison.py`). A model that would not say the target is made to say something: all of
-the dense model's wrong answers, since the compressed one may gain any of them, and of a compressed model's only those
-that are shown.
+Not here: how many answers flipped (`comparison.py`). Where only the likelihood of the target was measured and greedy
+decoding would not give it, the answer is generated: for the dense model, for all its wrong answers, because a
+compressed model may gain any of them; for a compressed model, only for the examples that are shown.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from compress_evals.quiet import quiet
 from compress_evals.results import Example, Results, Row
 from compress_evals.subject import Subject
 
-SHOWN = 20  # examples each way
-PROMPT = 1200  # characters of a prompt's end
-SPARE = 8  # tokens beyond those of the target: a wrong answer may be longer
+SHOWN = 20  # examples of lost answers, and as many of gained ones
+PROMPT = 1200  # characters that are kept from the end of a prompt
+SPARE = 8  # tokens generated beyond the length of the longest target: a wrong answer may be longer
 _STOP = re.compile(r"[.!?](?=\s|$)")
 
 Flips = tuple[tuple[str, ...], tuple[str, ...]]
@@ -34,7 +34,10 @@ def spoken(
     cache: Cache | None,
     only: Mapping[str, Iterable[str]] | None = None,
 ) -> Results:
-    """The results with `said` filled in where it is not known, at all questions or the ids in `only` by task."""
+    """The results with `said` generated where it is missing, for all questions or for the ids in `only` by task.
+
+    Only tasks scored by the likelihood of one target have such gaps.
+    """
     rows = dict(results.rows)
     for asked in exam.tasks:
         name = asked.task.name
@@ -53,7 +56,10 @@ def spoken(
 def say(
     subject: Subject, asked: Questions, places: Sequence[int], exam: Exam, batch_size: int, cache: Cache | None
 ) -> dict[int, str]:
-    """What a model says to these of a task's questions, greedily, in no more than the target's length and a little."""
+    """The greedy answers to the questions at `places` of a task, by place, from the cache or generated.
+
+    They are at most SPARE tokens longer than the longest target of these questions.
+    """
     from lm_eval.api.instance import Instance
 
     decided_by = {**parts(subject, asked, exam, batch_size, cache), "places": list(places)}
@@ -75,9 +81,9 @@ def say(
 
 
 def ended(text: str, target: str) -> str:
-    """The text up to where it ends a sentence for as many times as the target does; all of it if it never does.
+    """The text up to the end of its n-th sentence, n being the number of sentences of the target (at least 1).
 
-    Without this an answer would run on into the next question.
+    All of the text if it has fewer. Without this cut an answer would run on into the next question.
     """
     sentences = max(1, len(_STOP.findall(target)))
     stops = list(_STOP.finditer(text))
@@ -85,7 +91,7 @@ def ended(text: str, target: str) -> str:
 
 
 def flips(dense: Sequence[Row], compressed: Sequence[Row], headline: str) -> Flips:
-    """The ids of some questions lost and some gained: those with the smallest hashes, so always the same."""
+    """The ids of up to SHOWN lost and SHOWN gained questions, chosen by the smallest hashes, hence deterministic."""
     lost: list[str] = []
     gained: list[str] = []
     for before, after in zip(dense, compressed, strict=True):
@@ -96,17 +102,17 @@ def flips(dense: Sequence[Row], compressed: Sequence[Row], headline: str) -> Fli
 
 
 def some(ids: Iterable[str]) -> tuple[str, ...]:
-    """As many ids as are shown, by their hash."""
+    """The SHOWN ids with the smallest hashes."""
     return tuple(sorted(ids, key=lambda i: (hashlib.sha256(i.encode()).hexdigest(), i))[:SHOWN])
 
 
 def shown(dense: Results, compressed: Results) -> dict[str, Flips]:
-    """The flips of every task that are shown."""
+    """The ids of the flips to show, by task."""
     return {name: flips(dense.rows[name], compressed.rows[name], task.headline) for name, task in dense.tasks.items()}
 
 
 def examples(dense: Results, compressed: Results, chosen: Mapping[str, Flips], exam: Exam) -> dict[str, Examples]:
-    """The examples of every task, lost and gained; both results are `spoken` where an example needs it."""
+    """The lost and gained examples of every task; `spoken` must have filled in the answers that they need."""
     found = {}
     for asked in exam.tasks:
         name = asked.task.name

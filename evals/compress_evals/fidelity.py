@@ -1,8 +1,8 @@
-"""How far a compressed model's next-token distributions are from the dense model's.
+"""Measures how far a compressed model's next-token distributions are from the dense model's.
 
-Not here: whether its answers are right (`run.py`). Shown beside the answers, never instead of them:
-KL and bits per byte rank badly damaged models well and nearly lossless ones not at all, and on plain text
-they can point the other way than knowledge does. Everything is float32 after the logits.
+Not here: whether its answers are right (`run.py`). Fidelity is reported next to the scores, never instead of them: KL
+and bits per byte rank badly damaged models well but cannot rank nearly lossless ones, and on plain text they can move
+in the opposite direction to knowledge. Everything after the logits is float32.
 Shapes: T tokens of one window, V vocabulary; B windows of a batch.
 """
 
@@ -29,7 +29,7 @@ _LOGITS = 1 << 24  # logits of one model held at a time: 64 MB as float32
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A value with its 95 % interval."""
+    """A value with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -38,12 +38,14 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """Distances of a compressed model from its dense original; all on text that neither was calibrated on.
+    """Distances of a compressed model from its dense original, on text that neither was calibrated on.
 
-    `kl` is KL(dense || compressed) in nats a token over the text, `answer_kl` the same where the answers of the
-    trained questions stand; `top1` the share of tokens where both would say the same. Bits per byte measure how
-    well a text is compressed: not a quality metric. Infinite where a model gives no distribution.
-    With `top`, KL is over dense's `top` likeliest tokens and all others together: a lower bound.
+    `kl` is KL(dense || compressed) in nats per token over the text, `answer_kl` the same over the tokens of the answers
+    to the trained questions. `top1` is the share of tokens where both models have the same most likely token,
+    `answer_top1` the same over the answers. Bits per byte measure how well the text is compressed and are not a quality
+    metric. Values are infinite where a model's output is not a probability distribution.
+    With `top`, KL is computed over the dense model's `top` most likely tokens and one bin for all others, which is a
+    lower bound of the full KL.
     """
 
     text_sha256: str
@@ -64,7 +66,7 @@ class Fidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What was found at each scored token: KL, agreement of the likeliest token, and both losses in nats."""
+    """The figures at each scored token: KL, agreement of the most likely token, and both models' losses, in nats."""
 
     kl: Floats
     same: Floats
@@ -74,7 +76,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Token ids beginning with a context of `scored_from` tokens that are not scored; `size` is in UTF-8 bytes."""
+    """Token ids, the first `scored_from` of which are unscored context; `size` is the scored text in UTF-8 bytes."""
 
     ids: tuple[int, ...]
     scored_from: int
@@ -97,10 +99,10 @@ def measure_fidelity(
     iters: int = 10000,
     seed: int = 0,
 ) -> Fidelity:
-    """Compare two causal language models of one vocabulary on a text and on the answers to questions.
+    """Compare two causal language models with the same vocabulary on a text and on the answers to questions.
 
-    `text` and `questions` default to the built-in ones. `length` is the tokens of a window, BOS included; windows
-    do not overlap. Intervals resample windows (questions for `answer_kl`) `iters` times.
+    `text` and `questions` default to the built-in ones. `length` is the number of tokens in a window, BOS included;
+    windows do not overlap. Confidence intervals resample windows (questions for `answer_kl`) `iters` times.
     """
     text = evaluation_text() if text is None else text
     pieces, asked = all_windows(tokenizer, text, questions, length)
@@ -111,7 +113,7 @@ def measure_fidelity(
 def all_windows(
     tokenizer: Any, text: str, questions: Sequence[Question] | None = None, length: int = 256
 ) -> tuple[list[Window], list[Window]]:
-    """The windows of a text, and those of questions, by default the trained ones; raises ArtifactError for none."""
+    """The windows of a text and of questions (by default the trained ones); raises ArtifactError if either is empty."""
     questions = closed_book(facts("evaluation"), "trained") if questions is None else questions
     pieces = text_windows(tokenizer, text, length)
     asked = [answer_window(tokenizer, question) for question in questions]
@@ -129,12 +131,12 @@ def summarise(
     seed: int,
     top: int | None = None,
 ) -> Fidelity:
-    """The figures over the tokens found at each window of the text and at each answer."""
+    """Summarise the token figures of the text windows (`found`) and of the answers."""
     kl = np.concatenate([f.kl for f in found])
     sizes = np.array([window.size for window in pieces], dtype=np.float64)
     dense_bits = np.array([f.dense_loss.sum() for f in found]) / math.log(2)
     compressed_bits = np.array([f.compressed_loss.sum() for f in found]) / math.log(2)
-    with np.errstate(invalid="ignore"):  # of two infinite losses `ratio` says so
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN; `ratio` then gives infinity
         more_bits = compressed_bits - dense_bits
     return Fidelity(
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
@@ -155,9 +157,10 @@ def summarise(
 
 
 def text_windows(tokenizer: Any, text: str, length: int) -> list[Window]:
-    """The text cut into windows of `length` tokens, BOS included; their sizes add up to the text's bytes.
+    """The text cut into windows of `length` tokens, BOS included; their sizes add up to the bytes of the text.
 
-    Raises ArtifactError for a tokenizer that cannot say where its tokens stand in the text.
+    For a tokenizer without a BOS token, windows have one token less, their first token is unscored context, and its
+    bytes are not counted. Raises ArtifactError for a tokenizer that gives no token offsets (one that is not "fast").
     """
     if not tokenizer.is_fast:
         raise ArtifactError("fidelity needs a fast tokenizer: bytes per window come from its token offsets")
@@ -168,7 +171,7 @@ def text_windows(tokenizer: Any, text: str, length: int) -> list[Window]:
     windows = []
     for begin in range(0, len(ids), step):
         piece = (*first, *ids[begin : begin + step])
-        scored = begin + 1 - len(first)  # without a BOS the first token is context
+        scored = begin + 1 - len(first)  # without a BOS, the first token is unscored context
         if len(piece) > 1:
             since = starts[scored] if scored else 0
             until = starts[begin + step] if begin + step < len(ids) else len(text)
@@ -177,7 +180,7 @@ def text_windows(tokenizer: Any, text: str, length: int) -> list[Window]:
 
 
 def answer_window(tokenizer: Any, question: Question) -> Window:
-    """A question with its answer, of which only ` {answer}.` is scored."""
+    """A window with a question and its answer, of which only ` {answer}.` is scored."""
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     answer = f" {question.answer}."
     prompt = tokenizer(question.prompt, add_special_tokens=False).input_ids
@@ -186,7 +189,7 @@ def answer_window(tokenizer: Any, question: Question) -> Window:
 
 
 def compare_windows(dense: Any, compressed: Any, windows: Sequence[Window]) -> list[Tokens]:
-    """The comparison at the scored tokens of each window, in their order."""
+    """Compare both models at the scored tokens of each window; results are in the order of the windows."""
     found: dict[int, Tokens] = {}
     for chosen in batches(windows, dense.config.vocab_size):
         found |= zip(chosen, compare_batch(dense, compressed, [windows[i] for i in chosen]), strict=True)
@@ -194,7 +197,7 @@ def compare_windows(dense: Any, compressed: Any, windows: Sequence[Window]) -> l
 
 
 def batches(windows: Sequence[Window], vocabulary: int) -> Iterator[list[int]]:
-    """The places of windows to compute at once: of like lengths, the longest first, and no more than fit."""
+    """Batches of window indices, sorted by falling length, with at most `_LOGITS` logits per batch (or one window)."""
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids), reverse=True)
     most = max(1, _LOGITS // (len(windows[order[0]].ids) * vocabulary))
     for start in range(0, len(order), most):
@@ -202,7 +205,7 @@ def batches(windows: Sequence[Window], vocabulary: int) -> Iterator[list[int]]:
 
 
 def compare_batch(dense: Any, compressed: Any, batch: Sequence[Window]) -> list[Tokens]:
-    """The comparison at the scored tokens of each window, all in one forward of each model."""
+    """Compare both models at the scored tokens of each window, in one forward pass of each model."""
     ours, theirs = (log_probabilities(model, batch) for model in (dense, compressed))
     same_vocabulary(ours[0].shape[-1], theirs[0].shape[-1])
     return [
@@ -225,25 +228,25 @@ def log_probabilities(model: Any, batch: Sequence[Window]) -> list[Tensor]:
 
 
 def targets(window: Window) -> Tensor:
-    """The tokens [T] of a window that are scored."""
+    """The scored tokens [T] of a window."""
     return torch.tensor(window.ids[window.scored_from :])
 
 
 def same_vocabulary(dense: int, compressed: int) -> None:
-    """Raise ArtifactError unless two models have as many tokens."""
+    """Raise ArtifactError unless both vocabularies have the same size."""
     if dense != compressed:
         raise ArtifactError(f"the models have {dense} and {compressed} tokens: not one the other compressed")
 
 
 def token_distances(dense_TV: Tensor, compressed_TV: Tensor, target_T: Tensor) -> Tokens:
-    """`distances` of two rows of logits."""
+    """`distances` between two sets of logits."""
     return distances(dense_TV.float().log_softmax(-1), compressed_TV.float().log_softmax(-1), target_T)
 
 
 def distances(p_TV: Tensor, q_TV: Tensor, target_T: Tensor) -> Tokens:
-    """KL(dense || compressed), agreement and losses of two rows of log-probabilities.
+    """KL(dense || compressed), top-1 agreement and losses of two sets of log-probabilities.
 
-    Where either gives no distribution (NaN) the distance is infinite and they disagree.
+    Where either is not a distribution (NaN), the distance is infinite and they count as disagreeing.
     """
     kl_T = torch.where(p_TV.isneginf(), 0.0, p_TV.exp() * (p_TV - q_TV)).sum(-1)
     losses = [-x_TV.gather(-1, target_T.unsqueeze(-1)).squeeze(-1) for x_TV in (p_TV, q_TV)]
@@ -252,7 +255,7 @@ def distances(p_TV: Tensor, q_TV: Tensor, target_T: Tensor) -> Tokens:
 
 
 def tokens_of(kl_T: Tensor, same_T: Tensor, dense_T: Tensor, compressed_T: Tensor, broken_T: Tensor) -> Tokens:
-    """What was found at scored tokens; infinitely far where `broken_T` says that a model gives no distribution."""
+    """The figures at scored tokens; KL is infinite where `broken_T` says that a model gives no distribution."""
     return Tokens(
         kl=_array(kl_T.clamp_min(0).masked_fill(broken_T, math.inf)),
         same=_array(same_T & ~broken_T),
@@ -262,13 +265,16 @@ def tokens_of(kl_T: Tensor, same_T: Tensor, dense_T: Tensor, compressed_T: Tenso
 
 
 def mean_kl(found: Sequence[Tokens], iters: int, seed: int) -> Estimate:
-    """KL a token over all windows, with its interval."""
+    """The mean KL per token over all windows, with its 95 % interval."""
     sums = np.array([tokens.kl.sum() for tokens in found])
     return ratio(sums, np.array([len(tokens.kl) for tokens in found], dtype=np.float64), iters, seed)
 
 
 def ratio(sums: Floats, sizes: Floats, iters: int, seed: int) -> Estimate:
-    """Sum over size with its 95 % interval, resampling windows; infinite if any sum is not finite."""
+    """The sum of `sums` over the sum of `sizes`, with a 95 % bootstrap interval that resamples windows.
+
+    Infinite if any sum is not finite.
+    """
     if not np.isfinite(sums).all():
         return Estimate(value=math.inf, low=math.inf, high=math.inf)
     table = tuple((total, size, 1) for total, size in zip(sums.tolist(), sizes.tolist(), strict=True))
