@@ -124,10 +124,10 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
 
 
 def colour(name: str) -> str:
-    """The colour of a recipe: blue for quantized, green for low rank, purple for quantized combined with either
-    pruning or low rank, orange for everything else that is smaller, grey for dense.
+    """The colour of a recipe, by the kinds of weights that the passes of the packaged recipe of that name produce.
 
-    The kind is derived from what the passes of the packaged recipe of that name produce.
+    Blue for quantized, green for low rank, purple for quantized combined with pruning or low rank, orange for all other
+    recipes, grey for dense.
     """
     if name == "dense":
         return "#555555"

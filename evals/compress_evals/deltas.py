@@ -121,7 +121,7 @@ def published_signs(bits: float) -> Steps | None:
 
 
 def nearest_signs(bits: float) -> Steps | None:
-    """BitDelta with the scales of the nearest matrix, which shrink the delta; None below one bit."""
+    """BitDelta with the scales of the nearest matrix, whose norm is too small; None below one bit."""
     return [{"bitdelta": {"levels": int(bits)}}] if bits >= 1 else None
 
 

@@ -159,7 +159,7 @@ def summarise(
 def text_windows(tokenizer: Any, text: str, length: int) -> list[Window]:
     """The text cut into windows of `length` tokens, BOS included; their sizes add up to the bytes of the text.
 
-    For a tokenizer without a BOS token, windows have one token less, their first token is unscored context, and its
+    For a tokenizer without a BOS token, windows are one token shorter, their first token is unscored context, and its
     bytes are not counted. Raises ArtifactError for a tokenizer that gives no token offsets (one that is not "fast").
     """
     if not tokenizer.is_fast:

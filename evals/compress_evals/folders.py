@@ -1,8 +1,8 @@
-"""Evaluate model folders: ask the suite of each, compare with the dense base, and write the report.
+"""Evaluates model folders: runs the suite on each model, compares it with the dense base, and writes the report.
 
-The dense base is measured once for all of them, and with a cache once and for all: what is stored of a model is not
-measured again, and a model of which all is stored is not loaded. With a cache one model is in memory at a time;
-without one, and to time generation, two.
+The dense base is measured once for all of them. With a cache, nothing that was measured before is measured again, also
+in later evaluations, and a model whose measurements are all cached is not loaded. With a cache, one model is in memory
+at a time; without one, and while generation is timed, two.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from compress_evals.subject import Subject
 from compress_evals.suite import FACTS, find
 
 Progress = Callable[[str], None]
-GENERATED = {"prompt": 64, "new": 128, "runs": 5}  # as `compress bench --generate`
-SHORTEST = 4000  # characters of a text to measure on: some windows to resample
-SETTINGS = ("config.json", "generation_config.json")  # what else in a folder decides what its model says
+GENERATED = {"prompt": 64, "new": 128, "runs": 5}  # as in `compress bench --generate`
+SHORTEST = 4000  # characters a fidelity text must have, so that there are windows to resample
+SETTINGS = ("config.json", "generation_config.json")  # files besides the weights that affect a model's answers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What holds for all models of one evaluation; `again` is what the dense model is asked a second time.
+    """The settings shared by all models of one evaluation; `again` are the questions of the noise measurement.
 
-    Examples of flips are collected if `examples` says so: they take time, and are for readers of what is written.
+    Examples of flips are collected only if `examples` is set: they take time, and only the written files show them.
     """
 
     exam: Exam
@@ -88,18 +88,18 @@ def evaluate_folders(
     on_progress: Progress | None = None,
     meter: Meter | None = None,
 ) -> list[Results]:
-    """The results of the dense base, then of each folder, compared with it.
+    """The results of the dense base, then those of each folder, each compared with the base.
 
-    `base` defaults to `builtin` where the first artifact was made from it; `delta_base` is what deltas among the
-    folders are added to, if that is not `builtin`. `suite`, `only`, `limit`, `data_dir`, `online` and `chat_template`
-    say what is asked (see `questions.prepare`); `text` is what bits per byte and KL are measured on, by default the
-    built-in prose. `batch_size` is a number, or `auto` for what fits, up to 64 on a CPU; where memory runs out, all
-    models are asked again at half of it. `noise` questions a task are asked of the dense model twice, `speed` times
-    generation. `conditions` are only looked at before anything is asked: they must be about something that can be
-    asked. With `out`, results, samples, examples of flips, `report.md` and `report.html` are written there.
-    Everything measured is stored in `cache`, by default OUT/cache, and looked up there unless `fresh`.
-    Raises ArtifactError for folders that cannot be read or compared, RecipeError without a base or anything to ask,
-    or if `out` or `cache` is in one of them.
+    `base` defaults to `builtin` if the first artifact was made from it; `delta_base` is the model that deltas among the
+    folders are added to, if it is not `builtin`. `suite`, `only`, `limit`, `data_dir`, `online` and `chat_template`
+    select the questions (see `questions.prepare`); `text` is the text for bits per byte and KL, by default the built-in
+    prose. `batch_size` is a number, or `auto` for the largest that fits, up to 64 on a CPU; if memory runs out, all
+    models are evaluated again at half of it. `noise` questions per task are asked of the dense model a second time,
+    `speed` times generation. `conditions` are not tested here, only checked before the evaluation: each must apply to
+    something that can be asked. With `out`, results, samples, examples of flips, `report.md` and `report.html` are
+    written there. All measurements are stored in `cache`, by default OUT/cache, and read from it unless `fresh`.
+    Raises ArtifactError for folders that cannot be read or compared, RecipeError if there is no base or no question, or
+    if `out` or `cache` lies in a model folder.
     """
     if not paths:
         raise RecipeError("folders: name at least one to evaluate")
@@ -119,7 +119,7 @@ def evaluate_folders(
     store = None if place is None else Cache(place, fresh=fresh, say=meter.note)
     dense = subject(model_name(source), locate(source), None, device)
     exam = within(exam, dense.known(exam, store).max_length)
-    check_asked(conditions, exam)  # again: what is too long for the model is known now
+    check_asked(conditions, exam)  # again, because tasks too long for the model have now been dropped
     session = Session(
         exam=exam,
         cache=store,
@@ -145,9 +145,10 @@ def evaluate_folders(
 def checked(
     folders: Sequence[Path], source: str | Path, delta_base: str | Path | None, text: str | None
 ) -> list[tuple[str, Path, Path | None]]:
-    """Each folder with what it is called and what it is a difference from, before anything is loaded.
+    """For each folder its name, its path and the base of its delta, if it is one; nothing is loaded.
 
-    Raises RecipeError for names that are alike or a text that is too short, ArtifactError for another base.
+    Raises RecipeError for names that are not distinct or a text that is too short, ArtifactError for a folder that was
+    made from another base.
     """
     names = distinct_names(folders, model_name(source))
     check_base(folders, locate(source))
@@ -158,7 +159,7 @@ def checked(
 
 
 def apart(models: Sequence[Path], places: dict[str, Path | None]) -> None:
-    """Raise RecipeError, with the option, for a place in a model folder: `verify` refuses what was added to one."""
+    """Raise RecipeError, naming the option, for an output in a model folder: `verify` would refuse that folder then."""
     for option, place in places.items():
         for model in models:
             if place is not None and model.resolve() in (place.resolve(), *place.resolve().parents):
@@ -168,7 +169,7 @@ def apart(models: Sequence[Path], places: dict[str, Path | None]) -> None:
 
 
 def ask_all(session: Session, dense: Subject, others: Sequence[Subject], size: int) -> list[Results]:
-    """The results of the dense model and of all others, compared, so many questions at a time."""
+    """The results of the dense model and of all others, compared with it, at one batch size."""
     session.meter.restart()
     session.meter.expect(session.exam.tasks, 1 + len(others))
     session.meter.expect(session.again)
@@ -186,7 +187,7 @@ def ask_all(session: Session, dense: Subject, others: Sequence[Subject], size: i
 
 
 def ask_dense(session: Session, dense: Subject, size: int) -> Results:
-    """The dense model's results, with what it says where it is wrong, and its noise."""
+    """The dense model's results, with its noise floor and, for the examples, its generated wrong answers."""
     results = measure(dense, session.exam, size, session.cache, session.meter)
     if session.examples:
         results = spoken(dense, results, session.exam, session.cache)
@@ -197,7 +198,7 @@ def ask_dense(session: Session, dense: Subject, size: int) -> Results:
 def ask_other(
     session: Session, dense: Subject, first: Results, held: Held | None, other: Subject, size: int
 ) -> Results:
-    """A compressed model's results, compared with the dense ones."""
+    """A compressed model's results, compared with those of the dense model."""
     found = measure(other, session.exam, size, session.cache, session.meter)
     flipped: dict[str, Flipped] = {}
     if session.examples:
@@ -219,14 +220,14 @@ def ask_other(
 
 
 def distance(session: Session, dense: Subject, held: Held | None, other: Subject) -> Fidelity:
-    """How far a model's distributions are from the dense one's, which is only loaded if nothing is held of it."""
+    """The fidelity of a model to the dense one, which is loaded only if its log-probabilities are not held on disk."""
     if held is None or session.cache is None:
         return measure_fidelity(dense.model, other.model, session.exam.tokenizer, text=session.text, seed=session.seed)
     return references.fidelity(held, other, session.exam, session.cache, session.seed)
 
 
 def timed(dense: Subject, other: Subject) -> Speed:
-    """Greedy generation of both models in turn."""
+    """Time greedy generation with both models in turn."""
     from compress.runtime.bench import measure_generation
 
     first, second = measure_generation({"dense": dense.model, other.name: other.model}, **GENERATED)
@@ -241,13 +242,13 @@ def timed(dense: Subject, other: Subject) -> Speed:
 
 
 def noted(results: Results, why: str) -> Results:
-    """The results with one note more, which their comparison repeats."""
+    """The results with a note added, both to them and to their comparison."""
     versus = results.vs and results.vs.model_copy(update={"notes": (*results.vs.notes, why)})
     return results.model_copy(update={"notes": (*results.notes, why), "vs": versus})
 
 
 def subject(name: str, folder: Path, under: Path | None, device: str) -> Subject:
-    """The model of a folder, not loaded yet; `under` is what a delta is added to."""
+    """The model of a folder, not loaded yet; `under` is the base that a delta is added to."""
 
     def load() -> Any:
         return compress.load(folder, base=under).to(usable(device))
@@ -257,7 +258,7 @@ def subject(name: str, folder: Path, under: Path | None, device: str) -> Subject
 
 
 def fingerprint(folder: Path) -> str:
-    """The hash of all bytes of a folder that decide what its model says; not of what it says about itself."""
+    """The hash of all files of a folder that determine its model's answers; its metadata is left out."""
     files = sorted(folder.glob("*.safetensors")) + [folder / name for name in SETTINGS if (folder / name).is_file()]
     return hashed([[path.name, digest(path)] for path in files])
 
@@ -279,7 +280,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What a folder says of itself: bytes of its shards, and for an artifact how it was made."""
+    """The recorded facts about a folder: bytes and hash of its shards, and for an artifact how it was made."""
     if not is_artifact(folder):
         checkpoint = Checkpoint(folder)
         return {"bytes_on_disk": checkpoint.nbytes(), "sha": joined(checkpoint.digests())}
@@ -295,12 +296,12 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def joined(digests: dict[str, str]) -> str:
-    """One identity of several shards: the sha256 of their names and sha256s."""
+    """One hash for several shards: the sha256 of their names and sha256s."""
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
 def distinct_names(folders: Sequence[Path], base: str) -> list[str]:
-    """Folder names, with the parent's where two are alike; raises RecipeError if that is not enough."""
+    """Folder names, prefixed with the parent's name where two are equal; raises RecipeError if that is not enough."""
     short = [display_name(folder) for folder in folders]
     long = [f"{folder.resolve().parent.name}-{folder.resolve().name}" for folder in folders]
     names = [n if [*short, base].count(n) == 1 else whole for n, whole in zip(short, long, strict=True)]
@@ -310,21 +311,21 @@ def distinct_names(folders: Sequence[Path], base: str) -> list[str]:
 
 
 def make(out: Path) -> None:
-    """Create the output folder; raises RecipeError if that, or a file in it, cannot be done."""
+    """Create the output folder; raises RecipeError if it cannot be created or written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # now, and not when everything has been asked
+        tempfile.TemporaryFile(dir=out).close()  # fail now, not after the whole evaluation
     except OSError as error:
         raise RecipeError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
 def model_name(source: str | Path) -> str:
-    """How the dense model is called in tables."""
+    """The name of the dense model in tables."""
     return "builtin" if str(source) == "builtin" else Path(os.path.abspath(Path(source).expanduser())).name
 
 
 def fidelity_line(result: Results) -> str:
-    """KL, agreement and bits per byte of one compared result, in a sentence."""
+    """One line with the KL, top-1 agreement and bits per byte of a compared result."""
     found = result.vs.fidelity if result.vs else None
     if found is None:
         return "fidelity not measured"
@@ -338,7 +339,7 @@ def fidelity_line(result: Results) -> str:
 
 
 def write(results: Sequence[Results], out: Path) -> None:
-    """Write every result with its samples, and the two reports; raises RecipeError if the disk refuses."""
+    """Write every result with its samples, and the two reports; raises RecipeError if that fails."""
     try:
         for result in results:
             save(result, out / result.model.name.replace("/", "-"))

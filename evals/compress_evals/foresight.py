@@ -1,8 +1,8 @@
-"""How near `compress plan` comes: bytes, peak memory and seconds foreseen, beside those of runs.
+"""Compares the bytes, peak memory and seconds that `compress plan` predicts with those of actual runs.
 
-`python -m compress_evals.foresight` makes random Llamas of several widths, asks for the plan of each recipe and runs
-it, in processes of their own. Seconds are compared with the wall's, less those that importing takes: a plan is of an
-idle machine, which this must be too, and leaves them out.
+`python -m compress_evals.foresight` makes random Llama models of several widths, and plans and runs each recipe on
+them, each in a process of its own. The predicted seconds are compared with wall time less the import time, because a
+plan leaves that out. A plan assumes an idle machine, so this must run on one.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from compress_evals.streaming import SHAPE, block_bytes, make
 
 RECIPES = ("rtn-int4", "magnitude-50", "wanda-50", "wanda-2of4", "sparsegpt-50", "gptq-int4", "wanda-2of4-gptq-int4",
            "svd-llm-20")  # fmt: skip
-VOCABULARY = 4096  # entries: those of the built-in model's tokenizer, and some more
+VOCABULARY = 4096  # entries: somewhat more than the built-in model's tokenizer has
 LOADED = "import compress.driver, transformers.models.llama.modeling_llama"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """What a process took: seconds, peak resident bytes, and what it said on stdout."""
+    """The wall seconds and peak resident bytes of a process, and its stdout."""
 
     seconds: float
     peak: int
@@ -38,7 +38,7 @@ class Ran:
 
 
 def ran(*line: str) -> Ran:
-    """Run a line of Python's; SystemExit with its code if it fails."""
+    """Run the Python interpreter with these arguments; raises SystemExit with its exit code if it fails."""
     with TemporaryFile("w+", encoding="utf-8") as said:
         child = subprocess.Popen([sys.executable, *line], stdout=said)
         began = time.monotonic()
@@ -51,7 +51,7 @@ def ran(*line: str) -> Ran:
 
 
 def model_of(folder: Path, width: int, blocks: int) -> Path:
-    """A random Llama of this width, made if it is not there."""
+    """The folder of a random Llama of this width, which is made if it does not exist."""
     model = folder / f"llama-{width}x{blocks}"
     inner = -(-width * 8 // 3 // 128) * 128
     shape = SHAPE | {
@@ -64,7 +64,7 @@ def model_of(folder: Path, width: int, blocks: int) -> Path:
 
 
 def compared(model: Path, recipe: str, samples: int, out: Path, importing: float) -> str:
-    """A row of the table: one recipe on one model."""
+    """A table row that compares plan and run of one recipe on one model."""
     asked = (recipe, "--model", str(model), "--set", f"calibration.samples={samples}")
     plan = json.loads(ran("-m", "compress", "plan", *asked, "--json").said)
     done = ran("-m", "compress", "run", *asked, "--out", str(out), "--force", "--json")
@@ -78,7 +78,7 @@ def compared(model: Path, recipe: str, samples: int, out: Path, importing: float
 
 
 def main() -> None:
-    """Make the models, plan and run, print the table."""
+    """Make the models, plan and run each recipe, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--blocks", type=int, default=3)

@@ -1,9 +1,10 @@
-"""`python -m compress_evals.kv`: what a quantized key-value cache costs and saves, beside the plain cache.
+"""`python -m compress_evals.kv`: measures what a quantized key-value cache costs and saves against the plain cache.
 
-A forward over a whole text hides the damage, because a prompt attends to itself before it is rounded. So everything is
-fed in steps of `--chunk` tokens through the cache, as in decoding: at 1, exactly. The plain cache is fed alike. An
-answer counts if each of its tokens is the likeliest one, which is what greedy generation through that cache would say.
-Closed-book questions follow other ones with their answers, else they would end before anything is rounded.
+One forward pass over a whole text hides the damage, because a prompt attends to its own keys and values before they are
+quantized. So all text is fed through the cache in steps of `--chunk` tokens, as in decoding; at 1 this is exact. The
+plain cache is fed in the same way. An answer counts as right if each of its tokens is the most likely one, that is, if
+greedy generation through that cache would produce it. Closed-book questions are preceded by other questions with their
+answers, because otherwise they would end before anything is quantized.
 Shapes: B windows of a batch, T tokens, V vocabulary.
 """
 
@@ -42,15 +43,15 @@ from compress_evals.fidelity import (
 from compress_evals.folders import model_name, opened
 
 BATCH = 64  # windows
-BEFORE = 12  # questions with answers before a closed-book one, some 200 tokens
-WORLD = 8  # facts in context
+BEFORE = 12  # questions with answers before a closed-book one, about 200 tokens
+WORLD = 8  # facts in the context of an open-book question
 TASKS = (f"trained facts, after {BEFORE} others", f"{WORLD} facts in context")
 Make = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One kind of cache: KL to the plain one, the share of right answers by task, and its bytes for one window."""
+    """One kind of cache: KL from the plain one, the share of right answers by task, and its bytes for one window."""
 
     name: str
     kl: Estimate
@@ -61,9 +62,9 @@ class Row:
 
 @torch.inference_mode()
 def scored_logits(model: Any, windows: Sequence[Window], make: Make, chunk: int) -> list[Tensor]:
-    """Logits [T, V] before the scored tokens of each window, whose tokens enter `chunk` at a time through one cache.
+    """The logits [T, V] that predict the scored tokens of each window, fed `chunk` tokens at a time through one cache.
 
-    Batches hold like lengths, padded on the right, which causal attention does not see.
+    Windows are batched by length and padded on the right, which causal attention does not see.
     """
     order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
     found: dict[int, Tensor] = {}
@@ -84,7 +85,7 @@ def scored_logits(model: Any, windows: Sequence[Window], make: Make, chunk: int)
 
 
 def right(windows: Sequence[Window], logits: Sequence[Tensor]) -> Estimate:
-    """The share of answers of which every token is the likeliest, with its 95 % interval."""
+    """The share of answers in which every token is the most likely one, with its 95 % interval."""
     scores = [
         float(logits_TV.argmax(-1).tolist() == list(window.ids[window.scored_from :]))
         for window, logits_TV in zip(windows, logits, strict=True)
@@ -94,13 +95,13 @@ def right(windows: Sequence[Window], logits: Sequence[Tensor]) -> Estimate:
 
 
 def distances(windows: Sequence[Window], plain: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tokens]:
-    """KL of the plain cache's distributions to another's, window by window."""
+    """KL(plain cache || other cache) at the scored tokens, window by window."""
     targets = (torch.tensor(window.ids[window.scored_from :]) for window in windows)
     return [token_distances(p, o, t.to(p.device)) for p, o, t in zip(plain, other, targets, strict=True)]
 
 
 class Bench:
-    """A model with its plain cache, beside which each quantized one is measured."""
+    """A model and its plain cache, with which every other cache is compared."""
 
     def __init__(self, model: str, chunk: int, questions: int, device: str) -> None:
         self.model, tokenizer = opened(locate(model), device)
@@ -115,7 +116,7 @@ class Bench:
         self.plain: list[Tensor] = []
 
     def measure(self, name: str, make: Make, model: Any = None) -> Row:
-        """One kind of cache, of another model if given; what is measured first the others are compared with."""
+        """Measure one kind of cache, on `model` if given; the first one measured is the reference for the others."""
         began, model = time.monotonic(), model or self.model
         logits = scored_logits(model, self.texts, make, self.chunk)
         self.plain = self.plain or logits
@@ -125,7 +126,7 @@ class Bench:
 
     @torch.inference_mode()
     def nbytes(self, model: Any, cache: Any) -> int:
-        """Bytes of a cache that holds one window."""
+        """The bytes of a cache after one window has been fed into it."""
         ids_BT = torch.tensor([self.texts[0].ids], device=model.device)
         model(input_ids=ids_BT, past_key_values=cache, use_cache=True)
         if isinstance(cache, (QuantizedCache, LatentCache)):
@@ -134,13 +135,13 @@ class Bench:
 
 
 def behind(first: Sequence[Window], window: Window) -> Window:
-    """A question behind others, each with its BOS, as documents are packed in training."""
+    """A question preceded by others, each with its own BOS, as documents are packed in training."""
     before = [token for other in first for token in other.ids]
     return replace(window, ids=(*before, *window.ids), scored_from=window.scored_from + len(before))
 
 
 def table(rows: Sequence[Row], length: int) -> str:
-    """Markdown, with 95 % intervals."""
+    """A Markdown table with 95 % intervals; `rows[0]` must be the plain cache."""
     head = ["cache", "KL", *TASKS, f"bytes for {length} tokens", "of plain", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
@@ -152,7 +153,7 @@ def table(rows: Sequence[Row], length: int) -> str:
 
 
 def main() -> None:
-    """Measure every kind of cache, print the table."""
+    """Measure every kind of cache and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin", help="a model folder, dense or compressed")
     parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4, 2), default=[8, 4, 2])

@@ -1,9 +1,9 @@
-"""`python -m compress_evals.latent`: what latents kept in place of keys and values cost and save.
+"""`python -m compress_evals.latent`: measures what it costs and saves to cache latents instead of keys and values.
 
-Every row is compared with the dense model and its plain cache, so that it shows the loss of the factored projections
-and that of the cache together. Beside `transmla`, of one latent, stand `svd-llm` on keys and on values apart, two
-latents of half the size, and the quantized caches of the dense model. All is fed as by `compress_evals.kv`. Then greedy
-generation is timed, the plain cache and the latent one in turn.
+Every row is compared with the dense model and its plain cache, so it shows the losses of the factored projections and
+of the cache together. The table compares `transmla`, which caches one latent, with `svd-llm` on keys and values
+separately, which caches two latents of half the size, and with quantized caches of the dense model. Text is fed as in
+`compress_evals.kv`. Then greedy generation is timed, alternating between the plain and the latent cache.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ from compress_evals.kv import Bench, Make, Row, table
 
 SITES = "*.[kv]_proj"
 CALIBRATION = {"data": "mixed", "samples": 128, "length": 256, "seed": 0}
-PROMPT, NEW, RUNS = 64, 192, 5  # tokens, tokens, times
+PROMPT, NEW, RUNS = 64, 192, 5  # prompt tokens, generated tokens, timed pairs
 
 
 def removed(rank: int, rows: int, columns: int) -> float:
-    """The share of the parameters of a matrix that goes with all but `rank`; above 0 if the factors are smaller."""
+    """The share of a matrix's parameters that factors of this rank save; above 0 if the factors are smaller."""
     return 1 - rank * (rows + columns) / (rows * columns)
 
 
 def variants(kept: float, rows: int, columns: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The passes that keep this share of a token's key and value, `rows` numbers each, with their names."""
+    """Names and passes that keep this share of a token's key and value, which have `rows` numbers each.
+
+    The `svd-llm` variant is left out if its factors would not be smaller than the matrices.
+    """
     yield f"one latent (transmla), {kept:.1%}", {"transmla": {"kept": kept}}
     apart = removed(round(kept * rows), rows, columns)
     if apart > 0:
@@ -49,7 +52,7 @@ def variants(kept: float, rows: int, columns: int) -> Iterator[tuple[str, dict[s
 
 
 def compressed(model: str, step: dict[str, Any], out: Path) -> Path:
-    """A folder that one pass made."""
+    """The artifact folder of a recipe with one pass."""
     return compress.run(model, from_dict({"passes": [step], "calibration": CALIBRATION}), out, force=True).out
 
 
@@ -64,7 +67,7 @@ def seconds(model: Any, make: Make) -> float:
 
 
 def speed(name: str, model: Any, latent: Make) -> str:
-    """One line: tokens a second of both caches in turn, medians, and the ratio of each pair."""
+    """A table row: median tokens per second of both caches, and the median and range of the ratios of the pairs."""
     plain = partial(DynamicCache, config=model.config)
     seconds(model, latent)
     pairs = [(seconds(model, plain), seconds(model, latent)) for _ in range(RUNS)]
@@ -75,7 +78,7 @@ def speed(name: str, model: Any, latent: Make) -> str:
 
 
 def measured(bench: Bench, arguments: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """The rows of all caches, and the lines of the speed of latent ones."""
+    """The rows of all caches, and the speed rows of the `transmla` ones."""
     config = bench.model.config
     rows, speeds = [bench.measure("dense, plain", partial(DynamicCache, config=config))], []
     shape = next(m.weight.shape for n, m in bench.model.named_modules() if n.endswith("k_proj"))
@@ -96,7 +99,7 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> tuple[list[Row], li
 
 
 def main() -> None:
-    """Measure every kind of cache, print the tables."""
+    """Measure every kind of cache and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin", help="a dense model's folder")
     parser.add_argument("--kept", type=float, nargs="+", default=[1, 0.75, 0.5, 0.375, 0.25])

@@ -1,8 +1,9 @@
-"""`python -m compress_evals.likelihoods`: what logits cost that nobody reads, as lm-eval takes them and as we do.
+"""`python -m compress_evals.likelihoods`: the cost of logits for whole prompts, and for the scored tokens alone.
 
-A random model of SmolLM2-135M's shapes (49,152 tokens) in bf16 scores continuations of 1 to 7 tokens behind prompts of
-some length, in a process of its own for each way, in turn. Both give the same sums. Printed are processor seconds of
-the scoring alone and the most memory that the process held.
+lm-eval computes them for whole prompts (`whole`); `Scorer` computes only those at the end that are read (`end`).
+A random model with the shapes of SmolLM2-135M (49,152 tokens) in bf16 scores continuations of 1 to 7 tokens after
+prompts of a given mean length. The two ways alternate, each run in a process of its own, and both give the same sums.
+The table shows the CPU seconds of the scoring alone and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WAYS = ("whole", "end")
 
 
 def scored(way: str, length: int, count: int, batch: int, shapes: dict[str, Any] = SHAPES) -> dict[str, float]:
-    """Seconds, the peak of this process in MB, and the sum of all likelihoods."""
+    """CPU seconds of the scoring, peak resident memory of this process in MB, and the sum of all log-likelihoods."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,12 +54,12 @@ def scored(way: str, length: int, count: int, batch: int, shapes: dict[str, Any]
 
 
 def tokens(draw: random.Random, least: int, most: int, shapes: dict[str, Any]) -> list[int]:
-    """So many random tokens."""
+    """Random tokens, from `least` to `most` of them."""
     return [draw.randrange(1, shapes["vocab_size"]) for _ in range(draw.randint(least, most))]
 
 
 def main() -> None:
-    """Parse, run each way in turn, print."""
+    """Parse the arguments, run both ways in turn, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, nargs="+", default=[60, 400], help="tokens of a prompt, on average")
     parser.add_argument("--count", type=int, default=64, help="requests")

@@ -1,4 +1,4 @@
-"""What a suite asks, and what of it can be asked with the data there are; no model is needed."""
+"""Lists the tasks of a suite and which of them can be asked with the available data; no model is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compress_evals.suite import Suite
 
 @dataclass(frozen=True, kw_only=True)
 class Listed:
-    """A task: `n` questions from `data`, or the reason why it is `skipped`."""
+    """A task: its `n` questions and where they come from, or the reason why it is `skipped`."""
 
     name: str
     title: str
@@ -34,7 +34,7 @@ class Listing:
 
 
 def listed(suite: Suite, data_dir: Path | None = None, online: bool = False) -> Listing:
-    """The suite's tasks; those whose data can be had are loaded to count their questions."""
+    """The tasks of a suite; those whose data are available are loaded to count their questions."""
     had, skipped = availability(suite.tasks, data_dir, online)
     with quiet():
         loaded = load_tasks(suite, data_dir, online, list(had)) if had else {}
@@ -57,5 +57,5 @@ def listed(suite: Suite, data_dir: Path | None = None, online: bool = False) -> 
 
 
 def source(data: Data | None) -> str:
-    """Where questions come from, in words."""
+    """The source of a task's questions, as text; "built in" for None."""
     return "built in" if data is None else f"{data.source}: {data.name}"

@@ -1,10 +1,11 @@
-"""`python -m compress_evals.llm_kick SWEEP`: which of LLM-KICK's findings hold on the model of a sweep.
+"""`python -m compress_evals.llm_kick SWEEP`: tests which of LLM-KICK's findings hold on the model of a sweep.
 
-Not here: measuring. Each finding is put as a question with a rule that decides it; the rules were written before the
-sweep was run. Levels are pooled over the tasks of a family, question by question, clusters kept; intervals are 95 %
-each and not corrected for how many there are. Of a sweep with several seeds they are means over runs, runs of one seed
-compared with each other, and the intervals include how far runs lie apart. Source: Jaiswal et al., "Compressing LLMs:
-The Truth is Rarely Pure and Never Simple", ICLR 2024.
+Not here: the evaluation itself. Each finding has a rule that decides whether it holds; the rules were written before
+the sweep was run. The tasks of a family are pooled question by question, with their clusters kept. All intervals are
+95 % confidence intervals and are not corrected for multiple comparisons. For a sweep with several seeds, figures are
+means over runs, runs with the same seed are compared with each other, and the intervals include the spread between
+runs.
+Source: Jaiswal et al., "Compressing LLMs: The Truth is Rarely Pure and Never Simple", ICLR 2024.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from compress_evals.leaderboard.runs import side_by_side, together
 CURVES = ("magnitude", "wanda", "sparsegpt")
 CLOSED = ("closed book",)
 KEPT = ("matching", "improved")
-FEWEST = 4  # levels of a curve
+FEWEST = 4  # levels that a method needs to have a curve
 HOLDS, PARTLY, NOT, OPEN_QUESTION = "holds", "holds in part", "does not hold", "cannot be told"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One cell of a curve: a method with one setting."""
+    """One sweep cell: a method at one setting (sparsity, N:M pattern or bits), and its calibration."""
 
     entry: Entry
     setting: float | str
@@ -51,7 +52,7 @@ class Finding:
 
 
 class Cells:
-    """The cells of one board by what their recipes say; where runs are not merged, those of seed 0."""
+    """The cells of one board by method; only recipes of one pass, and only seed 0 where runs are not merged."""
 
     def __init__(self, board: Board) -> None:
         self.board = board
@@ -74,13 +75,13 @@ class Cells:
                 self.levels.setdefault(step.name, []).append(made)
 
     def curves(self, *families: str) -> list[str]:
-        """The methods of which there are levels enough to speak of a curve; none if a family was not asked."""
+        """The methods with at least FEWEST levels; none if one of the families was not asked."""
         if not all(self.tasks([family]) for family in families):
             return []
         return [method for method in CURVES if len(self.curve(method)) >= FEWEST]
 
     def curve(self, method: str) -> list[Level]:
-        """Unstructured levels at the default calibration, by falling weight count, one a level."""
+        """The unstructured levels of a method at the default calibration, by rising sparsity, one entry per level."""
         found = {
             float(level.setting): level
             for level in self.levels.get(method, ())
@@ -89,23 +90,23 @@ class Cells:
         return [found[key] for key in sorted(found)]
 
     def at(self, method: str, setting: float | str, samples: int = 128, data: str = "mixed") -> Entry | None:
-        """The cell of one setting, if the sweep has it."""
+        """The cell of one setting; None if the sweep does not have it."""
         for level in self.levels.get(method, ()):
             if (level.setting, level.samples, level.data) == (setting, samples, data):
                 return level.entry
         return None
 
     def tasks(self, families: Sequence[str]) -> list[str]:
-        """The tasks of some families, controls left out."""
+        """The tasks of the given families, except controls."""
         tasks = self.board.dense.results.tasks
         return [name for name, task in tasks.items() if task.family in families and not task.control]
 
     def pooled(self, one: Entry, families: Sequence[str], against: Entry | None = None) -> stats.Paired:
-        """One cell against dense, or against another cell, over all questions of some families."""
+        """The paired comparison of one cell with dense, or with another cell, over all questions of some families."""
         return self.over(one, self.tasks(families), against)
 
     def over(self, one: Entry, tasks: Sequence[str], against: Entry | None = None) -> stats.Paired:
-        """The same over tasks."""
+        """The same over some tasks; raises ArtifactError if both cells have several runs but no seed in common."""
         other = self.board.dense if against is None else against
         pairs = side_by_side(one, other)
         if not pairs:
@@ -118,7 +119,7 @@ class Cells:
         return stats.paired_runs(before, after, clusters, self.board.margin)[0]
 
     def reach(self, method: str, tasks: Sequence[str]) -> tuple[float, float | None]:
-        """Up to which share removed a method matches on tasks, and from which it fails (None: never)."""
+        """The largest sparsity up to which every level matches on the tasks, and the first that fails (None: never)."""
         kept, going = 0.0, True
         for level in self.curve(method):
             verdict = self.over(level.entry, tasks).verdict
@@ -131,7 +132,7 @@ class Cells:
 
 
 def findings(board: Board) -> list[Finding]:
-    """Every finding that the board's cells can speak to."""
+    """All findings; one that the cells of the board cannot decide has the verdict OPEN_QUESTION."""
     cells = Cells(board)
     return [
         perplexity(cells),
@@ -166,7 +167,7 @@ def findings(board: Board) -> list[Finding]:
 
 
 def perplexity(cells: Cells) -> Finding:
-    """Perplexity stays while knowledge goes."""
+    """The finding that perplexity hardly changes while knowledge is lost."""
     lines, rises = [], []
     for method in cells.curves("closed book"):
         kept, fails = cells.reach(method, cells.tasks(CLOSED))
@@ -193,7 +194,7 @@ def perplexity(cells: Cells) -> Finding:
 
 
 def reaches_at_most(cells: Cells, family: str, most: float, title: str, published: str) -> Finding:
-    """A family is matched to no more than a share removed, under every method."""
+    """The finding that a family matches the dense model up to at most the sparsity `most`, under every method."""
     reached = {method: cells.reach(method, cells.tasks([family])) for method in cells.curves(family)}
     return Finding(
         title=title,
@@ -205,7 +206,7 @@ def reaches_at_most(cells: Cells, family: str, most: float, title: str, publishe
 
 
 def n_of_m(cells: Cells) -> Finding:
-    """N:M costs half of what is known."""
+    """The finding that N:M patterns lose half of the knowledge."""
     lines, fails, halves = [], [], []
     for method in CURVES:
         for pattern in ("2:4", "4:8"):
@@ -228,7 +229,7 @@ def n_of_m(cells: Cells) -> Finding:
 
 
 def eight_bits(cells: Cells) -> Finding:
-    """Eight bits cost 8 to 10 %."""
+    """The finding that 8-bit weights lose 8 to 10 % of factoid answers."""
     found = [(method, cells.at(method, 8)) for method in ("rtn", "gptq", "hqq")]
     pairs = [(method, cells.pooled(entry, CLOSED)) for method, entry in found if entry is not None]
     return Finding(
@@ -241,7 +242,10 @@ def eight_bits(cells: Cells) -> Finding:
 
 
 def outlasts(cells: Cells, family: str, title: str, published: str, *, matches: bool) -> Finding:
-    """A family fails no earlier than closed book under every method and, if asked, `matches` at least as far."""
+    """The finding that a family fails no earlier than closed book, under every method.
+
+    With `matches` it must also match the dense model up to at least the same sparsity.
+    """
     lines, later = [], []
     for method in cells.curves(*CLOSED, family):
         closed, other = (cells.reach(method, cells.tasks(families)) for families in (CLOSED, [family]))
@@ -258,7 +262,7 @@ def outlasts(cells: Cells, family: str, title: str, published: str, *, matches: 
 
 
 def lengths(cells: Cells) -> Finding:
-    """Longer contexts break first."""
+    """The finding that longer contexts break first."""
     tasks = [
         t for t in ("facts_context1", "facts_context3", "facts_context8", "facts_long") if t in cells.board.clusters
     ]
@@ -282,7 +286,7 @@ def lengths(cells: Cells) -> Finding:
 
 
 def criteria(cells: Cells) -> Finding:
-    """Calibrated criteria beat magnitude at 50 %."""
+    """The finding that calibrated pruning criteria beat magnitude at 50 % sparsity."""
     magnitude = cells.at("magnitude", 0.5)
     lines, better = [], []
     for method in ("wanda", "sparsegpt"):
@@ -301,7 +305,7 @@ def criteria(cells: Cells) -> Finding:
 
 
 def samples(cells: Cells) -> Finding:
-    """More calibration helps SparseGPT, not Wanda."""
+    """The finding that more calibration data helps SparseGPT but not Wanda."""
     found = {}
     for method in ("wanda", "sparsegpt"):
         few, many = (cells.at(method, 0.7, count) for count in (8, 128))
@@ -319,7 +323,7 @@ def samples(cells: Cells) -> Finding:
 
 
 def repetition(cells: Cells) -> Finding:
-    """Compressed models repeat themselves."""
+    """The finding that compressed models repeat themselves."""
     lines, more = [], []
     dense = cells.board.dense.results.tasks.get("facts_generate")
     for method in CURVES:
@@ -343,25 +347,25 @@ def repetition(cells: Cells) -> Finding:
 
 
 def decided(answers: Sequence[bool]) -> str:
-    """Holds if every case says so, in part if some do."""
+    """The verdict: holds if all answers are true, in part if some are, cannot be told without any."""
     if not answers:
         return OPEN_QUESTION
     return HOLDS if all(answers) else PARTLY if any(answers) else NOT
 
 
 def points(pair: stats.Paired) -> str:
-    """A difference in percentage points with its interval."""
+    """A difference in percentage points with its 95 % interval, as text."""
     return f"{100 * pair.delta:+.1f} points ({100 * pair.low:+.1f} to {100 * pair.high:+.1f})"
 
 
 def reaches(kept: float, fails: float | None) -> str:
-    """How far a curve matches, in words."""
+    """The result of `Cells.reach` as text."""
     until = f"matches to {kept:.0%}" if kept else "matches at no level"
     return f"{until}, {'never fails' if fails is None else f'fails from {fails:.0%}'}"
 
 
 def markdown(found: Sequence[Finding]) -> str:
-    """The findings as a table and, under it, what was measured for each."""
+    """The findings as a Markdown table, followed by the measurements behind each."""
     rows = [f"| {i}. {f.title} | {f.published} | **{f.verdict}** |" for i, f in enumerate(found, start=1)]
     rows.append(
         "| not asked | a small dense model against a large pruned one; few-shot prompts; a judge's scores | "
@@ -382,7 +386,7 @@ def _recipe(entry: Entry) -> Recipe | None:
 
 
 def main() -> None:
-    """Print the comparison for the first board of the given results."""
+    """Print the findings for the first board of the given results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="folders of a sweep")
     try:

@@ -1,8 +1,9 @@
-"""`python -m compress_evals.lowrank`: low rank, sparse plus low rank and their rivals at the same bytes, in one table.
+"""`python -m compress_evals.lowrank`: compares low rank, sparse plus low rank and their alternatives at equal bytes.
 
-Each row is a run of `compress.run` at a share of the bytes of the block matrices removed: factors in 16 bits, kept
-weights in 16 bits and a bitmap of one bit, or whatever a quantizer stores. Measured beside the dense model on facts
-(closed book and in context) and on unseen prose. Rows are appended to `rows.jsonl` and not measured again.
+Each row is one `compress.run` that removes a share of the bytes of the block matrices. What remains is stored as
+factors in 16 bits, as kept weights in 16 bits with a one-bit bitmap, or as a quantizer stores it. Models are compared
+with the dense one on facts (closed book and in context) and on unseen prose. Rows are appended to `rows.jsonl` and not
+measured again.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ FACTS, CONTEXT = TASKS = ("facts_trained", "facts_context3")
 SAMPLES, LENGTH = 128, 256
 CALIBRATION = Calibration(data="mixed", samples=SAMPLES, length=LENGTH, seed=0)
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
-PLAIN = 16  # bits of a stored number
+PLAIN = 16  # bits of an uncompressed number
 Steps = list[dict[str, Any]]
 
 
 def sparse(removed: float) -> float:
-    """The sparsity that removes this share of the bytes: one bit of a bitmap stands for every weight."""
+    """The sparsity that removes this share of the bytes, given that the bitmap costs one bit per weight."""
     return round(removed + 1 / PLAIN, 4)
 
 
 def factored(*before: str | dict[str, Any], by: str = "svd-llm", **options: Any) -> Callable[[float], Steps]:
-    """A pipeline that ends in a low-rank pass."""
+    """A pipeline that ends in the low-rank pass `by`."""
     first = [{step: {}} if isinstance(step, str) else step for step in before]
     return lambda removed: [*first, {by: {"removed": removed, **options}}]
 
 
 def pruned(*before: str, by: str, after: Sequence[str] = (), **options: Any) -> Callable[[float], Steps]:
-    """A pipeline around a pass that leaves a bitmap."""
+    """A pipeline around the pruning pass `by`, whose result is stored with a bitmap."""
     return lambda removed: [
         *({step: {}} for step in before),
         {by: {"sparsity": sparse(removed), **options}},
@@ -61,7 +62,7 @@ def pruned(*before: str, by: str, after: Sequence[str] = (), **options: Any) -> 
 
 
 def tuned(first: Callable[[float], Steps]) -> Callable[[float], Steps]:
-    """A pipeline whose numbers are then learned by the blocks' outputs."""
+    """The pipeline `first` followed by fine-tuning on the outputs of the blocks."""
     return lambda removed: [*first(removed), {"finetune": {}}]
 
 
@@ -88,7 +89,7 @@ METHODS: dict[str, Callable[[float], Steps]] = {
     "realign, oats refit, finetune": tuned(pruned("realign", by="oats", rank_share=0.1, refit=True)),
 }
 SUM, PURE = "oats refit", ("wanda", "sparsegpt", "svd-llm")
-QUANTIZED: dict[float, Steps] = {  # whole bits of a weight, and the least scales: at most the bytes of the others
+QUANTIZED: dict[float, Steps] = {  # whole bits per weight and one scale per row: no more bytes than the other methods
     0.4: [{"gptq": {"bits": 8, "group": 0}}],
     0.5: [{"gptq": {"bits": 7, "group": 0}}],
     0.6: [{"gptq": {"bits": 6, "group": 0}}],
@@ -114,12 +115,15 @@ class Measured(Scored):
 
 
 def steps_of(method: str, removed: float) -> Steps | None:
-    """The passes of a row, if there is one."""
+    """The passes of a row; None if the method has none at this share."""
     return QUANTIZED.get(removed) if method == "gptq" else METHODS[method](removed)
 
 
 def recipe_of(method: str, removed: float) -> Recipe | None:
-    """The recipe of a row, if there is one; raises RecipeError if a pass or option is not here."""
+    """The recipe of a row; None if the method has none at this share.
+
+    Raises RecipeError if a pass or an option does not exist.
+    """
     steps = steps_of(method, removed)
     if steps is None:
         return None
@@ -134,7 +138,7 @@ def measure(bench: Bench, method: str, removed: float, recipe: Recipe) -> Measur
 
 
 def fill(bench: Bench, path: Path, methods: Sequence[str], shares: Sequence[float]) -> None:
-    """Measure what no row of the file holds."""
+    """Measure and append the rows that the file does not have yet, the dense model first."""
     rows = read(path, Measured)
     if all(row.recipe for row in rows):
         dense = bench.scored(bench.dense, "dense", 0.0)
@@ -149,7 +153,7 @@ def fill(bench: Bench, path: Path, methods: Sequence[str], shares: Sequence[floa
 
 
 def table(rows: Sequence[Measured], dense: Measured) -> str:
-    """Markdown: one line a row, the best of each column at each share in bold."""
+    """A Markdown table with one line per row, and the best of each column at each share in bold."""
     head = ["removed", "method", "bits a weight", "KL", "perplexity", "closed book", "flips", "in context", "flips",
             "seconds"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -168,7 +172,10 @@ def table(rows: Sequence[Measured], dense: Measured) -> str:
 
 
 def checks(rows: Sequence[Measured]) -> list[str]:
-    """At each share, on the same windows: a published sum against each pure form, and the best against the best."""
+    """Paired comparisons at each share of sparse plus low rank with pure forms, on the same windows.
+
+    The sum `SUM` is compared with each of `PURE`, and the best sum with the best sparse and the best low-rank method.
+    """
     lines = []
     for removed in sorted({row.removed for row in rows}):
         same = {row.method: row for row in rows if row.removed == removed and row.method != "gptq"}
@@ -185,7 +192,7 @@ def checks(rows: Sequence[Measured]) -> list[str]:
 
 
 def against(one: Measured, other: Measured, name: str) -> str:
-    """How a sum compares with a pure form."""
+    """One line that compares a sum with a pure form by KL, with a paired test."""
     p = kl_p(one, other)
     verdict = "tie" if p >= 0.05 else "better" if one.mean_kl < other.mean_kl else "WORSE"
     figures = f"{one.mean_kl:.4f} against {name} {other.mean_kl:.4f} (p = {p:.2g})"
@@ -193,7 +200,7 @@ def against(one: Measured, other: Measured, name: str) -> str:
 
 
 def document(rows: Sequence[Measured]) -> str:
-    """Everything as Markdown."""
+    """The whole document as Markdown."""
     dense = next(row for row in rows if not row.recipe)
     rest = [row for row in rows if row.recipe]
     scores = f"{percent(dense, FACTS)} closed book, {percent(dense, CONTEXT)} in context"
@@ -202,7 +209,7 @@ def document(rows: Sequence[Measured]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, print the table."""
+    """Measure the missing rows and print the table."""
     names = [*METHODS, "gptq"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin")

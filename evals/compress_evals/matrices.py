@@ -1,7 +1,8 @@
-"""`python -m compress_evals.matrices`: what quantizers do to each matrix alone, before anything else has changed.
+"""`python -m compress_evals.matrices`: measures the error of quantizers on each matrix of an otherwise dense model.
 
-Two tables, by kind of matrix: how much louder the loudest inputs are than the median one, and the squared output error
-tr(D G D') / tr(W G W') of each quantizer as a mean over all matrices, with the statistics of the dense model.
+Prints two tables. The first gives, by kind of matrix, the ratio of the largest input channels to the median one. The
+second gives the relative squared output error tr(D G D') / tr(W G W') of each quantizer as a mean over all matrices,
+where W is a weight, D its change, and G the Gram matrix of its inputs in the dense model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ FOUND: list[Looked] = []
 
 @dataclass(frozen=True, kw_only=True)
 class Looked:
-    """One matrix: its leaf name, loudest and 99th percentile input over the median (root mean squares), and errors."""
+    """One matrix: its leaf name, its errors, and the largest and 99th percentile input RMS over the median one.
+
+    `errors` are relative squared output errors by quantizer, bits and group.
+    """
 
     leaf: str
     loudest: float
@@ -42,12 +46,12 @@ class Looked:
 
 @dataclass(frozen=True, kw_only=True)
 class Look(WeightPass):
-    """Leaves every matrix as it is, and notes what quantizers would make of it."""
+    """A pass that leaves every matrix unchanged and records in FOUND the errors that quantizers would make."""
 
     requires = (Gram,)
 
     def rewrite(self, site: Any) -> Weight:
-        """The weight as it is."""
+        """Returns the weight unchanged, after recording the errors."""
         gram_II, w_OI = site.stats[Gram], site.original.data.float()
         rms_I = gram_II.diagonal().clamp(min=0).sqrt()
         whole = float(((w_OI @ gram_II) * w_OI).sum())
@@ -66,7 +70,7 @@ class Look(WeightPass):
 
 
 def loudness(found: Sequence[Looked]) -> str:
-    """Markdown: by kind of matrix, the range over blocks."""
+    """A Markdown table of the input ratios by kind of matrix, as ranges over the blocks."""
     lines = ["| input of | loudest / median | 99th percentile / median |", "|---|---|---|"]
     for leaf in dict.fromkeys(one.leaf for one in found):
         same = [one for one in found if one.leaf == leaf]
@@ -78,7 +82,7 @@ def loudness(found: Sequence[Looked]) -> str:
 
 
 def losses(found: Sequence[Looked]) -> str:
-    """Markdown: the mean over all matrices of the squared output error."""
+    """A Markdown table of the relative squared output error, as the mean over all matrices."""
     lines = ["| bits | method | " + " | ".join(f"g{group}" if group else "row" for group in GROUPS) + " |"]
     lines.append("|" + "---|" * (2 + len(GROUPS)))
     for bits in BITS:
@@ -92,7 +96,7 @@ def losses(found: Sequence[Looked]) -> str:
 
 
 def main() -> None:
-    """Look at every matrix of a model and print the tables."""
+    """Measure every matrix of a model and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--samples", type=int, default=128)

@@ -1,7 +1,8 @@
-"""What answers change when nothing does but the batch size: a loss no larger than that is none.
+"""Measures the noise floor: the share of answers that flip when only the batch size changes.
 
-Not here: intervals and verdicts (`stats.py`), which are about questions that were not asked. Sums in another order
-flip answers that were nearly tied, on a GPU in half precision some percent of them.
+Not here: intervals and verdicts (`stats.py`), which are about sampling other questions. A different batch size changes
+the order of floating-point sums and so flips answers that were nearly tied: on a GPU in half precision, some percent
+of them. A loss no larger than that cannot be distinguished from no loss.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from compress_evals.subject import Subject
 
 
 def samples(exam: Exam, n: int) -> list[Questions]:
-    """What is asked once more: at most `n` questions of every task, always the same."""
+    """The questions to ask a second time: at most `n` of every task, always the same ones."""
     return [sample(asked, exam, n) for asked in exam.tasks]
 
 
 def measure_noise(
     subject: Subject, results: Results, exam: Exam, again: Sequence[Questions], cache: Cache | None, meter: Meter
 ) -> dict[str, Noise]:
-    """The flips of a model against itself at half the batch size, by task; `again` are some of what it was asked.
+    """The flips of a model against itself at half the batch size, by task; `again` is a subset of what it was asked.
 
-    Nothing where questions are asked one at a time: there is no half of one, and the same again shows no noise.
+    Empty at batch size 1, which cannot be halved; asking again at the same size would show no noise.
     """
     half, found = results.engine.batch_size // 2, dict[str, Noise]()
     if not half:
@@ -44,16 +45,20 @@ def measure_noise(
 
 
 def within(pair: Paired, noise: Noise | None) -> bool:
-    """Whether a comparison flips no larger a share of answers than the dense model does by itself, both ways alike.
+    """Whether a comparison is within the noise: no larger share of flips than the dense model has by itself.
 
-    Noise has no direction: as many flips that are surely more losses than gains, or the reverse, are a difference.
+    Its interval must also include zero, because noise has no direction: the same number of flips is a real difference
+    if significantly more of them are losses than gains, or the reverse.
     """
     alike = pair.low <= 0 <= pair.high
     return alike and noise is not None and noise.n > 0 and pair.flips <= noise.flips / noise.n
 
 
 def sentence(noise: Mapping[str, Noise], pairs: Mapping[str, tuple[str, Paired]]) -> str:
-    """Which tasks, of (title, comparison) by name, a compressed model does not differ in by more than noise."""
+    """A sentence that names the tasks in which a compressed model is within the noise; empty without a measurement.
+
+    `pairs` holds (title, comparison) by task name.
+    """
     titles = [title for name, (title, pair) in pairs.items() if within(pair, noise.get(name))]
     flips, asked = (sum(getattr(found, part) for found in noise.values()) for part in ("flips", "n"))
     if not noise:

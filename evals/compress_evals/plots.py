@@ -1,4 +1,4 @@
-"""The plots of a report as plain data: where each line, dot and name stands. `report.html.j2` only places them."""
+"""The geometry of a report's plots as plain data: coordinates of lines, dots and names, drawn by `report.html.j2`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from compress_evals.results import Results, versus
 from compress_evals.stats import verdict_text
 from compress_evals.wording import byte_size, points
 
-LETTER = 7.2  # width of one in a plot's 12.5 px font, generously
+LETTER = 7.2  # generous estimate of a letter's width in the 12.5 px font of a plot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Whisker:
-    """One difference with its interval, in the coordinates of the forest plot; `fill` marks the model."""
+    """One difference with its interval, in the coordinates of the forest plot."""
 
     y: float
     x: float
@@ -28,7 +28,7 @@ class Whisker:
 
 @dataclass(frozen=True, kw_only=True)
 class Forest:
-    """The differences of one model, task by task; `band` is where a loss counts as matching."""
+    """The forest plot of one model's differences by task; `bands` span the losses that count as matching."""
 
     model: str
     width: int
@@ -43,7 +43,7 @@ class Forest:
 
 @dataclass(frozen=True, kw_only=True)
 class Dot:
-    """One model in the scatter: mean and worst family, joined, and where its name is written."""
+    """One model in the scatter plot: its mean and worst family, which a line joins, and the place of its name."""
 
     x: float
     y: float
@@ -57,7 +57,7 @@ class Dot:
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter:
-    """Quality kept against size on disk."""
+    """The scatter plot of quality kept against size on disk."""
 
     width: int
     height: int
@@ -69,7 +69,7 @@ class Scatter:
 
 
 def forest(result: Results, width: int = 980) -> Forest:
-    """The geometry of the differences of one model: a line a task, the margin of each as a band."""
+    """The forest plot of one model: a row per task, with its margin as a band."""
     comparison, step = versus(result), 26
     pairs = [(cell.title, cell.paired) for cell in comparison.tasks.values()]
     left = max(190, *(round(LETTER * len(title)) + 20 for title, _ in pairs))
@@ -108,7 +108,7 @@ def forest(result: Results, width: int = 980) -> Forest:
 
 
 def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
-    """The geometry of quality kept against bytes on disk; None if a size is not known."""
+    """The scatter plot of quality kept against bytes on disk; None if the size of any model is unknown."""
     shown = [(result, result.model.bytes_on_disk) for result in (dense, *compressed)]
     sizes = [size for _, size in shown if size]
     if len(sizes) != len(shown):
@@ -121,7 +121,7 @@ def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
         return round(left + size / most * (width - left - right), 1)
 
     kept = [_kept(dense, result) for result, _ in shown]
-    highest = max(1.0, *(share for pair in kept for share in pair))  # some answer more than dense does
+    highest = max(1.0, *(share for pair in kept for share in pair))  # a compressed model may score above dense
     step = max(0.25, _spacing(highest))
 
     def up(share: float) -> float:
@@ -147,7 +147,7 @@ def scatter(dense: Results, compressed: Sequence[Results]) -> Scatter | None:
 def place_names(
     names: Sequence[str], spots: Sequence[tuple[float, float]], width: float
 ) -> list[tuple[float, float, str]]:
-    """Where to write each name beside its spot, and its text anchor, so that few overlap: the first free place wins."""
+    """The place and text anchor of each name beside its point; the first free candidate is taken, so few overlap."""
     taken: list[tuple[float, float, float]] = [(x - 6, x + 6, y) for x, y in spots]
     placed = []
     for name, (x, y) in zip(names, spots, strict=True):
@@ -167,7 +167,7 @@ def place_names(
 
 
 def _kept(dense: Results, result: Results) -> tuple[float, float]:
-    """The mean and the smallest, over families, of the score kept above chance."""
+    """The mean and the minimum over families of the share kept of the dense score above chance."""
     shares = list(retained(dense.tasks, result.tasks).values()) or [0.0]
     return sum(shares) / len(shares), min(shares)
 
@@ -178,6 +178,6 @@ def _tick(fraction: float) -> str:
 
 
 def _spacing(extent: float) -> float:
-    """A round distance between ticks that gives four to nine of them."""
+    """A round distance between ticks that fits at most nine times into `extent`."""
     power = 10.0 ** math.floor(math.log10(extent))
     return next(power * step for step in (0.1, 0.2, 0.5, 1.0, 2.0) if extent / (power * step) <= 9)

@@ -1,7 +1,7 @@
-"""How far a run is and how long it will take, told at every task and at every batch in between.
+"""Tracks the progress of an evaluation and estimates the time left, at every task and every batch.
 
-Not here: any printing. Time is estimated from the work done so far, in characters to read and tokens to write; what
-was stored costs nothing and is not counted.
+Not here: any printing. Time is estimated from the work done so far, measured in characters to read and tokens to
+generate; answers from the cache cost nothing and do not enter the estimate of speed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from compress_evals.questions import Questions
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Where a run stands, within the `number`-th task of a model; `share` is of the whole run.
+    """The progress of a run, within the `number`-th of `of` tasks of a model; `share` is that of the whole run.
 
-    `seconds_left` is None until something was measured.
+    `seconds_left` is None until something has been measured.
     """
 
     model: str
@@ -30,7 +30,7 @@ class Step:
     share: float
 
     def __str__(self) -> str:
-        """One line, as it is printed where there is no terminal."""
+        """One line, as it is printed if there is no terminal."""
         time_left = "" if self.seconds_left is None else f", about {duration(self.seconds_left)}"
         return f"{self.model}: {self.number}/{self.of} {self.task}, {self.questions_left:,} questions left{time_left}"
 
@@ -39,9 +39,9 @@ Say = Callable[[str], None]
 
 
 class Meter:
-    """The steps of a run: `say` hears a line when a task begins, `step` every step, `note` what went another way.
+    """Reports the progress of a run: `say` gets a line when a task begins, `step` every step, `note` every note.
 
-    Notes go to `say` where nobody else hears them.
+    Notes tell of events such as damaged cache entries or a smaller batch size; without `note` they go to `say`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Meter:
         note: Say | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Nothing is expected yet; without listeners nobody is told."""
+        """Start without expected work; listeners that are not given are not called."""
         self.say: Say = say or (lambda text: None)
         self.note: Say = note or self.say
         self._step, self._clock = step or (lambda step: None), clock
@@ -59,18 +59,18 @@ class Meter:
         self._spent, self._began, self._heard = 0.0, 0.0, False
 
     def restart(self) -> None:
-        """Nothing is expected any more; what is known of the speed stays."""
+        """Forget the expected work; the measured speed is kept."""
         self._work = self._questions = self._whole = 0
 
     def expect(self, tasks: Iterable[Questions], times: int = 1) -> None:
-        """These tasks will be asked, so many times."""
+        """Add the work of these tasks, each asked `times` times."""
         for asked in tasks:
             self._work += times * asked.work()
             self._questions += times * len(asked.chosen)
         self._whole = max(self._whole, self._work)
 
     def begin(self, model: str, asked: Questions, number: int, of: int) -> Callable[[int], None]:
-        """Tell that a task begins; what is given is to hear of the rows of every batch, and tells of them, too."""
+        """Report that a task begins; returns a callback to call with the number of rows of every computed batch."""
         rows, expected, work = 0, max(1, sum(map(len, asked.requests))), asked.work()
         self._began, self._heard = self._clock(), False
 
@@ -98,7 +98,7 @@ class Meter:
         return computed
 
     def finish(self, asked: Questions) -> None:
-        """The task that was begun is done; one whose answers were stored tells nothing of speed."""
+        """Mark the task that was begun as done; it counts for the speed only if a batch of it was computed."""
         self._work -= asked.work()
         self._questions -= len(asked.chosen)
         if self._heard:
@@ -107,7 +107,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """A time in words: 40 s, 3 min, 2 h 5 min."""
+    """A duration as text: 40 s, 3 min, 2 h 5 min."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
     minutes = math.ceil(seconds / 60)

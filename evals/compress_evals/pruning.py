@@ -1,9 +1,8 @@
-"""`python -m compress_evals.pruning`: every pruning method at every sparsity on one dense model, in one table.
+"""`python -m compress_evals.pruning`: compares every pruning method at every sparsity on one dense model.
 
-Each row is a run of `compress.run` on the model, its artifact measured on facts that it was asked (closed book), on
-facts in its context, and on unseen prose. Rows are appended to `rows.jsonl` as they are finished and not measured
-again, so that the table survives an interruption. Differences between methods are tested on the same questions and
-windows.
+Each row is one `compress.run` on the model, whose artifact is measured on facts (closed book and in context) and on
+unseen prose. Rows are appended to `rows.jsonl` as they finish and are not measured again, so an interrupted run can be
+continued. Differences between methods are tested in pairs, on the same questions and windows.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ METHODS: dict[str, Steps] = {
 }
 ONLY_FRACTIONS = ("wanda alpha",)
 ONLY_GROUPS = ("ria permuted",)
-BUDGETED = (  # 2:4 stays 2:4
+BUDGETED = (  # not run with N:M patterns: a budget pass cannot change 2:4
     "global, magnitude", "owl, wanda", "owl, sparsegpt", "sensitivity, wanda", "sensitivity, alps, reconstruct",
     "sensitivity, realign, alps, reconstruct",
 )  # fmt: skip
@@ -77,7 +76,7 @@ ON_TEXT = ("wanda", "sparsegpt", "wanda, dsnot", "wanda, swaps", "alps, reconstr
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Scored):
-    """One method at one sparsity; `errors` are the means over sites of error measures of the ledger."""
+    """One method at one sparsity; `errors` are the ledger's error measures, averaged over sites."""
 
     sparsity: str
     calibration: str
@@ -85,7 +84,7 @@ class Measured(Scored):
 
 
 def wanted(calibration: str) -> list[tuple[str, float | str]]:
-    """The rows of the table."""
+    """The method and sparsity of every row of the table."""
     rows = [(name, s) for s in FRACTIONS for name in METHODS if name not in ONLY_GROUPS]
     rows += [(name, s) for s in GROUPS for name in METHODS if name not in (*ONLY_FRACTIONS, *BUDGETED)]
     return rows if calibration == "mixed" else [(name, s) for name, s in rows if name in ON_TEXT and s in (0.5, "2:4")]
@@ -100,7 +99,7 @@ def measure(bench: Bench, method: str, sparsity: float | str, calibration: Calib
 
 
 def means(sites: Sequence[Any], key: str) -> list[float]:
-    """The mean over sites of the error before and after."""
+    """The mean over sites of an error before and after refinement."""
     return [sum(site[key][i] for site in sites) / len(sites) for i in (0, 1)]
 
 
@@ -110,7 +109,7 @@ def read(path: Path) -> list[Measured]:
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """Markdown: one block of lines for each calibration and sparsity, the best of each column in bold."""
+    """A Markdown table, grouped by calibration and sparsity, with the best of each column in bold."""
     head = ["sparsity", "method", "KL", "perplexity", "trained facts", "new question", "3 facts in context",
             "open book", "seconds"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -128,7 +127,7 @@ def table(rows: Sequence[Measured]) -> str:
 
 
 def errors_table(rows: Sequence[Measured]) -> str:
-    """Markdown: mean and squared layer error before and after each refinement that recorded them."""
+    """A Markdown table of the mean and squared layer errors before and after each refinement that recorded them."""
     lines = ["| sparsity | method | mean error | squared error |", "|---|---|---|---|"]
     for row in rows:
         if "mean_error" in row.errors:
@@ -138,7 +137,7 @@ def errors_table(rows: Sequence[Measured]) -> str:
 
 
 def verdicts(rows: Sequence[Measured]) -> list[str]:
-    """The best method by KL of each sparsity against plain SparseGPT and Wanda."""
+    """The best method by KL at each calibration and sparsity, compared with plain SparseGPT and Wanda."""
     lines = []
     for key in dict.fromkeys((row.calibration, row.sparsity) for row in rows):
         same = {row.method: row for row in rows if (row.calibration, row.sparsity) == key}
@@ -149,7 +148,7 @@ def verdicts(rows: Sequence[Measured]) -> list[str]:
 
 
 def main() -> None:
-    """Measure what is missing, print the tables."""
+    """Measure the missing rows and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--samples", type=int, default=128)

@@ -1,9 +1,9 @@
-"""`python -m compress_evals.quantization`: every quantization method at every width on one dense model, in one table.
+"""`python -m compress_evals.quantization`: compares every quantization method at every bit width on one dense model.
 
-Each row is a run of `compress.run`, its artifact measured beside the dense model on facts (closed book and in context)
-and on unseen prose. A row in `rows.jsonl` belongs to the recipe that made it: it is measured once, may be measured in
-another session than its neighbours, and is measured again when an option of its recipe changes. `--print` only prints
-what is there, `--check` tests whether better methods are better. `compress qid --fit` reads the rows of one method.
+Each row is one `compress.run`, whose artifact is compared with the dense model on facts (closed book and in context)
+and on unseen prose. A row in `rows.jsonl` is identified by its recipe: it is measured once, possibly in another session
+than other rows, and measured again only if an option of its recipe changes. `--print` only prints existing rows,
+`--check` tests whether supposedly better methods are better. `compress qid --fit` reads the rows of one method.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from compress_evals.table import (
 
 FACTS, CONTEXT = TASKS = ("facts_trained", "facts_context3")
 SAMPLES, LENGTH = 128, 256
-LAYER_WINDOWS = 16  # of the text, on which hidden states are compared
+LAYER_WINDOWS = 16  # windows of the text on which hidden states are compared
 CALIBRATION = Calibration(data="mixed", samples=SAMPLES, length=LENGTH, seed=0)
 BITS = (8, 4, 3, 2)
-GROUPS = (16, 32, 64, 128, 0)  # 0 is a whole row; 16 is NVFP4's own
+GROUPS = (16, 32, 64, 128, 0)  # 0 is a whole row; 16 is only for NVFP4
 Steps = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A pipeline: its passes, as a recipe writes them, for a number of bits and a group; and which of these it has."""
+    """A pipeline: a function from bits and group size to its passes in recipe form, and the bits and groups it has."""
 
     steps: Callable[[int, int], Steps]
     bits: Sequence[int] = BITS
@@ -63,18 +63,18 @@ def grid(*before: str, by: str = "gptq", **options: Any) -> Method:
 
 
 def learned(name: str, options: dict[str, Any], *before: str, by: str = "gptq", **others: Any) -> Method:
-    """A pipeline whose rounding is then learned block by block."""
+    """A quantizing pipeline followed by a pass, `name`, that learns the rounding block by block."""
     first = grid(*before, by=by, **others).steps
     return Method(lambda b, g: [*first(b, g), {name: options}])
 
 
 def fixed(bits: int, group: int, *steps: dict[str, Any]) -> Method:
-    """A pipeline of one format."""
+    """A pipeline for a single format."""
     return Method(lambda b, g: list(steps), (bits,), (group,))
 
 
 def below_8(method: Method) -> Method:
-    """At 8 bits plain rounding is within .0003 nats of dense: what refines other rows has nothing left to win there."""
+    """The method without 8 bits: there, plain rounding is within 0.0003 nats of dense, so it has nothing to improve."""
     return replace(method, bits=(4, 3, 2))
 
 
@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
     "rotate, gptq gar search": below_8(grid("rotate", order="groups", search=True)),
     "rtn output, flexround": learned("flexround", {}, by="rtn", search="output"),
     "gptq act, lrq": learned("lrq", {"rank": 64}, order="activation"),
-    "sensitivity, gptq": replace(grid("sensitivity"), bits=(4, 3)),  # a mean of 8 or 2 leaves nothing to share out
+    "sensitivity, gptq": replace(grid("sensitivity"), bits=(4, 3)),  # at a mean of 8 or 2 there are no bits to redistribute
     "vq kmeans": Method(lambda b, g: [{"vq": {"book": "kmeans", "bits": b, "dims": 2, "rotate": False}}], (3, 2), (0,)),
     "vq e8p": Method(lambda b, g: [{"vq": {"bits": b}}], (4, 3, 2), (0,)),
     "realign, vq e8p": Method(lambda b, g: [{"realign": {}}, {"vq": {"bits": b}}], (4, 3, 2), (0,)),
@@ -113,7 +113,7 @@ METHODS: dict[str, Method] = {
         8, 0, {"smoothquant": {}}, {"rtn": {"bits": 8, "group": 0, "symmetric": True, "inputs": "int8"}}
     ),
 }
-# from worst to best: no method of a step should have a higher KL than one of the step before
+# from worst to best: no method of a step should have a higher KL than a method of the step before
 LADDER = (("rtn",), ("hqq", "awq"), ("gptq",), ("rotate, gptq", "gptq act, lrq", "vq kmeans", "vq e8p"))
 HEAD = f"""# Every way to quantize, on the built-in model
 
@@ -129,10 +129,10 @@ magnitude only.
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Scored):
-    """One method at one width.
+    """One method at one bit width and group size.
 
-    `degradation` is the cross-entropy lost, nats a token; `error` that of `layer_error`; `text_bytes` the UTF-8 bytes
-    of the text behind `loss`. The dense model is a row of 16 bits without a recipe.
+    `degradation` is the cross-entropy lost, in nats per token; `error` is the result of `layer_error`; `text_bytes` is
+    the size of the text behind `loss`, in UTF-8 bytes. The dense model is a row of 16 bits with an empty recipe.
     """
 
     bits: int
@@ -145,7 +145,7 @@ class Measured(Scored):
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the text."""
+        """Bits per byte of the evaluation text."""
         return sum(self.loss) / math.log(2) / self.text_bytes
 
 
@@ -160,7 +160,7 @@ class Wanted:
 
 
 def missing(name: str) -> str | None:
-    """The pass of a method that is not here, if any; raises RecipeError for anything else that is wrong with it."""
+    """The missing pass of a method, as text, or None; raises RecipeError for any other fault of its recipe."""
     method = METHODS[name]
     try:
         recipe_of(name, method.bits[0], method.groups[0])
@@ -172,13 +172,13 @@ def missing(name: str) -> str | None:
 
 
 def recipe_of(name: str, bits: int, group: int) -> Recipe:
-    """The recipe of a row; raises RecipeError if there is no such pass or option."""
+    """The recipe of a row; raises RecipeError if a pass or an option does not exist."""
     steps = METHODS[name].steps(bits, group)
     return Recipe(passes=tuple(read_pass(s, f"passes[{i}]") for i, s in enumerate(steps)), calibration=CALIBRATION)
 
 
 def wanted(methods: Sequence[str], bits: Sequence[int], groups: Sequence[int]) -> list[Wanted]:
-    """The rows of the table: by method, then bits, then group; raises RecipeError for a method that cannot be run."""
+    """The rows of the table, by method, bits and group; raises RecipeError for a method that cannot be run."""
     return [
         Wanted(name, b, g, recipe_of(name, b, g))
         for name in methods
@@ -189,7 +189,7 @@ def wanted(methods: Sequence[str], bits: Sequence[int], groups: Sequence[int]) -
 
 
 def chosen(rows: Sequence[Measured], places: Sequence[Wanted]) -> list[Measured]:
-    """The dense row and those of the places, in their order, as far as measured."""
+    """The dense row, then the rows of `places` that have been measured, in order."""
     found = {recipe_key_of(row.recipe): row for row in rows if row.recipe}
     dense = [row for row in rows if not row.recipe]
     return dense + [
@@ -198,10 +198,10 @@ def chosen(rows: Sequence[Measured], places: Sequence[Wanted]) -> list[Measured]
 
 
 class LayerBench(Bench):
-    """A bench that also looks at the hidden states between blocks."""
+    """A bench that also compares the hidden states between blocks."""
 
     def scored(self, model: Any, method: str, seconds: float) -> dict[str, Any]:
-        """The fields of `Measured` that a model alone decides."""
+        """The fields of `Measured` that are measured on a loaded model."""
         scored = super().scored(model, method, seconds)
         lost = (sum(scored["loss"]) - sum(scored["dense_loss"])) / scored["tokens"]
         size = sum(window.size for window in self.windows)
@@ -211,7 +211,10 @@ class LayerBench(Bench):
 
 @torch.inference_mode()
 def layer_error(dense: Any, compressed: Any, windows: Sequence[Sequence[int]]) -> float:
-    """The mean over blocks of |h' - h| / |h|, h the hidden state behind the block at all tokens of equal windows."""
+    """The mean over blocks of |h' - h| / |h|, where h is the hidden state after the block at all tokens.
+
+    All windows must have the same length.
+    """
     ids_BT = torch.tensor(windows)
     before, after = (m(input_ids=ids_BT, output_hidden_states=True).hidden_states[1:] for m in (dense, compressed))
     errors = [(a.float() - b.float()).norm() / b.float().norm() for b, a in zip(before, after, strict=True)]
@@ -227,7 +230,7 @@ def measure(bench: LayerBench, place: Wanted) -> Measured:
 
 
 def dense_row(bench: LayerBench) -> Measured:
-    """What the dense model scores."""
+    """The row of the dense model."""
     scored = bench.scored(bench.dense, "dense", 0.0)
     return Measured(**scored, bits=16, group=0, recipe={}, bits_per_weight=16.0)
 
@@ -236,12 +239,12 @@ def dense_row(bench: LayerBench) -> Measured:
 
 
 def group_name(group: int) -> str:
-    """As the head of a column."""
+    """The group size as a column heading."""
     return f"group {group}" if group else "row"
 
 
 def compact(rows: Sequence[Measured], bits: int) -> str:
-    """Markdown: one line a method, one column a group; the best KL of each column in bold."""
+    """A Markdown table with one line per method and one column per group; the best KL of each column is in bold."""
     same = [row for row in rows if row.bits == bits]
     groups = [g for g in GROUPS if any(row.group == g for row in same)]
     lines = ["| method | " + " | ".join(map(group_name, groups)) + " |", "|" + "---|" * (1 + len(groups))]
@@ -256,13 +259,13 @@ def compact(rows: Sequence[Measured], bits: int) -> str:
 
 
 def cell(row: Measured, best: bool) -> str:
-    """Bits a weight, KL, closed book and in context."""
+    """A cell of the compact table: bits per weight, KL, and the closed-book and in-context scores."""
     kl = bold(f"{row.mean_kl:.4f}", best)
     return f"{row.bits_per_weight:.2f}: {kl}, {100 * row.score(FACTS):.1f}, {100 * row.score(CONTEXT):.1f}"
 
 
 def full(rows: Sequence[Measured], dense: Measured) -> str:
-    """Markdown: all figures of every row."""
+    """A Markdown table with all figures of every row."""
     head = ["method", "bits", "group", "bits a weight", "KL", "loss - dense", "perplexity", "bits per byte",
             "closed book", "flips", "in context", "flips", "error", "seconds"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -277,7 +280,7 @@ def full(rows: Sequence[Measured], dense: Measured) -> str:
 
 
 def document(rows: Sequence[Measured], conditions: str) -> str:
-    """Everything as Markdown; the first row is dense."""
+    """The whole document as Markdown; the first of `rows` must be the dense model."""
     dense, *rest = rows
     scores = f"{percent(dense, FACTS)} closed book, {percent(dense, CONTEXT)} in context"
     text = f"perplexity {dense.perplexity:.2f}, {dense.bits_per_byte:.4f} bits per byte"
@@ -293,9 +296,10 @@ def document(rows: Sequence[Measured], conditions: str) -> str:
 
 
 def ladder(rows: Sequence[Measured]) -> list[str]:
-    """Each method against those of the step before, at the same bits and group; who is worse where it should not be.
+    """Compare each method with those of the step before on the ladder, at the same bits and group, one line each.
 
-    `violated` is a higher KL at p < .05 on the same windows, `tie` a difference that these cannot tell.
+    VIOLATED is a higher KL at p < 0.05 in a paired test on the same windows, `tie` a difference that is not
+    significant.
     """
     lines = []
     for place in dict.fromkeys((row.bits, row.group) for row in rows):
@@ -307,7 +311,7 @@ def ladder(rows: Sequence[Measured]) -> list[str]:
 
 
 def rung(worse: Measured, better: Measured) -> str:
-    """One comparison of the ladder as a line."""
+    """One comparison of the ladder, as a line."""
     p = kl_p(better, worse)
     verdict = "tie" if p >= 0.05 else "holds" if better.mean_kl < worse.mean_kl else "VIOLATED"
     return (
@@ -317,9 +321,9 @@ def rung(worse: Measured, better: Measured) -> str:
 
 
 def knowledge(rows: Sequence[Measured]) -> list[str]:
-    """At 2 bits: whether the best of as many stored bits keeps three times the closed-book facts of rtn.
+    """At 2 bits: whether the best method of no more stored bits (within 1 %) keeps three times rtn's closed-book facts.
 
-    Which it cannot where rtn keeps more than a third.
+    That is impossible if rtn keeps more than a third.
     """
     lines = []
     for plain in rows:
@@ -339,7 +343,7 @@ def knowledge(rows: Sequence[Measured]) -> list[str]:
 
 
 def lossless(rows: Sequence[Measured], dense: Measured) -> list[str]:
-    """Whether GPTQ in 4 bits and groups of 64 matches the dense model."""
+    """Whether GPTQ at 4 bits in groups of 64 matches the dense model, one line per task."""
     lines = []
     for row in rows:
         if (row.method, row.bits, row.group) == ("gptq", 4, 64):
@@ -355,7 +359,7 @@ def lossless(rows: Sequence[Measured], dense: Measured) -> list[str]:
 
 
 def parsed(words: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The options of the command."""
+    """The parser of the command, and its parsed options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="see --list")
@@ -370,7 +374,7 @@ def parsed(words: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser,
 
 
 def listed() -> str:
-    """Each method, its passes at its first width, and what it needs that is not here."""
+    """Each method with its bits, groups, passes at its first width, and any pass that is missing here."""
     lines = []
     for name, method in METHODS.items():
         steps = json.dumps(method.steps(method.bits[0], method.groups[0]))
@@ -381,7 +385,7 @@ def listed() -> str:
 
 
 def selected(names: Sequence[str] | None) -> list[str]:
-    """The methods asked for, in the order of the list; by default all that can be run, saying which cannot."""
+    """The given methods, in the order of METHODS; by default all that can be run, with a note of those that cannot."""
     if names is not None:
         return [name for name in METHODS if name in names]
     for reason in filter(None, map(missing, METHODS)):
@@ -390,7 +394,7 @@ def selected(names: Sequence[str] | None) -> list[str]:
 
 
 def fill(bench: LayerBench, path: Path, places: Sequence[Wanted]) -> None:
-    """Measure the places that no row of the file fills."""
+    """Measure and append the rows of `places` that the file does not have yet, the dense model first."""
     rows = read(path, Measured)
     if all(row.recipe for row in rows):
         append(path, dense_row(bench))
@@ -402,7 +406,7 @@ def fill(bench: LayerBench, path: Path, places: Sequence[Wanted]) -> None:
 
 
 def main() -> None:
-    """Measure what is missing, print the tables."""
+    """Measure the missing rows and print the tables."""
     parser, arguments = parsed()
     if arguments.list:
         sys.stdout.write(listed())

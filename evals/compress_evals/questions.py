@@ -1,7 +1,8 @@
-"""The questions of a run: which tasks can be asked, of which documents, and the hash of all that decides an answer.
+"""The questions of an evaluation: its tasks, their documents and requests, and the hash that identifies them.
 
-Not here: any model. A task is loaded through lm-eval, and its prompts are built as they will be asked, so that what
-was asked before is known again without asking. lm-eval's own caches know neither data nor model and are never used.
+Not here: any model. A task is loaded through lm-eval, and its prompts are built exactly as they will be asked, so that
+cached answers can be found by their hash. lm-eval's own caches are never used, because their keys include neither the
+data nor the model.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from compress_evals.results import Data, Skipped
 from compress_evals.suite import FACTS, Suite, Task
 
 PACKAGE = Path(__file__).parent
-DEFAULT_GENERATED = 256  # lm-eval's, where a task does not say
-SHOWN = 3  # names of one reason
+DEFAULT_GENERATED = 256  # lm-eval's default for a task without a limit
+SHOWN = 3  # names that are listed for one reason
 GENERATED = 8  # characters of a prompt that take about as long as one generated token
 
 Arguments = tuple[Any, ...]
@@ -30,10 +31,10 @@ Arguments = tuple[Any, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """One task ready to be asked: lm-eval's task, the documents chosen, and its requests, those of one together.
+    """One task, ready to be asked: lm-eval's task, the chosen documents, and their requests, grouped by document.
 
-    A request is what lm-eval gives a model: (prompt, continuation), or (prompt, options) to generate. `sha256` covers
-    documents, requests and the code that scores them.
+    A request holds the arguments that lm-eval passes to a model: (prompt, continuation) to score, or (prompt, options)
+    to generate. `sha256` covers the documents, the requests, and the code that makes and scores them.
     """
 
     task: Task
@@ -44,25 +45,26 @@ class Questions:
     sha256: str
 
     def document(self, i: int) -> dict[str, Any]:
-        """The i-th of the documents that are asked."""
+        """The i-th of the chosen documents."""
         found: dict[str, Any] = self.loaded.eval_docs[self.chosen[i]]
         return found
 
     def prompt(self, i: int) -> str:
-        """What the i-th question puts before a model, as it is asked."""
+        """The prompt of the i-th question's first request."""
         return str(self.requests[i][0][0])
 
     def work(self) -> int:
-        """How much there is to read and write, in characters: what time is estimated by."""
+        """The amount to read and generate, in characters, for the estimate of time."""
         every = (pair for requests in self.requests for pair in map(prompt_and_then, requests))
         return sum(len(prompt) + GENERATED * tokens_to_generate(then) for prompt, then in every)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """All questions of a run, the same for every model; `tokenizer` is the dense model's, beginning with BOS.
+    """All questions of an evaluation, the same for every model.
 
-    `chat_template` is the template's sha256, None if prompts are asked as they are.
+    `tokenizer` is the dense model's, which begins every text with BOS if it has one. `chat_template` is the sha256 of
+    the chat template, None if prompts are asked without one.
     """
 
     suite: Suite
@@ -86,9 +88,10 @@ def prepare(
     online: bool = False,
     chat_template: bool = False,
 ) -> Exam:
-    """The exam that a suite makes; tasks whose data cannot be had are skipped.
+    """The exam of a suite; tasks whose data are not available are skipped.
 
-    Raises RecipeError for an unknown task, if no task is left, or for a chat template that the tokenizer has not.
+    Raises RecipeError for an unknown task, if no task is left, or if the tokenizer does not have exactly one chat
+    template although `chat_template` is set.
     """
     had, skipped = availability(suite.chosen(only), data_dir, online)
     if not had:
@@ -119,9 +122,9 @@ def prepare(
 
 
 def within(exam: Exam, context: int) -> Exam:
-    """The exam without the tasks that generate as much as a model's whole context, which lm-eval cannot ask.
+    """The exam without the tasks that may generate as many tokens as the model's context, which lm-eval cannot ask.
 
-    Raises RecipeError if none is left.
+    Raises RecipeError if no task is left.
     """
     longest = {
         asked.task.name: max(
@@ -148,9 +151,9 @@ def within(exam: Exam, context: int) -> Exam:
 def availability(
     tasks: Iterable[Task], data_dir: Path | None, online: bool
 ) -> tuple[dict[str, Data | None], dict[str, Skipped]]:
-    """Where the data of each task come from (None: built in), and which tasks cannot be asked, and why.
+    """The data source of each task that can be asked (None: built in), and the other tasks with the reason.
 
-    Raises RecipeError for a data folder that is none, also where no task reads it.
+    Raises RecipeError if `data_dir` is not a folder, even if no task reads it.
     """
     check_folder(data_dir)
     had: dict[str, Data | None] = {}
@@ -165,7 +168,7 @@ def availability(
 
 
 def grouped(reasons: Iterable[str]) -> str:
-    """Reasons such as `mmlu/test: no data folder was given`, each said once behind the data it is true of."""
+    """Reasons such as `mmlu/test: no data folder was given`, each given once after the data sets it applies to."""
     lacking: dict[str, list[str]] = {}
     for reason in dict.fromkeys(reasons):
         name, _, why = reason.partition(": ")
@@ -174,7 +177,7 @@ def grouped(reasons: Iterable[str]) -> str:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first SHOWN names, and the number of further ones."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -182,9 +185,9 @@ def few(names: Sequence[str]) -> str:
 def load_tasks(
     suite: Suite = FACTS, data_dir: Path | None = None, online: bool = False, only: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The suite's lm-eval tasks by name, or those called so; their data must be available.
+    """The suite's lm-eval tasks by name, all or those in `only`; their data must be available.
 
-    Raises ArtifactError if one is missing: lm-eval drops a task file that it cannot read without a word.
+    Raises ArtifactError if one is missing, because lm-eval silently drops a task file that it cannot read.
     """
     from lm_eval.tasks import TaskManager
 
@@ -207,7 +210,7 @@ def questions(
     seed: int,
     chat: bool,
 ) -> Questions:
-    """One task with the documents that are asked and their requests."""
+    """One task with its chosen documents and their requests."""
     documents = list(loaded.eval_docs)
     chosen = subset(documents, limit, seed)
     requests = build(loaded, chosen, tokenizer if chat else None)
@@ -222,7 +225,7 @@ def questions(
 
 
 def sample(asked: Questions, exam: Exam, n: int) -> Questions:
-    """A fixed sample of at most `n` of the questions asked, in proportion to their tiers."""
+    """A fixed sample of at most `n` of a task's questions, stratified in proportion to their tiers."""
     documents = [asked.document(i) for i in range(len(asked.chosen))]
     places = subset(documents, n, exam.seed)
     requests = tuple(asked.requests[i] for i in places)
@@ -237,7 +240,7 @@ def sample(asked: Questions, exam: Exam, n: int) -> Questions:
 
 
 def build(loaded: Any, chosen: Sequence[int], tokenizer: Any | None) -> tuple[tuple[Arguments, ...], ...]:
-    """The requests of the documents chosen, those of one document together; a tokenizer applies its chat template."""
+    """The requests of the chosen documents, grouped by document; with a tokenizer, its chat template is applied."""
     loaded.build_all_requests(
         samples=some(loaded, chosen),
         apply_chat_template=tokenizer is not None,
@@ -246,18 +249,18 @@ def build(loaded: Any, chosen: Sequence[int], tokenizer: Any | None) -> tuple[tu
     grouped: dict[int, list[Any]] = {}
     for instance in loaded.instances:
         grouped.setdefault(instance.doc_id, []).append(instance)
-    loaded._instances = None  # lm-eval would keep them until it is asked again
+    loaded._instances = None  # lm-eval would otherwise keep them in memory
     ordered = (sorted(grouped[i], key=lambda instance: instance.idx) for i in range(len(chosen)))
     return tuple(tuple(tuple(instance.args) for instance in of_one) for of_one in ordered)
 
 
 def some(loaded: Any, chosen: Sequence[int]) -> list[int] | None:
-    """The documents to name to lm-eval, None for all: it looks for every document in the list, one after another."""
+    """The document indices to pass to lm-eval; None for all, because lm-eval searches the list for every document."""
     return None if len(chosen) == len(loaded.eval_docs) else list(chosen)
 
 
 def templating(tokenizer: Any) -> Callable[..., str]:
-    """What lm-eval's wrapper of a model does to a conversation, without a model."""
+    """A function that applies the chat template as lm-eval's model wrapper does, but without a model."""
 
     def apply(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(
@@ -273,7 +276,7 @@ def templating(tokenizer: Any) -> Callable[..., str]:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """The sha256 of the tokenizer's chat template; raises RecipeError if it has none."""
+    """The sha256 of the tokenizer's chat template; raises RecipeError if it has none or several."""
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str):
         kind = "several chat templates" if template else "no chat template"
@@ -282,11 +285,12 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def beginning_with_bos(tokenizer: Any) -> Any:
-    """The tokenizer, or a copy of it, that puts the BOS token before every text and no EOS behind it.
+    """The tokenizer, or a copy of it, that puts a BOS token before every text and no EOS token after it.
 
-    It is as it is if it has no BOS: lm-eval then asks for no special tokens at all. Its `add_bos_token` only asks for
-    them, and a fast tokenizer without a post-processor adds none; one saved with `add_eos_token`, as some are after
-    fine-tuning, would end every prompt before its answer.
+    A tokenizer without BOS is returned unchanged: lm-eval then asks for no special tokens at all. lm-eval's
+    `add_bos_token` only asks for special tokens, and a fast tokenizer without a post-processor adds none. A tokenizer
+    saved with `add_eos_token`, as some are after fine-tuning, would end every prompt before its answer.
+    Raises ArtifactError if the tokenizer cannot be changed in this way.
     """
     if tokenizer.bos_token_id is None or _begins(tokenizer):
         return tokenizer
@@ -300,18 +304,18 @@ def beginning_with_bos(tokenizer: Any) -> Any:
 
 
 def _begins(tokenizer: Any) -> bool:
-    """Whether a text begins with BOS and goes on behind its last word."""
+    """Whether the tokenizer begins a text with BOS and does not end it with EOS."""
     ids = tokenizer("a").input_ids
     return bool(ids[:1] == [tokenizer.bos_token_id] and ids[-1:] != [tokenizer.eos_token_id])
 
 
 def prompt_and_then(arguments: Arguments) -> tuple[str, Any]:
-    """A request's prompt and what follows it: a continuation, options to generate, or nothing to a text by itself."""
+    """A request's prompt and what follows: a continuation, generation options, or "" for a text scored by itself."""
     return str(arguments[0]), arguments[1] if len(arguments) > 1 else ""
 
 
 def identity(tokenizer: Any) -> str:
-    """The hash of what a tokenizer does to a text; padding and truncation, which calls change, are left out."""
+    """The hash of a tokenizer's behaviour, without padding and truncation, which calls change."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     does = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     does = {key: value for key, value in does.items() if key not in ("padding", "truncation")}
@@ -319,14 +323,14 @@ def identity(tokenizer: Any) -> str:
 
 
 def tokens_to_generate(then: Any) -> int:
-    """The tokens that a request generates at most; none if its continuation is only scored."""
+    """The largest number of tokens that a request generates; 0 if its continuation is only scored."""
     return int(then.get("max_gen_toks", DEFAULT_GENERATED)) if isinstance(then, dict) else 0
 
 
 def lengths(asked: Questions, tokenizer: Any) -> list[int]:
-    """The tokens that each question needs of a model's context, its longest request counted.
+    """The number of tokens that the longest request of each question needs in a model's context.
 
-    A scored continuation's last token is never read, so it is not counted.
+    The last token of a scored continuation is not counted, because the model never reads it.
     """
     pairs = [[prompt_and_then(arguments) for arguments in requests] for requests in asked.requests]
     texts = [prompt if isinstance(then, dict) else prompt + then for of_one in pairs for prompt, then in of_one]
@@ -338,7 +342,7 @@ def lengths(asked: Questions, tokenizer: Any) -> list[int]:
 
 
 def token_counts(texts: Sequence[str], tokenizer: Any) -> list[int]:
-    """The tokens of each text as lm-eval encodes it: with BOS, unless the text brings its own."""
+    """The number of tokens of each text as lm-eval encodes it: with BOS, unless the text already begins with it."""
     bos = tokenizer.bos_token
     own = [bos is not None and text.startswith(bos) for text in texts]
     counts = [0] * len(texts)
@@ -352,22 +356,22 @@ def token_counts(texts: Sequence[str], tokenizer: Any) -> list[int]:
 
 
 def wanted(asked: Questions, i: int) -> str:
-    """The first accepted answer to the i-th question, as a reader wants to see it."""
+    """The first accepted answer to the i-th question, as it is shown to readers."""
     document = asked.document(i)
     target = asked.loaded.doc_to_target(document)
-    if asked.loaded.OUTPUT_TYPE == "multiple_choice":  # by the choices: WinoGrande's target is what follows them
+    if asked.loaded.OUTPUT_TYPE == "multiple_choice":  # from the choices, because WinoGrande's target is the text that follows them
         return str(asked.loaded.doc_to_choice(document)[document["gold"]]).strip()
     accepted = document.get("answers") or document.get("answer") or target
     return str(accepted[0] if isinstance(accepted, list) and accepted else accepted).strip()
 
 
 def code(suite: Suite) -> str:
-    """The hash of what makes and scores a suite's questions: its files, and the Python of all suites and metrics."""
+    """The hash of the code that makes and scores a suite's questions: its files, and all Python of tasks and metrics."""
     shared = (path for folder in ("metrics", "tasks") for path in sorted((PACKAGE / folder).rglob("*.py")))
     files = [*sorted(path for path in suite.folder.iterdir() if path.suffix in (".py", ".yaml")), *shared]
     return hashed([[path.name, path.read_text(encoding="utf-8")] for path in files])
 
 
 def hashed(value: Any) -> str:
-    """The sha256 of plain data; what JSON does not know is taken by its text."""
+    """The sha256 of plain data; values that JSON does not support are converted with `str`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

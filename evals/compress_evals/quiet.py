@@ -1,4 +1,4 @@
-"""Silence for libraries that print where our own lines stand."""
+"""Silences libraries that print to the terminal among this package's own output."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's messages and progress bars; the bars have no other switch than where stderr goes.
+    """Suppress the messages of lm-eval and transformers below errors, and everything that is written to stderr.
 
-    Nor transformers' warning of a prompt longer than the model: lm-eval cuts it after that, and we count it.
+    lm-eval's progress bars can only be silenced by redirecting stderr. One of the warnings of transformers is about a
+    prompt that is longer than the model's context: lm-eval then cuts it, and `answers.truncated` counts it.
     """
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]

@@ -1,4 +1,4 @@
-"""A leaderboard: one static site of all results below some folders, readable without a server or a network."""
+"""The leaderboard: a static site of all results below some folders, which needs no server and no network."""
 
 from __future__ import annotations
 

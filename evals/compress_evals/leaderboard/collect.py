@@ -1,9 +1,9 @@
-"""Find results below folders, and put those that may stand in one table onto one board.
+"""Finds results below folders, and groups those that are comparable into boards.
 
-Not here: any statistic. A board is one dense model measured in one way: results that differ in the suite, in an engine
-field that `compare` insists on, in a question, in where the questions came from or in the margin stand on different
-boards, never in one table. Rows are dropped as soon as their scores are taken: sixty models of a real suite would not
-fit otherwise.
+Not here: any statistic. A board is one dense model measured in one way. Results that differ in the suite, in an engine
+field that `compare` requires to be equal, in the questions, in the source of the questions or in the margin go to
+different boards and never into one table. The per-question rows are dropped as soon as their scores are extracted:
+sixty models of a real suite would not fit in memory otherwise.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from compress_evals.results import RESULTS_FILE, Results, load
 from compress_evals.stats import Floats
 
 CELL_FILE = "cell.json"
-MADE_HERE = "leaderboard.json"  # a site is not searched for results
-SAME = 1e-9  # two means of the same scores
+MADE_HERE = "leaderboard.json"  # marks a published site, which is not searched for results
+SAME = 1e-9  # tolerance for two means of the same scores
 
 
 class Cell(BaseModel):
-    """One cell of a sweep, as it is recorded beside its results; other fields are the sweep's own."""
+    """One cell of a sweep, as recorded beside its results; the sweep's other fields are ignored."""
 
     schema_version: Literal[1] = Field(alias="schema")
     id: str
@@ -44,9 +44,9 @@ class Cell(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One result: `results` without its rows, the headline scores question by question, and where it was found.
+    """One result: `results` without its rows, the headline scores of every question by task, and where it was found.
 
-    With `runs` it is the mean over them (`leaderboard/runs.py`).
+    With `runs`, it is the mean over these runs (`leaderboard/runs.py`).
     """
 
     name: str
@@ -57,15 +57,15 @@ class Entry:
 
     @property
     def sources(self) -> dict[str, str | None]:
-        """Where the questions of each task came from."""
+        """The source of the questions of each task; None where it was not recorded."""
         return {name: task.data.source if task.data else None for name, task in self.results.tasks.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """One table: a dense model, what was compared with it, and the cells of a sweep that failed.
+    """One table: a dense model, the models compared with it, and the sweep cells that failed.
 
-    `clusters` names the cluster of every question, task by task.
+    `clusters` holds the cluster of every question, by task.
     """
 
     dense: Entry
@@ -77,17 +77,18 @@ class Board:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """The boards in a fixed order, and failed cells of models that no board is about."""
+    """The boards in a fixed order, and the failed cells of models that have no board."""
 
     boards: tuple[Board, ...]
     unplaced: tuple[Cell, ...]
 
 
 def collect(paths: Sequence[Path]) -> Collection:
-    """Everything below `paths`, paired and on its boards.
+    """Collect all results below `paths`, pair each with its dense result, and group them into boards.
 
-    The same dense result found several times counts once. Raises ArtifactError for a path without results, a file that
-    cannot be read, and a compressed result whose dense one is missing or was measured otherwise, naming the difference.
+    A dense result that is found several times counts once. Raises ArtifactError for a path without results, a file that
+    cannot be read, and a compressed result whose dense result is missing or was measured differently; the message names
+    the difference.
     """
     places, cells = find(paths)
     found = [(place, *_opened(folder, place)) for folder, place in places]
@@ -105,7 +106,7 @@ def collect(paths: Sequence[Path]) -> Collection:
 
 
 def find(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], list[Cell]]:
-    """The folders of results below `paths`, each with a short place to call it by, and the cells of sweeps."""
+    """The folders of results below `paths`, each with a short display path, and the sweep cells."""
     folders: dict[Path, str] = {}
     cells: dict[Path, Cell] = {}
     for path in paths:
@@ -125,7 +126,7 @@ def find(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], list[Cell]]:
 
 
 def why_not(dense: Entry, compressed: Entry) -> str | None:
-    """The first difference that keeps two results out of one table, in words; None if there is none."""
+    """The first difference, in words, that makes two results incomparable; None if there is none."""
     ours, theirs = dense.results, compressed.results
     for field in MUST_AGREE:
         a, b = getattr(ours.engine, field), getattr(theirs.engine, field)
@@ -146,7 +147,7 @@ def why_not(dense: Entry, compressed: Entry) -> str | None:
 
 
 def _folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    for folder, below, names in os.walk(top):  # links are not followed: no loops
+    for folder, below, names in os.walk(top):  # symbolic links are not followed, so there are no loops
         below.sort()
         if MADE_HERE in names:
             below.clear()
@@ -180,7 +181,7 @@ def _opened(folder: Path, place: str) -> tuple[Entry, dict[str, tuple[str, ...]]
 
 
 def _alike(a: Entry, b: Entry) -> bool:
-    """Whether two results say the same of the same weights."""
+    """Whether two results have the same name, weights, recipe, settings and scores."""
     return (
         (a.name, a.results.model.sha, a.results.model.recipe) == (b.name, b.results.model.sha, b.results.model.recipe)
         and why_not(a, replace(b, results=b.results.model_copy(update={"vs": None}))) is None
@@ -189,7 +190,7 @@ def _alike(a: Entry, b: Entry) -> bool:
 
 
 def _once(dense: Sequence[Entry]) -> list[Entry]:
-    """Each dense measurement once; one that also measured the noise floor stands for its twins."""
+    """The dense results without duplicates; a result that includes the noise floor is preferred over its duplicates."""
     kept: list[Entry] = []
     for entry in sorted(dense, key=lambda entry: not entry.results.noise):
         if not any(_alike(entry, other) for other in kept):
@@ -198,7 +199,7 @@ def _once(dense: Sequence[Entry]) -> list[Entry]:
 
 
 def _unrepeated(entries: Sequence[Entry]) -> list[Entry]:
-    """Without copies: the same weights with the same answers, found in two folders."""
+    """The entries without copies, which are results with the same weights and scores found in two folders."""
     kept: list[Entry] = []
     by_name: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -232,7 +233,7 @@ def _margin(entry: Entry) -> float:
 
 
 def _with_failures(boards: Sequence[Board], failed: Sequence[Cell]) -> Collection:
-    """Failed cells on the boards about their model; all on the only board there is."""
+    """The collection with each failed cell on the boards of its model, or on the only board if there is just one."""
     if not boards:
         raise ArtifactError("no dense result is below the given paths: nothing to compare with")
     boards = sorted(boards, key=lambda board: -len(board.compressed))

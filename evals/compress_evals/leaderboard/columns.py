@@ -1,6 +1,6 @@
-"""The columns of the table on the page: what each is called, how it sorts, and what its cells say.
+"""The columns of the table on a board's page: their labels, their sort order, and the content of their cells.
 
-Columns are shown and hidden by group. A cell has the value it sorts by and the text it shows; nothing here is HTML.
+Columns are shown and hidden by group. A cell has a sort value and a text; nothing here is HTML.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ GROUPS = {
     "answers": "Other answers, %",
     "fidelity": "Fidelity",
 }
-FOLDED = ("differences", "flips", "answers")  # hidden until asked for, where there is a script to ask
+FOLDED = ("differences", "flips", "answers")  # hidden at first if scripts run; always shown without scripts
 NOTHING = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What a cell shows: `text`, then `small` beside it; `verdict` colours it, `lists` are families by verdict.
+    """The content of a cell: `text`, with `small` beside it; `verdict` sets its colour.
 
-    `sort` is None where there is nothing to show; such cells sort last.
+    `lists` are families by verdict. `sort` is None if there is nothing to show; such cells sort last.
     """
 
     sort: float | None = None
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One column; `first` is the direction of the first click, `grey` that it decides nothing."""
+    """One column; `first` is the sort direction of the first click, `grey` marks a column that affects no ranking."""
 
     group: str
     label: str
@@ -55,7 +55,7 @@ class Column:
 
 
 def columns(lines: Sequence[Line], families: Sequence[str]) -> list[Column]:
-    """The columns that these lines have something to show in, in order."""
+    """The columns, in order, in which at least one of these lines has a value."""
     every = [*_kept(), _verdicts(), *_runs(), *_size(), _speed(), *_by_family(families), *_fidelity()]
     return [column for column in every if not lines or any(column.cell(line).sort is not None for line in lines)]
 
@@ -226,6 +226,6 @@ def _number(value: float | None, form: str) -> Cell:
 
 
 def _severity(line: Line) -> float:
-    """How bad the verdicts are but those of controls: the number of fails, then of drops, then of inconclusive."""
+    """A sort value for the verdicts, without controls: by the number of fails, then of drops, then of inconclusive."""
     counts = [sum(not c.control and c.paired.verdict == verdict for c in line.families) for verdict in SEVERITY]
     return float(sum(count * 100.0 ** (len(SEVERITY) - i) for i, count in enumerate(counts[:3])))

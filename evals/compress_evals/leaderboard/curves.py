@@ -1,7 +1,8 @@
-"""Damage curves: each family's score against how much was removed, and against bits, one line a method.
+"""Damage curves: each family's score against the share removed and against bits per weight, one line per method.
 
-After LLM-KICK's figures 1 and 2: bits per byte of plain text, dashed on an axis of its own, stays calm while knowledge
-goes. A method is what its recipe's passes are called; it is drawn if it was run with several budgets.
+Bits per byte of plain text is drawn dashed on an axis of its own: like perplexity in LLM-KICK's figures, it hardly
+moves while knowledge is lost. A method is named by the passes of its recipe; it is drawn if it was run with at least
+two budgets.
 Source: Jaiswal et al., "Compressing LLMs: The Truth is Rarely Pure and Never Simple", ICLR 2024, figures 1 and 2.
 """
 
@@ -24,7 +25,7 @@ WORDS = {"removed": "the share removed", "bits": "bits per weight"}
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """The panels against one budget; `methods` are the legend: name, glyph and number of the colour."""
+    """The panels for one kind of budget; `methods` is the legend: name, glyph and colour number."""
 
     title: str
     methods: tuple[tuple[str, str, int], ...]
@@ -32,7 +33,7 @@ class Curves:
 
 
 def damage(board: Board, lines: Sequence[Line]) -> list[Curves]:
-    """Score against the share removed, then against bits per weight, for the methods that have several of either."""
+    """Score against the share removed, then against bits per weight, for the methods run at two or more of either."""
     kinds: tuple[tuple[str, str, Callable[[Line], float | None]], ...] = (
         (
             "removed",
@@ -57,7 +58,7 @@ def damage(board: Board, lines: Sequence[Line]) -> list[Curves]:
 
 
 def by_method(lines: Sequence[Line], budget: Callable[[Line], float | None]) -> dict[str, list[Line]]:
-    """The lines of each method that was run with at least two budgets, in the order of their budgets."""
+    """The lines of each method that was run with at least two budgets (after rounding to 0.01), sorted by budget."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         if budget(line) is not None:
@@ -85,7 +86,7 @@ def _panel(
         return line.fidelity.compressed_bits_per_byte if line.fidelity else None
 
     def finite_bits(line: Line) -> float | None:
-        """None also where a model gives no distribution: that is in the table, and on no axis."""
+        """None also if bits per byte are infinite: the table shows that, but it cannot be drawn."""
         bits = bits_per_byte(line)
         return bits if bits is not None and math.isfinite(bits) else None
 
@@ -100,7 +101,7 @@ def _panel(
             _overlay(axes, methods, budget, finite_bits)
         axes.set_ylim(-3, 103)
         if label.startswith("Bits"):
-            axes.invert_xaxis()  # damage grows to the right, as in the other
+            axes.invert_xaxis()  # damage grows to the right, as in the figure of the share removed
         axes.xaxis.set_major_locator(library.ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
         title, about = family.capitalize(), f"Dense scores {dense:.1f} %."
         seen = f"Score against {label.lower()} of {', '.join(sorted(methods))}. {about}"
@@ -123,7 +124,7 @@ def _lines(
     budget: Callable[[Line], float | None],
     height: Callable[[Line], float | None],
 ) -> None:
-    """A line a method through the means at each budget, and a dot a model."""
+    """Draw a line per method through the means at each budget, and a dot per model."""
     for i, method in enumerate(sorted(methods)):
         colour = STAND_IN[f"c{1 + i % SERIES}"]
         axes.plot(*_means(methods[method], budget, height), color=colour)
@@ -140,9 +141,10 @@ def _overlay(
     budget: Callable[[Line], float | None],
     height: Callable[[Line], float | None],
 ) -> None:
-    """The same for bits per byte, dashed and thin, on an axis on the right that points down: up is better there too.
+    """Draw bits per byte, dashed and thin, on an inverted axis on the right, so that up is better there, too.
 
-    It runs from dense's value at the top to twice that: over what was measured, any change would look large.
+    The axis runs from about the dense model's value at the top to at least twice that: if it were fitted to the data,
+    any change would look large.
     """
     every = [line for those in methods.values() for line in those]
     dense = next(line.fidelity.dense_bits_per_byte for line in every if line.fidelity)

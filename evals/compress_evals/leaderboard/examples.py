@@ -1,4 +1,4 @@
-"""Flipped questions side by side: the words in which two answers differ are marked."""
+"""Flipped questions with both answers side by side and their differing words marked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from difflib import SequenceMatcher
 from compress_evals.leaderboard.table import Line
 from compress_evals.results import Example
 
-LONGEST = 4000  # characters of an answer that are compared; the rest is cut
+LONGEST = 4000  # characters of an answer that are compared and shown; the rest is cut
 Words = tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
-    """One question: both answers as runs of text, each with whether it differs from the other."""
+    """One question, with both answers as runs of text, each flagged if it differs from the other answer."""
 
     id: str
     prompt: str
@@ -27,7 +27,7 @@ class Flip:
 
 @dataclass(frozen=True, kw_only=True)
 class Flips:
-    """The examples of one task: what was lost, and what was gained; with how many there are of each."""
+    """The lost and gained examples of one task, and the total number of each."""
 
     title: str
     lost: tuple[Flip, ...]
@@ -37,7 +37,7 @@ class Flips:
 
 
 def flipped(line: Line, most: int) -> list[Flips]:
-    """The examples of every task that has any, at most so many each way."""
+    """The examples of every task that has any, at most `most` lost and `most` gained ones."""
     return [
         Flips(
             title=task.title,
@@ -52,7 +52,7 @@ def flipped(line: Line, most: int) -> list[Flips]:
 
 
 def marked(one: str, other: str) -> tuple[Words, Words]:
-    """Two texts as runs of words and spaces, each run with whether the other text lacks it."""
+    """Both texts as runs of words and spaces, each with a flag that says whether it is missing from the other text."""
     a, b = _words(one), _words(other)
     left: list[tuple[str, bool]] = []
     right: list[tuple[str, bool]] = []

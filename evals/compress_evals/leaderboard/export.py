@@ -1,7 +1,8 @@
-"""The leaderboard for programs and for Markdown: JSON with every figure, CSV with a line a model, Markdown to paste.
+"""Exports the leaderboard: JSON with every figure, CSV with one row per model, and Markdown to paste.
 
-The JSON is described by its own schema, which is written beside it; the CSV's columns are described in the JSON. Raw
-and normalised scores both stand there, with the formula and the chance: nobody has to guess how one came of the other.
+The JSON is described by its own schema, which is written beside it; the CSV's columns are described in the JSON. Both
+raw and normalised scores are included, with the formula and the chance score, so that one can be derived from the
+other.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class LeaderboardOut(Stored):
 
 
 def as_data(boards: Sequence[tuple[Board, str, Sequence[Line], dict[str, list[Any]]]]) -> LeaderboardOut:
-    """Boards, their folders, lines and task tables as one piece of data."""
+    """Boards, with their folders, lines and task tables, as one object."""
     family = {f"FAMILY {name}": about for name, about in FAMILY_COLUMNS.items()}
     return LeaderboardOut(
         formulas=FORMULAS,
@@ -193,7 +194,7 @@ def as_data(boards: Sequence[tuple[Board, str, Sequence[Line], dict[str, list[An
 
 
 def as_csv(boards: Sequence[tuple[Board, Sequence[Line]]]) -> str:
-    """A line a model; families of all boards have columns, empty where a board has no such family."""
+    """One row per model; every family of any board has columns, which are empty where a board has no such family."""
     names = list(dict.fromkeys(family for board, _ in boards for family in families(board)))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -208,7 +209,7 @@ def as_csv(boards: Sequence[tuple[Board, Sequence[Line]]]) -> str:
 
 
 def as_markdown(board: Board, lines: Sequence[Line]) -> str:
-    """The table of one board, its head and its failures."""
+    """One board as Markdown: its facts, its table and its failed cells."""
     columns = ("rank", "model", "worst family kept, %", "mean kept, %", "verdicts", "bits", "on disk", "times smaller")
     scores = tuple(f"{family}, %" for family in families(board))
     parts = [f"# What compression cost {md(readable(board.dense.name))}"]
@@ -306,7 +307,7 @@ def _share(kept: Kept | None) -> Share | None:
 
 
 def _line_values(line: Line) -> list[Any]:
-    """The values of COLUMNS but the first."""
+    """The values of COLUMNS except the first."""
     kept, mean, fidelity = line.standing.kept, line.standing.mean, line.fidelity
     return [
         line.standing.rank, line.name, line.method.label, line.method.family, line.method.removed, line.bits,
@@ -328,7 +329,7 @@ def _family_values(cell: FamilyCell | None) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula."""
+    """A CSV value that no spreadsheet interprets as a formula."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):
@@ -361,7 +362,7 @@ def _md_runs(line: Line) -> list[str]:
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    """`55.1 (52.7 to 57.3)`: the mean, the smallest and the largest."""
+    """`55.1 (52.7 to 57.3)`: the mean, the smallest and the largest value."""
     if not values:
         return "–"
     mean, low, high = (form.format(value) for value in (sum(values) / len(values), min(values), max(values)))

@@ -1,4 +1,4 @@
-"""What the head of a board says: how it was measured, how sure it can be, and where the questions came from."""
+"""The facts at the head of a board: how it was measured, how certain it can be, and where the questions came from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress_evals.wording import byte_size
 
 
 def facts(board: Board) -> list[tuple[str, str]]:
-    """Name and value of everything a reader must know of a board, in order."""
+    """Name and value of each fact at the head of a board, in order; facts without a value are left out."""
     dense = board.dense.results
     engine = dense.engine
     rows = [
@@ -30,19 +30,19 @@ def facts(board: Board) -> list[tuple[str, str]]:
 
 
 def size_of(dense: Results) -> str:
-    """Parameters and bytes of the dense model."""
+    """The parameter count of the dense model and, if known, its bytes, as text to append."""
     size = dense.model.bytes_on_disk
     return f", {dense.model.parameters:,} parameters" + (f", {byte_size(size)}" if size else "")
 
 
 def sources(dense: Results) -> str:
-    """How many tasks have their questions from where."""
+    """The sources of the questions, with the number of tasks for each."""
     counts = Counter(task.data.source if task.data else "not recorded" for task in dense.tasks.values())
     return ", ".join(f"{source} ({count} task{'s' * (count > 1)})" for source, count in sorted(counts.items()))
 
 
 def noise(dense: Results) -> str:
-    """How many answers of the dense model itself change with the batch size; a sentence that it was not measured."""
+    """How many of the dense model's answers flip when only the batch size changes, or "not measured"."""
     if not dense.noise:
         return "not measured"
     flips, n = sum(noise.flips for noise in dense.noise.values()), sum(noise.n for noise in dense.noise.values())
@@ -51,7 +51,7 @@ def noise(dense: Results) -> str:
 
 
 def told_apart(collection: Collection) -> list[list[tuple[str, str]]]:
-    """For every board what distinguishes it from the others, as name and value."""
+    """For every board, the properties in which the boards differ, as name and value."""
     known = [_protocol(board) for board in collection.boards]
     differing = [name for name in known[0] if len({board[name] for board in known}) > 1]
     differing = [name for name in differing if name != "questions" or "tasks" not in differing]

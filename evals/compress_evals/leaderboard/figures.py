@@ -1,7 +1,7 @@
-"""What the figures show: quality against size and speed, damage against budget, flips against difference.
+"""The figures of quality against size and speed, and of flips against difference.
 
-Each figure comes with its numbers as a table, for those who cannot see it. The heat map of tasks is a table from the
-start (`heat.py`): numbers in coloured cells read better than coloured cells without numbers.
+Not here: the damage curves (`curves.py`). Each figure comes with its numbers as a table, for readers who cannot see it.
+The heat map of tasks is itself a table (`heat.py`), because coloured cells are easier to read with numbers in them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from compress_evals.leaderboard.svg import LIGHT, STAND_IN, axes_of, drawing, in
 from compress_evals.leaderboard.table import Line
 from compress_evals.wording import byte_size, signed
 
-WIDE = 4  # sizes further apart than this are drawn on a logarithmic axis
+WIDE = 4  # the x axis is logarithmic if its largest value is more than this many times its smallest
 NAMED = 14  # names that fit beside the points of a front
 SIZE = (5.4, 3.7)  # inches; the page scales it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure of the page: `svg` is markup of ours, everything else is text."""
+    """One figure of the page: `svg` is trusted markup made here, everything else is text to be escaped."""
 
     title: str
     about: str
@@ -36,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One model in a plane, with the interval of its height; `link` leads to its page."""
+    """One model as a point, with the interval of its y value; `link` is the address of its page."""
 
     name: str
     x: float
@@ -47,17 +47,17 @@ class Point:
 
 
 def worst_of(line: Line) -> Kept | None:
-    """What its worst family kept."""
+    """The share of the dense score that the model's worst family kept."""
     return line.standing.kept
 
 
 def mean_of(line: Line) -> Kept | None:
-    """What it kept on average."""
+    """The share of the dense score that the model kept on average over families."""
     return line.standing.mean
 
 
 def trade_offs(lines: Sequence[Line]) -> list[Figure]:
-    """Quality against bytes, and against speed where that was measured: the worst family, then the mean."""
+    """Quality (the worst family, then the mean) against bytes, and against speed where it was measured."""
     found = []
     for x, axis, less, tick in (
         (lambda line: line.bytes, "Bytes on disk", True, byte_size),
@@ -73,7 +73,7 @@ def trade_offs(lines: Sequence[Line]) -> list[Figure]:
 def points(
     lines: Sequence[Line], x: Callable[[Line], float | None], kept: Callable[[Line], Kept | None]
 ) -> list[Point]:
-    """The lines that have both coordinates; heights in percent."""
+    """The points of the lines that have both coordinates; y values are in percent."""
     return [
         Point(
             name=line.name, x=across, y=100 * share.value, low=100 * share.low, high=100 * share.high,
@@ -85,7 +85,7 @@ def points(
 
 
 def front(spots: Sequence[Point], less: bool) -> list[Point]:
-    """The points that no other beats in one coordinate without losing in the other, from the cheapest on."""
+    """The Pareto front, starting at the best x value: the smallest if `less`, else the largest."""
     best, kept = -math.inf, []
     for point in sorted(spots, key=lambda p: (p.x if less else -p.x, -p.y)):
         if point.y > best:
@@ -95,14 +95,14 @@ def front(spots: Sequence[Point], less: bool) -> list[Point]:
 
 
 def picture(lines: Sequence[Line], path: Path) -> None:
-    """Write the first trade-off, worst family against bytes, in light colours."""
+    """Write the trade-off of worst family against bytes to a file, in light colours."""
     with drawing():
         save_picture(_draw(points(lines, lambda line: line.bytes, worst_of), LIGHT, "Bytes on disk",
                            "Worst family kept, % of dense", True, byte_size), path)  # fmt: skip
 
 
 def flips(lines: Sequence[Line]) -> Figure:
-    """The share of answers that flipped against the difference that is left of it."""
+    """The share of answers that flipped, against the net difference in score."""
     title, links = "Flips against difference", {f"models/{line.slug}.html": line.name for line in lines}
     with drawing() as library:
         figure = library.figure.Figure(figsize=SIZE, layout="constrained")
@@ -186,7 +186,7 @@ def _dots(
 
 
 def _names(figure: Any, axes: Any, best: Sequence[Point], spots: Sequence[Point], colours: Mapping[str, str]) -> None:
-    """The names on the front, beside their points; the layout stays as it is without them."""
+    """Write the names of models on the front beside their points, without changing the layout of the figure."""
     figure.draw_without_rendering()
     scale = 72 / figure.dpi
     (left, bottom), (right, top) = axes.get_window_extent().get_points() * scale

@@ -1,6 +1,6 @@
 """The heat map of tasks: differences from dense as numbers in coloured cells of an ordinary table.
 
-A colour stands for a fixed range of points, the same on every board, so that two boards can be compared by eye.
+A colour stands for the same range of percentage points on every board, so that two boards can be compared by eye.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from compress_evals.leaderboard.collect import Board
 from compress_evals.leaderboard.table import Line
 from compress_evals.wording import signed
 
-STEPS = (1.0, 3.0, 8.0, 20.0)  # points at which the colour changes
+STEPS = (1.0, 3.0, 8.0, 20.0)  # percentage points at which the colour changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeatCell:
-    """One difference: `shade` from -4, a large loss, to 4; `verdict` of the task."""
+    """One difference: `shade` is from -4 (a large loss) to 4 (a large gain), `verdict` is the verdict of the task."""
 
     text: str
     shade: int
@@ -26,7 +26,7 @@ class HeatCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Heat:
-    """Task titles, and for each model its cells; `legend` says which points a shade means."""
+    """The task titles, and for each model its cells; `legend` gives the range of percentage points of each shade."""
 
     titles: tuple[str, ...]
     rows: tuple[tuple[Line, tuple[HeatCell, ...]], ...]
@@ -34,7 +34,7 @@ class Heat:
 
 
 def heat(board: Board, lines: Sequence[Line]) -> Heat:
-    """The map, the models in the order of the table."""
+    """The heat map of a board, with the models in the order of the table."""
     names = list(board.dense.results.tasks)
     return Heat(
         titles=tuple(board.dense.results.tasks[name].title for name in names),
@@ -44,7 +44,7 @@ def heat(board: Board, lines: Sequence[Line]) -> Heat:
 
 
 def shade(points: float) -> int:
-    """The step of a difference in points: 0 within one point, then 1 to 4 with its sign."""
+    """The shade of a difference in percentage points: 0 within one point, else 1 to 4 with the difference's sign."""
     step = sum(abs(points) >= bound for bound in STEPS)
     return step if points > 0 else -step
 

@@ -1,4 +1,7 @@
-"""Where the names of points go, so that they hide neither points nor each other. All in typographic points."""
+"""Places the labels of points in a figure so that they overlap as little as possible. Lengths are typographic points.
+
+It is a greedy search over a few candidate places per label, not an optimal layout.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise, product
 
-HEIGHT = 9.0  # of a line of 8 points
-PER_LETTER = 4.3  # width, about: the reader's fonts draw the text
+HEIGHT = 9.0  # of a line of text in 8 points
+PER_LETTER = 4.3  # approximate width: the text is rendered in the reader's own fonts
 DISTANCES = (7.0, 12.0, 18.0, 26.0, 37.0, 50.0)
-COMPASS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # right and above is tried first
-HIDES_NAME, HIDES_POINT, HIDES_LINE, LEAVES = 200.0, 60.0, 6.0, 400.0  # what each costs, in points of distance
+COMPASS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # above right is tried first
+HIDES_NAME, HIDES_POINT, HIDES_LINE, LEAVES = 200.0, 60.0, 6.0, 400.0  # cost of each overlap, in points of distance
 MARK = 4.0  # radius of a point
 
 Place = tuple[float, float]
@@ -20,9 +23,9 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 def placed(
     names: Sequence[str], anchors: Sequence[Place], points: Sequence[Place], line: Sequence[Place], room: Box
 ) -> list[Place]:
-    """The lower left corner of each name, near its anchor, within `room` if it fits; earlier names choose first.
+    """The lower left corner of each name, near its anchor and within `room` if it fits; earlier names are placed first.
 
-    `points` are all that are drawn, `line` are places on what is drawn between them.
+    `points` are all points drawn, `line` holds sample points along the line drawn between them.
     """
     taken: list[Box] = []
     for name, (x, y) in zip(names, anchors, strict=True):
@@ -36,7 +39,7 @@ def placed(
 
 
 def box_beside(x: float, y: float, width: float, far: float, way: tuple[int, int]) -> Box:
-    """A name so far from a point in a direction."""
+    """The box of a name at distance `far` from a point, in the direction `way`."""
     length = math.hypot(*way)
     middle_x = x + way[0] * (far / length + width / 2)
     middle_y = y + way[1] * (far / length + HEIGHT / 2)
@@ -44,7 +47,7 @@ def box_beside(x: float, y: float, width: float, far: float, way: tuple[int, int
 
 
 def cost(box: Box, taken: Sequence[Box], points: Sequence[Place], line: Sequence[Place], room: Box) -> float:
-    """What a place for a name hides."""
+    """The cost of a place for a name: what it covers (names, points, the line), and whether it leaves `room`."""
     left, bottom, right, top = box
     names = sum(left < r and le < right and bottom < t and b < top for le, b, r, t in taken)
     hidden = sum(left - MARK < x < right + MARK and bottom - MARK < y < top + MARK for x, y in points)
@@ -54,13 +57,13 @@ def cost(box: Box, taken: Sequence[Box], points: Sequence[Place], line: Sequence
 
 
 def led_over(anchor: Place, box: Box, taken: Sequence[Box]) -> int:
-    """How much of the line from a point to its name lies on other names."""
+    """How many sample points of the line from a point to its name lie on other names."""
     led = along([anchor, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)])
     return sum(left < x < right and bottom < y < top for x, y in led for left, bottom, right, top in taken)
 
 
 def along(corners: Sequence[Place], step: float = 3.0) -> list[Place]:
-    """Places on a line through `corners`."""
+    """Sample points, at most `step` apart, along the line through `corners`."""
     found: list[Place] = []
     for (x, y), (to_x, to_y) in pairwise(corners):
         count = max(1, math.ceil(math.hypot(to_x - x, to_y - y) / step))

@@ -1,7 +1,7 @@
-"""What a recipe did, read from its stored text: the method, its family, and how much it removed.
+"""Derives from a recipe's stored text the method, its family, and how much it removed.
 
-Not here: running recipes. The text is parsed as strict YAML but not validated: a result may come from a newer version,
-or name another person's pass. What cannot be read is the method "other", and stands in no curve.
+Not here: running recipes. The text is parsed as strict YAML but not validated, because a result may come from a newer
+version or name a third-party pass. A recipe that cannot be read counts as the method "other".
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from compress.recipe import parse
 
 FAMILIES = ("pruning", "quantization", "lowrank", "hybrid", "delta")
 WORDS = {"lowrank": "low rank"}
-SHARES = ("sparsity", "removed", "neurons", "fraction", "blocks")  # options that say how much is taken away
+SHARES = ("sparsity", "removed", "neurons", "fraction", "blocks")  # pass options that give the share removed
 UNKNOWN = "other"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """`label` names the passes, `family` the kinds of compression.
+    """The method of a recipe: `label` names its passes, `family` its kinds of compression.
 
-    `removed` is the share of weights, ranks, neurons or blocks that the recipe takes away; None if it names none.
+    `removed` is the share of weights, ranks, neurons or blocks that the recipe removes, the largest if several passes
+    have one; None if none has.
     """
 
     label: str
@@ -34,7 +35,7 @@ class Method:
 
 
 def method_of(recipe: str | None) -> Method:
-    """The method of a recipe's text."""
+    """The method of a recipe, from its text."""
     steps = _steps(recipe)
     if not steps:
         return Method(label=UNKNOWN, family=UNKNOWN)
@@ -66,7 +67,7 @@ def _steps(recipe: str | None) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _share(value: Any) -> tuple[float | None, bool]:
-    """The share removed, and whether it is a pattern: `2:4` keeps 2 of every 4."""
+    """The share removed, and whether it is an N:M pattern: `2:4` keeps 2 of every 4. None if it is neither."""
     if isinstance(value, float) and 0 <= value <= 1:
         return value, False
     kept = re.fullmatch(r"(\d{1,3}):(\d{1,3})", str(value))
@@ -76,7 +77,7 @@ def _share(value: Any) -> tuple[float | None, bool]:
 
 
 def _kind(name: str) -> str | None:
-    """The folder that a pass lives in: what kind of compression it is."""
+    """The kind of compression of a pass, which is the package of its module; None for an unknown pass."""
     known = PASSES.get(name)
     folder = known.__module__.split(".")[-2] if known else None
     return folder if folder in FAMILIES else None

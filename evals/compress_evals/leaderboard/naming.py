@@ -1,7 +1,7 @@
-"""What models are called on a board and on disk: names that differ, and file names that are safe.
+"""The names of models on a board and on disk: distinct display names and safe file names.
 
-Names come from strangers: a file name keeps nothing but letters a to z, digits and dashes, so no name leaves the folder
-it is written to, on any system.
+Names are untrusted input: a file name keeps nothing but the letters a to z, digits and dashes, so that no name can
+lead out of its folder on any operating system.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from compress.errors import ArtifactError
 if TYPE_CHECKING:
     from compress_evals.leaderboard.collect import Entry
 
-LONGEST = 60  # characters of a file name: names may be of any length, paths may not
-RESERVED = {"index", "con", "nul", "aux", "prn"}  # the page itself, and devices of Windows
+LONGEST = 60  # characters of a file name: display names have no limit, paths do
+RESERVED = {"index", "con", "nul", "aux", "prn"}  # the board's own page, and device names on Windows
 
 
 def distinct(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries with names that differ: where two are alike, with the folders of their place that tell them apart.
+    """The entries with distinct names: equal names get the parts of their paths that differ appended in parentheses.
 
-    Raises ArtifactError if their places do not differ either.
+    Raises ArtifactError if the names are still not distinct.
     """
     times = Counter(entry.name for entry in entries)
     named = []
@@ -40,14 +40,14 @@ def distinct(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _apart(entry: Entry, twins: Sequence[str]) -> str:
-    """The parts of a place that not all its twins share."""
+    """The parts of an entry's path that differ from those of at least one of its namesakes."""
     mine, others = PurePath(entry.place).parts, [PurePath(place).parts for place in twins]
     own = [part for i, part in enumerate(mine) if any(i >= len(o) or o[i] != part for o in others)]
     return "/".join(own) or entry.place
 
 
 def slugs(names: Iterable[str]) -> list[str]:
-    """A safe and distinct file name for each name, in their order."""
+    """A safe and distinct file name, without ending, for each name, in order."""
     given: set[str] = set()
     found = []
     for name in names:
@@ -62,14 +62,17 @@ def slugs(names: Iterable[str]) -> list[str]:
 
 
 def readable(text: str) -> str:
-    """Text without control characters and without marks that turn the direction of what follows."""
+    """The text with control characters and invisible format marks (such as bidirectional overrides) replaced by U+FFFD.
+
+    Line breaks, tabs and the two marks that join emoji are kept.
+    """
     if text.isprintable():
         return text
     kinds = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    kept = "\n\t\u200d\ufe0f"  # lines stay, and what glues emoji together
+    kept = "\n\t\u200d\ufe0f"  # line breaks and tabs, and the marks that join emoji
     return "".join("\ufffd" if unicodedata.category(c) in kinds and c not in kept else c for c in text)
 
 
 def one_line(name: str) -> str:
-    """A name as it is shown."""
+    """The display form of a name: readable and on one line; `unnamed` if nothing is left."""
     return readable(" ".join(name.split())) or "unnamed"

@@ -1,7 +1,8 @@
-"""The pages of a site as text: the board, a page a model, and where there are several boards a page that lists them.
+"""Renders the pages of a site as text: a page per board, a page per model, and an index if there are several boards.
 
-Everything on a page is escaped by the templates. Only the figures (`svg.py`) are markup, made here of escaped text; the
-script is ours, and the policy of the page names its hash, so that no other can run.
+The templates escape everything on a page. Only the figures (`svg.py`) are inserted as markup, which is built from
+escaped text. The one script is part of the package, and the page's content security policy allows only its hash, so
+that no other script can run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def board_page(board: Board, lines: Sequence[Line], *, home: str = "") -> str:
-    """The page of one board; `home` leads to the list of boards, if there is one."""
+    """The page of one board; `home` is the address of the list of boards, empty if there is none."""
     shown = columns(lines, families(board))
     return _render(
         "board.html.j2",
@@ -55,9 +56,9 @@ def board_page(board: Board, lines: Sequence[Line], *, home: str = "") -> str:
 def model_page(
     board: Board, line: Line, rows: Sequence[TableRow], place: int, of: int, examples: int, mean: Line | None = None
 ) -> str:
-    """The page of one model: what it lost task by task, and of each at most `examples` answers lost and gained.
+    """The page of one model: its losses by task, with at most `examples` lost and as many gained answers per task.
 
-    `mean` is the line of several runs that this one belongs to.
+    It is the `place`-th of `of` models. `mean` is the line of several runs to which this one belongs, if any.
     """
     results = line.entry.results
     dense = board.dense.results
@@ -80,13 +81,16 @@ def model_page(
 
 
 def boards_page(collection: Collection, summaries: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """The list of several boards, saying what keeps each apart; `summaries` are their folders and lines."""
+    """The index of several boards and the properties in which they differ; `summaries` are their folders and lines."""
     boards = list(zip(collection.boards, summaries, told_apart(collection), strict=True))
     return _render("boards.html.j2", boards=boards, unplaced=collection.unplaced, script_hash=None)
 
 
 def rows_by_model(board: Board) -> dict[str, list[TableRow]]:
-    """The task tables of all models of a board, with p adjusted for every cell of it; those of single runs apart."""
+    """The task rows of every model of a board, with p values adjusted over all models and tasks.
+
+    The rows of single runs are adjusted separately, as a group of their own.
+    """
     found: dict[str, list[TableRow]] = {}
     for entries in (board.compressed, [run for entry in board.compressed for run in entry.runs]):
         named = [
@@ -100,18 +104,18 @@ def rows_by_model(board: Board) -> dict[str, list[TableRow]]:
 
 
 def error_line(cell: Cell) -> str:
-    """The first line of what went wrong in a cell, or that nothing was recorded."""
+    """The last line of a failed cell's error, or a note that none was recorded."""
     lines = (cell.error or "").strip().splitlines()
     return lines[-1] if lines else "no error was recorded"
 
 
 def script() -> str:
-    """The script of the table."""
+    """The source of the script that sorts and filters the table."""
     return (TEMPLATES / "table.js").read_text(encoding="utf-8")
 
 
 def policy(source: str) -> str:
-    """The hash by which a content security policy allows one inline script."""
+    """The hash source, without quotes, with which a content security policy allows this inline script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 

@@ -1,14 +1,15 @@
-"""How much of the dense score each model kept, how sure that is, and which models cannot be told apart.
+"""How much of the dense score each model kept, with confidence intervals, and which models cannot be told apart.
 
-What a family kept is the mean over its tasks of (compressed - chance) / (dense - chance); controls and tasks where
-dense is not surely above chance do not count. Models are ordered by the family that kept least, not by the mean: an
-average hides the one thing that broke. Ranks are significance groups of that number (`stats.significance_groups`, which
-is given the number as a sum over clusters): two models share one unless the better is surely better.
+The share that a family kept is the mean over its tasks of (compressed - chance) / (dense - chance); controls and tasks
+where the dense score is not significantly above chance do not count. Models are ordered by their worst family, not by
+the mean, because an average hides the one capability that broke. Ranks are significance groups of that share
+(`stats.significance_groups`, which receives it as a sum over clusters): two models share a rank unless the better one
+is significantly better.
 
-Every such number is nearly linear in the answers, so its error is that of a mean: question i of task t adds
-(c_i - R d_i - (1 - R) chance) / (dense_t - chance), R being what t kept. Summed by cluster, over all tasks that ask
-about the same thing, these give intervals and paired differences in closed form (the delta method); dense is uncertain
-too.
+The share kept is a ratio, linearized in the answers (the delta method): question i of task t contributes
+(c_i - R d_i - (1 - R) chance) / (dense_t - chance) to its error, where R is the share that t kept. Summed by cluster,
+over all tasks that ask about the same thing, these contributions give intervals and paired differences in closed form.
+They include the uncertainty of the dense score.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ Numbers = NDArray[np.intp]
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A share of the dense score with its 95 % interval; `errors` are the clusters' parts of its error, adding to 0.
+    """A share of the dense score with its 95 % interval; `errors` are the contributions of the clusters, summing to 0.
 
-    `runs` is how far the runs lie apart that it is the mean of.
+    `runs` is the spread between the runs of which it is the mean.
     """
 
     value: float
@@ -43,9 +44,10 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What one model kept of each family, of the worst and on average; empty if dense had nothing to lose.
+    """The shares that one model kept: of each family, of the worst one, and the mean.
 
-    `rank` is that of its significance group, which all of a group share; None without a worst family.
+    It is empty if the dense model is significantly above chance in no task. `rank` is the rank of its significance
+    group, shared by all models of the group; None without a worst family.
     """
 
     families: Mapping[str, Kept]
@@ -55,12 +57,12 @@ class Standing:
 
     @property
     def kept(self) -> Kept | None:
-        """Of the worst family."""
+        """The share that the worst family kept; None if there is none."""
         return None if self.worst is None else self.families[self.worst]
 
 
 def standings(board: Board) -> list[Standing]:
-    """The standing of every compressed model of a board, in its order."""
+    """The standing of every compressed model of a board, in the order of the board."""
     index = _cluster_index(board)
     found = [_standing(board, entry, index) for entry in board.compressed]
     ranked = [(i, kept) for i, standing in enumerate(found) if (kept := standing.kept) is not None]
@@ -71,11 +73,12 @@ def standings(board: Board) -> list[Standing]:
 
 
 def _columns(found: Sequence[Kept], pseudo: int) -> list[Floats]:
-    """What each model kept as a sum over clusters, for `significance_groups`.
+    """The share that each model kept as one column of per-cluster terms that sum to it, for `significance_groups`.
 
-    The last `pseudo` errors, of one question more lost and one more gained, are the same for all and would cancel in a
-    difference: each model has half of them, in squares, to itself. Without them four answers, all one model's, would
-    be a surely better model (p = 0.046, the exact one 0.125).
+    The last `pseudo` errors come from the added pseudo-observations, one more lost and one more gained question per
+    task. They are the same for all models and would cancel in a difference, so they are replaced by two entries per
+    model that no other model shares, with half of their sum of squares. Without these, four answers, all in favour of
+    one model, would make it significantly better (p = 0.046, whereas the exact p is 0.125).
     """
     columns = []
     for i, kept in enumerate(found):
@@ -109,9 +112,9 @@ def _families(board: Board, entry: Entry, index: Mapping[str, Numbers]) -> dict[
 
 
 def _cluster_index(board: Board) -> dict[str, Numbers]:
-    """For each task the number of every question's cluster, one count over all tasks; under "" every number once.
+    """For each task, the index of every question's cluster, numbered over all tasks; under "", every index once.
 
-    After the clusters stand two more for every task: see `_task`.
+    Two further clusters per task, for the pseudo-observations of `_task`, follow the real ones.
     """
     names = [name for clusters in board.clusters.values() for name in clusters]
     numbers = np.unique(np.asarray(names), return_inverse=True)[1]
@@ -125,10 +128,10 @@ def _cluster_index(board: Board) -> dict[str, Numbers]:
 
 
 def _task(dense: Floats, compressed: Floats, chance: float, cluster: Numbers, clusters: int) -> Kept:
-    """What one task kept.
+    """The share that one task kept.
 
-    One question more lost and one more gained, each its own cluster, keep an interval without flips from having no
-    width (Bonett and Price, 2012, as in `stats.paired`).
+    Two pseudo-observations, one more lost and one more gained question, each a cluster of its own, keep the interval
+    from having zero width when there are no flips (Bonett and Price, 2012, as in `stats.paired`).
     """
     headroom = float(dense.mean()) - chance
     value = (float(compressed.mean()) - chance) / headroom
@@ -143,7 +146,7 @@ def _mean(parts: Sequence[Kept]) -> Kept:
 
 
 def _over(runs: Sequence[Kept]) -> Kept:
-    """The mean over runs."""
+    """The mean over runs, with an interval that includes the spread between them."""
     values, errors = np.array([run.value for run in runs]), np.stack([run.errors for run in runs])
     return _with_interval(float(values.mean()), errors.mean(axis=0), between_runs(values, errors))
 

@@ -1,10 +1,10 @@
-"""Results of one recipe with several calibration seeds as one line: the mean over runs, and how far runs lie apart.
+"""Merges results of one recipe with several calibration seeds into one line: the mean over runs and their spread.
 
 Not here: the statistics (`compress_evals.runs`, `stats.paired_runs`). Results are runs of one recipe if they were
-measured on the same kind of device in the same dtype, and their recipes differ in nothing but `calibration.seed`, and
-all differ in that: two results of one seed were made apart for a reason.
-Where the answers to single questions decide (headline scores, differences), what questions explain is not counted as
-spread of runs; of all other numbers (KL, strata, gaps) the whole spread is.
+measured on the same kind of device in the same dtype, and their recipes differ in `calibration.seed` and in nothing
+else. If two of them have the same seed, none are merged, because someone made them separately for a reason.
+For headline scores and differences, where the answers to single questions are known, the variance that questions
+explain is not counted as spread between runs. For all other figures (KL, strata, gaps) the whole spread is counted.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from compress_evals.results import (
 from compress_evals.runs import Runs, plain_spread, with_runs
 from compress_evals.stats import holm, paired_runs
 
-SEEDS = 1 << 63  # as many as `compress.recipe.Calibration` takes
+SEEDS = 1 << 63  # number of seeds that `compress.recipe.Calibration` accepts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seeded:
-    """A result, the seed of its calibration, and its recipe without that, with what it was scored by."""
+    """A result, its calibration seed, and a key of its recipe without the seed, headline metrics, device and dtype."""
 
     entry: Entry
     seed: int
@@ -52,7 +52,7 @@ class Seeded:
 
 
 def together(board: Board) -> Board:
-    """The board with the runs of each recipe as one entry, which stands where its first run stood."""
+    """The board with the runs of each recipe merged into one entry, at the position of its first run."""
     seeded = [found for entry in board.compressed if (found := _seeded(entry)) is not None]
     groups: dict[str, list[Seeded]] = {}
     for found in seeded:
@@ -69,9 +69,9 @@ def together(board: Board) -> Board:
 
 
 def side_by_side(one: Entry, other: Entry) -> list[tuple[Entry, Entry]]:
-    """The runs of two entries that belong together: of one seed, or each beside an entry that has no runs.
+    """Pairs of runs of two entries: those with the same seed, or each run with the other entry if that has no runs.
 
-    Empty where both have runs and share no seed.
+    Empty if both have runs and share no seed.
     """
     if not other.runs:
         return [(run, other) for run in one.runs or (one,)]
@@ -83,9 +83,9 @@ def side_by_side(one: Entry, other: Entry) -> list[tuple[Entry, Entry]]:
 
 
 def _seeded(entry: Entry) -> Seeded | None:
-    """What a result's recipe says of its seed; None where nobody said, or it cannot be read.
+    """A result with its calibration seed; None if the recipe gives no seed or cannot be read.
 
-    Recipes come from strangers: a key may be of any type, and a number too long to be written.
+    Recipes are untrusted input: a key may be of any type, and an integer may be too long to be converted to text.
     """
     try:
         data = parse(entry.results.model.recipe or "", "recipe")
@@ -106,7 +106,7 @@ def _seeded(entry: Entry) -> Seeded | None:
 
 
 def _merged(board: Board, group: Sequence[Seeded], taken: Set[str]) -> Entry:
-    """The runs as one entry."""
+    """The runs merged into one entry."""
     group = sorted(group, key=lambda run: run.seed)
     name, names = _called(group, taken)
     runs = tuple(replace(run.entry, name=its) for run, its in zip(group, names, strict=True))
@@ -120,10 +120,11 @@ def _merged(board: Board, group: Sequence[Seeded], taken: Set[str]) -> Entry:
 
 
 def _called(group: Sequence[Seeded], taken: Set[str]) -> tuple[str, list[str]]:
-    """Names of the line and of its runs that nobody else has.
+    """Unique names for the merged line and for its runs.
 
-    The line is called what the runs' names share but for the seed, a run by its seed; runs whose names share nothing
-    keep them.
+    If the names of the runs are equal except for the seed, the line gets that common name, and each run the name of the
+    line with its seed. Otherwise the runs keep their names, and the line is named after the first. The number of runs
+    is appended to the name of the line if it would not be unique.
     """
     own = [run.entry.name for run in group]
     stems = {re.sub(r"-seed=\d+(?![\w.])", "", name) for name in own}
@@ -161,7 +162,7 @@ def _results(board: Board, name: str, runs: Sequence[Entry], seeds: Sequence[int
 
 
 def _facts(name: str, models: Sequence[ModelFacts]) -> ModelFacts:
-    """What is the same in all runs; sizes are means, for they may differ by a few bytes."""
+    """The model facts that are equal in all runs; sizes are means, because they may differ by a few bytes."""
     sha = {model.sha for model in models}
     recorded = [model.calibration or {} for model in models]
     shared = {key: value for key, value in recorded[0].items() if all(one.get(key) == value for one in recorded)}
@@ -177,7 +178,7 @@ def _facts(name: str, models: Sequence[ModelFacts]) -> ModelFacts:
 
 
 def _shared(measured: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What all runs measured."""
+    """The keys that all runs measured."""
     return [key for key in measured[0] if all(key in one for one in measured)]
 
 
@@ -235,7 +236,7 @@ def _comparison(
 def _over(
     values: Sequence[float], lows: Sequence[float], highs: Sequence[float], spread: Runs | None = None
 ) -> tuple[float, float, float]:
-    """The mean with an interval as wide as that of one run, and what runs add to it."""
+    """The mean, with the mean interval of a single run widened by the spread between runs."""
     value, low, high = (float(np.mean(part)) for part in (values, lows, highs))
     if not np.isfinite([*values, *lows, *highs]).all():
         return value, low, high
@@ -267,7 +268,7 @@ def _estimate(estimates: Sequence[Estimate], least: float = -math.inf) -> Estima
 
 
 def _fidelity(found: Sequence[Fidelity | None]) -> Fidelity | None:
-    """Means, if all were measured on the same text."""
+    """The means over runs; None unless all were measured on the same text in the same way."""
     known = [one for one in found if one is not None]
     if len(known) != len(found) or len({(one.text_sha256, one.tokens, one.top) for one in known}) > 1:
         return None
@@ -285,7 +286,7 @@ def _fidelity(found: Sequence[Fidelity | None]) -> Fidelity | None:
 
 
 def _speed(found: Sequence[Speed | None]) -> Speed | None:
-    """Means, with the smallest and the largest ratio of all."""
+    """The means over runs, with the smallest and the largest ratio of all; None unless all were timed alike."""
     known = [one for one in found if one is not None]
     if len(known) != len(found) or len({(one.prompt, one.new) for one in known}) > 1:
         return None

@@ -1,7 +1,7 @@
-"""Write a site: everything into a folder beside it, which then takes its place, so that no half site is ever seen.
+"""Writes a site atomically: into a temporary folder beside it, which then replaces it.
 
-A site that is there is replaced if it is one of ours, or by force; never a folder that holds the results it is made of.
-What somebody put beside the pages of a site of ours stays there.
+An existing folder is replaced only if it is a leaderboard site or with `force`, and never if it contains the results
+that the site is made from. Files that someone else added to an existing site are kept.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from compress_evals.leaderboard.svg import check_picture
 from compress_evals.leaderboard.table import Line, lines
 from compress_evals.report import TableRow
 
-EXAMPLES = 20  # as many as a result holds
+EXAMPLES = 20  # as many as a result stores
 PARTS = {"index.html", "models", MADE_HERE, "leaderboard.csv", "leaderboard.md", "leaderboard.schema.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What was written: the site, and for each board the dense model, the lines and the failed cells."""
+    """What was written: the site, and for each board the dense model and the numbers of lines and failed cells."""
 
     site: Path
     boards: tuple[tuple[str, int, int], ...]
@@ -46,10 +46,10 @@ def publish(
     examples: int = EXAMPLES,
     each_run: bool = False,
 ) -> Published:
-    """Make the site of all results below `paths`; `picture` also gets the first board's front as SVG or PNG.
+    """Write the site of all results below `paths`, and the first board's trade-off figure to `picture` (SVG or PNG).
 
-    A model's page shows at most `examples` of the answers of a task that were lost, and as many that were gained.
-    Results of one recipe with several calibration seeds are one line, their mean, unless `each_run` is to have its own.
+    A model's page shows at most `examples` lost answers per task, and as many gained ones. Results of one recipe with
+    several calibration seeds are merged into one line, their mean, unless `each_run` gives every run its own line.
 
     Raises ArtifactError for results that cannot be read or paired, RecipeError for a folder that must not be replaced.
     """
@@ -79,7 +79,10 @@ def publish(
 
 
 def check_target(site: Path, paths: Sequence[Path], force: bool) -> None:
-    """Raise RecipeError unless `site` may be written: it is new, empty, ours, or may be replaced."""
+    """Raise RecipeError unless `site` may be written: it is new, empty, an existing site, or `force` is given.
+
+    Also if it contains one of `paths` or the current directory.
+    """
     place = site.resolve()
     for path in paths:
         if path.resolve().is_relative_to(place) or Path.cwd().is_relative_to(place):
@@ -103,7 +106,7 @@ def is_site(folder: Path) -> bool:
 
 
 def strangers(site: Path) -> list[Path]:
-    """What stands in a site of ours and was not written by `publish`: a page about it, the sweep it comes from."""
+    """The files in a published site that `publish` did not write, such as a page about it or the sweep behind it."""
     if not is_site(site):
         return []
     boards = json.loads((site / MADE_HERE).read_text(encoding="utf-8")).get("boards") or []
@@ -149,10 +152,10 @@ def _text(path: Path, content: str) -> None:
 
 
 def _keep(partial: Path, site: Path) -> None:
-    """Copy what somebody put into `site` to the folder that takes its place."""
+    """Copy the files that someone else added to `site` into the folder that replaces it."""
     for path in strangers(site):
         target = partial / path.name
-        if target.exists():  # a board that is new is called so
+        if target.exists():  # a new board has this name
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, target, symlinks=True)

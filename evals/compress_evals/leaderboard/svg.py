@@ -1,9 +1,9 @@
-"""Figures of matplotlib as SVG that belongs to a page: its text is text, its colours are the page's variables.
+"""Converts matplotlib figures to SVG for a page: text stays text, and colours are the page's CSS variables.
 
-Everything is drawn in stand-in colours, which no palette contains, and these are replaced afterwards: by CSS variables
-for a page that is light or dark, by light colours for a picture. The same figure gives the same bytes: no date, no
-random name, and names of parts begin with the figure's, so that several stand on one page. matplotlib is imported when
-something is drawn.
+Figures for a page are drawn in placeholder colours, which no palette contains, and these are then replaced by CSS
+variables, so that they follow the page's light or dark mode. A picture file is drawn in light colours directly. The
+output is reproducible: it has no date and no random ids. Ids are prefixed with the figure's name, so that several
+figures can be on one page. matplotlib is imported only when something is drawn.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LIGHT = {
     "c5": "#a15c00", "c6": "#0b7a75", "c7": "#b0307a", "c8": "#5f6570",
 }  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖")  # the same, as text of a legend
+GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖")  # the same markers as text for a legend
 SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compress",
-    "text.parse_math": False,  # names hold dollars
+    "text.parse_math": False,  # model names may contain dollar signs
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -45,19 +45,19 @@ SETTINGS: Any = {
 
 @contextmanager
 def drawing() -> Iterator[Any]:
-    """matplotlib's module, set up for our figures; raises RecipeError if it is not installed."""
+    """Gives the matplotlib module, configured for these figures; raises RecipeError if it is not installed."""
     try:
         import matplotlib.figure
         import matplotlib.ticker
     except ImportError as error:
         raise RecipeError("leaderboards need matplotlib: pip install 'compress-llm[eval]'") from error
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's fonts draw the text
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # readers' fonts render the text
         yield matplotlib
 
 
 def axes_of(figure: Any, colours: Mapping[str, str], **labels: Any) -> Any:
-    """One set of axes in the page's look."""
+    """Axes in the style of the page."""
     axes = figure.subplots()
     axes.set(facecolor="none", **labels)
     axes.grid(True, color=colours["line"], linewidth=0.7)
@@ -71,7 +71,7 @@ def axes_of(figure: Any, colours: Mapping[str, str], **labels: Any) -> Any:
 
 
 def inline(figure: Any, name: str, title: str, about: str, links: Mapping[str, str]) -> str:
-    """The figure as an SVG element; `links` gives the words of each address that a point leads to."""
+    """The figure as an inline SVG element; `links` gives the tooltip of each address that a point links to."""
     text = _written(figure)
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :].strip()
@@ -90,7 +90,7 @@ def inline(figure: Any, name: str, title: str, about: str, links: Mapping[str, s
 
 
 def check_picture(path: Path) -> None:
-    """Raise RecipeError unless the ending says a kind of picture that can be written."""
+    """Raise RecipeError unless the path ends in .svg or .png."""
     if path.suffix.lower() not in (".svg", ".png"):
         raise RecipeError(f"--picture: {path} must end in .svg or .png")
 
@@ -119,5 +119,5 @@ def _written(figure: Any, background: str = "none") -> str:
 
 
 def _anchor(address: str, links: Mapping[str, str]) -> str:
-    """A link of a point: the table says the same and is what the keyboard goes through."""
+    """The link of a point; it is skipped by keyboard navigation, because the table has the same links."""
     return f'<a href="{address}" tabindex="-1"><title>{escape(links.get(address, address))}</title>'

@@ -1,7 +1,8 @@
-"""The table of a board as plain data: one line a model, one cell a family, best worst family first.
+"""The table of a board as plain data: one line per model with one cell per family, sorted by the worst family.
 
-Not here: how any of it is written (`columns.py`, `pages.py`, `export.py`). A family of several tasks is compared as
-one: all its questions together, those about one subject still one cluster, so its verdict is no vote of verdicts.
+Not here: how it is rendered (`columns.py`, `pages.py`, `export.py`). A family of several tasks is compared on all its
+questions together, with the questions about one subject still in one cluster, so its verdict is not a vote over the
+verdicts of its tasks.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ SEVERITY = ("fails", "drop", "inconclusive", "matching", "improved")  # worst fi
 class FamilyCell:
     """One family of one model; `low` and `high` are the 95 % interval of its score, the mean over questions.
 
-    `normalised` is the mean over its tasks of (score - chance) / (1 - chance); `kept` None where dense is not surely
-    above chance. `runs` is how far the runs lie apart that it is the mean of.
+    `normalised` is the mean over its tasks of (score - chance) / (1 - chance); `kept` is None if the dense score is not
+    significantly above chance. `runs` is the spread between the runs of which the cell is the mean.
     """
 
     family: str
@@ -46,7 +47,7 @@ class FamilyCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One compressed model: everything its line of the table says."""
+    """One line of the table: a compressed model with all its figures; `runs` are the lines of its runs, if several."""
 
     entry: Entry
     versus: Comparison
@@ -58,7 +59,7 @@ class Line:
 
     @property
     def name(self) -> str:
-        """How it is called on its board."""
+        """The model's name on its board."""
         return self.entry.name
 
     @property
@@ -78,12 +79,12 @@ class Line:
 
     @property
     def speed(self) -> Speed | None:
-        """Decoding beside dense, where it was measured."""
+        """Decoding speed relative to the dense model; None if it was not measured."""
         return self.versus.speed
 
     @property
     def fidelity(self) -> Fidelity | None:
-        """Distances of the distributions, where they were measured."""
+        """Distances between the next-token distributions; None if they were not measured."""
         return self.versus.fidelity
 
     @property
@@ -100,25 +101,25 @@ class Line:
 
     @property
     def worst_verdict(self) -> str:
-        """Of any family that is no control."""
+        """The worst verdict of any family that is not a control; "inconclusive" if there is none."""
         counted = [c.paired.verdict for c in self.families if not c.control] or ["inconclusive"]
         return min(counted, key=SEVERITY.index)
 
     @property
     def flips(self) -> float:
-        """The share of questions that flipped, over all tasks but controls."""
+        """The share of questions that flipped, over all tasks except controls."""
         counted = [c.paired for c in self.families if not c.control]
         return sum(p.flips * p.n for p in counted) / max(1, sum(p.n for p in counted))
 
     @property
     def delta(self) -> float:
-        """The mean difference from dense over the questions of all tasks but controls."""
+        """The mean difference from dense over the questions of all tasks except controls."""
         counted = [c.paired for c in self.families if not c.control]
         return sum(p.delta * p.n for p in counted) / max(1, sum(p.n for p in counted))
 
 
 def lines(board: Board) -> list[Line]:
-    """The lines of a board by what the worst family kept, best first."""
+    """The lines of a board, sorted by the share that the worst family kept, best first."""
     single = tuple(run for entry in board.compressed for run in entry.runs)
     names = slugs(entry.name for entry in (*board.compressed, *single))
     found = _lines(board, names[: len(board.compressed)])
@@ -154,7 +155,7 @@ def families(board: Board) -> list[str]:
 
 
 def family_cell(board: Board, entry: Entry, family: str, standing: Standing) -> FamilyCell:
-    """One family of one model, all its tasks together."""
+    """The cell of one family of one model, over all its tasks together."""
     tasks = {name: task for name, task in board.dense.results.tasks.items() if task.family == family}
     compared = {name: entry.results.vs.tasks[name] for name in tasks} if entry.results.vs else {}
     clusters = [cluster for name in tasks for cluster in board.clusters[name]]

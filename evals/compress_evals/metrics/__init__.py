@@ -1,1 +1,1 @@
-"""Scores of single answers and texts: plain functions of strings, no models."""
+"""Scores of single answers and texts, as plain functions of strings; no models are involved."""

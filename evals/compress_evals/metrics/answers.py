@@ -1,7 +1,7 @@
-"""Whether a short answer is right: exact match, containment and token overlap, none of which noise can win.
+"""Scores short answers by exact match, containment and token overlap, none of which rewards meaningless output.
 
-Not here: reading answers out of models (`tasks/`). An empty answer is never right, and nothing is ever
-searched *in the gold answer*: the published scorer that did so gave 100 % to a model that prints `....`.
+Not here: getting answers from models (`tasks/`). An empty answer is never right, and the prediction is never searched
+for *in the gold answer*: the published scorer that did so gave 100 % to a model that prints `....`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NOT_WORD = re.compile(r"[^\w\s]|_")
 
 
 def normalise(text: str) -> str:
-    """The text in lower case without punctuation, articles and extra spaces (NFKC; TriviaQA's rules)."""
+    """The text after NFKC, in lower case, without punctuation, articles and extra spaces (TriviaQA's rules)."""
     lowered = unicodedata.normalize("NFKC", text).lower()
     bare = _NOT_WORD.sub(" ", lowered.replace("'", "").replace("’", ""))
     return " ".join(_ARTICLES.sub(" ", bare).split())
@@ -29,18 +29,18 @@ def fold(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the prediction is one of the answers once both are normalised; empty is never right."""
+    """Whether the normalised prediction equals one of the normalised answers; an empty one is never right."""
     said = normalise(prediction)
     return bool(said) and any(said == normalise(answer) for answer in answers)
 
 
 def folded_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Exact match where accents do not count: a model may well say `Brasilia`."""
+    """Exact match that ignores accents: a model may well say `Brasilia`."""
     return exact_match(fold(prediction), [fold(answer) for answer in answers])
 
 
 def contains(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether an answer stands in the prediction as whole words; one below three characters must be all of it."""
+    """Whether the prediction contains an answer as whole words; an answer below three characters must match exactly."""
     words = f" {normalise(prediction)} "
     normalised = (normalise(answer) for answer in answers)
     return exact_match(prediction, answers) or any(
@@ -49,7 +49,7 @@ def contains(prediction: str, answers: Sequence[str]) -> bool:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best overlap of the prediction's words with those of one answer; 0 if either has none."""
+    """The best token F1 of the prediction with any of the answers; 0 if either has no words."""
     return max((_f1(normalise(prediction).split(), normalise(answer).split()) for answer in answers), default=0.0)
 
 

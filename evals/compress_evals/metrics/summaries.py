@@ -1,8 +1,8 @@
-"""What a summary keeps of its source, what it invents and what it only copies; no judge and no model.
+"""Measures what a summary keeps of its source, what it invents and what it only copies, without a judge or a model.
 
-Not here: prompts (`tasks/`). A text that says nothing (no word but articles) scores 0 by every measure: not even
-silence invents nothing. Names are runs of capitalised words, so these measures are for English, and numbers are
-digits: "three" is not one.
+Not here: prompts (`tasks/`). A text that says nothing (no words except articles) scores 0 by every measure, so that an
+empty summary does not get credit for inventing nothing. Names are runs of capitalised words, so these measures are for
+English. Numbers are digits: "three" is not counted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from functools import lru_cache
 from compress_evals.metrics.answers import normalise
 from compress_evals.metrics.text import distinct, words
 
-COPIED = 4  # words of a phrase that counts as copied
+COPIED = 4  # words that a phrase must have to count as copied
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _TOKEN = re.compile(r"\w+(?:['’&.-]\w+)*|[.!?:]|\S")
-_ENDS = frozenset('.!?:"“‘(')  # after these a capital says nothing
-# Capitalised only because they open a sentence (or, `NEW`, a highlight).
+_ENDS = frozenset('.!?:"“‘(')  # a capital after one of these does not indicate a name
+# Words that are capitalised only because they open a sentence (or a highlight, as `NEW` does).
 _OPENING = (
     "a about after all also although an and another as at before both but by despite during each even every few first "
     "following for from he her here his how however if in instead into it it's its just last later like many meanwhile "
@@ -31,11 +31,12 @@ _OPENERS = frozenset(_OPENING.split())
 
 
 def summary_scores(said: str, reference: str, source: str) -> dict[str, float]:
-    """All measures of one summary; `rouge_l` is the one that decides.
+    """All measures of one summary; `rouge_l` is the headline metric.
 
-    `entity_recall`: names and numbers of the reference that are said. `entity_precision`, `number_precision`: names
-    and numbers said that the source has, 0 if none is said. `longest_copy`: words of the longest phrase taken from
-    the source; `copy_rate`: phrases of four words taken from it. `length_ratio`: words said per word of reference.
+    `entity_recall`: the share of the reference's names and numbers that the summary has. `entity_precision`,
+    `number_precision`: the share of the summary's names and numbers that the source has, 0 if it has none.
+    `longest_copy`: the number of words of the longest phrase copied from the source; `copy_rate`: the share of phrases
+    of four words copied from it. `length_ratio`: words of the summary per word of the reference.
     """
     if not normalise(said):
         return dict.fromkeys(_MEASURES, 0.0)
@@ -43,30 +44,30 @@ def summary_scores(said: str, reference: str, source: str) -> dict[str, float]:
 
 
 def agreement(dense_text: str, compressed_text: str) -> float:
-    """ROUGE-L of two models' texts, from 0 to 1: how much of what the one said the other said in the same order.
+    """ROUGE-L of two models' texts, from 0 to 1: how many words they share in the same order.
 
-    The same text agrees, also if it says nothing.
+    Identical texts score 1, also if they say nothing.
     """
     return 1.0 if compressed_text == dense_text else rouge_l(compressed_text, dense_text)
 
 
 def rouge_1(said: str, reference: str) -> float:
-    """The F measure of the words (stems) in common, from 0 to 1. Source: Lin, "ROUGE", 2004, section 2."""
+    """ROUGE-1: the F measure of the shared stemmed words, from 0 to 1. Source: Lin, "ROUGE", 2004, section 2."""
     mine, wanted = stems(said), stems(reference)
     return _f_measure(sum((Counter(mine) & Counter(wanted)).values()), len(mine), len(wanted))
 
 
 def rouge_l(said: str, reference: str) -> float:
-    """The F measure of the longest common subsequence of words (stems), from 0 to 1.
+    """ROUGE-L: the F measure of the longest common subsequence of stemmed words, from 0 to 1.
 
-    Source: Lin, "ROUGE", 2004, section 3.1, with beta 1 as the package `rouge_score` has it.
+    Source: Lin, "ROUGE", 2004, section 3.1, with beta 1 as in the package `rouge_score`.
     """
     mine, wanted = stems(said), stems(reference)
     return _f_measure(common_subsequence(mine, wanted), len(mine), len(wanted))
 
 
 def stems(text: str) -> list[str]:
-    """The words of a text as ROUGE counts them: lower case, letters a to z and digits only, Porter's stems."""
+    """The words of a text as ROUGE counts them: lower case, only letters a to z and digits, stemmed by Porter's rules."""
     if not normalise(text):
         return []
     from rouge_score.tokenize import tokenize
@@ -75,10 +76,10 @@ def stems(text: str) -> list[str]:
 
 
 def common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """The length of the longest common subsequence, all of `right` at a time as the bits of one number.
+    """The length of the longest common subsequence, computed on all of `right` at once as the bits of one integer.
 
-    Source: Hyyrö, "Bit-parallel LCS-length computation revisited", 2004: a zero bit is a match. Answers of
-    a thousand words take a millisecond, `rouge_score`'s table half a second.
+    Answers of a thousand words take a millisecond; with the table of `rouge_score` they take half a second.
+    Source: Hyyrö, "Bit-parallel LCS-length computation revisited", 2004; a zero bit is a match.
     """
     places: dict[str, int] = {}
     for i, word in enumerate(right):
@@ -92,7 +93,10 @@ def common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 def names(text: str) -> set[str]:
-    """Runs of capitalised words, in lower case; words that open a sentence only because they must are left out."""
+    """The names in a text: runs of capitalised words, in lower case.
+
+    Common words that are capitalised only because they open a sentence are left out.
+    """
     found, run, opening = set(), list[str](), True
     for token in [*_TOKEN.findall(text), "."]:
         opener = opening and not run and token.lower() in _OPENERS
@@ -106,12 +110,12 @@ def names(text: str) -> set[str]:
 
 
 def numbers(text: str) -> set[str]:
-    """The numbers written in digits, without the commas between thousands."""
+    """The numbers written in digits, with the commas between thousands removed."""
     return {number.replace(",", "") for number in _NUMBER.findall(text)}
 
 
 def entity_recall(said: str, reference: str) -> float:
-    """The share of the reference's names and numbers that are said; 0 if it has none."""
+    """The share of the reference's names and numbers that the summary has; 0 if the reference has none."""
     wanted, counted = names(reference), numbers(reference)
     spoken = _spoken(said)
     kept = sum(f" {name} " in spoken for name in wanted) + len(counted & numbers(said))
@@ -119,27 +123,27 @@ def entity_recall(said: str, reference: str) -> float:
 
 
 def entity_precision(said: str, source: str) -> float:
-    """The share of the names said that the source has; the rest are invented. 0 if none is said."""
+    """The share of the summary's names that the source has; the others are invented. 0 if it has no names."""
     found, written = names(said), _spoken(source)
     return sum(f" {name} " in written for name in found) / len(found) if found else 0.0
 
 
 def number_precision(said: str, source: str) -> float:
-    """The share of the numbers said that the source has; the rest are invented. 0 if none is said."""
+    """The share of the summary's numbers that the source has; the others are invented. 0 if it has no numbers."""
     found = numbers(said)
     return len(found & numbers(source)) / len(found) if found else 0.0
 
 
 def copy_rate(said: str, source: str) -> float:
-    """The share of the phrases of four words that stand in the source; 0 if too little is said for one."""
+    """The share of the summary's phrases of four words that the source has; 0 if the summary is shorter than that."""
     mine, theirs = _phrases(words(said), COPIED), set(_phrases(words(source), COPIED))
     return sum(phrase in theirs for phrase in mine) / len(mine) if mine else 0.0
 
 
 def longest_copy(said: str, source: str) -> int:
-    """The words of the longest phrase of the text that stands in the source."""
+    """The number of words of the longest phrase that the summary and the source share."""
     mine, theirs = words(said), words(source)
-    short, long = 0, min(len(mine), len(theirs))  # whatever is copied, its parts are copied
+    short, long = 0, min(len(mine), len(theirs))  # bisection: if a phrase is copied, so are its parts
     while short < long:
         middle = (short + long + 1) // 2
         copied = set(_phrases(mine, middle)) & set(_phrases(theirs, middle))
@@ -148,7 +152,7 @@ def longest_copy(said: str, source: str) -> int:
 
 
 def length_ratio(said: str, reference: str) -> float:
-    """Words said per word of the reference; 0 if that has none."""
+    """Words of the summary per word of the reference; 0 if the reference has none."""
     wanted = len(words(reference))
     return len(words(said)) / wanted if wanted else 0.0
 
@@ -171,12 +175,12 @@ def _f_measure(common: int, said: int, wanted: int) -> float:
 
 
 def _spoken(text: str) -> str:
-    """The words and marks of a text in lower case with a space around each, to look for names in."""
+    """The words and marks of a text in lower case, with a space around each, so that names can be searched in it."""
     return f" {' '.join(_bare(token) for token in _TOKEN.findall(text))} "
 
 
 def _bare(token: str) -> str:
-    """The word in lower case, without the 's of a possessive."""
+    """The word in lower case, without a possessive 's."""
     return re.sub(r"['’]s$", "", token).lower()
 
 
@@ -185,7 +189,7 @@ def _phrases(said: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 class _Stemmer:
-    """Porter's stemmer that remembers: a word is stemmed once, not once an answer."""
+    """Porter's stemmer with a cache, so that a word is stemmed once and not once per answer."""
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer

@@ -1,1 +1,1 @@
-"""The same jobs by us and by other tools, on one machine: seconds, memory, and what is left of the model."""
+"""Benchmarks Compress against other tools on the same jobs and machine: time, memory, and remaining model quality."""

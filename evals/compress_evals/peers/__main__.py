@@ -1,9 +1,9 @@
-"""`python -m compress_evals.peers`: Wanda, SparseGPT, GPTQ and rounding by us and by the tools that others use.
+"""`python -m compress_evals.peers`: benchmarks Wanda, SparseGPT, GPTQ and rounding against other tools.
 
-Each tool gets the same folder of safetensors, the same calibration tokens and one thread, and writes a folder; ours
-runs with all of its checks. Each job is a process of its own, in the python that has the tool, measured there by
-`job.py`; what it wrote is judged here. The tools of others need an environment of their own, because they pin other
-versions: `make bench-peers` makes one.
+Each tool gets the same folder of safetensors, the same calibration tokens and one thread, and writes a folder; Compress
+runs with all of its checks. Each job runs in a process of its own, under the Python interpreter that has the tool, and
+is measured there by `job.py`; its output is evaluated here. The other tools need an environment of their own, because
+they pin other versions: `make bench-peers` makes one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from compress_evals.peers.subjects import SUBJECTS, TASKS, Subject, prepared
 from compress_evals.run import evaluate
 
 JOB = Path(__file__).with_name("job.py")
-DOES = {  # the tasks of each tool, and the module by which it is known to be installed
+DOES = {  # the tasks of each tool, and the module that shows whether it is installed
     OURS: (TASKS, "compress"),
     "llm-compressor": (TASKS, "llmcompressor"),
     "modelopt": (("sparsegpt",), "modelopt"),
@@ -44,7 +44,7 @@ CONDITIONS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": 
 
 
 def check_tools(python: Path, tools: Sequence[str]) -> None:
-    """Raise RecipeError unless a python has the tools of others."""
+    """Raise RecipeError unless the given Python interpreter runs and has the other tools installed."""
     wanted = {DOES[tool][1]: tool for tool in tools if tool != OURS}
     if not wanted:
         return
@@ -58,7 +58,7 @@ def check_tools(python: Path, tools: Sequence[str]) -> None:
 
 
 def run_job(python: Path, tool: str, task: str, subject: Subject, folder: Path) -> dict[str, Any]:
-    """One run; raises RecipeError if the tool fails, with the last line of what it said."""
+    """Run one job and return its measurement; raises RecipeError, with the last line of its log, if the tool fails."""
     stem = folder / f"{subject.name}-{tool.replace(' ', '-')}-{task}"
     files = {name: stem.with_suffix(f".{name}") for name in ("json", "result", "yaml", "log")}
     shutil.rmtree(stem, ignore_errors=True)
@@ -68,7 +68,7 @@ def run_job(python: Path, tool: str, task: str, subject: Subject, folder: Path) 
            "recipe": str(files["yaml"]), "result": str(files["result"])}  # fmt: skip
     files["json"].write_text(json.dumps(job), encoding="utf-8")
     with files["log"].open("w") as log:
-        command = [python, JOB, files["json"]]  # in that folder: gptqmodel leaves logs where it runs
+        command = [python, JOB, files["json"]]  # run in that folder: gptqmodel writes logs there
         done = subprocess.run(command, env=os.environ | CONDITIONS, stdout=log, stderr=log, cwd=folder)
     if done.returncode or not files["result"].exists():
         said = files["log"].read_text(errors="replace").strip().splitlines()[-1:]
@@ -78,7 +78,7 @@ def run_job(python: Path, tool: str, task: str, subject: Subject, folder: Path) 
 
 
 def judged(dense: Any, tokenizer: Any, subject: Subject, tool: str, out: Path) -> Quality:
-    """What is left of the model; raises RecipeError if ours was calibrated on other tokens than were handed over."""
+    """The quality of the output model; raises RecipeError if Compress was calibrated on other tokens than the rest."""
     made = Artifact(out).provenance["calibration"] if tool == OURS else {}
     if made.get("tokens") and made["sha256"] != subject.sha256:
         raise RecipeError(f"{out}: calibrated on other tokens than the other tools")
@@ -91,14 +91,14 @@ def judged(dense: Any, tokenizer: Any, subject: Subject, tool: str, out: Path) -
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run what was asked for and append a line for each job."""
+    """Run the selected jobs and append a line for each."""
     folder, path = arguments.out.absolute() / "jobs", arguments.out / "lines.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "?")
     for name in arguments.subjects:
         subject = prepared(name, folder)
         dense, tokenizer = opened(subject.model, "cpu")
-        dense = dense.float()  # so that what is judged is the weights, whatever a forward in bf16 makes of them
+        dense = dense.float()  # compares the weights without the rounding of a bf16 forward pass
         for task in arguments.tasks:
             for tool in [tool for tool in arguments.tools if task in DOES[tool][0]]:
                 python = Path(sys.executable) if tool == OURS else arguments.peers_python.absolute()
@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print the tables, or print those of lines measured before; 2 if a tool is missing or fails."""
+    """Measure and print the tables, or print those of stored lines; returns 2 if a tool is missing or fails, else 0."""
     parser = argparse.ArgumentParser(prog="python -m compress_evals.peers", description=__doc__)
     parser.add_argument("--peers-python", type=Path, default=Path("out/peers/venv/bin/python"), metavar="PATH")
     parser.add_argument("--out", type=Path, default=Path("out/peers"), help="where models, results and lines go")

@@ -1,12 +1,12 @@
-"""One job of one tool, measured in a process of its own: `python job.py JOB.json`.
+"""Runs and measures one job of one tool in a process of its own: `python job.py JOB.json`.
 
-It is run by the python that has the tool, which need not have anything of ours, so nothing of ours is imported but by
-the tool that is ours. Measured is what users wait for, from a folder of safetensors to another: wall and cpu seconds
-(user and system, with those of children) and the peak of resident memory; imports come before and are not counted, but
-what they hold is told as the base.
+It runs under the Python interpreter that has the tool, where Compress need not be installed, so nothing of Compress is
+imported except for jobs of Compress itself. It measures what a user waits for, from one folder of safetensors to
+another: wall seconds, CPU seconds (user and system, including child processes), and peak resident memory. Imports
+happen before the measurement and are not counted; the memory that they hold is reported as the base.
 
-JOB.json holds `tool`, `task`, `model`, `ids` (a safetensors file with `windows` [N, T]), `out`, `result` (where the
-measurement goes) and `recipe`, which only ours reads.
+JOB.json holds `tool`, `task`, `model`, `ids` (a safetensors file with `windows` [N, T]), `out`, `result` (the path for
+the measurement) and `recipe`, which only Compress reads.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
-LLAMA = "transformers.models.llama.modeling_llama"  # what each tool would import when it builds the model
-EVERY = 0.01  # seconds between looks at the memory
+LLAMA = "transformers.models.llama.modeling_llama"  # every tool would import this when it builds the model
+EVERY = 0.01  # seconds between two samples of the memory
 GROUP = 128
 
 
@@ -40,7 +40,7 @@ def windows(job: Job) -> Any:
 
 
 def dense_and_tokenizer(job: Job) -> tuple[Any, Any]:
-    """The model in the dtype of its file, and its tokenizer, as transformers loads them."""
+    """The model, in the dtype of its file, and its tokenizer, as transformers loads them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto", local_files_only=True)
@@ -48,14 +48,14 @@ def dense_and_tokenizer(job: Job) -> tuple[Any, Any]:
 
 
 def ours(job: Job) -> None:
-    """The command `compress run`, all of its checks included."""
+    """Run the command `compress run`, with all of its checks."""
     command = ["run", job["recipe"], "--model", job["model"], "--out", job["out"], "--force"]
     if code := importlib.import_module("compress.cli").app(command, standalone_mode=False):
         raise SystemExit(code)
 
 
 def llmcompressor(job: Job) -> None:
-    """`oneshot` with its defaults, saved as its documentation says."""
+    """Run `oneshot` with its defaults, and save as its documentation says."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -82,7 +82,7 @@ def llmcompressor(job: Job) -> None:
 
 
 def modelopt(job: Job) -> None:
-    """`mts.sparsify` with its defaults."""
+    """Run `mts.sparsify` with its defaults."""
     import modelopt.torch.sparsity as mts
 
     model, _ = dense_and_tokenizer(job)
@@ -92,7 +92,7 @@ def modelopt(job: Job) -> None:
 
 
 def gptqmodel(job: Job) -> None:
-    """GPTQ with its defaults, in the dtype of the file."""
+    """Run GPTQ with its defaults, in the dtype of the file."""
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -105,7 +105,7 @@ def gptqmodel(job: Job) -> None:
 
 
 def autoround(job: Job, iterations: int) -> None:
-    """Rounding by AutoRound; no iterations are its way of rounding to nearest."""
+    """Run AutoRound; with 0 iterations it rounds to nearest."""
     from auto_round import AutoRound
 
     model, tokenizer = dense_and_tokenizer(job)
@@ -134,7 +134,7 @@ TOOLS: dict[str, tuple[str, tuple[str, ...], Callable[[Job], None]]] = {  # dist
 
 
 def memory(*fields: str) -> list[int]:
-    """Fields of this process's status, in bytes."""
+    """Memory fields of this process's /proc status, in bytes."""
     told = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return [1024 * int(told[field].split()[0]) for field in fields]
 
@@ -146,24 +146,25 @@ def cpu_seconds() -> float:
 
 
 class Anonymous(threading.Thread):
-    """Looks at the memory that is no file's until told to stop; `peak` is the most it saw."""
+    """A thread that samples anonymous (not file-backed) resident memory until `over` is set; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.over = 0, threading.Event()
 
     def run(self) -> None:
-        """Look, wait, look again."""
+        """Sample the memory every EVERY seconds."""
         while not self.over.wait(EVERY):
             self.peak = max(self.peak, memory("RssAnon")[0])
 
 
 def measured(work: Callable[[], None]) -> dict[str, Any]:
-    """What `work` takes; memory in bytes, with what is held before it as the base.
+    """The time and memory that `work` takes; memory is in bytes, and the base is what is held before `work` starts.
 
-    The peak is the kernel's own since its mark was reset here; that of memory which is no file's is sampled.
+    The peak of resident memory is the kernel's high-water mark, which is reset here. The peak of anonymous memory is
+    sampled.
     """
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the current resident memory
     base, base_anonymous = memory("VmRSS", "RssAnon")
     watch = Anonymous()
     watch.start()
@@ -181,7 +182,7 @@ def measured(work: Callable[[], None]) -> dict[str, Any]:
 
 
 def main(path: str) -> None:
-    """Do one job and write what it took."""
+    """Run one job and write its measurement."""
     job: Job = json.loads(Path(path).read_text())
     distribution, modules, work = TOOLS[job["tool"]]
     for name in (*modules, LLAMA, "safetensors.torch"):
@@ -196,5 +197,5 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose files must not stand in for a tool's
+    sys.path.pop(0)  # this folder, whose files must not shadow a tool's modules
     main(sys.argv[1])

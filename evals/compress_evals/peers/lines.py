@@ -1,7 +1,7 @@
-"""What was measured, as JSON lines, and the tables that are printed from them.
+"""Stores peer measurements as JSON lines, and makes the tables that are printed from them.
 
-A line holds all runs of one job and is appended as soon as they are done. The last line of a job counts. Ratios are of
-the medians, theirs over ours: above 1 ours is faster, or smaller.
+A line holds all runs of one job and is appended as soon as they are done. If a job has several lines, the last one
+counts. Ratios are of medians, the other tool's over that of Compress: above 1, Compress is faster or uses less memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEAD = ("job", "tool", "cpu s", "theirs / ours", "wall s", "peak over base, MiB"
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One job of one tool: its runs as `job.py` tells them, what is left of the model, and the conditions."""
+    """One job of one tool: its runs as measured by `job.py`, the quality of its output, and the conditions."""
 
     subject: str
     tool: str
@@ -38,36 +38,36 @@ class Line:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells a job from others."""
+        """The identity of the job."""
         return self.subject, self.task, self.tool
 
     def all(self, of: Callable[[dict[str, Any]], float]) -> list[float]:
-        """A figure of each run."""
+        """One figure of each run."""
         return [of(run) for run in self.runs]
 
 
 def cpu_of(run: dict[str, Any]) -> float:
-    """Cpu seconds."""
+    """CPU seconds."""
     return float(run["cpu"])
 
 
 def wall_of(run: dict[str, Any]) -> float:
-    """Seconds that passed."""
+    """Wall seconds."""
     return float(run["wall"])
 
 
 def peak_of(run: dict[str, Any]) -> float:
-    """MiB that were resident at most, beyond the imports."""
+    """Peak resident memory above the base (after imports), in MiB."""
     return float((run["peak"] - run["base"]) / MIB)
 
 
 def anonymous_of(run: dict[str, Any]) -> float:
-    """MiB of that which are no file's, so that nothing can take them back."""
+    """Peak anonymous memory above the base, in MiB: it is not file-backed, so the kernel cannot reclaim it."""
     return float((run["anonymous_peak"] - run["anonymous_base"]) / MIB)
 
 
 def append(path: Path, line: Line) -> None:
-    """Add a line."""
+    """Append a line to the file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(line)) + "\n")
 
@@ -84,7 +84,7 @@ def read(path: Path) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The jobs of one subject beside ours."""
+    """The Markdown table of the jobs of one subject, each compared with Compress on the same job."""
     tasks = list(lines[0].quality.scores)
     head = (*HEAD, *tasks)
     rows = [row(line, ours_of(line, lines), tasks) for line in lines]
@@ -92,12 +92,12 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def ours_of(line: Line, lines: Sequence[Line]) -> Line | None:
-    """Our line of the same job."""
+    """The line of Compress for the same job; None if there is none."""
     return next((o for o in lines if (o.subject, o.task, o.tool) == (line.subject, line.task, OURS)), None)
 
 
 def row(line: Line, ours: Line | None, tasks: Sequence[str]) -> list[str]:
-    """The cells of a job."""
+    """The table cells of a job."""
     found = line.quality
     cells = [TITLES[line.task], line.tool]
     cells += [spread(line.all(cpu_of)), ratio(line, ours, cpu_of), spread(line.all(wall_of))]
@@ -107,20 +107,20 @@ def row(line: Line, ours: Line | None, tasks: Sequence[str]) -> list[str]:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """The median, and the range if there is one."""
+    """The median, with the range in parentheses if there are several values."""
     middle = f"{median(values):.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def ratio(line: Line, ours: Line | None, of: Callable[[dict[str, Any]], float]) -> str:
-    """Their median over ours."""
+    """The median of the other tool over that of Compress."""
     if ours is None or line is ours:
         return "1" if ours else ""
     return f"{median(line.all(of)) / median(ours.all(of)):.2f}"
 
 
 def conditions(lines: Sequence[Line]) -> str:
-    """When, on what and with what the lines were measured."""
+    """The dates, hardware, load and versions of the measurements, as a sentence."""
     dates, cpus = sorted({line.date for line in lines}), sorted({line.cpu for line in lines})
     loads = [run["load"] for line in lines for run in line.runs]
     threads = sorted({run["threads"] for line in lines for run in line.runs})
@@ -135,7 +135,7 @@ def conditions(lines: Sequence[Line]) -> str:
 
 
 def faults(lines: Sequence[Line]) -> list[str]:
-    """What no figure of the table shows: a pattern that does not hold, or tensors touched that were to be left."""
+    """Faults that no figure of the table shows: a violated 2:4 pattern, or changes outside the blocks' matrices."""
     found = []
     for line in lines:
         if line.task in ("wanda", "sparsegpt") and not line.quality.two_of_four:
@@ -146,7 +146,7 @@ def faults(lines: Sequence[Line]) -> list[str]:
 
 
 def document(lines: Sequence[Line]) -> str:
-    """All tables."""
+    """The conditions, the tables of all subjects, and the faults, as Markdown."""
     parts = [conditions(lines)]
     for subject in dict.fromkeys(line.subject for line in lines):
         parts.append(f"**{subject}**\n\n{table([line for line in lines if line.subject == subject])}")

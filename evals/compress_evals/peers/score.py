@@ -1,9 +1,9 @@
-"""What a tool has left of a model, read from the folder that it wrote and judged the same way for all.
+"""Evaluates the model that a tool wrote, from its folder and in the same way for all tools.
 
-Each folder is decoded to plain matrices, and all forwards are in float32. The error of a linear map is
-|(W' - W) X| / |W X| with the inputs X that the dense model gives it, on tokens that no tool was calibrated on; KL is of
-the dense model's next-token distributions from those of the model with all decoded matrices in place. Shape suffixes:
-N windows, T tokens, O out, I in.
+Each folder is decoded to plain matrices, and all forward passes are in float32. The error of a linear layer is
+|(W' - W) X| / |W X|, where X are its inputs in the dense model, on tokens that no tool was calibrated on. KL is
+KL(dense || changed) of the next-token distributions, with all decoded matrices in place. Shape suffixes: N windows,
+T tokens, O out, I in.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from compress.model.source import Checkpoint
 from compress.sources import open_source
 
 BITS = 4
-AT_ONCE = 4096  # tokens of a forward
+AT_ONCE = 4096  # tokens per forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Mean and largest error of the blocks' linear maps, KL in nats a token, and the share of zeros in the blocks.
+    """Mean and largest error of the blocks' linear layers, KL in nats per token, and the share of zero weights in them.
 
-    `two_of_four` says whether every four neighbours hold two zeros or more, `rest` whether all other tensors are the
-    dense model's; `scores` are the shares of right answers, of a model that knows any.
+    `two_of_four` says whether every group of four neighbouring weights has at least two zeros, `rest` whether all other
+    tensors equal those of the dense model. `scores` are the shares of right answers, empty for a random model.
     """
 
     error: float
@@ -43,8 +43,8 @@ class Quality:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder, or of the one in it, decoded; raises ArtifactError for a format nobody here reads."""
-    inner = sorted(folder.glob("*/config.json"))  # AutoRound names a folder of its own
+    """Every tensor of a folder, or of its only model subfolder, decoded; raises ArtifactError for an unknown format."""
+    inner = sorted(folder.glob("*/config.json"))  # AutoRound writes into a subfolder
     folder = inner[0].parent if len(inner) == 1 and not (folder / "config.json").exists() else folder
     plain = Checkpoint(folder)
     if (plain.config.get("quantization_config") or {}).get("quant_method") == "gptq":
@@ -54,9 +54,9 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def decoded_gptq(folder: Checkpoint) -> dict[str, Tensor]:
-    """The tensors of a checkpoint in GPTQ's layout, version 1 (a stored zero is one too small) or 2.
+    """The decoded tensors of a checkpoint in GPTQ's layout, version 1 (which stores zero points minus one) or 2.
 
-    Source: `pack` of AutoGPTQ and GPT-QModel.
+    Raises ArtifactError unless it has 4 bits. Source: `pack` of AutoGPTQ and GPT-QModel.
     """
     told = folder.config["quantization_config"]
     if told["bits"] != BITS:
@@ -78,9 +78,9 @@ def decoded_gptq(folder: Checkpoint) -> dict[str, Tensor]:
 
 
 def in_place(dense: Any, tensors: dict[str, Tensor]) -> Any:
-    """A copy of the dense model that computes with other tensors; raises ArtifactError unless all are there.
+    """A copy of the dense model with its tensors replaced; raises ArtifactError if a tensor is missing or unexpected.
 
-    An output head that is the embedding may be left out.
+    An output head that is tied to the embedding may be missing.
     """
     model = deepcopy(dense)
     told = model.load_state_dict({name: t.to(dense.dtype) for name, t in tensors.items()}, strict=False)
@@ -91,13 +91,16 @@ def in_place(dense: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps of the blocks by name."""
+    """The linear layers of the blocks by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
 
 
 @torch.inference_mode()
 def layer_errors(dense: nn.Module, changed: nn.Module, judged_NT: Tensor) -> dict[str, float]:
-    """|(W' - W) X| / |W X| of each linear map, X what it reads in the dense model; float32 products."""
+    """|(W' - W) X| / |W X| of each linear layer, where X are its inputs in the dense model.
+
+    Products are float32, sums float64.
+    """
     others = linears(changed)
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in others}
     hooks = []
@@ -119,7 +122,7 @@ def layer_errors(dense: nn.Module, changed: nn.Module, judged_NT: Tensor) -> dic
 
 @torch.inference_mode()
 def mean_kl(dense: Any, changed: Any, judged_NT: Tensor) -> float:
-    """KL(dense || changed), nats a token."""
+    """KL(dense || changed), in nats per token."""
     total = 0.0
     for ids_BT in judged_NT.split(max(1, AT_ONCE // judged_NT.shape[1])):
         p, q = (m(input_ids=ids_BT, use_cache=False).logits.float().log_softmax(-1) for m in (dense, changed))
@@ -128,12 +131,12 @@ def mean_kl(dense: Any, changed: Any, judged_NT: Tensor) -> float:
 
 
 def two_of_four(w_OI: Tensor) -> bool:
-    """Whether every four neighbours of a row hold two zeros or more."""
+    """Whether every group of four neighbouring weights of a row has at least two zeros."""
     return bool(((w_OI == 0).unflatten(1, (-1, 4)).sum(-1) >= 2).all())
 
 
 def quality(dense: Any, changed: Any, judged_NT: Tensor, scores: dict[str, float]) -> Quality:
-    """Everything that is judged of a model beside its dense original."""
+    """All quality measures of a model against its dense original."""
     errors = layer_errors(dense, changed, judged_NT)
     weights = [linear.weight for linear in linears(changed).values()]
     before, after = dense.state_dict(), changed.state_dict()

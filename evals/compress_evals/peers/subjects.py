@@ -1,7 +1,7 @@
-"""The models that every tool is given, with the calibration windows and the tokens on which the results are judged.
+"""The models that every tool is given, with their calibration windows and the tokens on which results are evaluated.
 
-Not here: how a tool is run (`job.py`). Windows are drawn as `compress run` draws them and handed to the other tools as
-they are; the hash in an artifact of ours says that it had the same. Shape suffixes: N windows, T tokens.
+Not here: how a tool is run (`job.py`). Windows are drawn as `compress run` draws them and handed unchanged to the other
+tools; the hash in Compress's own artifact shows that it used the same. Shape suffixes: N windows, T tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from compress_evals.fidelity import evaluation_text, text_windows
 from compress_evals.folders import tokenizer_of
 
 VOCABULARY, SAMPLES, LENGTH = 1024, 64, 512  # of the random model
-SPARE = 4 * 256  # tokens that our calibration sets apart as its probe
-JUDGED = 8  # windows on which the random model's layers are compared
+SPARE = 4 * 256  # tokens that the calibration of Compress sets aside for its probe
+JUDGED = 8  # windows on which the random model is evaluated
 SUBJECTS = ("m512", "m512-bf16", "builtin")
 TASKS = ("wanda", "sparsegpt", "gptq", "rtn")
-PASSES = {  # as near to what the other tools do by default as our options go
+PASSES = {  # the options that come nearest to the defaults of the other tools
     "wanda": "wanda: {sparsity: 2:4}",
     "sparsegpt": "sparsegpt: {sparsity: 2:4}",
     "gptq": "gptq: {bits: 4, group: 128, symmetric: true, order: activation}",
@@ -36,7 +36,7 @@ PASSES = {  # as near to what the other tools do by default as our options go
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model folder, its calibration, the file of its windows with their hash, and what its results are judged on."""
+    """A model folder, its calibration, the file of its windows with their hash, and its evaluation tokens."""
 
     name: str
     model: Path
@@ -44,32 +44,32 @@ class Subject:
     ids: Path
     sha256: str
     judged_NT: Tensor
-    knows: bool  # whether it was trained, so that it can be asked what it knows
+    knows: bool  # whether it was trained, so that it can answer questions
 
     def recipe(self, task: str) -> str:
-        """What ours runs."""
+        """The recipe that Compress runs for a task."""
         told = self.calibration
         drawn = f"{{data: {told.data}, samples: {told.samples}, length: {told.length}, seed: {told.seed}}}"
         return f"calibration: {drawn}\npasses:\n  - {PASSES[task]}\n"
 
 
 def prepared(name: str, folder: Path) -> Subject:
-    """A subject by name, with its files in `folder`."""
+    """The subject of that name; its files are written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     return trained_model(folder) if name == "builtin" else random_model(name, folder)
 
 
 def drawn(calibration: Calibration, tokenizer: Any, longest: int, ids: Path) -> str:
-    """Write the windows that a calibration draws; their hash."""
+    """Write the windows that a calibration draws, and return their hash."""
     tokens = draw(calibration, tokenizer, longest)
     save_file({"windows": tokens.windows[0]}, ids)
     return tokens.sha256
 
 
 def random_model(name: str, folder: Path) -> Subject:
-    """A Llama of 26.7 million random parameters, float32 or bf16 as its name says, calibrated on random tokens.
+    """A Llama of 26.7 million random parameters, in float32 or bf16 as its name says, calibrated on random tokens.
 
-    What a method does to it says whether two tools compute the same, not whether a method is good.
+    It shows whether two tools compute the same result, not whether a method is good.
     """
     model, text = folder / name, folder / f"{name}.txt"
     if not model.is_dir():
@@ -87,7 +87,7 @@ def random_model(name: str, folder: Path) -> Subject:
 
 
 def make_random(model: Path, dtype: torch.dtype) -> None:
-    """Write the random model, with a tokenizer of one word a token."""
+    """Write the random model, with a tokenizer that has one word per token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -105,7 +105,7 @@ def make_random(model: Path, dtype: torch.dtype) -> None:
 
 
 def word_tokenizer(vocabulary: int) -> Any:
-    """A tokenizer that reads `t7` as token 7 and puts nothing before or behind."""
+    """A tokenizer that reads `t7` as token 7 and adds no special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +115,7 @@ def word_tokenizer(vocabulary: int) -> Any:
 
 
 def trained_model(folder: Path) -> Subject:
-    """The built-in model with its usual calibration, judged on the text that no calibration holds."""
+    """The built-in model with its usual calibration, evaluated on the text that no calibration set contains."""
     model, windows = locate("builtin"), folder / "builtin.safetensors"
     calibration = Calibration(data="mixed", samples=128, length=256)
     tokenizer = tokenizer_of(model)

@@ -1,7 +1,7 @@
-"""What quantization will cost a model, predicted from its size and the tokens it was trained on.
+"""Predicts what quantization will cost a model, from its size and the number of tokens it was trained on.
 
-Not here: any measurement of a model but the small sweep of `__main__.py`, which the laws are refitted on. A prediction
-stands beside measured results; it never replaces one.
+Not here: measuring models, except for the small sweep of `__main__.py`, on which the laws can be refitted. A prediction
+complements measured results; it never replaces one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`python -m compress_evals.qid MODEL=TOKENS ...`: measure a small sweep of GPTQ to refit the laws on.
+"""`python -m compress_evals.qid MODEL=TOKENS ...`: measures a small sweep of GPTQ on which to refit the laws.
 
-Each model is quantized to each number of bits, with one scale a row and in groups, and its cross-entropy on the
-built-in unseen prose compared with the dense model's. TOKENS is what the model was trained on. Prints a table, and
-writes `rows.jsonl`, which `compress qid --fit` reads.
+Each model is quantized to each number of bits, with one scale per row and in groups, and its cross-entropy on the
+built-in unseen prose is compared with the dense model's. TOKENS is the number of tokens that the model was trained on.
+Prints a table, and writes `rows.jsonl`, which `compress qid --fit` reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CALIBRATION = Calibration(data="mixed", samples=128, length=256, seed=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One quantized model; losses are nats a token of the evaluation text."""
+    """One quantized model; losses are in nats per token of the evaluation text."""
 
     model: str
     method: str
@@ -42,7 +42,7 @@ class Measured:
 
 
 def measure(model: str, tokens: float, bits: Sequence[int], groups: Sequence[int]) -> list[Measured]:
-    """GPTQ of one model in each number of bits and each group size, made in a temporary folder."""
+    """Quantize one model with GPTQ at each number of bits and each group size, in a temporary folder, and measure it."""
     parameters = survey(locate(model))["non_embedding"]
     dense, tokenizer = opened(locate(model), "cpu")
     windows = text_windows(tokenizer, evaluation_text(), 256)
@@ -70,7 +70,7 @@ def measure(model: str, tokens: float, bits: Sequence[int], groups: Sequence[int
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """Markdown: one line a model and group size, degradation by bits."""
+    """A Markdown table of the degradation by bits, with one line per model and group size."""
     widths = sorted({row.bits for row in rows})
     lines = [
         "| model | tokens | group | " + " | ".join(f"{w} bits" for w in widths) + " |",
@@ -85,13 +85,13 @@ def table(rows: Sequence[Measured]) -> str:
 
 
 def trained(text: str) -> tuple[str, float]:
-    """MODEL=TOKENS as a pair."""
+    """Parse MODEL=TOKENS into a pair; raises ValueError if TOKENS is not a number."""
     model, _, tokens = text.rpartition("=")
     return model, float(tokens)
 
 
 def main() -> None:
-    """Measure, write the rows, print the table."""
+    """Measure, write the rows, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", type=trained, default=[("builtin", 10e6)], metavar="MODEL=TOKENS")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4])

@@ -1,7 +1,8 @@
-"""Refitting the laws on measured points: least squares of log QiD, and only of what the points identify.
+"""Refits the laws on measured points by least squares on log QiD, and only the parameters that the points identify.
 
-An exponent is free if its variable varies. What does not vary keeps its published value, or, for Kumar's law, of
-which no constants were verified, goes into k. Shapes: n points, f unknowns (the intercept among them), b resamples.
+An exponent is free if its variable varies. The exponent of a variable that does not vary keeps its published value, or,
+for Kumar's law, whose constants were not verified, is absorbed into k. Shapes: n points, f unknowns (including the
+intercept), b resamples.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from compress_evals.qid.law import PUBLISHED, Curve, Law, depth
 from compress_evals.qid.points import Point
 from compress_evals.stats import Floats
 
-SMALLEST, LARGEST = 0.003, 2.0  # nats; below is noise, above saturation
-NEEDED = {1: 1, 2: 3, 3: 5, 4: 8}  # points for so many unknowns: one more than solves it, and the 8 of the paper's fit
+SMALLEST, LARGEST = 0.003, 2.0  # nats; a degradation below is noise, above it is saturated
+NEEDED = {1: 1, 2: 3, 3: 5, 4: 8}  # points by number of unknowns: more than solve for them, and 8 as in the paper's fit
 EXPONENTS = {"beta": "tokens", "alpha": "parameters", "gamma": "bits"}
-LEVERAGE = 1 - 1e-9  # of a point that alone decides an unknown: nothing predicts it from the others
+LEVERAGE = 1 - 1e-9  # above this, a point alone determines an unknown and cannot be predicted from the others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A law with how much of it was fitted.
+    """A fitted law, and which part of it was fitted.
 
-    `free` are the fitted exponents, `intervals` their 95 % percentile bootstrap intervals over points (none where the
-    points are as few as the unknowns need; they ignore that points of one model depend on each other). `residual` and
-    `held_out` are root mean squares of ln(predicted / measured), the latter with each point left out in turn; None if
-    a point alone identifies an exponent, or there is but one.
+    `free` are the fitted exponents, `intervals` their 95 % percentile bootstrap intervals over points. There are none
+    if there are only as many points as the unknowns need, and they ignore that points of one model are dependent.
+    `residual` and `held_out` are root mean squares of ln(predicted / measured), the latter with each point left out in
+    turn; it is None if a single point determines an exponent, or if there is only one point.
     """
 
     law: Law
@@ -44,24 +45,25 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The power law and Kumar's exponential law on the same points; `exponential` is None where bits do not vary."""
+    """The power law and Kumar's exponential law on the same points; `exponential` is None if bits do not vary."""
 
     power: Fit
     exponential: Fit | None
 
 
 def refit(points: Sequence[Point]) -> Comparison:
-    """Both laws, fitted on the same points; raises RecipeError for points that identify nothing."""
+    """Both laws, fitted on the same points; raises RecipeError for points that cannot identify the parameters."""
     power = fit(points, "power")
     varied = "gamma" in power.free
     return Comparison(power=power, exponential=fit(points, "exponential") if varied else None)
 
 
 def fit(points: Sequence[Point], curve: Curve = "power", iters: int = 2000, seed: int = 0) -> Fit:
-    """The least squares fit of ln QiD on ln D, -ln N and -ln P (-P if exponential), of what varies.
+    """The least squares fit of ln QiD on those of ln D, -ln N and -ln P (-P if exponential) that vary.
 
-    One point, or points alike, move k alone. Points below .003 or above 2 nats are dropped. Raises RecipeError if none
-    is left, if they are too few, if two variables vary together, or if degradation does not fall with bits.
+    If there is one point, or no variable varies, only k is fitted. Points below 0.003 or above 2 nats are dropped.
+    Raises RecipeError if no point is left, if there are too few, if variables are collinear, or if degradation does not
+    fall with bits.
     """
     used = [point for point in points if SMALLEST <= point.degradation <= LARGEST]
     if not used:
@@ -89,7 +91,7 @@ def fit(points: Sequence[Point], curve: Curve = "power", iters: int = 2000, seed
 
 
 def column(points: Sequence[Point], name: str, curve: Curve) -> Floats:
-    """What an exponent multiplies, of each point."""
+    """The regressor of an exponent, for each point."""
     match name:
         case "beta":
             return np.array([math.log(point.tokens) for point in points])
@@ -100,13 +102,13 @@ def column(points: Sequence[Point], name: str, curve: Curve) -> Floats:
 
 
 def design(columns: dict[str, Floats], free: Sequence[str]) -> Floats:
-    """[n, f]: ones, then the columns of the free exponents."""
+    """The design matrix [n, f]: ones, then the columns of the free exponents."""
     ones = np.ones_like(columns["beta"])
     return np.stack([ones, *(columns[name] for name in free)], axis=1)
 
 
 def refuse(x_nf: Floats, free: Sequence[str]) -> None:
-    """Raise RecipeError if the points cannot tell the free exponents apart."""
+    """Raise RecipeError if there are too few points, or if their variables are collinear."""
     count, unknowns = x_nf.shape
     varied = " and ".join(EXPONENTS[name] for name in free)
     if count < NEEDED[unknowns]:
@@ -122,7 +124,7 @@ def refuse(x_nf: Floats, free: Sequence[str]) -> None:
 
 
 def intervals(x_nf: Floats, y_n: Floats, free: Sequence[str], iters: int, seed: int) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of the exponents, resampling points; resamples that identify less are left out."""
+    """95 % percentile bootstrap intervals of the exponents over points; resamples without full rank are left out."""
     if not free:
         return {}
     count = len(y_n)
@@ -138,9 +140,9 @@ def intervals(x_nf: Floats, y_n: Floats, free: Sequence[str], iters: int, seed: 
 
 
 def held_out(x_nf: Floats, residual_n: Floats) -> float | None:
-    """The error of each point predicted from all others, by leverage: no refit is needed for least squares.
+    """The root mean square leave-one-out error, computed from leverages, so that nothing is refitted.
 
-    Source: Allen, Technometrics 1974 (PRESS): the residual over 1 - h.
+    None if the leverage of a point is 1. Source: Allen, Technometrics 1974 (PRESS): the residual over 1 - h.
     """
     basis_nf = np.linalg.qr(x_nf)[0]
     leverage_n = (basis_nf**2).sum(1)
@@ -150,11 +152,11 @@ def held_out(x_nf: Floats, residual_n: Floats) -> float | None:
 
 
 def ranges(points: Sequence[Point]) -> dict[str, tuple[float, float]]:
-    """The least and greatest of each variable."""
+    """The minimum and maximum of each variable."""
     values = {name: [getattr(point, name) for point in points] for name in EXPONENTS.values()}
     return {name: (min(found), max(found)) for name, found in values.items()}
 
 
 def rms(values: Floats) -> float:
-    """The root of the mean square."""
+    """The root mean square."""
     return float(np.sqrt(np.mean(values**2)))

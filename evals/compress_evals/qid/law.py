@@ -1,7 +1,7 @@
-"""The law of quantization-induced degradation (QiD), its inversions, and where it may be believed.
+"""The scaling law of quantization-induced degradation (QiD), its inverses, and the range in which it is valid.
 
-N counts parameters outside embeddings and output head, D training tokens, P bits a weight; all raw, not in billions.
-Degradation is the cross-entropy of the quantized model minus the dense one's, in nats a token.
+N counts parameters outside embeddings and output head, D is training tokens, P is bits per weight; none is in billions.
+Degradation is the cross-entropy of the quantized model minus that of the dense one, in nats per token.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
-    """QiD(N, D, P) = k D^beta / N^alpha / P^gamma, or exp(-gamma P) in place of the last for the curve `exponential`.
+    """QiD(N, D, P) = k D^beta / N^alpha / P^gamma; for the curve `exponential`, exp(-gamma P) replaces 1 / P^gamma.
 
-    `ranges` are those of what it was fitted on. Raises RecipeError for anything that is not a positive number.
-    Source: Ouyang et al., "Low-Bit Quantization Favors Undertrained LLMs", ACL 2025, arXiv 2411.17691; `exponential`:
+    `ranges` are those of the points it was fitted on. Methods raise RecipeError for an argument that is not a positive
+    finite number. Source: Ouyang et al., "Low-Bit Quantization Favors Undertrained LLMs", ACL 2025, arXiv 2411.17691; `exponential`:
     Kumar et al., "Scaling Laws for Precision", 2024, arXiv 2411.04330, where gamma is 1 / gamma_post.
     """
 
@@ -34,16 +34,16 @@ class Law:
 
     @property
     def k(self) -> float:
-        """The factor before the powers."""
+        """The constant factor of the law."""
         return exp(self.log_k)
 
     def degradation(self, parameters: float, tokens: float, bits: float) -> float:
-        """Nats a token that `bits` cost; not bounded, so see `predict`."""
+        """The degradation at `bits`, in nats per token; it is not bounded, unlike in `predict`."""
         check(parameters=parameters, tokens=tokens, bits=bits)
         return exp(self._undamped(parameters, tokens) - self.gamma * depth(bits, self.curve))
 
     def bits_for(self, loss: float, parameters: float, tokens: float) -> float:
-        """The bits that cost `loss`, the inverse of `degradation`; raises RecipeError unless it falls with bits."""
+        """The bits at which the degradation is `loss`; raises RecipeError unless the law falls with bits."""
         check(loss=loss, parameters=parameters, tokens=tokens)
         if self.gamma <= 0:
             raise RecipeError(f"gamma = {self.gamma:.3g}: this law does not fall with bits and has no inverse")
@@ -51,7 +51,7 @@ class Law:
         return exp(reached) if self.curve == "power" else reached
 
     def tokens_for(self, loss: float, parameters: float, bits: float) -> float:
-        """The training tokens at which `bits` cost `loss`; raises RecipeError unless the law grows with tokens."""
+        """The training tokens at which `bits` degrade by `loss`; raises RecipeError unless the law grows with tokens."""
         check(loss=loss, parameters=parameters, bits=bits)
         if self.beta <= 0:
             raise RecipeError(f"beta = {self.beta:.3g}: this law does not grow with tokens and has no inverse")
@@ -62,7 +62,7 @@ class Law:
         return self.log_k + self.beta * math.log(tokens) - self.alpha * math.log(parameters)
 
 
-# GPTQ in 2, 3 and 4 bits on the checkpoints of Pythia, loss on RefinedWeb
+# fitted on GPTQ at 2, 3 and 4 bits on checkpoints of Pythia, with the loss on RefinedWeb
 PUBLISHED = Law(
     log_k=math.log(0.017), beta=0.5251, alpha=0.2261, gamma=5.4967,
     ranges={"parameters": (160e6, 12e9), "tokens": (1e9, 206e9), "bits": (2.0, 4.0)},
@@ -70,13 +70,13 @@ PUBLISHED = Law(
 
 
 def depth(bits: float, curve: Curve) -> float:
-    """What gamma multiplies: ln P for the power law, P for the exponential one."""
+    """The factor of gamma: ln P for the power law, P for the exponential one."""
     return math.log(bits) if curve == "power" else bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One bit width: nats lost, whether a bound cut that, and the tokens at which it costs the loss asked for."""
+    """One bit width: its degradation, whether that was clamped, and the tokens at which it reaches the given loss."""
 
     bits: float
     degradation: float
@@ -86,9 +86,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What each bit width costs one model.
+    """The predicted degradation of one model at each bit width.
 
-    `bits_needed` for at most `loss` nats is not rounded; None if no float holds it.
+    `bits_needed` for a degradation of at most `loss` nats is not rounded; None if it is too large for a float.
     """
 
     parameters: float
@@ -111,10 +111,11 @@ def predict(
     dense_loss: float | None = None,
     mixture: bool = False,
 ) -> Prediction:
-    """The degradation of each bit width, clamped where the model would guess blindly, with every reason for doubt.
+    """The degradation at each bit width, clamped at the level of guessing, with caveats.
 
-    A loss above ln V is worse than guessing, so at most ln V - CE is lost, where CE is `dense_loss`; without it the
-    bound is ln V, and there is none without `vocabulary`. Raises RecipeError for what cannot be.
+    A cross-entropy above ln V, V being `vocabulary`, is worse than guessing uniformly, so the degradation is at most
+    ln V - CE, where CE is `dense_loss`. Without `dense_loss` the bound is ln V; without `vocabulary` there is none.
+    Raises RecipeError for values that are not positive, or for a dense loss no better than guessing.
     """
     highest = ceiling(vocabulary, dense_loss)
     rows = []
@@ -134,7 +135,7 @@ def predict(
 
 
 def ceiling(vocabulary: int | None, dense_loss: float | None) -> float | None:
-    """The most that can be lost, in nats: ln V - CE; raises RecipeError if nothing can."""
+    """The largest possible degradation, ln V - CE in nats; None without `vocabulary`, RecipeError unless positive."""
     if dense_loss is not None:
         check(dense_loss=dense_loss)
         if vocabulary is None:
@@ -152,7 +153,7 @@ def ceiling(vocabulary: int | None, dense_loss: float | None) -> float | None:
 
 
 def doubts(law: Law, asked: dict[str, list[float]]) -> list[str]:
-    """One line for each range that is left, and for what the law cannot know."""
+    """The caveats: one line for each variable outside its range, and what the law does not model."""
     lines = []
     for name, values in asked.items():
         low, high = law.ranges[name]
@@ -168,7 +169,7 @@ def doubts(law: Law, asked: dict[str, list[float]]) -> list[str]:
 
 
 def bound_doubts(vocabulary: int | None, dense_loss: float | None) -> list[str]:
-    """What is not known of the bound."""
+    """The caveats about the bound: what is missing to compute it."""
     if vocabulary is None:
         return ["not clamped: a loss above ln V means nothing; give --vocabulary"]
     if dense_loss is None:
@@ -189,5 +190,5 @@ def exp(power: float) -> float:
 
 
 def finite(value: float) -> float | None:
-    """A number, or None for infinity, which JSON cannot say."""
+    """The value, or None if it is infinite or NaN, which JSON cannot represent."""
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Measured degradations, read from JSON lines of our sweeps or of anybody else's."""
+"""Reads measured degradations from JSON lines, written by the sweeps here or by anyone else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compress.errors import RecipeError, why
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measured model: N, D, bits a weight, and cross-entropy lost in nats a token."""
+    """One measured model: N, D, bits per weight, and degradation (cross-entropy lost) in nats per token."""
 
     parameters: float
     tokens: float
@@ -22,11 +22,12 @@ class Point:
 
 
 def read_points(path: Path, parameters: float | None = None, tokens: float | None = None) -> tuple[list[Point], str]:
-    """The points of a file, and the key that says their bits: `bits_per_weight` if every line has it, else `bits`.
+    """The points of a file, and the key of their bits: `bits_per_weight` if every line has it, else `bits`.
 
-    A line is an object with bits, and with `degradation`, or `loss` and `dense_loss`: means in nats, or lists of sums
-    over windows that hold `tokens` tokens of text in all. `parameters` and `tokens` are used where a line does not say
-    them. Raises RecipeError for a file or line that cannot be used, naming it.
+    A line is an object with bits, and with either `degradation`, or `loss` and `dense_loss`. The losses are means in
+    nats, or lists of sums over windows; in the latter case `tokens` of the line counts the evaluated tokens.
+    `parameters` and `tokens` are used for lines that do not have them. Raises RecipeError, naming the file and line, if
+    one cannot be used.
     """
     rows = read_rows(path)
     key = next((k for k in ("bits_per_weight", "bits") if all(number(row.get(k)) for _, row in rows)), None)
@@ -49,7 +50,7 @@ def read_points(path: Path, parameters: float | None = None, tokens: float | Non
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each line as an object, with its place; empty lines are none."""
+    """Each line as an object, with its place (`FILE:LINE`); empty lines are skipped."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -71,7 +72,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def degradation(row: dict[str, Any], place: str) -> float:
-    """Nats lost, as a line says it; raises RecipeError if it does not."""
+    """The degradation of a line, in nats per token; raises RecipeError if the line does not give it."""
     found, before, after = row.get("degradation"), row.get("dense_loss"), row.get("loss")
     if found is None and isinstance(before, list) and isinstance(after, list):
         count = row.get("tokens")

@@ -1,10 +1,11 @@
-"""Whether a response does what it was told, for all 25 kinds of instruction of IFEval.
+"""Checks whether a response follows its instructions, for all 25 kinds of instruction of IFEval.
 
-One plain function a kind, in files by family; its options have the names that the data gives them.
+Each kind has one plain function, in files by family; its options have the names that the data gives them.
 Source: Zhou et al., "Instruction-following evaluation for large language models", 2023 (table 1).
-Deviations: a response with fewer than three different words says nothing and so follows nothing (silence has no
-comma; the published checker only refuses white space); a response whose language cannot be told is in none;
-sentences and words in capitals are counted by rules instead of by Punkt and the Treebank tokenizer.
+Deviations: a response with fewer than three different words follows no instruction (an empty one would otherwise pass
+"no comma"; the published checker only refuses white space); a response whose language cannot be detected counts as
+being in no language; sentences and capitalised words are counted by rules instead of by Punkt and the Treebank
+tokenizer.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ Options = Mapping[str, Any]
 
 
 def follows(response: str, kind: str, options: Options) -> bool:
-    """Whether the response says something and follows one instruction; options that are None are not given.
+    """Whether the response says something and follows one instruction; options that are None count as not given.
 
-    Raises ValueError for an instruction of a kind that there is not.
+    Raises ValueError for an unknown kind of instruction.
     """
     if kind not in CHECKERS:
         raise ValueError(f"there is no instruction of kind {kind!r}; known are {', '.join(CHECKERS)}")
@@ -57,9 +58,10 @@ def follows(response: str, kind: str, options: Options) -> bool:
 
 
 def loosened(response: str) -> list[str]:
-    """The response as it is, without asterisks, and both without its first line, its last line and the two.
+    """The eight variants of a response that IFEval's loose accuracy accepts.
 
-    What a friendly reader forgives: "Sure, here it is:" and emphasis.
+    They are the response as it is, without its first line, without its last line and without both, each with and
+    without asterisks. This forgives introductions such as "Sure, here it is:" and emphasis.
     """
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
@@ -67,10 +69,12 @@ def loosened(response: str) -> list[str]:
 
 
 def instruction_scores(response: str, kinds: Sequence[str], options: Sequence[Options]) -> dict[str, float]:
-    """`prompt_strict`, `prompt_loose`: every instruction is followed, 0 or 1; `inst_strict`, `inst_loose`: their share.
+    """The four IFEval accuracies of one response.
 
-    Loose takes, for each instruction, the best of `loosened`. The published share is of the instructions of all
-    prompts together, so that a prompt with three counts thrice; here every prompt counts once.
+    `prompt_strict` and `prompt_loose` are 1 if every instruction is followed, else 0; `inst_strict` and `inst_loose`
+    are the share that is followed. Loose takes, for each instruction, the best of `loosened`. The published
+    instruction-level accuracy is over the instructions of all prompts together, so that a prompt with three counts
+    three times; here every prompt counts once.
     """
     told = list(zip(kinds, options, strict=True))
     strict = [follows(response, kind, given) for kind, given in told]

@@ -1,4 +1,4 @@
-"""Words and letters that a response must have, must not have, or must have so often."""
+"""Checks of words and letters that a response must contain, must not contain, or must contain a number of times."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from compress_evals.metrics.instructions.relation import meets
 
 
 def existence(response: str, *, keywords: Sequence[str]) -> bool:
-    """Every keyword is there, in any case, also within longer words."""
+    """Whether every keyword occurs, in any case, also within longer words."""
     said = response.lower()
     return all(keyword.strip().lower() in said for keyword in keywords)
 
 
 def frequency(response: str, *, keyword: str, frequency: int, relation: str) -> bool:
-    """The keyword is there so often, in any case, also within longer words."""
+    """Whether the keyword occurs the required number of times, in any case, also within longer words."""
     return meets(response.lower().count(keyword.strip().lower()), relation, frequency)
 
 
 def forbidden_words(response: str, *, forbidden_words: Sequence[str]) -> bool:
-    """None of the words is there as a word of its own, in any case."""
+    """Whether none of the words occurs as a whole word, in any case."""
     return not any(re.search(rf"\b{re.escape(word)}\b", response, re.IGNORECASE) for word in forbidden_words)
 
 
 def letter_frequency(response: str, *, letter: str, let_frequency: int, let_relation: str) -> bool:
-    """The letter, or sign, is there so often, in any case."""
+    """Whether the letter, or other character, occurs the required number of times, in any case."""
     return meets(response.lower().count(letter.strip().lower()), let_relation, let_frequency)

@@ -1,6 +1,6 @@
-"""How many sentences a text has, by rules: no model to download and none to unpickle.
+"""Counts the sentences of a text by rules, so that no model has to be downloaded or unpickled.
 
-Not here: a splitter for layout. A line break ends no sentence, as in Punkt, by which the published checker counts.
+Not here: splitting by layout. A line break does not end a sentence, as in Punkt, which the published checker uses.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-# Before a name or a number, so never at the end.
+# These precede a name or a number, so their full stop never ends a sentence.
 _TITLES = {
     "mr",
     "mrs",
@@ -30,17 +30,17 @@ _TITLES = {
     "e.g",
     "i.e",
 }
-# Anywhere; an end only if a capital follows.
+# These can occur anywhere; their full stop ends a sentence only if a capital follows.
 _SHORTENED = {"etc", "inc", "ltd", "co", "corp", "jr", "sr", "ave", "approx", "dept"}
 _OPENERS = "\"'“‘([*_"
 _CLOSERS = "\"'”’)\\]*_"
 _END = re.compile(rf"(?P<marks>[.!?…]+)[{_CLOSERS}]*(?=\s|$)|[。！？।۔؟]+")
 _LAST_WORD = re.compile(r"\S*$")
-_LONGEST = 40  # letters before an end that are looked at
+_LONGEST = 40  # characters before a possible end that are examined
 
 
 def count_sentences(text: str) -> int:
-    """The sentences of a text: its parts between ends, that have a letter or digit; the last needs no end."""
+    """The number of sentences: parts between sentence ends that have a letter or digit; the last needs no end mark."""
     ends = [end.end() for end in _END.finditer(text) if _is_end(end, text)]
     parts = (text[start:end] for start, end in pairwise([0, *ends, len(text)]))
     return sum(any(map(str.isalnum, part)) for part in parts)
