@@ -96,7 +96,7 @@ METHODS: dict[str, Method] = {
     "rotate, gptq gar search": below_8(grid("rotate", order="groups", search=True)),
     "rtn output, flexround": learned("flexround", {}, by="rtn", search="output"),
     "gptq act, lrq": learned("lrq", {"rank": 64}, order="activation"),
-    "sensitivity, gptq": replace(grid("sensitivity"), bits=(4, 3)),  # at a mean of 8 or 2 there are no bits to redistribute
+    "sensitivity, gptq": replace(grid("sensitivity"), bits=(4, 3)),  # a mean of 8 or 2 leaves nothing to redistribute
     "vq kmeans": Method(lambda b, g: [{"vq": {"book": "kmeans", "bits": b, "dims": 2, "rotate": False}}], (3, 2), (0,)),
     "vq e8p": Method(lambda b, g: [{"vq": {"bits": b}}], (4, 3, 2), (0,)),
     "realign, vq e8p": Method(lambda b, g: [{"realign": {}}, {"vq": {"bits": b}}], (4, 3, 2), (0,)),

@@ -359,14 +359,14 @@ def wanted(asked: Questions, i: int) -> str:
     """The first accepted answer to the i-th question, as it is shown to readers."""
     document = asked.document(i)
     target = asked.loaded.doc_to_target(document)
-    if asked.loaded.OUTPUT_TYPE == "multiple_choice":  # from the choices, because WinoGrande's target is the text that follows them
+    if asked.loaded.OUTPUT_TYPE == "multiple_choice":  # not by the target: WinoGrande's is what follows
         return str(asked.loaded.doc_to_choice(document)[document["gold"]]).strip()
     accepted = document.get("answers") or document.get("answer") or target
     return str(accepted[0] if isinstance(accepted, list) and accepted else accepted).strip()
 
 
 def code(suite: Suite) -> str:
-    """The hash of the code that makes and scores a suite's questions: its files, and all Python of tasks and metrics."""
+    """The hash of the code that makes and scores a suite's questions: its files, and all of `tasks` and `metrics`."""
     shared = (path for folder in ("metrics", "tasks") for path in sorted((PACKAGE / folder).rglob("*.py")))
     files = [*sorted(path for path in suite.folder.iterdir() if path.suffix in (".py", ".yaml")), *shared]
     return hashed([[path.name, path.read_text(encoding="utf-8")] for path in files])

@@ -1,8 +1,8 @@
-"""The dense model's distributions on fixed windows, stored once: to compare with it, it need not be loaded again.
+"""Caches the dense model's distributions on fixed windows, so that it need not be loaded again for comparisons.
 
-Not here: the figures (`fidelity.py`). Stored is the whole distribution at every scored token if that takes no more than
-512 MB, else its 64 likeliest tokens and the mass of all others, over which KL is then taken: merging outcomes never
-raises KL, so that is a lower bound (the data-processing inequality).
+Not here: the figures (`fidelity.py`). The full distribution at every scored token is stored if that takes no more than
+512 MB. Otherwise the 64 most likely tokens and the total probability of all others are stored, and KL is computed over
+these: merging outcomes never raises KL (the data-processing inequality), so the result is a lower bound.
 Shapes: T tokens, V vocabulary, K tokens kept, N = K + 1 with all others as one.
 """
 
@@ -40,14 +40,14 @@ from compress_evals.fidelity import (
 from compress_evals.questions import Exam, hashed
 from compress_evals.subject import Subject, software
 
-LARGEST = 512 * 1000 * 1000  # bytes of the whole distributions, float32
+LARGEST = 512 * 1000 * 1000  # bytes that full distributions may take, in float32
 TOP = 64
-ITERS = 10000  # resamples of an interval
+ITERS = 10000  # bootstrap resamples of an interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """The text and questions on which the dense model's distributions are held, and what decides them."""
+    """The dense model's stored distributions, the text and windows they are on, and the key that identifies them."""
 
     text: str
     windows: Mapping[str, Sequence[Window]]
@@ -58,7 +58,7 @@ class Held:
 def hold(dense: Subject, exam: Exam, cache: Cache, text: str | None = None) -> Held:
     """The dense model's distributions on a text, by default the built-in one, and on the trained questions.
 
-    The model, which needs an identity, is only loaded if they are not stored.
+    The model must have an identity; it is loaded only if they are not stored yet.
     """
     text = evaluation_text() if text is None else text
     windows = dict(zip(("text", "answers"), all_windows(exam.tokenizer, text), strict=True))
@@ -67,9 +67,9 @@ def hold(dense: Subject, exam: Exam, cache: Cache, text: str | None = None) -> H
 
 
 def fidelity(held: Held, compressed: Subject, exam: Exam, cache: Cache, seed: int = 0) -> Fidelity:
-    """What `measure_fidelity` measures, of a model with an identity, without the dense one.
+    """The fidelity of a model with an identity, as `measure_fidelity` gives it, but without loading the dense model.
 
-    Figures are the same where whole distributions are held.
+    The figures are the same if full distributions are stored. The result is cached.
     """
     parts = {"reference": held.decided_by, "model": asked_as(compressed, exam, cache), "seed": seed, "iters": ITERS}
     stored = cache.get("fidelity", parts)
@@ -82,23 +82,23 @@ def fidelity(held: Held, compressed: Subject, exam: Exam, cache: Cache, seed: in
 
 
 def asked_as(subject: Subject, exam: Exam, cache: Cache | None) -> dict[str, Any]:
-    """A model and what it is computed with."""
+    """The key of a model together with the device, dtype and software versions it runs with."""
     known = subject.known(exam, cache)
     return {"identity": subject.identity, "device": known.device, "dtype": known.dtype, "software": software()}
 
 
 class Reference:
-    """A stored reference to several lists of windows, by name; read window by window."""
+    """A stored reference for several named lists of windows; it is read from disk window by window."""
 
     def __init__(self, path: Path, windows: Mapping[str, Sequence[Window]]) -> None:
-        """Open the file; raises SafetensorError or OSError if it is none."""
+        """Open the file; raises SafetensorError or OSError if it is missing or not a safetensors file."""
         self._file: Any = safe_open(path, framework="pt")
         self._windows = windows
         about: dict[str, str] = self._file.metadata()  # type: ignore[no-untyped-call]
         self.vocabulary, self.top = int(about["vocabulary"]), int(about["top"]) or None
 
     def compare(self, model: Any, name: str) -> list[Tokens]:
-        """The comparison of a model with the reference at each window of the list called so."""
+        """Compare a model with the reference at each window of the list `name`."""
         windows, found = self._windows[name], dict[int, Tokens]()
         starts = [0, *accumulate(len(window.ids) - window.scored_from for window in windows)]
         for chosen in batches(windows, self.vocabulary):
@@ -119,7 +119,7 @@ class Reference:
         others_T = q_TV.scatter(-1, at_TK, -math.inf).logsumexp(-1)  # log of the mass of all other tokens
         p_TN, q_TN = (torch.cat([x_TK, x_T[:, None]], -1) for x_TK, x_T in ((p_TK, rest_T), (q_TK, others_T)))
         kl_T = torch.where(p_TN.isneginf(), 0.0, p_TN.exp() * (p_TN - q_TN)).sum(-1)
-        # of tokens tied for the likeliest `topk` puts any first, `argmax` the one with the smallest number
+        # among tokens tied for the most likely, `topk` may put any first, but `argmax` gives the smallest id
         best_T = at_TK.where(p_TK == p_TK[:, :1], self.vocabulary).amin(-1)
         loss_T = -q_TV.gather(-1, target_T.to(q_TV.device)[:, None]).squeeze(-1)
         broken_T = p_TN.isnan().any(-1) | q_TV.isnan().any(-1)
@@ -127,7 +127,7 @@ class Reference:
 
 
 def of(dense: Subject, windows: Mapping[str, Sequence[Window]], cache: Cache, parts: dict[str, Any]) -> Reference:
-    """The dense model's reference: from the cache if it is there and whole, else measured and stored."""
+    """The dense model's reference, from the cache if it is there and undamaged, else measured and stored."""
     path = cache.path("references", parts, ".safetensors")
     known = cache.get("references", parts)
     if known is not None:
@@ -139,9 +139,9 @@ def of(dense: Subject, windows: Mapping[str, Sequence[Window]], cache: Cache, pa
     def write(partial: Path) -> None:
         try:
             save_file(tensors, partial, about)
-        except SafetensorError as error:  # what the library makes of an OSError
+        except SafetensorError as error:  # safetensors converts an OSError to this
             raise OSError(str(error)) from error
-        partial.chmod(0o644)  # safetensors makes it readable for nobody else, and a cache is shared
+        partial.chmod(0o644)  # safetensors makes it readable by its owner only, but a cache is shared
 
     cache.place(path, write)
     cache.put("references", parts, {"sha256": digest(path)})
@@ -149,10 +149,10 @@ def of(dense: Subject, windows: Mapping[str, Sequence[Window]], cache: Cache, pa
 
 
 def measured(model: Any, windows: Mapping[str, Sequence[Window]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a reference and its description, all by the name of the list of windows.
+    """The tensors of a reference, prefixed with the name of their list of windows, and its metadata.
 
-    Either `whole` [T, V], or `top` and `indices` [T, K] (the likeliest first), with `rest` (the log of the others'
-    mass) and `loss` (nats) [T].
+    They are either `whole` [T, V], or `top` and `indices` [T, K] (the most likely first) with `rest` (the log of the
+    total probability of all others) and `loss` (in nats), both [T].
     """
     vocabulary = model.config.vocab_size
     tokens = sum(len(window.ids) - window.scored_from for every in windows.values() for window in every)
@@ -170,7 +170,7 @@ def measured(model: Any, windows: Mapping[str, Sequence[Window]]) -> tuple[dict[
 
 
 def reduced(p_TV: Tensor, target_T: Tensor, top: int) -> dict[str, Tensor]:
-    """What is kept of log-probabilities that are too many to be kept whole."""
+    """The parts that are stored of log-probabilities [T, V] if they are too large to be stored in full."""
     top_TK, at_TK = p_TV.topk(min(top, p_TV.shape[-1]), dim=-1)
     return {
         "top": top_TK,

@@ -1,6 +1,7 @@
-"""What a judge's reply says: a score or a preference, as the JSON it was asked for, or as plain as can be in words.
+"""Parses a judge's reply into a score or a preference, from the requested JSON or from unambiguous text.
 
-Not here: asking (`judge.py`). A reply that says two things, or none, is refused: a guess would be a verdict too.
+Not here: asking (`judge.py`). A reply with two different verdicts, or with none, is rejected, because a guess would
+count as a verdict.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from compress_evals.endpoint import Unanswered
 
 LOWEST, HIGHEST = 1, 10
 _PREFERENCES = {"a": "A", "b": "B", "tie": "tie"}
-# `better: A`, also as JSON that is not quite; not what goes on behind `B is better`, such as `. A is short`
+# `better: A`, also in malformed JSON; it must not match text after `B is better`, such as `. A is short`
 _BETTER = re.compile(r"(?i)(?<!\w )\bbetter[\"'*`\s]*[:=][\"'*`\s]*(A|B|tie)\b")
-# not the first number of a range: `score (1-10): 8`
+# must not match the first number of a range, as in `score (1-10): 8`
 _SCORE = re.compile(r"(?i)score\W{0,6}(\d+(?:\.\d+)?)(?!\.?\d|\s*(?:-|–|to\b)\s*\d)|(\d+(?:\.\d+)?)\s*/\s*10\b")
 
 
 def read_score(reply: str) -> float:
-    """The score in a judge's reply, as JSON or as text that names one; raises Unanswered if there is none."""
+    """The score in a judge's reply, from JSON or text; raises Unanswered unless it has exactly one, from 1 to 10."""
     found = _field(reply, "score")
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         numbers = {float(one or other) for one, other in _SCORE.findall(reply)}
@@ -33,7 +34,7 @@ def read_score(reply: str) -> float:
 
 
 def read_preference(reply: str) -> str:
-    """`A`, `B` or `tie` in a judge's reply, as JSON or as text that names one; raises Unanswered if there is none."""
+    """`A`, `B` or `tie` in a judge's reply, from JSON or text; raises Unanswered unless it names exactly one."""
     found = _field(reply, "better")
     named = [found] if isinstance(found, str) else _BETTER.findall(reply)
     meant = {_PREFERENCES.get(name.strip().lower()) for name in named or [reply]}
@@ -43,9 +44,10 @@ def read_preference(reply: str) -> str:
 
 
 def _field(reply: str, name: str) -> Any:
-    """The value of that name in the JSON of a reply, within a fence or words; None if there is none, or there are two.
+    """The value of a field in the JSON of a reply, which may be inside a fence or other text.
 
-    Two happen where a judge quotes an answer that has a verdict of its own.
+    None if there is none, or if there are two different ones, as when a judge quotes an answer that contains a verdict
+    of its own.
     """
     whole = _value(reply.strip(), name)
     parts = [_value(text, name) for text in re.findall(r"\{[^{}]*\}", reply)] if whole is None else [whole]

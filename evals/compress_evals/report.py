@@ -1,8 +1,8 @@
-"""Results as a table, as Markdown and as one self-contained HTML page.
+"""Renders results as a table, as Markdown and as one self-contained HTML page.
 
-Not here: any statistic but Holm's adjustment, which must cover every cell of the table that is shown, and where plots
-have what (plots.py). `report.html.j2` escapes what it places: model names and recipes come from strangers. The page has
-no script and loads nothing.
+Not here: the statistics, except for Holm's adjustment, which must cover every cell of the table that is shown, and the
+geometry of the plots (`plots.py`). `report.html.j2` escapes all values, because model names and recipes are untrusted
+input. The page has no script and loads no other file.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ MEANINGS = {
     "inconclusive": "too few questions to tell; not the same as no loss",
 }
 ASSUMED_FLIPS = 0.1  # between int4 (about 2 %) and 2:4 pruning (about 30 %) on the built-in model
-SILENT = 0.1  # share of questions with an answer, fewer than dense has, that is told
+SILENT = 0.1  # a drop in the share of questions that get an answer, from which on the report mentions it
 _TEMPLATES = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One task of one compressed model against dense; scores and differences are fractions.
+    """One task of one compressed model against the dense one; scores and differences are fractions.
 
-    `p` is adjusted (Holm) for all rows of the table; `metric` and `dense_metric` carry the single scores' intervals.
+    `p` is adjusted by Holm's method over all rows of the table. `metric` and `dense_metric` are the two scores with
+    their own intervals.
     """
 
     model: str
@@ -57,9 +58,10 @@ class TableRow:
 
 
 def split(results: Sequence[Results]) -> tuple[Results, list[Results]]:
-    """The dense result, which has no `vs`, and the compressed ones compared with it, in their order.
+    """The dense result, which has no `vs`, and the compressed results compared with it, in order.
 
-    Raises ArtifactError unless there is exactly one dense result, every other was compared with it, and names differ.
+    Raises ArtifactError unless there is exactly one dense result, every other result was compared with it, and all
+    names differ.
     """
     repeated = [name for name, times in Counter(result.model.name for result in results).items() if times > 1]
     if repeated:
@@ -83,7 +85,7 @@ def check_reference(dense: Results, compressed: Results) -> None:
 
 
 def table_rows(results: Sequence[Results]) -> list[TableRow]:
-    """One row for every task of every compressed model, p adjusted over all of them; pure data for any output."""
+    """One row per task and compressed model, as data for any output format; p values are adjusted over all rows."""
     dense, compressed = split(results)
     pairs = [(result, task, cell) for result in compressed for task, cell in versus(result).tasks.items()]
     adjusted = holm([cell.paired.p for _, _, cell in pairs])
@@ -104,7 +106,7 @@ def table_rows(results: Sequence[Results]) -> list[TableRow]:
 
 
 def markdown(results: Sequence[Results]) -> str:
-    """The report as Markdown: what was compressed, the table for each model, tiers and fidelity."""
+    """The report as Markdown: the recipe and the task table of each model, then tiers and fidelity."""
     dense, compressed = split(results)
     parts = [f"# {md(headline(dense, compressed))}", md(header_line(dense))]
     parts += [f"- {md(line)}" for line in caveats(dense, compressed)]
@@ -126,7 +128,7 @@ def markdown(results: Sequence[Results]) -> str:
 
 
 def html(results: Sequence[Results]) -> str:
-    """The report as one HTML page, readable in light and dark, with plots as inline SVG."""
+    """The report as one HTML page with a light and a dark style, and with plots as inline SVG."""
     dense, compressed = split(results)
     rows = table_rows(results)
     environment = Environment(
@@ -172,7 +174,10 @@ def headline(dense: Results, compressed: Sequence[Results]) -> str:
 
 
 def header_line(dense: Results) -> str:
-    """How much was asked, and the smallest loss that so many questions show if a tenth of the answers flip."""
+    """The number of questions, and the minimal detectable effect of the largest and the smallest task.
+
+    The effect assumes that a tenth of the answers flip (ASSUMED_FLIPS).
+    """
     sizes = sorted({task.n for task in dense.tasks.values()}, reverse=True)
     shown = {n: detectable_effect(n, ASSUMED_FLIPS) for n in (sizes[0], sizes[-1])}
     effects = [f"{100 * effect:.1f} points ({n} questions)" for n, effect in shown.items() if math.isfinite(effect)]
@@ -184,7 +189,7 @@ def header_line(dense: Results) -> str:
 
 
 def facts_line(dense: Results, result: Results) -> str:
-    """Sizes, bits and calibration of one compressed model, in a sentence."""
+    """One line with the sizes, bits and calibration of a compressed model."""
     parts = [size_change(dense.model.bytes_on_disk, result.model.bytes_on_disk)]
     if result.model.bits_per_weight is not None:
         parts.append(f"{result.model.bits_per_weight:.2f} bits per weight")
@@ -193,7 +198,7 @@ def facts_line(dense: Results, result: Results) -> str:
 
 
 def calibration(result: Results) -> str:
-    """What the model was calibrated on, as recorded, with hashes cut short; `none recorded` if nobody said."""
+    """The recorded calibration of a model, with hashes shortened; "none recorded" if there is none."""
     recorded = result.model.calibration or {}
     shown = {
         key: str(value)[:12] if key in ("sha256", "hash") else str(value) for key, value in recorded.items() if value
@@ -202,7 +207,7 @@ def calibration(result: Results) -> str:
 
 
 def tally(result: Results) -> str:
-    """How many tasks got which verdict, and the family that kept least."""
+    """The number of tasks with each verdict, and the family that kept least."""
     comparison = versus(result)
     counts = Counter(cell.paired.verdict for cell in comparison.tasks.values())
     words = ", ".join(f"{counts[verdict]} {verdict}" for verdict in GLYPHS if counts[verdict])
@@ -217,12 +222,12 @@ def worst(comparison: Comparison) -> str:
 
 
 def noise_line(dense: Results, result: Results) -> str:
-    """Which differences are no larger than the dense model's own noise; empty if that was not measured."""
+    """A sentence on which tasks differ by no more than the dense model's noise; empty if that was not measured."""
     return sentence(dense.noise, {name: (cell.title, cell.paired) for name, cell in versus(result).tasks.items()})
 
 
 def speed_line(result: Results) -> str:
-    """How fast text is generated beside dense, as a sentence; empty if it was not timed."""
+    """A sentence on the generation speed of the model and of dense; empty if it was not timed."""
     speed = versus(result).speed
     if speed is None:
         return ""
@@ -233,7 +238,11 @@ def speed_line(result: Results) -> str:
 
 
 def caveats(dense: Results, compressed: Sequence[Results]) -> list[str]:
-    """What a reader must know first: tasks not asked, and why; prompts cut to fit; who knows or says nothing."""
+    """The caveats that open the report.
+
+    They name tasks that were not asked, with the reason, prompts that were cut to fit, a dense model at the level of
+    chance, and compressed models that often give no answer.
+    """
     skipped = [f"Not asked: {skip.title} ({skip.family}): {skip.reason}" for skip in dense.skipped.values()]
     cut = [f"{task.title} ({task.truncated} of {task.n})" for task in dense.tasks.values() if task.truncated]
     context = dense.engine.max_length
@@ -243,7 +252,7 @@ def caveats(dense: Results, compressed: Sequence[Results]) -> list[str]:
 
 
 def silence(dense: Results, result: Results) -> str:
-    """The tasks in which it gives an answer at all to far fewer questions than dense does; empty if there are none."""
+    """A sentence on the tasks where a model answers far fewer questions, right or wrong, than dense; empty if none."""
     told = []
     for name, task in dense.tasks.items():
         other = result.tasks.get(name)
@@ -256,7 +265,7 @@ def silence(dense: Results, result: Results) -> str:
 
 
 def ignorance(dense: Results) -> list[str]:
-    """That there is nothing to lose, where the dense model is no better than chance in half of the tasks or more."""
+    """A caveat if the dense model is not significantly above chance in half of the tasks or more; else empty."""
     counted = {name: task for name, task in dense.tasks.items() if not task.control}
     idle = [task for task in counted.values() if not task.headroom]
     if not idle or 2 * len(idle) < len(counted):
@@ -270,7 +279,7 @@ def ignorance(dense: Results) -> list[str]:
 
 
 def cut_to_fit(dense: Results) -> list[str]:
-    """The tasks of which some prompts lost their beginning because the model's context is too short, and how many."""
+    """For each task with prompts that were cut because the context is too short, a line with their number."""
     return [
         f"{task.title}: {task.truncated:,} of {task.n:,} prompts without their beginning"
         for task in dense.tasks.values()
@@ -279,7 +288,7 @@ def cut_to_fit(dense: Results) -> list[str]:
 
 
 def tier_table(dense: Results, compressed: Sequence[Results]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the closed-book scores by how often a fact was shown in training, of built-in tasks."""
+    """Header and rows of the built-in tasks' closed-book scores by how often a fact was shown in training."""
     shown = {
         name: task for name, task in dense.tasks.items() if task.family == "closed book" and {*task.tiers} & {*TIERS}
     }
@@ -294,7 +303,7 @@ def tier_table(dense: Results, compressed: Sequence[Results]) -> tuple[tuple[str
 
 
 def fidelity_table(compressed: Sequence[Results]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the distances between the distributions, for the models where they were measured."""
+    """Header and rows of the fidelity measures, for the models for which they were measured."""
     header = (
         "model",
         "KL on text, nats/token",

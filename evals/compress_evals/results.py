@@ -1,9 +1,9 @@
-"""The results of one model: what is measured, how it is stored, and when it is refused.
+"""The data model of one model's results, with saving, loading and validation.
 
-A result is a folder: `results.json` (schema 2) and `samples/<task>.jsonl.gz`, one row a question. The same
-measurement gives the same bytes but for its date, timings and package versions. Not here: measuring
-(`run.py`) and comparing (`comparison.py`). The task hash covers every document, prompt and target, so two
-results can only be compared if they were asked the same questions.
+A result is a folder: `results.json` (schema 2) and `samples/<task>.jsonl.gz`, one row per question. The same
+measurement gives the same bytes except for its date, timings and package versions. Not here: measuring (`run.py`) and
+comparing (`comparison.py`). The task hash covers every document, prompt and target, so that only results with the same
+questions can be compared.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from compress_evals.stats import Paired
 SCHEMA = 2
 RESULTS_FILE = "results.json"
 SAMPLES_FOLDER = "samples"
-MOST_ITERS = 1_000_000  # a hundred times the default: pages resample again as often as the result says
+MOST_ITERS = 1_000_000  # a hundred times the default; bounded because pages resample as often as a result says
 
 
 class Stored(BaseModel):
-    """The strictness of everything stored: frozen, no unknown fields, infinities kept."""
+    """Base of everything that is stored: frozen, without unknown fields, and with infinities kept."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, ser_json_inf_nan="strings")
 
 
 class Row(Stored):
-    """One question and how it went: the metrics' values, and what was said, where that is known.
+    """One question with its metric values and, if known, the model's answer.
 
-    `said` is the text generated, or the choice that was likeliest.
+    `said` is the answer: the generated text, or the most likely choice. `hash` covers document, prompt and target.
     """
 
     id: str
@@ -53,7 +53,7 @@ class Row(Stored):
 
 
 class Metric(Stored):
-    """A mean over questions with its 95 % interval; `higher` says which way is better."""
+    """A mean over questions with its 95 % interval; `higher` says whether higher is better."""
 
     value: float
     low: float
@@ -71,7 +71,7 @@ class TierScore(Stored):
 
 
 class Data(Stored):
-    """Where a task's questions came from, and the hash of what was read."""
+    """The source of a task's questions, and the hash of the data that were read."""
 
     source: Literal["built in", "data folder", "hub"]
     name: str
@@ -87,7 +87,7 @@ class Skipped(Stored):
 
 
 class TaskResult(Stored):
-    """One task: how much was asked, of what, and every metric; `truncated` counts prompts cut to fit."""
+    """The result of one task, with every metric; `truncated` counts the prompts that were cut to fit the context."""
 
     title: str
     family: str
@@ -111,12 +111,12 @@ class TaskResult(Stored):
 
     @property
     def headroom(self) -> float:
-        """How far the score is above chance; 0 unless surely so, by its interval, for then there is nothing to lose."""
+        """The score above chance, which can be lost; 0 unless the whole 95 % interval of the score is above chance."""
         return self.score.value - self.chance if self.score.low > self.chance else 0.0
 
 
 class ModelFacts(Stored):
-    """What was measured: the model, its size, and how it was compressed (None where nobody said)."""
+    """The measured model, its size, and how it was compressed; None where that was not recorded."""
 
     name: str
     sha: str | None = None
@@ -128,9 +128,9 @@ class ModelFacts(Stored):
 
 
 class Engine(Stored):
-    """What it was measured with; `bos` tells whether every prompt began with the BOS token.
+    """The software and settings of a measurement; `bos` says whether every prompt began with the BOS token.
 
-    `chat_template` is the sha256 of the template that the prompts went through, None if they were given as they are.
+    `chat_template` is the sha256 of the chat template that was applied to the prompts, None if none was.
     """
 
     suite: str
@@ -146,7 +146,7 @@ class Engine(Stored):
 
 
 class Example(Stored):
-    """A question that flipped: the end of its prompt, what was wanted, and what each model said."""
+    """A question that flipped: the end of its prompt, the expected answer, and each model's answer."""
 
     id: str
     prompt: str
@@ -156,11 +156,11 @@ class Example(Stored):
 
 
 class TaskComparison(Stored):
-    """One task of a comparison: the paired statistics, and p adjusted for all tasks of the comparison.
+    """One task of a comparison: the paired statistics, and p adjusted by Holm's method over all its tasks.
 
-    `disagreement` is the share of questions to which the two gave different answers, right or wrong, `agreement` the
-    mean ROUGE-L of the compressed model's text to the dense model's; None where neither says. `lost` and `gained` are
-    examples of the flips, not all of them.
+    `disagreement` is the share of questions that the two models answered differently, right or wrong, or None if an
+    answer is unknown. `agreement` is the mean ROUGE-L between the texts of both models, for summaries only. `lost` and
+    `gained` are examples of the flips, not all of them.
     """
 
     title: str
@@ -175,7 +175,7 @@ class TaskComparison(Stored):
 
 
 class GapChange(Stored):
-    """What a passage is worth to both models: the share right with it, less that without, on the same questions."""
+    """The benefit of a passage to both models: the score with it minus the score without it, on the same questions."""
 
     dense: float
     compressed: float
@@ -185,7 +185,7 @@ class GapChange(Stored):
 
 
 class Noise(Stored):
-    """What the dense model's answers change when nothing does but the batch size: flips below this are no loss."""
+    """The flips of the dense model against itself when only the batch size changes: the noise floor of flips."""
 
     batch_size: int
     n: int
@@ -193,9 +193,10 @@ class Noise(Stored):
 
 
 class Speed(Stored):
-    """Greedy generation of one sequence beside the dense model, in turn in one process; medians of `runs`.
+    """The speed of greedy generation of one sequence, alternating with the dense model in one process.
 
-    Tokens a second; `ratio` is compressed over dense, `low` and `high` its smallest and largest over the runs.
+    `dense` and `compressed` are medians over `runs`, in tokens per second. `ratio` is compressed over dense, `low` and
+    `high` are its smallest and largest value over the runs.
     """
 
     prompt: int
@@ -209,7 +210,7 @@ class Speed(Stored):
 
 
 class Worst(Stored):
-    """The family that kept least of its dense score above chance; `retained` is that fraction."""
+    """The family that kept the smallest fraction, `retained`, of its dense score above chance."""
 
     family: str
     retained: float
@@ -233,9 +234,9 @@ class Comparison(Stored):
 
 
 class Results(Stored):
-    """The measurement of one model; `rows` are stored beside the JSON, `vs` is filled in by `compare`.
+    """The measurement of one model; `rows` are stored in files beside the JSON, `vs` is the result of `compare`.
 
-    `notes` say what was not as it was meant to be, such as a batch that did not fit.
+    `notes` record deviations from what was asked for, such as a batch that did not fit in memory.
     """
 
     schema_version: Literal[2] = Field(default=2, alias="schema")
@@ -254,19 +255,19 @@ class Results(Stored):
 
 
 def versus(result: Results) -> Comparison:
-    """What a result is beside dense; raises ArtifactError if it has not been compared."""
+    """The comparison of a result with dense; raises ArtifactError if it has not been compared."""
     if result.vs is None:
         raise ArtifactError(f"{result.model.name} has not been compared with a dense result")
     return result.vs
 
 
 def task_hash(rows: Sequence[Row]) -> str:
-    """The hash of all questions of a task in their order."""
+    """The hash of all questions of a task, in order."""
     return hashlib.sha256("\n".join(row.hash for row in rows).encode()).hexdigest()
 
 
 def save(results: Results, folder: Path) -> Path:
-    """Write the result into `folder` and give the path of its `results.json`, which is written last."""
+    """Write the result into `folder` and return the path of its `results.json`, which is written last."""
     samples = folder / SAMPLES_FOLDER
     samples.mkdir(parents=True, exist_ok=True)
     for task, rows in results.rows.items():
@@ -279,8 +280,8 @@ def save(results: Results, folder: Path) -> Path:
 def load(folder: Path) -> Results:
     """Read a result written by `save`, from its folder or its `results.json`.
 
-    Raises ArtifactError if it is missing, of another schema, malformed, or if its rows are not its own.
-    Results come from strangers: what those who read them rely on is checked here.
+    Raises ArtifactError if it is missing, malformed or of another schema, or if its rows do not belong to it.
+    Results are untrusted input, so everything that their readers rely on is checked here.
     """
     folder = folder.parent if folder.name == RESULTS_FILE else folder
     results = _parse(folder / RESULTS_FILE)
@@ -322,7 +323,7 @@ def _parse(path: Path) -> Results:
 def _rows(path: Path) -> tuple[Row, ...]:
     try:
         text = gzip.decompress(path.read_bytes()).decode("utf-8")
-        # by "\n" only: str.splitlines also breaks at U+2028, which JSON leaves unescaped
+        # split at "\n" only: str.splitlines also splits at U+2028, which JSON leaves unescaped
         return tuple(Row.model_validate_json(line) for line in text.split("\n") if line)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: the questions of this result are missing") from None

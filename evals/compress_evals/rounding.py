@@ -1,10 +1,10 @@
-"""How much of a difference between two results is the run's own: one recipe, run with its sums in other orders.
+"""Measures how much two runs of the same recipe differ if only the order of floating-point sums changes.
 
-`python -m compress_evals.rounding --recipes gptq-int2 wanda-50` runs each recipe with calibration windows going through
-a block 1,024 and 4,096 tokens at a time, which changes nothing but the order in which numbers are added, asks both
-artifacts the same questions and compares them with each other. Intervals are over questions: one that leaves out zero
-says that the two differ, though nobody meant anything by it. A recipe that reads no data is the control: both of its
-artifacts are the same bytes.
+`python -m compress_evals.rounding --recipes gptq-int2 wanda-50` runs each recipe twice, with calibration windows going
+through a block 1,024 and 4,096 tokens at a time, which changes only the order in which numbers are added. It asks both
+artifacts the same questions and compares them with each other. Confidence intervals are over questions: an interval
+that excludes zero shows that two runs differ significantly although nothing about the method changed. A recipe that
+reads no data is the control: both of its artifacts have the same bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECIPES = ("rtn-int4", "wanda-50", "gptq-int4", "sparsegpt-50", "wanda-2of4", "v
 
 @dataclass(frozen=True, kw_only=True)
 class Again:
-    """One recipe run twice: KL of each to the dense model, nats a token; the second's answers beside the first's."""
+    """One recipe run twice: KL of each run from dense in nats per token, and the second run compared with the first."""
 
     recipe: str
     kl: tuple[float, float]
@@ -42,7 +42,7 @@ class Again:
 
 @contextmanager
 def at_once(tokens: int) -> Iterator[None]:
-    """Calibration windows go through a block about so many tokens at a time."""
+    """Within this context, calibration windows go through a block about `tokens` tokens at a time."""
     before, travellers.CPU_TOKENS = travellers.CPU_TOKENS, tokens
     try:
         yield
@@ -51,7 +51,7 @@ def at_once(tokens: int) -> Iterator[None]:
 
 
 def again(model: str, name: str, tokens: Sequence[int], limit: int | None, folder: Path) -> Again:
-    """Run a packaged recipe twice and compare what came out; `folder` also keeps the dense model's answers."""
+    """Run a packaged recipe twice and compare both artifacts; `folder` also holds the cache of the dense model."""
     outs = []
     for count in tokens:
         with at_once(count):
@@ -65,13 +65,13 @@ def again(model: str, name: str, tokens: Sequence[int], limit: int | None, folde
 
 
 def divergence(result: Results) -> float:
-    """KL to the dense model, nats a token."""
+    """KL(dense || compressed) in nats per token; 0 if it was not measured."""
     found = versus(result).fidelity
     return 0.0 if found is None else found.kl.value
 
 
 def table(rows: Sequence[Again]) -> str:
-    """Markdown: one line a recipe; differences in points with their intervals, and the answers that flipped."""
+    """A Markdown table with one line per recipe: differences in points with 95 % intervals, and the share of flips."""
     titles = [f"{task.removeprefix('facts_')} (n = {pair.n})" for task, pair in rows[0].tasks.items()]
     cells = [["recipe", "KL, of each", *titles], ["---"] * (2 + len(titles))]
     cells += [[row.recipe, ", ".join(f"{kl:.4f}" for kl in row.kl), *map(told, row.tasks.values())] for row in rows]
@@ -79,7 +79,7 @@ def table(rows: Sequence[Again]) -> str:
 
 
 def told(paired: Paired) -> str:
-    """`+0.4 (-0.9 to +1.7), 3.2 % flipped`."""
+    """A table cell such as `+0.4 (-0.9 to +1.7), 3.2 % flipped`."""
     return (
         f"{100 * paired.delta:+.1f} ({100 * paired.low:+.1f} to {100 * paired.high:+.1f}), "
         f"{100 * paired.flips:.1f} % flipped"
@@ -87,7 +87,7 @@ def told(paired: Paired) -> str:
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Parse the arguments, run, and print the table."""
     names = list(packaged())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="builtin")

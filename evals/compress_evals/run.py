@@ -1,6 +1,6 @@
-"""Ask a model a suite of tasks and give its results.
+"""Evaluates a model on a suite of tasks and returns its results.
 
-Not here: what the questions are (`questions.py`), how they are asked (`answers.py`) and comparing two results
+Not here: the questions (`questions.py`), how they are asked (`answers.py`) and the comparison of two results
 (`comparison.py`).
 """
 
@@ -38,14 +38,14 @@ def evaluate(
     online: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Results:
-    """A suite's results for a causal language model of transformers, on the device where it is.
+    """The results of a causal language model of transformers on a suite, computed on the device where the model is.
 
-    `description` holds what the model cannot say of itself: `sha`, `bytes_on_disk`, `bits_per_weight`, `recipe`,
-    `calibration`, and `parameters` where counting tensors would be wrong. `limit` asks that many questions a task:
+    `description` holds facts that cannot be read from the model: `sha`, `bytes_on_disk`, `bits_per_weight`, `recipe`,
+    `calibration`, and `parameters` where counting tensors would be wrong. `limit` is the number of questions per task:
     the same ones for every model with the same `seed`, in proportion to the tiers, and a larger limit only adds
-    questions. `only` names the tasks of `suite` to ask, by default all; those whose data are neither in `data_dir` nor,
+    questions. `only` names the tasks of `suite` to ask, by default all; tasks whose data are neither in `data_dir` nor,
     if `online`, on the hub are skipped. Every prompt begins with the BOS token if the tokenizer has one. The model is
-    put into eval mode. Nothing is stored: a live model has no hash.
+    put into eval mode. Nothing is cached, because a live model has no hash.
     """
     exam = prepare(find(suite), tokenizer, only=only, limit=limit, seed=seed, data_dir=data_dir, online=online)
     subject = Subject(name, lambda: model, device=str(model.device), description=description)
@@ -58,7 +58,7 @@ def evaluate(
 def measure(
     subject: Subject, exam: Exam, batch_size: int, cache: Cache | None = None, meter: Meter | None = None
 ) -> Results:
-    """The results of a model in an exam; answers that are stored are not asked for again."""
+    """The results of a model in an exam; answers in the cache are not computed again."""
     began, meter = time.perf_counter(), meter or Meter()
     found: dict[str, Answers] = {}
     for i, asked in enumerate(exam.tasks, start=1):
@@ -79,7 +79,7 @@ def measure(
 
 
 def task_result(asked: Questions, answer: Answers, seed: int) -> TaskResult:
-    """What the answers to one task amount to."""
+    """The result of one task, from its answers."""
     task, rows = asked.task, answer.rows
     higher = asked.loaded.higher_is_better()
     metrics = [metric for metric in higher if all(metric in row.scores for row in rows)]
@@ -102,14 +102,14 @@ def task_result(asked: Questions, answer: Answers, seed: int) -> TaskResult:
 
 
 def mean_of(rows: Sequence[Row], metric: str, higher: bool, seed: int) -> Metric:
-    """A metric's mean over questions, with the interval that their clusters leave."""
+    """A metric's mean over questions, with a 95 % interval that accounts for their clusters."""
     scores = [row.scores[metric] for row in rows]
     low, high = stats.mean_interval(scores, [row.cluster for row in rows], seed=seed)
     return Metric(value=sum(scores) / len(scores), low=low, high=high, higher=higher)
 
 
 def by_tier(rows: Sequence[Row], headline: str, seed: int) -> dict[str, TierScore]:
-    """The headline metric of every tier that has a name; exposure tiers come in their own order."""
+    """The headline metric of every named tier: first exposure tiers in the order of TIERS, then others by name."""
     names = {row.tier for row in rows} - {""}
     scores = {}
     for tier in [*(tier for tier in TIERS if tier in names), *sorted(names - set(TIERS))]:

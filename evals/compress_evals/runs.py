@@ -1,8 +1,8 @@
-"""Runs of one recipe: how far they lie apart, and intervals that ask whether another run would say the same.
+"""The variance between runs of one recipe, and intervals that generalize to further runs.
 
-Not here: which results are runs of one recipe (`leaderboard/runs.py`). An interval over questions holds what a run's
-own flips add, for each question was answered by that run alone; it does not hold what a run does to all questions
-together. That part is estimated from several runs, and more questions do not help against it.
+Not here: which results are runs of one recipe (`leaderboard/runs.py`). An interval over questions already includes the
+variance from flips of single questions in a run. It does not include the effect that a run has on all questions
+together. That part is estimated from several runs, and more questions do not reduce it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
 Z = float(ndtri(0.5 + CONFIDENCE / 2))
-FARTHEST = 16.0  # standard errors; p is 1e-57 there
-HALVINGS = 50  # of that: to the last digits
+FARTHEST = 16.0  # standard errors at which the search for p ends; p is 1e-57 there
+HALVINGS = 50  # bisection steps from there, down to the last digits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """How far runs of one recipe lie apart.
+    """The spread of the scores of several runs of one recipe.
 
-    `count` runs; `spread` is the standard deviation of their scores, in the score's unit, `flips` what of it the flips
-    of single questions explain. One run shows none.
+    `count` is the number of runs. `spread` is the standard deviation of their scores, in the unit of the score, and
+    `flips` the standard deviation that flips of single questions explain. Both are 0 for a single run.
     """
 
     count: int = 1
@@ -38,17 +38,17 @@ class Runs:
 
     @property
     def between(self) -> float:
-        """The standard deviation of a run's score beyond what flips explain: the moment estimate, cut off at zero."""
+        """The between-run standard deviation beyond what flips explain: the moment estimate, truncated at zero."""
         return math.sqrt(max(0.0, self.spread**2 - self.flips**2))
 
     @property
     def half(self) -> float:
-        """What runs add, in squares, to either side of the 95 % interval over questions of the mean over them."""
+        """The half-width that runs add, in quadrature, to the 95 % interval over questions of their mean."""
         return math.sqrt(_added(Z, self.count, self.spread, self.flips))
 
     @property
     def lasting(self) -> float:
-        """What of `half` no number of questions would lessen."""
+        """The part of `half` that no number of questions would reduce."""
         return math.sqrt(_added(Z, self.count, self.between, 0.0))
 
 
@@ -56,35 +56,35 @@ ONE = Runs()
 
 
 def between_runs(values: ArrayLike, errors: ArrayLike) -> Runs:
-    """The spread of `values` [runs] of one quantity; `errors` [runs, clusters] are each run's parts of its error.
+    """The spread of the `values` [runs] of one quantity.
 
-    Source: the mean squares of a two-way layout, runs crossed with questions.
-
-    Raises ValueError if there is not one row of errors for each run.
+    `errors` [runs, clusters] are the contributions of the clusters to the error of each run. Raises ValueError unless
+    there is one row of errors per run. Source: the mean squares of a two-way layout, runs crossed with questions.
     """
     found, parts = np.asarray(values, dtype=np.float64), np.asarray(errors, dtype=np.float64)
     if found.ndim != 1 or parts.ndim != 2 or len(parts) != len(found) or not len(found):
         raise ValueError(f"values of shape {found.shape} need errors [runs, clusters], not {parts.shape}")
     if len(found) == 1:
         return ONE
-    found, parts = found - found[0], parts - parts[0]  # equal runs are then exactly so
+    found, parts = found - found[0], parts - parts[0]  # so that the spread of equal runs is exactly 0
     flips = float(((parts - parts.mean(axis=0)) ** 2).sum()) / (len(found) - 1)
     return Runs(count=len(found), spread=float(found.std(ddof=1)), flips=math.sqrt(flips))
 
 
 def plain_spread(values: ArrayLike) -> Runs:
-    """The spread of a quantity of which only the value of each run is known: nothing of it is explained."""
+    """The spread of a quantity of which only the value of each run is known, so that questions explain none of it."""
     found = np.asarray(values, dtype=np.float64)
     return between_runs(found, np.zeros((len(found), 1)))
 
 
 def with_runs(value: float, interval: Interval, runs: Runs) -> Interval:
-    """A 95 % interval over questions, each side widened in squares by what runs add.
+    """A 95 % interval over questions with each side widened, in quadrature, by the spread of the runs.
 
-    The part of its width that is flips becomes that of Student's interval of the runs' scores, unless this is narrower:
-    to add Student's quantile of `between` alone covers only 86 % with two runs and 91 % with three, for `between` is
-    often cut off at zero by chance. This covers 95 to 99 %.
-    Source: Zou and Donner, Statistics in Medicine 2008, of the mean squares; the lower bound for the flips is ours.
+    The part of its width that comes from flips is replaced by the width of Student's interval over the runs' scores,
+    unless that is narrower. Adding Student's interval for `between` alone would have a coverage of only 86 % with two
+    runs and 91 % with three, because `between` is often truncated to zero by chance. The coverage here is 95 to 99 %.
+    Source: Zou and Donner, Statistics in Medicine 2008, applied to the mean squares; the lower bound for the flips is
+    ours.
     """
     low, high = interval
     if not runs.half:
@@ -93,9 +93,9 @@ def with_runs(value: float, interval: Interval, runs: Runs) -> Interval:
 
 
 def two_sided(distances: ArrayLike, variances: ArrayLike, runs: Sequence[Sequence[Runs]]) -> NDArray[np.float64]:
-    """p of each of some distances being zero, the level at which the interval of `with_runs` reaches zero.
+    """The two-sided p value of each distance: the level at which the interval of `with_runs` just reaches zero.
 
-    `variances` are those over questions; each of `runs` [terms][distances] adds what `with_runs` would.
+    `variances` are those over questions; each entry of `runs` [terms][distances] widens the interval as in `with_runs`.
     """
     far, variance = np.abs(np.asarray(distances, dtype=np.float64)), np.asarray(variances, dtype=np.float64)
     terms = [np.array([(one.count, one.spread, one.flips) for one in term]).T for term in runs]
@@ -109,6 +109,6 @@ def two_sided(distances: ArrayLike, variances: ArrayLike, runs: Sequence[Sequenc
 
 
 def _added(z: Any, count: Any, spread: Any, flips: Any) -> Any:
-    """The square of what runs add to an interval over questions, which is `z` standard errors to either side."""
+    """The square of the half-width that runs add to an interval of `z` standard errors over questions on each side."""
     student = -stdtrit(np.maximum(count - 1, 1), ndtr(-z))
     return np.maximum(0.0, (student * spread) ** 2 - (z * flips) ** 2) / count

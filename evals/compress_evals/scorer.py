@@ -1,9 +1,9 @@
-"""lm-eval's wrapper of a live model, which computes logits only where they are read.
+"""lm-eval's wrapper of a live model, changed so that logits are computed only where they are read.
 
-lm-eval asks for the likelihood of a few tokens behind a long prompt, and takes logits, and their log-softmax in
-float32, of the whole prompt: 49,152 to 128,256 numbers a token that nobody looks at. Here the output layer sees the end
-of each batch only, and no keys and values are kept. Not here: batches, prompts and what is done with likelihoods, which
-stay lm-eval's own.
+lm-eval asks for the likelihood of a few tokens after a long prompt, but computes logits, and their float32 log-softmax,
+for the whole prompt: 49,152 to 128,256 unused numbers per token. Here the output layer is applied only to the end of
+each batch, and no key-value cache is kept. Not here: batching, prompts and the use of the likelihoods, which remain
+lm-eval's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from compress.runtime.kv import own_cache
 
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """A live model as lm-eval asks it, so many requests at once."""
+    """A live model in the form that lm-eval evaluates, with a fixed batch size."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
-        """Nothing is computed yet."""
+        """Wrap the model; nothing is computed yet."""
         bos = tokenizer.bos_token_id
         super().__init__(
             pretrained=model,
@@ -32,7 +32,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
             batch_size=batch_size,
             add_bos_token=bos is not None,
             prefix_token_id=bos,
-            softmax_dtype=torch.float32,  # log-softmax in bfloat16 makes ties that the logits do not have
+            softmax_dtype=torch.float32,  # log-softmax in bfloat16 creates ties that the logits do not have
         )
         self._options = options(model) if pads_with_zeros() else None
         self._longest: int | None = None  # tokens of the longest continuation that is being scored
@@ -54,11 +54,11 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
 
 def read(inps: Tensor, longest: int) -> int:
-    """How many logits at the end of a batch hold all that is read.
+    """The number of positions at the end of a batch whose logits include all that are read.
 
-    `inps` [rows, tokens] is padded with zeros on the right, and of each row only the last `longest` are read. lm-eval
-    takes what is missing at the front into account. A zero at the end of a row is taken for padding, and one more is
-    computed.
+    `inps` [rows, tokens] is padded with zeros on the right, and of each row only the last `longest` positions are read.
+    lm-eval accounts for the positions that are missing at the front. A real token 0 at the end of a row is taken for
+    padding, so that one position more than needed is computed.
     """
     tokens = inps.shape[1]
     last = ((inps != 0) * torch.arange(1, tokens + 1, device=inps.device)).amax(dim=1)
@@ -66,15 +66,15 @@ def read(inps: Tensor, longest: int) -> int:
 
 
 def options(model: Any) -> dict[str, Any] | None:
-    """What else to give the model; None if it cannot leave logits out."""
+    """Further arguments for the model's forward pass; None if the model has no `logits_to_keep`."""
     known = inspect.signature(model.forward).parameters
     if "logits_to_keep" not in known:
         return None
-    plain = "use_cache" in known and own_cache(model) is None  # a cache of a recipe's is asked about, too
+    plain = "use_cache" in known and own_cache(model) is None  # a cache set by a recipe must stay in use
     return {"use_cache": False} if plain else {}
 
 
 @cache
 def pads_with_zeros() -> bool:
-    """Whether lm-eval pads as `read` relies on."""
+    """Whether lm-eval pads with zeros on the right, as `read` assumes."""
     return bool(pad_and_concat(3, [torch.tensor([7])], padding_side="right").tolist() == [[7, 0, 0]])

@@ -1,9 +1,9 @@
-"""`python -m compress_evals.speed`: seconds of each method for one block, beside a plain loop of the same.
+"""`python -m compress_evals.speed`: times each method on one block, and its inner loop against a naive one.
 
-The block has the shapes of a 1.1 B Llama (hidden 2048, inner 5632, 256 for keys and values) with random weights and
-correlated inputs. The loops are how the method reads in its paper, a column, a row or a whole decomposition at a time;
-those over rows are timed on a few rows of one matrix and scaled, those of decompositions on the first of them, which
-the table says. Nothing here is used to compress.
+The block has the shapes of a 1.1 B Llama (hidden 2048, inner 5632, 256 for keys and values), random weights and
+correlated inputs. The naive loops follow the method's paper literally, with one column, one row or one full
+decomposition at a time. Loops over rows are timed on a few rows of one matrix and scaled up, loops over decompositions
+on the first one; the table says so. Nothing here is used for compression.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ INPUTS = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 2, "up": 2, "down": 3}
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """Widths of the block."""
+    """The widths of the block."""
 
     hidden: int
     inner: int
     keys: int
 
     def of(self) -> dict[str, tuple[int, int]]:
-        """Name -> (out, in) of each matrix."""
+        """The shape (out, in) of each matrix, by name."""
         h, f = self.hidden, self.inner
         return {"q": (h, h), "k": (self.keys, h), "v": (self.keys, h), "o": (h, h), "gate": (f, h), "up": (f, h),
                 "down": (h, f)}  # fmt: skip
@@ -58,7 +58,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def tokens(count: int, width: int, seed: int) -> Tensor:
-    """Inputs [count, width] with correlated channels of different loudness and a mean."""
+    """Inputs [count, width] whose channels are correlated, have different magnitudes and a non-zero mean."""
     mixed: Tensor = (
         normal(count, width // 4, seed=seed) @ normal(width // 4, width, seed=seed + 1) / (width // 4) ** 0.5
     )
@@ -67,7 +67,7 @@ def tokens(count: int, width: int, seed: int) -> Tensor:
 
 
 def site(name: str, shape: tuple[int, int], stats: Statistics) -> Site:
-    """A matrix with its statistics."""
+    """A site with a random weight and the given statistics."""
     linear = nn.Linear(shape[1], shape[0], bias=False)
     linear.weight.data = normal(*shape, seed=len(name)) * 0.02
     made = Site(name, linear.requires_grad_(False))
@@ -76,14 +76,14 @@ def site(name: str, shape: tuple[int, int], stats: Statistics) -> Site:
 
 
 def clock(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds, result)."""
+    """Run `work`; returns (wall seconds, result)."""
     began = time.perf_counter()
     result = work()
     return time.perf_counter() - began, result
 
 
 def seconds_of(step: Pass, sites: dict[str, Site]) -> float:
-    """Seconds to rewrite all matrices of the block; what sites share is computed once."""
+    """Seconds to rewrite all matrices of the block; derived statistics that sites share are computed once."""
 
     def work() -> None:
         for each in sites.values():
@@ -96,7 +96,7 @@ def seconds_of(step: Pass, sites: dict[str, Site]) -> float:
 
 
 def column_loop(w_OI: Tensor, upper_II: Tensor, sparsity: float, block: int = 128) -> Tensor:
-    """SparseGPT one column at a time, each error pushed onto all columns to the right at once."""
+    """SparseGPT one column at a time, with each error pushed at once onto all columns to the right."""
     w = w_OI.clone()
     for start in range(0, w.shape[1], block):
         part = slice(start, start + block)
@@ -111,7 +111,10 @@ def column_loop(w_OI: Tensor, upper_II: Tensor, sparsity: float, block: int = 12
 
 
 def rounded_loop(w_OI: Tensor, upper_II: Tensor, bits: int, group: int) -> Tensor:
-    """GPTQ one column at a time, each error pushed onto all columns to the right at once; a grid a row and group."""
+    """GPTQ one column at a time, with each error pushed at once onto all columns to the right.
+
+    Every row and group has its own scale and zero point.
+    """
     w, top = w_OI.clone(), 2**bits - 1
     for j in range(w.shape[1]):
         if j % group == 0:
@@ -126,7 +129,7 @@ def rounded_loop(w_OI: Tensor, upper_II: Tensor, bits: int, group: int) -> Tenso
 
 
 def group_loop(score_OI: Tensor, m: int, n: int) -> Tensor:
-    """n:m one group of columns at a time."""
+    """The n:m mask (n kept of every m), one group of columns at a time."""
     keep = torch.ones_like(score_OI, dtype=torch.bool)
     for j in range(0, score_OI.shape[1], m):
         keep[:, j : j + m].scatter_(1, score_OI[:, j : j + m].topk(m - n, 1, largest=False).indices, False)
@@ -134,7 +137,7 @@ def group_loop(score_OI: Tensor, m: int, n: int) -> Tensor:
 
 
 def dsnot_loop(w_OI: Tensor, keep_OI: Tensor, mean_I: Tensor, variance_I: Tensor, norm_I: Tensor) -> Tensor:
-    """DSnoT one row and one swap at a time, guarded."""
+    """DSnoT one row and one swap at a time; a row stops before a swap that would not lower its error."""
     keep_OI = keep_OI.clone()
     for w, keep in zip(w_OI, keep_OI, strict=True):
         part, quiet = w * mean_I, w.abs() * norm_I
@@ -156,11 +159,11 @@ def dsnot_loop(w_OI: Tensor, keep_OI: Tensor, mean_I: Tensor, variance_I: Tensor
 
 
 def swaps_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """Exact swaps one row and one swap at a time, over all pairs."""
+    """Exact swaps one row and one swap at a time, each the best over all pairs."""
     keep_OI = keep_OI.clone()
     diagonal = gram_II.diagonal()
     for w, keep in zip(w_OI, keep_OI, strict=True):
-        for _ in range(100):  # as many as the pass by default
+        for _ in range(100):  # the default of the pass
             missing = w * ~keep
             c = gram_II @ missing
             ups, downs = (~keep).nonzero()[:, 0], keep.nonzero()[:, 0]
@@ -175,7 +178,7 @@ def swaps_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def solve_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """Least squares one row at a time."""
+    """Least-squares reconstruction one row at a time."""
     after = torch.zeros_like(w_OI)
     for w, keep, row in zip(w_OI, keep_OI, after, strict=True):
         inside = gram_II[keep][:, keep]
@@ -185,7 +188,7 @@ def solve_loop(w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def turns_loop(a_OI: Tensor, rank: int, kept: int, turns: int) -> Tensor:
-    """OATS with a whole singular value decomposition a turn; the sum of both terms."""
+    """OATS with a full singular value decomposition per iteration; returns the sum of both terms."""
     sparse_OI = torch.zeros_like(a_OI)
     for _ in range(turns):
         left, values, right = torch.linalg.svd(a_OI - sparse_OI, full_matrices=False)
@@ -200,7 +203,7 @@ def turns_loop(a_OI: Tensor, rank: int, kept: int, turns: int) -> Tensor:
 
 
 def block_seconds(shapes: Shapes, stats: dict[int, Statistics]) -> list[tuple[str, float]]:
-    """(method, seconds for the block) of every pass; a refinement starts from Wanda's mask, not counted."""
+    """(method, seconds for the block) of every pass; the time of the Wanda mask before a refinement is not counted."""
     rows: list[tuple[str, float]] = []
     steps: list[tuple[str, list[Pass]]] = [
         ("magnitude 50 %", [Magnitude()]), ("magnitude 2:4", [Magnitude(sparsity="2:4")]),
@@ -212,7 +215,7 @@ def block_seconds(shapes: Shapes, stats: dict[int, Statistics]) -> list[tuple[st
         ("swaps 2:4", [Wanda(sparsity="2:4"), Swaps()]), ("reconstruct 50 %", [Wanda(), Reconstruct()]),
         ("alps 50 %", [ALPS()]),
     ]  # fmt: skip
-    for name, passes in (steps[0], *steps):  # the first one twice: it warms up
+    for name, passes in (steps[0], *steps):  # the first one runs twice, once as warm-up
         for shared in stats.values():
             shared._derived.clear()
         sites = {part: site(part, shape, stats[INPUTS[part]]) for part, shape in shapes.of().items()}
@@ -223,7 +226,7 @@ def block_seconds(shapes: Shapes, stats: dict[int, Statistics]) -> list[tuple[st
 
 
 def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list[tuple[str, float, float, str]]:
-    """(method, seconds, seconds of the plain loop, what it was timed on) for the q matrix alone."""
+    """(method, seconds, seconds of the naive loop, what that was timed on), for the q matrix alone."""
     from compress.passes.feedback import Chosen, Unrounded, feed_back
     from compress.passes.hessian import damp, inverse_factor
     from compress.passes.pruning.dsnot import dsnot
@@ -258,7 +261,7 @@ def inner_loops(shapes: Shapes, stats: dict[int, Statistics], rows: int) -> list
 
 
 def by_turns_row(shapes: Shapes, stats: dict[int, Statistics]) -> tuple[str, float, float, str]:
-    """(method, seconds, seconds of the loop over decompositions, what it was timed on) for the down matrix."""
+    """(method, seconds, seconds of the loop over decompositions, what that was timed on), for the down matrix."""
     from compress.passes.hybrid.oats import by_turns
 
     step, down = OATS(), site("down", shapes.of()["down"], stats[INPUTS["down"]])
@@ -270,7 +273,7 @@ def by_turns_row(shapes: Shapes, stats: dict[int, Statistics]) -> tuple[str, flo
 
 
 def main() -> None:
-    """Measure, print."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--inner", type=int, default=5632)

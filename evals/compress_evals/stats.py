@@ -1,8 +1,8 @@
-"""How sure a difference is: intervals, paired tests, verdicts and the effects a test can see.
+"""Statistics of a comparison: confidence intervals, paired tests, verdicts and minimal detectable effects.
 
 Not here: which tasks are compared (`comparison.py`) and how results are stored (`results.py`).
-Everything is plain numpy in float64. The unit of evidence is the *cluster* (a subject asked about in
-several ways counts once), and a comparison is always paired: the same questions, both models.
+Everything is plain numpy in float64. The independent unit is the *cluster* of questions (a subject that is asked about
+in several ways counts once), and every comparison is paired: both models answer the same questions.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ Floats = NDArray[np.float64]
 Table = tuple[tuple[float, float, int], ...]
 
 POWER = 0.80
-_CHUNK = 1 << 22  # random numbers drawn at a time: 32 MB
+_CHUNK = 1 << 22  # random numbers drawn at once: 32 MB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """One compressed model against its dense original on the same questions.
+    """The paired comparison of a compressed model with its dense original on the same questions.
 
-    `delta` is compressed minus dense; `low`, `high` its 95 % interval; `margin` the loss that still counts
-    as matching, absolute; `p` two-sided; `needed` the questions at which an inconclusive result would settle
-    (80 % power at the observed effect), None if it is settled or no number would do; `detectable` the smallest
-    true difference this comparison sees with 80 % power. `binary` scores are 0 or 1, or differences of such. `table`
-    holds the clusters as (sum of differences, questions, how many such clusters): all that the bootstrap needs, so any
-    other bound can be recomputed.
+    `delta` is the mean paired difference, compressed minus dense, and `low` and `high` are its 95 % confidence
+    interval. `lost` and `gained` count the questions whose score fell or rose, `flips` is their share. `margin` is the
+    largest absolute loss that still counts as matching; `p` is two-sided. `needed` is the number of questions at which
+    an inconclusive result would be decided (80 % power at the observed effect); None if it is decided or no number
+    would be enough. `detectable` is the minimal detectable effect: the smallest true difference that this comparison
+    detects with 80 % power. `binary`: all scores are 0 or 1, or differences of such. `table` holds the clusters as (sum
+    of differences, questions, number of such clusters), which is all that the bootstrap needs, so that other bounds can
+    be computed later.
     """
 
     n: int
@@ -58,14 +60,14 @@ class Paired:
 
 
 def quantile(confidence: float) -> float:
-    """The standard normal quantile of a two-sided interval: 1.96 for 0.95."""
+    """The standard normal quantile of a two-sided interval of this confidence: 1.96 for 0.95."""
     return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
 def wilson(successes: float, n: float) -> Interval:
-    """The 95 % Wilson score interval of a proportion; (0, 1) when nothing was asked.
+    """The 95 % Wilson score interval of a proportion; (0, 1) if `n` is 0.
 
-    `n` may be fractional: an effective sample size. Source: Wilson, JASA 1927.
+    `n` may be fractional, as an effective sample size is. Source: Wilson, JASA 1927.
     """
     if n <= 0:
         return 0.0, 1.0
@@ -78,8 +80,8 @@ def wilson(successes: float, n: float) -> Interval:
 def mean_interval(values: ArrayLike, cluster: Sequence[str] | None = None, seed: int = 0) -> Interval:
     """A 95 % interval of the mean: Wilson on the effective sample size if binary, else a cluster bootstrap.
 
-    The effective size is n over the design effect (at least 1) of the clusters; with every answer alike the
-    design effect cannot be estimated and every cluster counts once.
+    The effective sample size is n divided by the design effect of the clusters (at least 1). If all scores are equal,
+    the design effect cannot be estimated, and the effective sample size is the number of clusters.
     """
     scores = _floats(values)
     sums, sizes = _by_cluster(scores, cluster)
@@ -94,9 +96,10 @@ def mean_interval(values: ArrayLike, cluster: Sequence[str] | None = None, seed:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided p of the flips of independent questions; 1 if nothing flipped.
+    """The exact two-sided p value of McNemar's test on the flips of independent questions; 1 if nothing flipped.
 
-    The binomial test at one half, in whole numbers: correct for any number of flips. Source: McNemar, 1947.
+    It is the binomial test at one half, computed in integers and so exact for any number of flips.
+    Source: McNemar, 1947.
     """
     flips, term, tail = lost + gained, 1, 0
     for i in range(min(lost, gained) + 1):
@@ -106,11 +109,12 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def sign_flip(sums: ArrayLike, iters: int = 10000, seed: int = 0) -> float:
-    """The two-sided p of the clusters' summed differences when each could as well have the other sign.
+    """The two-sided p value of the sign-flip test on the differences summed by cluster.
 
-    Exact for whole numbers (binary scores), by adding the clusters' distributions one after another; for
-    clusters of one question it is McNemar's exact test. Otherwise `iters` random sign vectors, never below
-    1 / (iters + 1). Source: Fisher's randomisation test, whole clusters being exchanged.
+    Under the null hypothesis, the sum of each cluster may have either sign. The test is exact for integer sums (binary
+    scores), by convolution of the clusters' distributions; for clusters of one question it equals McNemar's exact test.
+    Otherwise it draws `iters` random sign vectors, and p is at least 1 / (iters + 1).
+    Source: Fisher's randomisation test, with whole clusters exchanged.
     """
     steps = np.abs(_floats(sums))
     observed, steps = abs(float(_floats(sums).sum())), steps[steps > 0]
@@ -126,7 +130,7 @@ def sign_flip(sums: ArrayLike, iters: int = 10000, seed: int = 0) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p values adjusted for being tested together, in their order. Source: Holm, Scand. J. Stat. 1979."""
+    """The p values adjusted for multiple comparisons, in the given order. Source: Holm, Scand. J. Stat. 1979."""
     adjusted, highest = [0.0] * len(ps), 0.0
     for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[i]))
@@ -135,8 +139,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def needed_questions(discordant: float, effect: float) -> int:
-    """How many independent questions show `effect`, with 80 % power, if the share `discordant` of them flips.
+    """The number of independent questions that detects `effect` with 80 % power if the share `discordant` flips.
 
+    Raises ValueError unless 0 < |effect| <= discordant <= 1.
     Source: Connor, Biometrics 1987, sample size of McNemar's test.
     """
     if not 0 < abs(effect) <= discordant <= 1:
@@ -147,9 +152,9 @@ def needed_questions(discordant: float, effect: float) -> int:
 
 
 def detectable_effect(n: int, discordant: float) -> float:
-    """The smallest difference that `n` independent questions show, with 80 % power, if the share `discordant` flips.
+    """The minimal detectable effect of `n` independent questions, with 80 % power, if the share `discordant` flips.
 
-    The inverse of `needed_questions`; infinity if even flips all in one direction would not show.
+    It is the inverse of `needed_questions`; infinite if not even flips in a single direction could be detected.
     """
     a, b, d = quantile(CONFIDENCE), NormalDist().inv_cdf(POWER), discordant
     # (D√n - a√d)² = b²(d - D²), its larger root in D
@@ -159,10 +164,10 @@ def detectable_effect(n: int, discordant: float) -> float:
 
 
 def bootstrap(table: Table, iters: int = 10000, seed: int = 0) -> Floats:
-    """The means of `iters` resamples of the clusters of `table`.
+    """The means of `iters` bootstrap resamples of the clusters of `table`.
 
-    Equal clusters are drawn together (a multinomial over the distinct ones): the same distribution as drawing
-    them one by one, in a few milliseconds for binary scores. Memory is bounded for any table.
+    Equal clusters are drawn together, by a multinomial over the distinct ones: this has the same distribution as
+    drawing them one by one, and takes a few milliseconds for binary scores. Memory is bounded for any table.
     """
     sums, sizes, counts = (np.array(column, dtype=np.float64) for column in zip(*table, strict=True))
     total, rng = int(counts.sum()), np.random.default_rng(seed)
@@ -174,7 +179,7 @@ def bootstrap(table: Table, iters: int = 10000, seed: int = 0) -> Floats:
 
 
 def lower_bound(pair: Paired, confidence: float, iters: int = 10000, seed: int = 0) -> float:
-    """The one-sided lower bound of the difference: with probability `confidence` the truth is above it."""
+    """The one-sided lower confidence bound of the difference, at level `confidence`, by the cluster bootstrap."""
     return float(np.quantile(bootstrap(_widened(pair), iters, seed), 1 - confidence))
 
 
@@ -188,14 +193,16 @@ def paired(
 ) -> Paired:
     """The paired comparison of per-question scores; `margin` is a fraction of the dense mean.
 
-    Differs from the snippet in the specification where that is wrong:
-    - its bootstrap p can be 0, and is not centred under the null; here clustered p come from `sign_flip`;
-    - with no flips its interval has no width, so that five questions prove "matching"; here the resampling of
-      binary scores sees one more lost and one more gained cluster of mean size (Bonett and Price, 2012), which
+    It differs from the snippet in the specification where that is wrong:
+    - its bootstrap p value can be 0 and is not centred under the null hypothesis; here p comes from `sign_flip` if
+      there are clusters;
+    - without flips its interval has zero width, so that five questions would prove "matching"; here the bootstrap of
+      binary scores includes two pseudo-clusters of mean size, one lost and one gained (Bonett and Price, 2012), which
       leaves about ±1.5 points at 200 questions and hardly changes intervals with many flips;
-    - a dense score of 0 leaves no margin and nothing to lose: "inconclusive" unless the gain is certain;
+    - a dense score of 0 leaves no margin and nothing to lose: the verdict is "inconclusive" unless the gain is
+      significant;
     - identical clusters are drawn together, so memory does not grow with `iters` x clusters;
-    - scores that are not finite, or of different length, are refused (a NaN compares as "no loss").
+    - scores that are not finite, or of different length, raise ValueError (a NaN would compare as "no loss").
     """
     before, after = _floats(dense), _floats(compressed)
     if before.shape != after.shape or not len(before):
@@ -211,13 +218,13 @@ def paired_runs(
     iters: int = 10000,
     seed: int = 0,
 ) -> tuple[Paired, Runs]:
-    """`paired` for several runs of one recipe: would other questions, and other runs, say the same?
+    """`paired` for several runs of one recipe, with intervals that generalize to other questions and other runs.
 
-    `runs` [runs, questions]. `dense` [questions] is one model, or [runs, questions] what each run is compared with,
-    such as another recipe's run with the same calibration. `compressed`, `delta` and `table` are of the means over
-    runs; `low`, `high`, `p` and the verdict include the spread of runs, which is returned too. `flips` is the mean over
-    runs, `lost` and `gained` are such means rounded. `needed` is None also where no number of questions would do, for
-    runs lie too far apart.
+    `runs` has the shape [runs, questions]. `dense` is one model [questions], or, as [runs, questions], what each run is
+    compared with, such as another recipe's run with the same calibration. `compressed`, `delta` and `table` are those
+    of the mean over runs; `low`, `high`, `p` and the verdict include the spread between runs, which is also returned.
+    `flips` is the mean over runs, `lost` and `gained` are rounded means. `needed` is None also if no number of
+    questions would be enough because the runs differ too much.
 
     Raises ValueError for scores that cannot be paired.
     """
@@ -264,16 +271,17 @@ def paired_runs(
 def significance_groups(
     columns: Sequence[ArrayLike], cluster: Sequence[str] | None = None, runs: Sequence[Runs] | None = None
 ) -> list[int]:
-    """The rank of each model, from per-question scores (one column a model, rows aligned); ties where none is better.
+    """The rank of each model from per-question scores (one column per model, rows aligned).
 
-    Models are taken by falling mean. The first is the anchor of a group, to which those behind it belong until one is
-    separable from the anchor; that one anchors the next group. A rank is 1 plus the models in better groups, so all of
-    a group share it. Every pair is tested and all pairs are adjusted together: the anchor is chosen for being best,
-    and tests against it alone would find a difference among ten equal models one time in eight.
+    Models that cannot be told apart share a rank. They are taken in order of falling mean. The first is the anchor of a
+    group; the models after it belong to that group until one differs significantly from the anchor, which then becomes
+    the anchor of the next group. A rank is 1 plus the number of models in better groups. All pairs are tested and
+    adjusted together (Holm), because the anchor is selected for being the best: tests against it alone would find a
+    difference among ten equal models one time in eight.
 
-    The test is `sign_flip` by its normal approximation, continuity-corrected for whole numbers: close to the exact
-    one from about ten flips on, and a Gram matrix gives all pairs at once. A column that is a mean over `runs` adds
-    to its interval what they do (`runs.two_sided`). Raises ValueError for ragged columns.
+    The test is the normal approximation of `sign_flip`, with a continuity correction for integer sums. It is close to
+    the exact test from about ten flips on, and a Gram matrix gives all pairs at once. For a column that is a mean over
+    `runs`, their spread is included (`runs.two_sided`). Raises ValueError for columns of different lengths.
     """
     scores = [_floats(column) for column in columns]
     if len({len(column) for column in scores}) > 1:
@@ -291,7 +299,7 @@ def significance_groups(
 
 
 def judge(low: float, high: float, margin: float) -> str:
-    """The verdict on an interval of the difference, by non-inferiority; `margin` is absolute."""
+    """The non-inferiority verdict on an interval of the difference; `margin` is absolute."""
     if low > 0:
         return "improved"
     if low > -margin:
@@ -302,16 +310,17 @@ def judge(low: float, high: float, margin: float) -> str:
 
 
 def verdict_text(pair: Paired) -> str:
-    """The verdict as printed: an inconclusive one says how many questions would settle it."""
+    """The verdict as printed; an inconclusive one says how many questions would decide it, if any number would."""
     if pair.verdict != "inconclusive" or pair.needed is None:
         return pair.verdict
     return f"inconclusive (need n>={pair.needed})"
 
 
 def _needed(n: int, delta: float, margin: float, error: float, spread: Runs) -> int | None:
-    """Questions for 80 % power to show either that the loss is within the margin or that there is one.
+    """The number of questions that shows, with 80 % power, either a loss within the margin or that there is a loss.
 
-    They lessen `error` and what flips are of `spread`, and not the rest of it.
+    More questions reduce `error` and the part of `spread` that flips explain, but not the rest of it. None if no number
+    of questions would be enough.
     """
     distance, lasting = max(delta + margin, -delta) / _both_quantiles(), spread.lasting / quantile(CONFIDENCE)
     lessened = error**2 + (spread.half / quantile(CONFIDENCE)) ** 2 - lasting**2
@@ -357,10 +366,10 @@ def _by_cluster(values: Floats, cluster: Sequence[str] | None) -> tuple[Floats, 
 
 
 def _pairwise_p(sums: Floats, runs: Sequence[Runs] | None = None) -> Floats:
-    """Two-sided p of every pair of rows (summed scores by cluster), adjusted over all pairs; 1 on the diagonal."""
+    """The two-sided p of every pair of rows (scores summed by cluster), Holm-adjusted over all pairs; 1 for i = j."""
     runs = runs or [ONE] * len(sums)
     gram, totals = sums @ sums.T, sums.sum(axis=1)
-    squares = np.add.outer(gram.diagonal(), gram.diagonal()) - 2 * gram  # sum of squared differences of clusters
+    squares = np.add.outer(gram.diagonal(), gram.diagonal()) - 2 * gram  # sums of squared differences over clusters
     whole = bool(np.array_equal(sums, np.round(sums)))
     upper = np.triu_indices(len(sums), k=1)
     distance = np.maximum(np.abs(np.subtract.outer(totals, totals)) - whole, 0.0)[upper]

@@ -1,9 +1,9 @@
-"""Time and peak memory of compressing a model much larger than what may be in memory.
+"""Measures time and peak memory of compressing a model that is much larger than the memory it may use.
 
-`python -m compress_evals.streaming` makes a Llama of random bfloat16 weights in many shards, runs recipes over it, each
-in a process of its own, and prints seconds and peak resident memory beside the file's size. `--shape 8b` has the widths
-of Llama 3 8B; with `--device cuda` the video memory is told too. Random weights say nothing about quality, and none is
-reported.
+`python -m compress_evals.streaming` makes a Llama with random bfloat16 weights in many shards, runs recipes on it, each
+in a process of its own, and prints seconds and peak resident memory together with the size of the model. `--shape 8b`
+has the widths of Llama 3 8B; with `--device cuda`, peak GPU memory is also reported. Random weights say nothing about
+quality, so none is reported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RECIPES = {
 
 
 def block_bytes(shape: dict[str, int | float]) -> int:
-    """Bytes of one block in bfloat16."""
+    """The bytes of one block in bfloat16."""
     hidden, inner = int(shape["hidden_size"]), int(shape["intermediate_size"])
     keys = hidden * int(shape["num_key_value_heads"]) // int(shape["num_attention_heads"])
     return 2 * (2 * hidden * hidden + 2 * keys * hidden + 3 * hidden * inner + 2 * hidden)
@@ -68,9 +68,9 @@ def block_tensors(
 def make(
     folder: Path, size: float, seed: int = 0, shape: dict[str, int | float] | None = None, device: str = "cpu"
 ) -> int:
-    """Write a random Llama of about `size` bytes, one shard a block; its tensor bytes. Peak memory is one block.
+    """Write a random Llama of about `size` bytes with one shard per block, and return its tensor bytes.
 
-    Its numbers are drawn on `device`.
+    Random numbers are drawn on `device`. Peak memory is one shard.
     """
     shape = SHAPE if shape is None else shape
     hidden, inner, vocabulary = (int(shape[key]) for key in ("hidden_size", "intermediate_size", "vocab_size"))
@@ -112,9 +112,9 @@ def make(
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run: wall seconds, peak resident bytes (pages mapped from files included), of a GPU, bytes written.
+    """One run: wall seconds, peak resident bytes (including mapped file pages), peak GPU bytes, and bytes written.
 
-    `recorded` are the seconds that hidden states were waited for, after the shards, until they were on the disk.
+    `recorded` is the time spent, after the shards were written, waiting until hidden states were on disk, in seconds.
     """
 
     seconds: float
@@ -125,7 +125,7 @@ class Measured:
 
 
 def measure(model: Path, recipe: str, out: Path, options: list[str]) -> Measured:
-    """Run a recipe in a process of its own."""
+    """Run a recipe in a process of its own and measure it; raises SystemExit with its exit code if it fails."""
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     written, log = out.with_suffix(".yaml"), out.with_suffix(".jsonl")
@@ -162,7 +162,7 @@ def measure(model: Path, recipe: str, out: Path, options: list[str]) -> Measured
 
 
 def main() -> None:
-    """Make the model if it is not there, run the recipes, print the table."""
+    """Make the model if it does not exist, run the recipes, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bytes", type=float, default=4e9, help="size of the model, about")
     parser.add_argument("--dir", type=Path, default=Path("out/bench/streaming"), help="where model and results go")

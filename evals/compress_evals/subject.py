@@ -1,6 +1,6 @@
-"""A model that is asked: loaded only when a question has no stored answer, and let go as soon as it can be.
+"""The model under evaluation: it is loaded only when something is not cached, and can be released afterwards.
 
-Not here: what it is asked (`questions.py`) and what is kept of its answers (`cache.py`).
+Not here: its questions (`questions.py`) and the cache of its answers (`cache.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rows = Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What can only be said of a loaded model, and is stored so that it need not be loaded again."""
+    """Facts that only a loaded model gives; they are cached so that it need not be loaded again for them."""
 
     parameters: int
     device: str
@@ -30,9 +30,10 @@ class Known:
 
 
 class Subject:
-    """A model by its name. `identity` is the hash of all that its folder says; without one nothing is stored of it.
+    """A named model that is loaded on first use.
 
-    `description` holds what the model cannot say of itself, as `ModelFacts` calls it.
+    `identity` is the hash of everything in its folder that determines its answers; without one, nothing about it is
+    cached. `description` holds fields of `ModelFacts` that cannot be read from the model.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Subject:
         description: dict[str, Any] | None = None,
         identity: str | None = None,
     ) -> None:
-        """Nothing is loaded yet."""
+        """Store the arguments; nothing is loaded yet."""
         self.name, self.device, self.identity = name, device, identity
         self.description = description or {}
         self._load = load
@@ -54,7 +55,7 @@ class Subject:
 
     @property
     def model(self) -> Any:
-        """The model, loaded at the first call."""
+        """The model, loaded on first access."""
         if self._model is None:
             self._model = self._load()
         return self._model
@@ -65,11 +66,11 @@ class Subject:
         return self._model is not None
 
     def release(self) -> None:
-        """Let the model go."""
+        """Drop the model and its scorer, so that their memory can be freed; the next access loads the model again."""
         self._model = self._scorer = None
 
     def scorer(self, exam: Exam, batch_size: int, on_rows: Rows | None = None) -> Any:
-        """The model as lm-eval asks it, so many requests at once; `on_rows` hears of each batch that was computed."""
+        """The model wrapped for lm-eval, at this batch size; `on_rows` gets the row count of each computed batch."""
         if self._scorer is None:
             with quiet():
                 from compress_evals.scorer import Scorer
@@ -81,7 +82,7 @@ class Subject:
         return self._scorer
 
     def known(self, exam: Exam, cache: Cache | None = None) -> Known:
-        """What the loaded model says of itself, from the cache if it is there."""
+        """Facts about the loaded model, from the cache if they are there."""
         if self._known is None:
             parts = {"model": self.identity, "tokenizer": exam.tokenizer_sha, "on": self.device, **software()}
             stored = cache.get("model", parts) if cache is not None and self.identity else None
@@ -92,7 +93,7 @@ class Subject:
         return self._known
 
     def facts(self, exam: Exam, cache: Cache | None = None) -> ModelFacts:
-        """The model as results describe it."""
+        """The description of the model in results."""
         counted = self.known(exam, cache).parameters
         return ModelFacts.model_validate({"name": self.name, "parameters": counted, **self.description})
 
@@ -107,7 +108,7 @@ class Subject:
 
 
 def engine(subject: Subject, exam: Exam, batch_size: int, cache: Cache | None = None) -> Engine:
-    """What a model is asked with: all that may change an answer, beside model and questions."""
+    """The software and settings of an evaluation: everything but model and questions that may change an answer."""
     known, versions = subject.known(exam, cache), software()
     return Engine(
         suite=exam.suite.name,
@@ -125,13 +126,13 @@ def engine(subject: Subject, exam: Exam, batch_size: int, cache: Cache | None = 
 
 @once
 def software() -> dict[str, str]:
-    """The versions that may change an answer."""
+    """The versions of the packages that may change an answer."""
     names = ("compress-llm", "lm_eval", "torch", "transformers", "tokenizers")
     return {name: version(name) for name in names}
 
 
 def hear(scorer: Any) -> list[Rows]:
-    """A list to put listeners into: each is told the rows of every batch that the scorer computes."""
+    """Patch the scorer to call listeners with the number of rows of every batch; returns the list to put them in."""
     listeners: list[Rows] = []
     for name, argument in (("_model_call", "inps"), ("_model_generate", "context")):
         setattr(scorer, name, told(getattr(scorer, name), argument, listeners))
@@ -139,7 +140,7 @@ def hear(scorer: Any) -> list[Rows]:
 
 
 def told(compute: Callable[..., Any], argument: str, listeners: list[Rows]) -> Callable[..., Any]:
-    """The function, that tells the listeners how many rows its batch had."""
+    """The function `compute`, wrapped so that it calls the listeners with the number of rows of its batch."""
 
     def computed(*positional: Any, **named: Any) -> Any:
         result = compute(*positional, **named)

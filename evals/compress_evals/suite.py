@@ -1,8 +1,8 @@
-"""The suites: which tasks there are, what each is called in tables, its family, and what data it needs.
+"""The suites: their tasks, with title, family, headline metric and required data.
 
-Not here: prompts and scoring, which are lm-eval task files under `tasks/`; a test keeps the two alike. `facts` is
-built in and asks what the built-in model was taught; `kick` asks real questions, of any model. The families are the
-same, so that the one is the offline twin of the other.
+Not here: prompts and scoring, which are lm-eval task files under `tasks/`; a test keeps the two consistent. `facts` is
+built in and asks what the built-in model was trained on; `kick` asks questions from public data sets, of any model.
+Both have the same families, so that `facts` is an offline counterpart of `kick`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pathlib import Path
 
 from compress.errors import RecipeError, nearest
 
-TASKS = Path(__file__).parent / "tasks"  # what `lm-eval --include_path` takes
+TASKS = Path(__file__).parent / "tasks"  # for `lm-eval --include_path`
 MINI = "_mini"
-NOISE_FOLLOWS = 0.11  # of IFEval's prompts are followed by random words
-FEWEST_TOKENS = 0.368  # of questions with four facts are won by the shortest, which a model without knowledge takes
-ALWAYS_YES = 0.622  # of BoolQ's questions have that answer: more than a coin gets
+NOISE_FOLLOWS = 0.11  # share of IFEval's prompts that a response of random words follows
+FEWEST_TOKENS = 0.368  # share of four-choice questions won by the fewest tokens, which an ignorant model prefers
+ALWAYS_YES = 0.622  # share of BoolQ's questions whose answer is yes: more than a coin toss gets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task: its lm-eval name, its title, its family and the metric that decides.
+    """One task: its lm-eval name, title, family, headline metric and the score of guessing, `chance`.
 
-    `needs` are the data sets it reads, none if it is built in. A `control` is shown and counts for nothing: compression
-    is known to leave it alone, or what it asks is counted elsewhere or needs a judge.
+    `needs` are the data sets it reads, none if it is built in. A `control` is shown but does not count: compression is
+    known to leave it unchanged, what it asks is already counted elsewhere, or it needs a judge.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """What a passage is worth: the same questions with it (`open`) and without (`closed`)."""
+    """The benefit of a passage: two tasks with the same questions, with it (`open`) and without it (`closed`)."""
 
     name: str
     open: str
@@ -56,7 +56,7 @@ class Suite:
     gaps: tuple[Gap, ...] = ()
 
     def chosen(self, only: Sequence[str] | None) -> tuple[Task, ...]:
-        """Its tasks, or those called so; raises RecipeError for a name that no task has."""
+        """All tasks, or those named in `only`; raises RecipeError for a name that no task has."""
         names = [task.name for task in self.tasks]
         for name in only or ():
             if name not in names:
@@ -116,9 +116,9 @@ KICK = Suite(
         _kick("winogrande", "WinoGrande", "control", "acc", "winogrande/validation", chance=0.5),
         _kick("boolq", "BoolQ", "control", "acc", "boolq/validation", chance=ALWAYS_YES),
         _kick("hellaswag", "HellaSwag", "control", "acc", "hellaswag/validation", chance=0.25),
-        # a control, because it asks what kick_mmlu asks: counted, the same questions would count twice
+        # a control, because it has the questions of kick_mmlu, which would otherwise count twice
         _kick("mmlu_letter", "MMLU, the letter written", "control", "acc", "mmlu/test", "mmlu/dev", chance=0.25),
-        # controls, because what they show without a judge is collapse and not quality
+        # controls, because without a judge they show degeneration but not quality
         _kick("vicuna", "Vicuna questions, sound text (quality: a judge)", "control", "valid", "instruct/vicuna80"),
         _kick(
             "mtbench", "MT-bench, first turn, sound text (quality: a judge)", "control", "valid", "instruct/mtbench80"
@@ -129,7 +129,7 @@ KICK = Suite(
 
 
 def mini(suite: Suite) -> Suite:
-    """The suite on fixed samples of 200 questions a task: enough to see a collapse, not a few points."""
+    """The suite on fixed samples of 200 questions per task: enough to see a collapse, not a loss of a few points."""
     tasks = tuple(replace(task, name=task.name + MINI) for task in suite.tasks)
     gaps = tuple(replace(gap, open=gap.open + MINI, closed=gap.closed + MINI) for gap in suite.gaps)
     return replace(suite, name=suite.name + MINI, tasks=tasks, gaps=gaps)

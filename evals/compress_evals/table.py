@@ -1,8 +1,8 @@
-"""What the tables of methods share: a bench that measures an artifact beside its dense model, and rows that last.
+"""Shared by the tables of methods: a bench that compares an artifact with its dense model, and persistent rows.
 
-Not here: which methods there are (`pruning.py`, `quantization.py`). A row is appended to a file as soon as it is
-measured, so that a table survives an interruption, and holds its windows and questions one by one, so that methods can
-be tested against each other later.
+Not here: the methods themselves (`pruning.py`, `quantization.py` and others). A row is appended to a file as soon as it
+is measured, so that an interrupted table can be continued. It stores figures for each window and each question, so that
+methods can later be compared in paired tests.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ LENGTH = 256  # tokens of a window of the text
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What a method left of a model.
+    """The measurements of a compressed model.
 
-    `kl` and `loss` are sums over the tokens of each window of the text, `dense_loss` the dense model's; `right` are the
-    answers to each task's questions, one character each; `seconds` are those of the compression.
+    `kl` and `loss` hold, for each window of the text, the sum over its tokens; `dense_loss` holds those of the dense
+    model. `right` has one character per question of each task, `1` for a right answer and `0` for a wrong one.
+    `seconds` is the time of the compression.
     """
 
     method: str
@@ -50,12 +51,12 @@ class Scored:
 
     @property
     def mean_kl(self) -> float:
-        """KL(dense || compressed), nats a token."""
+        """KL(dense || compressed), in nats per token."""
         return sum(self.kl) / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """Of the text; not a quality metric."""
+        """Perplexity on the text; not a quality metric."""
         return math.exp(sum(self.loss) / self.tokens)
 
     def score(self, task: str) -> float:
@@ -67,7 +68,7 @@ Row = TypeVar("Row", bound=Scored)
 
 
 class Bench:
-    """A dense model, and what it says, beside which each method is measured."""
+    """A dense model and its evaluation text, with which each method is compared."""
 
     def __init__(self, model: str, conditions: str, tasks: Sequence[str], limit: int | None = None) -> None:
         self.model, self.tasks, self.limit = model, tasks, limit
@@ -76,7 +77,7 @@ class Bench:
         self.windows = text_windows(self.tokenizer, evaluation_text(), LENGTH)
 
     def run(self, recipe: Recipe, method: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Run a recipe in a temporary folder; what the artifact records of itself, and the fields of `Scored`."""
+        """Run a recipe in a temporary folder; returns the artifact's compress.json and the fields of `Scored`."""
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
             report = compress.run(self.model, recipe, Path(folder) / "out")
@@ -103,21 +104,21 @@ class Bench:
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
-    """The rows measured so far."""
+    """The rows measured so far; empty if there is no file."""
     if not path.exists():
         return []
     return [kind(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def recipe_key(recipe: Recipe) -> str:
-    """A recipe with every option written out: two that do the same have the same."""
+    """The key of a recipe: all its options in canonical form, so that equivalent recipes have equal keys."""
     return json.dumps(recipe.to_dict(), sort_keys=True)
 
 
 def recipe_key_of(recipe: dict[str, Any]) -> str:
-    """The key of the recipe that made a row; empty for dense, or if there is no longer such a recipe.
+    """The key of the recipe that made a row; empty for dense, or if the recipe is no longer valid.
 
-    An option that is newer than the row takes its default, so only a recipe that sets it is measured again.
+    An option that is newer than the row takes its default, so that only recipes which set it are measured again.
     """
     try:
         return recipe_key(from_dict(recipe)) if recipe else ""
@@ -126,30 +127,30 @@ def recipe_key_of(recipe: dict[str, Any]) -> str:
 
 
 def append(path: Path, row: Scored) -> None:
-    """Add a row to those measured so far."""
+    """Append a row to the file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(row)) + "\n")
 
 
 def foreign(path: Path, rows: Sequence[Scored], conditions: str) -> str | None:
-    """What is wrong with adding rows measured under `conditions` to a file, if anything."""
+    """The reason why rows measured under `conditions` must not be added to a file; None if they may."""
     other = next((row.source for row in rows if row.source != conditions), None)
     return None if other is None else f"--out: {path} holds rows of {other}; choose another folder"
 
 
 def kl_p(one: Scored, other: Scored) -> float:
-    """The two-sided p of the difference in KL on the same windows."""
+    """The two-sided p value of the paired difference in KL on the same windows (sign-flip test)."""
     return stats.sign_flip([a - b for a, b in zip(one.kl, other.kl, strict=True)])
 
 
 def paired(one: Scored, other: Scored, task: str) -> stats.Paired:
-    """`one` against `other` on the same questions."""
+    """The paired comparison of `one` (as compressed) with `other` (as dense) on the same questions."""
     before, after = ([int(c) for c in row.right[task]] for row in (other, one))
     return stats.paired(before, after, one.clusters[task])
 
 
 def versus(one: Scored, other: Scored, tasks: Sequence[str]) -> str:
-    """How `one` differs from `other` on the same windows and questions, with p values."""
+    """A line that compares `one` with `other` on the same windows and questions, with p values."""
     parts = [f"KL {one.mean_kl:.4f} against {other.mean_kl:.4f} (p = {kl_p(one, other):.2g})"]
     for task in tasks:
         pair = paired(one, other, task)
@@ -165,5 +166,5 @@ def percent(row: Scored, task: str) -> str:
 
 
 def bold(text: str, yes: bool) -> str:
-    """Markdown bold, perhaps."""
+    """The text, in Markdown bold if `yes`."""
     return f"**{text}**" if yes else text

@@ -1,9 +1,10 @@
-"""Eight fine-tunes of the built-in model in one process: mixed batches against one model after another, and memory.
+"""Benchmarks serving eight fine-tunes of the built-in model: mixed batches against dense models in turn, and memory.
 
-`python -m compress_evals.tenants` makes a fine-tune (the built-in model with a random change of all blocks and norms, 5
-per cent of the size of each), stores its delta with each codec, and loads that delta eight times, as eight tenants. The
-rivals are eight resident dense models, each given the rows of its own. Both compute the same rows, in turns, in one
-process on one thread; what counts is the ratio of the medians. A random change says nothing of quality: none is told.
+`python -m compress_evals.tenants` makes a fine-tune (the built-in model with a random change to all blocks and norms, 5
+percent of the magnitude of each), stores its delta with each codec, and loads that delta eight times, as eight tenants.
+The baseline is eight dense models in memory, each of which computes its own rows. Both compute the same rows,
+alternating in one process on one thread, and the ratio of the medians is reported. A random change says nothing about
+quality, so none is reported.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from compress.tenants import load_tenants
 CODECS = {"1-bit signs": ("bitdelta", 1.0), "low rank": ("lowrank", 1.0), "2:4 int4": ("deltazip", 3.0),
           "delta-come": ("delta-come", 1.0)}  # fmt: skip
 TENANTS = 8
-CONTEXT = 32  # tokens before the first that is decoded, and of a prompt
+CONTEXT = 32  # tokens of context before decoding, and of a prompt
 CHANGE = 0.05
 FEW = compress.Calibration(samples=16, length=128)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Times are medians in milliseconds: a decode step of one row a tenant, and a prompt of 32 tokens a tenant."""
+    """One codec; times are median milliseconds of a decode step and of a 32-token prompt, with one row per tenant."""
 
     codec: str
     delta_bytes: int
@@ -51,17 +52,17 @@ class Row:
 
     @property
     def decode(self) -> float:
-        """Throughput of mixed batches over that of one after another."""
+        """The throughput of mixed batches over that of dense models in sequence, when decoding."""
         return self.decode_alone / self.decode_mixed
 
     @property
     def prompt(self) -> float:
-        """The same of prompts."""
+        """The same ratio for prompts."""
         return self.prompt_alone / self.prompt_mixed
 
 
 def fine_tune(out: Path) -> Path:
-    """The built-in model with a random change of everything but its tied embeddings."""
+    """Write the built-in model with a random change to everything except its tied embeddings."""
     from transformers import AutoTokenizer
 
     model = compress.load("builtin")
@@ -79,7 +80,7 @@ def fine_tune(out: Path) -> Path:
 
 
 def decoding(forward: Callable[..., Any], rows: int) -> Callable[[], None]:
-    """One decode step of so many rows, again and again behind one context."""
+    """A function that decodes one more token for `rows` rows at each call, after a random context."""
     out = forward(torch.randint(4, 4000, (rows, CONTEXT)), None)
     token, cache = torch.full((rows, 1), 7), [out.past_key_values]
 
@@ -90,21 +91,21 @@ def decoding(forward: Callable[..., Any], rows: int) -> Callable[[], None]:
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
-    """How long some work takes."""
+    """The wall time of `work` in milliseconds."""
     start = time.perf_counter()
     work()
     return (time.perf_counter() - start) * 1000
 
 
 def in_turns(first: Callable[[], Any], second: Callable[[], Any], runs: int) -> tuple[float, float]:
-    """The median times of two pieces of work, done in turns."""
+    """The median milliseconds of two functions, run alternately after one warm-up each."""
     first(), second()
     times = [(milliseconds(first), milliseconds(second)) for _ in range(runs)]
     return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
 
 
 def measured(codec: str, folder: Path, runs: int) -> Row:
-    """One codec."""
+    """Measure one codec, from the artifact folder of its delta."""
     dense = compress.load(folder, base="builtin")
     models = [dense, *(copy.deepcopy(dense) for _ in range(TENANTS - 1))]
     names = [f"tenant-{n}" for n in range(TENANTS)]
@@ -131,7 +132,7 @@ def measured(codec: str, folder: Path, runs: int) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for people."""
+    """The rows as a text table."""
     both = f"{'alone':>7}{'mixed':>8} {'ratio':>6}"
     head = f"{'codec':<12} {'bytes':>9} {'share':>6} {'memory':>7} {both} {both}"
     lines = [
@@ -148,7 +149,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Parse the arguments, measure each codec, and print the table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--codecs", nargs="*", default=list(CODECS), choices=list(CODECS))

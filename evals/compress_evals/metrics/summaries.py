@@ -67,7 +67,7 @@ def rouge_l(said: str, reference: str) -> float:
 
 
 def stems(text: str) -> list[str]:
-    """The words of a text as ROUGE counts them: lower case, only letters a to z and digits, stemmed by Porter's rules."""
+    """The words of a text as ROUGE counts them: in lower case, letters a to z and digits only, stemmed as by Porter."""
     if not normalise(text):
         return []
     from rouge_score.tokenize import tokenize

@@ -42,7 +42,7 @@ class Measured:
 
 
 def measure(model: str, tokens: float, bits: Sequence[int], groups: Sequence[int]) -> list[Measured]:
-    """Quantize one model with GPTQ at each number of bits and each group size, in a temporary folder, and measure it."""
+    """Quantize one model with GPTQ at each number of bits and group size, in a temporary folder, and measure it."""
     parameters = survey(locate(model))["non_embedding"]
     dense, tokenizer = opened(locate(model), "cpu")
     windows = text_windows(tokenizer, evaluation_text(), 256)

@@ -21,7 +21,8 @@ class Law:
     """QiD(N, D, P) = k D^beta / N^alpha / P^gamma; for the curve `exponential`, exp(-gamma P) replaces 1 / P^gamma.
 
     `ranges` are those of the points it was fitted on. Methods raise RecipeError for an argument that is not a positive
-    finite number. Source: Ouyang et al., "Low-Bit Quantization Favors Undertrained LLMs", ACL 2025, arXiv 2411.17691; `exponential`:
+    finite number.
+    Source: Ouyang et al., "Low-Bit Quantization Favors Undertrained LLMs", ACL 2025, arXiv 2411.17691; `exponential`:
     Kumar et al., "Scaling Laws for Precision", 2024, arXiv 2411.04330, where gamma is 1 / gamma_post.
     """
 
@@ -51,7 +52,7 @@ class Law:
         return exp(reached) if self.curve == "power" else reached
 
     def tokens_for(self, loss: float, parameters: float, bits: float) -> float:
-        """The training tokens at which `bits` degrade by `loss`; raises RecipeError unless the law grows with tokens."""
+        """The training tokens at which `bits` cost `loss`; raises RecipeError unless the law grows with tokens."""
         check(loss=loss, parameters=parameters, bits=bits)
         if self.beta <= 0:
             raise RecipeError(f"beta = {self.beta:.3g}: this law does not grow with tokens and has no inverse")

@@ -1,9 +1,9 @@
-"""A sweep: a grid of models, recipes and seeds, each cell measured in a process of its own, resumable.
+"""Sweeps: a resumable grid of models, recipes and seeds, in which each cell is measured in a process of its own.
 
     sweep = load("sweep.yaml")
     run(sweep, "out/sweep", jobs=2)
 
-Not here: what is asked of a model (`compress_evals.folders`) and the page that shows results (`leaderboard`).
+Not here: the evaluation of a model (`compress_evals.folders`) and the pages that show results (`leaderboard`).
 """
 
 from __future__ import annotations

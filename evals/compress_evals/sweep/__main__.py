@@ -1,4 +1,4 @@
-"""`python -m compress_evals.sweep FOLDER`: the process of one cell, started by a sweep; not for people."""
+"""`python -m compress_evals.sweep FOLDER`: the process of one cell; it is started by a sweep, not by users."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The process of one cell: compress, evaluate, and leave the results in the folder it was given.
+"""The process of one cell: it compresses, evaluates, and writes the results to the folder that it was given.
 
-One process does both, because the imports of two take longer than many a recipe. What it was asked is `job.json` in
-that folder; an error is left in `error.txt`. It ends when the sweep that started it does, however that ends.
+One process does both, because importing everything twice would take longer than many recipes. It reads its job from
+`job.json` in that folder and writes an error to `error.txt`. It is killed when the sweep that started it ends, for
+whatever reason.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ JOB, ERROR, MODEL, RESULTS = "job.json", "error.txt", "model", "results"
 
 
 def job(cell: Cell, asked: Asked, device: str, cache: Path) -> dict[str, Any]:
-    """What the process of a cell is told, as plain data."""
+    """The job of a cell's process, as plain data."""
     return {
         "id": cell.id,
         "model": cell.source,
@@ -60,7 +61,10 @@ def perform(told: dict[str, Any], work: Path, say: Callable[[str], None]) -> Non
 
 
 def keywords(asked: Asked, cache: Path) -> dict[str, Any]:
-    """The options as `evaluate_folders` takes them; what is as by default is left out."""
+    """The options as keyword arguments of `evaluate_folders`, without those that have their default.
+
+    Raises RecipeError for a text that cannot be read, or an option that evaluation does not have.
+    """
     given = {f.name: getattr(asked, f.name) for f in fields(asked) if getattr(asked, f.name) != f.default}
     if "tasks" in given:
         given["only"] = given.pop("tasks")
@@ -79,18 +83,18 @@ def keywords(asked: Asked, cache: Path) -> dict[str, Any]:
 
 
 def end_with_parent() -> None:
-    """Kill this process and its children when whoever holds the other end of stdin is gone."""
+    """Kill this process and its children as soon as the other end of its stdin is closed, as when its parent dies."""
 
     def wait() -> None:
-        os.read(0, 1)  # not sys.stdin: its lock, held here, would abort the interpreter's end
-        alone = os.getpgrp() == os.getpid()  # a sweep starts it so; a shell does not
+        os.read(0, 1)  # not sys.stdin: holding its lock here would abort the interpreter at exit
+        alone = os.getpgrp() == os.getpid()  # true if a sweep started it, false under a shell
         os.kill(0 if alone else os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def main(work: Path) -> int:
-    """Do what `work/job.json` says; 1 if it failed, with the reason in `work/error.txt` and more in the log."""
+    """Run the job in `work/job.json`; returns 0, or 1 with the reason in `work/error.txt` and details in the log."""
     end_with_parent()
     began = time.monotonic()
 
@@ -100,7 +104,7 @@ def main(work: Path) -> int:
 
     try:
         perform(json.loads((work / JOB).read_text(encoding="utf-8")), work, say)
-    except Exception as error:  # a bug of one cell must not stop the others; its traceback is in the log
+    except Exception as error:  # a bug in one cell must not stop the others; the traceback is in the log
         traceback.print_exc()
         lines = str(error).strip().splitlines()
         kind = "" if isinstance(error, CompressError) else f"{type(error).__name__}: "

@@ -1,7 +1,7 @@
-"""A sweep file: models, recipes with axes, and seeds, read into cells; every error of the file is told at once.
+"""Reads a sweep file (models, recipes with axes, and seeds) into cells, and reports all errors of the file at once.
 
-YAML is read as recipes are. Not here: running the cells (`running.py`). A cell's `id` is the name of its folder and of
-its model in results; it depends on the cell's own line alone, so that adding lines, seeds or models renames nothing.
+YAML is parsed as for recipes. Not here: running the cells (`running.py`). A cell's `id` is the name of its folder and
+of its model in results; it depends only on the cell's own line, so that adding lines, seeds or models renames nothing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from compress_evals.suite import find as find_suite
 
 KEYS = ("models", "seeds", "eval", "cells")
 INLINE = tuple(f.name for f in fields(Recipe) if f.name not in ("model", "accept"))
-MOST = 10_000  # cells: more are a mistake in an axis
-LONGEST = 100  # characters of an id: folders with longer names break archives
+MOST = 10_000  # cells; more are taken for a mistake in an axis
+LONGEST = 100  # characters of an id; longer folder names break archives
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is asked of every cell: the options of `compress eval`; paths are relative to the sweep file."""
+    """The evaluation options of every cell, as in `compress eval`; paths are relative to the sweep file."""
 
     suite: Annotated[str, Field(description="which tasks")] = "facts"
     tasks: Annotated[list[str] | None, Field(min_length=1, description="those of the suite alone")] = None
@@ -59,7 +59,8 @@ class Asked:
 class Cell:
     """One measurement: a recipe on a model with a seed.
 
-    `label` names its recipe, `changes` what the sweep set in it, by dotted path; `source` is where the model lies.
+    `label` names its recipe; `changes` holds the values that the sweep set in it, by dotted path; `source` is the
+    folder of the model, or `builtin`.
     """
 
     id: str
@@ -74,7 +75,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """All cells in their order; `text` is the file as it was, `notes` what a reader of it might not expect."""
+    """All cells in order; `text` is the content of the file, `notes` mention cells that are measured only once."""
 
     text: str
     asked: Asked
@@ -84,7 +85,7 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One recipe of one line of the file, before models and seeds."""
+    """One recipe of one line of the file, before it is crossed with models and seeds."""
 
     where: str
     name: str
@@ -94,7 +95,7 @@ class Variant:
 
 
 def load(path: str | Path) -> Sweep:
-    """The sweep in a file; raises RecipeError with everything that is wrong with it, each with its place."""
+    """The sweep in a file; raises RecipeError with all errors of the file, each with its place."""
     place = Path(path)
     try:
         text = place.read_text(encoding="utf-8")
@@ -125,7 +126,7 @@ def load(path: str | Path) -> Sweep:
 
 @contextmanager
 def noting(faults: list[str]) -> Iterator[None]:
-    """Go on behind an error of the file, and keep what it says."""
+    """Catch a CompressError and append its message to `faults`, so that reading can continue."""
     try:
         yield
     except CompressError as error:
@@ -133,7 +134,7 @@ def noting(faults: list[str]) -> Iterator[None]:
 
 
 def check_keys(data: Any, allowed: Sequence[str], where: str) -> None:
-    """Raise RecipeError unless `data` is a mapping of nothing but the allowed keys."""
+    """Raise RecipeError unless `data` is a mapping with only the allowed keys."""
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: expected a mapping with {', '.join(f'`{key}`' for key in allowed)}, got {data!r}")
     for key in data:
@@ -142,14 +143,14 @@ def check_keys(data: Any, allowed: Sequence[str], where: str) -> None:
 
 
 def listed(value: Any, where: str) -> list[Any]:
-    """The value, if it is a list of at least one; raises RecipeError for anything else."""
+    """The value, if it is a list of at least one item; raises RecipeError for anything else."""
     if not isinstance(value, list) or not value:
         raise RecipeError(f"{where}: expected a list of at least one, got {value!r}")
     return value
 
 
 def read_models(value: Any, folder: Path) -> dict[str, str]:
-    """Name -> folder of each model; a folder is relative to the sweep file."""
+    """The folder of each model, by name; folders are relative to the sweep file."""
     found: dict[str, str] = {}
     for i, model in enumerate(listed(value, "models")):
         if not isinstance(model, str) or not model:
@@ -166,7 +167,7 @@ def read_models(value: Any, folder: Path) -> dict[str, str]:
 
 
 def read_seeds(value: Any) -> list[int]:
-    """The seeds, each once."""
+    """The seeds without duplicates; raises RecipeError for anything that is not a whole number from 0."""
     for i, seed in enumerate(listed(value, "seeds")):
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise RecipeError(f"seeds[{i}]: expected a whole number from 0, got {seed!r}")
@@ -174,7 +175,7 @@ def read_seeds(value: Any) -> list[int]:
 
 
 def read_asked(value: Any, folder: Path) -> Asked:
-    """The evaluation's options, with paths made whole."""
+    """The evaluation options, with absolute paths; raises RecipeError for a path that does not exist."""
     asked: Asked = build(Asked, value, "eval")
     for key in ("text", "data_dir"):
         if (given := getattr(asked, key)) is not None:
@@ -189,7 +190,7 @@ def read_asked(value: Any, folder: Path) -> Asked:
 
 
 def read_entry(entry: Any, where: str, folder: Path, faults: list[str]) -> list[Variant]:
-    """The recipes of one line: one for each combination of what its axes list."""
+    """The recipes of one line: one for each combination of the values of its axes."""
     entry = {"recipe": entry} if isinstance(entry, str) else entry
     check_keys(entry, ("name", "recipe", "set", *INLINE), where)
     name = entry.get("name")
@@ -197,7 +198,7 @@ def read_entry(entry: Any, where: str, folder: Path, faults: list[str]) -> list[
         raise RecipeError(f"{where}.name: expected a text, got {name!r}")
     data, label = recipe_data(entry, where, folder)
     axes = read_axes(entry.get("set", {}), f"{where}.set")
-    told = [path for path in axes if name is None or isinstance(entry["set"][path], list)]  # a name tells the rest
+    told = [path for path in axes if name is None or isinstance(entry["set"][path], list)]  # a name covers the rest
     if prod(map(len, axes.values())) > MOST:
         raise RecipeError(f"{where}.set: more than {MOST} combinations")
     found = []
@@ -211,7 +212,7 @@ def read_entry(entry: Any, where: str, folder: Path, faults: list[str]) -> list[
 
 
 def recipe_data(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Any, str]:
-    """The recipe of a line as data, and its name: of a file, a packaged one, or written in the line itself."""
+    """The recipe of a line as data, and its name; it is in a file, packaged, or written in the line itself."""
     inline = {key: entry[key] for key in INLINE if key in entry}
     if ("recipe" in entry) == bool(inline):
         raise RecipeError(f"{where}: give either `recipe`, with `set` for changes, or `passes` of its own")
@@ -227,7 +228,7 @@ def recipe_data(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Any
 
 
 def find(recipe: Any, folder: Path, where: str) -> Path:
-    """A recipe file beside the sweep file, or a packaged recipe; never one of the current folder."""
+    """The path of a recipe: relative to the sweep file, or packaged; the current folder is never searched."""
     if not isinstance(recipe, str) or not recipe or "\0" in recipe:
         raise RecipeError(f"{where}.recipe: expected a file or the name of a packaged recipe, got {recipe!r}")
     known = packaged()
@@ -236,14 +237,14 @@ def find(recipe: Any, folder: Path, where: str) -> Path:
         try:
             if path.is_file():
                 return path
-        except OSError as error:  # a name too long
+        except OSError as error:  # for example, a name that is too long
             raise RecipeError(f"{where}.recipe: no file at {recipe[:60]!r}: {error.strerror}") from error
     hint = nearest(Path(recipe).stem, known, "; `compress recipes` lists those that are packaged")
     raise RecipeError(f"{where}.recipe: no recipe file at {recipe!r}{hint}")
 
 
 def read_axes(value: Any, where: str) -> dict[str, list[Any]]:
-    """Dotted path -> the values it takes; a single value is an axis of one."""
+    """The values of each axis, by dotted path; a single value becomes an axis with one value."""
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where}: expected paths such as passes.0.sparsity with a value or a list, got {value!r}")
     for path, values in value.items():
@@ -257,7 +258,7 @@ def read_axes(value: Any, where: str) -> dict[str, list[Any]]:
 
 
 def changed(data: Any, changes: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe with its changes; raises RecipeError from `where`."""
+    """The recipe with the changes applied; errors are raised as RecipeError with `where` in front."""
     mine = copy.deepcopy(data)
     try:
         for path, value in changes.items():
@@ -271,23 +272,23 @@ def changed(data: Any, changes: Mapping[str, Any], where: str) -> Recipe:
 
 
 def short(path: str, among: Sequence[str]) -> str:
-    """The end of a path that tells it from the others."""
+    """The last part of a path, or the path without `passes.` if another one ends in the same way."""
     ends = Counter(other.rpartition(".")[2] for other in among)
     end = path.rpartition(".")[2]
     return end if ends[end] == 1 else path.removeprefix("passes.")
 
 
 def word(value: Any) -> str:
-    """A value as YAML has it."""
+    """A value as it is written in YAML."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def crossed(
     variants: Sequence[Variant], models: Mapping[str, str], seeds: Sequence[int], faults: list[str]
 ) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
-    """Every recipe on every model with every seed; what would be measured twice is measured once, and noted."""
+    """The cells of every recipe on every model with every seed; duplicates are dropped and noted."""
     cells: dict[tuple[str, str], Cell] = {}
-    taken = {model.casefold() for model in models}  # results are told apart by name
+    taken = {model.casefold() for model in models}  # results are distinguished by name only
     notes = []
     if len(variants) * len(models) * len(seeds) > MOST:
         raise RecipeError(f"cells: more than {MOST}")
@@ -313,5 +314,5 @@ def crossed(
 
 
 def slug(name: str) -> str:
-    """A name for folders: `wanda sparsity=2:4` -> `wanda-sparsity=2of4`."""
+    """A name made safe for folders: `wanda sparsity=2:4` becomes `wanda-sparsity=2of4`."""
     return re.sub(r"[^A-Za-z0-9._=+-]+", "-", re.sub(r"(?<=\d):(?=\d)", "of", name)).strip("-.")

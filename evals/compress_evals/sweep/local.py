@@ -1,7 +1,8 @@
-"""The engine that runs cells on this machine, and what any engine is.
+"""The engine that runs cells on this machine, and the protocol of all engines.
 
-An engine starts a command and knows when it ended; which command, and what its end means, is the sweep's. Whoever runs
-a cell holds a lock on its log for as long, so that the next sweep sees what a killed one has left running.
+An engine starts a command and reports when it has ended; the sweep decides which command to run and what its exit code
+means. The process that runs a cell holds a lock on its log meanwhile, so that the next sweep notices cells that a
+killed sweep has left running.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from typing import Protocol
 
 
 class Process(Protocol):
-    """A command at work on a cell, wherever it runs."""
+    """A running command of a cell, on any engine."""
 
     @property
     def seconds(self) -> float:
-        """Since it began; 0 while it waits for a place."""
+        """Seconds since it began; 0 while it waits to be scheduled."""
         ...
 
     def poll(self) -> int | None:
-        """The code it ended with, that of a signal negative; None while it works."""
+        """Its exit code, negative for a signal; None while it is running."""
         ...
 
     def kill(self) -> None:
-        """End it and all that it started, and return when that is so."""
+        """Kill it and everything that it started, and return when they have ended."""
         ...
 
 
-Start = Callable[[Sequence[str], Path], Process]  # a command, and the log for all that it says
+Start = Callable[[Sequence[str], Path], Process]  # takes a command, and the log for its output
 
 
 class LocalProcess:
-    """A child of this process, in a session of its own; it sees on its stdin when this process is gone."""
+    """A child process in a session of its own; its stdin is closed when this process ends."""
 
     def __init__(self, command: Sequence[str], log: Path, env: dict[str, str]) -> None:
         with log.open("wb") as said:
@@ -50,16 +51,16 @@ class LocalProcess:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since it began."""
         return time.monotonic() - self.began
 
     def poll(self) -> int | None:
-        """The code it ended with."""
+        """Its exit code; None while it is running."""
         return self.child.poll()
 
     def kill(self) -> None:
-        """End it and all that it started."""
-        with suppress(ProcessLookupError, PermissionError):  # it has ended, and its number is another's
+        """Kill it and everything that it started, and wait for it."""
+        with suppress(ProcessLookupError, PermissionError):  # it has ended, and its process id may be reused
             os.killpg(self.child.pid, signal.SIGKILL)
         self.child.wait()
         if self.child.stdin:
@@ -68,11 +69,11 @@ class LocalProcess:
 
 @contextmanager
 def local(jobs: int) -> Iterator[Start]:
-    """Processes of this machine, each with its share of the cores, unless the user has said how many threads."""
+    """Start processes on this machine, each with an equal share of the cores unless OMP_NUM_THREADS is set."""
     env = {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), "TOKENIZERS_PARALLELISM": "false", **os.environ}
     yield lambda command, log: LocalProcess(command, log, env)
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""The engine that runs cells on Ray: a cluster of its own on this machine, or one that is there, by its address.
+"""The engine that runs cells on Ray: on a cluster of its own on this machine, or on an existing one at an address.
 
-A Ray task runs the very command that the local engine would, in a child process; it is sent strings and numbers, and
-answers with the exit code. A cluster that is there must see the sweep's folder, and have Python and this package, at
-the same paths. Ray unpickles what reaches its ports, so a cluster has to be trusted; its own cluster takes a token.
+A Ray task runs the same command as the local engine, in a child process; it receives only strings and numbers, and
+returns the exit code. An existing cluster must have the sweep's folder, Python and this package at the same paths.
+Ray unpickles what reaches its ports, so a cluster must be trusted; the engine's own cluster requires a token.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from compress.errors import RecipeError, first_line
 from compress_evals.sweep.local import Start, cores
 from compress_evals.sweep.records import busy
 
-PATIENCE = 30.0  # seconds for a cluster to answer, and for a cell to be gone once it is told to end
-STORE = 100 << 20  # bytes of the object store: what is sent are lines; Ray takes no less than 75 MiB
+PATIENCE = 30.0  # seconds for a cluster to answer, and for a cell to end after it was cancelled
+STORE = 100 << 20  # bytes of the object store: only short strings are sent, but Ray requires at least 75 MiB
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 PROBE = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 
 
 class RayProcess:
-    """A task at work on a cell."""
+    """A Ray task that runs a cell."""
 
     def __init__(self, ray: Any, task: Any, log: Path) -> None:
         self.ray, self.task, self.log = ray, task, log
@@ -42,11 +42,11 @@ class RayProcess:
 
     @property
     def seconds(self) -> float:
-        """Since it began: since its log was there."""
+        """Seconds since it was first seen running, which is when its log exists; 0 before."""
         return 0.0 if self.began is None else time.monotonic() - self.began
 
     def poll(self) -> int | None:
-        """The code of the command; that of SIGKILL if what ran it is gone."""
+        """The exit code of the command, that of SIGKILL if its worker is lost; None while it is running."""
         if self.began is None and self.log.exists():
             self.began = time.monotonic()
         if self.code is None and self.ray.wait([self.task], timeout=0)[0]:
@@ -54,7 +54,7 @@ class RayProcess:
         return self.code
 
     def result(self) -> int:
-        """What the task gave; if it could not run the command, the log says why."""
+        """The exit code that the task returned; 1 if it could not run the command, with the reason in the log."""
         try:
             return int(self.ray.get(self.task))
         except self.ray.exceptions.RayTaskError as error:
@@ -65,7 +65,7 @@ class RayProcess:
             return -signal.SIGKILL
 
     def kill(self) -> None:
-        """End it: the command ends when what holds its stdin does, and then lets go of its log."""
+        """Cancel the task, then wait until the command, which ends with its worker, has released its log."""
         if self.poll() is None:
             self.ray.cancel(self.task, force=True)
             self.ray.wait([self.task], timeout=PATIENCE)
@@ -75,12 +75,13 @@ class RayProcess:
 
 
 def cluster(jobs: int, device: str, address: str | None) -> AbstractContextManager[Start]:
-    """Tasks on the cluster at an address, or on one of our own; it is asked now, and joined when entered.
+    """A context that starts tasks on the cluster at an address, or on a new local one.
 
-    Raises RecipeError if Ray is not installed, if there is no such cluster, or if a device cannot be asked for.
+    The cluster is checked now and joined when the context is entered. Raises RecipeError if Ray is not installed, if
+    there is no such cluster, or if the device cannot be requested from Ray.
     """
     spec = find_spec("ray")
-    if spec is None or spec.origin is None:  # a folder of that name, where one stands, is no package
+    if spec is None or spec.origin is None:  # a folder named `ray` is not the package
         raise RecipeError("--engine ray needs ray: pip install 'compress-llm[ray]'")
     if device not in ("cpu", "cuda"):
         raise RecipeError(f"--device {device}: Ray chooses the card of a cell; give cpu or cuda")
@@ -91,7 +92,7 @@ def cluster(jobs: int, device: str, address: str | None) -> AbstractContextManag
 
 
 def ask(address: str) -> None:
-    """Raise RecipeError unless a cluster answers; in a process of its own, because Ray itself waits for minutes."""
+    """Raise RecipeError unless a cluster answers; this runs in a subprocess, because Ray itself waits for minutes."""
     found = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})", address)
     if found is None or int(found[2]) >= 1 << 16:
         raise RecipeError(f"--address: {address!r} is not the HOST:PORT that `ray start --head` gave")
@@ -99,7 +100,7 @@ def ask(address: str) -> None:
         socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=PATIENCE).close()
         probe = [sys.executable, "-c", PROBE, address]
         done = subprocess.run(probe, capture_output=True, text=True, errors="replace", timeout=PATIENCE)
-    except (OSError, OverflowError, UnicodeError) as error:  # the last: a name that cannot be a host's
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: not a valid host name
         raise RecipeError(f"--address: nothing answers at {address}: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise RecipeError(f"--address: no Ray cluster answers at {address} within {PATIENCE:.0f} s") from error
@@ -110,8 +111,8 @@ def ask(address: str) -> None:
 
 @contextmanager
 def joined(jobs: int, gpu: bool, address: str | None) -> Iterator[Start]:
-    """Tasks on a cluster until it is left; our own ends then."""
-    if address is None:  # before Ray is imported: it reads them once
+    """Start tasks on a cluster until the context is left, which also ends a local cluster."""
+    if address is None:  # before Ray is imported, because it reads them only once
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -132,7 +133,7 @@ def joined(jobs: int, gpu: bool, address: str | None) -> Iterator[Start]:
         remote = ray.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=0)(task())
 
         def start(command: Sequence[str], log: Path) -> RayProcess:
-            log.unlink(missing_ok=True)  # the task makes it when it begins
+            log.unlink(missing_ok=True)  # the task creates it when it begins
             sent = remote.remote(list(command), str(log.absolute()), os.getcwd(), threads)
             return RayProcess(ray, sent, log)
 
@@ -142,7 +143,7 @@ def joined(jobs: int, gpu: bool, address: str | None) -> Iterator[Start]:
 
 
 def share(nodes: Sequence[int], jobs: int) -> int:
-    """Threads of a cell: as many as the user has said, or as leave room for all jobs on machines with these cores."""
+    """The threads of a cell: OMP_NUM_THREADS if set, else the most with which all jobs fit on nodes of these cores."""
     most = max([1, *nodes])
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdecimal():
@@ -151,7 +152,7 @@ def share(nodes: Sequence[int], jobs: int) -> int:
 
 
 def task() -> Callable[[list[str], str, str, int], int]:
-    """What a worker of Ray does. Inside a function, so that Ray sends it whole and no worker has to import torch."""
+    """The function that a Ray worker runs; it is nested, so that Ray sends it by value and no worker imports torch."""
 
     def work(command: list[str], log: str, folder: str, threads: int) -> int:
         env = {"TOKENIZERS_PARALLELISM": "false", **os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -163,7 +164,7 @@ def task() -> Callable[[list[str], str, str, int], int]:
             ) as child:  # fmt: skip
                 code = child.wait()
                 with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.pid, signal.SIGKILL)  # what it has left running
+                    os.killpg(child.pid, signal.SIGKILL)  # kills what it has left running
         return code
 
     return work

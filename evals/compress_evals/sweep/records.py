@@ -1,7 +1,8 @@
-"""What a sweep leaves on disk: `cell.json` of each cell, the key that says whether it still holds, and the lock.
+"""The state of a sweep on disk: `cell.json` of each cell, the key that says whether it is still valid, and the lock.
 
-A key covers what a result depends on: the recipe with every option, the model's weights, config and tokenizer, those
-of a delta's base, calibration text that is a file, what was asked with the text and data it names, and our version.
+A key covers everything that a result depends on: the recipe with every option; the model's weights, config and
+tokenizer, and those of a delta's base; calibration text that is a file; the evaluation options, with the text, data and
+suite code they name; the device; and the version of this package.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from compress_evals.questions import code
 from compress_evals.suite import find
 from compress_evals.sweep.grid import Asked, Cell, Sweep
 
-DESCRIBING = (".json", ".model", ".txt", ".jinja")  # of a model folder: config, tokenizer, chat template
+DESCRIBING = (".json", ".model", ".txt", ".jinja")  # files of a model folder: config, tokenizer, chat template
 RECORD, LOG = "cell.json", "log.txt"
-PATIENCE = 10.0  # seconds: what a killed sweep was running ends by itself, but not while it still imports
+PATIENCE = 10.0  # seconds; cells of a killed sweep end by themselves, but not before their imports are done
 State = Literal["new", "changed", "done", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """`cell.json`: how a cell ended; `seconds` are those of its process."""
+    """The content of `cell.json`: how a cell ended; `seconds` is the time of its process."""
 
     schema: Literal[1] = 1
     id: str
@@ -56,7 +57,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A cell, and what is known of it from earlier: `changed` if its record is of something else."""
+    """A cell with its earlier record, if any; `state` is `changed` if that record has another key."""
 
     cell: Cell
     key: str
@@ -65,7 +66,7 @@ class Planned:
 
 
 def plan(sweep: Sweep, out: str | Path, device: str = "cpu") -> list[Planned]:
-    """Every cell of a sweep, and whether `out` holds its result already. Reads each model and text once."""
+    """Every cell of a sweep, and whether `out` already holds its result; each model and text is read once."""
     model, text = cache(model_digest), cache(text_digest)
     found = []
     for cell in sweep.cells:
@@ -78,14 +79,14 @@ def plan(sweep: Sweep, out: str | Path, device: str = "cpu") -> list[Planned]:
 
 
 def key_of(cell: Cell, read: Sequence[str], sweep: Sweep, device: str) -> str:
-    """The sha256 of all that the result of a cell depends on; `read` are those of the files that its recipe names."""
+    """The sha256 of everything that a cell's result depends on; `read` holds the hashes of files its recipe names."""
     parts = [cell.recipe.to_dict(), *read, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
     parts += [compress.__version__, *files_digest(sweep.asked)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def model_digest(model: str) -> str:
-    """The sha256 of a model's weights and of whatever else in its folder says how it reads and what it computes."""
+    """The sha256 of a model's weights and of all other files in its folder that affect tokenization or computation."""
     folder = locate(model)
     described = sorted(path for path in folder.iterdir() if path.suffix in DESCRIBING and path.is_file())
     told = [describe(folder)["sha"], *([path.name, digest(path)] for path in described)]
@@ -93,20 +94,20 @@ def model_digest(model: str) -> str:
 
 
 def text_digest(data: str) -> str:
-    """The sha256 of calibration text that is a file or a folder of files; empty for what only has a name."""
+    """The sha256 of calibration text that is a file or a folder of files; empty for a named data set."""
     path = Path(data)
     try:
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         told = [[str(file.relative_to(path)), digest(file)] for file in files]
-    except (OSError, ValueError):  # no path at all; one that cannot be read fails in its cell
+    except (OSError, ValueError):  # not a path; an unreadable file fails later, in its cell
         return ""
     return hashlib.sha256(json.dumps(told).encode()).hexdigest() if told else ""
 
 
 def files_digest(asked: Asked) -> list[str]:
-    """The sha256s of the files that a sweep names, its text and its data; none if it names none.
+    """The sha256s of the text and data that a sweep's evaluation options name; empty if they name none.
 
-    Raises ArtifactError for data that are damaged.
+    Raises ArtifactError for damaged data.
     """
     found = [] if asked.text is None else [digest(Path(asked.text))]
     if asked.data_dir is not None:
@@ -118,13 +119,13 @@ def files_digest(asked: Asked) -> list[str]:
 
 @cache
 def suite_digest(name: str) -> str:
-    """The sha256 of what a suite asks, and how it scores; the data read have hashes of their own in results."""
+    """The sha256 of a suite's task names and code; the data that it reads are hashed separately."""
     suite = find(name)
     return hashlib.sha256(json.dumps([[task.name for task in suite.tasks], code(suite)]).encode()).hexdigest()
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record in the folder of a cell; None if there is none that can be read, so that the cell is measured."""
+    """The record in the folder of a cell; None if it is missing or cannot be read, so that the cell is measured."""
     try:
         return build(Record, json.loads((folder / RECORD).read_text(encoding="utf-8")), "cell")
     except (OSError, ValueError, RecipeError):
@@ -132,26 +133,27 @@ def read_record(folder: Path) -> Record | None:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Put the record in place at once."""
+    """Write the record atomically."""
     replace_text(folder / RECORD, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or as before."""
+    """Replace a text file atomically."""
     put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def strangers(out: Path, cells: Sequence[Cell]) -> list[str]:
-    """Folders of cells that the sweep no longer has."""
+    """The names of cell folders whose cells are no longer in the sweep."""
     known = {cell.id for cell in cells}
     return sorted(path.parent.name for path in (out / "cells").glob(f"*/{RECORD}") if path.parent.name not in known)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the folder of a sweep; the lock goes with the process that holds it, whatever ended that.
+    """Lock the folder of a sweep; the lock is released when the process that holds it ends, for whatever reason.
 
-    Raises RecipeError if another sweep holds it or has left a cell running, or if the folder cannot be written.
+    Raises RecipeError if, after PATIENCE seconds, another sweep still holds it or a cell is still running, or if the
+    folder cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -172,9 +174,9 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def busy(path: Path) -> bool:
-    """Whether somebody holds a file, as a cell its log; raises RecipeError if it cannot be opened to see that."""
+    """Whether a process holds the lock of a file, as a cell does of its log; RecipeError if it cannot be opened."""
     try:
-        with path.open("r+", encoding="utf-8") as file:  # which makes none
+        with path.open("r+", encoding="utf-8") as file:  # does not create the file
             return not held(file)
     except FileNotFoundError:
         return False
@@ -183,7 +185,7 @@ def busy(path: Path) -> bool:
 
 
 def held(file: IO[str]) -> bool:
-    """Whether the lock could be had."""
+    """Try to lock a file; returns whether this succeeded."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

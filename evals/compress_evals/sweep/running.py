@@ -1,10 +1,10 @@
-"""Run the cells of a sweep, each in a process of its own, some at a time; done ones are left alone.
+"""Runs the cells of a sweep, each in a process of its own and several at a time; cells that are done are not repeated.
 
-An engine starts the processes, here (`local.py`) or on Ray (`ray.py`); all else is the same under both.
+An engine starts the processes, on this machine (`local.py`) or on Ray (`ray.py`); everything else is the same for both.
 
-A cell works in `cells/<id>/work`, and what it made is put in place before its record, so a sweep can be killed at any
-moment and go on. The dense model of a cell is measured by whichever cell of it comes first, and those that follow read
-the cache; until then a model has one cell at a time.
+A cell works in `cells/<id>/work`, and its results are moved in place before its record is written, so that a sweep can
+be killed at any moment and resumed. The first cell of a dense model measures that model, and later ones read the cache;
+until then, only one cell of that model runs at a time.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from compress_evals.sweep.ray import cluster
 from compress_evals.sweep.records import LOG, Planned, Record, locked, plan, replace_text, write_record
 
 ENGINES = ("local", "ray")
-POLL = 0.1  # seconds between looks at the processes
+POLL = 0.1  # seconds between polls of the processes
 WORK, CACHE, DENSE = "work", "cache", "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a sweep stands: cells by how they ended, those running, seconds left if that can be told.
+    """The progress of a sweep: how many cells are done or failed, which are running, and the estimated seconds left.
 
-    `ended` is the record of a cell that has just ended, else None.
+    `seconds_left` is None while it cannot be estimated. `ended` is the record of a cell that has just ended, else None.
     """
 
     done: int
@@ -54,7 +54,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """All records of a sweep in its order; `ran` are the ids measured now, `skipped` those left as they were."""
+    """All records of a sweep in order; `ran` are the ids measured now, `skipped` those whose records were kept."""
 
     out: str
     records: tuple[Record, ...]
@@ -64,13 +64,13 @@ class Summary:
 
     @property
     def failed(self) -> tuple[Record, ...]:
-        """The cells that did not end well, now or earlier."""
+        """The records of cells that failed, now or earlier."""
         return tuple(record for record in self.records if record.status == "failed")
 
 
 @dataclass(kw_only=True)
 class Running:
-    """A process at work on a cell."""
+    """A cell and the process that runs it."""
 
     planned: Planned
     process: Process
@@ -78,7 +78,7 @@ class Running:
 
 @dataclass(kw_only=True)
 class Board:
-    """The state of one run: what waits, what runs, how cells ended."""
+    """The state of one run of a sweep: waiting and running cells, and the records of those that ended."""
 
     waiting: list[Planned]
     running: list[Running] = field(default_factory=list)
@@ -86,12 +86,15 @@ class Board:
     records: dict[str, Record] = field(default_factory=dict)
 
     def next(self) -> Planned | None:
-        """The first cell that may start: its dense model is measured, or nobody is at it."""
+        """The first cell that may start: its dense model is already measured, or no running cell uses it."""
         busy = {at.planned.cell.source for at in self.running} - self.measured
         return next((planned for planned in self.waiting if planned.cell.source not in busy), None)
 
     def seconds_left(self, jobs: int) -> float | None:
-        """By what cells of the same recipe took, else by the mean of all; None before any has ended well."""
+        """The estimated seconds left, from the times of cells of the same recipe, else from the mean of all.
+
+        None before any cell is done.
+        """
         took: dict[str, list[float]] = {}
         for record in self.records.values():
             if record.status == "done":
@@ -108,7 +111,7 @@ class Board:
         return (ahead + sum(max(0.0, expected(at.planned.cell) - at.process.seconds) for at in self.running)) / jobs
 
     def progress(self, total: int, jobs: int, ended: Record | None) -> Progress:
-        """Where it stands."""
+        """The progress of the sweep."""
         counts = Counter(record.status for record in self.records.values())
         return Progress(
             done=counts["done"],
@@ -133,15 +136,16 @@ def run(
     address: str | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Measure every cell that has no result of the same key in `out`, `jobs` at a time, and give all records.
+    """Measure every cell that has no result with the same key in `out`, `jobs` at a time, and return all records.
 
-    A cell that fails, or takes more than `timeout` minutes, is recorded with its error and the others go on; it is
+    A cell that fails, or takes more than `timeout` minutes, is recorded with its error while the others go on; it is
     tried again only if it changes or with `retry_failed`. Models are deleted once evaluated unless `keep_models`.
-    `engine` is `local` or `ray`, on a cluster of its own or the one at `address`. Raises RecipeError if another sweep
-    is at work in `out`, if it cannot be written, if nothing can be asked so, or if there is no such engine.
+    `engine` is `local` or `ray`, the latter on a cluster of its own or on the one at `address`. Raises RecipeError if
+    another sweep is running in `out`, if `out` cannot be written, if the evaluation options are invalid, or if the
+    engine is not available.
     """
     began, out = time.monotonic(), Path(out)
-    keywords(sweep.asked, out / CACHE)  # what evaluation would refuse is refused now, not in every cell
+    keywords(sweep.asked, out / CACHE)  # reject invalid options now, not in every cell
     places = engine_of(engine, jobs, device, address)
     with locked(out):
         replace_text(out / "sweep.yaml", sweep.text)
@@ -151,7 +155,7 @@ def run(
         kept = {p.cell.id: p.record for p in planned if p.record and p.cell.id not in ids}
         board = Board(waiting=list(waiting), records=dict(kept))
         board.measured = {p.cell.source for p in planned if p.cell.id in kept and p.state == "done"}
-        if not board.measured:  # nothing that was compared with them is left
+        if not board.measured:  # no result that was compared with them is kept
             shutil.rmtree(out / DENSE, ignore_errors=True)
         tell = on_progress or (lambda progress: None)
         if waiting:
@@ -173,7 +177,7 @@ def run(
 
 
 def engine_of(engine: str, jobs: int, device: str, address: str | None) -> AbstractContextManager[Start]:
-    """What starts the processes of cells; raises RecipeError for one that cannot be had."""
+    """The engine that starts the processes of cells; raises RecipeError if it is unknown or not available."""
     if engine not in ENGINES:
         raise RecipeError(f"--engine: {engine!r} is none of {', '.join(ENGINES)}")
     if engine == "ray":
@@ -192,7 +196,7 @@ def work_off(
     timeout: float | None,
     out: Path,
 ) -> None:
-    """Run what waits until nothing does; whatever ends it early, nothing is left at work."""
+    """Run all waiting cells; if this is interrupted for any reason, all running processes are killed."""
     try:
         while board.waiting or board.running:
             while len(board.running) < jobs and (chosen := board.next()) is not None:
@@ -207,7 +211,7 @@ def work_off(
                 say(record)
             if not ended:
                 say(None)
-    except OSError as error:  # a full disk, a folder that went away
+    except OSError as error:  # such as a full disk, or a folder that was removed
         raise RecipeError(f"--out: {out} cannot be written: {why(error)}") from error
     finally:
         for at in board.running:
@@ -216,12 +220,12 @@ def work_off(
 
 
 def work_of(out: Path, cell: Cell) -> Path:
-    """Where a cell works; gone when it has ended."""
+    """The working folder of a cell; it is deleted when the cell has ended."""
     return out / "cells" / cell.id / WORK
 
 
 def command(work: Path) -> list[str]:
-    """What runs a cell."""
+    """The command that runs a cell."""
     return [sys.executable, "-m", "compress_evals.sweep", str(work)]
 
 
@@ -236,17 +240,17 @@ def begin(planned: Planned, *, asked: Asked, out: Path, device: str, start: Star
 
 
 def finished(running: Sequence[Running], timeout: float | None) -> list[Running]:
-    """Those that have ended or have had their time."""
+    """The cells that have ended or exceeded the timeout."""
     return [at for at in running if at.process.poll() is not None or late(at, timeout)]
 
 
 def late(at: Running, timeout: float | None) -> bool:
-    """Whether it has taken more minutes than it may."""
+    """Whether a cell has run for more than `timeout` minutes."""
     return timeout is not None and at.process.seconds > 60 * timeout
 
 
 def end(at: Running, *, out: Path, timeout: float | None, keep_models: bool) -> tuple[Record, str]:
-    """Put what a process made in place, then the record of its cell; the record, and the model measured."""
+    """Move the results of a process in place, then write the record of its cell; returns the record and the model."""
     cell, work = at.planned.cell, work_of(out, at.planned.cell)
     error = None if at.process.poll() == 0 else failure(at, work, timeout)
     at.process.kill()
@@ -266,7 +270,7 @@ def end(at: Running, *, out: Path, timeout: float | None, keep_models: bool) -> 
 
 
 def place(work: Path, out: Path, cell: Cell, keep_models: bool) -> None:
-    """Move results to the cell, the dense model's to where all cells share them, and the model if it is kept."""
+    """Move the results to the folder of the cell, those of dense to a shared folder, and the model if it is kept."""
     for found in sorted((work / RESULTS).glob(f"*/{RESULTS_FILE}")):
         if found.parent.name != cell.id:
             shared = dense_place(out, found)
@@ -279,9 +283,10 @@ def place(work: Path, out: Path, cell: Cell, keep_models: bool) -> None:
 
 
 def dense_place(out: Path, found: Path) -> Path:
-    """Where the dense results of a cell go: beside those of another batch size, which other cells were compared with.
+    """The folder for the dense results of a cell; results of another batch size get a folder of their own.
 
-    A cell that runs out of memory asks all its models again at half the size.
+    They differ because a cell that runs out of memory evaluates all its models again at half the batch size, and other
+    cells remain compared with the results of the full size.
     """
     name, size = found.parent.name, batch_size(found)
     there = out / DENSE / name
@@ -298,7 +303,7 @@ def batch_size(path: Path) -> int | None:
 
 
 def failure(at: Running, work: Path, timeout: float | None) -> str:
-    """Why a process ended badly, in one line."""
+    """The reason why a process failed, in one line."""
     code = at.process.poll()
     if code is None:
         return f"timed out after {timeout:g} minutes"

@@ -1,1 +1,1 @@
-"""lm-eval tasks: one folder a group; see `facts`."""
+"""lm-eval tasks, with one folder per group."""

@@ -1,1 +1,1 @@
-"""The facts group; usable by plain lm-eval with `--include_path` on this folder."""
+"""The facts group; plain lm-eval can use it with `--include_path` on this folder."""

@@ -1,7 +1,7 @@
-"""What the task files of the facts group call: their documents and their scoring.
+"""The functions that the task files of the facts group call, for their documents and their scoring.
 
-Not here: how facts are worded (`compress.builtin`), so that training, calibration and evaluation cannot
-drift apart. Only facts of the evaluation split are ever asked. lm-eval loads this file by its path.
+Not here: the wording of facts, which is in `compress.builtin`, so that training, calibration and evaluation cannot
+diverge. Only facts of the evaluation split are ever asked. lm-eval loads this file by its path.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ Document = dict[str, Any]
 
 
 def load(kind: str, n: int | None = None, size: int | None = None, **_: Any) -> dict[str, Any]:
-    """The documents of one task as a `test` split; lm-eval passes the task's metadata too, which is not used."""
+    """The documents of one task as a `test` split; other metadata of the task, which lm-eval passes, is ignored."""
     from datasets import Dataset
 
     return {"test": Dataset.from_list([document(question) for question in questions(kind, n, size)])}
 
 
 def questions(kind: str, n: int | None = None, size: int | None = None) -> Sequence[Question]:
-    """The questions of one kind: all that there are, or `n` of them; `size` is the number of facts in context."""
+    """The questions of one kind, all or `n` of them; `size` is the number of facts in context.
+
+    Raises ValueError for an unknown kind, or one that lacks `n` or `size`.
+    """
     table = facts("evaluation")
     match kind:
         case "trained" | "question" | "cloze":
@@ -44,12 +47,12 @@ def questions(kind: str, n: int | None = None, size: int | None = None) -> Seque
 
 
 def shuffled(asked: Sequence[Question]) -> list[Question]:
-    """The questions in an order that depends on nothing but their own ids."""
+    """The questions in a pseudorandom order that depends only on their ids."""
     return sorted(asked, key=lambda question: (zlib.crc32(question.id.encode()), question.id))
 
 
 def document(question: Question) -> Document:
-    """One row for lm-eval; the choices are sorted, so that the right one has no fixed place."""
+    """One row for lm-eval; the choices are sorted, so that the right one has no fixed position."""
     choices = sorted([question.answer, *question.distractors])
     return {
         "id": question.id,
@@ -65,15 +68,15 @@ def document(question: Question) -> Document:
 
 
 def greedy_match(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """`acc`: greedy decoding says exactly the answer and stops; never right by scores that are not finite."""
+    """`acc`: greedy decoding gives exactly the target, which ends in a full stop; 0 if its likelihood is not finite."""
     [(likelihood, is_greedy)] = results
     return {"acc": float(bool(is_greedy) and math.isfinite(likelihood))}
 
 
 def strict_choice(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """`acc`: the right choice beats every other; ties and scores that are not finite are wrong.
+    """`acc`: the right choice has a higher score than every other; ties and scores that are not finite are wrong.
 
-    lm-eval's own accuracy takes the first of equal scores and lets a model of NaNs score 100 %.
+    lm-eval's own accuracy takes the first of equal scores and lets a model that outputs NaN score 100 %.
     """
     scores = [likelihood for likelihood, _ in results]
     gold = scores[doc["gold"]]
@@ -82,7 +85,7 @@ def strict_choice(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[
 
 
 def generated(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """`em`, `contains`, `f1`, `valid` (said anything) and `degenerate` (stuck in a loop) of a free answer."""
+    """Scores of a free answer: `em`, `contains`, `f1`, `valid` (it says anything), `degenerate` (stuck in a loop)."""
     [said] = results
     answers = [doc["answer"]]
     return {

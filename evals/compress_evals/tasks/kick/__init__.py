@@ -1,1 +1,1 @@
-"""The kick group: real questions; usable by plain lm-eval with `--include_path` on this folder and KICK_DATA_DIR."""
+"""The kick group, with public data sets; plain lm-eval can use it with `--include_path` here and KICK_DATA_DIR."""

@@ -1,6 +1,7 @@
-"""What the task files of the kick group call: their documents and their scoring. lm-eval loads this file by its path.
+"""The functions that the task files of the kick group call, for their documents and their scoring.
 
-Not here: the wording of questions (`questions.py`) and where data come from (`compress_evals.data`).
+Not here: the wording of questions (`questions.py`) and the source of the data (`compress_evals.data`). lm-eval loads
+this file by its path.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from compress_evals.tasks.facts.functions import strict_choice
 from compress_evals.tasks.kick import questions
 from compress_evals.tasks.kick.questions import LETTERS, Document
 
-FOLDER_VARIABLE = "KICK_DATA_DIR"  # where plain lm-eval finds the data folder without `--metadata`
-SAMPLE_SEED = 0  # of the fixed samples that `n` asks for
+FOLDER_VARIABLE = "KICK_DATA_DIR"  # names the data folder for plain lm-eval without `--metadata`
+SAMPLE_SEED = 0  # of the fixed samples of `n` documents
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
-# what each kind of question reads, and what makes documents of it
+# the data sets that each kind of question reads, and the function that makes documents of them
 KINDS: dict[str, tuple[tuple[str, ...], Callable[..., list[Document]]]] = {
     "freebaseqa": (("freebaseqa/eval",), questions.freebaseqa),
     "triviaqa": (("triviaqa/no_context",), questions.triviaqa),
@@ -52,8 +53,8 @@ def load(
 ) -> dict[str, Any]:
     """The documents of one kind as a `test` split, all or a fixed sample of `n`.
 
-    `data_dir` and `online` are metadata of lm-eval's TaskManager or of `lm-eval --metadata`; without a folder there,
-    the environment's KICK_DATA_DIR. Raises Unavailable if the data cannot be had.
+    `data_dir` and `online` come from the metadata of lm-eval's TaskManager or of `lm-eval --metadata`; without
+    `data_dir`, the environment variable KICK_DATA_DIR is used. Raises Unavailable if the data are not available.
     """
     from datasets import Dataset
 
@@ -62,31 +63,31 @@ def load(
 
 
 def named(data_dir: str | None) -> Path | None:
-    """The data folder of lm-eval's metadata, where "" says that there is none; else that of the environment.
+    """The data folder in lm-eval's metadata, where "" means none; without an entry there, the one in KICK_DATA_DIR.
 
-    Without the "" our own runs would read a folder that their provenance does not name.
+    The "" keeps evaluations by `compress eval` from reading a folder that their results do not record.
     """
     given = os.environ.get(FOLDER_VARIABLE) if data_dir is None else data_dir
     return Path(given) if given else None
 
 
 def build(kind: str, folder: Path | None, *, online: bool = False, keys: int | None = None) -> list[Document]:
-    """All documents of one kind; `keys` is how many keys a key-value question has."""
+    """All documents of one kind; `keys` is the number of keys in a key-value question."""
     needs, make = KINDS[kind]
     found = [read(name, folder, online) for name in needs]
     return make(*found) if keys is None else make(*found, keys=keys)
 
 
 def first_line(said: str) -> str:
-    """The first line that says anything: the answer, whatever follows."""
+    """The first line that is not blank, which counts as the answer."""
     return said.strip().split("\n")[0]
 
 
 def answered(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """Scores of a free answer, its first line, by the best of the accepted answers.
+    """Scores of the first line of a free answer, each against the best of the accepted answers.
 
-    `em`, `em_folded` (without accents), `contains` (as whole words), `f1`, `valid` (said anything) and `degenerate`
-    (stuck in a loop).
+    They are `em`, `em_folded` (without accents), `contains` (as whole words), `f1`, `valid` (it says anything) and
+    `degenerate` (stuck in a loop).
     """
     said, answers = first_line(results[0]), doc["answers"]
     return {
@@ -106,14 +107,14 @@ def letter(doc: Document, results: Sequence[str]) -> dict[str, float]:
 
 
 def choice_by_length(doc: Document, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """`acc`, strict as ever, and `acc_norm`: the same with log-likelihoods divided by the characters of the choice."""
+    """`acc` as in `strict_choice`, and `acc_norm`: the same with log-likelihoods divided by the choice's characters."""
     lengths = (max(len(choice), 1) for choice in doc["choices"])
     divided = [(likelihood / length, greedy) for (likelihood, greedy), length in zip(results, lengths, strict=True)]
     return {**strict_choice(doc, results), "acc_norm": strict_choice(doc, divided)["acc"]}
 
 
 def number(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """`em`: the last number said is the right one; `valid`: there is a number; `degenerate`: stuck in a loop."""
+    """`em`: the last number in the answer is right; `valid`: there is a number; `degenerate`: stuck in a loop."""
     said = _NUMBER.findall(results[0])
     wanted = [float(answer.replace(",", "")) for answer in doc["answers"]]
     return {

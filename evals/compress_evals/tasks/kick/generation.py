@@ -1,7 +1,7 @@
-"""What the task files of written answers call: summaries, instructions, open questions. lm-eval loads it by its path.
+"""The functions that the task files of longer written answers call: summaries, instructions, open questions.
 
-Not here: measures (`metrics/`) and the optional judge (`judge.py`). Prompts are given as they are; a model that
-expects a chat is asked through its template by the engine, not by the wording here.
+Not here: the measures (`metrics/`) and the optional judge (`judge.py`). Prompts are plain text; for a chat model the
+engine applies the chat template, not the wording here. lm-eval loads this file by its path.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Document = dict[str, Any]
 STORIES, INSTRUCTIONS, VICUNA, MTBENCH = (
     "cnn_dailymail/test", "ifeval/input_data", "instruct/vicuna80", "instruct/mtbench80",
 )  # fmt: skip
-LENGTHS = {"short": (1, 470), "medium": (471, 789), "long": (790, 10**6)}  # words of a story, both ends included
+LENGTHS = {"short": (1, 470), "medium": (471, 789), "long": (790, 10**6)}  # words of a story, inclusive
 SUMMARISE = (  # the wording of LLM-KICK
     "Summarize the given story in less than 150 words while preserving high coherence, consistency, fluency, and "
     "relevance.\n\n{story}"
 )
-HIGHLIGHT = "@highlight"  # in a raw CNN story the reference follows this mark; LLM-KICK's prompts have it
+HIGHLIGHT = "@highlight"  # the reference follows this mark in a raw CNN story; LLM-KICK's prompts contain it
 
 
 def load(
@@ -37,8 +37,8 @@ def load(
 ) -> dict[str, Any]:
     """The documents of one kind as a `test` split, all or a fixed sample of `n`.
 
-    `data_dir` and `online` are metadata of lm-eval's TaskManager or of `lm-eval --metadata`; without a folder there,
-    the environment's KICK_DATA_DIR. Raises Unavailable if the data cannot be had.
+    `data_dir` and `online` come from the metadata of lm-eval's TaskManager or of `lm-eval --metadata`; without
+    `data_dir`, the environment variable KICK_DATA_DIR is used. Raises Unavailable if the data are not available.
     """
     from datasets import Dataset
 
@@ -47,7 +47,10 @@ def load(
 
 
 def build(kind: str, folder: Path | None, *, online: bool = False) -> list[Document]:
-    """All documents of one kind: the length of stories, `ifeval`, `vicuna` or `mtbench`."""
+    """All documents of one kind: `short`, `medium` or `long` stories, `ifeval`, `vicuna` or `mtbench`.
+
+    Raises ValueError for any other kind.
+    """
     match kind:
         case "short" | "medium" | "long":
             return stories(read(STORIES, folder, online), kind)
@@ -62,10 +65,10 @@ def build(kind: str, folder: Path | None, *, online: bool = False) -> list[Docum
 
 
 def stories(found: Found, length: str) -> list[Document]:
-    """The stories of one length, each once; those whose text has all of its reference in it are left out.
+    """The stories of one length without duplicates; stories that contain their whole reference are left out.
 
-    Rows have `article` and `highlights`. Source: Jaiswal et al., LLM-KICK, ICLR 2024: summaries of up to 470
-    words, 470 to 790, 790 and more.
+    Rows need `article` and `highlights`.
+    Source: Jaiswal et al., LLM-KICK, ICLR 2024: stories of up to 470 words, 470 to 790, 790 and more.
     """
     least, most = LENGTHS[length]
     documents: dict[str, Document] = {}
@@ -80,9 +83,10 @@ def stories(found: Found, length: str) -> list[Document]:
 
 
 def instructions(found: Found) -> list[Document]:
-    """IFEval's prompts, in strata by how many instructions they have.
+    """IFEval's prompts, with tiers by their number of instructions.
 
-    `kinds` and `options` go together; options are JSON, because a table would give every one the arguments of all.
+    `kinds` and `options` are parallel. Options are JSON strings, because a table of objects would give each of them the
+    arguments of all.
     """
     return [
         document(
@@ -98,7 +102,7 @@ def instructions(found: Found) -> list[Document]:
 
 
 def questions(found: Found, kind: str) -> list[Document]:
-    """Open questions by category: the first turn only, because lm-eval asks once."""
+    """Open questions, with tiers by category; only the first turn, because lm-eval asks one turn."""
     return [
         document(f"{kind}:{row['question_id']}", row["category"], row["turns"][0], "")
         for row in rows_with(found, "category", question_id=int, turns=list)
@@ -111,7 +115,7 @@ def document(item: str, tier: str, prompt: str, target: str, **more: Any) -> Doc
 
 
 def rows_with(found: Found, *texts: str, **columns: type) -> list[Document]:
-    """The rows, all of which have these columns; raises ArtifactError for one that has not."""
+    """The rows; raises ArtifactError unless all of them have these columns with values of these types."""
     wanted = dict.fromkeys(texts, str) | columns
     for i, row in enumerate(found.rows, start=1):
         for column, kind in wanted.items():
@@ -121,20 +125,20 @@ def rows_with(found: Found, *texts: str, **columns: type) -> list[Document]:
 
 
 def summarised(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """The measures of a summary against its reference and its story, and what the text itself shows."""
+    """The measures of a summary against its reference and its story, and those of `shown`."""
     [said] = results
     return {**summary_scores(said, doc["reference"], doc["story"]), **shown(said)}
 
 
 def instructed(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """Which instructions are followed, strictly and loosely, and what the text itself shows."""
+    """The strict and loose instruction accuracies, and the measures of `shown`."""
     [said] = results
     options = [json.loads(text) for text in doc["options"]]
     return {**instruction_scores(said, doc["kinds"], options), **shown(said)}
 
 
 def written(doc: Document, results: Sequence[str]) -> dict[str, float]:
-    """What the text itself shows of an answer that only a judge can grade, and its variety and length in words."""
+    """The measures of an answer that only a judge can grade: those of `shown`, variety, and length in words."""
     [said] = results
     found = words(said)
     return {
@@ -148,7 +152,7 @@ def written(doc: Document, results: Sequence[str]) -> dict[str, float]:
 
 
 def shown(said: str) -> dict[str, float]:
-    """`valid`: it says something and is not stuck; `degenerate`: it is stuck; `early_end`: it stops at once."""
+    """`valid`: it says something and is not in a loop; `degenerate`: it is in a loop; `early_end`: it stops at once."""
     stuck = repetitive(said)
     return {
         "valid": float(says_something(said) and not stuck),

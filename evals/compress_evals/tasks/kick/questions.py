@@ -1,9 +1,9 @@
-"""The documents of the kick tasks: what is asked of each row of the data, word for word.
+"""The documents of the kick tasks: the exact prompt for each row of the data, with its answers.
 
-Not here: reading the rows (`compress_evals.data`) and scoring (`functions.py`). Prompts are those of LLM-KICK
-without its trailing space, which a tokenizer turns into a token of its own, and for MMLU those of Hendrycks et al.
-An id is `kind:row`, where the row is the same in tasks that ask about the same thing; questions that share an answer,
-a passage or a twin share a cluster.
+Not here: reading the rows (`compress_evals.data`) and scoring (`functions.py`). Prompts are those of LLM-KICK without
+its trailing space, which a tokenizer turns into a separate token, and for MMLU those of Hendrycks et al. An id is
+`kind:row`, where the row is the same in tasks that ask about the same thing; questions that share an answer, a passage
+or a twin sentence share a cluster.
 Source: Jaiswal et al., Compressing LLMs: The Truth is Rarely Pure and Never Simple, ICLR 2024, section 3.
 """
 
@@ -41,13 +41,13 @@ CATEGORIES = {
 CATEGORY = {subject: category for category, subjects in CATEGORIES.items() for subject in subjects.split()}
 SHARED_PASSAGE = "This question refers to the following information."  # MMLU's history questions
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # of a haystack, in tokens of about four characters
-DEPTHS = (0, 25, 50, 75, 100)  # per cent of the haystack before the needle
-NEEDLES = 20  # facts, each hidden at every length and depth
-CHARACTERS = 4  # of English text to a token of a large vocabulary
+DEPTHS = (0, 25, 50, 75, 100)  # percent of the haystack before the needle
+NEEDLES = 20  # facts, each of which is hidden at every length and depth
+CHARACTERS = 4  # of English text per token of a large vocabulary
 
 
 def freebaseqa(found: Found) -> list[Document]:
-    """A question each, closed book; lines that ask the same are one question with all their answers."""
+    """Closed-book questions; lines with the same question become one question with all their answers."""
     asked: dict[str, tuple[int, list[str]]] = {}
     for i, (question, answer) in enumerate(_each(found, _question_and_answer)):
         asked.setdefault(question, (i, []))[1].append(answer)
@@ -58,7 +58,7 @@ def freebaseqa(found: Found) -> list[Document]:
 
 
 def triviaqa(found: Found) -> list[Document]:
-    """A question each, closed book, right by any of its aliases."""
+    """Closed-book questions; the answer or any of its aliases counts as right."""
 
     def ask(i: int, row: Item) -> Document:
         question = row["context"].removeprefix("Question: ").removesuffix("\nAnswer:")
@@ -68,12 +68,12 @@ def triviaqa(found: Found) -> list[Document]:
 
 
 def nq_closed(found: Found) -> list[Document]:
-    """The question alone."""
+    """The questions of Natural Questions without a passage (closed book)."""
     return list(_each(found, lambda i, row: _nq(f"nq_closed:{i}", _closed(row["question"]), row)))
 
 
 def nq_open(found: Found) -> list[Document]:
-    """The same question after the passage that answers it."""
+    """The same questions, each after the passage that answers it (open book)."""
 
     def ask(i: int, row: Item) -> Document:
         [passage] = row["ctxs"]
@@ -84,10 +84,10 @@ def nq_open(found: Found) -> list[Document]:
 
 
 def mmlu(found: Found, examples: Found) -> list[Document]:
-    """Four choices after five examples of the same subject, in the published format; the tier is the category.
+    """MMLU: four choices after five examples of the same subject, in the published format; the tier is the category.
 
-    The published code writes two spaces before the name of the subject, and so does this. Unlike it, no example is
-    left out where a prompt is too long: such questions are counted as truncated.
+    The published code writes two spaces before the name of the subject, and so does this one. Deviation: no example is
+    dropped if a prompt is too long; such questions are counted as truncated.
     Source: Hendrycks et al., Measuring Massive Multitask Language Understanding, ICLR 2021, figure 1 and its code.
     """
     shots: dict[str, list[str]] = {}
@@ -112,10 +112,10 @@ def mmlu(found: Found, examples: Found) -> list[Document]:
 
 
 def key_value(found: Found, keys: int) -> list[Document]:
-    """The value of one key of a JSON object of `keys` keys; the tier is the third of the object where it stands.
+    """Key-value retrieval from a JSON object of `keys` keys; the tier is the third of the object that holds the key.
 
-    The object is the published one if it has that many keys, else its first ones and the asked one among them, whose
-    place goes through all of them in turn.
+    The object is the published one if it has that many keys. Otherwise it has the first keys of the published one and
+    the wanted key, whose position cycles through all positions.
     Source: Liu et al., Lost in the Middle: How Language Models Use Long Contexts, TACL 2024, section 3.
     """
 
@@ -138,9 +138,9 @@ def key_value(found: Found, keys: int) -> list[Document]:
 
 
 def needle(found: Found) -> list[Document]:
-    """An invented fact hidden in passages about other things; the tier is their length in tokens, about.
+    """An invented fact hidden in passages about other things; the tier is their approximate length in tokens.
 
-    The passages of one fact begin at the same place at every length and depth, so that only these differ.
+    The passages of one fact begin with the same passage at every length and depth, so that only these differ.
     """
     passages = list(_each(found, lambda _, row: str(row["ctxs"][0]["text"])))
     corpus = "\n".join(passages)
@@ -162,7 +162,7 @@ def needle(found: Found) -> list[Document]:
 
 
 def choice(found: Found, name: str) -> list[Document]:
-    """One of a few texts to go on with; questions about the same passage or goal share a cluster."""
+    """Multiple choice among continuations; questions about the same passage or goal share a cluster."""
 
     def ask(i: int, row: Item) -> Document:
         query = row["query"].rstrip()
@@ -181,7 +181,7 @@ def choice(found: Found, name: str) -> list[Document]:
 
 
 def winogrande(found: Found) -> list[Document]:
-    """Two beginnings, one end: right if the end is likelier after the right one (partial scoring).
+    """WinoGrande: right if the continuation is more likely after the right one of two beginnings (partial scoring).
 
     Source: Trinh and Le, A Simple Method for Commonsense Reasoning, 2018, section 3.1.
     """
@@ -202,7 +202,7 @@ def winogrande(found: Found) -> list[Document]:
 
 
 def gsm8k(found: Found) -> list[Document]:
-    """A sum to be worked out in words, without examples.
+    """GSM8K: a word problem to solve step by step, without examples (zero-shot).
 
     Source: Kojima et al., Large Language Models are Zero-Shot Reasoners, NeurIPS 2022, table 1.
     """
@@ -237,7 +237,7 @@ def _closed(question: str) -> str:
 
 
 def _four(row: Item) -> str:
-    """A question with its lettered choices, up to where the letter is to be said."""
+    """A question with its lettered choices, ending where the letter is expected."""
     choices = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
     return f"{row['question']}{choices}\nAnswer:"
 
@@ -247,7 +247,7 @@ def _nq(name: str, prompt: str, row: Item) -> Document:
 
 
 def _answered(name: str, prompt: str, answers: list[str], cluster: str | None = None) -> Document:
-    """One row for lm-eval with a free answer; questions with the same first answer share a cluster."""
+    """One row for lm-eval with a free answer; by default, questions with the same first answer share a cluster."""
     return {
         "id": name,
         "cluster": cluster or f"answer:{normalise(answers[0])}",
@@ -259,14 +259,14 @@ def _answered(name: str, prompt: str, answers: list[str], cluster: str | None = 
 
 
 def _unheard(corpus: str, invent: Callable[[], str]) -> str:
-    """The first invention that stands nowhere in the corpus."""
+    """The first result of `invent` that does not occur in the corpus."""
     while (made := invent()) in corpus:
         pass
     return made
 
 
 def _haystack(passages: list[str], start: int, characters: int) -> list[str]:
-    """Passages from `start` on, at least that many characters of them, the last one cut."""
+    """Passages from `start` on, with about `characters` characters in all; the last passage is cut to fit."""
     taken: list[str] = []
     left = characters
     while left > 0:
