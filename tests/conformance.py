@@ -1,7 +1,7 @@
-"""What every weight node and every pass must satisfy, and the rows it is checked on.
+"""The properties that every weight node and every pass must have, and the example rows on which they are checked.
 
-A node class without a row fails `test_every_node_has_a_row`; a pass gets its rows by being registered. Loaded by path
-(`test_conformance.py`), because tests is not a package.
+A node class without a row fails `test_every_node_has_a_row`; a pass gets its rows by being registered. This file is
+loaded by path (`test_conformance.py`), because tests is not a package.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Close = Callable[[str, Tensor, Tensor, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A named weight expression, made anew for each test."""
+    """A named weight expression, which is created anew for each test."""
 
     name: str
     make: Callable[[], Weight]
@@ -66,50 +66,50 @@ def integers(high: int, *shape: int) -> Tensor:
 
 
 def quantized(bits: int, group: int, symmetric: bool, rows: int = 7, columns: int = 24) -> Quantized:
-    """A rounded normal matrix."""
+    """A quantized matrix of standard normal numbers."""
     return Grid(bits=bits, group=group, symmetric=symmetric).quantize(normal(rows, columns))
 
 
 def mask(sparsity: float | str, rows: int = 7, columns: int = 24) -> Tensor:
-    """The mask of a random score, independent of the values it will cover."""
+    """A mask from random scores, which are independent of the values that it is applied to."""
     return pattern(sparsity).keep(normal(rows, columns, seed=9))
 
 
 def by_name(values: Weight) -> Masked:
-    """Values under a mask that its name determines."""
+    """Values under a random mask that is regenerated from its name."""
     mask_OI = regenerated("rand0.3@5", values.shape, torch.device("cpu"))
     assert mask_OI is not None
     return Masked(values, mask_OI, "rand0.3@5")
 
 
 def codebook(entries: int, width: int, scales: int = 1) -> Codebook:
-    """Random entries for a matrix [5, 3 * width]; every code occurs if they fit."""
+    """A codebook with random entries and codes, for a matrix [5, 3 * width]."""
     return Codebook(integers(entries, 5, 3), normal(entries, width), Dense(normal(scales, 1).abs() + 0.5))
 
 
 def table(name: str, scale: Weight, columns: int = 24) -> Codebook:
-    """Random codes of a format's table."""
+    """Random codes of a 4-bit format's table."""
     return Codebook(integers(16, 7, columns), BOOKS[name], scale, name)
 
 
 def lattice(name: str, bits: int) -> Codebook:
-    """Random codes of a lattice's points, a scale a row."""
+    """Random codes of a lattice's points, with one scale per row."""
     return Codebook(integers(2**bits, 7, 3), BOOKS[name], Dense(normal(7, 1).half()), name)
 
 
 def small(dtype: torch.dtype, *tile: int, rows: int = 7, columns: int = 24) -> Scaled:
-    """Random small floats."""
+    """Random float8 values, with one scale per tile."""
     scale = normal(-(-rows // tile[0]), -(-columns // tile[1])).abs() + 0.5
     return Scaled(normal(rows, columns).to(dtype), scale, *tile)
 
 
 def nested(rows: int = 7, columns: int = 43) -> Nested:
-    """Random codes in two blocks, the second of them not full."""
+    """Nested scales with random codes in two blocks, the second of which is not full."""
     return Nested(integers(256, rows, columns).to(torch.uint8), normal(2).abs(), normal(1))
 
 
 def grid_rows() -> Iterator[Row]:
-    """Every bit width with every span and both kinds of zero, plain and under both kinds of mask."""
+    """Every bit width with every span, symmetric and asymmetric, unmasked and under both kinds of mask."""
     for bits in range(2, 9):
         for symmetric in (False, True):
             for span, group in (("group", 8), ("row", 0), ("tensor", -1)):
@@ -121,7 +121,7 @@ def grid_rows() -> Iterator[Row]:
 
 
 def other_rows() -> Iterator[Row]:
-    """The other leaves and the nestings that methods use; sizes are odd where the node allows."""
+    """The other leaves and the nested expressions that methods use; sizes are odd where the node allows."""
     yield Row(name="dense", make=lambda: Dense(normal(7, 13)))
     yield Row(name="dense-bf16", make=lambda: Dense(normal(7, 13).bfloat16()))
     yield Row(name="dense-one-by-one", make=lambda: Dense(normal(1, 1)))
@@ -187,7 +187,7 @@ def other_rows() -> Iterator[Row]:
 
 
 def mixed_rows() -> Iterator[Row]:
-    """Products whose factors have two dtypes: what a rotation or a permutation of a bf16 weight is."""
+    """Products whose factors have two dtypes, such as a rotation or a permutation of a bf16 weight."""
     yield Row(name="rotated", make=lambda: Dense(normal(7, 48).bfloat16()) @ Hadamard(normal(48) > 0))
     yield Row(name="permuted", make=lambda: Dense(normal(7, 13).bfloat16()) @ Permutation(normal(13).argsort()))
     yield Row(name="factor", make=lambda: Dense(normal(33, 8).bfloat16()) @ quantized(4, 8, False, 8, 24))
@@ -204,7 +204,7 @@ def base() -> External:
 
 
 def resolve(source: str, tensor: str) -> Tensor:
-    """The base's tensors by name, as a loader would find them."""
+    """The base's tensor by name, as a loader would find it."""
     assert (source, tensor) == ("some/base", "model.layers.0.proj.weight")
     return base().data
 
@@ -214,7 +214,7 @@ MIXED = tuple(mixed_rows())
 
 
 def nodes(weight: Weight) -> Iterator[Weight]:
-    """The expression and everything in it."""
+    """The expression and all its subexpressions."""
     yield weight
     for child in weight.children():
         yield from nodes(child)
@@ -226,8 +226,8 @@ def nodes(weight: Weight) -> Iterator[Weight]:
 def tolerance(dtype: torch.dtype, length: int) -> float:
     """Relative RMS error of a product in `dtype`.
 
-    Rounding the weight, the input of a second factor and the output costs at most eps / 2 each and a low precision
-    lowering rounds its scales too, 4 eps in all; float32 accumulation adds sqrt(length) eps of float32.
+    Rounding the weight, the input of a second factor and the output costs at most eps / 2 each, and a low-precision
+    lowering also rounds its scales: 4 eps in all. Accumulation in float32 adds sqrt(length) times the eps of float32.
     """
     return 4 * torch.finfo(dtype).eps + length**0.5 * torch.finfo(torch.float32).eps
 
@@ -255,7 +255,7 @@ def lowers_to_itself(weight: Weight, x_TI: Tensor, close: Close) -> None:
 
 
 def stays_packed_or_says_why(weight: Weight, close: Close) -> None:
-    """The form that a GPU would keep computes what `linear` computes, by its op's reference; else there is a reason."""
+    """The packed form for a GPU computes what `linear` does, by its op's reference; without one, a reason is given."""
     x_TI = normal(5, weight.shape[1], seed=8).half()
     found = way(weight, x_TI.dtype, lean=True)
     if found.form is None:
@@ -266,7 +266,7 @@ def stays_packed_or_says_why(weight: Weight, close: Close) -> None:
 
 
 def survives_packing(weight: Weight) -> None:
-    """pack, specify, through JSON text, unpack: an equal matrix, and the same bytes and text when packed again."""
+    """Packing, specifying as JSON and unpacking give an equal matrix, and equal bytes and text when packed again."""
     packed, text = pack(weight), json.dumps(specify(weight))
     check_claims(json.loads(text), weight.shape)
     again = unpack(json.loads(text), packed, resolve=resolve)
@@ -278,7 +278,7 @@ def survives_packing(weight: Weight) -> None:
 
 
 def weighs_what_its_file_weighs(weight: Weight, folder: Path) -> None:
-    """`nbytes` is the data section of a safetensors file with exactly the packed tensors."""
+    """`nbytes` is the size of the data section of a safetensors file with exactly the packed tensors."""
     path = folder / "packed.safetensors"
     save_file({key: value.contiguous() for key, value in pack(weight).items()}, path)
     header = int.from_bytes(path.read_bytes()[:8], "little")
@@ -286,7 +286,7 @@ def weighs_what_its_file_weighs(weight: Weight, folder: Path) -> None:
 
 
 def has_a_name(weight: Weight) -> None:
-    """`describe` is one short line."""
+    """`describe` gives one non-empty line."""
     assert weight.describe()
     assert "\n" not in weight.describe()
 
@@ -303,7 +303,7 @@ def as_bytes(packed: dict[str, Tensor]) -> dict[str, tuple[str, bytes]]:
 
 QUANTIZERS = tuple(name for name, kind in PASSES.items() if issubclass(kind, Quantizer))
 MASKED = tuple(name for name in QUANTIZERS if "pruned" in PASSES[name]().takes)
-EXACT_ZERO = tuple(name for name in MASKED if name not in ("hqq", "bitdelta"))  # a real zero, seldom on the grid; none
+EXACT_ZERO = tuple(name for name in MASKED if name not in ("hqq", "bitdelta"))  # real zero points; no zero
 WIDTH = 128  # the default group of 64 must divide it
 
 
@@ -313,11 +313,11 @@ def pass_weight() -> Tensor:
 
 
 def split_weight() -> Tensor:
-    """A weight of rank 2 and a few large entries: what finds both leaves any other whole."""
+    """A weight of rank 2 plus a few large entries, so that a sparse plus low-rank split can recover it."""
     return normal(33, 2) @ normal(2, WIDTH, seed=5) + 5 * normal(33, WIDTH, seed=6) * (normal(33, WIDTH, seed=7) > 2)
 
 
 def pass_tokens(count: int = 300) -> Tensor:
-    """Correlated inputs with channels of different loudness."""
+    """Correlated inputs whose channels have different magnitudes."""
     mixing = torch.eye(WIDTH) + 0.5 * normal(WIDTH, WIDTH, seed=1) / WIDTH**0.5
     return normal(count, WIDTH, seed=2) @ mixing * normal(WIDTH, seed=3).exp()

@@ -1,7 +1,7 @@
-"""Shared fixtures: tiny random models of every tested family, sites with measured inputs, one comparison.
+"""Shared fixtures: tiny random models of every tested family, sites with measured inputs, and one numeric comparison.
 
-Not here: numeric truth (`naive.py`) and the suites every node and pass must satisfy (`conformance.py`). Models are
-built, never downloaded; their sizes are odd on purpose (width 48, inner 72, vocabulary 211, grouped heads).
+Not here: reference results (`naive.py`) and the properties of every node and pass (`conformance.py`). Models are built,
+never downloaded; their sizes are deliberately unusual (width 48, inner 72, vocabulary 211, grouped heads).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers and children share the cores; read when torch is imported
-os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "no-cache")  # no test expects what a user tuned
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "no-cache")  # without the profiles that a user tuned
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ from compress.passes import PASSES
 from compress.stats import AbsMean, Collector, ColumnNorm, Cross, Gram, Moments, Statistics
 from compress.weights import External
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: what tests interrupt inherits it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # if started in the background; child processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -78,7 +78,7 @@ settings.load_profile("compress")
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| in float64; an absolute error where `want` is zero."""
+    """|got - want| / |want| in float64; the absolute error if `want` is zero."""
     got, want = got.detach().double(), want.detach().double()
     norm = float(want.norm())
     return float((got - want).norm()) / (norm if norm else 1.0)
@@ -86,7 +86,7 @@ def relative_rms(got: Tensor, want: Tensor) -> float:
 
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[[str, Tensor, Tensor, float], None]:
-    """The one numeric comparison: relative RMS error of `got` at most `ratio`."""
+    """The only numeric comparison of the tests: the relative RMS error of `got` is at most `ratio`."""
 
     def check(name: str, got: Tensor, want: Tensor, ratio: float) -> None:
         assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
@@ -109,7 +109,7 @@ def load_beside(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def naive() -> ModuleType:
-    """Slow, obvious implementations and the fixtures of the specifications."""
+    """The module of slow reference implementations and of the fixtures in the specifications."""
     return load_beside("naive")
 
 
@@ -117,7 +117,7 @@ def naive() -> ModuleType:
 
 
 def build_tokenizer() -> Any:
-    """A small BPE over ASCII, 200 entries at most, so that every id exists in the tiny models."""
+    """A small BPE tokenizer of at most 200 entries, so that every id exists in the tiny models."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -134,7 +134,7 @@ def build_tokenizer() -> Any:
 
 
 def build_model(kind: str, seed: int = 0) -> nn.Module:
-    """A random float32 model; norms and biases are random too, so that forgetting one shows."""
+    """A random float32 model; norms and biases are also random, so that a forgotten one is noticed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**{"model_type": kind, **SIZES, **PECULIAR[kind]})
@@ -149,7 +149,7 @@ def build_model(kind: str, seed: int = 0) -> nn.Module:
 
 @pytest.fixture(scope="session", autouse=True)
 def encoded_once() -> Iterator[None]:
-    """The same texts are encoded by the same tokenizer once: it took a seventh of each run of a tiny model."""
+    """Cache the encoding of the same texts by the same tokenizer, which took a seventh of each run of a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "encode", load_beside("encoded").once(calibration.encode))
         yield
@@ -157,7 +157,7 @@ def encoded_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_power_cut() -> Iterator[None]:
-    """Nothing is flushed to the disk, 30 times a run: what is killed leaves its files to a system that lives on."""
+    """Replace fsync, which a run calls 30 times: killed processes lose no written data while the system stays up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -168,7 +168,7 @@ ModelMaker = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
-    """`model_folder(family, dtype="float32", sharded=False)`: a read-only folder with weights and a tokenizer."""
+    """`model_folder(family, dtype="float32", sharded=False)`: a shared folder with a tokenizer; do not modify it."""
     made: dict[tuple[str, str, bool], Path] = {}
     tokenizer = build_tokenizer()
 
@@ -187,7 +187,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelMaker:
 
 @pytest.fixture(scope="session")
 def tiny_llama(model_folder: ModelMaker) -> Path:
-    """A float32 Llama of two blocks in one file, untied."""
+    """A float32 Llama of two blocks in one file, with untied embeddings."""
     return model_folder("llama")
 
 
@@ -228,7 +228,7 @@ def walk_of() -> Callable[[Path], Walk]:
 
 @pytest.fixture(scope="session")
 def recipe_24_int4() -> Recipe:
-    """Prune 2:4, then quantize what is kept with what was cut compensated; calibrated on six short windows."""
+    """Prune 2:4, then quantize the kept weights, compensating for those removed; calibrated on six short windows."""
     return Recipe(
         passes=(Wanda(sparsity="2:4"), GPTQ(group=8, target="original")),
         calibration=Calibration(samples=6, length=32),
@@ -237,13 +237,13 @@ def recipe_24_int4() -> Recipe:
 
 @pytest.fixture(scope="session")
 def llama_artifact(tiny_llama: Path, recipe_24_int4: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama compressed by that recipe; read-only."""
+    """The tiny Llama compressed by `recipe_24_int4`; do not modify it."""
     return run(tiny_llama, recipe_24_int4, tmp_path_factory.mktemp("llama") / "out").out
 
 
 @pytest.fixture
 def own_artifact(llama_artifact: Path, tmp_path: Path) -> Path:
-    """A copy of it to damage."""
+    """A copy of `llama_artifact` that a test may damage."""
     return Path(shutil.copytree(llama_artifact, tmp_path / "artifact"))
 
 
@@ -252,7 +252,7 @@ def own_artifact(llama_artifact: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`cli("run", ...)` -> (exit code, stdout, stderr), in this process."""
+    """`cli("run", ...)` runs the command line in this process and returns (exit code, stdout, stderr)."""
 
     from compress.cli import main
 
@@ -278,7 +278,7 @@ Tally = Callable[[str, str], AbstractContextManager[None]]
 
 @pytest.fixture
 def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
-    """`with tally(kind, what):` counts one attempt, and that it held if nothing is raised inside."""
+    """`with tally(kind, what):` counts one attempt, and counts it as held if nothing is raised inside."""
     counts: Counter[tuple[str, str, str]] = Counter()
 
     @contextmanager
@@ -293,14 +293,14 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what counts, so that `-m fault` prints the whole table and runs nothing else."""
+    """Mark the tests that use `tally`, so that `-m fault` runs only these and prints the whole table."""
     for item in items:
         if "tally" in getattr(item, "fixturenames", ()):
             item.add_marker("fault")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up what a test counted, in whichever process it ran."""
+    """Add up the counts of a test, from whichever worker process it ran in."""
     if report.when == "teardown":
         for name, value in report.user_properties:
             if name == "attempts":
@@ -308,7 +308,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of README, SECURITY.md and docs/reliability.md: what was tried, and how often it held."""
+    """Print the table of README, SECURITY.md and docs/reliability.md: how much was tried, and how often it held."""
     rows = sorted({(kind, what) for kind, what, _ in ATTEMPTS})
     if rows:
         terminalreporter.write_line("\n| kind | what | tried | held |\n|---|---|---|---|")
@@ -320,17 +320,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(f"| {kind} | {what} | {tried:,} | {held:,} |")
 
 
-OVERRIDE = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: what lets root ignore the modes of files
-VERSION_3 = 0x20080522  # of the structure, linux/capability.h
+OVERRIDE = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, which let root ignore file modes
+VERSION_3 = 0x20080522  # of the capability structure, linux/capability.h
 
 
 @contextmanager
 def obeying_modes() -> Iterator[None]:
-    """Inside, this thread may write only where modes allow it, whoever runs the tests."""
+    """Within this context, this thread may write only where file modes allow it, even if root runs the tests."""
     libc, head, before = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(VERSION_3, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(head, before) == 0
     less = (ctypes.c_uint32 * 6)(*before)
-    less[0] &= ~OVERRIDE  # the effective ones; what is permitted stays, so that it can be taken back
+    less[0] &= ~OVERRIDE  # only the effective set; the permitted set stays, so that this can be undone
     assert libc.capset(head, less) == 0
     try:
         yield
@@ -340,14 +340,14 @@ def obeying_modes() -> Iterator[None]:
 
 @contextmanager
 def unwritable(folder: Path) -> Iterator[None]:
-    """Inside, no file of the folder, nor the folder itself, may be written."""
+    """Within this context, neither the folder nor any file in it may be written."""
     paths = [folder, *folder.rglob("*")]
     modes = {path: path.stat().st_mode for path in paths}
     for path in reversed(paths):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         with obeying_modes():
-            with pytest.raises(PermissionError):  # so that the test can fail
+            with pytest.raises(PermissionError):  # proves that the protection works
                 (folder / "x").touch()
             yield
     finally:
@@ -357,13 +357,13 @@ def unwritable(folder: Path) -> Iterator[None]:
 
 @pytest.fixture
 def read_only() -> Callable[[Path], AbstractContextManager[None]]:
-    """`with read_only(folder):` nothing in it may be written, by root neither."""
+    """`with read_only(folder):` nothing in the folder may be written, not even by root."""
     return unwritable
 
 
 @pytest.fixture(scope="session")
 def forks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """`forks(**order)`: the answer of `forks.py`, one process that has everything imported and forks for each order."""
+    """`forks(**order)`: the answer of `forks.py`, a process that imports everything once and forks for each order."""
     first = tmp_path_factory.mktemp("first")
     (first / "recipe.yaml").write_text("passes: [{rtn: {group: 8}}]\n")
     command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
@@ -377,7 +377,7 @@ def forks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
         order(here=True, model=tiny_llama, recipe=first / "recipe.yaml", out=first / "o")
         yield order
-        process.kill()  # its children are gone; leaving in order takes seconds
+        process.kill()  # its children have ended; a clean exit would take seconds
 
 
 # -- sites -----------------------------------------------------------------------------------------
@@ -385,9 +385,9 @@ def forks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def site_of() -> Callable[..., Site]:
-    """`site_of(w, x=None, gram=None, dense=None)`: a site with the statistics of the tokens x, or a given Gram.
+    """`site_of(w, x=None, gram=None, dense=None)`: a site with the statistics of the inputs x, or with a given Gram.
 
-    `dense` are the same tokens in the dense model.
+    `dense` are the inputs of the same tokens in the dense model.
     """
 
     def make(
@@ -410,10 +410,10 @@ def site_of() -> Callable[..., Site]:
 
 @pytest.fixture
 def block_of() -> Callable[..., Block]:
-    """`block_of(module, x, dense=None, batch=4)`: a block with a site for each linear map of a module.
+    """`block_of(module, x, dense=None, batch=4)`: a block with a site for each linear layer of a module.
 
-    x [windows, T, in] are the hidden states behind compressed blocks, `dense` those of the dense model. With a `base`,
-    by site, only the differences from it are rewritten.
+    x [windows, T, in] are the hidden states after the compressed blocks, `dense` those of the dense model. With a
+    `base`, by site, only the differences from it are rewritten.
     """
 
     def make(
@@ -443,7 +443,7 @@ def block_of() -> Callable[..., Block]:
 
 @pytest.fixture
 def registry() -> Iterator[dict[str, Any]]:
-    """The registered passes; what a test registers is forgotten afterwards."""
+    """The registered passes; registrations by a test are undone afterwards."""
     before = dict(PASSES)
     yield PASSES
     PASSES.clear()

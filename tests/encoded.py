@@ -1,4 +1,4 @@
-"""The same texts are encoded by the same tokenizer once: it took a fifth of each run of a tiny model."""
+"""A cache for the encoding of the same texts by the same tokenizer, which took a fifth of each run of a tiny model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Encode = Callable[..., list[list[int]]]
 
 
 def once(encode: Encode) -> Encode:
-    """`calibration.encode`, which remembers what it gave for plain texts and a tokenizer that can be written down."""
+    """`calibration.encode` with a cache, for plain texts and tokenizers that can be serialized."""
     known: dict[int, list[list[int]]] = {}
 
     def remembering(documents: list[Any], tokenizer: Any, chat: bool = False) -> list[list[int]]:

@@ -1,9 +1,9 @@
-"""Runs and command lines in processes of their own, which may be killed, interrupted or told that the disk is full.
+"""Runs and command lines in separate processes, which can be killed, interrupted or given a full disk.
 
-A command that reads one JSON object a line and answers each with one: it imports everything once, then forks, so that
-a process costs no import. A step is a moment at which the state of the disk changes: a file is opened for writing, a
-piece of a shard is written, a file is flushed, renamed or removed. The process kills itself right before it, as a power
-cut would, or is refused it.
+This program reads one JSON object per line and answers each with one. It imports everything once and then forks, so
+that a new process needs no imports. A step is an operation that changes the state of the disk: a file is opened for
+writing, a piece of a shard is written, a file is flushed, renamed or removed. The process can kill itself right before
+a step, as in a power cut, or the step can fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHANGES = ("os.mkdir", "os.rename", *REMOVALS)
 
 
 class Steps:
-    """Counts the steps of this process in a folder; ends it right before step `last`, or refuses all from `full` on."""
+    """Counts the steps of this process in a folder; kills it before step `last`, or raises ENOSPC from `full` on."""
 
     def __init__(self, folder: str, last: int = 0, full: int = 0) -> None:
         self.folder, self.last, self.full, self.count = folder, last, full, 0
@@ -67,9 +67,9 @@ class Steps:
 
 
 def run(order: dict[str, Any]) -> int:
-    """One run in this process; the steps it took. States of more than `part` bytes count as large.
+    """One run in this process; returns its number of steps. States of more than `part` bytes count as large.
 
-    With `beside`, blocks are recorded while the next is computed, as where a GPU computes.
+    With `beside`, a block is recorded while the next one is computed, as happens with a GPU.
     """
     import torch
 
@@ -87,7 +87,7 @@ def run(order: dict[str, Any]) -> int:
 
 
 def apart(order: dict[str, Any]) -> dict[str, Any]:
-    """One run in a child; whether it was killed, and the steps if it was not."""
+    """One run in a child process; returns its exit code and its number of steps or its error."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -108,7 +108,7 @@ def apart(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def command(line: list[str], out: int, err: int) -> int:
-    """What the command line exits with, in this process; it prints to these handles."""
+    """Run a command line in this process, with its output going to these file descriptors; returns the exit code."""
     from compress.cli import main
 
     os.dup2(out, 1), os.dup2(err, 2)
@@ -124,7 +124,7 @@ def command(line: list[str], out: int, err: int) -> int:
 
 
 def dying(place: str, last: int) -> None:
-    """End this process right before it renames anything from or to a place for the `last` time."""
+    """Kill this process right before the `last`-th rename from or to `place`."""
     count = 0
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -138,9 +138,9 @@ def dying(place: str, last: int) -> None:
 
 
 def commands(order: dict[str, Any]) -> list[dict[str, Any]]:
-    """Command lines at once, each in a child; the first gets `signals` as soon as `count` files match `pattern`.
+    """Run command lines concurrently, each in a child; the first gets `signals` once `count` files match `pattern`.
 
-    All die right before the rename of `place` that is the `renames`-th.
+    With `renames`, each is killed right before its `renames`-th rename from or to `place`.
     """
     starting, start = os.pipe()
     with ExitStack() as opened:
@@ -150,7 +150,7 @@ def commands(order: dict[str, Any]) -> list[dict[str, Any]]:
             child = os.fork()
             if not child:
                 os.close(start)
-                os.read(starting, 1)  # until all are there
+                os.read(starting, 1)  # wait until all have been forked
                 if "renames" in order:
                     dying(order["place"], order["renames"])
                 code = command(line, files[0].fileno(), files[1].fileno())
@@ -166,7 +166,7 @@ def commands(order: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def interrupt(child: int, order: dict[str, Any]) -> None:
-    """Signal a child once files have appeared, or not at all if it ends before."""
+    """Signal a child once the files have appeared; do nothing if it ends before."""
     place = Path(order["place"])
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if len(list(place.glob(order["pattern"]))) >= order.get("count", 1):
@@ -178,18 +178,18 @@ def interrupt(child: int, order: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Answer orders until there are no more."""
+    """Answer orders until stdin ends."""
     from encoded import once
 
     import compress
     import compress.cli
     from compress import calibration
 
-    calibration.encode = once(calibration.encode)  # what is encoded before a fork, its children know
-    os.fsync = lambda handle: None  # what is killed leaves its files to a system that lives on
+    calibration.encode = once(calibration.encode)  # children inherit what was encoded before the fork
+    os.fsync = lambda handle: None  # killed processes lose no written data while the system stays up
     for line in sys.stdin:
         order = json.loads(line)
-        for name in order.get("imports", ()):  # here, so that children find it
+        for name in order.get("imports", ()):  # before forking, so that children have it
             importlib.import_module(name)
         if order.get("here"):
             compress.run(order["model"], order["recipe"], order["out"], **order.get("options", {}))

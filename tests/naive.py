@@ -1,6 +1,7 @@
-"""Slow, obvious implementations, and the fixtures of the specifications that need no download.
+"""Slow reference implementations, and those fixtures of the specifications that need no download.
 
-Everything is float64 and reads like the formula it stands for. Shape suffixes: O out, I in, T tokens, N any size.
+Everything is float64 and written like the formula that it implements. Shape suffixes: O out, I in, T tokens, N any
+size.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def golden_gaussian() -> Tensor:
 
 
 def golden_correlated() -> tuple[Tensor, Tensor]:
-    """(W [256, 256], H [256, 256]) of the GPTQ fixture there."""
+    """(W [256, 256], H [256, 256]) of the GPTQ fixture of lowrank_quant_delta.md."""
     w, x = golden_inputs()
     return w, 2 * x.T @ x / len(x)
 
@@ -50,7 +51,7 @@ def golden_inputs(rng: np.random.Generator | None = None) -> tuple[Tensor, Tenso
 
 
 def golden_spectrum() -> tuple[Tensor, Tensor]:
-    """(W [256, 256] with the singular values i**-0.5, X of the GPTQ fixture), the next draws of the same generator."""
+    """(W [256, 256] with the singular values i**-0.5, X of the GPTQ fixture); W is drawn next from its generator."""
     rng = np.random.default_rng(0)
     x = golden_inputs(rng)[1]
     left, right = (np.linalg.qr(rng.standard_normal((256, 256)))[0] for _ in range(2))
@@ -77,7 +78,7 @@ def relative_mse(was: Tensor, now: Tensor) -> float:
 
 
 def mask_hex(mask_OI: Tensor) -> list[str]:
-    """One hexadecimal number a row, column 0 = most significant bit."""
+    """One hexadecimal number per row, in which column 0 is the most significant bit."""
     return [f"{int(''.join(str(int(kept)) for kept in row), 2):0{len(row) // 4}x}" for row in mask_OI]
 
 
@@ -85,19 +86,19 @@ def mask_hex(mask_OI: Tensor) -> list[str]:
 
 
 def drop_lowest(scores: list[float], drop: int) -> list[bool]:
-    """Kept or not, by stable rank: of equal scores the one further left goes first."""
+    """The mask that drops the `drop` lowest scores; of equal scores, the one further left is dropped first."""
     ranked = sorted(range(len(scores)), key=lambda i: (scores[i], i))
     gone = set(ranked[:drop])
     return [i not in gone for i in range(len(scores))]
 
 
 def dropped(size: int, sparsity: str) -> int:
-    """size x sparsity, half to even, on the decimal as written."""
+    """size x sparsity, computed in decimal from the text and rounded half to even."""
     return int((Decimal(size) * Decimal(sparsity)).quantize(Decimal(1), ROUND_HALF_EVEN))
 
 
 def alpha_mask(score_OI: Tensor, sparsity: float) -> tuple[list[list[bool]], float]:
-    """(kept or not, alpha) of Wanda's search for unequal rows; pruning.md section 3, for scores without ties."""
+    """(mask, alpha) of Wanda's search for unequal rows; pruning.md section 3, for scores without ties."""
 
     def cut(alpha: float) -> list[list[bool]]:
         rows = []
@@ -121,7 +122,7 @@ def alpha_mask(score_OI: Tensor, sparsity: float) -> tuple[list[list[bool]], flo
 
 
 def ria_score(w_OI: Tensor, norm_I: Tensor, power: float) -> Tensor:
-    """(|w| / sum of its column + |w| / sum of its row) ||x||^power, one entry after the other; section 10."""
+    """(|w| / sum of its column + |w| / sum of its row) ||x||^power, entry by entry; section 10."""
     rows = w_OI.double().abs().tolist()
     return torch.tensor(
         [
@@ -133,7 +134,7 @@ def ria_score(w_OI: Tensor, norm_I: Tensor, power: float) -> Tensor:
 
 
 def snake(score_OI: Tensor, m: int) -> Tensor:
-    """An order of the columns: ranked by their total and dealt over the groups of m, there and back; section 10."""
+    """An order of the columns: ranked by their totals and dealt to groups of m in serpentine order; section 10."""
     totals = score_OI.double().sum(0).tolist()
     ranked = sorted(range(len(totals)), key=lambda j: -totals[j])
     size = len(totals) // m
@@ -142,15 +143,15 @@ def snake(score_OI: Tensor, m: int) -> Tensor:
 
 
 def retained(score_OI: Tensor, n: int, m: int) -> float:
-    """The share of all scores that the n best of every m columns hold."""
+    """The share of the total score that the n best of every m columns retain."""
     best = score_OI.double().unflatten(1, (-1, m)).sort(2, descending=True).values[:, :, :n]
     return float(best.sum() / score_OI.double().sum())
 
 
 def deal(score_OI: Tensor, n: int, m: int) -> list[Tensor]:
-    """That order after each rank, one after the other, has been given to the groups in the best of all ways.
+    """The order of `snake` after the columns of each rank in turn were assigned to the groups in the best possible way.
 
-    Ways may be equally good, and lead to others: all of them.
+    Several assignments may be equally good and lead to different orders, so all of these are returned.
     """
     ends = [snake(score_OI, m).view(-1, m)]
     for rank in range(m):
@@ -176,9 +177,9 @@ def sparsegpt(
 ) -> tuple[Tensor, Tensor, float]:
     """(W', mask, loss) by optimal brain surgery with frozen columns; sections 4 and 15.
 
-    Column by column: the inverse of what is left of the damped Hessian, found anew, tells what cutting costs and how
-    all columns further right make up for it. `sparsity` is a fraction, among all rows and `block` columns, or n:m;
-    with `keep_OI` the mask is given.
+    For each column, the inverse of the remaining part of the damped Hessian is computed anew; it gives the cost of
+    pruning and the update of all columns further right that compensates for it. `sparsity` is a fraction, over all rows
+    and `block` columns, or n:m; with `keep_OI` the mask is given.
     """
     w, hessian = w_OI.double().clone(), hessian_II.double()
     rows, width = w.shape
@@ -206,11 +207,12 @@ def dsnot_row(
     w: list[float], kept: list[bool], mean: list[float], variance: list[float], norm: list[float], *, form: str,
     m: int = 0, cycles: int = 50, threshold: float = 0.0, power: float = 1.0,
 ) -> tuple[list[bool], list[float]]:  # fmt: skip
-    """(mask, the error before and after every swap) of one row; section 5.
+    """(mask, the error before and after every swap) of one row by DSnoT; section 5.
 
-    `guarded` takes a swap if it makes the error smaller, `reference` any (under n:m while the error keeps its sign),
-    both from queues that the start fixes; `paper` any, looking at all entries again. Inputs without variance are not
-    grown, an exhausted queue ends it, and under n:m what was swapped is not dropped any more.
+    `guarded` accepts a swap only if it reduces the error; `reference` accepts any swap (under n:m, while the error
+    keeps its sign). Both take entries from queues that are fixed at the start. `paper` accepts any swap and ranks all
+    entries again each time. Inputs without variance are not grown, an exhausted queue ends the search, and under n:m
+    swapped entries are not dropped again.
     """
     part = [a * b for a, b in zip(w, mean, strict=True)]
     quiet = [abs(a) * b for a, b in zip(w, norm, strict=True)]
@@ -256,7 +258,7 @@ def dsnot_row(
 
 
 def row_loss(w_I: Tensor, now_I: Tensor, gram_II: Tensor) -> float:
-    """d G dᵀ with d = w - w'."""
+    """The loss d G dᵀ of a row, with d = w - w'."""
     missing = w_I.double() - now_I.double()
     return float(missing @ gram_II.double() @ missing)
 
@@ -264,7 +266,7 @@ def row_loss(w_I: Tensor, now_I: Tensor, gram_II: Tensor) -> float:
 def best_pair(
     w_I: Tensor, now_I: Tensor, kept: list[bool], gram_II: Tensor, where: range
 ) -> tuple[float, int, int] | None:
-    """(loss after it, what to restore, what to cut) of the best exchange within `where`; None if there is none."""
+    """(loss after it, entry to restore, entry to prune) of the best exchange within `where`; None if there is none."""
     tried = []
     for up in (j for j in where if not kept[j]):
         for down in (j for j in where if kept[j]):
@@ -277,9 +279,9 @@ def best_pair(
 def swap_row(
     w_I: Tensor, now_I: Tensor, kept: list[bool], gram_II: Tensor, limit: int = 100, least: float = 1e-7
 ) -> tuple[Tensor, list[bool], list[float]]:
-    """(values, mask, the loss before and after every swap): the best of all exchanges until none helps; section 6.
+    """(values, mask, the loss before and after every swap) of taking the best exchange until none helps; section 6.
 
-    To help, it must lower the loss by the share `least`.
+    An exchange helps if it lowers the loss by at least the share `least`.
     """
     now, kept = now_I.double().clone(), list(kept)
     losses = [row_loss(w_I, now, gram_II)]
@@ -296,7 +298,7 @@ def swap_row(
 def swap_row_in_groups(
     w_I: Tensor, now_I: Tensor, kept: list[bool], gram_II: Tensor, m: int, limit: int = 100, least: float = 1e-7
 ) -> tuple[Tensor, list[bool], list[float]]:
-    """The same under n:m: from left to right each group takes its best exchange, until a whole sweep finds none."""
+    """The same under n:m: from left to right, each group takes its best exchange, until a full sweep finds none."""
     now, kept = now_I.double().clone(), list(kept)
     losses = [row_loss(w_I, now, gram_II)]
     for _ in range(limit):
@@ -313,7 +315,7 @@ def swap_row_in_groups(
 
 
 def least_squares_row(w_I: Tensor, keep_I: Tensor, gram_II: Tensor) -> Tensor:
-    """The kept values with the least loss, by a direct solve: G_KK w' = (G w)_K; section 10."""
+    """The values of the kept entries with the least loss, by a direct solve: G_KK w' = (G w)_K; section 10."""
     gram = gram_II.double()
     now = torch.zeros_like(w_I, dtype=torch.float64)
     now[keep_I] = torch.linalg.solve(gram[keep_I][:, keep_I], (gram @ w_I.double())[keep_I])
@@ -321,7 +323,7 @@ def least_squares_row(w_I: Tensor, keep_I: Tensor, gram_II: Tensor) -> Tensor:
 
 
 def best_mask_row(w_I: Tensor, gram_II: Tensor, keep: int) -> tuple[Tensor, float]:
-    """(mask, loss) of the best choice of `keep` weights that stay as they are, of all choices."""
+    """(mask, loss) of the best choice of `keep` weights that stay unchanged, by exhaustive search."""
     choices = list(combinations(range(len(w_I)), len(w_I) - keep))
     cut_CI = torch.zeros(len(choices), len(w_I), dtype=torch.float64)
     cut_CI.scatter_(1, torch.tensor(choices), 1.0)
@@ -339,7 +341,7 @@ def moments(windows: list[Tensor]) -> Tensor:
 
 
 def cheapest(costs: list[list[float]], kept: list[list[float]], sizes: list[int], keep: float) -> float:
-    """The least sum of costs, one option for each part, with at most the share `keep` of all kept; by trying all."""
+    """The least sum of costs, one option per part, keeping at most the share `keep` of all; by exhaustive search."""
     most = keep * sum(sizes) + 1e-9
     picks = product(*(range(len(options)) for options in costs))
     return min(
@@ -353,12 +355,12 @@ def cheapest(costs: list[list[float]], kept: list[list[float]], sizes: list[int]
 
 
 def round_to_grid(w_O: Tensor, scale_O: Tensor, zero_O: Tensor, bits: int) -> Tensor:
-    """The codes of a column on given grids."""
+    """The codes of a column on the given grids."""
     return ((w_O / scale_O).round() + zero_O).clamp(0, 2**bits - 1)
 
 
 def ldlq(w_OI: Tensor, gram_II: Tensor, scale_O: Tensor, zero_O: Tensor, bits: int) -> Tensor:
-    """Codes [out, in] by LDLQ with one grid a row: an oracle for GPTQ that never inverts the Gram.
+    """Codes [out, in] by LDLQ with one grid per row: an oracle for GPTQ that never inverts the Gram.
 
     H = (M + 1) D (M + 1)ᵀ with M strictly upper triangular; column i rounds w_i + (W - Q)_{<i} M_{<i, i}.
     Source: Chee et al., QuIP, NeurIPS 2023, section 3.1.
@@ -378,7 +380,7 @@ def ldlq(w_OI: Tensor, gram_II: Tensor, scale_O: Tensor, zero_O: Tensor, bits: i
 def gptaq(
     w_OI: Tensor, upper_II: Tensor, shift_II: Tensor, scale_O: Tensor, zero_O: Tensor, bits: int, alpha: float
 ) -> Tensor:
-    """GPTQ with GPTAQ's correction of a drifted input, a column at a time; `shift_II` is the mean of (x - x') x'ᵀ.
+    """GPTQ with GPTAQ's correction for a drifted input, column by column; `shift_II` is the mean of (x - x') x'ᵀ.
 
     Source: Li et al., "GPTAQ", 2025, algorithm 1: P = alpha (shift Uᵀ, strictly upper) U, w_j -= e U_ij - w_i P_ij.
     """
@@ -394,7 +396,7 @@ def gptaq(
 
 
 def pack_stream(values: list[int], bits: int) -> bytes:
-    """Values end to end in one little-endian bit stream; above 8 bits the low bytes first, then the rest."""
+    """Values packed into one little-endian bit stream; above 8 bits, all low bytes come first, then the high bits."""
     if bits > 8:
         return bytes(v & 255 for v in values) + pack_stream([v >> 8 for v in values], bits - 8)
     stream = sum(value << (i * bits) for i, value in enumerate(values))
@@ -402,7 +404,7 @@ def pack_stream(values: list[int], bits: int) -> bytes:
 
 
 def pack_gaps(mask: list[bool], width: int) -> bytes:
-    """Of each gap before a kept entry the low bits, end to end; then for each the rest in zeros, and a one."""
+    """The low `width` bits of the gap before each kept entry, then the high part of each gap in unary (zeros, a 1)."""
     gaps, gap = [], 0
     for kept in mask:
         gap += 1
@@ -414,7 +416,7 @@ def pack_gaps(mask: list[bool], width: int) -> bytes:
 
 
 def number(index: int, seed: int) -> int:
-    """The number of a counter, for masks that are not stored."""
+    """The hash of a counter and a seed, for random masks that are not stored."""
 
     def scrambled(x: int) -> int:
         for shift, factor in ((16, 0x7FEB352D), (15, 0x21F0AAAD), (17, 0x31848BAB)):
@@ -429,7 +431,7 @@ def number(index: int, seed: int) -> int:
 
 
 def rounded_group(x_G: Tensor, bits: int) -> Tensor:
-    """One group between its minimum and maximum, both kept in float16; a constant group is its minimum."""
+    """One group quantized from its minimum, with minimum and scale in float16; a constant group becomes its minimum."""
     low = x_G.min().half().float()
     scale = ((x_G.max() - low).clamp(min=0) / (2**bits - 1)).half().float()
     if scale == 0:
@@ -438,7 +440,7 @@ def rounded_group(x_G: Tensor, bits: int) -> Tensor:
 
 
 def kivi(x_TD: Tensor, kv: Any, keys: bool) -> Tensor:
-    """The keys or values of one head as a later token sees them, from the whole prefix by KIVI's flush rule."""
+    """The keys or values of one head as a later token reads them, from the whole prefix by KIVI's flush rule."""
     seen_TD, tokens = x_TD.clone(), len(x_TD)
     due = (tokens - kv.sink) // kv.residual * kv.residual if keys else tokens - kv.sink - kv.residual
     rows, columns = (kv.group, 1) if keys and kv.keys == "channel" else (1, kv.group)
@@ -453,13 +455,13 @@ def kivi(x_TD: Tensor, kv: Any, keys: bool) -> Tensor:
 
 
 def svd_llm(w_OI: Tensor, root_II: Tensor, rank: int) -> Tensor:
-    """The matrix of SVD-LLM from any square root of the Gram: SVD_r(W S) S^-1."""
+    """The matrix of SVD-LLM, SVD_r(W S) S^-1, from any square root S of the Gram."""
     u, s, v = torch.linalg.svd(w_OI @ root_II, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root_II)
 
 
 def best_ranks(energies: list[list[float]], sizes: list[tuple[int, int]], budget: int) -> float:
-    """The least total energy lost by ranks, or whole matrices, within `budget` parameters, of all choices."""
+    """The least total energy lost by truncated or whole matrices within `budget` parameters, by exhaustive search."""
     options = [
         [(sum(energy[rank:]), rank * (m + n)) for rank in range(1, (m * n - 1) // (m + n) + 1)] + [(0.0, m * n)]
         for energy, (m, n) in zip(energies, sizes, strict=True)
@@ -470,7 +472,7 @@ def best_ranks(energies: list[list[float]], sizes: list[tuple[int, int]], budget
 
 
 def block_ldl(gram_II: Tensor, width: int) -> tuple[Tensor, list[Tensor]]:
-    """(L, [D_k]) with G = L D Lᵀ, L unit lower triangular by blocks: eliminate one block of inputs after the other."""
+    """(L, [D_k]) with G = L D Lᵀ and L unit lower block triangular, by eliminating one block of inputs at a time."""
     rest, size = gram_II.double().clone(), len(gram_II)
     lower, blocks = torch.eye(size).double(), []
     for start in range(0, size, width):
@@ -483,9 +485,9 @@ def block_ldl(gram_II: Tensor, width: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def block_ldlq(w_OI: Tensor, gram_II: Tensor, book_KD: Tensor) -> Tensor:
-    """Q by the equation of lowrank_quant_delta.md section 7.1, blocks from last to first.
+    """Q by the equation of lowrank_quant_delta.md section 7.1, with blocks from last to first.
 
-    Each entry is the one of least (x - b) D (x - b)ᵀ.
+    Each block gets the book entry b with the least (x - b) D (x - b)ᵀ.
     """
     w, book = w_OI.double(), book_KD.double()
     width = book.shape[1]
@@ -501,7 +503,7 @@ def block_ldlq(w_OI: Tensor, gram_II: Tensor, book_KD: Tensor) -> Tensor:
 
 
 def in_e8(point: list[float]) -> bool:
-    """Whether a point is in the lattice E8: all whole or all halves, with an even sum."""
+    """Whether a point is in the lattice E8: coordinates all integers or all half-integers, with an even sum."""
     kinds = {x % 1 for x in point}
     return kinds in ({0.0}, {0.5}) and sum(point) % 2 == 0
 
@@ -510,9 +512,9 @@ def in_e8(point: list[float]) -> bool:
 
 
 def oats(a_OI: Tensor, rank: int, kept: int, turns: int) -> tuple[Tensor, Tensor]:
-    """(L, S): by turns the best matrix of that rank and the `kept` largest entries of each row of what it leaves.
+    """(L, S) by alternating between the best rank-`rank` matrix and the `kept` largest entries per row of the rest.
 
-    A whole decomposition each time; pruning.md section 15.
+    Each turn computes a full singular value decomposition; pruning.md section 15.
     """
     a = a_OI.double()
     sparse = torch.zeros_like(a)
@@ -531,7 +533,7 @@ def oats(a_OI: Tensor, rank: int, kept: int, turns: int) -> tuple[Tensor, Tensor
 
 
 def eora(error_OI: Tensor, gram_II: Tensor, rank: int) -> Tensor:
-    """A B of EoRA with a root of the Gram and its pseudo-inverse; lowrank_quant_delta.md section 2.4."""
+    """The product A B of EoRA, from a root of the Gram and its pseudo-inverse; lowrank_quant_delta.md section 2.4."""
     values, vectors = torch.linalg.eigh(gram_II.double())
     kept = values > 1e-6 * values.max()
     root = vectors[:, kept] * values[kept].sqrt()
@@ -542,13 +544,13 @@ def eora(error_OI: Tensor, gram_II: Tensor, rank: int) -> Tensor:
 
 
 def clipped_error(w_OI: Tensor, clip: float, bits: int) -> float:
-    """Sum of (w - w')² on signed codes of step clip / (2**(bits-1) - 1); pruning.md section 9."""
+    """The sum of (w - w')² for signed codes with step clip / (2**(bits-1) - 1); pruning.md section 9."""
     levels = 2 ** (bits - 1)
     step = clip / (levels - 1)
     return float(((w_OI.double() / step).round().clamp(-levels, levels - 1) * step - w_OI.double()).square().sum())
 
 
 def least_clipped_error(w_OI: Tensor, bits: int, tries: int) -> float:
-    """The least of all clips up to the largest |w|, evenly spaced."""
+    """The least `clipped_error` over `tries` evenly spaced clips up to the largest |w|."""
     top = float(w_OI.abs().max())
     return min(clipped_error(w_OI, top * (i + 1) / tries, bits) for i in range(tries))

@@ -1,8 +1,9 @@
-"""A GPU that is none: its tensors say `cuda:0`, compute on the CPU, and refuse the company of a CPU's.
+"""A simulated GPU: its tensors report `cuda:0`, compute on the CPU, and raise an error if mixed with CPU tensors.
 
-`python tests/pretended.py COMMAND...` runs `compress COMMAND` with it: what would mix devices on a GPU fails here, too.
-Not here: kernels, which are said to be missing, gradients, which torch computes below what a subclass sees, time and
-memory. It leans on insides of the torch that `constraints.txt` pins: the registry of device guards, wrapper subclasses.
+`python tests/pretended.py COMMAND...` runs `compress COMMAND` with it, so that code which would mix devices on a GPU
+fails here, too. Not simulated: kernels, which are reported as missing; gradients, which torch computes below the level
+of a subclass; time and memory. It relies on internals of the torch version that `constraints.txt` pins: the registry of
+device guards, and wrapper subclasses.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 
 THERE = torch.device("cuda", 0)
-CUDA, META = 1, 14  # their numbers among c10::DeviceType
+CUDA, META = 1, 14  # their values in c10::DeviceType
 GUARDS = "_ZN3c104impl26device_guard_impl_registryE"
 aten = torch.ops.aten
-CROSSING = (aten.copy_.default, aten._to_copy.default)  # what may read from the other device
-PLAIN = (aten._local_scalar_dense.default, aten.equal.default)  # what gives no tensor
+CROSSING = (aten.copy_.default, aten._to_copy.default)  # may read from the other device
+PLAIN = (aten._local_scalar_dense.default, aten.equal.default)  # return no tensor
 INDEXING = ("index", "index_put_", "_index_put_impl_")  # may have indices on the CPU
 
 
 class Far(torch.Tensor):
-    """A tensor of the pretended GPU; `near` is where its values are."""
+    """A tensor on the simulated GPU; `near` is the CPU tensor that holds its values."""
 
     near: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -51,7 +52,7 @@ class Far(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return computed(func, args, kwargs or {})
 
-    # what torch's own forms do behind the back of a subclass
+    # methods that torch implements without dispatching to a subclass
 
     def tolist(self) -> Any:
         return self.near.tolist()
@@ -92,7 +93,7 @@ class Far(torch.Tensor):
 
 
 def moved(key: Any) -> Any:
-    """An index whose lists are tensors of the pretended GPU, as torch makes them of those of a real one."""
+    """An index with lists converted to tensors on the simulated GPU, as torch does on a real one."""
     if isinstance(key, tuple):
         return tuple(map(moved, key))
     if not isinstance(key, list):
@@ -101,7 +102,7 @@ def moved(key: Any) -> Any:
 
 
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What an operation gives; raises RuntimeError for tensors of two devices, as it is on a GPU."""
+    """The result of an operation; raises RuntimeError for tensors on two devices, as on a real GPU."""
     given = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, torch.Tensor)]
     far = any(isinstance(tensor, Far) for tensor in given)
     if far and func not in CROSSING:
@@ -129,7 +130,7 @@ def near(value: Any) -> Any:
 
 
 def check_company(func: Any, args: Any, given: list[torch.Tensor]) -> None:
-    """Raise RuntimeError if a tensor of the CPU is among those of the GPU; numbers and indices may be."""
+    """Raise RuntimeError if a CPU tensor is mixed with GPU tensors; CPU scalars and indices are allowed."""
     indexing = func._schema.name.removeprefix("aten::") in INDEXING
     if indexing and not isinstance(args[0], Far):
         raise RuntimeError(f"{func}: indices on cuda:0 for a tensor of the CPU")
@@ -140,14 +141,14 @@ def check_company(func: Any, args: Any, given: list[torch.Tensor]) -> None:
 
 
 class Pretending(TorchDispatchMode):
-    """Inside, new tensors may be made on `cuda:0`."""
+    """Within this mode, new tensors can be created on `cuda:0`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return computed(func, args, kwargs or {})
 
 
 class NoGrad(torch.no_grad):
-    """What stands for `torch.inference_mode`, whose tensors a wrapper cannot be."""
+    """Replaces `torch.inference_mode`, because wrapper subclasses cannot be inference tensors."""
 
     def __new__(cls, mode: bool = True) -> NoGrad:
         return object.__new__(cls)
@@ -163,7 +164,7 @@ class NoGrad(torch.no_grad):
 
 
 class Stream:
-    """A stream that is always done."""
+    """A stream whose work is always finished."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -173,7 +174,7 @@ class Stream:
 
 
 def made(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.tensor` and its like, whose last step to a device happens below what a subclass sees."""
+    """Wraps `torch.tensor` and `torch.as_tensor`, which move data to a device below the level of a subclass."""
 
     def make(data: Any, *, dtype: Any = None, device: Any = None, **more: Any) -> torch.Tensor:
         found = data if isinstance(data, torch.Tensor) else real(data, dtype=dtype, **more)
@@ -209,10 +210,10 @@ GPU: Mapping[str, Any] = {
 
 
 def install() -> None:
-    """Make torch believe in the GPU; once, and for good."""
+    """Make torch see the simulated GPU; this is called once and cannot be undone."""
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
     guards = (ctypes.c_void_p * (META + 1)).in_dll(library, GUARDS)
-    guards[CUDA] = guards[META]  # which does nothing
+    guards[CUDA] = guards[META]  # a guard that does nothing
     for name, value in GPU.items():
         setattr(torch.cuda, name, value)
     torch.tensor, torch.as_tensor = made(torch.tensor), made(torch.as_tensor)
@@ -223,7 +224,7 @@ def install() -> None:
 
 @contextmanager
 def everywhere() -> Iterator[None]:
-    """Pretend in this thread and in all that are begun inside."""
+    """Simulate the GPU in this thread and in all threads that are started within this context."""
     run = threading.Thread.run
 
     def inside(self: threading.Thread) -> None:
@@ -239,7 +240,7 @@ def everywhere() -> Iterator[None]:
 
 
 def plainly(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Loading by transformers, which initialises nothing while anybody watches."""
+    """Wraps a load function of transformers to run without the mode, under which it initialises nothing."""
     run = threading.Thread.run
 
     def loaded(*args: Any, **options: Any) -> Any:
@@ -254,12 +255,12 @@ def plainly(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main(commands: list[list[str]]) -> dict[str, str]:
-    """Run commands of `compress` one after the other; what failed and why."""
+    """Run commands of `compress` in sequence; returns the failed ones with their errors."""
     import compress
     from compress.cli import app
     from compress_kernels import dispatch
 
-    compress.load("builtin")  # imports what must be imported before
+    compress.load("builtin")  # imports what must be imported before `install`
     install()
     dispatch.missing = lambda device: "a GPU that is none"  # type: ignore[assignment]
     compress.load = plainly(compress.load)

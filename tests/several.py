@@ -1,7 +1,7 @@
-"""Runs of the command line in several processes at once, as `torchrun` starts them.
+"""Runs the command line in several processes at once, as `torchrun` starts them.
 
-`forks.py` forks them, since it has imported everything. Batches and the strips of a Gram are small here, so that tiny
-models have many of both.
+They are forked by `forks.py`, which has already imported everything. Batches and the strips of a Gram are small here,
+so that tiny models have many of both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BATCH_TOKENS, SIDE = 160, 16
 
 
 def main_of(order: dict[str, Any], rank: int) -> None:
-    """The command in this process, as one of several; what is to go wrong, is made to."""
+    """Run the command in this process as one of several ranks, with the failure that the order asks for."""
     import torch
 
     from compress import errors, stats
@@ -48,7 +48,7 @@ def main_of(order: dict[str, Any], rank: int) -> None:
 
 
 def joins_itself(arguments: list[str]) -> None:
-    """A script that has made a process group and calls the API; the group is still there afterwards."""
+    """Run the API as in a script that created the process group itself; the group must still exist afterwards."""
     from torch import distributed
 
     import compress
@@ -62,7 +62,7 @@ def joins_itself(arguments: list[str]) -> None:
 
 
 def forked(order: dict[str, Any], rank: int, port: int, place: Path) -> int:
-    """The process of one rank; what it prints goes into files."""
+    """Fork the process of one rank, with its output written to files; returns its process id."""
     child = os.fork()
     if child:
         return child
@@ -85,7 +85,7 @@ def forked(order: dict[str, Any], rank: int, port: int, place: Path) -> int:
 
 
 def together(order: dict[str, Any]) -> dict[str, Any]:
-    """All processes of an order: exit codes, what they printed, and seconds from the signal that was sent, if any."""
+    """Run all processes of an order; returns exit codes, output, and seconds since the signal was sent, if any."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

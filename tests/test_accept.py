@@ -1,7 +1,7 @@
-"""A recipe's `accept` rule: a run that loses too much exits 5 and says which task.
+"""A recipe's `accept` rule: a run that loses too much exits with code 5 and names the task.
 
-Asked are some questions of every task; that a measurement too small to exclude a loss is refused is told by
-`test_comparison.py`.
+These tests ask some questions of every task; `test_comparison.py` tests that a measurement too small to exclude a loss
+is refused.
 """
 
 from __future__ import annotations

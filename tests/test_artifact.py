@@ -1,4 +1,4 @@
-"""The output folder: what was computed is what loads, here and without us; whole or absent; the same bytes again."""
+"""The output folder: it loads as computed, with and without this package; it is whole or absent, and reproducible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference model knows what it was taught; its questions, splits and documents are sound."""
+"""The built-in model knows what it was trained on; its questions, splits and documents are well formed."""
 
 from __future__ import annotations
 

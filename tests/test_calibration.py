@@ -1,4 +1,4 @@
-"""Calibration tokens: the same for a seed, never what an evaluation asks, from every documented source."""
+"""Calibration tokens: reproducible by seed, disjoint from evaluation questions, from every documented source."""
 
 from __future__ import annotations
 

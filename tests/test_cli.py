@@ -1,6 +1,6 @@
-"""The command line as a user meets it: what it prints, what it leaves behind, and how it refuses.
+"""The command line as a user sees it: its output, the files it leaves behind, and its error messages.
 
-Every refusal is one line on stderr, the right exit code, nothing half-written, inputs untouched.
+Every refusal is one line on stderr with the right exit code; nothing is half-written, and inputs are unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`compress eval` from the command line, on the built-in model: what it prints, writes and refuses."""
+"""`compress eval` from the command line, on the built-in model: its output, its files and its error messages."""
 
 from __future__ import annotations
 

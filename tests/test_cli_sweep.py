@@ -1,6 +1,6 @@
-"""`compress sweep` from the command line: what it prints, its exit codes, and what an interrupt leaves.
+"""`compress sweep` from the command line: its output, its exit codes, and the state after an interrupt.
 
-The process of a cell is a stub; `tests/evals/test_sweep.py` has the rest.
+The process of a cell is a stub; `tests/evals/test_sweep.py` tests the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every weight node and every registered pass keeps the promises of `conformance.py`."""
+"""Every weight node and every registered pass has the properties defined in `conformance.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a foreign delta may say: nothing large is made, nothing is read that it does not own, nothing is guessed."""
+"""Untrusted deltas: nothing large is allocated, nothing outside the delta is read, and nothing is guessed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compress diff`: two folders tensor by tensor; equal ones exit with 0, others with 1."""
+"""`compress diff` compares two folders tensor by tensor, and exits with 0 if they are equal, else with 1."""
 
 from __future__ import annotations
 

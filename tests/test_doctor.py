@@ -1,4 +1,4 @@
-"""`compress doctor`: what is here and missing; and bundles that hold what a bug report needs and nothing private."""
+"""`compress doctor`: what is installed and missing, and bundles with what a bug report needs but nothing private."""
 
 from __future__ import annotations
 

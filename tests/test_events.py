@@ -1,4 +1,4 @@
-"""The one stream of events: every run tells its story in order, and sinks receive all of it."""
+"""The event stream: every run emits its events in order, and sinks receive all of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Faults from outside: clocks that jump, two processes at once, folders that may only be read.
+"""External faults: jumping clocks, two processes at once, read-only folders.
 
-Kills, full disks and damage are in `test_resume.py`, missing memory and values that are not finite in `security`.
+Kills, full disks and damage are tested in `test_resume.py`, lack of memory and values that are not finite in
+`security`.
 """
 
 from __future__ import annotations

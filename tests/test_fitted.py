@@ -1,4 +1,4 @@
-"""Tables on a terminal: whatever its width, every name and number can be read whole."""
+"""Tables on a terminal: at any width, every name and number can be read in full."""
 
 from __future__ import annotations
 

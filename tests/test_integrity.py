@@ -1,4 +1,4 @@
-"""An artifact is whole or absent, and damage to it is found."""
+"""An artifact is whole or absent, and damage to it is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and a few rules that hold for every file."""
+"""Which module may import which, checked on the sources; and a few rules for every file."""
 
 from __future__ import annotations
 

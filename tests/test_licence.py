@@ -1,4 +1,4 @@
-"""Whose model it is goes with whatever is made of it: the licence its card states, and the notices beside it."""
+"""The licence in a model's card, and the notices beside it, are carried over to whatever is made from the model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What is made beside a target is gone once nobody makes it any more, and never while somebody does.
+"""Temporary files beside a target are removed once no process is working on them, and never while one is.
 
-Kills are SIGKILLs of processes: of small ones here, and of whole commands by `forks.py`.
+Kills are SIGKILLs: of small processes here, and of whole commands by `forks.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ledger as a picture and in words: what it shows of each site, the same bytes each time, whatever names say."""
+"""The ledger as a picture and in words: what it shows of each site, with reproducible bytes and any names."""
 
 from __future__ import annotations
 

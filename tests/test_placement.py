@@ -1,4 +1,4 @@
-"""Tensors are where they should be on a GPU: commands with a pretended one, which refuses the company of a CPU's."""
+"""Tensors are on the right device: commands with a simulated GPU, whose tensors cannot be mixed with CPU tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compress plan`: its bytes are the artifact's, its memory is near that of a run, and it reads no weights."""
+"""`compress plan`: its bytes equal the artifact's, its memory is close to that of a run, and it reads no weights."""
 
 from __future__ import annotations
 

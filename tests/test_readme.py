@@ -1,4 +1,4 @@
-"""What the README and its pages promise: the recipe parses, the pass runs, commands and links exist."""
+"""The README and the pages in docs are correct: the recipe parses, the pass runs, commands and links exist."""
 
 from __future__ import annotations
 

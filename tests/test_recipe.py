@@ -1,4 +1,4 @@
-"""Recipes: YAML 1.2 read strictly, errors that name their path, changes from the command line, and the way back."""
+"""Recipes: strict YAML 1.2, errors that name their path, changes from the command line, and writing recipes back."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What cannot be used is one clear line, the right exit code, nothing half-written, and inputs untouched.
+"""Unusable input gives one clear line and the right exit code; nothing is half-written, and inputs are unchanged.
 
-Recipes are in test_cli, checkpoints' headers in model/test_source, other methods' formats in test_sources.
+Recipes are tested in test_cli, headers of checkpoints in model/test_source, formats of other methods in test_sources.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A folder whose recipe only changed the shape: an ordinary model, and still one of ours."""
+"""A folder whose recipe only changed shapes is an ordinary model, and still an artifact that can be verified."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A run that was stopped at any moment goes on behind its last finished block, and writes the bytes it would have.
+"""A run that was stopped at any moment resumes after its last finished block, and writes the same bytes as otherwise.
 
-Kills are SIGKILLs of processes (`forks.py`), at steps that change the disk or after some time; what only has to stop
-between two blocks is interrupted in this process.
+Kills are SIGKILLs of processes (`forks.py`), at steps that change the disk or after some time; runs that only have to
+stop between two blocks are interrupted in this process.
 """
 
 from __future__ import annotations

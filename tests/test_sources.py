@@ -1,4 +1,4 @@
-"""Folders whose weights are stored in another form: float8 is read, what a method did is decoded only when asked."""
+"""Folders with weights in another form: float8 is read, other quantized formats are decoded only on request."""
 
 from __future__ import annotations
 

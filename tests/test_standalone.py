@@ -1,4 +1,4 @@
-"""What holds in a fresh interpreter: light import, no effect on others, and loading with and without us."""
+"""In a fresh interpreter: a light import without side effects, and artifacts that load with or without this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory: one block at a time, whatever the model's size, also when saving and verifying; shards of any size."""
+"""Memory: one block at a time for any model size, also when saving and verifying; shards of any size."""
 
 from __future__ import annotations
 

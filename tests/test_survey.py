@@ -1,4 +1,4 @@
-"""`compress inspect` on a folder that is not ours: its sites by kind, and everything that no pass touches."""
+"""`compress inspect` on a folder that is not an artifact: its sites by kind, and everything that no pass changes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One run on several processes: the same bytes as on one, and an end in good time when one of them fails.
+"""One run on several processes: the same bytes as on one, and a prompt end if one of them fails.
 
-The processes are those of `several.py`, with the environment that torchrun gives them; one test starts torchrun.
+The processes are started by `several.py` with the environment that torchrun provides; one test starts torchrun itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pass of one's own, in a file of one's own of at most twenty lines, is a pass like ours."""
+"""A user's pass, in a file of at most twenty lines, works like a built-in one."""
 
 from __future__ import annotations
 

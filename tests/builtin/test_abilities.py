@@ -1,4 +1,4 @@
-"""What a fine-tune is asked is never what it was taught, nor what the base is asked; seeds disagree only in answers."""
+"""Test questions of a fine-tune never occur in its training data or the base's questions; seeds change only answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fine-tune of the built-in model is an ordinary folder, the same for a seed, and moves what it says it moves."""
+"""A fine-tune of the built-in model is an ordinary folder, reproducible by seed; blocks and norms are trained."""
 
 from __future__ import annotations
 

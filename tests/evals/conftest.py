@@ -1,4 +1,4 @@
-"""A tiny model that has learned some of the questions, and results made by hand."""
+"""Fixtures: a tiny model that has learned some of the questions, and handmade results."""
 
 from __future__ import annotations
 

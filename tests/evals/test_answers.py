@@ -1,4 +1,4 @@
-"""No empty, tiny or repeated output scores; right answers do."""
+"""Scores of short answers: empty, tiny or repeated output scores nothing, right answers do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batch size: what is tried, what is halved, and that it stays the same."""
+"""The batch size: which sizes are tried, how they are halved, and that the result is cached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored answers: what makes another key, what is trusted, and what a killed evaluation has to ask again."""
+"""Cached answers: what changes the key, which entries are trusted, and what a killed evaluation must ask again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows come from the folder that was named, are what its manifest says, and nothing else is ever fetched."""
+"""Rows come from the given folder and match its manifest, and nothing is downloaded unless it was asked for."""
 
 from __future__ import annotations
 

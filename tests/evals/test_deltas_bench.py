@@ -1,4 +1,4 @@
-"""The table of deltas: the fine-tune beside itself loses nothing, rows are measured once, and claims can fail."""
+"""The table of deltas: the fine-tune compared with itself loses nothing, rows are measured once, claims can fail."""
 
 from __future__ import annotations
 

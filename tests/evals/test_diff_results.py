@@ -1,4 +1,4 @@
-"""`compress diff` with the evaluations of both folders: beside them, or named."""
+"""`compress diff` with evaluation results, found beside both folders or named on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was said and what is shown of it: choices, targets, generated answers, and examples of flips."""
+"""Recorded answers (choices, targets, generated text), and the examples of flips that are shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KL, agreement and bits per byte against closed forms, and a model against itself."""
+"""KL, top-1 agreement and bits per byte against closed forms, and a model compared with itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders evaluated: killed and continued, short of memory, hostile, and a model against itself."""
+"""Evaluating folders: killed and resumed, short of memory, hostile input, and a model compared with itself."""
 
 from __future__ import annotations
 

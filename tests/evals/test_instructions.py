@@ -1,4 +1,4 @@
-"""All 25 kinds of instruction, one by one and beside lm-eval's own checkers on the 541 prompts."""
+"""All 25 kinds of instruction, one by one and compared with lm-eval's own checkers on the 541 prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A judge behind a local server: its position bias wins nothing, its failures are counted, its key stays secret."""
+"""A judge behind a local server: position bias gains nothing, failures are counted, and the API key stays secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Written answers: documents are whole and stable, prompts hide the reference, and constant models win nothing."""
+"""Written answers: documents are complete and stable, prompts hide the reference, constant output gains nothing."""
 
 from __future__ import annotations
 

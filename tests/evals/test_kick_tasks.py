@@ -1,4 +1,4 @@
-"""The kick tasks on the real questions: no constant output wins, right answers do, prompts are as published."""
+"""The kick tasks on real questions: constant output gains nothing, right answers score, prompts are as published."""
 
 from __future__ import annotations
 

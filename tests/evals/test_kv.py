@@ -1,4 +1,4 @@
-"""The bench of caches: what it feeds through a cache is what one forward sees, and rounding shows."""
+"""The cache bench: feeding tokens through a plain cache equals one forward pass, and quantization has an effect."""
 
 from __future__ import annotations
 

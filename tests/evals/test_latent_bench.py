@@ -1,4 +1,4 @@
-"""The bench of latents: what stands in one row group keeps the same bytes of a token."""
+"""The latent bench: variants that are compared with each other store the same bytes per token."""
 
 from __future__ import annotations
 

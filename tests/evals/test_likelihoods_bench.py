@@ -1,4 +1,4 @@
-"""Both ways of the bench give the same sums."""
+"""The likelihood bench: both ways of computing logits give the same sums."""
 
 from __future__ import annotations
 

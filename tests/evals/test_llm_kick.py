@@ -1,4 +1,4 @@
-"""Findings: cells are found by their recipes, levels are pooled, and each rule can go either way."""
+"""The LLM-KICK findings: cells are identified by their recipes, tasks are pooled, and each rule can hold or fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of low rank: equal bytes at every share, rows that belong to recipes, and verdicts on the same windows."""
+"""The low-rank table: equal bytes at every share, rows identified by their recipes, and paired verdicts."""
 
 from __future__ import annotations
 

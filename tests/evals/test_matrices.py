@@ -1,4 +1,4 @@
-"""Matrix by matrix: the errors are those of the quantizers, and the tables name every matrix."""
+"""The matrix bench: its errors are those of the quantizers, and its tables name every kind of matrix."""
 
 from __future__ import annotations
 

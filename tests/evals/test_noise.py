@@ -1,4 +1,4 @@
-"""The dense model against itself: the same questions at another batch size, and what is no larger than that."""
+"""The noise floor: the dense model against itself at another batch size, and which differences are within it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench beside other tools, as far as it goes without them: the measurement, the metric, the tables, refusals."""
+"""The peer benchmark, as far as it can be tested without the other tools: measurement, metric, tables, refusals."""
 
 from __future__ import annotations
 

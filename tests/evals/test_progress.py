@@ -1,4 +1,4 @@
-"""What a run says of itself: tasks done, questions left, and a time that follows the work measured so far."""
+"""Progress of an evaluation: tasks done, questions left, and a time estimate that follows the work measured so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benches of pruning: loops compute what passes compute, rows survive interruption, tables say what they hold."""
+"""The pruning benches: naive loops compute what passes compute, rows survive an interruption, tables are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The law of quantization-induced degradation: the specification's table, inversions, refits, and the command."""
+"""The scaling law of quantization-induced degradation: the specification's table, inverses, refits, and the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of quantization methods: rows belong to recipes, and checks say who is worse than he should be."""
+"""The quantization table: rows are identified by their recipes, checks name methods that are worse than expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked, known before any model: availability, provenance, chat templates, lengths and hashes."""
+"""Questions, prepared without any model: availability, provenance, chat templates, lengths and hashes."""
 
 from __future__ import annotations
 

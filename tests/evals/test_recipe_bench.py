@@ -1,4 +1,4 @@
-"""The bench of recipes: what a point of its picture says."""
+"""The recipe bench: the colour of a point tells what its recipe makes."""
 
 from __future__ import annotations
 

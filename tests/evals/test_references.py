@@ -1,4 +1,4 @@
-"""Stored dense references: the same figures as with both models in memory, and a lower bound where cut short."""
+"""Stored dense references: the same figures as with both models in memory, or a lower bound if they are truncated."""
 
 from __future__ import annotations
 

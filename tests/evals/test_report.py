@@ -1,4 +1,4 @@
-"""Reports: every figure arrives, nothing hostile does, nothing is loaded from elsewhere."""
+"""Reports contain every figure, escape hostile text, and load nothing from elsewhere."""
 
 from __future__ import annotations
 

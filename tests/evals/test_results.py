@@ -1,4 +1,4 @@
-"""Results survive storage bit by bit, and anything else is refused with its place."""
+"""Results survive saving and loading bit for bit; malformed ones are refused with a message that names the place."""
 
 from __future__ import annotations
 

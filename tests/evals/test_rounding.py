@@ -1,4 +1,4 @@
-"""One recipe run twice, its sums in other orders."""
+"""One recipe run twice with floating-point sums in different orders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several runs of one recipe: what is spread of runs and what is flips of questions, and whether intervals cover."""
+"""Several runs of one recipe: between-run variance against flips of questions, and the coverage of the intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits where they are read, and nowhere else: the same likelihoods as lm-eval's own wrapper gives."""
+"""Logits are computed only where they are read, and likelihoods equal those of lm-eval's own wrapper."""
 
 from __future__ import annotations
 

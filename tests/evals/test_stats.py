@@ -1,4 +1,4 @@
-"""Statistics against closed forms, scipy, brute force and their own coverage."""
+"""Statistics against closed forms, scipy and brute force, and the simulated coverage of the intervals."""
 
 from __future__ import annotations
 

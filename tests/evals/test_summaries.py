@@ -1,4 +1,4 @@
-"""Summaries are scored as ROUGE's own package scores them, and nothing is won by silence, noise or copying."""
+"""Summaries are scored as by the `rouge_score` package, and empty, random or copied text gains nothing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Sweeps: what the file may say, which cells it means, and that cells are measured once, whatever ends the sweep.
+"""Sweeps: what the file may contain, which cells it defines, and that cells are measured once, however a sweep ends.
 
-What a cell does in its process is replaced by a stub here, but in one test; `tests/test_cli_sweep.py` has the command.
+The work of a cell's process is replaced by a stub, except in one test; `tests/test_cli_sweep.py` tests the command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine that runs the cells of a sweep on Ray: the same records and files as the one that runs them here."""
+"""The engine that runs the cells of a sweep on Ray writes the same records and files as the local engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task files load in plain lm-eval, ask only evaluation facts, and cannot be won by NaN or ties."""
+"""The task files load in plain lm-eval, ask only evaluation facts, and give no score for NaN or ties."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""lm-eval's traps (measured in 0.4.13), one test each: none of them can make a wrong number here.
+"""Pitfalls of lm-eval (observed in 0.4.13), one test each: none of them can lead to a wrong number here.
 
-Traps that other files test: a hub that is offline, lines that `str.splitlines` would break (test_data.py); prompts
-longer than the context, a run that reseeds or prints (test_run.py); unpaired comparisons (test_stats.py).
+Pitfalls that other files test: an offline hub, and lines that `str.splitlines` would split (test_data.py); prompts
+longer than the context, and a run that reseeds or prints (test_run.py); unpaired comparisons (test_stats.py).
 """
 
 from __future__ import annotations

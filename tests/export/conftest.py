@@ -1,4 +1,4 @@
-"""A small Llama whose sides every format can hold, its artifacts by list of passes, and a pass that makes any leaf."""
+"""Fixtures: a small Llama whose shapes suit every format, its artifacts by passes, and a pass that makes any leaf."""
 
 from __future__ import annotations
 

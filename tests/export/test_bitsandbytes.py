@@ -1,4 +1,4 @@
-"""bitsandbytes: what stock transformers loads decodes to the artifact's matrices."""
+"""bitsandbytes: weights loaded by stock transformers decode to the artifact's matrices."""
 
 from __future__ import annotations
 

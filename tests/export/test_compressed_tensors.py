@@ -1,4 +1,4 @@
-"""compressed-tensors: stock transformers loads what was exported and computes what the artifact computes."""
+"""compressed-tensors: stock transformers loads the exported folder and computes what the artifact computes."""
 
 from __future__ import annotations
 

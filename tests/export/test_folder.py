@@ -1,4 +1,4 @@
-"""What holds for every export: nothing is put in place that does not read back, and nothing is left behind."""
+"""Properties of every export: nothing is put in place unless it reads back correctly, and nothing is left behind."""
 
 from __future__ import annotations
 

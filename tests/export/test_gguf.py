@@ -1,6 +1,6 @@
-"""GGUF: the file is read by the package of llama.cpp and by stock transformers, and says what the artifact says.
+"""GGUF: llama.cpp's Python package and stock transformers read the file, and its content matches the artifact.
 
-llama.cpp itself was run once on files of the built-in model (see docs/export.md); here its reader in Python is.
+llama.cpp itself was run once on files of the built-in model (see docs/export.md); these tests use its Python reader.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GPTQ's layout, read by an unpacker written from its definition, and by the stock loader where that is installed."""
+"""GPTQ's layout, read by an unpacker written from its definition, and by the stock loader if that is installed."""
 
 from __future__ import annotations
 

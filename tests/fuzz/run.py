@@ -1,7 +1,8 @@
-"""Fuzz for a bounded time: `python tests/fuzz/run.py SECONDS [PLACE]`, which `make fuzz` calls.
+"""Fuzzes for a bounded time: `python tests/fuzz/run.py SECONDS [PLACE]`, which `make fuzz` calls.
 
-Under atheris if it is installed (`pip install 'compress-llm[fuzz]'`), else under hypothesis. Inputs that reach new code
-stay in PLACE, one folder a target, and are where the next run begins; a finding lies there as `crash-...`.
+It uses atheris if that is installed (`pip install 'compress-llm[fuzz]'`), else hypothesis. Inputs that reach new code
+are kept in PLACE, in one folder per target, and the next run starts from them; a failing input is saved there as
+`crash-...`.
 """
 
 from __future__ import annotations

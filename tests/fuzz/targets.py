@@ -1,7 +1,7 @@
-"""What is fuzzed: functions of bytes that succeed, or raise a CompressError, in little time and memory.
+"""Fuzz targets: functions of bytes that must succeed or raise a CompressError, with little time and memory.
 
-Bytes are edits of something valid, so that most of them come past the first check. Not here: what drives them, which
-is hypothesis in `test_fuzz.py` and atheris, if it is installed, in `run.py`.
+The bytes describe edits of something valid, so that most inputs pass the first check. Not here: the fuzzing engines,
+which are hypothesis in `test_fuzz.py` and atheris, if it is installed, in `run.py`.
 """
 
 from __future__ import annotations

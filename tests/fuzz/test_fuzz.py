@@ -1,4 +1,4 @@
-"""Any bytes are read or refused: the quick share of `make fuzz`, and what it has found so far."""
+"""Any bytes are read or refused: a quick part of `make fuzz`, and regression tests for what it has found so far."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Kernels are tested in Triton's interpreter, or, where there is one, on the GPU: the same tests.
+"""Fixtures of the kernel tests, which run on a GPU if there is one, else in Triton's interpreter.
 
 The interpreter is chosen when triton is imported (`tests/conftest.py`), so this process cannot also compile for a GPU;
-the tests of compiled code (`test_aot.py`) run a process of their own.
+the tests of compiled code (`test_aot.py`) use a process of their own.
 """
 
 from __future__ import annotations

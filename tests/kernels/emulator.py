@@ -1,7 +1,7 @@
-"""The few PTX instructions that our inline assembly uses, on numpy arrays of 32-bit registers.
+"""Emulates the few PTX instructions that the inline assembly uses, on numpy arrays of 32-bit registers.
 
-`lop3` evaluates its truth table, `prmt` picks bytes; the packed float instructions compute each half in float64 and
-round once. An instruction not known here stops the test.
+`lop3` evaluates its truth table, `prmt` selects bytes; the packed float instructions compute each half in float64 and
+round once. An unknown instruction fails the test.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Make Triton's interpreter (3.6 to 3.9) mean what a GPU does; it is silently wrong for bfloat16 and float8.
+"""Patches Triton's interpreter (3.6 to 3.9) to behave like a GPU; it is silently wrong for bfloat16 and float8.
 
-What is mended, each seen to be wrong in 3.6 and 3.9 with numpy 2.4: loops over a bound given at run time (TypeError);
-products, sums and casts of bfloat16 (computed on the bits as integers, casts truncated); casts to float8 e4m3 (wrong by
-up to 64, where a GPU rounds to nearest and saturates); autotuning (asks for a driver); comparisons of scalars, which
-as part of a mask count as int32 (3.9: ValueError). `install` can go when `test_interpreter.py` passes without it.
+The following are patched; each was seen to be wrong in 3.6 and 3.9 with numpy 2.4: loops over a bound that is given at
+run time (TypeError); products, sums and casts of bfloat16 (computed on the bits as integers, casts truncated); casts to
+float8 e4m3 (wrong by up to 64, where a GPU rounds to nearest and saturates); autotuning (asks for a driver);
+comparisons of scalars, which count as int32 inside a mask (3.9: ValueError). `install` can be removed when
+`test_interpreter.py` passes without it.
 All tests of this folder were run with 3.6.0, which is pinned, and on 2026-11-26 with 3.9.0.
 """
 

@@ -1,4 +1,4 @@
-"""Kernels of one operation each, to compare the interpreter with torch."""
+"""Kernels with a single operation each, for comparing the interpreter with torch."""
 
 from __future__ import annotations
 

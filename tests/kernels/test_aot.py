@@ -1,9 +1,9 @@
-"""Every kernel compiled for GPUs that are not here: it fits, it does not spill, and its loop does not grow.
+"""Every kernel, compiled ahead of time for GPUs that are not present, fits, does not spill, and has no longer a loop.
 
-`instructions/FAMILY.json` holds what each case needs and the instructions for each weight that it may issue; a kernel
-that issues more is slower on a GPU before anybody has timed it. It also holds the hash of the sources that this was
-compiled from: where they are as they were, compiling gives the same again, so only the first case of each family is
-compiled, to see that it does. To renew it after a change: `python tests/kernels/test_aot.py FAMILY`.
+`instructions/FAMILY.json` holds the resources of each case and the instructions per weight that it may issue; a kernel
+that issues more is slower on a GPU even before it has been timed. It also holds the hash of the sources it was compiled
+from. If they have not changed, compiling gives the same result, so only the first case of each family is compiled as a
+check. To update it after a change: `python tests/kernels/test_aot.py FAMILY`.
 """
 
 from __future__ import annotations

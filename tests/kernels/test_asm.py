@@ -1,4 +1,4 @@
-"""Inline assembly against what it stands for, bit for bit, on every 16-bit word, in an emulator of its instructions."""
+"""Inline assembly against its specification, bit for bit, on every 16-bit word, in an emulator of its instructions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inline assembly of N:M weights against what it stands for, bit for bit, in an emulator of its instructions."""
+"""The inline assembly of N:M weights against its specification, bit for bit, in an emulator of its instructions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's own code: what it times is right, what it cannot time it says; never how fast anything was."""
+"""The kernel benchmark itself: it times correct results and reports what it cannot time; speed is not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with weights pruned anywhere: packing, kernels and ops against float64 on the masked matrix."""
+"""Products with unstructured pruned weights: packing, kernels and ops against float64 on the masked matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed CPU products against their plain specification, in float64, within what bf16 can hold."""
+"""Packed CPU products against their plain float64 specification, within bf16 precision."""
 
 from __future__ import annotations
 

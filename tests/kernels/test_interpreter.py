@@ -1,4 +1,4 @@
-"""The mended interpreter against torch, where the unmended one is silently wrong."""
+"""The patched interpreter against torch, in the cases where the original one is wrong."""
 
 from __future__ import annotations
 

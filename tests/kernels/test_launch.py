@@ -1,4 +1,4 @@
-"""Launches: on the device of what they are given."""
+"""Kernels are launched on the device of their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every op of a packed form must do beside being right: be exported, with any number of rows of x."""
+"""Every op of a packed form can be exported, with any number of rows of x."""
 
 from __future__ import annotations
 

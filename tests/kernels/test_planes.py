@@ -1,4 +1,4 @@
-"""Products with codes that stay packed, beside what tests of tenants show of them."""
+"""Products with codes that stay packed, in addition to the tests of tenants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Profiles: what is written is read, what is damaged or foreign is refused by name, and lowering obeys."""
+"""Tuning profiles: they are read as written, damaged or foreign ones are refused by name, and lowering follows them."""
 
 from __future__ import annotations
 

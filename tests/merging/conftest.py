@@ -1,4 +1,4 @@
-"""Folders of a few odd tensors, and fine-tunes of them whose changes are partly zero and partly equal."""
+"""Fixtures: folders with a few oddly shaped tensors, and fine-tunes of them whose changes are partly zero or equal."""
 
 from __future__ import annotations
 

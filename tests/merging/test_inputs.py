@@ -1,4 +1,4 @@
-"""What may be merged, what is refused and how; what the folder says; vocabularies that grew; memory; commands."""
+"""Inputs of merging: what is accepted or refused, the folder's metadata, grown vocabularies, memory, and commands."""
 
 from __future__ import annotations
 

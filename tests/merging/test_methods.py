@@ -1,4 +1,4 @@
-"""Merging: identities, order, and each method beside a specification that holds whole models as one vector."""
+"""Merging methods: identities, independence of order, and a reference that treats whole models as one vector."""
 
 from __future__ import annotations
 

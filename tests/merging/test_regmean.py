@@ -1,4 +1,4 @@
-"""RegMean: least squares on every model's own inputs, as measured beside stock transformers."""
+"""RegMean: least squares on every model's own inputs, which are measured with stock transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the passes will touch is counted by name; a model most of which they cannot reach is refused."""
+"""The weights that passes will change are counted by name; a model that they mostly cannot reach is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is computed in the dtype its config names, whatever its file holds, as transformers does."""
+"""A checkpoint is computed in the dtype that its config names, whatever its file contains, as in transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of a mixture: what each is given, what is done when that is too little, and that the parts make the whole."""
+"""Experts of a mixture: the tokens that each receives, the fallback if they are too few, and that the parts add up."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every family of docs/models.md: replay, coverage counted by hand, and one round trip through every way of loading.
 
-Tiny random models with odd sizes; hybrids have windows shorter than the text. What a family looks like inside is
-stated here by hand, so that a change of transformers shows.
+Models are tiny and random, with unusual sizes; hybrids have sliding windows shorter than the text. The structure of
+each family is written down here by hand, so that a change in transformers is noticed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a done part of a block gave is handed out again: fewer products, the same bytes."""
+"""Outputs of finished parts of a block are cached and reused: fewer matrix products, the same bytes."""
 
 from __future__ import annotations
 

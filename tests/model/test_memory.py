@@ -1,4 +1,4 @@
-"""Where the memory of a forward comes from: the heap while a command computes, mappings of their own for what lasts."""
+"""Allocation in a forward pass: temporary memory comes from the heap, long-lived tensors get their own mappings."""
 
 from __future__ import annotations
 

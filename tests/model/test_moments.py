@@ -1,4 +1,4 @@
-"""Moments: one result for any split of the windows, exact beside a large mean, and windows told apart."""
+"""Moments: the same result for any split of the windows, exact despite a large mean, and separate by window."""
 
 from __future__ import annotations
 

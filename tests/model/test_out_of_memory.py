@@ -1,4 +1,4 @@
-"""Memory that runs out in a forward: the batch goes through in parts, and nothing of it counts twice."""
+"""Out of memory in a forward pass: the batch is split into parts, and none of it is counted twice."""
 
 from __future__ import annotations
 

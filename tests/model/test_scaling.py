@@ -1,4 +1,4 @@
-"""Scales that move between a writer and its readers: who can take one, and that the model stays what it was."""
+"""Scales moved between the writer of an activation and its readers: where allowed, and with unchanged model output."""
 
 from __future__ import annotations
 

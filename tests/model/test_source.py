@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be used is refused with one clear sentence, before anything is written."""
+"""An unusable checkpoint is refused with one clear sentence, before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics are those of the full model's activations, whatever the batches; orderings differ as documented."""
+"""Statistics equal those of the full model's activations for any batches; orderings differ as documented."""
 
 from __future__ import annotations
 

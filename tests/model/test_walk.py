@@ -1,4 +1,4 @@
-"""A model walked block by block is the model: logits, sites, groups, and models in memory."""
+"""Walking a model block by block gives the results of the whole model: logits, sites, groups, and models in memory."""
 
 from __future__ import annotations
 

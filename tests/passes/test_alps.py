@@ -1,4 +1,4 @@
-"""ALPS: better than SparseGPT on the same Gram and pattern, with exact counts, and repeatable."""
+"""ALPS: better than SparseGPT on the same Gram and pattern, with exact counts, and deterministic."""
 
 from __future__ import annotations
 

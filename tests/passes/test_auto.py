@@ -1,4 +1,4 @@
-"""Auto: the codec that fits the spectrum, never more bits than asked, never worse than what it tried."""
+"""Auto: it chooses the codec that fits the spectrum, within the bit budget, and is never worse than what it tried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BitDelta: signs under the scales of least error, by the weights or by the output."""
+"""BitDelta: signs with the scales of least error, in the weights or in the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets: parts get unequal sparsities, the model gets the one that was asked for."""
+"""Budgets: parts get unequal sparsities, and the model as a whole gets the requested one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DARE: on average nothing changed; the noise is what the closed form says; random masks cost nothing."""
+"""DARE: the result is unbiased, its noise matches the closed form, and random masks cost no bytes."""
 
 from __future__ import annotations
 

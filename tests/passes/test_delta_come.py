@@ -1,4 +1,4 @@
-"""Delta-CoMe: budgets that are never exceeded, bits where they are worth most, factors that answer each other."""
+"""Delta-CoMe: budgets are never exceeded, bits go where they help most, and the left factor corrects the right one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DSnoT: the golden rows, a scalar oracle on degenerate rows, and what each form promises about the error."""
+"""DSnoT: the golden rows, a scalar oracle on degenerate rows, and the guarantees of each form about the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AWQ and SmoothQuant: the same model before rounding, the definitions of their scales, less loss after it."""
+"""AWQ and SmoothQuant: an unchanged model before rounding, scales as defined, and a smaller loss after rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: real numbers move, codes and masks do not, and what is stored is what was learned."""
+"""Fine-tuning: real-valued parameters change, codes and masks do not, and the stored values are those learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formats that need no data: errors of the specification, bytes of the libraries that read them, extremes."""
+"""The data-free formats: errors as in the specification, the same bytes as the libraries that read them, extremes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPTQ pass: masks, what a mask cut, dead inputs, shared factors, and the recorded fallback."""
+"""The GPTQ pass: masks, compensation for pruned weights, dead inputs, shared factors, and the recorded fallback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounded inputs from the recipe to the loaded model: the walk, the file, the modules and the dense twin agree."""
+"""Quantized inputs from the recipe to the loaded model: the walk, the file, the modules and the dense twin agree."""
 
 from __future__ import annotations
 

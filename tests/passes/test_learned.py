@@ -1,4 +1,4 @@
-"""FlexRound and LRQ: one matrix, one block, whole models; the start, the gradients, what is stored and kept."""
+"""FlexRound and LRQ on a matrix, a block and whole models: initialization, gradients, what is stored and kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low rank: the identities of the truncated decomposition, budgets of ranks, and factors that several sites share."""
+"""Low rank: identities of the truncated decomposition, rank budgets, and factors that several sites share."""
 
 from __future__ import annotations
 

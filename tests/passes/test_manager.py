@@ -1,4 +1,4 @@
-"""The pass manager: passes in order on the sites they select, reported as events, refused when not finite."""
+"""The pass manager: passes run in order on the sites they select, report events, and fail if values are not finite."""
 
 from __future__ import annotations
 

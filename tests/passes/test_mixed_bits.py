@@ -1,4 +1,4 @@
-"""Bits where they cost least: the mean is met, the solver is exact on its hull, both measures see the same parts."""
+"""Mixed bit widths: the mean is met, the solver is exact on the convex hull, and both measures see the same parts."""
 
 from __future__ import annotations
 

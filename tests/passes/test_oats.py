@@ -1,4 +1,4 @@
-"""Sparse plus low rank: the alternation is the written out one, the budget is kept, both pure forms are beaten."""
+"""Sparse plus low rank: the alternation equals the explicit one, the budget is kept, and both pure forms are beaten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options are strict: a wrong one is refused at construction, by the name of its pass and its own."""
+"""Options are strict: a wrong one is refused at construction, with a message that names the pass and the option."""
 
 from __future__ import annotations
 

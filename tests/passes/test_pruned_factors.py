@@ -1,4 +1,4 @@
-"""Pruned low-rank factors: each is pruned as a matrix of its own, by what reaches it."""
+"""Pruned low-rank factors: each is pruned as a matrix of its own, with the statistics of its own inputs."""
 
 from __future__ import annotations
 

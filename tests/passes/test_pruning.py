@@ -1,4 +1,4 @@
-"""Magnitude and Wanda: the masks of the specification, and what each score is invariant under."""
+"""Magnitude and Wanda: the masks of the specification, and the invariances of each score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Realign: the target becomes what the dense model computes, and every later pass aims at it."""
+"""Realign: the target becomes what the dense model computes, and every later pass approximates it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes plus low rank: refits never lose, the rule says when factors pay, and what is stored is what was fitted."""
+"""Codes plus low rank: refits never increase the error, a rule decides if factors pay off, and the fit is what is stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reconstruction: the least squares solution of each row, its one-sweep approximation, and never worse than before."""
+"""Reconstruction: the least squares solution of each row, its one-sweep approximation, and no increase of the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corrections: the closed form of what they leave, what they keep as it was, and when they are refused."""
+"""Low-rank corrections: the closed form of the remaining error, what they leave unchanged, when they are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotations: the model stays what it was, outliers spread, and error feedback sees the rotated input."""
+"""Rotations: the model's output is unchanged, outliers are spread, and error feedback uses the rotated input."""
 
 from __future__ import annotations
 

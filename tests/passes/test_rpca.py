@@ -1,4 +1,4 @@
-"""Robust PCA: what was planted is found, what is not there is not made up, and the run says so."""
+"""Robust PCA: planted structure is recovered, absent structure is not invented, and the run reports it."""
 
 from __future__ import annotations
 

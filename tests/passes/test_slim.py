@@ -1,4 +1,4 @@
-"""Masks, codes and factors made in turn: each step helps, the clip is the best, zeros stay where they belong."""
+"""SLiM, with masks, codes and factors in alternation: each step helps, the clip is optimal, pruned entries stay 0."""
 
 from __future__ import annotations
 

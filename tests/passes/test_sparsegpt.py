@@ -1,4 +1,4 @@
-"""SparseGPT: the masks and losses of the specification, optimal brain surgery as an oracle, and what both imply."""
+"""SparseGPT: the masks and losses of the specification, optimal brain surgery as an oracle, consequences of both."""
 
 from __future__ import annotations
 

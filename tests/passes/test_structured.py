@@ -1,6 +1,7 @@
-"""Blocks, heads, neurons and directions removed: what stock transformers loads is the dense model without them.
+"""Removed blocks, heads, neurons and directions: stock transformers loads the dense model without these parts.
 
-The oracle is always the dense model with those parts switched off by hand. Float32, so that sums differ only by order.
+The oracle is always the dense model with those parts switched off by hand, in float32, so that sums differ only by
+their order.
 """
 
 from __future__ import annotations

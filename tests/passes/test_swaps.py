@@ -1,4 +1,4 @@
-"""Exact swaps: the golden rows, a search over all pairs as an oracle, and a loss that never rises."""
+"""Exact swaps: the golden rows, an exhaustive search over pairs as an oracle, and a loss that never rises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TransMLA: one latent for keys and values, nothing lost at full rank, and the least that can be below it."""
+"""TransMLA: one latent for keys and values, without loss at full rank, and with the least possible loss below it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compressed weight as large as it should be: its output holds all of the original's, and errs aside."""
+"""Unbiased scales: the output contains the whole original output, and its error is orthogonal to that."""
 
 from __future__ import annotations
 

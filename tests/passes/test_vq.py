@@ -1,4 +1,4 @@
-"""Vector codes: the loop against its definition, published losses, books, and what the pass refuses."""
+"""Vector quantization: the loop against its definition, published losses, codebooks, and what the pass refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing: what is compared, how it is grouped, and what is said of it; never how fast anything was."""
+"""The runtime benchmark: what is compared, how it is grouped and reported; speed itself is not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a layer is what it does."""
+"""The explanation of a layer matches what it does."""
 
 from __future__ import annotations
 

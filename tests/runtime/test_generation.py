@@ -1,4 +1,4 @@
-"""Steps over a static cache: the tokens that transformers' own generation gives, again and again."""
+"""Decoding with a static cache gives the tokens of transformers' own generation, also when it is repeated."""
 
 from __future__ import annotations
 

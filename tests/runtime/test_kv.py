@@ -1,4 +1,4 @@
-"""The quantized key-value cache: its state is KIVI's, its bytes are the formula's, and models use it."""
+"""The quantized key-value cache: its state is as in KIVI, its bytes follow the formula, and models use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of latents: the tokens of the plain cache, from fewer bytes, for the attentions that it was proved on."""
+"""The latent cache gives the tokens of the plain cache from fewer bytes, for the attention classes it was proved on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lowering of factors: thin products stay thin, and nothing is multiplied twice."""
+"""Lowering of factors: thin products are kept as factors, and nothing is multiplied twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stays packed on a GPU: every form against its expression, by the ops' reference; what moves with a module."""
+"""Forms that stay packed on a GPU: each against its expression, by the ops' reference, and moved with its module."""
 
 from __future__ import annotations
 

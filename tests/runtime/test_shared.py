@@ -1,4 +1,4 @@
-"""Projections of one input: turned and rounded once, the same values, and never those of another input."""
+"""Projections of one input share its rotation and rounding: the same values, and never those of another input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tenants as on a GPU: signs and low ranks stacked in slots, one launch for all, by the ops' reference on the CPU."""
+"""Tenants as on a GPU: signs and low ranks are stacked in slots with one launch for all, by the ops' CPU reference."""
 
 from __future__ import annotations
 

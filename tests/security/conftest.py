@@ -1,4 +1,4 @@
-"""What hostile input may cost, and how it is refused."""
+"""Fixtures that bound the cost of hostile input and check how it is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An artifact from anybody: what its config.json and compress.json claim is checked before anything is made of it."""
+"""Untrusted artifacts: the claims of config.json and compress.json are checked before they are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint from anybody: every lie in its headers, index, links and config is one line, cheap, and runs nothing."""
+"""Untrusted checkpoints: every false header, index, link or config gives one line, costs little, and runs no code."""
 
 from __future__ import annotations
 

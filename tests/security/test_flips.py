@@ -1,4 +1,4 @@
-"""A hash for every file finds every flip, cut and exchange; nothing may be added or taken away."""
+"""The hash of every file detects every bit flip, truncation and exchange; added and missing files are detected, too."""
 
 from __future__ import annotations
 

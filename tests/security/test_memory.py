@@ -1,4 +1,4 @@
-"""A run for which memory does not suffice ends in one line and code 3, keeps finished blocks, and says what helps."""
+"""A run that runs out of memory ends with one line and exit code 3, keeps finished blocks, and names a remedy."""
 
 from __future__ import annotations
 

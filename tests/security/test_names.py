@@ -1,4 +1,4 @@
-"""Names from anybody are shown as they are: no markup of the console, no HTML, nothing that a terminal obeys."""
+"""Untrusted names are shown literally: no console markup, no HTML, and no terminal control sequences."""
 
 from __future__ import annotations
 

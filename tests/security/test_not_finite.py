@@ -1,4 +1,4 @@
-"""NaN and infinity at every stage: one line that names the place, and nothing is kept."""
+"""NaN and infinity at every stage end a run with one line that names the place, and nothing is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing of ours can run what it reads: no such call is in the sources, and a planted pickle is never opened."""
+"""The package cannot execute what it reads: the sources have no such call, and a planted pickle is never opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe from anybody is data: bombs, code, tricks of text and numbers are one line, and nothing is run."""
+"""Untrusted recipes are only data: bombs, code, and tricks with text or numbers give one line, and no code is run."""
 
 from __future__ import annotations
 

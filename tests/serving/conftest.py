@@ -1,4 +1,4 @@
-"""A tiny server with three tenants that answer differently, in this process and over loopback."""
+"""Fixtures: a tiny server with three tenants that answer differently, in this process and over loopback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server as a process: deltas from folders, real connections, clients that go away, and a clean end."""
+"""The server as a process: deltas from folders, real connections, disconnecting clients, and a clean shutdown."""
 
 from __future__ import annotations
 

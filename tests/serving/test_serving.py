@@ -1,4 +1,4 @@
-"""The server: every answer is its tenant's own, and everything wrong is said in one shape."""
+"""The server: every answer comes from the right tenant, and all errors have the same form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What inputs are rounded to: the grid of each token, by its definition."""
+"""Quantized inputs: the grid of each token, by its definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each leaf denotes the matrix of its definition, entry by entry."""
+"""Each leaf decodes to the matrix of its definition, entry by entry."""
 
 from __future__ import annotations
 

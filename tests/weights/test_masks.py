@@ -1,4 +1,4 @@
-"""Stored masks: gaps where few entries are kept, nothing where the name says the mask, a bit each otherwise."""
+"""Stored masks: gaps if few entries are kept, nothing if the name determines the mask, else one bit per entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The codec: bit streams of every width, and damaged or nonsensical files refused as such."""
+"""The codec: bit streams of every width; damaged or nonsensical files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patterns keep exact counts, nest, break ties from the left, and refuse what means nothing."""
+"""Patterns keep exact counts, nest, break ties from the left, and refuse invalid values."""
 
 from __future__ import annotations
 

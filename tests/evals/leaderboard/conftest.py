@@ -1,4 +1,4 @@
-"""Results made by hand on disk, and the site that is made of them."""
+"""Handmade results on disk, and the site that is made from them."""
 
 from __future__ import annotations
 

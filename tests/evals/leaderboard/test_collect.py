@@ -1,4 +1,4 @@
-"""What is found is paired with the dense result it was compared with, or refused with the difference."""
+"""Results are paired with the dense result they were compared with, or refused, naming the difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compress leaderboard`: what it prints, and one line for everything that is wrong."""
+"""`compress leaderboard`: its output, and a one-line message for every error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names beside points: near them, apart from each other, and on top of nothing where there is room."""
+"""Labels of points are placed near them, do not overlap each other, and cover nothing if there is room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods read from recipes, safe names, marked words, shades, fronts."""
+"""Parts of the leaderboard: methods from recipes, safe names, marked words, shades, Pareto fronts."""
 
 from __future__ import annotations
 

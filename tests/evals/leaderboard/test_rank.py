@@ -1,4 +1,4 @@
-"""What was kept, how sure it is, and who shares a rank."""
+"""Shares kept of the dense score, their confidence intervals, and which models share a rank."""
 
 from __future__ import annotations
 

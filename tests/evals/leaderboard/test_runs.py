@@ -1,4 +1,4 @@
-"""Several calibration seeds of one recipe: one line, its own pages, data that say so, and nothing merged by mistake."""
+"""Runs of one recipe with several calibration seeds: one line, own pages, exported data, and no false merges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The site as files: what is on its pages, what other programs get, and what is never overwritten."""
+"""The files of the site: the content of its pages, the exports for other programs, and what is never overwritten."""
 
 from __future__ import annotations
 
