@@ -22,7 +22,7 @@ LEARNED = 16  # questions the tiny model is trained on; it knows most of these a
 
 @pytest.fixture(scope="session")
 def kick_data() -> Path:
-    """The folder of real questions, which the project does not ship."""
+    """The folder of public data sets, which the project does not ship."""
     folder = Path(os.environ.get("KICK_DATA_DIR") or ROOT.parent / "shared" / "data" / "kick")
     if not (folder / "manifest.json").is_file():
         pytest.skip("no folder of real questions: set KICK_DATA_DIR")
@@ -55,7 +55,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def model(tokenizer: Any) -> Any:
-    """A two-layer Llama in float32 that says the answers of some trained questions after a BOS token."""
+    """A two-layer float32 Llama that answers some trained questions correctly after a BOS token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def model(tokenizer: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def make_results() -> Callable[..., Results]:
-    """Results made of per-question scores by task, as if measured."""
+    """Make results from per-question scores by task, as if they had been measured."""
 
     def make(
         name: str, scores: Mapping[str, Sequence[float]], clusters: Sequence[str] | None = None, **model: Any

@@ -28,7 +28,7 @@ Exporter = Callable[..., Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Leaves(WeightPass, name="test-leaves"):
-    """A leaf that no pass of ours makes, or makes of weights this small; `kind` names it."""
+    """A pass for leaves that no built-in pass makes, or not from weights this small; `kind` names the leaf."""
 
     kind: str
 
@@ -36,11 +36,11 @@ class Leaves(WeightPass, name="test-leaves"):
         return ENCODERS[self.kind](site.expect(Dense, by=self.name).dense().float())
 
 
-del PASSES["test-leaves"]  # a pass of these tests alone; its objects are given, never its name
+del PASSES["test-leaves"]  # only for these tests: recipes get its objects, never its name
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:
-    """The code of the entry of `book` [entries, 1] next to each of x."""
+    """The code of the entry of `book` [entries, 1] that is nearest to each element of x."""
     return (x[..., None] - book[:, 0]).abs().argmin(-1).to(torch.uint8)
 
 
@@ -99,7 +99,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callabl
 
 @pytest.fixture(scope="session")
 def artifact_of(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`artifact_of([passes], model=None)`: the small Llama compressed, made once for each list of passes."""
+    """`artifact_of([passes], model=None)`: the compressed small Llama, made once for each list of passes."""
     made: dict[str, Path] = {}
 
     def make(passes: Sequence[Pass], model: Path | None = None) -> Path:
@@ -116,7 +116,7 @@ def artifact_of(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def stock() -> Callable[..., Any]:
-    """`stock(folder, dtype)`: the model as stock transformers loads it, nothing missing, unexpected or mismatched."""
+    """`stock(folder, dtype)`: the model loaded by stock transformers; no key is missing, unexpected or mismatched."""
 
     def load(folder: Path, dtype: Any = "auto", **options: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -132,7 +132,7 @@ def stock() -> Callable[..., Any]:
 
 @pytest.fixture
 def logits(ids: Tensor) -> Callable[[Any], Tensor]:
-    """`logits(model)`, float32."""
+    """`logits(model)`: its logits in float32."""
 
     def of(model: Any) -> Tensor:
         with torch.inference_mode():
@@ -143,5 +143,5 @@ def logits(ids: Tensor) -> Callable[[Any], Tensor]:
 
 @pytest.fixture
 def leaves() -> type[Leaves]:
-    """The pass."""
+    """The pass class `Leaves`."""
     return Leaves

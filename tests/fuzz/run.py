@@ -17,14 +17,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-MEMORY = 3 << 30  # bytes beyond what the process has when it begins
+MEMORY = 3 << 30  # bytes that may be allocated beyond those of the process at its start
 SECONDS = 20  # that one input may take
 
 
 def atheris_run(name: str, seconds: int, place: Path) -> None:
-    """One target under atheris; it ends the process."""
+    """Fuzz one target with atheris, which ends the process."""
     import atheris
-    import torch  # before: what is not ours is not instrumented
+    import torch  # before instrumentation, so that only this package is instrumented
 
     del torch
     with atheris.instrument_imports(include=["compress", "targets"]):
@@ -40,7 +40,7 @@ def atheris_run(name: str, seconds: int, place: Path) -> None:
 
 
 def hypothesis_run(name: str, seconds: int, place: Path) -> None:
-    """One target under hypothesis, with other examples until the time is over; prints what atheris would."""
+    """Fuzz one target with hypothesis, with new examples until the time is over; it prints what atheris would print."""
     import targets
     from hypothesis import Phase, given, seed, settings
     from hypothesis import strategies as st
@@ -66,14 +66,14 @@ def hypothesis_run(name: str, seconds: int, place: Path) -> None:
 
 
 def bound() -> None:
-    """From here on a large allocation fails."""
+    """Limit the memory of this process, so that a large allocation fails from here on."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def main(seconds: int, place: Path) -> int:
-    """Every target in turn, each in a process of its own; how many ended in a finding."""
+    """Fuzz every target in turn, each in a process of its own; returns the number of targets with a finding."""
     import targets
 
     engine = "atheris" if find_spec("atheris") else "hypothesis"

@@ -53,7 +53,7 @@ TOKENS = [b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"true", b"-1", b"0
 
 
 class Reader:
-    """Small numbers out of bytes; 0 once they are used up."""
+    """Reads small numbers from bytes; gives 0 once they are used up."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -64,13 +64,13 @@ class Reader:
         return int.from_bytes(self.data[self.at - 2 : self.at], "little") % max(1, below)
 
     def edits(self) -> Iterator[int]:
-        """What to do next, as long as there are bytes."""
+        """Yields the next edit as long as there are bytes."""
         while self.at < len(self.data):
             yield self.number(5)
 
 
 def mutated(seed: bytes, data: bytes) -> bytes:
-    """A valid content after the edits that `data` says."""
+    """Valid content after the edits that `data` encodes."""
     content, read = bytearray(seed), Reader(data)
     for edit in read.edits():
         at = read.number(len(content) + 1)
@@ -104,10 +104,10 @@ kv: {bits: 4, group: 32}
 
 
 def recipe(data: bytes) -> None:
-    """The recipe loader, on an edited recipe."""
+    """Target: the recipe loader, on an edited recipe."""
     try:
         from_dict(parse(mutated(RECIPE, data).decode("utf-8")))
-    except UnicodeDecodeError:  # `load` says so of a file
+    except UnicodeDecodeError:  # `load` reports this for a file
         return
 
 
@@ -116,7 +116,7 @@ def recipe(data: bytes) -> None:
 
 @cache
 def weights() -> tuple[Weight, ...]:
-    """One of each form, of 8 x 16 entries."""
+    """One weight of each form, with 8 x 16 entries."""
     generator = torch.Generator().manual_seed(0)
     w_OI = torch.randn(8, 16, generator=generator)
     mask_OI, grid = torch.rand(8, 16, generator=generator) < 0.3, Grid(bits=4, group=8, symmetric=False)
@@ -135,7 +135,7 @@ def weights() -> tuple[Weight, ...]:
 
 @cache
 def folder() -> dict[str, bytes]:
-    """The files of an artifact without a tokenizer, by name: a site for each form, and a norm."""
+    """The files of an artifact without a tokenizer, by name, with a site for each form and a norm."""
     tensors: dict[str, Tensor] = {"model.norm.weight": torch.ones(16)}
     specs: dict[str, Any] = {}
     for i, weight in enumerate(weights()):
@@ -153,7 +153,7 @@ def folder() -> dict[str, bytes]:
 
 
 def written(tensors: dict[str, Tensor]) -> bytes:
-    """A safetensors file."""
+    """The bytes of a safetensors file."""
     with tempfile.TemporaryDirectory() as place:
         from safetensors.torch import save_file
 
@@ -162,7 +162,7 @@ def written(tensors: dict[str, Tensor]) -> bytes:
 
 
 def opened(files: dict[str, bytes]) -> None:
-    """Read a folder as far as one can without a model: headers, specifications, every weight."""
+    """Read a folder as far as is possible without a model: headers, specifications, every weight."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place)
         for name, content in files.items():
@@ -179,17 +179,17 @@ def opened(files: dict[str, bytes]) -> None:
 
 
 def config(data: bytes) -> None:
-    """The artifact reader, on an edited config.json."""
+    """Target: the artifact reader, on an edited config.json."""
     opened(folder() | {"config.json": mutated(folder()["config.json"], data)})
 
 
 def index(data: bytes) -> None:
-    """The checkpoint reader, on an edited index."""
+    """Target: the checkpoint reader, on an edited index."""
     opened(folder() | {INDEX: mutated(folder()[INDEX], data)})
 
 
 def header(data: bytes) -> None:
-    """The checkpoint reader, on an edited header whose length is right again, or on edited bytes of a whole file."""
+    """Target: the checkpoint reader, on an edited header with its length corrected, or on an edited whole file."""
     whole = folder()[SINGLE]
     (length,) = struct.unpack("<Q", whole[:8])
     if len(data) % 4 == 3:
@@ -209,7 +209,7 @@ KINDS = [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool, torch.fl
 
 
 def places(spec: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container and key in a specification."""
+    """Every container in a specification, with each of its keys."""
     for key in list(spec) if isinstance(spec, dict) else range(len(spec)):
         yield spec, key
         if isinstance(spec[key], (dict, list)):
@@ -217,7 +217,7 @@ def places(spec: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def unpacked(data: bytes) -> None:
-    """The unpackers, on an edited specification and edited tensors."""
+    """Target: the unpackers, on an edited specification and edited tensors."""
     read = Reader(data)
     weight = weights()[read.number(len(weights()))]
     spec, tensors = json.loads(json.dumps(specify(weight))), dict(pack(weight))
@@ -242,7 +242,7 @@ def unpacked(data: bytes) -> None:
 
 
 def streams(data: bytes) -> None:
-    """Bits and masks, from any bytes."""
+    """Target: the decoders of bit streams and masks, on any bytes."""
     read = Reader(data)
     bits, length, kept, form = read.number(16) + 1, read.number(300), read.number(400), VALUES[read.number(len(VALUES))]
     packed = torch.frombuffer(bytearray(data[8:] or b"\0"), dtype=torch.uint8)
@@ -259,7 +259,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def held(target: Callable[[bytes], None], data: bytes) -> bool:
-    """Whether a target took the bytes; False if it refused them in one line. Anything else is a finding."""
+    """Whether a target accepted the bytes; False if it refused them in one line. Anything else is a finding."""
     try:
         target(data)
     except CompressError as error:

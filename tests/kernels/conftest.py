@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic, as below
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic, as set below
 
 
 def load_here(name: str) -> ModuleType:
@@ -42,13 +42,13 @@ def load_helper() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run: on a GPU, or as the interpreter does, on the CPU."""
+    """The device on which kernels run: a GPU, or the CPU for the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """New tensors hold NaN, or the largest integer, until something is written: what a kernel leaves out is seen."""
+    """Fill uninitialized tensors with NaN or the largest integer, so that elements which a kernel skips are noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield

@@ -81,7 +81,7 @@ PLAIN: dict[str, Callable[..., Registers]] = {
 
 
 def run(asm: str, outputs: int, inputs: list[Registers]) -> list[Registers]:
-    """The values of $0, $1, ... after an asm whose inputs follow its outputs."""
+    """The values of $0, $1, ... after running inline assembly whose inputs follow its outputs."""
     values: dict[str, Registers] = {f"${outputs + i}": x.astype(U32) for i, x in enumerate(inputs)}
     size = len(inputs[0])
     for line in asm.strip().removeprefix("{").removesuffix("}").split(";"):
@@ -102,7 +102,7 @@ def operand(values: dict[str, Registers], text: str, size: int) -> Registers:
 
 
 def every_word() -> tuple[Registers, list[Any]]:
-    """Registers whose low and high halves each take all 65,536 values, and those halves."""
+    """Registers whose low and high halves each take all 65,536 values, and these halves."""
     low = np.arange(1 << 16, dtype=U32)
     high = np.random.default_rng(0).permutation(low)
     return low | (high << U32(16)), [low.astype(np.uint16), high.astype(np.uint16)]

@@ -21,7 +21,7 @@ from triton.runtime import autotuner, interpreter
 BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)
 COMPARE = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 FLOAT8 = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
-PLACES = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)  # what a launch replaces parts of
+PLACES = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)  # what a launch patches
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
 
@@ -58,8 +58,10 @@ def install() -> None:
 
 
 def hasten() -> None:
-    """Look through `tl` once for what launches replace, and replace nothing that is replaced already; do not compute
-    whether integers overflow, of which nothing is made unless `debug` is set. It takes half of the time.
+    """Speed up launches, so that they take half of the time.
+
+    `tl` is searched only once for what a launch patches, and nothing is patched twice. Integer overflow is not computed
+    unless `debug` is set, because it is not used otherwise.
     """
     builder, patch = interpreter.interpreter_builder, interpreter._patch_builtin
     if not builder.options.debug:
@@ -78,7 +80,7 @@ def hasten() -> None:
 
 
 def mend_scalars() -> None:
-    """numpy 2.4 no longer takes an array of one element for an int."""
+    """Convert one-element arrays to int where needed, because numpy 2.4 no longer does so implicitly."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
@@ -89,7 +91,7 @@ def mend_scalars() -> None:
 
 
 def mend_products() -> None:
-    """Products, fused products, sums and signs of bfloat16; comparisons of anything."""
+    """Patch products, fused multiply-adds, sums and signs of bfloat16, and all comparisons."""
     dot, binary, fma = Builder.create_dot, Builder.binary_op, Builder.create_fma
     fneg = getattr(Builder, "create_fneg", None)  # since 3.9
     total = interpreter.ReduceOps.sum
@@ -127,7 +129,7 @@ def mend_products() -> None:
 
 
 def mend_casts() -> None:
-    """Casts from and to bfloat16, and to float8."""
+    """Patch casts from and to bfloat16, and to float8."""
     cast, convert = Builder.cast_impl, Builder.create_fp_to_fp
 
     def mended_cast(self: Any, source: Any, to: Any) -> Any:

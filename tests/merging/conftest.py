@@ -45,7 +45,7 @@ def base_tensors() -> Tensors:
 
 
 def tuned_tensors(seed: int) -> Tensors:
-    """A third of the entries unchanged, the others by a few different steps, so that magnitudes are often equal."""
+    """Tensors with a third of the entries unchanged, the others changed by few steps, so that magnitudes often tie."""
     draws = generator(seed)
     made = dict(base_tensors())
     for name, (shape, dtype) in SHAPES.items():
@@ -56,7 +56,7 @@ def tuned_tensors(seed: int) -> Tensors:
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`odd("base")`, `odd("a")`, `odd("b")`, `odd("c")`: read-only folders."""
+    """`odd("base")`, `odd("a")`, `odd("b")`, `odd("c")`: shared folders, which tests must not modify."""
     root = tmp_path_factory.mktemp("odd")
     write(root / "base", base_tensors())
     for seed, name in enumerate("abc"):
@@ -66,7 +66,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def changed(odd: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """`changed(tensors, model="a", **config)`: a copy of a folder with some tensors, and of its config, replaced."""
+    """`changed(tensors, model="a", **config)`: a copy of a folder with some tensors and config entries replaced."""
 
     def make(tensors: Mapping[str, Tensor], model: str = "a", name: str = "changed", **config: Any) -> Path:
         held = load_file(odd(model) / "model.safetensors")
@@ -77,7 +77,7 @@ def changed(odd: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def read() -> Callable[[Path], Tensors]:
-    """`read(folder)`: every tensor."""
+    """`read(folder)`: every tensor, by name."""
     return lambda folder: {name: Checkpoint(folder).tensor(name) for name in Checkpoint(folder).names()}
 
 

@@ -1,4 +1,4 @@
-"""Codes plus low rank: refits never increase the error, a rule decides if factors pay off, and the fit is what is stored."""
+"""Codes plus low rank: refits never increase the error, a rule decides if factors pay off, and the fit is stored."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ import pytest
 
 from compress import CompressError
 
-MEMORY = 1 << 30  # bytes of address space that an attempt may add to those of this process
-SECONDS = 60  # of computing; a machine may be busy
+MEMORY = 1 << 30  # bytes of address space that an attempt may use in addition to those of this process
+SECONDS = 60  # of CPU time, because a machine may be busy
 Json = dict[str, Any]
 Edit = Callable[[Json], object]
 
@@ -30,7 +30,7 @@ def late(*_: Any) -> None:
 
 @contextmanager
 def bounds() -> Iterator[None]:
-    """A larger allocation fails inside, and so does whatever takes long."""
+    """Within this context, an allocation above MEMORY fails, and so does anything above SECONDS of CPU time."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGPROF, late)
@@ -46,13 +46,13 @@ def bounds() -> Iterator[None]:
 
 @pytest.fixture
 def bounded() -> Any:
-    """`with bounded():` an allocation above MEMORY fails, and so does what takes longer than SECONDS."""
+    """`with bounded():` an allocation above MEMORY fails, and so does anything that takes longer than SECONDS."""
     return bounds
 
 
 @pytest.fixture
 def refuse(tmp_path: Path, tally: Any) -> Callable[..., str]:
-    """`refuse(attempt)`: the message, which must be one visible line of a CompressError; nothing new may lie about."""
+    """`refuse(attempt)`: the message, which must be one visible line of a CompressError; no new file may be left."""
 
     def check(attempt: Callable[[], object], kind: str, what: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -69,7 +69,7 @@ def refuse(tmp_path: Path, tally: Any) -> Callable[..., str]:
 
 @pytest.fixture
 def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file that hostile code would make; it must not be there at the end."""
+    """A file that hostile code would create; it must not exist at the end."""
     path = tmp_path_factory.mktemp("canary") / "sang"
     yield path
     assert not path.exists(), "code of a hostile file was run"
@@ -97,7 +97,7 @@ def edit_json() -> Callable[[Path, Edit], None]:
 
 @pytest.fixture
 def sign() -> Callable[[Path], None]:
-    """Write the hashes that the files of an artifact have now, as one who wants to deceive would."""
+    """Rewrite the recorded hashes to match the artifact's current files, as an attacker would."""
     from compress.artifact import seal
 
     def write(folder: Path) -> None:

@@ -22,7 +22,7 @@ CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}as
 
 
 def difference(model: Any, seed: int) -> Difference:
-    """Signs at every site, large enough to change what is said, and norms of its own."""
+    """A delta with signs at every site, large enough to change the answers, and with norms of its own."""
     generator = torch.Generator().manual_seed(seed)
     sites = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
     weights = {
@@ -34,7 +34,7 @@ def difference(model: Any, seed: int) -> Difference:
 
 @pytest.fixture(scope="session")
 def loaded(tiny_llama: Path) -> tuple[Any, Any]:
-    """The model, and its tokenizer."""
+    """The model and its tokenizer."""
     from transformers import AutoTokenizer
 
     return compress.load(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama, local_files_only=True)
@@ -42,7 +42,7 @@ def loaded(tiny_llama: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def make_server(loaded: tuple[Any, Any]) -> Iterator[Callable[..., Server]]:
-    """`make_server(chat=False, **limits)`: a server of the base `tiny` and tenants a, b and c."""
+    """`make_server(chat=False, **limits)`: a server with the base `tiny` and the tenants a, b and c."""
     servers: list[Server] = []
 
     def make(chat: bool = False, budget: int | None = None, **limits: Any) -> Server:
@@ -69,7 +69,7 @@ async def client_of(server: Server) -> Any:
 
 @pytest.fixture
 def talk() -> Callable[[Server, Callable[[httpx.AsyncClient], Awaitable[Any]]], Any]:
-    """`talk(server, act)`: what `act(client)` gives, with the server running for as long."""
+    """`talk(server, act)`: the result of `act(client)`, with the server running meanwhile."""
 
     def run(server: Server, act: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
         async def whole() -> Any:

@@ -58,7 +58,7 @@ def dense(make_results: Callable[..., Results]) -> Results:
 
 @pytest.fixture(scope="session")
 def versus(dense: Results, make_results: Callable[..., Results]) -> Callable[..., Results]:
-    """A compressed result that lost so many questions of each task, compared with dense."""
+    """A compressed result that lost a given number of questions of each task, compared with dense."""
 
     def make(
         name: str,
@@ -95,7 +95,7 @@ def stored() -> Callable[[Path, Sequence[Results]], Path]:
 
 @pytest.fixture(scope="session")
 def hostile() -> tuple[str, ...]:
-    """Names that strangers may give."""
+    """Hostile names, as untrusted input may contain them."""
     return HOSTILE
 
 
@@ -106,7 +106,7 @@ def cell() -> Callable[..., None]:
 
 
 def write_cell(folder: Path, **fields: Any) -> None:
-    """A sweep's record of one cell."""
+    """Write a sweep's record of one cell."""
     known = {
         "schema": 1, "id": "cell-1", "model": "builtin", "recipe": "wanda-99", "seed": 0, "changes": {},
         "status": "failed", "error": "boom", "seconds": 1.0, "key": "k",
