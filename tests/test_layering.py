@@ -180,6 +180,7 @@ READERS = ("compress.artifact", "compress.model.source", "compress.partial", "co
 BENCHES = {
     "compress_evals.folders": ("compress.runtime.bench",),
     "compress_evals.deltas": ("compress.codecs",),
+    "compress_evals.recovery": ("compress.adapters", "compress.calibration"),
     "compress_evals.rounding": ("compress.model.travellers",),
     "compress_evals.scorer": ("compress.runtime.kv",),
     "compress_evals.speed": ("compress.passes", "compress.stats", "compress.weights"),
