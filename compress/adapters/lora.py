@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from compress.errors import ArtifactError
-from compress.model.source import ADAPTER, Held, Shard, read_json
+from compress.model.source import ADAPTER, Held, Shard, check_links, read_json, visible_names
 from compress.stats import finite
 
 WEIGHTS = "adapter_model.safetensors"
@@ -82,6 +82,7 @@ class Adapter:
         """Raises ArtifactError if it is not a LoRA adapter in safetensors, or is more than W + scale * B A."""
         self.folder = folder
         self.config = self._config()
+        check_links(folder)
         if not (folder / WEIGHTS).is_file():
             pickled = " (a pickled adapter_model.bin is not read)" if (folder / "adapter_model.bin").exists() else ""
             raise ArtifactError(f"{folder}: missing {WEIGHTS}{pickled}")
@@ -98,7 +99,7 @@ class Adapter:
         if kind != "LORA":
             raise ArtifactError(f"{where}: peft_type is {kind!r}; only LORA can be read: {REMEDY}")
         try:
-            config: dict[str, Any] = READER.validate_python(raw)  # type: ignore[assignment]
+            config: dict[str, Any] = READER.validate_python(raw, strict=True)  # type: ignore[assignment]
         except ValidationError as error:
             first = error.errors()[0]
             raise ArtifactError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -108,7 +109,7 @@ class Adapter:
     def _sort(self) -> None:
         """Tell the factors from the other tensors; raises ArtifactError for one without its partner, or an odd name."""
         found: dict[str, dict[str, str]] = {}
-        for key in sorted(self.shard.held):
+        for key in visible_names(dict.fromkeys(sorted(self.shard.held), self.shard.path), self.shard.path):
             path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if not key.startswith(PREFIX) or (".lora_" in path and not PAIR.fullmatch(path)):
                 raise ArtifactError(f"{self.shard.path}: {key!r} is no matrix of a linear module; {REMEDY}")

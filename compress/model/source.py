@@ -183,15 +183,10 @@ class Checkpoint:
     decoded_from = ""  # the format, of a subclass that decodes one
 
     def __init__(self, path: Path) -> None:
-        """Raises ArtifactError for a folder without a config, or with a link to a file outside the folder.
-
-        The target of such a link would be read, and copied beside the result, as if it belonged to the model.
-        """
+        """Raises ArtifactError for a folder without a config, or with a link to a file outside the folder."""
         self.path = path
         self.config = read_json(path / "config.json", "config.json")
-        for link in sorted(file for file in path.iterdir() if file.is_symlink() and file.is_file()):
-            if leaves(link):
-                raise ArtifactError(f"{link}: is a link out of the folder; put the file itself there")
+        check_links(path)
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -333,6 +328,16 @@ class Checkpoint:
         shards = sorted(set(self.files.values()))
         with ThreadPoolExecutor(READERS) as readers:
             yield from zip((shard.name for shard in shards), readers.map(read, shards), strict=True)
+
+
+def check_links(folder: Path) -> None:
+    """Raise ArtifactError if a link in a folder leads to a file outside it.
+
+    The target would be read, and copied beside the result, as if it belonged to what the folder holds.
+    """
+    for link in sorted(file for file in folder.iterdir() if file.is_symlink() and file.is_file()):
+        if leaves(link):
+            raise ArtifactError(f"{link}: is a link out of the folder; put the file itself there")
 
 
 def leaves(link: Path) -> bool:
