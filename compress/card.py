@@ -45,7 +45,7 @@ all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}"
 {% if probe.tokens -%}
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
 {{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
-{% elif adapter -%}
+{% elif adapter and not base -%}
 The LoRA adapter `{{ adapter.name }}` was made part of it afterwards. Errors below and the recipe are of before; what
 the adapter has won back was not measured here: run `compress eval`.
 {% else -%}

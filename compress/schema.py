@@ -126,7 +126,7 @@ class Reshaping(TypedDict):
 
 
 class Attached(TypedDict):
-    """The LoRA adapter that was made part of an artifact: its name and the sha256 of its tensors' file."""
+    """The LoRA adapter that a delta was made from, or that became part of an artifact: name, sha256 of its tensors."""
 
     name: str
     sha256: str

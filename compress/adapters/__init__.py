@@ -150,8 +150,9 @@ def told(
         "versions": versions(),
         "source": {
             "name": display_name(adapter.folder), "family": family, "tested_family": family in TESTED,
-            "sha256": {WEIGHTS: digest(adapter.folder / WEIGHTS)}, "decoded_from": "a LoRA adapter",
+            "sha256": base.digests(),  # the dense model to compare with is the base
         },
+        "adapter": {"name": display_name(adapter.folder), "sha256": digest(adapter.folder / WEIGHTS)},
         "machine": {name: here[name] for name in ("threads", "cpu", "device")},
         "recipe": RECIPE,
         "calibration": {"name": "none", "sha256": sha256().hexdigest(), "tokens": 0},

@@ -185,6 +185,14 @@ def test_what_no_adapter_can_say_is_refused(finetuned: tuple[Path, Path], tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_evaluated_beside_its_base(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = plain
+    import_adapter(adapter, base, tmp_path / "delta")
+    told = Artifact(tmp_path / "delta").provenance
+    assert told["adapter"]["name"] == "adapter" and len(told["adapter"]["sha256"]) == 64
+    compress.artifact.check_base([tmp_path / "delta"], base)  # raises if they cannot be compared
+
+
 def test_a_delta_keeps_the_tokenizer_of_its_adapter(plain: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = plain
     shutil.copy(base / "tokenizer.json", adapter)
