@@ -30,7 +30,7 @@ from compress.stats import finite
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every tensor in the file; what follows is a path in the model
 PAIR = re.compile(r"(.+)\.lora_([AB])\.weight")
-NESTED = re.compile(r"[)\]][*+{]")  # a repeated group; and a repeated set, which is not needed for names
+NESTED = re.compile(r"\)[*+{]")  # a repeated group, inside which anything may repeat
 REPEATED = re.compile(r"[*+{]")
 LONGEST, MOST_REPEATED = 255, 2  # characters of a pattern, repetitions in it: enough for names and their numbers
 FLOATS = ("F16", "BF16", "F32")
