@@ -20,6 +20,7 @@ from compress.planning import resources
 from compress.planning.costs import COSTS
 from compress.planning.machine import Machine
 from compress.planning.machine import machine as profile_of
+from compress.planning.seconds import time_parts
 from compress.planning.sizes import SitePlan, plan_sites, stored_bytes, stored_sites
 from compress.planning.trust import licence, trust
 from compress.recipe import Recipe, load, model_of
@@ -168,7 +169,7 @@ def plan_run(
         untouched=covered.reasons(),
         reshaped=(str(getattr(shaped, "change", "")),) if recipe.reshapes else (),
         needs=needs(planned, shaped, recipe, sites, most, process, target, device, memory, disk, offload),
-        seconds=resources.time_parts(planned, shaped, recipe, sites, machine, size),
+        seconds=time_parts(planned, shaped, recipe, sites, machine, size),
         unmodelled=tuple(resources.not_modelled(recipe)),
         assumes=ASSUMES if any(site.steps for site in sites.values()) else (),
         licence=licence(source.path),

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from compress.passes.base import SitePass
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -74,3 +76,9 @@ def factored(step: Any, rows: int, columns: int) -> Work:
 COSTS: dict[str, Callable[[Any, int, int], Work]] = {
     "magnitude": chosen, "wanda": chosen, "rtn": rounded, "gptq": fed_back, "sparsegpt": fed_back, "svd-llm": factored,
 }  # fmt: skip
+
+
+def work_of(step: SitePass, shape: tuple[int, int]) -> Work | None:
+    """What a pass costs on a matrix; None if it is not modelled."""
+    found = COSTS.get(step.name)
+    return None if found is None else found(step, *shape)

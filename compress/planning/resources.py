@@ -1,4 +1,4 @@
-"""How much memory a run needs at its largest, part by part, and how long it takes, from shapes alone.
+"""How much memory and disk a run needs at its largest, part by part, from shapes alone, and how much there is.
 
 Peaks: `frame`, while embeddings and head are loaded; `block`, while the widest block is rewritten. Where a pass has no
 row in costs.py its own part is left out and the estimate says so. Shape suffixes: none, all are numbers.
@@ -7,28 +7,22 @@ row in costs.py its own part is left out and the estimate says so. Shape suffixe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
 from compress.model.anatomy import Place
 from compress.model.block import WIDEST
 from compress.model.memory import peak_bytes, resident_bytes
 from compress.model.source import Checkpoint
-from compress.model.travellers import tokens_at_once
 from compress.model.walk import Walk
-from compress.passes.base import BlockPass, SitePass, needs_twins, windows_at_once
-from compress.plan import longest_window
-from compress.planning.costs import COSTS, F32, MEASURED, Work
-from compress.planning.machine import Machine
+from compress.planning.costs import COSTS, F32, MEASURED, work_of
+from compress.planning.scale import Load, Sized, child_of, kinds_of, load_of, remembers, sized
 from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
-from compress.stats import SIDE, Gram, Statistic
+from compress.stats import Gram
 
 CODES, CODE = 1024, 850_000  # products of different sizes that oneDNN remembers, bytes of each: measured with AMX
 GROUPS = Path("/sys/fs/cgroup")
@@ -36,65 +30,6 @@ VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # files of a con
 VERSION_2 = ("memory.max", "memory.current")
 PROBES = 4  # the probe's states on the disk: those of the model and of the dense one, of two blocks
 STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: tokenizer, texts, libraries of products
-WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
-HASHED = 1.0e9  # bytes a second of sha256, of any x86-64 or ARM processor of this decade
-READS = 3  # hashes and readings of each byte that is written, and of the source
-FORWARD, SOLVING = 0.5, 0.65  # of the rate of one product: shares that blocks, and statistics and solvers, reached
-SETTLING = 4.0  # seconds: calibration text through the tokenizer, plans, cards
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What goes through a model: calibration tokens and those of one forward, probe tokens, twins or not."""
-
-    tokens: int
-    batch: int
-    probe: int
-    length: int
-    twins: bool
-
-
-def load_of(walk: Walk, recipe: Recipe) -> Load:
-    """The tokens of a recipe; a source that cannot give so many is not looked at."""
-    limit = longest_window(walk)
-    length = min(recipe.calibration.length or LONGEST, limit)
-    measured = any(step.requires for step in recipe.passes)
-    at_once = windows_at_once(recipe.passes) or max(1, tokens_at_once(walk.device) // length)
-    windows = recipe.calibration.samples if measured else 0
-    return Load(
-        tokens=windows * length, batch=min(windows, at_once) * length, length=length,
-        probe=PROBE * min(length, PROBE_LENGTH), twins=needs_twins(recipe.passes),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sized:
-    """A model's parts in bytes, as they lie in memory."""
-
-    hidden: int
-    frame: int
-    block: int
-    index: int
-    vocabulary: int
-    width: int
-    itemsize: int
-
-
-def sized(walk: Walk, source: Checkpoint) -> Sized:
-    """The frame, the largest block and the widest input."""
-    anatomy, itemsize = walk.anatomy, walk.dtype.itemsize
-    headers = source.headers
-    blocks = [
-        sum(prod(headers[n].shape) for n in anatomy.tensors_of(i) if n in headers) for i in range(len(walk.blocks))
-    ]
-    index = max(range(len(blocks)), key=blocks.__getitem__)
-    frame = sum(prod(headers[n].shape) for n in anatomy.frame() if n not in anatomy.layout.unknown)
-    text = walk.model.config.get_text_config()
-    return Sized(
-        hidden=int(text.hidden_size), frame=frame * itemsize, block=blocks[index] * itemsize, index=index,
-        vocabulary=int(walk.model.get_input_embeddings().num_embeddings), itemsize=itemsize,
-        width=max((p.shape[1] for p in anatomy.of_block(index)), default=int(text.hidden_size)),
-    )  # fmt: skip
 
 
 def memory_parts(
@@ -172,11 +107,6 @@ def disk_parts(walk: Walk, source: Checkpoint, recipe: Recipe, most: int, offloa
     return {"tensors": most, "hidden states": states * sized(walk, source).hidden * walk.dtype.itemsize}
 
 
-def remembers(recipe: Recipe) -> bool:
-    """Whether what done parts of a block give is kept while the rest is measured."""
-    return recipe.ordering == "site" and not any(isinstance(step, BlockPass) for step in recipe.passes)
-
-
 def kept_width(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], size: Sized) -> int:
     """Values a token that are kept of a block at most: what done children gave, and what the tail of the next reads."""
     if not remembers(recipe):
@@ -188,12 +118,6 @@ def kept_width(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], size: 
     return max((i * size.hidden + width for i, width in enumerate(kept)), default=0)
 
 
-def kinds_of(recipe: Recipe, plan: SitePlan) -> list[type[Statistic]]:
-    """The statistics that the passes on a site need of its input."""
-    steps = recipe.weight_passes
-    return list(dict.fromkeys(kind for i in plan.steps for kind in steps[i].requires))
-
-
 def statistics_bytes(recipe: Recipe, plan: SitePlan) -> int:
     """Of the one input of a site."""
     return sum(kind.nbytes(plan.shape[1]) for kind in kinds_of(recipe, plan))
@@ -203,12 +127,6 @@ def solver_bytes(recipe: Recipe, plan: SitePlan) -> int:
     """What the passes on a site take beside its weight and statistics, and then what measuring its error does."""
     works = (work_of(recipe.weight_passes[i], plan.shape) for i in plan.steps)
     return max([MEASURED * prod(plan.shape), *(int(work.nbytes) for work in works if work)])
-
-
-def work_of(step: SitePass, shape: tuple[int, int]) -> Work | None:
-    """What a pass costs on a matrix; None if it is not modelled."""
-    found = COSTS.get(step.name)
-    return None if found is None else found(step, *shape)
 
 
 def not_modelled(recipe: Recipe) -> list[str]:
@@ -278,90 +196,6 @@ def unused(group: Path, limit: str, used: str) -> int | None:
     except OSError:
         return None
     return int(most) - int(now) if most.isdigit() and int(most) < 1 << 60 else None
-
-
-# -- time ------------------------------------------------------------------------------------------
-
-
-def time_parts(
-    walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine, written: int
-) -> dict[str, float]:
-    """Seconds by what is done; the passes that are not modelled are left out."""
-    load, product = load_of(walk, recipe), machine.product(walk.dtype)
-    weights = sum(prod(plan.shape) * active(walk, name) for name, plan in plans.items())
-    tokens, hidden = load.tokens * (2 if load.twins else 1), sized(walk, source).hidden
-    attention = 4.0 * load.length * hidden * len(walk.blocks)  # a token
-    forwards = forwards_of(walk, recipe, plans, hidden) * load.tokens + (tokens - load.tokens)
-    probed = 6 * load.probe  # dense, compressed, read back; each in and out
-    work = [work for _, work in pairs(recipe, plans)]
-    measured = [p for p in plans.values() if Gram in kinds_of(recipe, p)]
-    energies = sum(2.0 * p.shape[0] * p.shape[1] * min(2 * p.shape[1], p.shape[1] + SIDE) for p in measured)
-    entries = sum(prod(p.shape) for p in plans.values() if p.steps)
-    passes = sum(w.passes * prod(p.shape) for p, w in pairs(recipe, plans)) + WRITING * entries
-    return {
-        "reading and checking": 2 * source.nbytes() / machine.memory + source.nbytes() / HASHED,
-        "forwards": (forwards + probed) * (2.0 * weights + attention) / (FORWARD * product),
-        "statistics": gathered(walk, recipe, plans, load.tokens) / (SOLVING * machine.float32),
-        "passes": (sum(w.flops for w in work) + energies) / (SOLVING * machine.float32)
-        + sum(w.cubes for w in work) / machine.eigen
-        + 2 * F32 * passes / machine.memory
-        + sum(w.calls for w in work) * machine.call,
-        "writing": written / machine.disk + READS * written / HASHED,
-        "settling": SETTLING,
-    }  # fmt: skip
-
-
-def active(walk: Walk, site: str) -> float:
-    """The share of tokens that reach a site: of an expert, as many as a router chooses of all."""
-    if not walk.anatomy.places[site].routed:
-        return 1.0
-    text = walk.model.config.get_text_config()
-    known = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-    experts = next((int(count) for count in known if count), 1)
-    return int(getattr(text, "num_experts_per_tok", 1) or 1) / experts
-
-
-def pairs(recipe: Recipe, plans: Mapping[str, SitePlan]) -> list[tuple[SitePlan, Work]]:
-    """Each site with the work of each pass on it."""
-    return [(p, work_of(recipe.weight_passes[i], p.shape) or Work()) for p in plans.values() for i in p.steps]
-
-
-def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], hidden: int) -> float:
-    """Forwards of a block over the calibration tokens: as far as each input, then to the end, less what is kept."""
-    if not walk.blocks:
-        return 0.0
-    names = [p.site for p in walk.anatomy.of_block(0)]
-    whole = sum(prod(plans[n].shape) for n in names) or 1
-    total, child, inside, left = 0, "", 0, 0  # `left`: of what the child before gives, what was not computed yet
-    for group in read_together_names(names):
-        size = sum(prod(plans[n].shape) for n in group)
-        measured = any(kinds_of(recipe, plans[n]) for n in group)
-        if remembers(recipe) and child_of(walk, group[0]) != child:
-            total, inside, left = total + left, 0, 0  # done: it is computed to its end once, and kept
-            child = child_of(walk, group[0])
-        if measured:
-            total = total + inside if recipe.ordering == "site" else inside  # at once, as far as the last
-        inside += size
-        kept = remembers(recipe) and measured and plans[group[0]].shape[1] <= WIDEST * hidden
-        left = size if kept else inside
-    return (total + left) / whole
-
-
-def child_of(walk: Walk, site: str) -> str:
-    """The direct child of a block in which a site lies."""
-    inside = walk.anatomy.places[site].module.removeprefix(f"{walk.path}.")
-    return ".".join(inside.split(".")[1:2])
-
-
-def gathered(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], tokens: int) -> float:
-    """Operations of all statistics: squares for vectors, products of inputs with themselves for square ones."""
-    total = 0.0
-    for index in range(len(walk.blocks)):
-        for group in read_together_names([p.site for p in walk.anatomy.of_block(index)]):
-            kinds: Sequence[Any] = list(dict.fromkeys(kind for n in group for kind in kinds_of(recipe, plans[n])))
-            width = plans[group[0]].shape[1]
-            total += sum(tokens * width * (min(2 * width, width + SIDE) if k.square else 20) for k in kinds)
-    return total
 
 
 def video_memory(device: str) -> tuple[int, str] | None:
