@@ -17,7 +17,7 @@ from compress.model.walk import Walk
 from compress.passes.base import Budget, Pass, Reshape, SitePass
 from compress.plan import absolute, check_tensors, outline, plan, usable
 from compress.planning import resources
-from compress.planning.costs import COSTS
+from compress.planning.costs import modelled, not_modelled
 from compress.planning.machine import Machine
 from compress.planning.machine import machine as profile_of
 from compress.planning.seconds import time_parts
@@ -170,7 +170,7 @@ def plan_run(
         reshaped=(str(getattr(shaped, "change", "")),) if recipe.reshapes else (),
         needs=needs(planned, shaped, recipe, sites, most, process, target, device, memory, disk, offload),
         seconds=time_parts(planned, shaped, recipe, sites, machine, size),
-        unmodelled=tuple(resources.not_modelled(recipe)),
+        unmodelled=tuple(not_modelled(recipe)),
         assumes=ASSUMES if any(site.steps for site in sites.values()) else (),
         licence=licence(source.path),
         trust=tuple(trust(source)),
@@ -222,8 +222,7 @@ def pass_plan(step: Pass, recipe: Recipe, plans: Mapping[str, SitePlan]) -> Pass
             "gives": step.gives or "the form it was given", "keeps": tuple(kept),
             "before": own[0][0].forms[own[0][1]] if own else "", "after": own[0][0].forms[own[0][1] + 1] if own else "",
         }  # fmt: skip
-    modelled = step.name in COSTS
-    return PassPlan(name=step.name, options=str(step), requires=needed, modelled=modelled, **row)
+    return PassPlan(name=step.name, options=str(step), requires=needed, modelled=modelled(step), **row)
 
 
 def role(step: Pass) -> str:

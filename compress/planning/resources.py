@@ -1,13 +1,14 @@
 """How much memory and disk a run needs at its largest, part by part, from shapes alone, and how much there is.
 
-Peaks: `frame`, while embeddings and head are loaded; `block`, while the widest block is rewritten. Where a pass has no
-row in costs.py its own part is left out and the estimate says so. Shape suffixes: none, all are numbers.
+The peak is the largest of the moments that are looked at: embeddings and head with the probe's logits, the widest block
+while it is rewritten, and what looks at the whole model before that. Where a pass has no row in costs/ its own part is
+left out and the estimate says so. Shape suffixes: none, all are numbers.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,8 +19,11 @@ from compress.model.block import WIDEST
 from compress.model.memory import peak_bytes, resident_bytes
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
-from compress.planning.costs import COSTS, F32, MEASURED, work_of
-from compress.planning.scale import Load, Sized, child_of, kinds_of, load_of, remembers, sized
+from compress.passes.base import SitePass
+from compress.planning.costs import F32, LEARNED, MEASURED, aheads, work_of
+from compress.planning.costs.ahead import Ahead
+from compress.planning.costs.learning import ERRORS, HIDDEN, INNER
+from compress.planning.scale import Load, Sized, child_of, kept_probes, kinds_of, load_of, remembers, selects, sized
 from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
 from compress.stats import Gram
@@ -32,31 +36,107 @@ PROBES = 4  # the probe's states on the disk: those of the model and of the dens
 STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: tokenizer, texts, libraries of products
 
 
+Parts = dict[str, int]
+
+
 def memory_parts(
     walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], offload: bool = False
-) -> dict[str, int]:
+) -> Parts:
     """Bytes at the peak, by what they are; without the process itself."""
     size, load = sized(walk, source), load_of(walk, recipe)
-    stream = size.hidden * size.itemsize
-    streams = 0 if offload else load.tokens * (2 if load.twins else 1)
-    hidden = (streams + 2 * load.probe + (load.batch if offload else 0)) * stream
-    logits = load.probe * size.vocabulary * (2 * size.itemsize + F32 if size.itemsize < F32 else 3 * F32)
-    frame = {"embeddings and head": size.frame, "hidden states": hidden, "logits": logits}
+    moments = [before_blocks(size, load, offload), in_block(walk, source, recipe, plans, offload)]
+    for ahead, governed in aheads(recipe):
+        moments.append(looking_ahead(walk, size, load, plans, ahead, governed, offload))
+        kept = kept_probes(plans, ahead, governed) * load.probe * size.hidden * size.itemsize
+        moments.append(compared(size, load, ahead) | {"probes sent on": kept})
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def before_blocks(size: Sized, load: Load, offload: bool) -> Parts:
+    """While embeddings and head are loaded, and the probe's logits compared."""
+    hidden = hidden_bytes(size, load, load.tokens * (2 if load.twins else 1), offload)
+    return {"embeddings and head": size.frame, "hidden states": hidden, "logits": logits_bytes(size, load)}
+
+
+def hidden_bytes(size: Sized, load: Load, tokens: int, offload: bool) -> int:
+    """Hidden states of calibration tokens and of the probe, dense and not."""
+    return ((load.batch if offload else tokens) + 2 * load.probe) * size.hidden * size.itemsize
+
+
+def logits_bytes(size: Sized, load: Load) -> int:
+    """Of the probe, twice as they are and once or more in float32."""
+    return load.probe * size.vocabulary * (2 * size.itemsize + F32 if size.itemsize < F32 else 3 * F32)
+
+
+def in_block(walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], offload: bool) -> Parts:
+    """While the widest block is rewritten."""
+    size, load = sized(walk, source), load_of(walk, recipe)
     own = [plans[p.site] for p in walk.anatomy.of_block(size.index) if plans[p.site].steps]
-    rewritten = sum(prod(p.shape) * size.itemsize + p.held for p in own)
-    forward = max(load.batch, load.probe) * size.width * (3 * size.itemsize + 2 * F32)
+    rewritten = sum(prod(p.shape) * (size.itemsize + F32 * moves(recipe, p)) + p.held for p in own)
     statistics = max((statistics_bytes(recipe, p) for p in own), default=0)
     solving = max((solver_bytes(recipe, p) for p in own), default=0)
     stored = sum(p.bytes for p in own)
     written = stored + max((F32 * prod(p.shape) for p in own), default=0)
     beside = stored if walk.device.type == "cuda" and recorded_beside(source, recipe, offload) else 0
-    block = {
-        "a block": size.block, "its rewritten weights": rewritten, "hidden states": hidden,
+    learning = learning_bytes(recipe, own, size, load)
+    return {
+        "a block": size.block, "its rewritten weights": rewritten,
+        "hidden states": hidden_bytes(size, load, load.tokens * (2 if load.twins else 1), offload),
         "what done parts gave": 0 if offload else load.tokens * size.itemsize * kept_width(walk, recipe, plans, size),
-        "statistics": statistics, "a forward, a solver or writing": max(forward, solving, written) + beside,
+        "statistics": statistics,
+        "a forward, a solver or writing": max(forward_bytes(size, load), solving, written, learning) + beside,
+        "logits of the dense model": load.probe * size.vocabulary * size.itemsize if recipe.reshapes else 0,
         "products of many sizes": sizes_bytes(walk, recipe, plans, load),
     }  # fmt: skip
-    return max(frame, block, key=lambda parts: sum(parts.values()))
+
+
+def moves(recipe: Recipe, plan: SitePlan) -> bool:
+    """Whether a pass moves the target of those after it, which is kept in float32 until the block is done."""
+    return any(kind.paired for kind in kinds_of(recipe, plan))
+
+
+def forward_bytes(size: Sized, load: Load) -> int:
+    """What a batch leaves on its way through a block, at its widest."""
+    return max(load.batch, load.probe) * size.width * (3 * size.itemsize + 2 * F32)
+
+
+def learning_bytes(recipe: Recipe, own: Sequence[SitePlan], size: Sized, load: Load) -> int:
+    """What learning a block takes: a copy of it with gradients, targets, what is learned, and what a backward needs."""
+    most = 0.0
+    for i, step in enumerate(recipe.weight_passes):
+        if step.name in LEARNED:
+            learned = sum(LEARNED[step.name](step, p).nbytes for p in own if i in p.steps)
+            token = size.itemsize * (HIDDEN * size.hidden + INNER * size.width) + F32 * ERRORS * size.hidden
+            targets = load.tokens * size.hidden * size.itemsize
+            most = max(most, 2 * size.block + learned + load.batch * token + targets)
+    return int(most)
+
+
+def looking_ahead(
+    walk: Walk, size: Sized, load: Load, plans: Mapping[str, SitePlan], ahead: Ahead, governed: SitePass | None,
+    offload: bool,
+) -> Parts:  # fmt: skip
+    """While the widest block is looked at before anything is rewritten: all of its inputs are measured at once."""
+    names = [p.site for p in walk.anatomy.of_block(size.index)]
+    own = [plans[n] for n in names if selects(governed, n)]
+    widths = [plans[group[0]].shape[1] for group in read_together_names(names)]
+    rewritten = max((prod(p.shape) * size.itemsize + p.held for p in own), default=0) if ahead.kept else 0
+    solving = max((int(ahead.work(*p.shape).nbytes) for p in own), default=0)
+    return {
+        "a block": size.block, "its rewritten weights": rewritten,
+        "hidden states": hidden_bytes(size, load, load.ahead, offload),
+        "statistics": sum(kind.nbytes(width) for width in widths for kind in ahead.kinds),
+        "probes sent on": kept_probes(plans, ahead, governed) * load.probe * size.hidden * size.itemsize,
+        "a forward or a solver": max(forward_bytes(size, load), solving),
+    }  # fmt: skip
+
+
+def compared(size: Sized, load: Load, ahead: Ahead) -> Parts:
+    """While the logits are found of what was tried, or of the model that was made beside the dense one."""
+    again = 2 * F32 * load.probe * size.vocabulary * ahead.reshapes
+    made = int(ahead.made(size.vocabulary, size.hidden).nbytes)  # before there are logits
+    logits = logits_bytes(size, load) + again
+    return {"embeddings and head": size.frame, "logits, or a tensor that is made": max(logits, made)}
 
 
 def host_parts(walk: Walk, source: Checkpoint, recipe: Recipe, offload: bool = False) -> dict[str, int]:
@@ -126,12 +206,7 @@ def statistics_bytes(recipe: Recipe, plan: SitePlan) -> int:
 def solver_bytes(recipe: Recipe, plan: SitePlan) -> int:
     """What the passes on a site take beside its weight and statistics, and then what measuring its error does."""
     works = (work_of(recipe.weight_passes[i], plan.shape) for i in plan.steps)
-    return max([MEASURED * prod(plan.shape), *(int(work.nbytes) for work in works if work)])
-
-
-def not_modelled(recipe: Recipe) -> list[str]:
-    """The passes whose own cost is left out."""
-    return list(dict.fromkeys(step.name for step in recipe.passes if step.name not in COSTS))
+    return max([MEASURED * prod(plan.shape), *(int(work.nbytes) for work in works)])
 
 
 def process_bytes() -> int:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 
 from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
 from compress.model.source import Checkpoint
 from compress.model.travellers import tokens_at_once
 from compress.model.walk import Walk
-from compress.passes.base import BlockPass, needs_twins, windows_at_once
+from compress.passes.base import BlockPass, SitePass, needs_twins, windows_at_once
 from compress.plan import longest_window
-from compress.planning.sizes import SitePlan
+from compress.planning.costs.ahead import Ahead
+from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
 from compress.stats import Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What goes through a model: calibration tokens and those of one forward, probe tokens, twins or not."""
+    """What goes through a model: calibration tokens and those of one forward, probe tokens, twins or not.
+
+    `ahead` are the tokens for what looks at the whole model before the walk, for which the walk may need none.
+    """
 
     tokens: int
     batch: int
+    ahead: int
     probe: int
     length: int
     twins: bool
@@ -31,11 +38,12 @@ def load_of(walk: Walk, recipe: Recipe) -> Load:
     """The tokens of a recipe; a source that cannot give so many is not looked at."""
     limit = longest_window(walk)
     length = min(recipe.calibration.length or LONGEST, limit)
-    measured = any(step.requires for step in recipe.passes)
+    measured = any(step.requires for step in recipe.weight_passes)
     at_once = windows_at_once(recipe.passes) or max(1, tokens_at_once(walk.device) // length)
     windows = recipe.calibration.samples if measured else 0
     return Load(
         tokens=windows * length, batch=min(windows, at_once) * length, length=length,
+        ahead=recipe.calibration.samples * length if recipe.needs_data() else 0,
         probe=PROBE * min(length, PROBE_LENGTH), twins=needs_twins(recipe.passes),
     )  # fmt: skip
 
@@ -85,3 +93,16 @@ def kinds_of(recipe: Recipe, plan: SitePlan) -> list[type[Statistic]]:
     """The statistics that the passes on a site need of its input."""
     steps = recipe.weight_passes
     return list(dict.fromkeys(kind for i in plan.steps for kind in steps[i].requires))
+
+
+def selects(step: SitePass | None, site: str) -> bool:
+    """Whether a pass selects a site; all are if there is no pass to ask."""
+    return step is None or fnmatchcase(site, step.sites)
+
+
+def kept_probes(plans: Mapping[str, SitePlan], ahead: Ahead, governed: SitePass | None) -> int:
+    """How many hidden states of the probe are sent on, of all parts of the model."""
+    if not ahead.kept:
+        return 0
+    names = [n for n in plans if selects(governed, n)]
+    return ahead.kept * (len(names) if ahead.each else len(read_together_names(names)))

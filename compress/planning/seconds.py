@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from compress.model.block import WIDEST
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
-from compress.planning.costs import F32, Work, work_of
+from compress.passes.learned import LOOKS, Trainer
+from compress.planning.costs import F32, LEARNED, Work, aheads, work_of
+from compress.planning.costs.learning import BACKWARD
 from compress.planning.machine import Machine
-from compress.planning.scale import child_of, kinds_of, load_of, remembers, sized
+from compress.planning.scale import Load, Sized, child_of, kept_probes, kinds_of, load_of, remembers, selects, sized
 from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
 from compress.stats import SIDE, Gram
@@ -19,36 +21,92 @@ from compress.stats import SIDE, Gram
 WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
 HASHED = 1.0e9  # bytes a second of sha256, of any x86-64 or ARM processor of this decade
 READS = 3  # hashes and readings of each byte that is written, and of the source
-FORWARD, SOLVING = 0.5, 0.65  # of the rate of one product: shares that blocks, and statistics and solvers, reached
-SETTLING = 4.0  # seconds: calibration text through the tokenizer, plans, cards
+FORWARD, SOLVING = 0.65, 0.65  # of the rate of one product: shares that blocks, and statistics and solvers, reached
+COMPARED = 30  # passes over logits whose divergence is found
+READINGS = 3  # of a model that is made: it is hashed, compared and walked over
+SETTLING, TOKENS = 250_000, 250_000  # small calls: plans, checks and cards; calibration text through the tokenizer
 
 
 def time_parts(
     walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine, written: int
 ) -> dict[str, float]:
     """Seconds by what is done; the passes that are not modelled are left out."""
-    load, product = load_of(walk, recipe), machine.product(walk.dtype)
-    weights = sum(prod(plan.shape) * active(walk, name) for name, plan in plans.items())
-    tokens, hidden = load.tokens * (2 if load.twins else 1), sized(walk, source).hidden
-    attention = 4.0 * load.length * hidden * len(walk.blocks)  # a token
-    forwards = forwards_of(walk, recipe, plans, hidden) * load.tokens + (tokens - load.tokens)
+    load, size = load_of(walk, recipe), sized(walk, source)
+    twice = load.tokens if load.twins else 0
+    forwards = forwards_of(walk, recipe, plans, size.hidden) * load.tokens + twice
     probed = 6 * load.probe  # dense, compressed, read back; each in and out
-    work = [work for _, work in pairs(recipe, plans)]
     measured = [p for p in plans.values() if Gram in kinds_of(recipe, p)]
     energies = sum(2.0 * p.shape[0] * p.shape[1] * min(2 * p.shape[1], p.shape[1] + SIDE) for p in measured)
     entries = sum(prod(p.shape) for p in plans.values() if p.steps)
-    passes = sum(w.passes * prod(p.shape) for p, w in pairs(recipe, plans)) + WRITING * entries
+    work = [(p.shape, work_of(recipe.weight_passes[i], p.shape)) for p in plans.values() for i in p.steps]
+    every = gathered(walk, plans, load.tokens, lambda names: [k for n in names for k in kinds_of(recipe, plans[n])])
+    token = token_flops(walk, plans, load, size)
     return {
         "reading and checking": 2 * source.nbytes() / machine.memory + source.nbytes() / HASHED,
-        "forwards": (forwards + probed) * (2.0 * weights + attention) / (FORWARD * product),
-        "statistics": gathered(walk, recipe, plans, load.tokens) / (SOLVING * machine.float32),
-        "passes": (sum(w.flops for w in work) + energies) / (SOLVING * machine.float32)
-        + sum(w.cubes for w in work) / machine.eigen
-        + 2 * F32 * passes / machine.memory
-        + sum(w.calls for w in work) * machine.call,
+        "looking ahead": ahead_seconds(walk, source, recipe, plans, machine),
+        "forwards": (forwards + probed) * token / (FORWARD * machine.product(walk.dtype)),
+        "statistics": every / (SOLVING * machine.float32),
+        "passes": worked(work, machine) + energies / (SOLVING * machine.float32)
+        + 2 * F32 * WRITING * entries / machine.memory,
+        "learning": learning_seconds(walk, recipe, plans, machine, load, token),
         "writing": written / machine.disk + READS * written / HASHED,
-        "settling": SETTLING,
+        "settling": (SETTLING + TOKENS * recipe.needs_data()) * machine.call,
     }  # fmt: skip
+
+
+def worked(work: Sequence[tuple[tuple[int, int], Work]], machine: Machine) -> float:
+    """Seconds of work on matrices of these shapes."""
+    passes = sum(w.passes * prod(shape) for shape, w in work)
+    return (
+        sum(w.flops for _, w in work) / (SOLVING * machine.float32)
+        + sum(w.cubes for _, w in work) / machine.eigen
+        + 2 * F32 * passes / machine.memory
+        + sum(w.calls for _, w in work) * machine.call
+    )
+
+
+def token_flops(walk: Walk, plans: Mapping[str, SitePlan], load: Load, size: Sized) -> float:
+    """Operations of a token on its way through all blocks."""
+    weights = sum(prod(plan.shape) * active(walk, name) for name, plan in plans.items())
+    return 2.0 * weights + 4.0 * load.length * size.hidden * len(walk.blocks)
+
+
+def ahead_seconds(
+    walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine
+) -> float:
+    """What looks at the whole model before the walk: forwards, statistics, trials with the probe sent on from each."""
+    load, size, blocks = load_of(walk, recipe), sized(walk, source), len(walk.blocks)
+    token, rate, total = token_flops(walk, plans, load, size), machine.product(walk.dtype), 0.0
+    for ahead, governed in aheads(recipe):
+        own = [p for n, p in plans.items() if selects(governed, n)]
+        sent = kept_probes(plans, ahead, governed) * load.probe
+        tokens = ahead.forwards * load.ahead + sent * (blocks + 1) / (2 * max(1, blocks))
+        head = sent * 2.0 * size.vocabulary * size.hidden
+        total += ((tokens + 3 * load.probe * ahead.reshapes) * token + head) / (FORWARD * rate)
+        total += 2 * F32 * COMPARED * sent * size.vocabulary / machine.memory
+        every = gathered(walk, plans, load.ahead, lambda _, kinds=ahead.kinds: kinds)  # type: ignore[misc]
+        total += every / (SOLVING * machine.float32) + worked([(p.shape, ahead.work(*p.shape)) for p in own], machine)
+        if ahead.reshapes:
+            shapes = [*(p.shape for p in plans.values()), *[(size.vocabulary, size.hidden)] * 2]
+            total += READINGS * worked([(shape, ahead.made(*shape)) for shape in shapes], machine)
+            total += source.nbytes() / HASHED
+    return total
+
+
+def learning_seconds(
+    walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine, load: Load, token: float
+) -> float:
+    """Of passes that learn blocks by their output: forwards and backwards of a few windows, and looks at others."""
+    total = 0.0
+    for i, step in enumerate(recipe.weight_passes):
+        if step.name not in LEARNED or not isinstance(step, Trainer):
+            continue
+        looks = (LOOKS + 1) * step.held_out * load.length
+        tokens = step.steps * (1 + BACKWARD) * step.batch * load.length + looks + load.tokens
+        own = [(p.shape, LEARNED[step.name](step, p)) for p in plans.values() if i in p.steps]
+        once = [(shape, Work(passes=learned.passes, calls=learned.calls)) for shape, learned in own]
+        total += tokens * token / (FORWARD * machine.product(walk.dtype)) + (step.steps + LOOKS) * worked(once, machine)
+    return total
 
 
 def active(walk: Walk, site: str) -> float:
@@ -59,11 +117,6 @@ def active(walk: Walk, site: str) -> float:
     known = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     experts = next((int(count) for count in known if count), 1)
     return int(getattr(text, "num_experts_per_tok", 1) or 1) / experts
-
-
-def pairs(recipe: Recipe, plans: Mapping[str, SitePlan]) -> list[tuple[SitePlan, Work]]:
-    """Each site with the work of each pass on it."""
-    return [(p, work_of(recipe.weight_passes[i], p.shape) or Work()) for p in plans.values() for i in p.steps]
 
 
 def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], hidden: int) -> float:
@@ -87,12 +140,14 @@ def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], hidde
     return (total + left) / whole
 
 
-def gathered(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], tokens: int) -> float:
+def gathered(
+    walk: Walk, plans: Mapping[str, SitePlan], tokens: int, kinds_of: Callable[[Sequence[str]], Sequence[Any]]
+) -> float:
     """Operations of all statistics: squares for vectors, products of inputs with themselves for square ones."""
     total = 0.0
     for index in range(len(walk.blocks)):
         for group in read_together_names([p.site for p in walk.anatomy.of_block(index)]):
-            kinds: Sequence[Any] = list(dict.fromkeys(kind for n in group for kind in kinds_of(recipe, plans[n])))
             width = plans[group[0]].shape[1]
+            kinds = dict.fromkeys(kinds_of(group))
             total += sum(tokens * width * (min(2 * width, width + SIDE) if k.square else 20) for k in kinds)
     return total

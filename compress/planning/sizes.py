@@ -25,7 +25,7 @@ from compress.passes.budget import governed
 from compress.passes.codec import Codec
 from compress.passes.factor_pruner import FactorPruner
 from compress.recipe import Recipe
-from compress.weights import Dense, Hadamard, Masked, Permutation, Weight
+from compress.weights import Codebook, Dense, Hadamard, Masked, Permutation, Weight
 from compress.weights.bits import packed_size
 from compress.weights.masks import likely_bytes
 from compress.writer import SMALLEST
@@ -40,7 +40,8 @@ class SitePlan:
     """What a site will be stored as, in bytes: `most` bounds what values decide, and is `bytes` if nothing is left to.
 
     `forms` are the weight before each pass that touches it and at last; `kept` what each left as it was; `held` the
-    bytes of the last form in memory, not packed, beside the weight as it was.
+    bytes of the last form in memory, not packed, beside the weight as it was, `reals` its real numbers, `books`
+    how often an entry is looked up.
     """
 
     site: str
@@ -51,6 +52,8 @@ class SitePlan:
     bytes: int
     most: int
     held: int
+    reals: int
+    books: int
     note: str = ""
 
     @property
@@ -120,6 +123,8 @@ def block_plans(
                 site=name, shape=place.shape, steps=tuple(likely.touched[name]), forms=tuple(likely.forms[name]),
                 kept=tuple(likely.kept[name]), bytes=size - spared.get(name, 0), most=bound, note=note,
                 held=unpacked(likely.sites[name].weight, sites[name].original.data),
+                reals=reals(likely.sites[name].weight),
+                books=sum(isinstance(node, Codebook) for node in every(likely.sites[name].weight)),
             )
         )  # fmt: skip
     return plans
@@ -221,6 +226,17 @@ def unpacked(weight: Weight, original: Tensor) -> int:
     }
     own.pop(id(original), None)
     return sum(own.values())
+
+
+def reals(weight: Weight) -> int:
+    """Numbers of 16 bits or more that an expression holds, but for known books: what fine-tuning learns."""
+    held = {
+        id(value): value
+        for node in every(weight)
+        for field, value in vars(node).items()
+        if isinstance(value, Tensor) and not (isinstance(node, Codebook) and node.name and field == "book")
+    }
+    return sum(value.numel() for value in held.values() if value.is_floating_point() and value.dtype.itemsize > 1)
 
 
 def every(weight: Weight) -> Iterator[Weight]:

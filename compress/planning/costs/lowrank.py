@@ -1,0 +1,133 @@
+"""What factors, alone or beside another term, and the codecs of differences cost. Shape suffixes: O out, I in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.passes.delta.delta_come import ROUNDING
+from compress.passes.subspace import EXTRA
+from compress.planning.costs import pruning, quantization
+from compress.planning.costs.work import (
+    CODING,
+    COLUMN,
+    DOUBLE,
+    F32,
+    Work,
+    choosing,
+    conjugated,
+    directions,
+    energy,
+    factor,
+    rounding,
+    sweep,
+)
+from compress.stats import Gram
+
+SETTLED = 20  # turns of `rpca` to its tolerance, of 100
+BANDS = 5  # of the seven widths that `delta-come` knows are used, about
+
+
+def factored(step: Any, rows: int, columns: int) -> Work:
+    """The first directions of the output in the metric of the pass."""
+    return directions(rows, columns, Gram in step.requires)
+
+
+def paired(step: Any, rows: int, columns: int) -> Work:
+    """TransMLA: half of what keys and values take together."""
+    del step
+    return directions(2 * rows, columns)  # passes and products are a matrix's, twice as tall: shared by two
+
+
+def realigned(step: Any, rows: int, columns: int) -> Work:
+    """One Cholesky factor, and the matrix moved by it."""
+    del step
+    entries = rows * columns
+    return Work(
+        nbytes=3 * F32 * (entries + columns**2), flops=4.0 * entries * columns + columns**3 / 3,
+        passes=CODING + 10 * columns / rows,
+    )  # fmt: skip
+
+
+def corrected(step: Any, rows: int, columns: int) -> Work:
+    """Two thin matrices for an error, stored as it says."""
+    return fitted(step.rank_of((rows, columns)), step.precision, rows, columns, step.metric == "gram")
+
+
+def fitted(rank: int, precision: str, rows: int, columns: int, metric: bool) -> Work:
+    """The first directions and both factors in their precision."""
+    share = rank * (rows + columns) / (rows * columns)
+    coding = rounding(precision == "int4", 0, 1, 1).times(share) if precision != "half" else Work()
+    return directions(rows, columns, metric) + Work(flops=2.0 * rank * rows * columns, passes=coding.passes)
+
+
+def by_turns(step: Any, rows: int, columns: int) -> Work:
+    """OATS: a subspace followed and a mask chosen in every iteration, then least squares."""
+    entries, rank = rows * columns, step.rank((rows, columns))
+    if not rank:
+        return pruning.chosen(step, rows, columns)
+    turn = Work(flops=4.0 * entries * (rank + EXTRA), passes=50 + choosing(step.sparsity))
+    start = Work(nbytes=F32 * (10.5 * entries + 2 * columns**2), cubes=min(rows, columns) ** 3)
+    refit = conjugated(rows, columns, pruning.SOLVED) + directions(rows, columns) if step.refit else Work()
+    return start + turn.times(step.iterations) + refit
+
+
+def in_rounds(step: Any, rows: int, columns: int) -> Work:
+    """SLiM: mask, codes and factors anew in every round, and the error of each."""
+    few = isinstance(step.sparsity, str)
+    if step.rounding == "feedback":
+        made = sweep(rows, columns) + Work(calls=columns * COLUMN * (0.7 if few else 0.25))
+        made += rounding(step.search, step.group, rows, columns)
+    else:
+        made = rounding(step.search, step.group, rows, columns)
+    return factor(columns) + (made + corrected(step, rows, columns) + energy(rows, columns, 2)).times(step.rounds + 1)
+
+
+def coded_in_rounds(step: Any, rows: int, columns: int) -> Work:
+    """ReALLM: codes and factors anew in every round, and the error of each."""
+    factors = fitted(step.rank, step.precision, rows, columns, metric=True)
+    made = quantization.coded(step, rows, columns) + factors + energy(rows, columns, 2)
+    return made.beside(2 * F32 * rows * columns).times(step.rounds) + factors
+
+
+def shrunk(step: Any, rows: int, columns: int) -> Work:
+    """RPCA: the singular values of the shorter side in float64, every turn."""
+    del step
+    entries, side = rows * columns, min(rows, columns)
+    turn = Work(cubes=DOUBLE * side**3, flops=2 * 4.0 * entries * side, passes=40)
+    return Work(nbytes=8 * (4 * entries + 4 * side**2)) + turn.times(SETTLED)
+
+
+def in_bands(step: Any, rows: int, columns: int) -> Work:
+    """Delta-CoMe: directions, then both factors of each band with error feedback, and again every round."""
+    side, bands = min(rows, columns), min(BANDS, len(ROUNDING))
+    fed = step.rounding == "gptq"
+    made = Work(
+        flops=rows * columns * (6.0 * columns + 3.0 * side), passes=25 * 4,
+        calls=COLUMN / 2 * (bands * columns + side) if fed else 0,
+    )  # fmt: skip
+    held = Work(nbytes=F32 * (10 * rows * columns + 2 * columns**2))
+    return directions(rows, columns, step.whitened) + held + made.times(1 + step.rounds) + factor(columns).times(fed)
+
+
+def signed(step: Any, rows: int, columns: int) -> Work:
+    """BitDelta: the signs of every level, and the scales of all."""
+    entries = rows * columns
+    flops = 2.0 * entries * columns * step.levels if step.fit == "output" else 0
+    return Work(nbytes=F32 * entries * (3 + 2 * step.levels), flops=flops, passes=30 * step.levels**2)
+
+
+def portfolio(step: Any, rows: int, columns: int) -> Work:
+    """Auto: every codec once, and its error; how many fit, and which are made again, is for values to say."""
+    rows_of = {"delta-come": in_bands, "bitdelta": signed, "gptq": quantization.compensated,
+               "sparsegpt": pruning.fed_back}  # fmt: skip
+    work = Work()
+    for codec in step.codecs((rows, columns), step.bits):
+        work += rows_of[codec.name](codec, rows, columns) + energy(rows, columns, 2)
+    return work
+
+
+ROWS = {
+    "svd": factored, "asvd": factored, "svd-llm": factored, "transmla": paired, "realign": realigned,
+    "repair": corrected, "oats": by_turns, "slim": in_rounds, "reallm": coded_in_rounds, "rpca": shrunk,
+    "delta-come": in_bands, "bitdelta": signed, "auto": portfolio,
+}  # fmt: skip

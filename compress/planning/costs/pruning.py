@@ -1,0 +1,97 @@
+"""What pruners and what refines their masks cost. Shape suffixes: O out, I in."""
+
+from __future__ import annotations
+
+from math import log2
+from typing import Any
+
+from compress.passes.pruning import swaps
+from compress.passes.pruning.alps import POLISH
+from compress.planning.costs.work import (
+    CHOSEN,
+    CODING,
+    COLUMN,
+    DOUBLE,
+    F32,
+    Work,
+    choosing,
+    conjugated,
+    energy,
+    factor,
+    rounding,
+    sweep,
+)
+
+SETTLED = 33  # iterations of ADMM: 30 to 36 in every matrix of the built-in model and of random ones
+SOLVED = 18  # steps of conjugate gradients to 1e-3: 13 to 28 in the built-in model, of 50 that are allowed
+SWAPPED = 18  # of so many inputs of a row one is swapped, in the built-in model
+SWEEPS = 6  # over the groups of n:m until nothing is swapped
+SWAPPING = 160  # passes of one swap of every row: each looks at all entries of its row
+DRAWING = 60  # passes of a number by chance for every entry
+
+
+def chosen(step: Any, rows: int, columns: int) -> Work:
+    """A mask by scores."""
+    return Work(nbytes=CHOSEN * rows * columns, passes=20 + choosing(step.sparsity))
+
+
+def dealt(step: Any, rows: int, columns: int) -> Work:
+    """RIA: a mask, and with `permute` the gain of every column in every group, for each of the m ranks of columns."""
+    work = chosen(step, rows, columns) + Work(passes=20)
+    if not step.permute:
+        return work
+    m = int(step.sparsity.split(":")[1])
+    groups = columns // m
+    looks = Work(nbytes=F32 * 4 * rows * columns, passes=6 * groups, calls=8 * columns)
+    return work.times(4) + looks + Work(flops=40.0 * m * groups**3)
+
+
+def fed_back(step: Any, rows: int, columns: int) -> Work:
+    """SparseGPT: one sweep that chooses and, with `bits`, rounds."""
+    few = isinstance(step.sparsity, str)  # each group is chosen by itself
+    coded = rounding(False, step.group, rows, columns) if step.bits else Work()
+    own = Work(passes=choosing(step.sparsity), calls=columns * COLUMN * (0.5 * few + 0.25 * bool(step.bits)))
+    return factor(columns) + sweep(rows, columns) + own + coded
+
+
+def alternated(step: Any, rows: int, columns: int) -> Work:
+    """ALPS: eigenvectors in float64, two products an iteration, then least squares."""
+    count = min(step.iterations, SETTLED)
+    eigen = 8 * (4 * columns**2) + 3 * F32 * columns**2  # the Gram in float64, its vectors and what LAPACK works in
+    work = Work(
+        nbytes=max(eigen, F32 * (10.5 * rows * columns + 5 * columns**2)), cubes=DOUBLE * columns**3,
+        flops=columns**3 + 2.0 * rows * columns**2 * (2 * count + 1), passes=count * (20 + choosing(step.sparsity) / 2),
+    )  # fmt: skip
+    return work + conjugated(rows, columns, POLISH)
+
+
+def reconstructed(step: Any, rows: int, columns: int) -> Work:
+    """One sweep under the mask and, with `exact`, least squares; each is compared with what was there."""
+    work = (factor(columns) + sweep(rows, columns) + energy(rows, columns, 8)).beside(2 * F32 * rows * columns)
+    return work + conjugated(rows, columns, min(step.steps, SOLVED)) if step.method == "exact" else work
+
+
+def exchanged(step: Any, rows: int, columns: int) -> Work:
+    """DSnoT: queues of the best, then a swap of each row a cycle."""
+    work = Work(nbytes=33 * rows * columns, passes=500, calls=30 * step.cycles)
+    return work + energy(rows, columns, 4) if step.measure else work
+
+
+def swapped(step: Any, rows: int, columns: int) -> Work:
+    """Swaps of rows, one after the other; under n:m sweeps over groups, which this does not tell apart."""
+    count = min(step.limit, columns / SWAPPED)
+    return Work(
+        nbytes=27 * rows * columns + 35 * min(rows * columns, swaps.AT_ONCE), passes=SWAPPING * count,
+        flops=2.0 * rows * columns**2, calls=50 * count,
+    )  # fmt: skip
+
+
+def drawn(step: Any, rows: int, columns: int) -> Work:
+    """DARE: a number by chance for every entry; by importance the level is found by halving."""
+    return Work(nbytes=24 * rows * columns, passes=DRAWING + (CODING * log2(columns) if step.keep != "random" else 0))
+
+
+ROWS = {
+    "magnitude": chosen, "wanda": chosen, "ria": dealt, "sparsegpt": fed_back, "alps": alternated,
+    "reconstruct": reconstructed, "dsnot": exchanged, "swaps": swapped, "dare": drawn,
+}  # fmt: skip
