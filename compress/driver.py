@@ -28,7 +28,7 @@ from compress.model.walk import Walk
 from compress.passes.base import BlockPass
 from compress.passes.manager import ignore
 from compress.plan import check_tensors, free_place, outline, plan, tokens_for, usable
-from compress.planning import check_room
+from compress.planning import check_forms, check_room
 from compress.recipe import Recipe
 from compress.runtime.kv import check as check_cache
 from compress.shards import SHARD_SIZE
@@ -121,6 +121,7 @@ def planned(
         walk.base = base
     outlined, shaped = outline(walk, source, recipe)
     covered = plan(outlined, recipe)
+    check_forms(outlined, recipe)
     journal.team.first(lambda: check_room(outlined, shaped, recipe, target, offload=offload, held=journal.nbytes))
     if recipe.kv:
         check_cache(outlined.model, recipe.kv, to_factor(outlined, recipe))

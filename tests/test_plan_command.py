@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from compress import (
+    FP8,
     GPTQ,
+    MXFP4,
     OWL,
     RTN,
     SVD,
     Calibration,
     Delta,
+    FineTune,
+    FlexRound,
     Magnitude,
     PlanError,
     Recipe,
@@ -31,6 +35,9 @@ from compress import (
     Repair,
     Rotate,
     Site,
+    SLiM,
+    Swaps,
+    UnsupportedWeight,
     Wanda,
     WeightPass,
     journal,
@@ -60,6 +67,13 @@ DEPENDS = {  # on values: counts, ranks or bits that a budget shares out, permut
 }  # fmt: skip
 NOT_MODELLED: dict[str, str] = {}  # passes of ours that have no row of costs, and why
 Command = Callable[..., tuple[int, str, str]]
+REFUSED: dict[str, tuple[tuple[Pass, ...], str]] = {
+    "factors of a grid": ((RTN(group=8), Magnitude(factors=True)), "needs a dense weight; .* is already int4g8"),
+    "a mask beside a mask": ((Magnitude(), SLiM(sparsity=0.5, group=8)), "is already 50%m; leave out its sparsity"),
+    "the rounding of floats": ((FP8(), FlexRound(steps=1)), "cannot be learned: it is e4m3row"),
+    "swaps of blocks": ((Magnitude(scope="8x8"), Swaps()), "swaps moves single weights; .* is pruned in blocks"),
+    "the scales of floats": ((FP8(), FineTune(steps=1)), "the real numbers of e4m3row cannot be learned"),
+}
 
 
 @pytest.fixture
@@ -234,6 +248,26 @@ def test_contracts_say_what_is_taken_given_and_kept(tiny_llama: Path) -> None:
 def test_passes_that_do_not_fit_together_are_refused(tiny_llama: Path) -> None:
     with pytest.raises(RecipeError, match=r"passes\[1\]\.wanda: takes a dense weight; .* is quantized by then"):
         planned(tiny_llama, RTN(bits=4, group=8), Wanda())
+
+
+@pytest.mark.parametrize(("steps", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_a_run_refuses_a_plan_refuses_with_the_same_line(
+    steps: tuple[Pass, ...], said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedWeight, match=said):
+        planned(tiny_llama, *steps)
+    with pytest.raises(UnsupportedWeight, match=said):
+        made(tiny_llama, tmp_path / "o", *steps)
+
+
+def test_what_holds_no_number_to_learn_is_refused(small_model: Path) -> None:
+    with pytest.raises(UnsupportedWeight, match=r"finetune: .*q_proj is mxfp4\w*, of which nothing can be learned"):
+        planned(small_model, MXFP4(), FineTune(steps=1))
+
+
+def test_a_pruner_of_factors_gives_the_form_it_was_given(tiny_llama: Path) -> None:
+    passes = planned(tiny_llama, SVD(removed=0.3), Magnitude(factors=True), RTN(group=0, factors=True)).passes
+    assert [row.gives for row in passes] == ["factored", "factored", "quantized"]
 
 
 def test_no_weight_and_no_calibration_data_is_read(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,12 @@ def masked_outline(values: Weight, chosen: Pattern) -> Masked:
 
 @dataclass(frozen=True, kw_only=True)
 class Refiner(WeightPass):
-    """A pass that improves a pruned weight: another mask of the same counts, or better values under the same mask."""
+    """A pass that improves a pruned weight: another mask of the same counts, or better values under the same mask.
+
+    `moves` says whether it moves single weights, which a mask of blocks refuses.
+    """
+
+    moves: ClassVar[bool] = True
 
     unfed: ClassVar[str] = "left as it was"
     takes: ClassVar[tuple[str, ...]] = ("pruned",)
@@ -296,6 +301,8 @@ class Refiner(WeightPass):
         """The same form with new values and a new mask that keeps as many entries; None for any other form."""
         match site.weight:
             case Masked(Dense(data)) as weight:
+                if self.moves:
+                    self.group(site, weight)
                 return replace(weight, values=Dense(torch.empty_like(data)), mask_OI=torch.empty_like(weight.mask_OI))
             case _:
                 return None

@@ -306,6 +306,11 @@ class Trainer(BlockPass):
 class Learned(Trainer):
     """A pass that learns how the weights of a block are rounded, and the steps; a subclass defines the form of D."""
 
+    def outline(self, site: Site) -> Weight | None:
+        """The form stays, of a grid that stands alone."""
+        aim(site.weight, site.original.data, site.name)
+        return super().outline(site)
+
     def divisor(self, shape: tuple[int, int], generator: torch.Generator) -> nn.Module:
         """The module that returns D [out, in], 0 at first."""
         raise NotImplementedError

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -219,10 +220,18 @@ def pass_plan(step: Pass, recipe: Recipe, plans: Mapping[str, SitePlan]) -> Pass
         kept = dict.fromkeys(part for p, at in own for part in p.kept[at].split(", ") if part)
         row |= {
             "sites": len(own), "parameters": sum(prod(p.shape) for p, _ in own), "takes": tuple(step.takes),
-            "gives": step.gives or "the form it was given", "keeps": tuple(kept),
+            "gives": given_by(recipe.weight_passes, number, own[0][0].site if own else ""), "keeps": tuple(kept),
             "before": own[0][0].forms[own[0][1]] if own else "", "after": own[0][0].forms[own[0][1] + 1] if own else "",
         }  # fmt: skip
     return PassPlan(name=step.name, options=str(step), requires=needed, modelled=modelled(step), **row)
+
+
+def given_by(steps: Sequence[SitePass], number: int, site: str) -> str:
+    """The form in which the pass of this number leaves a site, as far as passes say."""
+    form = "dense"
+    for step in steps[: number + 1]:
+        form = step.leaves(form) if fnmatchcase(site, step.sites) else form
+    return form or "the form it was given"
 
 
 def role(step: Pass) -> str:
@@ -262,6 +271,14 @@ def limit_name(limit: int | None, else_: str) -> str:
     return else_ if limit is None else "the limit given"
 
 
+def check_forms(walk: Walk, recipe: Recipe) -> None:
+    """Raise UnsupportedWeight for the first pass that cannot rewrite what those before it make of a site.
+
+    What only values tell is found out when it is there.
+    """
+    plan_sites(walk, recipe)
+
+
 def check_room(
     walk: Walk, source: Checkpoint, recipe: Recipe, target: Path, *, offload: bool = False, held: int = 0
 ) -> None:
@@ -281,4 +298,4 @@ def check_room(
         )
 
 
-__all__ = ["ClassPlan", "Machine", "Need", "PassPlan", "Plan", "SitePlan", "check_room", "plan_run"]
+__all__ = ["ClassPlan", "Machine", "Need", "PassPlan", "Plan", "SitePlan", "check_forms", "check_room", "plan_run"]

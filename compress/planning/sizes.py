@@ -147,11 +147,13 @@ class Outlines:
                 self.take(i, step, group)
 
     def take(self, i: int, step: SitePass, group: Sequence[Site]) -> None:
-        """Put the outlines of a pass in the places of these sites."""
+        """Put the outlines of a pass in the places of these sites; raises UnsupportedWeight as a run of it will."""
         try:
             made = step.outline_peers(group)
-        except UnsupportedWeight:  # of a form that only values tell
-            made = {}
+        except UnsupportedWeight:
+            if not any(site.name in self.notes for site in group):
+                raise
+            made = {}  # what it is given, only values tell
         for site in group:
             weight, name = made.get(site.name), site.name
             self.touched[name].append(i)

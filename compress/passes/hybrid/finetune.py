@@ -110,7 +110,22 @@ class FineTune(Trainer, name="finetune"):
     def learner(self, site: Site, generator: torch.Generator) -> Learner:
         """A learner of all real numbers of the expression."""
         del generator
+        self.check_reals(site)
         return Reals(site.weight)
+
+    def check_reals(self, site: Site) -> None:
+        """Raise UnsupportedWeight if a site holds no real numbers, or a node that is not known."""
+        held: list[Tensor] = []
+        with_reals(site.weight, lambda tensor: held.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        if not held:
+            raise UnsupportedWeight(
+                f"{self.name}: {site.name} is {site.weight.describe()}, of which nothing can be learned; deselect it"
+            )
+
+    def outline(self, site: Site) -> Weight | None:
+        """The form stays, of nodes that are known."""
+        self.check_reals(site)
+        return super().outline(site)
 
     def tie(self, sites: Sequence[Site], learners: Mapping[str, Learner]) -> None:
         """Learn tensors that several sites hold bit for bit, and that are stored once, as one parameter."""

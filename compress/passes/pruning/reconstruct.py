@@ -32,6 +32,7 @@ class Reconstruct(Refiner, name="reconstruct"):
     """
 
     requires = (Gram,)
+    moves = False
 
     method: Annotated[Literal["exact", "obs"], Field(description="least squares of each row, or one sweep")] = "exact"
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
