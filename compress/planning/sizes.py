@@ -140,6 +140,7 @@ class Outlines:
         self.forms = {name: [site.weight.describe()] for name, site in sites.items()}
         self.kept: dict[str, list[str]] = {name: [] for name in sites}
         self.notes: dict[str, str] = {}
+        self.unknown: set[str] = set()  # of a form that only values tell
         self.codecs: dict[str, int] = {}
         for i, step in enumerate(steps):
             chosen = [site for site in self.sites.values() if fnmatchcase(site.name, step.sites)]
@@ -151,7 +152,7 @@ class Outlines:
         try:
             made = step.outline_peers(group)
         except UnsupportedWeight:
-            if not any(site.name in self.notes for site in group):
+            if self.unknown.isdisjoint(site.name for site in group):
                 raise
             made = {}  # what it is given, only values tell
         for site in group:
@@ -159,6 +160,7 @@ class Outlines:
             self.touched[name].append(i)
             if weight is None:
                 self.notes.setdefault(name, VALUES)
+                self.unknown.add(name)
                 if isinstance(step, Codec):
                     self.codecs[name], self.notes[name] = step.budget(site.shape), "at most what its bits allow"
                 weight = replace(site.weight)
