@@ -2,7 +2,8 @@
 
 `python -m compress_evals.foresight` makes random Llama models of several widths, and plans and runs each recipe on
 them, each in a process of its own. The predicted seconds are compared with wall time less the import time, because a
-plan leaves that out. A plan assumes an idle machine, so this must run on one.
+plan leaves that out. A plan assumes an idle machine, so this must run on one; on a busy machine, use one thread and
+compare processor seconds (`--cpu`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tempfile import TemporaryFile
 
 import torch
 
+from compress.recipe import load, packaged
 from compress_evals.streaming import SHAPE, block_bytes, make
 
 RECIPES = ("rtn-int4", "magnitude-50", "wanda-50", "wanda-2of4", "sparsegpt-50", "gptq-int4", "wanda-2of4-gptq-int4",
@@ -30,9 +32,10 @@ LOADED = "import compress.driver, transformers.models.llama.modeling_llama"
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """The wall seconds and peak resident bytes of a process, and its stdout."""
+    """Wall seconds, processor seconds and peak resident bytes of a process, and its stdout."""
 
     seconds: float
+    cpu: float
     peak: int
     said: str
 
@@ -47,7 +50,10 @@ def ran(*line: str) -> Ran:
         if child.returncode:
             raise SystemExit(child.returncode)
         said.seek(0)
-        return Ran(seconds=time.monotonic() - began, peak=usage.ru_maxrss * 1024, said=said.read())
+        took = time.monotonic() - began
+        return Ran(
+            seconds=took, cpu=usage.ru_utime + usage.ru_stime, peak=usage.ru_maxrss * 1024, said=said.read()
+        )  # fmt: skip
 
 
 def model_of(folder: Path, width: int, blocks: int) -> Path:
@@ -63,13 +69,21 @@ def model_of(folder: Path, width: int, blocks: int) -> Path:
     return model
 
 
-def compared(model: Path, recipe: str, samples: int, out: Path, importing: float) -> str:
+def changes(recipe: str, samples: int, steps: int | None) -> list[str]:
+    """The `--set` arguments for a recipe: its calibration windows, and the steps of the passes that learn a block."""
+    learns = [i for i, step in enumerate(load(recipe).passes) if "held_out" in step.options()]
+    sets = [f"calibration.samples={samples}", *(f"passes.{i}.steps={steps}" for i in learns if steps is not None)]
+    return [part for change in sets for part in ("--set", change)]
+
+
+def compared(model: Path, recipe: str, sets: list[str], out: Path, importing: float, cpu: bool) -> str:
     """A table row that compares plan and run of one recipe on one model."""
-    asked = (recipe, "--model", str(model), "--set", f"calibration.samples={samples}")
+    asked = (recipe, "--model", str(model), *sets)
     plan = json.loads(ran("-m", "compress", "plan", *asked, "--json").said)
     done = ran("-m", "compress", "run", *asked, "--out", str(out), "--force", "--json")
     held = json.loads((out / "compress.json").read_text(encoding="utf-8"))["sizes"]["bytes"]
-    foreseen, seconds, taken = plan["needs"]["memory"]["bytes"], sum(plan["seconds"].values()), done.seconds - importing
+    foreseen, seconds = plan["needs"]["memory"]["bytes"], sum(plan["seconds"].values())
+    taken = (done.cpu if cpu else done.seconds) - importing
     exact = "yes" if held == plan["bytes"] else f"off by {held - plan['bytes']:+,}"
     return (
         f"| {model.name.removeprefix('llama-')} | {recipe} | {exact} | {foreseen / 1e6:.0f} | {done.peak / 1e6:.0f} | "
@@ -83,10 +97,14 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows, of as many tokens as recipes say")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="by name; `all` for every packaged one")
+    parser.add_argument("--steps", type=int, help="of what learns a block, by default those of the recipe")
+    parser.add_argument("--cpu", action="store_true", help="seconds of processors, not of the wall")
     parser.add_argument("--dir", type=Path, default=Path("out/bench/foresight"), help="where models and results go")
     arguments = parser.parse_args()
-    importing = min(ran("-c", LOADED).seconds for _ in range(3))
+    loads = [ran("-c", LOADED) for _ in range(3)]
+    importing = min(load.cpu if arguments.cpu else load.seconds for load in loads)
+    recipes = list(packaged()) if arguments.recipes == ["all"] else arguments.recipes
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; bfloat16, "
         f"{arguments.blocks} blocks, {arguments.samples} windows; one run each; importing takes {importing:.1f} s\n\n"
@@ -95,8 +113,9 @@ def main() -> None:
     )
     for width in arguments.widths:
         model = model_of(arguments.dir, width, arguments.blocks)
-        for recipe in arguments.recipes:
-            print(compared(model, recipe, arguments.samples, arguments.dir / "out", importing), flush=True)
+        for recipe in recipes:
+            sets = changes(recipe, arguments.samples, arguments.steps)
+            print(compared(model, recipe, sets, arguments.dir / "out", importing, arguments.cpu), flush=True)
 
 
 if __name__ == "__main__":

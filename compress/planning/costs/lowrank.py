@@ -65,7 +65,7 @@ def by_turns(step: Any, rows: int, columns: int) -> Work:
     entries, rank = rows * columns, step.rank((rows, columns))
     if not rank:
         return pruning.chosen(step, rows, columns)
-    turn = Work(flops=4.0 * entries * (rank + EXTRA), passes=50 + choosing(step.sparsity))
+    turn = Work(flops=4.0 * entries * (rank + EXTRA), passes=80 + choosing(step.sparsity))
     start = Work(nbytes=F32 * (10.5 * entries + 2 * columns**2), cubes=min(rows, columns) ** 3)
     refit = conjugated(rows, columns, pruning.SOLVED) + directions(rows, columns) if step.refit else Work()
     return start + turn.times(step.iterations) + refit

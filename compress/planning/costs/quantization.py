@@ -8,7 +8,7 @@ from compress.passes.kmeans import ROUNDS, SAMPLES
 from compress.planning.costs.work import CODING, COLUMN, F32, Work, factor, rounding, sweep
 from compress.weights.grid import AT_ONCE
 
-SPLITTING = 1500  # passes of up to 20 iterations of HQQ, which end where no group gains
+SPLITTING = 2500  # passes of up to 20 iterations of HQQ, which end where no group gains
 TABLED = 320  # passes of looking up the nearest of a format's own values
 LATTICE = 10_000  # passes of the nearest points of E8P: 256 patterns are scored for each vector of eight
 COMPARING = 34  # passes of comparing a vector with an entry of a k-means book, in a table of its own
