@@ -125,7 +125,7 @@ def test_code_of_a_model_finds_the_matrix_and_its_dtype(llama_artifact: Path) ->
     site = compress.load(llama_artifact).model.layers[0].mlp.up_proj
     assert torch.equal(site.weight, site.expression.dense())
     assert site.weight.dtype == site.dtype == torch.float32
-    with pytest.raises(TypeError, match=r"a linear map was given torch.uint8, it computes in torch.float32"):
+    with pytest.raises(TypeError, match=r"a linear layer that computes in torch.float32 was given torch.uint8"):
         site(torch.ones(1, 48, dtype=torch.uint8))
 
 

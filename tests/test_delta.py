@@ -246,7 +246,7 @@ def test_without_its_base_it_is_nothing(zipped: Path, hugging_face: Any) -> None
         compress.load(zipped)
     with pytest.raises(ArtifactError, match="compress delta apply"):
         open_source(zipped, dequantize=True)
-    with pytest.raises(ArtifactError, match="takes its base"):
+    with pytest.raises(ArtifactError, match="give its base"):
         hugging_face(zipped)
     assert "not checked against" in verify(zipped)[-1]
 

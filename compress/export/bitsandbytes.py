@@ -67,10 +67,10 @@ class BitsAndBytes(Form):
             case Quantized(bits=8, zero=None):
                 found = self.int8(site, site.weight)
             case _:
-                reason = "it has nf4 by blocks and symmetric 8-bit integers by row"
+                reason = "it has only nf4 by blocks and symmetric 8-bit integers by row"
                 raise site.refused(NAME, reason, f"use --to {others(site.weight)}")
         if found.bits != next(iter(self.schemes.values()), found).bits:
-            raise site.refused(NAME, "all layers are of 4 bits or all of 8", "use --to compressed-tensors or dense")
+            raise site.refused(NAME, "all layers must have 4 bits, or all 8", "use --to compressed-tensors or dense")
         return found
 
     def nf4(self, site: Leaf, weight: Codebook) -> Kind:
@@ -86,7 +86,7 @@ class BitsAndBytes(Form):
     def int8(self, site: Leaf, weight: Quantized) -> Kind:
         """The kind of an int8 site, which must have one scale per row."""
         if weight.scale.shape[1] > 1:
-            raise site.refused(NAME, "its 8-bit integers have a scale a row", "use group: 0, or --to dense")
+            raise site.refused(NAME, "its 8-bit integers have one scale per row", "use group: 0, or --to dense")
         if site.inputs == "fp8":
             raise site.refused(NAME, "its 8-bit layers round inputs to int8", "use --to dense")
         return Kind(8)
@@ -102,7 +102,7 @@ class BitsAndBytes(Form):
             case Codebook(codes, _, scale):
                 return self.pack_nf4(codes, scale, scheme)
             case _:
-                raise site.refused(NAME, "no rule stores it", "use --to dense")
+                raise site.refused(NAME, "it has no layout for it", "use --to dense")
 
     def pack_nf4(self, codes_OI: Tensor, scale: Weight, scheme: Kind) -> dict[str, Tensor]:
         """The codes of the flattened matrix, the first of two in the high half of a byte, and the decoding state."""
@@ -151,7 +151,7 @@ class BitsAndBytes(Form):
         if four:
             return "exact nf4; transformers loads it with bitsandbytes"
         off = f"int8 within {rounding:.1e} of a matrix" if rounding else "int8 exact in the model's dtype"
-        return f"{off}; bitsandbytes rounds inputs below 6.0 to int8, whatever the recipe did"
+        return f"{off}; bitsandbytes rounds inputs below 6.0 to int8, whatever the recipe says"
 
 
 def others(weight: Weight) -> str:

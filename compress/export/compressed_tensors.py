@@ -77,7 +77,7 @@ class CompressedTensors(Form):
                 kind, weights = self.fp4(site, site.weight)
             case _:
                 raise site.refused(
-                    NAME, "only integers on a grid, e4m3, nvfp4 and mxfp4 have a format", "use --to dense"
+                    NAME, "it has formats only for integers on a grid, e4m3, nvfp4 and mxfp4", "use --to dense"
                 )
         return QuantizationScheme.model_validate(
             {"targets": [], "weights": weights, "input_activations": INPUTS[site.inputs], "format": kind}
@@ -86,16 +86,18 @@ class CompressedTensors(Form):
     def integers(self, site: Leaf, weight: Quantized) -> tuple[str, dict[str, Any]]:
         """The format and arguments for integers: packed in words, or plain int8 if inputs are rounded too."""
         if weight.bits not in WIDTHS:
-            reason = f"its versions lay {weight.bits}-bit integers out differently"
+            reason = f"its versions differ in how they lay out {weight.bits}-bit integers"
             raise site.refused(NAME, reason, "use bits: 2, 4 or 8, or --to dense")
         if weight.zero is not None:
-            reason = "stock transformers stops at a stored zero (size mismatch of weight_zero_point)"
+            reason = "stock transformers fails on a stored zero point (size mismatch of weight_zero_point)"
             raise site.refused(NAME, reason, "use symmetric: true, --to gptq, or --to dense")
         if site.inputs == "fp8":
-            raise site.refused(NAME, "integer weights go with inputs of int8", "use inputs: int8, or --to dense")
+            raise site.refused(
+                NAME, "with integer weights, inputs can be rounded only to int8", "use inputs: int8, or --to dense"
+            )
         grouped = weight.scale.shape[1] > 1
         if site.inputs and (weight.bits < 8 or grouped):
-            raise site.refused(NAME, "int8 inputs need 8 bits and a scale a row", "use bits: 8, group: 0")
+            raise site.refused(NAME, "int8 inputs need 8 bits and one scale per row", "use bits: 8, group: 0")
         args = {"num_bits": weight.bits, "type": "int", "strategy": "group" if grouped else "channel"}
         group = {"group_size": weight.group} if grouped else {}
         return "int-quantized" if site.inputs else "pack-quantized", {**args, **group}
@@ -104,30 +106,34 @@ class CompressedTensors(Form):
         """The format and arguments for e4m3, which takes one byte per weight."""
         args: dict[str, Any] = {"num_bits": 8, "type": "float"}
         if weight.data.dtype != torch.float8_e4m3fn:
-            raise site.refused(NAME, "its 8-bit floats are e4m3", "use e4m3, or --to dense")
+            raise site.refused(NAME, "its only 8-bit float format is e4m3", "use e4m3, or --to dense")
         if site.inputs == "int8":
-            raise site.refused(NAME, "float weights go with inputs of fp8", "use inputs: fp8, or --to dense")
+            raise site.refused(
+                NAME, "with float weights, inputs can be rounded only to fp8", "use inputs: fp8, or --to dense"
+            )
         if weight.scale.numel() == 1:
             return "float-quantized", {**args, "strategy": "tensor"}
         if weight.scale.shape == (weight.shape[0], 1):
             return "float-quantized", {**args, "strategy": "channel"}
         if weight.rows > 1 and not weight.shape[1] % weight.columns:
             return "float-quantized", {**args, "strategy": "block", "block_structure": [weight.rows, weight.columns]}
-        reason = f"no strategy has tiles of {weight.rows}x{weight.columns} in {weight.shape[0]}x{weight.shape[1]}"
-        raise site.refused(NAME, reason, "use a scale a row, the matrix or 128x128, or --to dense")
+        reason = (
+            f"no strategy has tiles of {weight.rows}x{weight.columns} in a {weight.shape[0]}x{weight.shape[1]} matrix"
+        )
+        raise site.refused(NAME, reason, "use one scale per row, per matrix or per 128x128 tile, or --to dense")
 
     def fp4(self, site: Leaf, weight: Codebook) -> tuple[str, dict[str, Any]]:
         """The format and arguments for 4-bit floats, of which two are stored per byte."""
         strategy, group, dtype = FP4[weight.name]
         if weight.scale.shape != (weight.shape[0], weight.shape[1] // group):
-            raise site.refused(NAME, f"{weight.name} has a scale for every {group} inputs", "use --to dense")
+            raise site.refused(NAME, f"{weight.name} has one scale for every {group} inputs", "use --to dense")
         if self.artifact.dtype != torch.bfloat16:
             reason = f"transformers decodes {weight.name} in bfloat16 and cannot run it in a model of another dtype"
             raise site.refused(NAME, reason, "use --to dense")
         if site.inputs:
-            raise site.refused(NAME, f"{weight.name} goes with full inputs here", "use inputs: full, or --to dense")
+            raise site.refused(NAME, f"with {weight.name}, inputs cannot be rounded", "use inputs: full, or --to dense")
         if weight.name == "nvfp4" and not is_nested(weight):
-            raise site.refused(NAME, "nvfp4 has e4m3 scales under one scale of the matrix", "use --to dense")
+            raise site.refused(NAME, "nvfp4 has e4m3 scales and one further scale per matrix", "use --to dense")
         dtypes = {"scale_dtype": f"torch.{dtype}", "zp_dtype": f"torch.{dtype}"}
         args = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": group, **dtypes}
         return f"{weight.name}-pack-quantized", args
@@ -155,7 +161,7 @@ class CompressedTensors(Form):
                 exponents = scale.dense().float().log2().round().add(BIAS).to(torch.uint8)
                 return {"weight_packed": to_nibbles(codes, first_low=True), "weight_scale": exponents}
             case _:
-                raise site.refused(NAME, "no rule stores it", "use --to dense")
+                raise site.refused(NAME, "it has no layout for it", "use --to dense")
 
     def kept(self, scale: Tensor) -> Tensor:
         """The scale in the dtype in which it is written; float32 for a float32 model.
@@ -211,9 +217,11 @@ class CompressedTensors(Form):
     def note(self, rounding: float) -> str:
         """One line on the cost of the cast to the model's dtype, and on FP4."""
         cast = (
-            f"up to {rounding:.1e} of a matrix is lost to the model's dtype when it is loaded" if rounding else "exact"
+            f"loading rounds to the model's dtype, which changes a matrix by up to {rounding:.1e}"
+            if rounding
+            else "exact"
         )
-        fp4 = "; to be run in bfloat16" if any(self.slack(scheme) for scheme in self.schemes.values()) else ""
+        fp4 = "; run it in bfloat16" if any(self.slack(scheme) for scheme in self.schemes.values()) else ""
         return f"{cast}; stock transformers loads it{fp4}"
 
 

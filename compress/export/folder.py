@@ -56,13 +56,13 @@ class Form:
         for site in leaves(artifact, self.name):
             scheme = self.scheme(site)
             if scheme is not None and EXPERTS in site.name and not self.experts:
-                reason = "transformers holds experts in one tensor and reads them plainly"
+                reason = "transformers holds all experts in one tensor and reads them only dense"
                 raise site.refused(self.name, reason, "use --to compressed-tensors or dense")
             if scheme is not None:
                 self.schemes[site.name] = scheme
         if not self.schemes:
             raise RecipeError(
-                f"{artifact.path}: no site is quantized, so {self.name} has nothing to say; use --to dense"
+                f"{artifact.path}: no site is quantized, so there is nothing to export as {self.name}; use --to dense"
             )
 
     def scheme(self, site: Leaf) -> Any:
@@ -141,7 +141,7 @@ def write_card(artifact: Artifact, folder: Path, form: str, note: str) -> None:
 def mask_note(artifact: Artifact) -> str:
     """The note on lost masks if a site is pruned, else an empty string; no format here can represent a mask."""
     pruned = any(spec["tree"]["kind"] == "masked" for spec in artifact.specs.values())
-    return "; pruned weights are stored as zeros: the mask is lost and saves nothing" if pruned else ""
+    return "; pruned weights are stored as zeros: the mask is lost, and pruning saves no space" if pruned else ""
 
 
 @contextmanager
@@ -213,7 +213,10 @@ def compare(form: Form, written: Checkpoint) -> float:
         meant = form.artifact.expression(site).dense().float()
         error = difference(form.unpack(stored, scheme, torch.float32), meant)
         if not error <= form.slack(scheme):
-            raise VerificationError(f"{site}: {form.name} reads it back {error:.2g} off what was meant")
+            raise VerificationError(
+                f"{site}: the matrix read back from {form.name} differs from the artifact's by {error:.2g} "
+                "(relative RMS)"
+            )
         worst = max(worst, difference(form.unpack(stored, scheme, dtype), form.artifact.matrix(site)))
     return worst
 

@@ -68,13 +68,13 @@ def export_gguf(path: Path, out: Path) -> Exported:
         config = llama_config(artifact)
         pieces = [piece(artifact, config, name) for name in artifact.names()] + rope_factors(config)
         if all(p.type in PLAIN.values() for p in pieces):
-            raise RecipeError(f"{path}: no site is quantized, so gguf has nothing to say; use --to dense")
+            raise RecipeError(f"{path}: no site is quantized, so there is nothing to export as gguf; use --to dense")
         vocabulary = write(artifact, config, pieces, partial / "model.gguf")
         copy_companions(path, partial)
         rounding = compare(artifact, config, partial / "model.gguf")
         size = sum(prod(p.shape) for p in pieces)
         types = ", ".join(sorted({p.type for p in pieces}))
-        lost = f"up to {rounding:.1e} of a matrix is rounded" if rounding else "exact"
+        lost = f"rounding changes a matrix by up to {rounding:.1e}" if rounding else "exact"
         note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
         write_card(artifact, partial, NAME, note)
     return Exported(out=out, format=NAME, bytes=size, rounding=rounding, note=note)
@@ -122,7 +122,7 @@ def ordered(artifact: Artifact, site: str, order: Tensor | None) -> Quantized:
     """The codes and scales of a site with its rows in the order of the file."""
     weight = leaf(artifact, site, NAME).weight
     if not isinstance(weight, Quantized):
-        raise UnsupportedWeight(f"{site}: {weight.describe()} has no blocks")
+        raise UnsupportedWeight(f"{site}: {weight.describe()} cannot be stored in blocks")
     rows = torch.arange(weight.shape[0]) if order is None else order
     scale = weight.scale.expand(weight.shape[0], -1)[rows]
     zero = None if weight.zero is None else weight.zero.expand(weight.shape[0], -1)[rows]
@@ -134,15 +134,17 @@ def block_type(site: Leaf) -> tuple[str, int]:
     weight = site.weight
     if not isinstance(weight, Quantized):
         raise site.refused(
-            NAME, "of our formats it has integers on a grid only", "use --to compressed-tensors or dense"
+            NAME, "it has block types only for integers on a grid", "use --to compressed-tensors or dense"
         )
     if site.inputs:
-        raise site.refused(NAME, "it does not round inputs as the recipe did", "use --to compressed-tensors or dense")
+        raise site.refused(NAME, "it cannot round inputs as the recipe does", "use --to compressed-tensors or dense")
     if weight.group % BLOCK:
-        reason = f"its blocks of {BLOCK} inputs do not fit groups of {weight.group}"
-        raise site.refused(NAME, reason, f"use a group that {BLOCK} divides, or --to dense")
+        reason = f"groups of {weight.group} are no multiple of its blocks of {BLOCK} inputs"
+        raise site.refused(NAME, reason, f"use a group that is a multiple of {BLOCK}, or --to dense")
     if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale.float()):
-        raise site.refused(NAME, "its scales are float16, one of these does not fit", "use --to dense")
+        raise site.refused(
+            NAME, "its scales are float16, and one of these is not exactly representable", "use --to dense"
+        )
     match weight.bits, weight.zero is None:
         case 8, True:
             return "Q8_0", 2 + BLOCK
@@ -151,10 +153,10 @@ def block_type(site: Leaf) -> tuple[str, int]:
         case 4, False:
             return "Q4_1", 4 + BLOCK // 2
         case 8, False:
-            raise site.refused(NAME, "8 bits have no zero there", "use symmetric: true, or --to dense")
+            raise site.refused(NAME, "its 8-bit type has no zero points", "use symmetric: true, or --to dense")
         case _:
             raise site.refused(
-                NAME, f"{weight.bits} bits on a grid have no block type", "use bits: 4 or 8, or --to dense"
+                NAME, f"it has no block type for {weight.bits} bits on a grid", "use bits: 4 or 8, or --to dense"
             )
 
 
@@ -241,6 +243,8 @@ def compare(artifact: Artifact, config: Mapping[str, Any], path: Path) -> float:
         meant = artifact.expression(sites[0]).dense() if quantized else artifact.tensor(name)
         error = difference(got, meant.float())
         if not error <= (SLACK if tensor.tensor_type.name == "Q4_1" else 0.0):
-            raise VerificationError(f"{name}: gguf reads it back {error:.2g} off what was meant")
+            raise VerificationError(
+                f"{name}: the matrix read back from gguf differs from the artifact's by {error:.2g} (relative RMS)"
+            )
         worst = max(worst, error)
     return worst

@@ -21,15 +21,15 @@ def llama_config(artifact: Artifact) -> dict[str, Any]:
     kind = artifact.config.get("model_type")
     if kind != "llama":
         raise RecipeError(
-            f"--to gguf writes the architecture llama, this is {kind}; use --to compressed-tensors or dense"
+            f"--to gguf writes only the architecture llama, and this is {kind}; use --to compressed-tensors or dense"
         )
     config: dict[str, Any] = parsed(artifact.config).to_dict()
     rope = config["rope_parameters"]["rope_type"]
     if rope not in ("default", "linear", "llama3"):
-        raise RecipeError(f"--to gguf knows rope types default, linear and llama3, not {rope}; use --to dense")
+        raise RecipeError(f"--to gguf supports the rope types default, linear and llama3, not {rope}; use --to dense")
     if config["hidden_act"] != "silu" or config["mlp_bias"]:
         raise RecipeError(
-            "--to gguf: llama.cpp's llama has silu and no biases in its feed-forward part; use --to dense"
+            "--to gguf: llama.cpp's llama requires silu, and no biases, in its feed-forward layers; use --to dense"
         )
     return config
 

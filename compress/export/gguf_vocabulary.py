@@ -39,7 +39,7 @@ def add_vocabulary(writer: Any, artifact: Artifact, size: int) -> str:
     told = read_json(path, "the tokenizer") if path.is_file() else {}
     cut = name_of_cut(told)
     if cut is None:
-        return "its tokenizer has no name in llama.cpp and is not in the file, but beside it"
+        return "llama.cpp has no name for its tokenizer, which is stored beside the file and not in it"
     found = {i: (token, NORMAL) for token, i in told["model"]["vocab"].items()}
     for added in told.get("added_tokens", []):
         found[added["id"]] = added["content"], CONTROL if added["special"] else USER

@@ -61,14 +61,12 @@ class GPTQLayout(Form):
         if isinstance(weight, Dense):
             return None
         if not isinstance(weight, Quantized):
-            raise site.refused(
-                NAME, "it holds integers on a grid, nothing else", "use --to compressed-tensors or dense"
-            )
+            raise site.refused(NAME, "it stores only integers on a grid", "use --to compressed-tensors or dense")
         self.check(site, weight)
         found = Layout(weight.bits, weight.group if weight.scale.shape[1] > 1 else 0)
         first = next(iter(self.schemes.values()), found)
         if found != first:
-            reason = f"all layers have one width and group, the first site {described(first)}"
+            reason = f"all layers must have one width and group size; the first site has {described(first)}"
             raise site.refused(NAME, reason, "use --to compressed-tensors or dense")
         if weight.zero is not None:
             self.symmetric = False
@@ -78,18 +76,28 @@ class GPTQLayout(Form):
     def check(self, site: Leaf, weight: Quantized) -> None:
         """Raise UnsupportedWeight for quantized values that the layout cannot hold."""
         if site.inputs:
-            raise site.refused(NAME, "it does not round inputs", "use --to compressed-tensors or dense")
+            raise site.refused(NAME, "its layers do not round inputs", "use --to compressed-tensors or dense")
         if weight.bits not in WIDTHS:
-            raise site.refused(NAME, f"{weight.bits} bits do not fill its words", "use bits: 2, 4 or 8, or --to dense")
+            raise site.refused(
+                NAME,
+                f"codes of {weight.bits} bits do not fill its 32-bit words evenly",
+                "use bits: 2, 4 or 8, or --to dense",
+            )
         if weight.scale.shape[1] > 1 and weight.group not in GROUPS:
             allowed = ", ".join(map(str, GROUPS))
-            raise site.refused(NAME, f"loaders know no group of {weight.group}", f"use group: {allowed}, or --to dense")
+            raise site.refused(
+                NAME, f"its loaders do not support groups of {weight.group}", f"use group: {allowed}, or --to dense"
+            )
         if any(side % MULTIPLE for side in weight.shape):
-            raise site.refused(NAME, f"its words need sides that {MULTIPLE} divides", "use --to dense")
+            raise site.refused(NAME, f"both sides of a matrix must be multiples of {MULTIPLE}", "use --to dense")
         if weight.zero is not None and weight.zero.is_floating_point():
-            raise site.refused(NAME, "its zeros are integers", "use a pass with integer zeros, or --to dense")
+            raise site.refused(
+                NAME, "its zero points are integers", "use a pass with integer zero points, or --to dense"
+            )
         if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale.float()):
-            raise site.refused(NAME, "its scales are float16, one of these does not fit", "use --to dense")
+            raise site.refused(
+                NAME, "its scales are float16, and one of these is not exactly representable", "use --to dense"
+            )
 
     def modules(self) -> list[str] | None:
         """The names, within a block, of the quantized modules; None if all matrices of the blocks are quantized.
@@ -102,7 +110,7 @@ class GPTQLayout(Form):
         some = [end for end, found in sorted(ends.items()) if found != len(blocks)]
         if some:
             raise UnsupportedWeight(
-                f"{NAME} cannot say that {some[0]} is quantized in some blocks only; "
+                f"{NAME} cannot represent that {some[0]} is quantized in some blocks only; "
                 "use --to compressed-tensors or dense"
             )
         matrices = [name for name, held in self.artifact.headers.items() if len(held.shape) > 1]
@@ -113,7 +121,7 @@ class GPTQLayout(Form):
         """The tensors of a site, stored as [in, out]: `qweight` is packed along inputs, `qzeros` along outputs."""
         weight = site.weight
         if not isinstance(weight, Quantized):
-            raise site.refused(NAME, "no rule stores it", "use --to dense")
+            raise site.refused(NAME, "it has no layout for it", "use --to dense")
         rows, columns = weight.shape
         scale_OG = weight.scale.expand(rows, -1).to(torch.float16)
         middle = torch.tensor(2 ** (weight.bits - 1)) if weight.zero is None else weight.zero

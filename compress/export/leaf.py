@@ -28,7 +28,7 @@ class Leaf:
 
     def refused(self, form: str, reason: str, instead: str) -> UnsupportedWeight:
         """The error for a site that a format cannot represent."""
-        return UnsupportedWeight(f"{self.name} ({self.described}): {form} cannot say it: {reason}; {instead}")
+        return UnsupportedWeight(f"{self.name} ({self.described}): {form} cannot represent it: {reason}; {instead}")
 
 
 def leaves(artifact: Artifact, form: str) -> Iterator[Leaf]:
@@ -53,9 +53,9 @@ def leaf(artifact: Artifact, site: str, form: str) -> Leaf:
         described=weight.describe(),
     )
     if "expert" in spec or not tensor.endswith(".weight"):
-        raise found.refused(form, f"the file holds its experts in one tensor, {tensor}", "use --to dense")
+        raise found.refused(form, f"the file stores all its experts in one tensor, {tensor}", "use --to dense")
     if spec["transposed"]:
-        raise found.refused(form, "the file holds this matrix as [in, out]", "use --to dense")
+        raise found.refused(form, "the file stores this matrix as [in, out]", "use --to dense")
     return found
 
 

@@ -26,7 +26,7 @@ from compress.shards import Entry, write_shard
 from compress.weights import Product, Sum, Weight
 from compress.writer import copy_companions, write_json
 
-OWN = "compress delta extract with --embeddings base --head base --others base leaves such tensors to the base"
+OWN = "compress delta extract with --embeddings base --head base --others base leaves such tensors as in the base"
 INSTEAD = "use `compress serve`, or `compress delta apply` for a whole model"
 SAME = 1e-6  # relative, of float32 products of the factors and of what they were made of
 
@@ -63,9 +63,9 @@ def export_peft(path: Path, out: Path) -> Exported:
 def check_delta(artifact: Artifact) -> None:
     """Raise RecipeError for what is no delta, or holds tensors that are no site's."""
     if not artifact.is_delta:
-        raise RecipeError(f"{artifact.path}: is a whole model, not a delta; an adapter is a difference from a base")
+        raise RecipeError(f"{artifact.path}: is a whole model, not a delta; only a delta can be exported as an adapter")
     if other := artifact.changed():
-        raise RecipeError(f"{artifact.path}: stores {other[0]} whole, which an adapter does not hold; {OWN}")
+        raise RecipeError(f"{artifact.path}: stores {other[0]} whole, which an adapter cannot hold; {OWN}")
 
 
 def shapes_of(artifact: Artifact) -> dict[str, tuple[int, ...]]:
@@ -76,7 +76,7 @@ def shapes_of(artifact: Artifact) -> dict[str, tuple[int, ...]]:
 def adapted(artifact: Artifact, site: str, place: Place) -> Place:
     """The place of a site; raises UnsupportedWeight for a matrix that is part of a larger parameter."""
     if place.expert is not None or place.rows is not None or tensor_of(site, artifact.specs[site]) != place.tensor:
-        raise UnsupportedWeight(f"{site}: is part of a stacked parameter, which adapters do not name; {INSTEAD}")
+        raise UnsupportedWeight(f"{site}: is part of a stacked parameter, which adapters cannot address; {INSTEAD}")
     return place
 
 
@@ -86,7 +86,7 @@ def low_rank(site: str, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, Ten
     pairs = [(t.left.dense(), t.right.dense()) for t in terms if isinstance(t, Product)]
     rank = sum(left_OR.shape[1] for left_OR, _ in pairs)
     if len(pairs) < len(terms) or rank >= min(weight.shape):
-        raise UnsupportedWeight(f"{site} ({weight.describe()}): is no product of low rank; {INSTEAD}")
+        raise UnsupportedWeight(f"{site} ({weight.describe()}): is not a low-rank product; {INSTEAD}")
     left_OR = torch.cat([left_OR.float() for left_OR, _ in pairs], 1)
     right_RI = torch.cat([right_RI.float() for _, right_RI in pairs], 0)
     return narrowed(left_OR, dtype), narrowed(right_RI, dtype)
@@ -124,4 +124,6 @@ def check(artifact: Artifact, folder: Path, named: dict[str, Place]) -> None:
         left_OR, right_RI = adapter.factors(place.module)
         error = difference(left_OR.float() @ right_RI.float(), artifact.difference(site).dense())
         if not error <= SAME:
-            raise VerificationError(f"{site}: the adapter reads back {error:.2g} off what was meant")
+            raise VerificationError(
+                f"{site}: the matrix read back differs from the delta's by {error:.2g} (relative RMS)"
+            )

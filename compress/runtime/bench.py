@@ -41,16 +41,16 @@ ROTATED = 1 << 28  # bytes of dense matrices to rotate through: more than the la
 PREPARED, LOW_MEMORY = "prepared", "low memory"
 EXPERTS = "experts"  # stands in for the name of a lowering rule: none applies, because expert stacks are decoded
 REASONS = {  # path -> why it may be slower than dense
-    "decoded": "the matrix is decoded once and multiplied as dense, and the module around it costs some microseconds; "
+    "decoded": "the matrix is decoded once and multiplied as dense, and its module adds a few microseconds; "
     "it saves disk, not time",
-    "packed": "the packed product does not beat the plain one at this size here; it saves disk, not time",
-    "integers": "to round the inputs, and to turn or scale them before where the weight asks for it, costs more than "
-    "the product of integers saves at this size; in a model, projections of one input do it once",
-    "rounded, decoded": "inputs are rounded at each call, and multiplied as floats with a matrix decoded once; it "
+    "packed": "the packed product is not faster than the dense one at this size here; it saves disk, not time",
+    "integers": "rounding the inputs (and transforming them first, if the weight has a transform) costs more than the "
+    "integer product saves at this size; in a model, projections that share an input round it once",
+    "rounded, decoded": "inputs are rounded at each call and multiplied, as floats, by a matrix decoded once; it "
     "saves disk, not time",
     "decoded at each call": "the matrix is decoded at each call; it saves memory, not time",
 }
-SEVERAL = "its parts are multiplied one by one, and together cost more than one plain product"
+SEVERAL = "its parts are multiplied one by one, which together costs more than one dense product"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,8 +390,8 @@ def generation_sentences(timings: Sequence[GenerationTiming]) -> list[str]:
             lines.append(f"{found.name}: slower than dense in every pair of runs, {1 / found.speedup.median:.2f}x")
         if found.held_bytes > dense.held_bytes:
             lines.append(
-                f"{found.name}: holds {found.held_bytes / dense.held_bytes:.2f}x the memory of dense: what is computed "
-                "with is kept beside the stored bits; low memory keeps those only"
+                f"{found.name}: holds {found.held_bytes / dense.held_bytes:.2f}x the memory of dense: decoded or "
+                "packed matrices are kept beside the stored bits; low memory keeps only the stored bits"
             )
     return lines
 
@@ -399,10 +399,10 @@ def generation_sentences(timings: Sequence[GenerationTiming]) -> list[str]:
 def check_generates(name: str, model: Any, tokens: int) -> None:
     """Raise RecipeError if a model cannot generate, or has a context shorter than `tokens`."""
     if not model.can_generate():
-        raise RecipeError(f"--generate: {name} is a {type(model).__name__}, which generates no text")
+        raise RecipeError(f"--generate: {name} is a {type(model).__name__}, which cannot generate text")
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise RecipeError(f"--generate: {tokens} tokens of prompt and answer; {name} takes {longest} at most")
+        raise RecipeError(f"--generate: {tokens} tokens of prompt and answer; {name} allows at most {longest}")
 
 
 __all__ = [

@@ -14,7 +14,7 @@ from compress.weights import Weight
 from compress_kernels import cpu, dispatch
 from compress_kernels.tuning import TuningError, known
 
-NAMES = {cpu.Int4: "packed int4", cpu.Int8: "packed int8", cpu.Sparse: "a product that skips zeros"}
+NAMES = {cpu.Int4: "packed int4", cpu.Int8: "packed int8", cpu.Sparse: "a sparse product that skips zeros"}
 
 
 def explain(layer: nn.Module | Weight, rows: int, *, dtype: torch.dtype = torch.bfloat16, inputs: str = "") -> str:
@@ -29,7 +29,9 @@ def explain(layer: nn.Module | Weight, rows: int, *, dtype: torch.dtype = torch.
     if isinstance(layer, Weight):
         return sentence(lower(layer, dtype, inputs), rows)
     if not isinstance(layer, CompressedLinear):
-        raise RecipeError(f"explain: a {type(layer).__name__} is not compressed; give a layer of a loaded model")
+        raise RecipeError(
+            f"explain: a {type(layer).__name__} is not compressed; give a compressed layer of a loaded model"
+        )
     if layer.lowered is None:
         return "decoded at each call: low memory keeps only the stored bits"
     return sentence(layer.lowered, rows)
@@ -41,8 +43,8 @@ def sentence(module: nn.Module, rows: int) -> str:
         case FewRows():
             name, matrix = NAMES[type(module.packed)], f"the decoded {short(module.many.matrix.dtype)} matrix"
             if rows <= module.few:
-                return f"{name}: faster up to {module.few} rows, {origin()}; above, {matrix}"
-            return f"{matrix}: faster above {module.few} rows, {origin()}; up to these, {name}"
+                return f"{name}: faster up to {module.few} rows, {origin()}; with more rows, {matrix}"
+            return f"{matrix}: faster above {module.few} rows, {origin()}; up to {module.few} rows, {name}"
         case Packed():
             return f"packed {module.name}, {said(module.form, rows)}"
         case Transformed():
@@ -54,7 +56,7 @@ def sentence(module: nn.Module, rows: int) -> str:
                 f"{missing or 'nothing packed is faster for this form and size'}"
             )
         case IntegerProduct():
-            behind = "" if module.transform is None else ", behind the transform at the input"
+            behind = "" if module.transform is None else ", after a transform of the input"
             return f"int8 inputs times int8 weights{behind}, exact in integers: faster than rounded floats, {origin()}"
         case ByRows():
             if module.chosen(rows) is module.integers:
@@ -63,13 +65,15 @@ def sentence(module: nn.Module, rows: int) -> str:
         case RoundedFirst():
             return f"inputs rounded to {module.inputs}, then {sentence(module.product, rows)}"
         case nn.Sequential():
-            return "by factors, which are cheaper than the whole: " + ", then ".join(sentence(p, rows) for p in module)
+            return "factor by factor, which costs less than the whole matrix: " + ", then ".join(
+                sentence(p, rows) for p in module
+            )
         case Parallel():
-            return "term by term, of which none is a whole matrix: " + ", plus ".join(
+            return "term by term, since none is a whole matrix: " + ", plus ".join(
                 sentence(part, rows) for part in module.parts
             )
         case _:
-            return f"{type(module).__name__}: a rule for this device answered"
+            return f"{type(module).__name__}: chosen by a lowering rule for this device"
 
 
 def origin() -> str:

@@ -188,7 +188,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Raise RecipeError unless `tokens_to_remove` is 0."""
         if tokens_to_remove:
             raise RecipeError(
-                "kv: a quantized cache cannot give tokens back, which assisted generation needs; load with kv=None"
+                "kv: a quantized cache cannot remove tokens, which assisted generation needs; load with kv=None"
             )
 
     def select(self, rows: Rows) -> None:
@@ -223,7 +223,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         kv = KV.of(options)
         layers = DynamicCache(config=config).layers
         if not any(type(layer) is DynamicLayer for layer in layers):
-            raise RecipeError(f"kv: {config.model_type} has no layer of full attention, whose cache could be quantized")
+            raise RecipeError(f"kv: {config.model_type} has no layer of full attention whose cache could be quantized")
         super().__init__(layers=[QuantizedLayer(kv) if type(layer) is DynamicLayer else layer for layer in layers])
 
     def nbytes(self) -> int:

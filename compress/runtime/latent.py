@@ -63,14 +63,14 @@ def check(model: Any, factored: Collection[str]) -> None:
     """Raise RecipeError if the model could not use a latent cache once the modules named in `factored` are factored."""
     kind, known = type(model).__name__, attentions(model)
     if not known:
-        raise RecipeError(f"kv: latent: no attention of {kind} over all tokens has a k_proj and a v_proj of its own")
+        raise RecipeError(f"kv: latent: {kind} has no full attention with a k_proj and a v_proj of its own")
     if not any({f"{name}.k_proj", f"{name}.v_proj"} <= set(factored) for name in known):
         raise RecipeError(
-            f"kv: latent: no attention of {kind} has both k_proj and v_proj factored; transmla does it, or svd-llm"
+            f"kv: latent: no attention of {kind} has both k_proj and v_proj factored; use transmla or svd-llm"
         )
     rotary_of(model)
     if getattr(model.config.get_text_config(decoder=True), "clip_qkv", None) is not None:
-        raise RecipeError(f"kv: latent: {kind} clips its keys, which no probe of a few tokens may show")
+        raise RecipeError(f"kv: latent: {kind} clips its keys (clip_qkv), which is not supported")
 
 
 def rotary_of(model: Any) -> Any:
@@ -81,7 +81,7 @@ def rotary_of(model: Any) -> Any:
     if len(found) > 1 or not kinds <= STEADY or "mrope_section" in given:
         said = "positions of an image" if "mrope_section" in given else " and ".join(sorted(kinds))
         raise RecipeError(
-            f"kv: latent: the rotary embedding of {type(model).__name__} depends on more than a position: {said}"
+            f"kv: latent: the rotary embedding of {type(model).__name__} depends on more than the position: {said}"
         )
     return found[0] if found else None
 
@@ -191,7 +191,7 @@ class LatentLayer(DynamicLayer):  # type: ignore[misc]
         Raises RecipeError if a model other than the one this cache was made for calls it.
         """
         if self.shown is None:
-            raise RecipeError("kv: latent: this cache was made for another model; take a new one from its own")
+            raise RecipeError("kv: latent: this cache was made for another model; create one for this model")
         attention, reading, hidden_BTD, positions_BT = self.shown
         self.shown = None
         old = (self.keys, self.values) if self.get_seq_length() else None
@@ -282,7 +282,7 @@ class Witness(LatentLayer):
         """
         if self.shown is None:
             raise RecipeError(
-                "kv: latent: this attention is not given hidden states and positions of tokens; load with kv=None"
+                "kv: latent: this attention is not given hidden states and token positions; load with kv=None"
             )
         attention, reading, _hidden_BTD, positions_BT = self.shown
         super().update(key_states, value_states)
@@ -299,8 +299,8 @@ class Witness(LatentLayer):
         self.agreed = next(filter(alike, ways), None)
         if self.agreed is None:
             raise RecipeError(
-                f"kv: latent: {type(attention).__name__} {attention.layer_idx} makes its keys or values in a way that "
-                "is not known here; load with kv=None"
+                f"kv: latent: {type(attention).__name__} {attention.layer_idx} computes its keys or values in an "
+                "unsupported way; load with kv=None"
             )
         return self.given[0], self.given[1]
 
@@ -347,7 +347,7 @@ def proved(model: Any, chosen: list[Any]) -> list[tuple[Any, Reading]]:
             feed(model, cache)
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # from family code called in this way
             raise RecipeError(
-                f"kv: latent: {type(model).__name__} is not known here ({in_short(error)}); load with kv=None"
+                f"kv: latent: {type(model).__name__} is not supported ({in_short(error)}); load with kv=None"
             ) from error
     return [(attention, cache.layers[attention.layer_idx].agreed) for attention in chosen]
 

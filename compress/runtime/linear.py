@@ -145,7 +145,7 @@ class CompressedLinear(StoredWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out]; raises TypeError for an integer x, which a plain linear layer rejects too."""
         if not x.is_floating_point():
-            raise TypeError(f"a linear map was given {x.dtype}, it computes in {self.dtype}")
+            raise TypeError(f"a linear layer that computes in {self.dtype} was given {x.dtype}")
         if self.lowered is not None and not (differentiated(x) and rounds_exactly(self.lowered)):
             return applied(self.lowered, x, self.bias)
         y = self.reference(x)

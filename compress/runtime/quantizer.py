@@ -43,7 +43,8 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if version != VERSION:
             raise ArtifactError(f"quantization_config: format version {version}, this program reads {VERSION}")
         if base is not None:
-            raise ArtifactError(f"quantization_config: a delta of {base.get('name')}; compress.load takes its base")
+            instead = "load it with compress.load and give its base"
+            raise ArtifactError(f"quantization_config: this is a delta of {base.get('name')}; {instead}")
         try:
             self.kv = None if kv is None else read_kept(kv)
         except RecipeError as error:

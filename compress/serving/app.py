@@ -108,7 +108,7 @@ class Server:
         if isinstance(prompt, list) and not any(isinstance(one, str) for one in prompt):
             rows = self.tenants.model.get_input_embeddings().num_embeddings
             if not all(isinstance(token, int) and 0 <= token < rows for token in prompt):
-                raise Refusal(400, f"prompt: tokens are whole numbers from 0 to {rows - 1}", param="prompt")
+                raise Refusal(400, f"prompt: tokens must be whole numbers from 0 to {rows - 1}", param="prompt")
             return [int(token) for token in prompt]
         text = prompt if isinstance(prompt, str) else "".join(map(str, prompt))
         return self.language_of(asked.model).opened(unbroken(text, "prompt"))
@@ -127,7 +127,7 @@ class Server:
         try:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise any kind of error to reject messages
-            raise Refusal(400, "messages: the chat template does not take these", param="messages") from error
+            raise Refusal(400, "messages: the chat template rejects them", param="messages") from error
         return [int(token) for token in tokenizer(unbroken(text, "messages"), add_special_tokens=False)["input_ids"]]
 
     def sequence(self, asked: Asked, emit: Callable[[Piece], None]) -> Sequence:
@@ -143,7 +143,7 @@ class Server:
             raise Refusal(400, said, param=place, code="context_length_exceeded")
         wanted = asked.wanted()
         if wanted is not None and wanted > self.limits.max_tokens:
-            raise Refusal(400, f"max_tokens: at most {self.limits.max_tokens} here", param="max_tokens")
+            raise Refusal(400, f"max_tokens: this server allows at most {self.limits.max_tokens}", param="max_tokens")
         return Sequence(
             prompt=prompt,
             tenant=tenant,
@@ -170,7 +170,7 @@ class Server:
             self.engine.submit(sequence)
         except Full as error:
             self.metrics.requests.labels(asked.model, "refused").inc()
-            raise Refusal(429, "too many requests wait; try again soon", code="queue_full", retry=1) from error
+            raise Refusal(429, "too many requests are waiting; try again soon", code="queue_full", retry=1) from error
         except Closed as error:
             raise Refusal(503, "the server is shutting down", retry=5) from error
         self.metrics.tokens.labels(asked.model, "prompt").inc(len(sequence.prompt))
@@ -193,7 +193,7 @@ class Server:
                 done, _ = await asyncio.wait({next_piece, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if next_piece not in done:
                     next_piece.cancel()
-                    raise Refusal(400, "the client went away")
+                    raise Refusal(400, "the client disconnected")
                 last = next_piece.result()
                 text.append(last.text)
         finally:
@@ -235,7 +235,7 @@ class Server:
 def unbroken(text: str, place: str) -> str:
     """The text; raises Refusal 400 for half of a surrogate pair, which JSON can encode but tokenizers fail on."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise Refusal(400, f"{place}: holds half of a surrogate pair, which is no character", param=place)
+        raise Refusal(400, f"{place}: contains half of a surrogate pair, which is not a character", param=place)
     return text
 
 
@@ -245,7 +245,7 @@ def context_of(model: Any) -> int:
     found = next((told for told in (getattr(config, name, None) for name in LENGTHS) if told), None)
     if found is None:
         raise RecipeError(
-            f"{type(model).__name__}: its config has none of {', '.join(LENGTHS)}: how long may a text be?"
+            f"{type(model).__name__}: its config has none of {', '.join(LENGTHS)}, so its context length is unknown"
         )
     return int(found)
 
@@ -292,7 +292,7 @@ def make_app(server: Server) -> FastAPI:
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not server.engine.thread.is_alive():
-            raise Refusal(503, "the engine does not run")
+            raise Refusal(503, "the engine is not running")
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -120,7 +120,7 @@ class Engine:
                 for sequence in unheard:
                     self._admit([sequence])
             else:
-                LOG.exception("a prompt of %d tokens failed", len(new[0].prompt))
+                LOG.exception("computing a prompt of %d tokens failed", len(new[0].prompt))
                 fail(unheard, FAILED)
             fail([sequence for sequence in new if sequence not in unheard and not self._runs(sequence)], FAILED)
 
@@ -133,7 +133,7 @@ class Engine:
         try:
             self._step()
         except Exception:  # as above; which sequence caused it cannot be known
-            LOG.exception("a step of %d sequences failed", len(sequences))
+            LOG.exception("computing a step of %d sequences failed", len(sequences))
             self.running = None
             fail(sequences, FAILED)
 
@@ -178,7 +178,7 @@ class Engine:
             if sequence.cancelled:
                 continue
             if not finite[row]:
-                fail([sequence], "the model computed numbers that are not finite")
+                fail([sequence], "the model computed logits that are not finite")
                 continue
             greedy = sequence.sampling.temperature == 0
             token = likeliest[row] if greedy else choose(logits_BV[row], sequence.sampling, sequence.generator)

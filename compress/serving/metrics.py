@@ -17,13 +17,15 @@ class Metrics:
             "compress_requests", "Requests by model and outcome", ("model", "outcome"), registry=self.registry
         )
         self.tokens = Counter("compress_tokens", "Tokens by model and kind", ("model", "kind"), registry=self.registry)
-        self.seconds = Histogram("compress_request_seconds", "Time to the end of an answer", registry=self.registry)
+        self.seconds = Histogram(
+            "compress_request_seconds", "Seconds until an answer is complete", registry=self.registry
+        )
         self.batch = Histogram(
-            "compress_step_rows", "Sequences of a step", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=self.registry
+            "compress_step_rows", "Sequences per step", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=self.registry
         )
         gauges = {
-            "compress_waiting": ("Sequences that wait", lambda: len(engine.waiting)),
-            "compress_running": ("Sequences that run", lambda: engine.active),
+            "compress_waiting": ("Waiting sequences", lambda: len(engine.waiting)),
+            "compress_running": ("Running sequences", lambda: engine.active),
             "compress_delta_bytes": ("Bytes of deltas in memory", tenants.delta_bytes),
         }
         for name, (told, value) in gauges.items():

@@ -29,7 +29,7 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
     try:
         told = {(family, at) for family, _, _, _, at in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
-        raise RecipeError(f"--host: {host!r} is no address: {error}") from error
+        raise RecipeError(f"--host: {host!r} is not an address: {error}") from error
     found: list[socket.socket] = []
     lacking = OSError()
     with ExitStack() as end:
@@ -46,7 +46,7 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
                     raise refused(host, port, error) from error
                 lacking = error
         if not found:
-            raise RecipeError(f"--host: {host!r} is no address of this machine: {lacking.strerror}") from lacking
+            raise RecipeError(f"--host: {host!r} is not an address of this machine: {lacking.strerror}") from lacking
         yield found
 
 
@@ -54,7 +54,7 @@ def refused(host: str, port: int, error: OSError) -> RecipeError:
     """The error to raise if the system refuses a port."""
     if error.errno == errno.EADDRINUSE:
         return RecipeError(f"--port: {port} is in use")
-    return RecipeError(f"--port: {port} at {host} cannot be had: {error.strerror}")
+    return RecipeError(f"--port: {port} at {host} cannot be bound: {error.strerror}")
 
 
 class Ending(uvicorn.Server):

@@ -99,7 +99,7 @@ async def body_of(request: Request, limit: int) -> bytes:
                 raise too_long
             parts.append(part)
     except ClientDisconnect as error:
-        raise Refusal(400, "the body ends before its end") from error
+        raise Refusal(400, "the client disconnected before the end of the body") from error
     return b"".join(parts)
 
 

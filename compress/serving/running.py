@@ -127,7 +127,7 @@ def check_cache(model: Any) -> None:
     cached = "past_key_values" in signature(model.forward).parameters and model.can_generate()
     if not cached or not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers):
         raise RecipeError(
-            f"{type(model).__name__} cannot be served: it keeps more of a text than keys and values, or less"
+            f"{type(model).__name__} cannot be served: its cache does not consist of plain keys and values"
         )
 
 

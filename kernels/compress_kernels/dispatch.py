@@ -131,7 +131,7 @@ CAPABLE = (8, 0)  # the least compute capability, for asynchronous copies and bf
 def missing(device: torch.device) -> str:
     """The reason why the kernels cannot run on a device; empty if they can."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"{device.type} is no NVIDIA GPU"
+        return f"{device.type} is not an NVIDIA GPU"
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'compress-llm[kernels]'"
     if tuple(map(int, version("triton").split(".")[:2])) < OLDEST:

@@ -22,7 +22,9 @@ def pack(u_OR: Tensor, v_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Both factors, contiguous and with padded rank. Raises ValueError if the ranks differ, are 0 or exceed `MOST`."""
     rank = u_OR.shape[1]
     if rank != v_RI.shape[0] or not 1 <= rank <= MOST:
-        raise ValueError(f"low-rank factors {tuple(u_OR.shape)} and {tuple(v_RI.shape)}: one rank, 1 to {MOST}")
+        raise ValueError(
+            f"low-rank factors {tuple(u_OR.shape)} and {tuple(v_RI.shape)} must share one rank from 1 to {MOST}"
+        )
     more = formats.padded(rank, STEP) - rank
     return F.pad(u_OR, (0, more)).contiguous(), F.pad(v_RI, (0, 0, 0, more)).contiguous()
 
@@ -30,7 +32,7 @@ def pack(u_OR: Tensor, v_RI: Tensor) -> tuple[Tensor, Tensor]:
 def check(op: str, x: Tensor, u: Tensor | None, v: Tensor | None, out: int) -> None:
     """Raise ValueError, naming the argument, for factors that do not fit x and the number of outputs."""
     if (u is None) != (v is None):
-        raise ValueError(f"{op}: u and v go together; one is None")
+        raise ValueError(f"{op}: u and v must be given together; one is None")
     if u is None or v is None:
         return
     rank = u.shape[-1]

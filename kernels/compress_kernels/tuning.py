@@ -125,7 +125,7 @@ def read(path: Path) -> Profile:
     except OSError as error:
         raise TuningError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or not what it must say
-        raise TuningError(f"{path}: is no tuning profile: {error}; {REMEDY}") from error
+        raise TuningError(f"{path}: is not a tuning profile: {error}; {REMEDY}") from error
 
 
 @lru_cache(maxsize=8)
@@ -148,7 +148,7 @@ def parsed(value: Any) -> Profile:
         if not all(isinstance(part, (str, int, float)) for part in found["choice"].values()):
             raise ValueError(f"entries[{i}].choice holds more than text and numbers")
         if key in entries:
-            raise ValueError(f"entries[{i}] is there twice")
+            raise ValueError(f"entries[{i}] is a duplicate")
         entries[key] = found["choice"]
     return Profile(**{name: told[name] for name in HEAD}, entries=entries)
 

@@ -110,7 +110,7 @@ def check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None
     """Check the arguments of a product. Raises ValueError or TypeError that names the argument."""
     if x.ndim == 0 or not x.is_floating_point() or (x.is_cuda and x.dtype not in (*given.HALVES, torch.float32)):
         raise TypeError(
-            f"w8a8_linear: x is {given.described(x)}; it must be floats [..., in], on a GPU of 16 or 32 bits"
+            f"w8a8_linear: x is {given.described(x)}; it must be floats [..., in], on a GPU with 16 or 32 bits"
         )
     if weight.dtype not in LIMITS or weight.ndim != 2:
         allowed = " or ".join(map(str, LIMITS))

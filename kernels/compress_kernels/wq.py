@@ -108,7 +108,7 @@ def pack_book(codes_OI: Tensor, book_E: Tensor, scale_OG: Tensor) -> Packed:
 def with_order(w: Packed, order_I: Tensor) -> Packed:
     """The weight applied to `x[order]`. Raises ValueError if `order` is not a permutation."""
     if not torch.equal(order_I.sort().values, torch.arange(w.shape[1], device=order_I.device)):
-        raise ValueError(f"order {tuple(order_I.shape)} is no permutation of {w.shape[1]} inputs")
+        raise ValueError(f"order {tuple(order_I.shape)} is not a permutation of {w.shape[1]} inputs")
     return replace(w, order=order_I.to(torch.int32).contiguous())
 
 

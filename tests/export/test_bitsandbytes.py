@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "int8 by group": ([RTN(bits=8, group=32, symmetric=True)], "use group: 0"),
     "int8 with fp8 inputs": ([Int8(inputs="fp8")], "round inputs to int8"),
     "nf4 with rounded inputs": ([NF4(inputs="int8")], "do not round inputs"),
-    "two kinds": ([NF4(sites="*mlp*"), Int8(sites="*attn*")], "all layers are of 4 bits or all of 8"),
+    "two kinds": ([NF4(sites="*mlp*"), Int8(sites="*attn*")], "all layers must have 4 bits, or all 8"),
 }
 
 

@@ -69,7 +69,7 @@ def test_4_bit_floats_load_in_a_model_of_bfloat16(
     done = export(artifact, CT, tmp_path / "out")
     assert done.rounding < BF16  # the scale of the matrix is stored as its inverse: a tie of bfloat16 may go either way
     assert_close("logits", logits(stock(done.out)), logits(compress.load(artifact)), 4 * BF16)
-    assert "to be run in bfloat16" in done.note
+    assert "run it in bfloat16" in done.note
 
 
 @pytest.mark.parametrize("kind", [Int8, FP8])

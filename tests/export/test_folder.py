@@ -38,7 +38,7 @@ def test_what_does_not_read_back_is_not_put_in_place(
 
     artifact = artifact_of(INT4)
     monkeypatch.setattr(kind, "pack", one_bit_off)
-    with pytest.raises(VerificationError, match="off what was meant"):
+    with pytest.raises(VerificationError, match="differs from the artifact's"):
         export(artifact, kind.name, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -90,7 +90,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(
         main()
     said = capsys.readouterr().err.splitlines()
     assert (stop.value.code, len(said)) == (2, 1)
-    assert said[0].startswith("error: model.layers.0.self_attn.q_proj (int3g32): gptq cannot say it: ")
+    assert said[0].startswith("error: model.layers.0.self_attn.q_proj (int3g32): gptq cannot represent it: ")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -111,7 +111,7 @@ def test_the_built_in_model_is_written_with_its_tokenizer(artifact_of: Any, tmp_
 
 def test_a_tokenizer_llama_cpp_has_no_name_for_stays_beside_the_file(artifact_of: Any, tmp_path: Path) -> None:
     done = export(artifact_of(CASES["Q8_0"]), "gguf", tmp_path / "out")
-    assert "is not in the file" in done.note
+    assert "beside the file and not in it" in done.note
     assert (done.out / "tokenizer.json").is_file()
     assert not any(key.startswith("tokenizer.") for key in gguf.GGUFReader(done.out / "model.gguf").fields)
 
@@ -203,10 +203,10 @@ def test_the_factors_of_frequencies_are_in_the_file(small: Any, artifact_of: Any
 REFUSED: dict[str, tuple[Any, str]] = {
     "2 bits": (RTN(bits=2, group=32), "use bits: 4 or 8"),
     "8 bits with zeros": (RTN(bits=8, group=32), "use symmetric: true"),
-    "groups of 16": (RTN(bits=4, group=16), "do not fit groups of 16"),
+    "groups of 16": (RTN(bits=4, group=16), "groups of 16 are no multiple"),
     "scales of float32": (Int8(), "its scales are float16"),
-    "rounded inputs": (RTN(bits=8, group=0, symmetric=True, inputs="int8"), "does not round inputs"),
-    "nf4": (NF4(), "integers on a grid only"),
+    "rounded inputs": (RTN(bits=8, group=0, symmetric=True, inputs="int8"), "cannot round inputs"),
+    "nf4": (NF4(), "only for integers on a grid"),
 }
 
 
@@ -221,7 +221,7 @@ def test_what_it_cannot_say_is_refused_by_name(case: str, artifact_of: Any, tmp_
 
 
 def test_other_architectures_are_refused(small: Any, artifact_of: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="writes the architecture llama, this is qwen2"):
+    with pytest.raises(RecipeError, match="writes only the architecture llama, and this is qwen2"):
         export(artifact_of(CASES["Q8_0"], small("qwen2")), "gguf", tmp_path / "out")
 
 
@@ -230,7 +230,7 @@ def test_other_architectures_are_refused(small: Any, artifact_of: Any, tmp_path:
     ("changes", "match"),
     [
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}}, "not dynamic"),
-        ({"mlp_bias": True}, "no biases in its feed-forward part"),
+        ({"mlp_bias": True}, "no biases, in its feed-forward layers"),
     ],
 )
 def test_what_its_llama_has_not_is_refused(

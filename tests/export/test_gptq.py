@@ -76,16 +76,16 @@ def test_only_the_modules_that_are_quantized_are_named(small: Any, artifact_of: 
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "3 bits": ([RTN(bits=3, group=32)], "use bits: 2, 4 or 8"),
-    "a group unknown to loaders": ([RTN(bits=4, group=8)], "loaders know no group of 8"),
+    "a group unknown to loaders": ([RTN(bits=4, group=8)], "loaders do not support groups of 8"),
     "two widths": (
         [RTN(bits=4, group=32, sites="*mlp*"), RTN(bits=8, group=32, sites="*attn*")],
         "one width and group",
     ),
-    "rounded inputs": ([RTN(bits=8, group=0, symmetric=True, inputs="int8")], "does not round inputs"),
+    "rounded inputs": ([RTN(bits=8, group=0, symmetric=True, inputs="int8")], "do not round inputs"),
     "some blocks": ([RTN(bits=4, group=32, sites="*layers.0.*"), Magnitude(sites="*layers.1.*")], "some blocks only"),
-    "real zeros": ([HQQ(bits=4, group=32)], "its zeros are integers"),
+    "real zeros": ([HQQ(bits=4, group=32)], "its zero points are integers"),
     "scales of float32": ([Int8()], "its scales are float16"),
-    "nf4": ([NF4()], r"nf4row\): gptq cannot say it"),
+    "nf4": ([NF4()], r"nf4row\): gptq cannot represent it"),
     "one block": ([RTN(bits=4, group=32, sites="*layers.0.*")], "some blocks only"),
 }
 

@@ -199,7 +199,7 @@ def test_what_keeps_kernels_from_running_is_named(monkeypatch: pytest.MonkeyPatc
         return dispatch.missing.__wrapped__(device)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert missing(CPU) == "cpu is no NVIDIA GPU"
+    assert missing(CPU) == "cpu is not an NVIDIA GPU"
     assert "capability (7, 5)" in missing()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert missing() == ""

@@ -169,7 +169,7 @@ def test_op_compiles_whole(assert_close: Close) -> None:
         ({"bits": torch.zeros(3, 16, 128)}, "bits is torch.float32"),
         ({"offsets": torch.zeros(3, 64, dtype=torch.int32)}, "offsets is torch.int32 of shape"),
         ({"values": torch.zeros(4)}, "values is torch.float32"),
-        ({"u": torch.zeros(OUT, 16)}, "u and v go together"),
+        ({"u": torch.zeros(OUT, 16)}, "u and v must be given together"),
         ({"bias": torch.zeros(1)}, "bias is torch.float32 of shape"),
     ],
 )

@@ -428,7 +428,7 @@ def test_op_compiles_whole(assert_close: Close) -> None:
         ({"scale": torch.zeros(3, 128)}, "scale is torch.float32 of shape"),
         ({"zero": torch.zeros(128)}, "zero is torch.float32 of shape"),
         ({"bias": torch.zeros(1)}, "bias is torch.float32 of shape"),
-        ({"u": torch.zeros(OUT, 16)}, "u and v go together"),
+        ({"u": torch.zeros(OUT, 16)}, "u and v must be given together"),
         ({"cores": torch.zeros(1).half()}, "cores is torch.float16"),
         ({"format": "int5"}, "values as 'int5'"),
         ({"format": "half"}, "half in groups of 128"),

@@ -82,7 +82,7 @@ def damaged() -> dict[str, Any]:
         "true for a number": ({**head, "entries": [{**good, "rows": True}]}, "rows is True, not int"),
         "no rows": ({**head, "entries": [{**good, "rows": 0}]}, r"entries\[0\] has a size below 1"),
         "a nested choice": ({**head, "entries": [{**good, "choice": {"path": []}}]}, "more than text and numbers"),
-        "one twice": ({**head, "entries": [good, good]}, r"entries\[1\] is there twice"),
+        "one twice": ({**head, "entries": [good, good]}, r"entries\[1\] is a duplicate"),
     }
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_profile_is_one_line_that_names_it(kind: str) -> None:
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "binary", "deep"])
 def test_what_is_no_json_is_refused_where_a_weight_is_lowered(raw: bytes) -> None:
     install(profile(cpu.INT4, {1: cpu.PACKED})).write_bytes(raw)
-    with pytest.raises(RecipeError, match="is no tuning profile"):
+    with pytest.raises(RecipeError, match="is not a tuning profile"):
         lower(weight(), torch.bfloat16)
 
 

@@ -251,7 +251,7 @@ def test_op_adds_the_low_rank_term(assert_close: Close) -> None:
 def test_ranks_that_do_not_fit_are_refused(left: tuple[int, int], right: tuple[int, int]) -> None:
     p = wq.pack(*weight(4, 64, 256, 2), 4)
 
-    with pytest.raises(ValueError, match="one rank, 1 to 128"):
+    with pytest.raises(ValueError, match="must share one rank from 1 to 128"):
         wq.with_low_rank(p, torch.zeros(left), torch.zeros(right))
 
 
@@ -388,7 +388,7 @@ def test_op_of_every_form(form: str, assert_close: Close) -> None:
         (lambda: wq.pack_floats(torch.zeros(64, 64), torch.ones(1, 1), (64, 64)), "data is torch.float32"),
         (lambda: wq.pack_book(torch.zeros(64, 64).byte(), torch.zeros(17), torch.ones(64, 1)), "17 entries"),
         (lambda: wq.pack(torch.zeros(64, 64).byte(), torch.ones(64, 1), 5), "form int5"),
-        (lambda: wq.with_order(wq.pack(*weight(4, 64, 64, 1), 4), torch.zeros(64)), "no permutation"),
+        (lambda: wq.with_order(wq.pack(*weight(4, 64, 64, 1), 4), torch.zeros(64)), "not a permutation"),
     ],
 )
 def test_what_has_no_kernel_is_not_packed(packing: Callable[[], wq.Packed], message: str) -> None:
@@ -491,7 +491,7 @@ def test_op_takes_any_number_of_rows(shape: tuple[int, ...]) -> None:
         ({"zero": torch.zeros(2, 64, dtype=torch.int8)}, "zero is torch.int8"),
         ({"zero": torch.zeros(1, 64)}, "zero is torch.float32 of shape"),
         ({"order": torch.arange(256)}, "order is torch.int64"),
-        ({"u": torch.zeros(64, 16)}, "u and v go together"),
+        ({"u": torch.zeros(64, 16)}, "u and v must be given together"),
         ({"u": torch.zeros(64, 20), "v": torch.zeros(20, 256)}, "u has rank 20"),
         ({"u": torch.zeros(64, 16), "v": torch.zeros(16, 255)}, "v is torch.float32 of shape"),
         ({"form": "int5"}, "weights of form int5"),

@@ -270,5 +270,5 @@ def test_every_model_generates_as_many_tokens_as_asked(llama_artifact: Path, tin
 
 
 def test_more_tokens_than_the_model_takes_are_refused(tiny_llama: Path) -> None:
-    with pytest.raises(RecipeError, match="130 tokens of prompt and answer; dense takes 128 at most"):
+    with pytest.raises(RecipeError, match="130 tokens of prompt and answer; dense allows at most 128"):
         bench.measure_generation({"dense": compress.load(tiny_llama)}, prompt=100, new=30)

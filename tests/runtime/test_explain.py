@@ -31,7 +31,7 @@ def int8() -> Weight:
 
 def test_packed_and_decoded_rows_are_told_apart() -> None:
     assert explain(int4(), 8).startswith("packed int4: faster up to 8 rows, as measured on the CPU of the defaults")
-    assert explain(int4(), 8).endswith("above, the decoded bf16 matrix")
+    assert explain(int4(), 8).endswith("with more rows, the decoded bf16 matrix")
     assert explain(int4(), 9).startswith("the decoded bf16 matrix: faster above 8 rows")
     assert explain(int4(), 8, dtype=torch.float32) == (
         "the decoded fp32 matrix: nothing packed is faster for this form and size"
@@ -51,18 +51,18 @@ def test_what_this_machine_measured_is_said(tmp_path: Path, monkeypatch: pytest.
         assert explain(int8(), 2, inputs="int8").startswith("int8 inputs times int8 weights, exact")
         assert "at this many rows integers are slower" in explain(int8(), 3, inputs="int8")
     tuning.place("cpu").write_text("{}")
-    with pytest.raises(RecipeError, match="no tuning profile"):
+    with pytest.raises(RecipeError, match="not a tuning profile"):
         explain(int4(), 1)
 
 
 @pytest.mark.parametrize(
     ("weight", "inputs", "said"),
     [
-        (Product(int8(), Hadamard(normal(256) > 0)), "int8", "weights, behind the transform at the input, exact"),
+        (Product(int8(), Hadamard(normal(256) > 0)), "int8", "weights, after a transform of the input, exact"),
         (Product(int8(), Diagonal(normal(256).abs())), "fp8", "inputs rounded to fp8, then the decoded bf16 matrix"),
-        (Masked(Dense(normal(1024, 1024)), normal(1024, 1024) > 2.5, "99%"), "", "a product that skips zeros"),
-        (Product(Dense(normal(256, 8)), Dense(normal(8, 256))), "", "by factors, which are cheaper than the whole:"),
-        (Product(Dense(normal(256, 8)), Dense(normal(8, 256))) + int4(), "", "term by term, of which none is a whole"),
+        (Masked(Dense(normal(1024, 1024)), normal(1024, 1024) > 2.5, "99%"), "", "a sparse product that skips zeros"),
+        (Product(Dense(normal(256, 8)), Dense(normal(8, 256))), "", "factor by factor, which costs less than"),
+        (Product(Dense(normal(256, 8)), Dense(normal(8, 256))) + int4(), "", "term by term, since none is a whole"),
     ],
 )  # fmt: skip
 @VNNI

@@ -288,7 +288,7 @@ def test_tokens_cannot_be_taken_back(tiny_llama: Path, ids: Tensor) -> None:
     model = compress.load(tiny_llama, kv={"bits": 2, **SMALL})
     cache = model(ids).past_key_values
     cache.crop(0)
-    with pytest.raises(RecipeError, match="kv: a quantized cache cannot give tokens back"):
+    with pytest.raises(RecipeError, match="kv: a quantized cache cannot remove tokens"):
         cache.crop(-1)
     assert not cache.is_croppable
 

@@ -249,8 +249,8 @@ def test_factors_that_are_rounded_too_are_read(folder: Any, tmp_path: Path, ids:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("latent", "kv: latent: no attention of LlamaForCausalLM has both k_proj and v_proj factored; transmla does "
-                   "it, or svd-llm"),
+        ("latent", "kv: latent: no attention of LlamaForCausalLM has both k_proj and v_proj factored; use transmla "
+                   "or svd-llm"),
         ("latnet", "kv: 'latnet' is not allowed; it must be latent, or options such as `bits: 4`"),
         ({"latent": True}, "kv: unknown option 'latent'; allowed: bits, group, keys, residual, sink"),
     ],
@@ -264,12 +264,12 @@ def test_a_dense_model_has_no_latents(tiny_llama: Path, given: Any, message: str
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
-        ("mistral", {"sliding_window": 8}, "no attention of MistralForCausalLM over all tokens has a k_proj"),
-        ("gpt_neox", {}, "no attention of GPTNeoXForCausalLM over all tokens has a k_proj and a v_proj of its own"),
+        ("mistral", {"sliding_window": 8}, "MistralForCausalLM has no full attention with a k_proj"),
+        ("gpt_neox", {}, "GPTNeoXForCausalLM has no full attention with a k_proj and a v_proj of its own"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-         "the rotary embedding of LlamaForCausalLM depends on more than a position: dynamic"),
+         "the rotary embedding of LlamaForCausalLM depends on more than the position: dynamic"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
-         "the rotary embedding of LlamaForCausalLM depends on more than a position: positions of an image"),
+         "the rotary embedding of LlamaForCausalLM depends on more than the position: positions of an image"),
         ("olmo", {"clip_qkv": 1.0}, "OlmoForCausalLM clips its keys"),
     ],
 )  # fmt: skip
@@ -315,7 +315,7 @@ def test_an_attention_that_does_something_else_to_its_keys_is_found(artifact: An
     with pytest.raises(RecipeError) as error:
         compress.load(path)
     assert str(error.value) == (
-        "kv: latent: LlamaAttention 0 makes its keys or values in a way that is not known here; load with kv=None"
+        "kv: latent: LlamaAttention 0 computes its keys or values in an unsupported way; load with kv=None"
     )
     assert compress.load(path, kv=None) is not None
 
@@ -323,7 +323,9 @@ def test_an_attention_that_does_something_else_to_its_keys_is_found(artifact: An
 def test_an_attention_that_is_not_shown_positions_of_tokens_is_refused(folder: Any, tmp_path: Path) -> None:
     gptj = folder("gptj", n_embd=48, n_layer=2, n_head=4, n_positions=128, rotary_dim=8)
     out = compress.run(gptj, [TransMLA()], tmp_path / "out", calibration=CALIBRATION).out
-    with pytest.raises(RecipeError, match=r"^kv: latent: this attention is not given hidden states and positions"):
+    with pytest.raises(
+        RecipeError, match=r"^kv: latent: this attention is not given hidden states and token positions"
+    ):
         compress.load(out, kv="latent")
 
 

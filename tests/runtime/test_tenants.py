@@ -282,6 +282,24 @@ def test_experts_are_refused() -> None:
         tenants(torch.zeros(1, 2, dtype=torch.long), ["a"])
 
 
+def test_a_failed_pass_keeps_nothing_in_memory(fresh: Any, tuned: dict[str, Difference]) -> None:
+    tenants = Tenants(fresh, {"int4": tuned["int4"]})
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    steps = []
+
+    def fails(*_: Any) -> None:
+        steps.append((tenants.current(), len(tenants.current().results)))  # type: ignore[union-attr]
+        raise MemoryError
+
+    hook = fresh.lm_head.register_forward_pre_hook(fails)
+    with pytest.raises(MemoryError):
+        tenants(ids, ["int4"])
+    hook.remove()
+    [(step, kept)] = steps
+    assert kept and step is not None and not step.results
+    assert tenants(ids, ["int4"]).logits.isfinite().all()
+
+
 # -- coming and going ---------------------------------------------------------------------------------------
 
 

@@ -149,7 +149,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(
         port = taken.getsockname()[1]
         assert cli("serve", tiny_llama, "--port", port) == (2, "", f"error: --port: {port} is in use\n")
     code, out, err = cli("serve", tiny_llama, "--host", "256.1.1.1")
-    assert (code, out, err.count("\n")) == (2, "", 1) and "--host: '256.1.1.1' is no address" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--host: '256.1.1.1' is not an address" in err
 
 
 def test_the_base_is_loaded_where_the_user_says(
@@ -204,7 +204,10 @@ def test_a_name_is_served_at_all_of_its_addresses(monkeypatch: pytest.MonkeyPatc
     with process_.bound("name", 0) as listeners:
         assert [one.getsockname()[0] for one in listeners] == ["127.0.0.1", "127.0.0.2"]
     told[:] = ["192.0.2.1"]
-    with pytest.raises(RecipeError, match="--host: 'name' is no address of this machine: "), process_.bound("name", 0):
+    with (
+        pytest.raises(RecipeError, match="--host: 'name' is not an address of this machine: "),
+        process_.bound("name", 0),
+    ):
         pytest.fail("bound")
 
 

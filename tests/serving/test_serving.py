@@ -219,7 +219,7 @@ def test_half_a_character_of_a_message_is_refused(make_server: Make, talk: Talk)
 
     answer = talk(make_server(chat=True), act)
     assert answer.status_code == 400
-    assert "messages: holds half of a surrogate pair" in answer.json()["error"]["message"]
+    assert "messages: contains half of a surrogate pair" in answer.json()["error"]["message"]
 
 
 def of_kind(kind: str) -> Any:
@@ -230,7 +230,10 @@ def of_kind(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
 
 
-@pytest.mark.parametrize(("kind", "said"), [("mamba", "more of a text than keys and values"), ("bloom", "how long")])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("mamba", "its cache does not consist of plain keys and values"), ("bloom", "context length is unknown")],
+)
 def test_a_base_that_cannot_be_served_is_refused_at_once(kind: str, said: str) -> None:
     with pytest.raises(compress.RecipeError, match=said):
         Server(Tenants(of_kind(kind), {}), None, kind, Limits())

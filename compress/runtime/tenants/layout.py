@@ -44,7 +44,7 @@ class Layout:
         """The holders of a tensor; raises ArtifactError if the base has no such tensor, or one of another shape."""
         held = self.holders.get(name)
         if held is None:
-            raise ArtifactError(f"{name}: the base computes with no tensor of this name")
+            raise ArtifactError(f"{name}: the base has no tensor of this name")
         shape = tuple(getattr(model.get_submodule(held[0][0]), held[0][1]).shape)
         if tuple(tensor.shape) != shape:
             raise ArtifactError(
@@ -65,7 +65,7 @@ class Layout:
             if given is None or given.shape[0] != PROBE[0] or len(given.shape) != (2 if looked_up else 3):
                 raise UnsupportedWeight(
                     f"{site}: cannot differ between the rows of a batch: the base has no module of this name that is "
-                    "given all tokens of every row (experts are given some)"
+                    "given all tokens of every row (experts are given only some)"
                 )
         return names
 

@@ -87,7 +87,7 @@ def modules_of(site: str, shape: tuple[int, int], layout: Layout, model: nn.Modu
     names = layout.of_site(site, model)
     known = layout.holders.get(f"{site}.weight")
     if known and sorted(getattr(model.get_submodule(names[0]), known[0][1]).shape) != sorted(shape):
-        raise ArtifactError(f"{site}: the tenant's difference is {shape}, the base's matrix is not")
+        raise ArtifactError(f"{site}: the tenant's difference of shape {shape} does not fit the base's matrix")
     return names
 
 

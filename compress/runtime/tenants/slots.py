@@ -153,7 +153,7 @@ class SignStack(Stack):
                 words[number] = formats.pack_words(positive.to(self.device), 1)
                 scales[number] = scale[:, 0].to(self.device)
             case _:
-                raise ArtifactError(f"{term.describe()} is stored where signs are announced")
+                raise ArtifactError(f"{term.describe()} is stored, but the specification says signs")
 
     def add(self, y_NO: Tensor, x_NI: Tensor, table: Tensor, tile: int) -> None:
         """One launch."""
@@ -177,7 +177,7 @@ class FactorStack(Stack):
                 left[number, :, : left_OK.shape[1]] = left_OK.to(self.device)
                 right[number, : right_KI.shape[0]] = right_KI.to(self.device)
             case _:
-                raise ArtifactError(f"{term.describe()} is stored where two factors are announced")
+                raise ArtifactError(f"{term.describe()} is stored, but the specification says two factors")
 
     def add(self, y_NO: Tensor, x_NI: Tensor, table: Tensor, tile: int) -> None:
         """One launch for each factor."""

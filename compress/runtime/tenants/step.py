@@ -83,12 +83,14 @@ class Step:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A context in which modules hold their row-wise tensors; at its end, cached results are dropped."""
-        with ExitStack() as stack:
-            for module, tensors in self.rowwise:
-                stack.enter_context(holding(module, tensors))
-            yield
-        self.results.clear()
+        """A context in which modules hold their row-wise tensors; at its end, or on an error, results are dropped."""
+        try:
+            with ExitStack() as stack:
+                for module, tensors in self.rowwise:
+                    stack.enter_context(holding(module, tensors))
+                yield
+        finally:
+            self.results.clear()
 
 
 def linear_hook(current: Callable[[], Step | None], layout: Layout, name: str) -> Any:
@@ -102,7 +104,8 @@ def linear_hook(current: Callable[[], Step | None], layout: Layout, name: str) -
             return
         x = args[0]
         if x.ndim != 3 or len(x) != step.size:
-            raise UnsupportedWeight(f"{name} was given {tuple(x.shape)}, not the tokens of {step.size} rows")
+            wanted = f"expected [{step.size}, tokens, features]"
+            raise UnsupportedWeight(f"{name} was given an input of shape {tuple(x.shape)}; {wanted}")
         for found in step.added(group, number, x):
             if found is not None:
                 found[0].add(output, found[1])

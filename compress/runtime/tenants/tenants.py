@@ -83,10 +83,12 @@ class Tenants:
         elif self.read is not None:
             difference = self.read(delta)
         else:
-            raise RecipeError(f"tenant {name!r}: this base was not loaded from a folder, so no folder is a delta of it")
+            raise RecipeError(
+                f"tenant {name!r}: this base was not loaded from a folder, so no delta folder can belong to it"
+            )
         with self.lock:
             if name in self.entries:
-                raise RecipeError(f"tenant {name!r} exists; drop it first")
+                raise RecipeError(f"tenant {name!r} already exists; drop it first")
             need = None if self.stacks is None else need_of(difference, self.layout, self.model, self.stacks)
             entry = Entry(difference, need)
             if self.budget is not None and self.cost([entry]) > self.budget:
