@@ -8,10 +8,11 @@ where W is a weight, D its change, and G the Gram matrix of its inputs in the de
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ QUANTIZERS: dict[str, Any] = {
     "rtn output": lambda bits, group: RTN(bits=bits, group=group, search="output"),
     "hqq": lambda bits, group: HQQ(bits=bits, group=group),
 }
-FOUND: list[Looked] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,18 @@ class Looked:
     leaf: str
     loudest: float
     percentile: float
-    errors: dict[tuple[str, int, int], float] = field(default_factory=dict)
+    errors: dict[tuple[str, int, int], float]
+
+    @classmethod
+    def of(cls, site: str, row: Mapping[str, Any]) -> Looked:
+        """What `Look` recorded in the ledger of a site."""
+        errors = {(name, bits, group): error for name, bits, group, error in row["quantizer_errors"]}
+        return cls(leaf=site.rpartition(".")[2], loudest=row["loudest"], percentile=row["percentile"], errors=errors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look(WeightPass):
-    """A pass that leaves every matrix unchanged and records in FOUND the errors that quantizers would make."""
+    """A pass that leaves every matrix unchanged and records in the ledger the errors that quantizers would make."""
 
     requires = (Gram,)
 
@@ -55,17 +61,18 @@ class Look(WeightPass):
         gram_II, w_OI = site.stats[Gram], site.original.data.float()
         rms_I = gram_II.diagonal().clamp(min=0).sqrt()
         whole = float(((w_OI @ gram_II) * w_OI).sum())
-        errors = {}
+        errors = []
         for name, make in QUANTIZERS.items():
             for bits in BITS:
                 for group in GROUPS:
                     if group == 0 or w_OI.shape[1] % group == 0:
                         step: Quantizer = make(bits, group)
                         change_OI = step.rewrite(site).dense().float() - w_OI
-                        errors[name, bits, group] = float(((change_OI @ gram_II) * change_OI).sum()) / whole
+                        error = float(((change_OI @ gram_II) * change_OI).sum()) / whole
+                        errors.append([name, bits, group, error])
         middle = float(rms_I.median())
         loudest, percentile = float(rms_I.max()) / middle, float(torch.quantile(rms_I, 0.99)) / middle
-        FOUND.append(Looked(leaf=site.name.rpartition(".")[2], loudest=loudest, percentile=percentile, errors=errors))
+        site.ledger |= {"loudest": loudest, "percentile": percentile, "quantizer_errors": errors}
         return Dense(site.original.data)
 
 
@@ -95,6 +102,16 @@ def losses(found: Sequence[Looked]) -> str:
     return "\n".join(lines)
 
 
+def measure(model: str, samples: int, length: int) -> list[Looked]:
+    """Every matrix of a model, in the order of the artifact."""
+    calibration = Calibration(data="mixed", samples=samples, length=length, seed=0)
+    recipe = Recipe(passes=(Look(),), calibration=calibration, ordering="dense")
+    with tempfile.TemporaryDirectory() as folder:
+        out = compress.run(model, recipe, Path(folder) / "out").out
+        made = json.loads((out / "compress.json").read_text(encoding="utf-8"))
+    return [Looked.of(site, row) for site, row in made["sites"].items()]
+
+
 def main() -> None:
     """Measure every matrix of a model and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -102,12 +119,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
-    calibration = Calibration(data="mixed", samples=arguments.samples, length=arguments.length, seed=0)
-    recipe = Recipe(passes=(Look(),), calibration=calibration, ordering="dense")
-    with tempfile.TemporaryDirectory() as folder:
-        compress.run(arguments.model, recipe, Path(folder) / "out")
-    head = f"{arguments.samples} x {arguments.length} tokens of mixed, cpu, {len(FOUND)} matrices"
-    sys.stdout.write("\n".join([head, "", loudness(FOUND), "", losses(FOUND)]) + "\n")
+    found = measure(arguments.model, arguments.samples, arguments.length)
+    head = f"{arguments.samples} x {arguments.length} tokens of mixed, cpu, {len(found)} matrices"
+    sys.stdout.write("\n".join([head, "", loudness(found), "", losses(found)]) + "\n")
 
 
 if __name__ == "__main__":

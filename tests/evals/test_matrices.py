@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -19,10 +20,8 @@ def test_errors_are_those_of_each_quantizer_alone(site_of: Callable[..., Any], n
     w, x = torch.randn(16, 64, generator=generator), torch.randn(300, 64, generator=generator)
     x[:, 5] *= 40
     site = site_of(w, x)
-    before = len(matrices.FOUND)
     assert torch.equal(matrices.Look().rewrite(site).dense(), w)
-    looked = matrices.FOUND.pop()
-    assert len(matrices.FOUND) == before
+    looked = matrices.Looked.of(site.name, json.loads(json.dumps(site.ledger)))
     want = naive.proxy_loss(w, RTN(bits=3, group=32).rewrite(site).dense(), x.T @ x)
     assert looked.errors["rtn", 3, 32] == pytest.approx(want, rel=1e-3)
     assert ("rtn", 3, 128) not in looked.errors
@@ -35,7 +34,6 @@ def test_the_command_looks_at_every_matrix(
 ) -> None:
     words = ["matrices", "--model", str(tiny_llama), "--samples", "4", "--length", "32"]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(matrices, "FOUND", [])
     matrices.main()
     printed = capsys.readouterr().out
     assert "14 matrices" in printed or "28 matrices" in printed
