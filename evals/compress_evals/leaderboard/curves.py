@@ -16,6 +16,7 @@ from typing import Any
 
 from compress_evals.leaderboard.collect import Board
 from compress_evals.leaderboard.figures import Figure
+from compress_evals.leaderboard.methods import UNKNOWN
 from compress_evals.leaderboard.svg import GLYPHS, MARKERS, SERIES, STAND_IN, axes_of, drawing, inline
 from compress_evals.leaderboard.table import Line, families
 
@@ -58,10 +59,13 @@ def damage(board: Board, lines: Sequence[Line]) -> list[Curves]:
 
 
 def by_method(lines: Sequence[Line], budget: Callable[[Line], float | None]) -> dict[str, list[Line]]:
-    """The lines of each method that was run with at least two budgets (after rounding to 0.01), sorted by budget."""
+    """The lines of each method that was run with at least two budgets (after rounding to 0.01), sorted by budget.
+
+    Lines whose recipe cannot be read are left out, because they need not be of one method.
+    """
     groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
-        if budget(line) is not None:
+        if budget(line) is not None and line.method.label != UNKNOWN:
             groups[line.method.label].append(line)
     return {
         method: sorted(those, key=lambda line: (budget(line), line.name))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from compress_evals.leaderboard.curves import by_method
 from compress_evals.leaderboard.examples import marked
 from compress_evals.leaderboard.figures import Point, front
 from compress_evals.leaderboard.heat import shade
@@ -36,6 +39,15 @@ def recipe(method: str, **options: object) -> str:
 )  # fmt: skip
 def test_the_method_is_read_from_the_recipe(text: str | None, expected: Method) -> None:
     assert method_of(text) == expected
+
+
+def test_recipes_that_cannot_be_read_are_on_no_curve() -> None:
+    def line(recipe: str | None, bits: float) -> Any:
+        return SimpleNamespace(method=method_of(recipe), bits=bits, name=f"{bits}")
+
+    lines = [line(None, 2), line("just text", 4), *(line(recipe("gptq", bits=bits), bits) for bits in (4, 3))]
+    found = by_method(lines, lambda line: line.bits)
+    assert {method: [line.bits for line in those] for method, those in found.items()} == {"gptq": [3, 4]}
 
 
 def test_file_names_are_safe_short_and_distinct(hostile: tuple[str, ...]) -> None:
