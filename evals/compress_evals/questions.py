@@ -7,6 +7,7 @@ data nor the model.
 
 from __future__ import annotations
 
+import ast
 import copy
 import hashlib
 import json
@@ -24,6 +25,7 @@ from compress_evals.suite import FACTS, Suite, Task
 PACKAGE = Path(__file__).parent
 DEFAULT_GENERATED = 256  # lm-eval's default for a task without a limit
 SHOWN = 3  # names that are listed for one reason
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 GENERATED = 8  # characters of a prompt that take about as long as one generated token
 
 Arguments = tuple[Any, ...]
@@ -97,8 +99,8 @@ def prepare(
     if not had:
         reasons = grouped(skip.reason for skip in skipped.values())
         raise RecipeError(
-            f"{suite.name}: no task can be asked: {reasons or 'the suite is empty'}. Give --data-dir FOLDER, or "
-            "--online; --suite facts is the twin that needs neither"
+            f"{suite.name}: no task can be asked: {reasons or 'the suite is empty'}; give --data-dir FOLDER or "
+            "--online; --suite facts is the built-in counterpart and needs neither"
         )
     prepared = beginning_with_bos(tokenizer)
     template = template_hash(prepared) if chat_template else None
@@ -298,7 +300,7 @@ def beginning_with_bos(tokenizer: Any) -> Any:
     prepared.add_bos_token, prepared.add_eos_token = True, False
     if not _begins(prepared):
         raise ArtifactError(
-            f"{type(tokenizer).__name__} cannot be made to begin a text with {tokenizer.bos_token!r} and not to end it"
+            f"{type(tokenizer).__name__} cannot be set to begin a text with {tokenizer.bos_token!r} but not end it"
         )
     return prepared
 
@@ -366,10 +368,34 @@ def wanted(asked: Questions, i: int) -> str:
 
 
 def code(suite: Suite) -> str:
-    """The hash of the code that makes and scores a suite's questions: its files, and all of `tasks` and `metrics`."""
+    """The hash of the code that makes and scores a suite's questions: its files, and all of `tasks` and `metrics`.
+
+    Comments, docstrings and layout of Python files do not count.
+    """
     shared = (path for folder in ("metrics", "tasks") for path in sorted((PACKAGE / folder).rglob("*.py")))
     files = [*sorted(path for path in suite.folder.iterdir() if path.suffix in (".py", ".yaml")), *shared]
-    return hashed([[path.name, path.read_text(encoding="utf-8")] for path in files])
+    return hashed([[path.name, content(path)] for path in files])
+
+
+def content(path: Path) -> Any:
+    """What a file does, as plain data: the syntax tree of a Python file, else the hash of its bytes."""
+    raw = path.read_bytes()
+    return syntax(ast.parse(raw)) if path.suffix == ".py" else hashlib.sha256(raw).hexdigest()
+
+
+def syntax(value: Any) -> Any:
+    """A syntax tree as plain data, without docstrings and positions.
+
+    Empty fields are left out, because Python versions differ in which ones they have.
+    """
+    if isinstance(value, list):
+        return [syntax(each) for each in value]
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = {name: each for name, each in ast.iter_fields(value) if each is not None and each != []}
+    if isinstance(value, DOCUMENTED) and ast.get_docstring(value, clean=False) is not None:
+        fields["body"] = value.body[1:]
+    return [type(value).__name__, {name: syntax(each) for name, each in fields.items()}]
 
 
 def hashed(value: Any) -> str:

@@ -48,7 +48,7 @@ def test_a_reason_that_many_tasks_share_is_said_once(tokenizer: Any) -> None:
         prepare(KICK, tokenizer)
     assert str(error.value).startswith(
         "kick: no task can be asked: freebaseqa/eval, triviaqa/no_context, nq/questions and 14 more: "
-        "no data folder was given and --online was not. Give --data-dir FOLDER"
+        "no data folder was given, and --online was not given; give --data-dir FOLDER"
     )
     assert questions.grouped(["a: none", "b: broken", "c: none", "a: none"]) == "a, c: none; b: broken"
 
@@ -168,6 +168,26 @@ def test_an_edit_of_what_suites_share_is_another_hash(
     assert questions.code(KICK) == before
     (tmp_path / edited).write_text("")
     assert questions.code(KICK) != before
+
+
+def test_only_what_code_does_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("metrics", "tasks"):
+        shutil.copytree(questions.PACKAGE / folder, tmp_path / folder)
+    monkeypatch.setattr(questions, "PACKAGE", tmp_path)
+    facts = replace(FACTS, folder=tmp_path / "tasks" / "facts")
+    (tmp_path / "metrics" / "new.py").write_text('"""One."""\ndef f():\n    """Two."""\n    return None\n')
+    before = questions.code(facts)
+    for same in ("def f():\n    return None", '"""1"""\ndef f( ):  # a comment\n    """2"""\n\n    return (None)\n'):
+        (tmp_path / "metrics" / "new.py").write_text(same)
+        assert questions.code(facts) == before
+    for other in ("def f():\n    return", "def f():\n    return False", "def f():\n    return 'Two.'"):
+        (tmp_path / "metrics" / "new.py").write_text(other)
+        assert questions.code(facts) != before
+    (tmp_path / "metrics" / "new.py").unlink()
+    before = questions.code(facts)
+    with (tmp_path / "tasks" / "facts" / "_base.yaml").open("a") as stream:
+        stream.write("# any byte of another file counts\n")
+    assert questions.code(facts) != before
 
 
 def test_a_tokenizers_identity_is_not_changed_by_using_it(tokenizer: Any) -> None:
