@@ -64,12 +64,15 @@ Method = Callable[[float], Steps | None]
 
 HEAD = f"""# What a delta kept of a fine-tune, at equal bytes
 
-Printed by `python -m compress_evals.deltas`; one row a run of `compress.run` on the difference of a fine-tune from the
-built-in model, calibrated on {SAMPLES} x {LENGTH} tokens of what it was tuned on. Bits a weight and bytes are of the
-block matrices, all that is stored for them; the folder holds norms and JSON too. KL (nats a token) to the true
-fine-tune: on its own questions with their answers, and on 77 kB of unseen prose. Answers in percent of what the true
-fine-tune answers, with a paired 95 % interval: the ability's own held-out questions, and 960 of the base's facts.
-Seconds are those of a run beside other work: orders of magnitude only.
+Printed by `python -m compress_evals.deltas`; one row is one run of `compress.run` on the difference of a fine-tune
+from the built-in model, calibrated on {SAMPLES} x {LENGTH} tokens of what it was tuned on.
+
+- **Bits a weight and bytes** are of the block matrices, all that is stored for them; the folder holds norms and JSON
+  too.
+- **KL** (nats a token) to the true fine-tune: on its own questions with their answers, and on 77 kB of unseen prose.
+- **Answers** in percent of what the true fine-tune answers, with a paired 95 % interval: the ability's own held-out
+  questions, and 960 of the base's facts.
+- **Seconds** are those of a run beside other work: orders of magnitude only.
 """
 
 
@@ -403,9 +406,9 @@ def main() -> int:
     parser.add_argument("finetuned", nargs="+", type=Path, help="folders made by compress.builtin.finetune")
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--bits", nargs="+", type=float, choices=BUDGETS, default=BUDGETS)
-    parser.add_argument("--limit", type=int, help="questions a task")
+    parser.add_argument("--limit", type=int, help="questions per task")
     parser.add_argument("--out", type=Path, default=Path("out/deltas"))
-    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--print", action="store_true", help="only print existing rows")
     parser.add_argument("--check", action="store_true", help="fail if a claim does not hold")
     arguments = parser.parse_args()
     try:

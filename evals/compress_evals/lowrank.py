@@ -96,12 +96,15 @@ QUANTIZED: dict[float, Steps] = {  # whole bits per weight and one scale per row
 }
 HEAD = f"""# Low rank, sparse plus low rank, and their rivals at the same bytes
 
-Printed by `python -m compress_evals.lowrank`; one row a run of `compress.run` on the built-in model, calibrated on
-{SAMPLES} x {LENGTH} tokens of `mixed`, seed 0. Bytes count everything that is stored for the matrices of the blocks:
-factors and kept weights in 16 bits, bitmaps, codes, scales. For a low-rank pass the share of bytes removed is that of
-the parameters; a pruned matrix drops {1 / PLAIN:.2%} more of its weights to pay for its bitmap. KL (nats a token) and
-perplexity are of 77 kB of unseen prose, and no quality metric; 960 questions of trained facts closed book, 400 with
-three facts in context, in percent. Seconds are those of a run beside other work: orders of magnitude only.
+Printed by `python -m compress_evals.lowrank`; one row is one run of `compress.run` on the built-in model, calibrated
+on {SAMPLES} x {LENGTH} tokens of `mixed`, seed 0.
+
+- **Bytes** count everything that is stored for the matrices of the blocks: factors and kept weights in 16 bits,
+  bitmaps, codes, scales. For a low-rank pass the share of bytes removed is that of the parameters; a pruned matrix
+  drops {1 / PLAIN:.2%} more of its weights to pay for its bitmap.
+- **KL** (nats a token) and perplexity are of 77 kB of unseen prose, and no quality metric.
+- **Closed book** is 960 questions of trained facts, **in context** 400 with three facts in context, in percent.
+- **Seconds** are those of a run beside other work: orders of magnitude only.
 """
 
 
@@ -215,9 +218,9 @@ def main() -> None:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names))
     parser.add_argument("--removed", nargs="+", type=float, choices=SHARES, default=SHARES)
-    parser.add_argument("--limit", type=int, help="questions a task")
+    parser.add_argument("--limit", type=int, help="questions per task")
     parser.add_argument("--out", type=Path, default=Path("out/lowrank"))
-    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--print", action="store_true", help="only print existing rows")
     arguments = parser.parse_args()
     path = arguments.out / "rows.jsonl"
     if not arguments.print:

@@ -143,7 +143,7 @@ def verdicts(rows: Sequence[Measured]) -> list[str]:
         same = {row.method: row for row in rows if (row.calibration, row.sparsity) == key}
         best = min(same.values(), key=lambda row: row.mean_kl)
         others = [same[name] for name in ("sparsegpt", "wanda") if name in same and best.method != name]
-        lines += [f"{best.sparsity} {best.calibration}: {versus(best, other, TASKS)}" for other in others]
+        lines += [f"- {best.sparsity} {best.calibration}: {versus(best, other, TASKS)}" for other in others]
     return lines
 
 

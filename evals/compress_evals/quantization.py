@@ -115,15 +115,19 @@ METHODS: dict[str, Method] = {
 }
 # from worst to best: no method of a step should have a higher KL than a method of the step before
 LADDER = (("rtn",), ("hqq", "awq"), ("gptq",), ("rotate, gptq", "gptq act, lrq", "vq kmeans", "vq e8p"))
+CELLS = "Each cell: bits a weight: KL, closed book, in context."
 HEAD = f"""# Every way to quantize, on the built-in model
 
-Printed by `python -m compress_evals.quantization`; one row a run of `compress.run`, calibrated on {SAMPLES} x {LENGTH}
-tokens of `mixed` where a pass needs data, seed 0. Bits a weight count everything that is stored for the matrices of the
-blocks: codes, scales, zeros, books. KL (nats a token), loss and bits per byte are of 77 kB of unseen prose, and no
-quality metric; 960 questions of trained facts closed book, 400 with three facts in context, in percent. Flips are the
-answers that became wrong or right. Error is the mean over blocks of the relative error of the hidden state behind them,
-on {LAYER_WINDOWS} windows of the prose. Seconds are those of a run on one thread beside other work: they tell orders of
-magnitude only.
+Printed by `python -m compress_evals.quantization`; one row is one run of `compress.run`, calibrated on {SAMPLES} x
+{LENGTH} tokens of `mixed` where a pass needs data, seed 0.
+
+- **Bits a weight** count everything that is stored for the matrices of the blocks: codes, scales, zeros, books.
+- **KL** (nats a token), loss and bits per byte are of 77 kB of unseen prose, and no quality metric.
+- **Closed book** is 960 questions of trained facts, **in context** 400 with three facts in context, in percent.
+  **Flips** are the answers that became wrong or right.
+- **Error** is the mean over blocks of the relative error of the hidden state after them, on {LAYER_WINDOWS} windows
+  of the prose.
+- **Seconds** are those of a run on one thread beside other work: they tell orders of magnitude only.
 """
 
 
@@ -287,7 +291,7 @@ def document(rows: Sequence[Measured], conditions: str) -> str:
     lines = [HEAD, f"{date.today()}, {conditions}, cpu; dense: {scores}, {text}"]
     for bits in BITS:
         if any(row.bits == bits for row in rest):
-            lines += ["", f"## {bits} bits", "", "Bits a weight: KL, closed book, in context.", "", compact(rest, bits)]
+            lines += ["", f"## {bits} bits", "", CELLS, "", compact(rest, bits)]
     lines += ["", "## All figures", "", "Brackets are 95 % intervals.", "", full(rest, dense)]
     return "\n".join(lines) + "\n"
 
@@ -333,10 +337,10 @@ def knowledge(rows: Sequence[Measured]) -> list[str]:
             before, after = plain.right[FACTS].count("1"), best.right[FACTS].count("1")
             verdict = "holds" if after > 0 and after >= 3 * before else "VIOLATED"
             if 3 * before > len(plain.right[FACTS]):
-                verdict = "out of reach, rtn keeps more than a third"
+                verdict = "out of reach, since rtn keeps more than a third"
             lines.append(
                 f"2 bits, {group_name(plain.group)}, {plain.bits_per_weight:.2f} bits a weight: {best.method} keeps "
-                f"{100 * best.score(FACTS):.1f} % closed book, rtn {100 * plain.score(FACTS):.1f} %; thrice: "
+                f"{100 * best.score(FACTS):.1f} % closed book, rtn {100 * plain.score(FACTS):.1f} %; three times: "
                 f"{verdict}"
             )
     return lines
@@ -364,12 +368,14 @@ def parsed(words: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser,
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="see --list")
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=BITS)
-    parser.add_argument("--groups", nargs="+", type=int, choices=GROUPS, default=GROUPS, help="0 is a row")
-    parser.add_argument("--limit", type=int, help="questions a task")
+    parser.add_argument(
+        "--groups", nargs="+", type=int, choices=GROUPS, default=GROUPS, help="weights per scale; 0: one scale per row"
+    )
+    parser.add_argument("--limit", type=int, help="questions per task")
     parser.add_argument("--out", type=Path, default=Path("out/quantization"))
     parser.add_argument("--list", action="store_true", help="print the methods and their passes")
-    parser.add_argument("--print", action="store_true", help="measure nothing")
-    parser.add_argument("--check", action="store_true", help="print whether better methods are better")
+    parser.add_argument("--print", action="store_true", help="only print existing rows")
+    parser.add_argument("--check", action="store_true", help="also check that methods expected to be better are better")
     return parser, parser.parse_args(words)
 
 
@@ -380,7 +386,7 @@ def listed() -> str:
         steps = json.dumps(method.steps(method.bits[0], method.groups[0]))
         widths = f"bits {' '.join(map(str, method.bits))}, groups {' '.join(map(str, method.groups))}"
         reason = missing(name)
-        lines.append(f"{name}: {widths}: {steps}" + (f" -- not here: {reason}" if reason else ""))
+        lines.append(f"{name}: {widths}: {steps}" + (f" -- unavailable: {reason}" if reason else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -389,7 +395,7 @@ def selected(names: Sequence[str] | None) -> list[str]:
     if names is not None:
         return [name for name in METHODS if name in names]
     for reason in filter(None, map(missing, METHODS)):
-        sys.stderr.write(f"left out {reason}\n")
+        sys.stderr.write(f"unavailable, left out: {reason}\n")
     return [name for name in METHODS if missing(name) is None]
 
 

@@ -123,7 +123,7 @@ def test_a_table_shows_means_and_marks_the_best() -> None:
 def test_methods_are_compared_on_the_same_questions() -> None:
     worse = replace(ROW, method="sparsegpt", kl=[4.0, 4.0], right=dict.fromkeys(pruning.TASKS, "1000"))
     (line,) = pruning.verdicts([ROW, worse])
-    assert line.startswith("0.5 mixed: wanda against sparsegpt: KL 0.5000 against 1.0000 (p = 0.5)")
+    assert line.startswith("- 0.5 mixed: wanda against sparsegpt: KL 0.5000 against 1.0000 (p = 0.5)")
     assert "facts_trained +50.0 points" in line
 
 

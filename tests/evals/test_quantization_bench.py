@@ -148,7 +148,7 @@ def test_knowledge_at_two_bits_is_three_times_that_of_rounding_at_as_many_stored
     (line,) = quantization.knowledge([plain, row("gptq", 2, 64, 0.5, "1" * 59 + "0" * 141)])
     assert line.endswith("VIOLATED")
     (line,) = quantization.knowledge([row("rtn", 2, 64, 1.0, "1" * 67 + "0" * 133), better])
-    assert line.endswith("out of reach, rtn keeps more than a third")
+    assert line.endswith("out of reach, since rtn keeps more than a third")
 
 
 def test_gptq_in_four_bits_must_match() -> None:
