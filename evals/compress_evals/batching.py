@@ -88,7 +88,7 @@ def halving(size: int, run: Callable[[int], Result], say: Callable[[str], None])
             if not out_of_memory(error):
                 raise
         size = halved(size)
-        say(f"note: out of memory; asked again {size} at a time")
+        say(f"note: out of memory; retrying with batch size {size}")
 
 
 def halved(size: int) -> int:

@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["builtin"])
     parser.add_argument("--recipes", nargs="+", default=names, choices=names)
-    parser.add_argument("--limit", type=int, default=None, help="questions a task")
+    parser.add_argument("--limit", type=int, default=None, help="questions per task")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

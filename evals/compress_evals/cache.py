@@ -33,7 +33,7 @@ class Cache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RecipeError(f"--cache: {folder} cannot be made: {error.strerror}") from error
+            raise RecipeError(f"--cache: {folder} cannot be created: {error.strerror}") from error
         self.folder, self.say = folder, say
         self._fresh = fresh
         self._written: set[Path] = set()
@@ -78,7 +78,7 @@ class Cache:
 
     def damaged(self, path: Path) -> None:
         """Report that an entry is damaged and is measured again."""
-        self.say(f"note: {path} is damaged; measured again")
+        self.say(f"note: {path} is damaged; measuring again")
 
 
 def key(kind: str, parts: dict[str, Any]) -> str:

@@ -103,7 +103,9 @@ def check_comparable(dense: Results, compressed: Results) -> None:
         raise ArtifactError(f"{pair} were not asked the same tasks; only one has {', '.join(different)}")
     for task, result in dense.tasks.items():
         if any(getattr(result, field) != getattr(compressed.tasks[task], field) for field in ASKED_ALIKE):
-            raise ArtifactError(f"{pair} were asked different questions in {task}: same limit, seed and version?")
+            raise ArtifactError(
+                f"{pair} were asked different questions in {task}; use the same limit, seed and version"
+            )
         if len(dense.rows.get(task, ())) != result.n or len(compressed.rows.get(task, ())) != result.n:
             raise ArtifactError(f"{pair}: the questions of {task} are not loaded; read both results with load()")
 
@@ -197,8 +199,8 @@ def accept(comparison: Comparison, max_drop: float, confidence: float, family: s
         bound = stats.lower_bound(task.paired, confidence, comparison.iters, comparison.seed)
         if bound < -max_drop:
             failures.append(
-                f"{name}: {100 * task.paired.delta:+.1f} points, and at {100 * confidence:g} % confidence the loss may "
-                f"be {-100 * bound:.1f}; allowed are {100 * max_drop:.1f}"
+                f"{name}: {100 * task.paired.delta:+.1f} points; the {100 * confidence:g} % lower bound is a loss of "
+                f"{-100 * bound:.1f} points; at most {100 * max_drop:.1f} is allowed"
             )
     return failures
 
@@ -215,7 +217,7 @@ def _broken(dense: Results, compressed: Results, fidelity: Fidelity | None) -> t
         return ()
     losses = (dense, fidelity.dense_bits_per_byte), (compressed, fidelity.compressed_bits_per_byte)
     return tuple(
-        f"{results.model.name} computes logits that are no finite numbers: its scores say nothing of what it knows"
+        f"{results.model.name} produces non-finite logits, so its scores are meaningless"
         for results, loss in losses
         if not math.isfinite(loss)
     )

@@ -15,7 +15,7 @@ from compress_evals.questions import Exam
 from compress_evals.results import Results
 from compress_evals.suite import find
 
-FORM = "'drop<=0.02@95%', or of one family 'closed book:drop<=0.05@90%'"
+FORM = "'drop<=0.02@95%', or for one family 'closed book:drop<=0.05@90%'"
 _WRITTEN = re.compile(
     r"(?:(?P<family>[^:]+):)?\s*drop\s*<=\s*(?P<drop>\d*\.?\d+)\s*@\s*(?P<confidence>\d+(\.\d+)?)\s*%"
 )
@@ -34,11 +34,12 @@ def parse(text: str, families: Sequence[str]) -> Condition:
     """Parse one condition; raises RecipeError, which shows the accepted form, for anything else."""
     found = _WRITTEN.fullmatch(text.strip())
     if found is None:
-        raise RecipeError(f"--accept: {text!r} is no condition; write {FORM}")
+        raise RecipeError(f"--accept: {text!r} is not a condition; expected {FORM}")
     family = found["family"].strip() if found["family"] else None
     max_drop, confidence = float(found["drop"]), float(found["confidence"]) / 100
     if not (0 < max_drop <= 1 and 0.5 <= confidence < 1):
-        raise RecipeError(f"--accept: {text!r}: a drop is from 0 to 1, a confidence from 50 to below 100 %; {FORM}")
+        allowed = "a drop must be above 0 and at most 1, a confidence at least 50 and below 100 %"
+        raise RecipeError(f"--accept: {text!r}: {allowed}; expected {FORM}")
     if family is not None and family not in families:
         raise RecipeError(f"--accept: there is no family {family!r}{nearest(family, families)}")
     return Condition(family=family, max_drop=max_drop, confidence=confidence)
@@ -50,7 +51,7 @@ def parse_all(texts: Sequence[str], suite: str, only: Sequence[str] | None = Non
     conditions = [parse(text, families) for text in texts]
     for text, condition in zip(texts, conditions, strict=True):
         if not any(covered(task, condition.family) for task in find(suite).chosen(only)):
-            raise RecipeError(f"--accept: {text!r} is about none of the tasks that --tasks names")
+            raise RecipeError(f"--accept: {text!r} applies to none of the tasks in --tasks")
     return conditions
 
 
@@ -60,7 +61,7 @@ def check_asked(conditions: Sequence[Condition], exam: Exam) -> None:
         if not any(covered(asked.task, family) for asked in exam.tasks):
             lost = {skip.reason: name for name, skip in exam.skipped.items() if family in (None, skip.family)}
             reasons = "; ".join(f"{name}: {reason}" for reason, name in lost.items())
-            raise RecipeError(f"--accept: nothing of {family or 'all tasks'!r} can be asked: {reasons}")
+            raise RecipeError(f"--accept: no task{f' of {family!r}' if family else ''} can be asked: {reasons}")
 
 
 def broken(results: Results, conditions: Sequence[Condition]) -> list[str]:

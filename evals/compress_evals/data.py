@@ -72,9 +72,9 @@ def read(name: str, folder: Path | None, online: bool) -> Found:
             return _from_folder(path, folder.resolve())
     missing = f"{name}: no data folder was given" if folder is None else f"{name}: not in the data folder {folder}"
     if not online:
-        raise Unavailable(f"{missing} and --online was not")
+        raise Unavailable(f"{missing}, and --online was not given")
     if name not in HUB:
-        raise Unavailable(f"{missing}, and the hub has no copy of it known to be the same")
+        raise Unavailable(f"{missing}, and no equivalent copy on the hub is known")
     return _from_hub(name)
 
 
@@ -128,7 +128,7 @@ def _locate(folder: Path, name: str) -> Path | None:
     for ending in ENDINGS:
         path = (root / f"{name}{ending}").resolve()
         if not path.is_relative_to(root):
-            raise ArtifactError(f"{name}{ending} leads out of the data folder {folder}")
+            raise ArtifactError(f"{name}{ending} leads outside the data folder {folder}")
         if path.is_file():
             return root / f"{name}{ending}"
     return None
@@ -141,7 +141,7 @@ def _from_folder(path: Path, root: Path) -> Found:
         raw = path.read_bytes()
         content = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise ArtifactError(f"{path}: not readable: {why(error)}") from None
+        raise ArtifactError(f"{path}: cannot be read: {why(error)}") from None
     sha256 = hashlib.sha256(raw).hexdigest()
     expected = _manifest(root).get(name, sha256)
     if sha256 != expected:
@@ -162,7 +162,7 @@ def _manifest(root: Path) -> dict[str, str]:
     try:
         return {str(entry["file"]): str(entry["sha256"]) for entry in json.loads(path.read_bytes())}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: not a list of {{file, sha256}}: {error}") from None
+        raise ArtifactError(f"{path}: is not a list of {{file, sha256}}: {error}") from None
 
 
 def _decoded(content: bytes, path: Path) -> str:
@@ -200,7 +200,7 @@ def _from_hub(name: str) -> Found:
     try:
         rows = [source.row(row) for row in table]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{name}: the hub's {title} has not the columns it had: {error!r}") from None
+        raise ArtifactError(f"{name}: the hub's {title} no longer has the expected columns: {error!r}") from None
     lines = (json.dumps(row, sort_keys=True) for row in rows)
     return Found(rows=rows, source="hub", name=title, sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
 

@@ -100,11 +100,12 @@ def check_url(url: str) -> None:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise RecipeError("--judge-url: not an address") from None
+        raise RecipeError("--judge-url: is not a valid address") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise RecipeError("--judge-url: give an address without user name, password, query or fragment")
     if not host or not (parts.scheme == "https" or (parts.scheme == "http" and host in LOCAL)):
-        raise RecipeError(f"--judge-url: {url!r} is not https://..., nor http://localhost...: the key would be seen")
+        why = "the API key would be sent unencrypted"
+        raise RecipeError(f"--judge-url: {url!r} is neither https://... nor http://localhost...: {why}")
 
 
 class _Later(Exception):
@@ -142,7 +143,7 @@ def _read(reply: Any, deadline: float) -> bytes:
 def _of_status(error: urllib.error.HTTPError, url: str) -> Exception:
     if error.code in HOPELESS:
         why = "the key in JUDGE_API_KEY is refused or missing" if error.code in (401, 403) else "nothing answers there"
-        return RecipeError(f"--judge-url: {url} says HTTP {error.code}: {why}")
+        return RecipeError(f"--judge-url: {url} answered HTTP {error.code}: {why}")
     if error.code in AGAIN:
         asked = error.headers.get("Retry-After", "") if error.headers else ""
         return _Later(f"HTTP {error.code}", float(asked) if asked.isdecimal() else 0.0)

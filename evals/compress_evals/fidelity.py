@@ -118,7 +118,7 @@ def all_windows(
     pieces = text_windows(tokenizer, text, length)
     asked = [answer_window(tokenizer, question) for question in questions]
     if not pieces or not asked:
-        raise ArtifactError("fidelity needs a text of two tokens or more and at least one question")
+        raise ArtifactError("fidelity needs a text of at least two tokens and at least one question")
     return pieces, asked
 
 
@@ -235,7 +235,10 @@ def targets(window: Window) -> Tensor:
 def same_vocabulary(dense: int, compressed: int) -> None:
     """Raise ArtifactError unless both vocabularies have the same size."""
     if dense != compressed:
-        raise ArtifactError(f"the models have {dense} and {compressed} tokens: not one the other compressed")
+        raise ArtifactError(
+            f"the models have vocabularies of {dense} and {compressed} tokens, so one is not a compressed version of "
+            "the other"
+        )
 
 
 def token_distances(dense_TV: Tensor, compressed_TV: Tensor, target_T: Tensor) -> Tokens:

@@ -135,7 +135,7 @@ def evaluate_folders(
     size = batching.find(dense, exam, session.cache) if batch_size == "auto" else batch_size
     results, fitted = batching.halving(size, partial(ask_all, session, dense, others), meter.note)
     if fitted != size:
-        why = f"batch size {fitted}: {size} at a time ran out of memory"
+        why = f"batch size {fitted}, because {size} ran out of memory"
         results = [noted(found, why) for found in results]
     if out is not None:
         write(results, out)
@@ -164,7 +164,7 @@ def apart(models: Sequence[Path], places: dict[str, Path | None]) -> None:
         for model in models:
             if place is not None and model.resolve() in (place.resolve(), *place.resolve().parents):
                 raise RecipeError(
-                    f"{option}: {place} must not be or lie in the model folder {model}; write it elsewhere"
+                    f"{option}: {place} must not be the model folder {model} or inside it; write it elsewhere"
                 )
 
 
@@ -346,6 +346,4 @@ def write(results: Sequence[Results], out: Path) -> None:
         (out / "report.md").write_text(markdown(results), encoding="utf-8")
         (out / "report.html").write_text(html(results), encoding="utf-8")
     except OSError as error:
-        raise RecipeError(
-            f"--out: {out} cannot be written: {error.strerror}; what was asked is in the cache"
-        ) from error
+        raise RecipeError(f"--out: {out} cannot be written: {error.strerror}; all answers are in the cache") from error

@@ -159,8 +159,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4, 2), default=[8, 4, 2])
     parser.add_argument("--residual", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--keys", nargs="+", choices=("channel", "token"), default=["channel", "token"])
-    parser.add_argument("--chunk", type=int, default=8, help="tokens that enter at once")
-    parser.add_argument("--questions", type=int, default=200, help="of each task")
+    parser.add_argument("--chunk", type=int, default=8, help="tokens fed per step")
+    parser.add_argument("--questions", type=int, default=200, help="questions per task")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     kinds = [
@@ -177,7 +177,7 @@ def main() -> None:
         sys.stderr.write(f"{name}\n")
         rows.append(bench.measure(name, partial(QuantizedCache, config, **asdict(kv))))
     conditions = f"{model_name(arguments.model)}, {sum(len(w.ids) - 1 for w in bench.texts)} tokens of prose, "
-    conditions += f"{arguments.questions} questions a task, {arguments.chunk} tokens at a time, {arguments.device}"
+    conditions += f"{arguments.questions} questions per task, {arguments.chunk} tokens per step, {arguments.device}"
     sys.stdout.write(f"{conditions}; 95 % intervals\n\n{table(rows, bench.length)}\n")
 
 

@@ -104,15 +104,15 @@ def main() -> None:
     parser.add_argument("--model", default="builtin", help="a dense model's folder")
     parser.add_argument("--kept", type=float, nargs="+", default=[1, 0.75, 0.5, 0.375, 0.25])
     parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4, 2), default=[8, 4, 2])
-    parser.add_argument("--chunk", type=int, default=8, help="tokens that enter at once")
-    parser.add_argument("--questions", type=int, default=400, help="of each task")
+    parser.add_argument("--chunk", type=int, default=8, help="tokens fed per step")
+    parser.add_argument("--questions", type=int, default=400, help="questions per task")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     bench = Bench(arguments.model, arguments.chunk, arguments.questions, arguments.device)
     rows, speeds = measured(bench, arguments)
     tokens = sum(len(window.ids) - 1 for window in bench.texts)
-    conditions = f"{model_name(arguments.model)}, {tokens} tokens of prose, {arguments.questions} questions a "
-    conditions += f"task, {arguments.chunk} tokens at a time, {arguments.device}; 95 % intervals"
+    conditions = f"{model_name(arguments.model)}, {tokens} tokens of prose, {arguments.questions} questions per "
+    conditions += f"task, {arguments.chunk} tokens per step, {arguments.device}; 95 % intervals"
     head = f"| {PROMPT} + {NEW} tokens | plain, tokens/s | latent, tokens/s | latent / plain |\n|---|---|---|---|"
     lines = "\n".join([f"medians of {RUNS} pairs of runs after one to warm up, batch 1 (range)", "", head, *speeds])
     sys.stdout.write(f"{conditions}\n\n{table(rows, bench.length)}\n\n{lines}\n")

@@ -61,9 +61,9 @@ def tokens(draw: random.Random, least: int, most: int, shapes: dict[str, Any]) -
 def main() -> None:
     """Parse the arguments, run both ways in turn, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--length", type=int, nargs="+", default=[60, 400], help="tokens of a prompt, on average")
-    parser.add_argument("--count", type=int, default=64, help="requests")
-    parser.add_argument("--batch", type=int, default=32, help="at once")
+    parser.add_argument("--length", type=int, nargs="+", default=[60, 400], help="average tokens per prompt")
+    parser.add_argument("--count", type=int, default=64, help="number of requests")
+    parser.add_argument("--batch", type=int, default=32, help="requests per batch")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     given = parser.parse_args()

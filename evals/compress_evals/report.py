@@ -29,9 +29,9 @@ GLYPHS = {"improved": "▲", "matching": "●", "drop": "▼", "fails": "✕", "
 MEANINGS = {
     "improved": "the whole interval is above zero",
     "matching": "the whole interval is above the margin: whatever was lost is small enough",
-    "drop": "there is a loss; whether it is beyond the margin is open",
+    "drop": "there is a loss; whether it exceeds the margin is undecided",
     "fails": "the whole interval is below the margin",
-    "inconclusive": "too few questions to tell; not the same as no loss",
+    "inconclusive": "too few questions to decide; this does not mean that nothing was lost",
 }
 ASSUMED_FLIPS = 0.1  # between int4 (about 2 %) and 2:4 pruning (about 30 %) on the built-in model
 SILENT = 0.1  # a drop in the share of questions that get an answer, from which on the report mentions it
@@ -69,7 +69,7 @@ def split(results: Sequence[Results]) -> tuple[Results, list[Results]]:
     dense = [result for result in results if result.vs is None]
     if len(dense) != 1:
         names = ", ".join(result.model.name for result in dense) or "none"
-        raise ArtifactError(f"a report needs one dense result beside the compared ones; without comparison: {names}")
+        raise ArtifactError(f"a report needs exactly one dense result; results without a comparison: {names}")
     compressed = [result for result in results if result.vs is not None]
     for result in compressed:
         check_reference(dense[0], result)
@@ -168,9 +168,9 @@ def headline(dense: Results, compressed: Sequence[Results]) -> str:
         case []:
             return f"What {dense.model.name} can do"
         case [one]:
-            return f"What {one.model.name} lost against {dense.model.name}"
+            return f"What {one.model.name} lost compared with {dense.model.name}"
         case _:
-            return f"What {len(compressed)} compressed versions lost against {dense.model.name}"
+            return f"What {len(compressed)} compressed versions lost compared with {dense.model.name}"
 
 
 def header_line(dense: Results) -> str:
@@ -183,7 +183,7 @@ def header_line(dense: Results) -> str:
     effects = [f"{100 * effect:.1f} points ({n} questions)" for n, effect in shown.items() if math.isfinite(effect)]
     return (
         f"{sum(task.n for task in dense.tasks.values()):,} questions in {len(dense.tasks)} tasks. "
-        f"Minimal detectable effect with 80 % power, if {100 * ASSUMED_FLIPS:.0f} % of the answers flip: "
+        f"Minimal detectable effect at 80 % power, if {100 * ASSUMED_FLIPS:.0f} % of the answers flip: "
         f"{' to '.join(effects) or 'none, too few questions'}."
     )
 
@@ -261,7 +261,11 @@ def silence(dense: Results, result: Results) -> str:
         before, after = task.metrics["valid"].value, other.metrics["valid"].value
         if before - after >= SILENT:
             told.append(f"{task.title} ({100 * after:.0f} % of questions, dense {100 * before:.0f} %)")
-    return f"{result.model.name} often gives no answer, which hides what it knows: {'; '.join(told)}" if told else ""
+    return (
+        f"{result.model.name} often gives no answer, so its scores understate what it knows: {'; '.join(told)}"
+        if told
+        else ""
+    )
 
 
 def ignorance(dense: Results) -> list[str]:
@@ -273,8 +277,8 @@ def ignorance(dense: Results) -> list[str]:
     ours = all(name.startswith(f"{FACTS.name}_") for name in counted)
     hint = f". `{FACTS.name}` asks what the built-in model was taught, --suite kick real questions of any model"
     return [
-        f"{dense.model.name} is no better than chance in {len(idle)} of {len(counted)} tasks: in them nothing can be "
-        f"lost and a verdict says nothing{hint if ours else ''}"
+        f"{dense.model.name} is no better than chance in {len(idle)} of {len(counted)} tasks: there nothing can be "
+        f"lost, and a verdict means nothing{hint if ours else ''}"
     ]
 
 

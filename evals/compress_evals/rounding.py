@@ -94,8 +94,14 @@ def main() -> None:
     parser.add_argument(
         "--recipes", nargs="+", default=["rtn-int4", "wanda-50", "gptq-int4", "gptq-int2"], choices=names
     )
-    parser.add_argument("--tokens", nargs=2, type=int, default=TOKENS, help="of a forward, in the two runs")
-    parser.add_argument("--limit", type=int, default=None, help="questions a task")
+    parser.add_argument(
+        "--tokens",
+        nargs=2,
+        type=int,
+        default=TOKENS,
+        help="calibration tokens per forward pass, in the first and in the second run",
+    )
+    parser.add_argument("--limit", type=int, default=None, help="questions per task")
     arguments = parser.parse_args()
     if arguments.tokens[0] == arguments.tokens[1]:
         parser.error("--tokens: give two different numbers")
@@ -105,8 +111,8 @@ def main() -> None:
             sys.stderr.write(f"{arguments.model}: {name}\n")
             rows.append(again(arguments.model, name, arguments.tokens, arguments.limit, Path(folder)))
     sys.stdout.write(
-        f"{arguments.model}, cpu, calibration {' and '.join(map(str, arguments.tokens))} tokens at a time; the second "
-        f"less the first, points\n{table(rows)}\n"
+        f"{arguments.model}, cpu, calibration {' and '.join(map(str, arguments.tokens))} tokens per forward pass; "
+        f"second minus first, points\n{table(rows)}\n"
     )
 
 

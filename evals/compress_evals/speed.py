@@ -269,7 +269,7 @@ def by_turns_row(shapes: Shapes, stats: dict[int, Statistics]) -> tuple[str, flo
     rank, chosen = step.rank(down.shape), step.remainder(down.shape)
     ours = clock(lambda: by_turns(a_OI, rank, chosen, step.iterations))[0]
     first = clock(lambda: turns_loop(a_OI, rank, round(a_OI.shape[1] * 3 / 8), 1))[0]
-    return "oats 50 %, down", ours, first * step.iterations, f"1 of {step.iterations} turns"
+    return "oats 50 %, down", ours, first * step.iterations, f"1 of {step.iterations} iterations"
 
 
 def main() -> None:
@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=32, help="rows on which the loops over rows are timed")
-    parser.add_argument("--only", choices=["block", "loops"], help="one of the two tables; the block takes ten minutes")
+    parser.add_argument("--only", choices=["block", "loops"], help="print only this table; the block takes ten minutes")
     arguments = parser.parse_args()
     shapes = Shapes(hidden=arguments.hidden, inner=arguments.inner, keys=arguments.keys)
     widths = {INPUTS[name]: shape[1] for name, shape in shapes.of().items()}

@@ -164,14 +164,18 @@ def measure(model: Path, recipe: str, out: Path, options: list[str]) -> Measured
 def main() -> None:
     """Make the model if it does not exist, run the recipes, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bytes", type=float, default=4e9, help="size of the model, about")
-    parser.add_argument("--dir", type=Path, default=Path("out/bench/streaming"), help="where model and results go")
+    parser.add_argument("--bytes", type=float, default=4e9, help="approximate size of the model in bytes")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("out/bench/streaming"), help="folder for the model and results"
+    )
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--offload", action="store_true", help="keep hidden states on disk")
-    parser.add_argument("--shape", choices=list(SHAPES), default="2.6b", help="whose widths the blocks have")
-    parser.add_argument("--device", default="cpu", help="where to compute")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), default="2.6b", help="model size whose layer widths the blocks have"
+    )
+    parser.add_argument("--device", default="cpu", help="device to compute on")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--length", type=int, default=512, help="tokens per window")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     model = arguments.dir / f"llama-{arguments.shape}-{arguments.bytes:.0f}"

@@ -60,7 +60,7 @@ class Suite:
         names = [task.name for task in self.tasks]
         for name in only or ():
             if name not in names:
-                raise RecipeError(f"tasks: {self.name} has no task {name!r}{nearest(name, names)}")
+                raise RecipeError(f"tasks: the suite {self.name} has no task {name!r}{nearest(name, names)}")
         return tuple(task for task in self.tasks if only is None or task.name in only)
 
 

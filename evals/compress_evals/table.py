@@ -135,7 +135,11 @@ def append(path: Path, row: Scored) -> None:
 def foreign(path: Path, rows: Sequence[Scored], conditions: str) -> str | None:
     """The reason why rows measured under `conditions` must not be added to a file; None if they may."""
     other = next((row.source for row in rows if row.source != conditions), None)
-    return None if other is None else f"--out: {path} holds rows of {other}; choose another folder"
+    return (
+        None
+        if other is None
+        else f"--out: {path} holds rows measured under other conditions ({other}); choose another folder"
+    )
 
 
 def kl_p(one: Scored, other: Scored) -> float:

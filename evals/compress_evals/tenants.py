@@ -141,7 +141,9 @@ def table(rows: list[Row]) -> str:
         f"{r.prompt_alone:>7.1f}{r.prompt_mixed:>8.1f} {r.prompt:>6.2f}"
         for r in rows
     ]
-    told = f"{TENANTS} tenants, one row each; {torch.get_num_threads()} thread; medians of runs in turns; memory is\n"
+    told = (
+        f"{TENANTS} tenants, one row each; {torch.get_num_threads()} thread; medians of alternating runs; memory is\n"
+    )
     told += (
         "resident / stored bytes; ms of a decode step, then of prompts: one dense model after another, one mixed batch"
     )

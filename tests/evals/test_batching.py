@@ -74,7 +74,10 @@ def test_what_ran_out_of_memory_is_run_again_at_half() -> None:
 
     assert batching.halving(32, run, said.append) == ("done", 8)
     assert tried == [32, 16, 8]
-    assert said == ["note: out of memory; asked again 16 at a time", "note: out of memory; asked again 8 at a time"]
+    assert said == [
+        "note: out of memory; retrying with batch size 16",
+        "note: out of memory; retrying with batch size 8",
+    ]
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_a_model_without_finite_logits_is_named(
     dense: Results, small: Results, before: float, after: float, named: list[str]
 ) -> None:
     notes = compare(dense, small, bits(before, after)).notes
-    assert [note.split()[0] for note in notes if "no finite numbers" in note] == named
+    assert [note.split()[0] for note in notes if "non-finite logits" in note] == named
 
 
 def test_p_is_adjusted_over_the_tasks(dense: Results, small: Results) -> None:
@@ -143,7 +143,7 @@ def test_measured_otherwise_is_refused(dense: Results, small: Results, field: di
 @pytest.mark.parametrize("field", [{"version": "2"}, {"shots": 5}])
 def test_a_task_of_another_version_is_refused(dense: Results, small: Results, field: dict[str, Any]) -> None:
     tasks = small.tasks | {"facts_copy": small.tasks["facts_copy"].model_copy(update=field)}
-    with pytest.raises(ArtifactError, match="different questions in facts_copy: same limit, seed and version"):
+    with pytest.raises(ArtifactError, match="different questions in facts_copy; use the same limit, seed and version"):
         compare(dense, small.model_copy(update={"tasks": tasks}))
 
 

@@ -42,7 +42,7 @@ def test_a_family_that_does_not_exist_is_named_with_its_nearest() -> None:
 
 
 def test_a_condition_on_nothing_that_is_asked_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"'choice:drop<=0.02@95%' is about none of the tasks that --tasks names"):
+    with pytest.raises(RecipeError, match=r"'choice:drop<=0.02@95%' applies to none of the tasks in --tasks"):
         parse_all(["choice:drop<=0.02@95%"], "facts", ["facts_trained"])
     assert parse_all(["drop<=0.02@95%"], "facts", ["facts_trained"])
 

@@ -147,7 +147,7 @@ def test_models_of_different_vocabularies_are_refused(model: Any) -> None:
 
 
 def test_an_empty_text_is_refused(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(ArtifactError, match="text of two tokens"):
+    with pytest.raises(ArtifactError, match="text of at least two tokens"):
         measure_fidelity(model, model, tokenizer, text="", questions=questions())
 
 

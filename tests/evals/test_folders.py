@@ -129,9 +129,9 @@ def test_where_memory_runs_out_all_models_are_asked_at_half_and_that_is_said(
     monkeypatch.setattr(asking, "ask", ask)
     dense, small = evaluated(artifact, only=TASKS[:1], batch_size=16, on_progress=lines.append)
     assert dense.engine.batch_size == small.engine.batch_size == 8
-    assert dense.notes == small.notes == ("batch size 8: 16 at a time ran out of memory",)
+    assert dense.notes == small.notes == ("batch size 8, because 16 ran out of memory",)
     assert dense.notes[0] in small.vs.notes
-    assert "note: out of memory; asked again 8 at a time" in lines
+    assert "note: out of memory; retrying with batch size 8" in lines
 
 
 @pytest.mark.slow

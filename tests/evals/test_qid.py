@@ -213,7 +213,7 @@ def test_noise_and_saturation_are_dropped() -> None:
         ([Point(parameters=1, tokens=1, bits=8, degradation=0.0)], "no point between"),
         (grid(OURS, [1e8], [1e10], [2, 3]), "2 usable points for k and 1 exponents, as bits vary; need 3"),
         (grid(OURS, [1e8, 1e9], [1e10, 1e11], [2, 3, 4])[:7], "need 8"),
-        ([p for n in (1e8, 1e9) for p in grid(OURS, [n], [20 * n], [2, 3, 4, 5])], "vary together"),
+        ([p for n in (1e8, 1e9) for p in grid(OURS, [n], [20 * n], [2, 3, 4, 5])], "are collinear"),
         (grid(replace(OURS, log_k=-9.0, gamma=-2.0), [1e8], [1e10], [2, 3, 4]), "does not fall with bits"),
     ],
 )

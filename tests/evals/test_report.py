@@ -177,12 +177,12 @@ def test_a_dense_model_that_knows_nothing_is_said(make_results: Callable[..., Re
     known, unknown = [1] * 200, [0] * 200
     half = make_results("m", {"facts_a": known, "facts_b": unknown})
     assert ignorance(half) == [
-        "m is no better than chance in 1 of 2 tasks: in them nothing can be lost and a verdict says nothing. `facts` "
+        "m is no better than chance in 1 of 2 tasks: there nothing can be lost, and a verdict means nothing. `facts` "
         "asks what the built-in model was taught, --suite kick real questions of any model"
     ]
     assert ignorance(make_results("m", {"facts_a": known, "facts_b": known, "facts_c": unknown})) == []
     [other] = ignorance(make_results("m", {"kick_a": unknown}))
-    assert other.endswith("a verdict says nothing")
+    assert other.endswith("a verdict means nothing")
 
 
 def test_a_model_that_falls_silent_is_said_to(make_results: Callable[..., Results]) -> None:
@@ -198,7 +198,8 @@ def test_a_model_that_falls_silent_is_said_to(make_results: Callable[..., Result
     assert caveats(dense, [measured("talks", 0.86)]) == []
     [line] = caveats(dense, [measured("talks", 0.9), measured("mute", 0.17)])
     assert line == (
-        "mute often gives no answer, which hides what it knows: Title of facts_a (17 % of questions, dense 95 %)"
+        "mute often gives no answer, so its scores understate what it knows: Title of facts_a (17 % of "
+        "questions, dense 95 %)"
     )
     assert silence(dense, make_results("other", {"facts_a": [1.0] * 20})) == ""
 

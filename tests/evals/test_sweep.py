@@ -140,8 +140,8 @@ def test_what_would_be_measured_twice_is_measured_once_and_noted(written: Writte
                          "seeds: [0, 1]"))  # fmt: skip
     assert [cell.id for cell in sweep.cells] == ["wanda-50", "wanda-50-seed=1", "w-sparsity=0.6",
                                                  "w-sparsity=0.6-seed=1", "nf4"]  # fmt: skip
-    assert any("cells[1] (w sparsity=0.5) is wanda-50 again" in note for note in sweep.notes)
-    assert any("(nf4 seed=1) is nf4 again" in note for note in sweep.notes)  # it reads no data
+    assert any("cells[1] (w sparsity=0.5) is the same as wanda-50:" in note for note in sweep.notes)
+    assert any("(nf4 seed=1) is the same as nf4:" in note for note in sweep.notes)  # it reads no data
 
 
 WRONG = {
@@ -150,20 +150,20 @@ WRONG = {
     "unknown recipe": ("- wanda-51", "", r"cells\[0\]\.recipe: no recipe file at 'wanda-51'; did you mean 'wanda-50'"),
     "value": ("- {recipe: rtn-int4, set: {passes.0.bits: [4, 99]}}", "", r"cells\[0\] \(rtn-int4 bits=99\): .*bits"),
     "path": ("- {recipe: rtn-int4, set: {passes.7.bits: 4}}", "", "set.passes.7.bits: no item '7'"),
-    "empty axis": ("- {recipe: rtn-int4, set: {passes.0.bits: []}}", "", "passes.0.bits: lists no value"),
-    "seed": ("- {recipe: wanda-50, set: {calibration.seed: 1}}", "", "is set by `seeds`"),
-    "model": ("- {recipe: wanda-50, set: {model: x}}", "", "is set by `models`"),
+    "empty axis": ("- {recipe: rtn-int4, set: {passes.0.bits: []}}", "", "passes.0.bits: is an empty list"),
+    "seed": ("- {recipe: wanda-50, set: {calibration.seed: 1}}", "", "must be set by `seeds`"),
+    "model": ("- {recipe: wanda-50, set: {model: x}}", "", "must be set by `models`"),
     "both": ("- {recipe: wanda-50, passes: [rtn]}", "", "give either `recipe`"),
     "neither": ("- {name: x}", "", "give either `recipe`"),
     "no name": ("- {passes: [rtn]}", "", "needs a `name`"),
-    "accept": ("- {recipe: rtn-int4, set: {accept: {max_drop: 0.1}}}", "", "accepts none"),
+    "accept": ("- {recipe: rtn-int4, set: {accept: {max_drop: 0.1}}}", "", "tests no conditions"),
     "same name": ("- {name: a, recipe: nf4}\n- {name: A, recipe: fp8}", "", "another cell or model is called 'A'"),
     "a model's name": ("- {name: builtin, recipe: nf4}", "", "another cell or model is called 'builtin'"),
     "no letters": ("- {name: '/../', recipe: nf4}", "", "with letters or digits"),
     "anchor": ("- &a wanda-50", "", "anchors, aliases and tags"),
     "suite": ("- nf4", "eval: {suite: fact}", "did you mean 'facts'"),
     "eval": ("- nf4", "eval: {limits: 8}", r"eval: unknown option 'limits'; did you mean 'limit'"),
-    "text": ("- nf4", "eval: {text: nowhere.txt}", "eval.text: there is nothing at"),
+    "text": ("- nf4", "eval: {text: nowhere.txt}", "nowhere.txt does not exist"),
     "data": ("- nf4", "eval: {data_dir: sweep.yaml}", r"eval.data_dir: \S+sweep.yaml is not a folder"),
     "no model": ("- nf4", "models: [nowhere]", "no model folder at"),
     "models alike": ("- nf4", "models: [builtin, builtin]", "two models are called 'builtin'"),

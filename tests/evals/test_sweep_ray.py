@@ -105,15 +105,15 @@ def test_what_ray_cannot_do_is_refused_before_anything_is_written(
             run(sweep, tmp_path / "o", **engine)
 
     refused("'rat' is none of local, ray", engine="rat")
-    refused("only --engine ray has one", address="head:6379")
+    refused("is only valid with --engine ray", address="head:6379")
     monkeypatch.setattr(ray, "find_spec", lambda name: None)
     refused(r"needs ray: pip install 'compress-llm\[ray\]'", engine="ray")
     monkeypatch.setattr(ray, "find_spec", lambda name: sys.modules["json"].__spec__)
-    refused("Ray chooses the card", engine="ray", device="cuda:1")
-    refused("is not the HOST:PORT", engine="ray", address="ray://head:10001")
+    refused("Ray chooses the GPU", engine="ray", device="cuda:1")
+    refused("is not a HOST:PORT", engine="ray", address="ray://head:10001")
     refused("nothing answers at 127.0.0.1:1: ", engine="ray", address="127.0.0.1:1")
     refused("nothing answers at head..local:6379: ", engine="ray", address="head..local:6379")
-    refused("is not the HOST:PORT", engine="ray", address="head:99999")
+    refused("is not a HOST:PORT", engine="ray", address="head:99999")
     assert not (tmp_path / "o").exists()
 
 

@@ -137,7 +137,7 @@ def why_not(dense: Entry, compressed: Entry) -> str | None:
     for name, task in ours.tasks.items():
         other = theirs.tasks[name]
         if any(getattr(task, field) != getattr(other, field) for field in ASKED_ALIKE):
-            return f"{name}: other questions; same limit, seed and version?"
+            return f"{name}: different questions; use the same limit, seed and version"
         if dense.sources[name] != compressed.sources[name]:
             return f"{name}: questions from {dense.sources[name]} and from {compressed.sources[name]}"
         said = theirs.vs.tasks.get(name) if theirs.vs else None
@@ -216,7 +216,7 @@ def _partner(entry: Entry, dense: Sequence[Entry]) -> Entry:
     named = [other for other in dense if other.results.model.name == called]
     if not named:
         raise ArtifactError(
-            f"{entry.place}: was compared with {called}, but no dense result of that name is below the given paths"
+            f"{entry.place}: was compared with {called}, but there is no dense result of that name in the given paths"
         )
     reasons = [why_not(other, entry) for other in named]
     fitting = [other for other, reason in zip(named, reasons, strict=True) if reason is None]
@@ -224,7 +224,7 @@ def _partner(entry: Entry, dense: Sequence[Entry]) -> Entry:
         places = " and ".join(other.place for other in fitting)
         raise ArtifactError(f"{entry.place}: could belong to {places}, which differ in their weights; leave one out")
     if not fitting:
-        raise ArtifactError(f"{entry.place}: cannot stand beside {named[0].place}; they differ in {reasons[0]}")
+        raise ArtifactError(f"{entry.place}: is not comparable with {named[0].place}; they differ in {reasons[0]}")
     return fitting[0]
 
 
@@ -235,7 +235,7 @@ def _margin(entry: Entry) -> float:
 def _with_failures(boards: Sequence[Board], failed: Sequence[Cell]) -> Collection:
     """The collection with each failed cell on the boards of its model, or on the only board if there is just one."""
     if not boards:
-        raise ArtifactError("no dense result is below the given paths: nothing to compare with")
+        raise ArtifactError("there is no dense result in the given paths, so nothing to compare with")
     boards = sorted(boards, key=lambda board: -len(board.compressed))
     only = len(boards) == 1
     placed = [

@@ -21,7 +21,7 @@ GROUPS = {
     "scores": "Scores, %",
     "differences": "Differences, points",
     "flips": "Flips, %",
-    "answers": "Other answers, %",
+    "answers": "Different answers, %",
     "fidelity": "Fidelity",
 }
 FOLDED = ("differences", "flips", "answers")  # hidden at first if scripts run; always shown without scripts
@@ -64,13 +64,13 @@ def _kept() -> Iterator[Column]:
     yield Column(
         group="kept",
         label="Worst family",
-        about="what the family that lost most kept of the dense score above chance, with its 95 % interval",
+        about="the share of the dense score above chance that the worst family kept, with its 95 % interval",
         cell=lambda line: _share(line.standing.kept, line.standing.worst or ""),
     )
     yield Column(
         group="kept",
         label="Mean",
-        about="the mean over families of what was kept: shown, but not what the order is made of",
+        about="the mean over families of the share kept; it does not affect the ranking",
         cell=lambda line: _share(line.standing.mean),
     )
 
@@ -79,7 +79,7 @@ def _verdicts() -> Column:
     return Column(
         group="verdicts",
         label="Families by verdict",
-        about="each family's verdict, worst first; sorts by how many fail, then by how many drop, controls left out",
+        about="each family's verdict, worst first; sorted by how many fail, then by how many drop, without controls",
         cell=lambda line: Cell(
             sort=_severity(line),
             text="",
@@ -94,13 +94,13 @@ def _runs() -> Iterator[Column]:
     yield Column(
         group="runs",
         label="Seeds",
-        about="calibration seeds that the line is the mean of; intervals, verdicts and ranks include their spread",
+        about="number of calibration seeds that the line averages; intervals, verdicts and ranks include their spread",
         cell=lambda line: Cell(sort=len(line.runs), text=str(len(line.runs))) if line.runs else Cell(),
     )
     yield Column(
         group="runs",
         label="Between runs, points",
-        about="standard deviation of a run's score beyond what questions explain, of the family where it is largest",
+        about="between-run standard deviation not explained by single questions, for the family where it is largest",
         cell=_apart,
     )
 
@@ -156,7 +156,7 @@ def _by_family(families: Sequence[str]) -> Iterator[Column]:
     kinds = {
         "scores": ("the mean over questions with its 95 % interval", _score),
         "differences": ("compressed minus dense with its 95 % interval, and the verdict", _difference),
-        "flips": ("questions right before and wrong now, and the other way round", _flips),
+        "flips": ("questions that dense answers right and this model wrong, and the reverse", _flips),
         "answers": ("questions answered differently, right or wrong", _answers),
     }
     for group, (about, cell) in kinds.items():
@@ -174,14 +174,15 @@ def _fidelity() -> Iterator[Column]:
     yield Column(
         group="fidelity",
         label="KL, nats",
-        about="KL(dense || compressed) a token on text that no calibration set contains",
+        about="KL(dense || compressed) per token on text that no calibration set contains",
         cell=lambda line: _number(line.fidelity.kl.value if line.fidelity else None, "{:.4f}"),
         first="ascending",
     )
     yield Column(
         group="fidelity",
         label="Bits per byte: not a quality metric",
-        about="how well the same text is compressed: it moves little while knowledge is lost, and decides nothing here",
+        about="how well the same text is compressed: it moves little while knowledge is lost, and does not affect the "
+        "ranking",
         cell=lambda line: _number(line.fidelity.compressed_bits_per_byte if line.fidelity else None, "{:.3f}"),
         first="ascending",
         grey=True,

@@ -33,12 +33,12 @@ FORMULAS = {
     "rank": "by the worst family kept; shared by those that cannot be told apart from their group's first, 5 %, Holm",
 }
 OF_RUNS = (
-    "A line of several runs is the mean over calibration seeds; its interval, verdict and rank ask about other "
-    "questions and other runs."
+    "A line of several runs is the mean over calibration seeds; its interval, verdict and rank account for the "
+    "variance over questions and over runs."
 )
 OF_EACH = (
-    "Mean, smallest and largest of the runs; behind them in points the standard deviation of a run's score that flips "
-    "of single questions explain, which is in every interval over questions already, and that of what lies beyond."
+    "Mean, minimum and maximum over runs; then, in points, the standard deviation explained by flips of single "
+    "questions (already part of the intervals) and the remaining between-run standard deviation."
 )
 COLUMNS = {
     "board": "number of the board; lines of different boards must not be compared",
@@ -46,12 +46,12 @@ COLUMNS = {
     "model": "name", "method": "passes of the recipe", "kind": "kind of compression",
     "removed": "share of weights, ranks, neurons or blocks removed by the recipe",
     "bits_per_weight": "bits stored for each weight of the blocks", "bytes": "bytes of all tensors",
-    "times_smaller": "bytes of dense over bytes", "speed": "decoding tokens a second over those of dense",
+    "times_smaller": "bytes of dense divided by those of the model", "speed": "decoding speed divided by that of dense",
     "worst_family": "the family that kept least", "worst_kept": FORMULAS["kept"],
     "worst_kept_low": "95 % interval", "worst_kept_high": "95 % interval", "mean_kept": "mean over families",
-    "worst_verdict": "worst verdict of any family but controls", "kl": "KL(dense || compressed), nats a token",
+    "worst_verdict": "worst verdict of any family except controls", "kl": "KL(dense || compressed), nats per token",
     "bits_per_byte": "of plain text; not a quality metric",
-    "runs": "calibration seeds that the line is the mean of",
+    "runs": "number of calibration seeds that the line averages",
 }  # fmt: skip
 FAMILY_COLUMNS = {
     "score": "mean over questions", "low": "95 % interval of the score", "high": "95 % interval of the score",
@@ -59,7 +59,7 @@ FAMILY_COLUMNS = {
     "delta_low": "95 % interval of the difference", "delta_high": "95 % interval of the difference",
     "verdict": "non-inferiority by the interval of the difference", "flips": "share of questions that flipped",
     "disagreement": "share of questions answered differently", "kept": FORMULAS["kept"],
-    "between": "standard deviation of the score between runs beyond what questions explain; empty for a single run",
+    "between": "between-run standard deviation of the score not explained by single questions; empty for a single run",
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class FamilyOut(Stored):
     """One family of one model; scores and differences are fractions."""
 
     family: str
-    control: bool = Field(description="shown, but counts for nothing")
+    control: bool = Field(description="shown, but not part of the mean or of the ranking")
     n: int = Field(description="questions")
     score: float = Field(description=FAMILY_COLUMNS["score"])
     low: float
@@ -165,11 +165,11 @@ class BoardOut(Stored):
     suite: str
     folder: str = Field(description="where its pages are, from the site's folder")
     protocol: dict[str, Any] = Field(description="what every result of the board was measured with")
-    facts: dict[str, str] = Field(description="the head of the page, in words")
-    margin: float = Field(description="share of the dense score whose loss still matches")
+    facts: dict[str, str] = Field(description="the facts at the head of the page")
+    margin: float = Field(description="largest relative loss that counts as matching")
     data: dict[str, str | None] = Field(description="where each task's questions came from")
     task_hashes: dict[str, str]
-    models: tuple[ModelOut, ...] = Field(description="best worst family first")
+    models: tuple[ModelOut, ...] = Field(description="sorted by the worst family, best first")
     failed: tuple[FailedOut, ...]
 
 
@@ -226,7 +226,10 @@ def as_markdown(board: Board, lines: Sequence[Line]) -> str:
         parts += ["## Runs", OF_EACH, md_table(titles, [_md_runs(line) for line in several])]
     if board.failed:
         rows = [(c.recipe, c.id, " ".join((c.error or "").split())[:300]) for c in board.failed]
-        parts += ["## Not made", md_table(("recipe", "cell", "error"), [[readable(x) for x in row] for row in rows])]
+        parts += [
+            "## Failed cells",
+            md_table(("recipe", "cell", "error"), [[readable(x) for x in row] for row in rows]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -47,7 +47,8 @@ def noise(dense: Results) -> str:
         return "not measured"
     flips, n = sum(noise.flips for noise in dense.noise.values()), sum(noise.n for noise in dense.noise.values())
     sizes = ", ".join(sorted({str(noise.batch_size) for noise in dense.noise.values()}))
-    return f"{flips} of {n:,} answers of dense flip when only the batch size changes, to {sizes}: fewer are noise"
+    within = "fewer flips than that are within the noise"
+    return f"{flips} of {n:,} answers of dense flip when only the batch size changes, to {sizes}; {within}"
 
 
 def told_apart(collection: Collection) -> list[list[tuple[str, str]]]:

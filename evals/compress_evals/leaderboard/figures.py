@@ -110,11 +110,12 @@ def flips(lines: Sequence[Line]) -> Figure:
         widest = max([1.0, *(100 * abs(line.delta) for line in lines)])
         axes.plot([-widest, 0, widest], [widest, 0, widest], color=STAND_IN["soft"], linewidth=1, dashes=(3, 3))
         _dots(axes, [(100 * line.delta, 100 * line.flips, f"models/{line.slug}.html") for line in lines], STAND_IN)
-        svg = inline(figure, "flips", title, "Each point is a model; below the dashed lines none can be.", links)
+        svg = inline(figure, "flips", title, "Each point is a model; none can lie below the dashed lines.", links)
     return Figure(
         title=title,
         about="A model on the dashed line only lost, or only gained. The further above it, the more answers changed in "
-        "both directions and cancelled: a difference near zero with many flips is another model, not the same one.",
+        "both directions and cancelled: a difference near zero with many flips means different answers, not an "
+        "unchanged model.",
         svg=svg,
         header=("model", "difference, points", "flips, %"),
         rows=tuple((line.name, signed(line.delta), f"{100 * line.flips:.1f}") for line in lines),

@@ -86,13 +86,13 @@ def check_target(site: Path, paths: Sequence[Path], force: bool) -> None:
     place = site.resolve()
     for path in paths:
         if path.resolve().is_relative_to(place) or Path.cwd().is_relative_to(place):
-            raise RecipeError(f"--out: {site} holds {path}, or is where you are; give a folder of its own")
+            raise RecipeError(f"--out: {site} contains {path} or the current directory; give a folder of its own")
     clear(site)
     if site.is_file() or site.is_symlink():
         raise RecipeError(f"--out: {site} is not a folder")
     if site.is_dir() and any(site.iterdir()) and not force and not is_site(site):
         raise RecipeError(
-            f"--out: {site} is there and is no leaderboard; give another folder, or --force to replace it"
+            f"--out: {site} exists and is not a leaderboard; give another folder, or --force to replace it"
         )
 
 

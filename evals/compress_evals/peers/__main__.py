@@ -116,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the tables, or print those of stored lines; returns 2 if a tool is missing or fails, else 0."""
     parser = argparse.ArgumentParser(prog="python -m compress_evals.peers", description=__doc__)
     parser.add_argument("--peers-python", type=Path, default=Path("out/peers/venv/bin/python"), metavar="PATH")
-    parser.add_argument("--out", type=Path, default=Path("out/peers"), help="where models, results and lines go")
+    parser.add_argument("--out", type=Path, default=Path("out/peers"), help="folder for models, results and lines")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--tools", nargs="+", default=list(DOES), choices=list(DOES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--runs", type=int, default=3, help="of each job")
-    parser.add_argument("--markdown", type=Path, metavar="LINES", help="measure nothing; the tables of these lines")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each job")
+    parser.add_argument("--markdown", type=Path, metavar="LINES", help="only print the tables of these lines")
     arguments = parser.parse_args(argv)
     lines = arguments.markdown or arguments.out / "lines.jsonl"
     try:

@@ -67,7 +67,9 @@ def fit(points: Sequence[Point], curve: Curve = "power", iters: int = 2000, seed
     """
     used = [point for point in points if SMALLEST <= point.degradation <= LARGEST]
     if not used:
-        raise RecipeError(f"no point between {SMALLEST} and {LARGEST} nats: below is noise, above saturation")
+        raise RecipeError(
+            f"no point between {SMALLEST} and {LARGEST} nats: smaller values are noise, larger ones saturated"
+        )
     columns = {name: column(used, name, curve) for name in EXPONENTS}
     free = tuple(name for name, values in columns.items() if np.ptp(values) > 1e-9 * max(1.0, np.abs(values).max()))
     x_nf = design(columns, free)
@@ -114,13 +116,15 @@ def refuse(x_nf: Floats, free: Sequence[str]) -> None:
     if count < NEEDED[unknowns]:
         raise RecipeError(
             f"{count} usable points for k and {unknowns - 1} exponents, as {varied} vary; need {NEEDED[unknowns]}, "
-            "or one point for k alone"
+            "or one point to fit k alone"
         )
     if not free:
         return
     centred_nf = x_nf[:, 1:] - x_nf[:, 1:].mean(0)
     if np.linalg.matrix_rank(centred_nf / centred_nf.std(0), tol=1e-6) < unknowns - 1:
-        raise RecipeError(f"{varied} vary together: the exponents of {', '.join(free)} cannot be told apart")
+        raise RecipeError(
+            f"{varied} are collinear in these points, so the exponents {', '.join(free)} cannot be identified"
+        )
 
 
 def intervals(x_nf: Floats, y_n: Floats, free: Sequence[str], iters: int, seed: int) -> dict[str, tuple[float, float]]:

@@ -164,7 +164,7 @@ def doubts(law: Law, asked: dict[str, list[float]]) -> list[str]:
             lines.append(f"extrapolated: {name} {said}; the law was fitted on {low:.3g} to {high:.3g}")
     return [
         *lines,
-        "calibration, group size and method move k by several times: refit it on one measured point with --fit",
+        "calibration, group size and method change k by several times: refit it on one measured point with --fit",
         "distilled models and training in stages are outside the law",
     ]
 
@@ -172,7 +172,7 @@ def doubts(law: Law, asked: dict[str, list[float]]) -> list[str]:
 def bound_doubts(vocabulary: int | None, dense_loss: float | None) -> list[str]:
     """The caveats about the bound: what is missing to compute it."""
     if vocabulary is None:
-        return ["not clamped: a loss above ln V means nothing; give --vocabulary"]
+        return ["not clamped: a loss above ln V is meaningless; give --vocabulary"]
     if dense_loss is None:
         return ["clamped at ln V, as the dense loss is not known; give --dense-loss for ln V - CE"]
     return []

@@ -32,7 +32,7 @@ def read_points(path: Path, parameters: float | None = None, tokens: float | Non
     rows = read_rows(path)
     key = next((k for k in ("bits_per_weight", "bits") if all(number(row.get(k)) for _, row in rows)), None)
     if key is None:
-        raise RecipeError(f"{path}: every line needs `bits_per_weight`, or every line `bits`, as a number")
+        raise RecipeError(f"{path}: every line needs `bits_per_weight` as a number, or every line `bits`")
     points = []
     for place, row in rows:
         summed = isinstance(row.get("loss"), list)  # then `tokens` counts the text that was evaluated
@@ -44,7 +44,7 @@ def read_points(path: Path, parameters: float | None = None, tokens: float | Non
         }
         for name in ("parameters", "tokens", "bits"):
             if not number(given[name]) or not 0 < given[name] < math.inf:
-                raise RecipeError(f"{place}: no positive {name}; say it there or on the command line")
+                raise RecipeError(f"{place}: no positive {name}; give it in the line or on the command line")
         points.append(Point(**given))
     return points, key
 
@@ -81,7 +81,7 @@ def degradation(row: dict[str, Any], place: str) -> float:
     elif found is None and number(before) and number(after):
         found = after - before
     if not number(found):
-        raise RecipeError(f"{place}: no `degradation` in nats, and no `loss` and `dense_loss` to take it from")
+        raise RecipeError(f"{place}: no `degradation` in nats, and no `loss` and `dense_loss` to compute it from")
     return float(found)
 
 

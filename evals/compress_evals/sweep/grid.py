@@ -37,18 +37,18 @@ LONGEST = 100  # characters of an id; longer folder names break archives
 class Asked:
     """The evaluation options of every cell, as in `compress eval`; paths are relative to the sweep file."""
 
-    suite: Annotated[str, Field(description="which tasks")] = "facts"
-    tasks: Annotated[list[str] | None, Field(min_length=1, description="those of the suite alone")] = None
+    suite: Annotated[str, Field(description="suite of tasks")] = "facts"
+    tasks: Annotated[list[str] | None, Field(min_length=1, description="only these tasks of the suite")] = None
     data_dir: Annotated[str | None, Field(description="folder with the suite's data")] = None
-    online: Annotated[bool, Field(description="data may come from the hub")] = False
-    limit: Annotated[int | None, Field(ge=4, description="questions a task, a fixed sample")] = None
-    margin: Annotated[float, Field(ge=0, le=1, description="share of the dense score that still matches")] = 0.05
-    seed: Annotated[int, Field(ge=0, description="of samples and bootstraps")] = 0
+    online: Annotated[bool, Field(description="allow downloading data from the hub")] = False
+    limit: Annotated[int | None, Field(ge=4, description="questions per task, a fixed sample")] = None
+    margin: Annotated[float, Field(ge=0, le=1, description="largest relative loss that counts as matching")] = 0.05
+    seed: Annotated[int, Field(ge=0, description="seed of samples and bootstraps")] = 0
     text: Annotated[str | None, Field(description="UTF-8 file for bits per byte and KL; default: built-in")] = None
-    batch_size: Annotated[int | Literal["auto"], Field(description="questions at once")] = "auto"
+    batch_size: Annotated[int | Literal["auto"], Field(description="batch size")] = "auto"
     chat_template: Annotated[bool, Field(description="put prompts through the tokenizer's chat template")] = False
     speed: Annotated[bool, Field(description="also time generation beside the dense model")] = False
-    noise: Annotated[int, Field(ge=0, description="questions a task that the dense model is asked twice")] = 0
+    noise: Annotated[int, Field(ge=0, description="questions per task that the dense model is asked twice")] = 0
 
     def __post_init__(self) -> None:
         check_options(self, "eval")
@@ -145,7 +145,7 @@ def check_keys(data: Any, allowed: Sequence[str], where: str) -> None:
 def listed(value: Any, where: str) -> list[Any]:
     """The value, if it is a list of at least one item; raises RecipeError for anything else."""
     if not isinstance(value, list) or not value:
-        raise RecipeError(f"{where}: expected a list of at least one, got {value!r}")
+        raise RecipeError(f"{where}: expected a list of at least one item, got {value!r}")
     return value
 
 
@@ -170,7 +170,7 @@ def read_seeds(value: Any) -> list[int]:
     """The seeds without duplicates; raises RecipeError for anything that is not a whole number from 0."""
     for i, seed in enumerate(listed(value, "seeds")):
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise RecipeError(f"seeds[{i}]: expected a whole number from 0, got {seed!r}")
+            raise RecipeError(f"seeds[{i}]: expected a whole number of at least 0, got {seed!r}")
     return list(dict.fromkeys(value))
 
 
@@ -181,7 +181,7 @@ def read_asked(value: Any, folder: Path) -> Asked:
         if (given := getattr(asked, key)) is not None:
             path = (folder / Path(given).expanduser()).resolve()
             if not path.exists():
-                raise RecipeError(f"eval.{key}: there is nothing at {path}")
+                raise RecipeError(f"eval.{key}: {path} does not exist")
             if key == "data_dir" and not path.is_dir():
                 raise RecipeError(f"eval.{key}: {path} is not a folder")
             whole: dict[str, Any] = {key: str(path)}
@@ -215,10 +215,10 @@ def recipe_data(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Any
     """The recipe of a line as data, and its name; it is in a file, packaged, or written in the line itself."""
     inline = {key: entry[key] for key in INLINE if key in entry}
     if ("recipe" in entry) == bool(inline):
-        raise RecipeError(f"{where}: give either `recipe`, with `set` for changes, or `passes` of its own")
+        raise RecipeError(f"{where}: give either `recipe` (with `set` for changes) or `passes`")
     if inline:
         if "name" not in entry:
-            raise RecipeError(f"{where}: a recipe written here needs a `name`")
+            raise RecipeError(f"{where}: an inline recipe needs a `name`")
         return inline, str(entry["name"])
     path = find(entry["recipe"], folder, where)
     try:
@@ -249,11 +249,13 @@ def read_axes(value: Any, where: str) -> dict[str, list[Any]]:
         raise RecipeError(f"{where}: expected paths such as passes.0.sparsity with a value or a list, got {value!r}")
     for path, values in value.items():
         if not isinstance(path, str):
-            raise RecipeError(f"{where}: {path!r} is no path such as passes.0.sparsity")
+            raise RecipeError(f"{where}: {path!r} is not a path such as passes.0.sparsity")
         if path in ("model", "calibration.seed"):
-            raise RecipeError(f"{where}.{path}: is set by `{'models' if path == 'model' else 'seeds'}` of the sweep")
+            raise RecipeError(
+                f"{where}.{path}: must be set by `{'models' if path == 'model' else 'seeds'}` of the sweep"
+            )
         if values == []:
-            raise RecipeError(f"{where}.{path}: lists no value")
+            raise RecipeError(f"{where}.{path}: is an empty list")
     return {path: values if isinstance(values, list) else [values] for path, values in value.items()}
 
 
@@ -267,7 +269,7 @@ def changed(data: Any, changes: Mapping[str, Any], where: str) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
     if recipe.accept:
-        raise RecipeError(f"{where}: accept: a sweep measures every cell and accepts none; set `accept: null`")
+        raise RecipeError(f"{where}: accept: a sweep measures every cell and tests no conditions; set `accept: null`")
     return recipe
 
 
@@ -298,7 +300,7 @@ def crossed(
         identity = (source, json.dumps(recipe.to_dict(), sort_keys=True))
         name, called = " ".join(parts), slug(" ".join(parts))
         if identity in cells:
-            notes.append(f"{variant.where} ({name}) is {cells[identity].id} again: measured once")
+            notes.append(f"{variant.where} ({name}) is the same as {cells[identity].id}: measured once")
             continue
         if called.casefold() in taken:
             faults.append(f"{variant.where} ({name}): another cell or model is called {called!r}; give it a `name`")

@@ -84,7 +84,7 @@ def cluster(jobs: int, device: str, address: str | None) -> AbstractContextManag
     if spec is None or spec.origin is None:  # a folder named `ray` is not the package
         raise RecipeError("--engine ray needs ray: pip install 'compress-llm[ray]'")
     if device not in ("cpu", "cuda"):
-        raise RecipeError(f"--device {device}: Ray chooses the card of a cell; give cpu or cuda")
+        raise RecipeError(f"--device {device}: Ray chooses the GPU of each cell; give cpu or cuda")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address is not None:
         ask(address)
@@ -95,7 +95,7 @@ def ask(address: str) -> None:
     """Raise RecipeError unless a cluster answers; this runs in a subprocess, because Ray itself waits for minutes."""
     found = re.fullmatch(r"([\w.-]+|\[[\da-fA-F:]+\]):(\d{1,5})", address)
     if found is None or int(found[2]) >= 1 << 16:
-        raise RecipeError(f"--address: {address!r} is not the HOST:PORT that `ray start --head` gave")
+        raise RecipeError(f"--address: {address!r} is not a HOST:PORT as printed by `ray start --head`")
     try:
         socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=PATIENCE).close()
         probe = [sys.executable, "-c", PROBE, address]
@@ -106,7 +106,7 @@ def ask(address: str) -> None:
         raise RecipeError(f"--address: no Ray cluster answers at {address} within {PATIENCE:.0f} s") from error
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise RecipeError(f"--address: the cluster at {address} refuses: {said[-1]}")
+        raise RecipeError(f"--address: the cluster at {address} refuses the connection: {said[-1]}")
 
 
 @contextmanager

@@ -179,11 +179,11 @@ def run(
 def engine_of(engine: str, jobs: int, device: str, address: str | None) -> AbstractContextManager[Start]:
     """The engine that starts the processes of cells; raises RecipeError if it is unknown or not available."""
     if engine not in ENGINES:
-        raise RecipeError(f"--engine: {engine!r} is none of {', '.join(ENGINES)}")
+        raise RecipeError(f"--engine: {engine!r} is not one of {', '.join(ENGINES)}")
     if engine == "ray":
         return cluster(jobs, device, address)
     if address is not None:
-        raise RecipeError("--address: only --engine ray has one")
+        raise RecipeError("--address: is only valid with --engine ray")
     return local(jobs)
 
 

@@ -72,7 +72,7 @@ def test_what_fits_no_dense_result_is_refused_with_the_difference(
     better = make_results("dense", {task: [1.0] * 39 + [0.0] for task in one.tasks})
     cases = {
         "batch_size: 64 and 8": [dense, one.model_copy(update={"engine": engine})],
-        "facts_trained: other questions": [dense, one.model_copy(update={"tasks": newer})],
+        "facts_trained: different questions": [dense, one.model_copy(update={"tasks": newer})],
         "questions from built in and from hub": [dense, one.model_copy(update={"tasks": hub})],
         "another measurement of the dense model": [better, one],
         "no dense result of that name": [one],

@@ -271,7 +271,11 @@ def test_the_site_says_so_on_pages_and_in_data(
     results = stored(tmp_path / "results", [dense, *runs])
     publish([results], tmp_path / "site")
     page = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
-    assert "gptq</bdi>, 3 runs" in page and "Between runs, points" in page and "other runs" in page
+    assert (
+        "gptq</bdi>, 3 runs" in page
+        and "Between runs, points" in page
+        and "variance over questions and over runs" in page
+    )
     assert 'href="models/gptq-seed-1.html"' not in page  # single runs are not in the table
     mean = (tmp_path / "site" / "models" / "gptq.html").read_text(encoding="utf-8")
     single = (tmp_path / "site" / "models" / "gptq-seed-1.html").read_text(encoding="utf-8")
