@@ -82,7 +82,7 @@ def test_a_dry_run_lists_the_cells_and_the_time_left_and_measures_nothing(
 def test_a_dry_run_looks_for_the_engine_too(cli: Run, file: Callable[[str], Path], tmp_path: Path) -> None:
     for said, *given in (
         ("is only valid with --engine ray", "--address", "head:6379"),
-        ("is none of local, ray", "--engine", "slurm"),
+        ("is not one of local, ray", "--engine", "slurm"),
         ("nothing answers at 127.0.0.1:1: ", "--engine", "ray", "--address", "127.0.0.1:1"),
     ):
         code, _, err = cli("sweep", file("0.1"), "--out", tmp_path / "o", "--dry-run", *given)

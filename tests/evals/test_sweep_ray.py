@@ -104,7 +104,7 @@ def test_what_ray_cannot_do_is_refused_before_anything_is_written(
         with pytest.raises(RecipeError, match=match):
             run(sweep, tmp_path / "o", **engine)
 
-    refused("'rat' is none of local, ray", engine="rat")
+    refused("'rat' is not one of local, ray", engine="rat")
     refused("is only valid with --engine ray", address="head:6379")
     monkeypatch.setattr(ray, "find_spec", lambda name: None)
     refused(r"needs ray: pip install 'compress-llm\[ray\]'", engine="ray")
