@@ -81,7 +81,10 @@ def test_what_is_not_accepted_exits_5_and_is_written_all_the_same(cli: Run, arti
         (("--accept", "choice:drop<=0.02@95%", "--tasks", "facts_trained"), "applies to none of the tasks in --tasks"),
         (("--batch-size", "lots"), "neither auto nor a number"),
         (("--suite", "fact"), "--suite: there is no 'fact'; did you mean 'facts'"),
-        (("--tasks", "facts_trained,facts_mcq"), "--tasks: the suite facts has no task 'facts_mcq'; did you mean 'facts_mc'"),
+        (
+            ("--tasks", "facts_trained,facts_mcq"),
+            "--tasks: the suite facts has no task 'facts_mcq'; did you mean 'facts_mc'",
+        ),
         (("--tasks", ""), "error: --tasks: is empty; name tasks, with commas between\n"),
         (
             ("--tasks", "facts_trained, "),
