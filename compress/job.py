@@ -481,8 +481,11 @@ class Job:
 
 
 def record(site: Any, nbytes: int) -> dict[str, Any]:
-    """The ledger row of a site in compress.json; `nbytes` is what the site takes in the files."""
-    return {
+    """The ledger row of a site in compress.json; `nbytes` is what the site takes in the files.
+
+    Raises RecipeError if a pass of somebody else's has noted something under a name that rows have for themselves.
+    """
+    own = {
         "weight": site.weight.describe(),
         "bytes": nbytes,
         "dense_bytes": site.original.nbytes(),
@@ -491,7 +494,12 @@ def record(site: Any, nbytes: int) -> dict[str, Any]:
         "tokens": site.stats.tokens,
         "fallbacks": [list(fallback) for fallback in site.fallbacks],
         "starved": site.starving,
-        **({"inputs": site.inputs} if site.inputs else {}),
-        **({"errors": [list(each) for each in site.errors]} if len(site.errors) > 1 else {}),
-        **site.ledger,
+        "inputs": site.inputs,
+        "errors": [list(each) for each in site.errors],
     }
+    if taken := sorted(own.keys() & site.ledger.keys()):
+        raise RecipeError(
+            f"{site.name}: a pass noted {taken[0]!r} in the ledger, which is a field of every row; rename it"
+        )
+    unsaid = {"inputs": not site.inputs, "errors": len(site.errors) < 2}
+    return {**{key: value for key, value in own.items() if not unsaid.get(key)}, **site.ledger}

@@ -144,3 +144,15 @@ def test_a_package_whose_pass_cannot_be_imported_is_named_in_one_line(
     code, out, err = cli("passes")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"the pass {name!r} cannot be imported from {value}: " in err and why in err
+
+
+@pytest.mark.parametrize("name", ["errors", "weight", "inputs"])
+def test_a_note_under_a_name_that_rows_have_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    class Noting(compress.Magnitude):
+        def score(self, site: compress.Site) -> Tensor:
+            site.ledger[name] = 1
+            return super().score(site)
+
+    with pytest.raises(RecipeError, match=f"a pass noted '{name}' in the ledger, which is a field of every row"):
+        compress.run(tiny_llama, [Noting()], tmp_path / "o")
+    assert not (tmp_path / "o").exists()
