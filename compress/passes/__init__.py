@@ -155,5 +155,5 @@ def load_plugins() -> None:
         except Exception as error:  # third-party code may raise anything
             raise RecipeError(
                 f"the pass {entry.name!r} cannot be imported from {entry.value}: {first_line(error)}; "
-                "mend or remove its package"
+                "fix or remove its package"
             ) from error

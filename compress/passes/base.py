@@ -196,7 +196,9 @@ class Pruner(WeightPass):
     sparsity: Annotated[
         Sparsity, Field(description="fraction dropped, or n:m with n KEPT of every m inputs of a row")
     ] = 0.5
-    scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "row"
+    scope: Annotated[
+        str, Field(description="the weights compared with each other: row, matrix, or whole blocks such as 16x16")
+    ] = "row"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -276,7 +278,7 @@ class Refiner(WeightPass):
                 return w_OI.float().masked_fill(~mask_OI, 0), weight
             case _:
                 raise UnsupportedWeight(
-                    f"{self.name} needs plain values under a mask; {site.name} is {site.weight.describe()}"
+                    f"{self.name} needs unquantized values under a mask; {site.name} is {site.weight.describe()}"
                 )
 
     def group(self, site: Site, weight: Masked) -> int:
@@ -356,7 +358,8 @@ class Quantizer(WeightPass):
     gives: ClassVar[str] = "quantized"
 
     inputs: Annotated[
-        Literal["full", "int8", "fp8"], Field(description="what the layer's input is rounded to, one scale a token")
+        Literal["full", "int8", "fp8"],
+        Field(description="what the layer's input is rounded to, with one scale per token"),
     ] = "full"
     factors: Annotated[bool, Field(description="round low-rank factors too")] = False
 
@@ -451,7 +454,7 @@ class BlockQuantizer(Quantizer):
         """A factor rounded to nearest; raises UnsupportedWeight if the blocks do not divide its width."""
         if factor.shape[1] % self.block:
             raise UnsupportedWeight(
-                f"{self.name}: {site.name}: its blocks of {self.block} do not divide a rank of {factor.shape[1]}; "
+                f"{self.name}: {site.name}: its blocks of {self.block} do not divide the rank of {factor.shape[1]}; "
                 "use another rank, or factors: false"
             )
         return super().round_factor(factor, keep, site)
@@ -463,12 +466,14 @@ class GridQuantizer(Quantizer):
 
     shared_out = "bits"
 
-    bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
-    group: Annotated[int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix")] = 64
+    bits: Annotated[int, Field(ge=2, le=8, description="bits per code")] = 4
+    group: Annotated[
+        int, Field(ge=-1, description="inputs that share a scale; 0: a whole row, -1: the whole matrix")
+    ] = 64
     symmetric: Annotated[bool, Field(description="no stored zero; the grid is centred on code 2**(bits-1)")] = False
     search: Annotated[
         bool | Literal["output"],
-        Field(description="shrink each range: true to the least |w - w'|**2.4, output to the least output error"),
+        Field(description="shrink each range to minimise |w - w'|**2.4 (true) or the output error (output)"),
     ] = False
 
     @property
@@ -479,7 +484,7 @@ class GridQuantizer(Quantizer):
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if the group does not divide the width, or if `search: output` meets one grid for all."""
         if self.search == "output" and self.group < 0:
-            raise RecipeError(f"{self.name}: search: output needs a grid a row or a group; group is {self.group}")
+            raise RecipeError(f"{self.name}: search: output needs one grid per row or group; group is {self.group}")
         if self.group > 0 and shape[1] % self.group:
             raise RecipeError(f"{self.name}: {site}: group {self.group} does not divide its width of {shape[1]}")
 

@@ -22,9 +22,14 @@ class Codec(WeightPass):
     takes: ClassVar[tuple[str, ...]] = ("dense",)
     gives: ClassVar[str] = "quantized"
 
-    bits: Annotated[float, Field(gt=0, le=16, description="a weight, of all that is stored; never more")] = 1.0
+    bits: Annotated[
+        float, Field(gt=0, le=16, description="bits per weight, counting everything that is stored; an upper limit")
+    ] = 1.0
     unbiased: Annotated[
-        bool, Field(description="enlarge what is stored until its output holds all of the weight's, and errs aside")
+        bool,
+        Field(
+            description="rescale what is stored so that its error is orthogonal to the weight (no shrinkage towards 0)"
+        ),
     ] = False
 
     def budget(self, shape: tuple[int, int]) -> int:

@@ -52,11 +52,14 @@ class Corrector(WeightPass):
     treatment.
     """
 
-    rank: Annotated[int | None, Field(ge=1, description="of the correction; null = by share")] = None
+    rank: Annotated[int | None, Field(ge=1, description="rank of the correction; null: set by share")] = None
     share: Annotated[float, Field(gt=0, lt=1, description="rank as a share of the matrix's shorter side")] = 0.1
     metric: Annotated[
         Literal["gram", "diagonal", "plain"],
-        Field(description="the error of the output, the same as if inputs were independent, or of the weights"),
+        Field(
+            description="what to minimise: the error of the output, the same for independent inputs, or the error of "
+            "the weights"
+        ),
     ] = "gram"
     precision: Annotated[Precision, Field(description="how the two factors are stored")] = "half"
 
@@ -70,12 +73,12 @@ class Corrector(WeightPass):
         rank, most, (rows, columns) = self.rank_of(shape), most_rank(shape), shape
         if rank < 1:
             raise RecipeError(
-                f"{self.name}: {site}: a share of {self.share:g} of {rows}x{columns} is no rank; raise it"
+                f"{self.name}: {site}: a share of {self.share:g} of {rows}x{columns} gives rank 0; raise share"
             )
         if rank > most:
             raise RecipeError(
                 f"{self.name}: {site}: factors of rank {rank} are no smaller than the {rows}x{columns} matrix itself; "
-                f"at most {most} is"
+                f"at most rank {most} is"
             )
 
     def rank_of(self, shape: tuple[int, int]) -> int:

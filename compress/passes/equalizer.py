@@ -31,7 +31,7 @@ class Equalizer(Reshape):
     def check(self, after: Sequence[Pass]) -> None:
         """Raise RecipeError if no quantizer follows."""
         if not any(isinstance(step, Quantizer) for step in after):
-            raise RecipeError(f"{self.name}: no quantizer follows for which it could scale; add rtn or gptq after it")
+            raise RecipeError(f"{self.name}: no quantizer follows; add rtn or gptq after it")
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
         """The model itself, with no scale changed."""

@@ -31,7 +31,7 @@ class FactorPruner(Pruner):
     earlier passes have decided on its other terms.
     """
 
-    factors: Annotated[bool, Field(description="prune low-rank factors too, each by what reaches it")] = False
+    factors: Annotated[bool, Field(description="prune low-rank factors too, each scored with its own input")] = False
 
     @property
     def takes(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -39,13 +39,16 @@ class Factorizer(WeightPass):
     removed: Annotated[
         float, Field(ge=0, lt=1, description="share of a matrix's parameters removed; 0 leaves it as it is")
     ] = 0.2
-    shared: Annotated[bool, Field(description="one B for all matrices that read an input, such as q, k, v")] = False
+    shared: Annotated[bool, Field(description="one B for all matrices that read the same input, such as q, k, v")] = (
+        False
+    )
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if not even a rank of one is left."""
         if rank_within(1 - self.removed, shape) < 1:
             raise RecipeError(
-                f"{self.name}: {site}: {1 - self.removed:g} of {shape[0]}x{shape[1]} buys no rank; remove less"
+                f"{self.name}: {site}: {1 - self.removed:g} of {shape[0]}x{shape[1]} leaves no room for rank 1; lower "
+                "removed"
             )
 
     @property

@@ -108,10 +108,12 @@ def shared_factor(site: Site, damping: float, by: str, instead: str, order_I: Te
     if failed:
         site.ledger["damping_failed"] = failed
     if found is None:
-        site.fall_back(by, f"the Gram stayed indefinite at {10 ** (TRIES - 1)}x damping; {instead}")
+        site.fall_back(
+            by, f"the Gram was not positive definite even at {10 ** (TRIES - 1)} times the damping; {instead}"
+        )
         return None
     upper_II, used = found
     if used > 10 * damping * 1.01:
-        site.fall_back(by, f"the Gram needed a damping of {used:g}, which is close to: {instead}")
+        site.fall_back(by, f"the Gram needed a damping of {used:g}, so the result is close to: {instead}")
     site.ledger["damping"] = used
     return upper_II

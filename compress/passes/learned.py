@@ -242,10 +242,14 @@ class Trainer(BlockPass):
     takes: ClassVar[tuple[str, ...]] = ("quantized",)
     gives: ClassVar[str] = "quantized"
 
-    steps: Annotated[int, Field(ge=1, description="of Adam, a block")] = 300
-    lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first")] = 2e-2
-    held_out: Annotated[int, Field(ge=1, description="calibration windows that only choose the best state")] = 16
-    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="of the order of windows, and of what starts random")] = 0
+    steps: Annotated[int, Field(ge=1, description="Adam steps per block")] = 300
+    lr: Annotated[float, Field(gt=0, le=1, description="initial learning rate")] = 2e-2
+    held_out: Annotated[
+        int, Field(ge=1, description="calibration windows that are not learned from but choose the best state")
+    ] = 16
+    seed: Annotated[
+        int, Field(ge=0, lt=1 << 63, description="seed of the order of windows and of random initial values")
+    ] = 0
 
     def outline(self, site: Site) -> Weight | None:
         """The same form."""

@@ -88,7 +88,9 @@ class PassManager:
         Raises RecipeError if there is a budget among the passes but no `budgets` were given.
         """
         if self.given is None and not self.budgets and any(isinstance(step, Budget) for step in self.all_passes):
-            raise RecipeError("budgets: run needs what `allocations` gives for these passes; apply finds it itself")
+            raise RecipeError(
+                "budgets: pass the result of `allocations` to the PassManager before `run`; `apply` computes it itself"
+            )
         for block in blocks:
             for part in self.parts:
                 self.part = part
@@ -111,7 +113,9 @@ class PassManager:
         """
         shaping = next((step for step in self.all_passes if isinstance(step, Reshape)), None)
         if shaping is not None:
-            raise RecipeError(f"{shaping.name} makes a model of another shape, a folder; use compress.run for it")
+            raise RecipeError(
+                f"{shaping.name} changes the shape of the model and writes a folder; use compress.run for it"
+            )
         if not isinstance(ids_NT, Tensor) or ids_NT.ndim != 2 or ids_NT.is_floating_point() or not ids_NT.numel():
             raise CalibrationError("apply needs token ids as an integer tensor [windows, length], not empty")
         windows = unpadded(ids_NT, mask_NT)

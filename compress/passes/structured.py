@@ -86,7 +86,7 @@ class StructuredPruner(Reshape):
 
     heads: Annotated[float, Field(ge=0, lt=1, description="share of each block's key-value groups removed")] = 0.0
     neurons: Annotated[float, Field(ge=0, lt=1, description="share of each block's MLP neurons removed")] = 0.25
-    multiple: Annotated[int, Field(ge=1, description="the neurons kept are a multiple of this")] = 8
+    multiple: Annotated[int, Field(ge=1, description="the number of remaining neurons is a multiple of this")] = 8
 
     def score(self, site: Site) -> Tensor:
         """The score of each input of o_proj or down_proj, [in]."""
@@ -182,11 +182,14 @@ class StructuredPruner(Reshape):
             before, after = sizes.parts(reader)
             if share and not 0 < after < before:
                 named = "key-value groups" if reader == OUT else "neurons"
-                raise RecipeError(f"{self.name}.{what}: of {before} {named}, {share:g} leaves {after}")
+                raise RecipeError(
+                    f"{self.name}.{what}: removing {share:g} of {before} {named} leaves {after}; at least 1 must be "
+                    "removed and 1 must stay"
+                )
             found = {p.shape[1] for p in walk.anatomy.places.values() if share and p.module.endswith(f".{reader}")}
             if found - {before * sizes.channels(reader)}:
                 raise UnsupportedWeight(
-                    f"{self.name}: {reader} reads {max(found)} values, the config means "
+                    f"{self.name}: {reader} reads {max(found)} values, but the config implies "
                     f"{before * sizes.channels(reader)}; {walk.model.config.model_type} is not supported"
                 )
         if not sizes.readers:
@@ -205,7 +208,7 @@ def require(walk: Walk, parts: tuple[str, ...], family: str, option: str) -> Non
         for name, parameter in walk.anatomy.modules[holder].named_parameters():
             if name.partition(".")[0] not in names and tuple(parameter.shape) != (width,):
                 raise UnsupportedWeight(
-                    f"{option}: {holder}.{name} of {family} belongs to all of them at once; set it to 0"
+                    f"{option}: {holder}.{name} of {family} is shared by all {option.rpartition('.')[2]}; set it to 0"
                 )
 
 

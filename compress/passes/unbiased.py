@@ -48,4 +48,4 @@ def enlarged(weight: Weight, factor: float) -> Weight:
         case Dense(data):
             return Dense((data * factor).to(data.dtype))
         case _:
-            raise UnsupportedWeight(f"{weight.describe()} cannot be enlarged by its scales alone")
+            raise UnsupportedWeight(f"{weight.describe()} has no scale by which it could be rescaled")

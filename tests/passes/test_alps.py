@@ -174,7 +174,10 @@ def test_a_hopeless_gram_is_pruned_by_magnitude_and_recorded(site_of: SiteMaker)
     site = site_of(layer()[0], gram_II=hopeless)
     assert torch.equal(ALPS().rewrite(site).dense(), Magnitude().rewrite(site).dense())
     assert site.fallbacks == [
-        ("alps", "the Gram stayed indefinite at 1000x damping; pruned by magnitude, uncompensated")
+        (
+            "alps",
+            "the Gram was not positive definite even at 1000 times the damping; pruned by magnitude, uncompensated",
+        )
     ]
 
 

@@ -516,7 +516,7 @@ def test_owl_over_no_site_gives_nothing() -> None:
 
 def test_running_blocks_without_the_budgets_found_is_refused(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
     walk = walk_of(tiny_llama)
-    with pytest.raises(RecipeError, match="budgets: run needs what `allocations` gives"):
+    with pytest.raises(RecipeError, match="budgets: pass the result of `allocations`"):
         next(iter(PassManager([OWL(), Wanda()]).run(walk.visit([walk.enter(ids)], walk.enter(ids[:1])))))
 
 

@@ -149,7 +149,7 @@ def test_the_bytes_of_a_band_are_those_of_its_expression(pairs: int, bits: int) 
 
 
 def test_a_budget_that_buys_no_pair_is_refused(site_of: SiteMaker) -> None:
-    message = r"delta-come: a\.b: 0\.01 bits a weight of 256x256 are 81 bytes; one pair of singular vectors takes 138"
+    message = r"delta-come: a\.b: 0\.01 bits per weight of 256x256 are 81 bytes; one pair of singular vectors takes 138"
     with pytest.raises(RecipeError, match=message):
         DeltaCoMe(bits=0.01).check("a.b", (256, 256))
     with pytest.raises(RecipeError, match="takes 522"):

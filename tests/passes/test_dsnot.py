@@ -443,7 +443,7 @@ def test_blocks_are_refused(site_of: SiteMaker) -> None:
 def test_a_dense_weight_is_refused(site_of: SiteMaker) -> None:
     site = pruned_site(site_of)
     site.weight = site.original
-    with pytest.raises(UnsupportedWeight, match=r"dsnot needs plain values under a mask"):
+    with pytest.raises(UnsupportedWeight, match=r"dsnot needs unquantized values under a mask"):
         DSnoT().rewrite(site)
 
 

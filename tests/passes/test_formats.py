@@ -380,7 +380,7 @@ def test_a_width_that_does_not_fit_is_refused_before_any_work(step: Quantizer, w
 
 @pytest.mark.parametrize("options", [{"symmetric": True}, {"search": True}, {"group": -1}], ids=str)
 def test_a_solved_zero_leaves_nothing_to_search(options: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="hqq: its zeros are solved for by row or group"):
+    with pytest.raises(RecipeError, match="hqq: it fits zero points by row or group"):
         HQQ(**options)
 
 
@@ -396,7 +396,7 @@ def test_low_rank_factors_are_rounded_where_blocks_divide_them(step: Quantizer, 
 def test_factors_that_blocks_do_not_divide_are_refused(step: Any, site_of: SiteMaker) -> None:
     site = site_of(normal(33, 128))
     site.weight = Dense(normal(33, 128)) + Dense(normal(33, 5)) @ Dense(normal(5, 128))
-    reason = rf"{step.name}: blocks\.0\.proj: its blocks of {step.block} do not divide a rank of 5; use another rank"
+    reason = rf"{step.name}: blocks\.0\.proj: its blocks of {step.block} do not divide the rank of 5; use another rank"
     with pytest.raises(UnsupportedWeight, match=reason):
         step.rewrite(site)
 

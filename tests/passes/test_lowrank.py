@@ -155,7 +155,7 @@ def test_nothing_removed_leaves_the_matrix(site_of: SiteMaker) -> None:
 
 
 def test_a_share_that_buys_no_rank_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"svd: proj: 0\.05 of 8x8 buys no rank; remove less"):
+    with pytest.raises(RecipeError, match=r"svd: proj: 0\.05 of 8x8 leaves no room for rank 1; lower removed"):
         SVD(removed=0.95).check("proj", (8, 8))
 
 

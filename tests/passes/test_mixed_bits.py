@@ -126,7 +126,7 @@ def test_mixed_bits_run_save_load_and_count(tiny_llama: Path, tmp_path: Path, id
 
 
 def test_a_mean_of_bits_is_only_for_quantizers() -> None:
-    with pytest.raises(RecipeError, match=r"passes\[0\]\.sensitivity\.bits: wanda follows, which has no bits"):
+    with pytest.raises(RecipeError, match=r"passes\[0\]\.sensitivity\.bits: wanda follows and has no bits"):
         governed((Sensitivity(bits=3), Wanda()))
 
 

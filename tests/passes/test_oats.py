@@ -268,9 +268,9 @@ def test_nothing_and_everything_can_be_removed(sparsity: float, site_of: SiteMak
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": "3:4"}, "oats: a.b: 3:4 beside a rank_share of 0.25 keeps 100% of the parameters"),
+        ({"sparsity": "3:4"}, "oats: a.b: 3:4 with a rank_share of 0.25 keeps 100% of the parameters"),
         ({"sparsity": "2:4", "rank_share": 0.6}, "keeps 125% of the parameters; keep fewer, or lower rank_share"),
-        ({"sparsity": 0.96, "rank_share": 0.99}, "a.b: rank 1 leaves no weight of a row of 64 to the sparse term"),
+        ({"sparsity": 0.96, "rank_share": 0.99}, "leaves less than one weight per row of 64 for the sparse term"),
         ({"sparsity": "2:6"}, "oats: a.b: 2:6 needs a width divisible by 6, got 64"),
     ],
     ids=str,

@@ -162,7 +162,7 @@ def test_tiles_that_do_not_fit_a_factor_are_refused(site_of: SiteMaker) -> None:
 
 
 def test_factors_do_not_go_with_rows_of_unequal_sparsity() -> None:
-    with pytest.raises(RecipeError, match=r"wanda\.factors: do not go with alpha"):
+    with pytest.raises(RecipeError, match=r"wanda\.factors: cannot be combined with alpha"):
         Wanda(alpha=True, factors=True)
 
 

@@ -129,5 +129,5 @@ def test_without_statistics_only_codes_remain(site_of: SiteMaker) -> None:
 
 
 def test_a_rank_that_is_not_low_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"reallm: a\.b: rank 16 is no low rank of a matrix 16x64"):
+    with pytest.raises(RecipeError, match=r"reallm: a\.b: rank 16 is not a low rank for a matrix 16x64"):
         ReALLM().check("a.b", (16, 64))

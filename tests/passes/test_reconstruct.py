@@ -267,11 +267,15 @@ def test_a_hopeless_gram_changes_nothing_and_is_recorded(method: Any, site_of: S
     site = site_of(normal(ROWS, WIDTH), gram_II=hopeless)
     site.weight = Masked(site.original, site.original.data > 0, "50%")
     assert Reconstruct(method=method).rewrite(site) is site.weight
-    assert site.fallbacks == [("reconstruct", "the Gram stayed indefinite at 1000x damping; left as it was")]
+    assert site.fallbacks == [
+        ("reconstruct", "the Gram was not positive definite even at 1000 times the damping; left as it was")
+    ]
 
 
 def test_a_dense_weight_is_refused(site_of: SiteMaker) -> None:
-    with pytest.raises(UnsupportedWeight, match=r"reconstruct needs plain values under a mask; blocks\.0\.proj is .*"):
+    with pytest.raises(
+        UnsupportedWeight, match=r"reconstruct needs unquantized values under a mask; blocks\.0\.proj is .*"
+    ):
         Reconstruct().rewrite(site_of(normal(ROWS, WIDTH), tokens()))
 
 

@@ -210,12 +210,12 @@ def test_a_share_is_of_the_shorter_side() -> None:
 
 def test_factors_as_large_as_the_matrix_are_refused() -> None:
     Repair(rank=15).check("a.b", (32, 32))
-    with pytest.raises(RecipeError, match=r"repair: a\.b: factors of rank 16 are no smaller .* at most 15 is"):
+    with pytest.raises(RecipeError, match=r"repair: a\.b: factors of rank 16 are no smaller .* at most rank 15 is"):
         Repair(rank=16).check("a.b", (32, 32))
 
 
 def test_a_share_that_buys_no_rank_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"repair: a\.b: a share of 0\.1 of 8x64 is no rank; raise it"):
+    with pytest.raises(RecipeError, match=r"repair: a\.b: a share of 0\.1 of 8x64 gives rank 0; raise share"):
         Repair().check("a.b", (8, 64))
 
 

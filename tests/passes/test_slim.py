@@ -180,7 +180,7 @@ def test_a_mask_that_is_there_stays(rounding: str, site: Site) -> None:
     site.weight = before
     masked, _ = parts(SLiM(rounding=rounding).rewrite(site))
     assert torch.equal(masked.mask_OI, before.mask_OI)
-    with pytest.raises(UnsupportedWeight, match=r"slim: blocks\.0\.proj is already 2:4; leave out its sparsity"):
+    with pytest.raises(UnsupportedWeight, match=r"slim: blocks\.0\.proj is already 2:4; leave out sparsity"):
         SLiM(sparsity="2:4", rounding=rounding).rewrite(site)
 
 
@@ -228,7 +228,7 @@ def test_without_statistics_magnitudes_decide(site_of: SiteMaker) -> None:
     [
         ({"sparsity": "5:4"}, r"^slim\.sparsity"),
         ({"sparsity": 1.5}, r"^slim\.sparsity"),
-        ({"group": -1, "search": True}, r"^slim\.search: SLiM-Quant searches by itself"),
+        ({"group": -1, "search": True}, r"^slim\.search: SLiM-Quant has a search of its own"),
         ({"rounds": 0}, r"^slim\.rounds"),
     ],
     ids=str,

@@ -415,7 +415,10 @@ def test_a_hopeless_gram_is_pruned_by_magnitude_and_recorded(site_of: SiteMaker)
     result = SparseGPT().rewrite(site)
     assert torch.equal(result.dense(), Magnitude().rewrite(site_of(normal(33, WIDTH))).dense())
     assert site.fallbacks == [
-        ("sparsegpt", "the Gram stayed indefinite at 1000x damping; pruned by magnitude, uncompensated")
+        (
+            "sparsegpt",
+            "the Gram was not positive definite even at 1000 times the damping; pruned by magnitude, uncompensated",
+        )
     ]
 
 

@@ -408,16 +408,28 @@ def test_each_pass_is_measured_on_what_the_one_before_it_made(
     [
         ("gemma", WandaSP(heads=0.5), r"wanda-sp\.heads: all query heads of gemma share one key-value head"),
         ("gpt2", WandaSP(), r"wanda-sp\.neurons: transformer\.h\.0 of gpt2 has no mlp\.gate_proj"),
-        ("olmo2", FLAP(heads=0.5), r"flap\.heads: .*q_norm\.weight of olmo2 belongs to all of them at once"),
+        ("olmo2", FLAP(heads=0.5), r"flap\.heads: .*q_norm\.weight of olmo2 is shared by all heads"),
         ("many_heads", WandaSP(heads=0.375), r"transformers has no such model: .*\(48\) is not a multiple of .* \(5\)"),
-        ("llama", WandaSP(heads=0.1), r"wanda-sp\.heads: of 2 key-value groups, 0\.1 leaves 2"),
-        ("llama", WandaSP(neurons=0.01), r"wanda-sp\.neurons: of 72 neurons, 0\.01 leaves 72"),
+        (
+            "llama",
+            WandaSP(heads=0.1),
+            r"wanda-sp\.heads: removing 0\.1 of 2 key-value groups leaves 2; at least 1 must be removed",
+        ),
+        (
+            "llama",
+            WandaSP(neurons=0.01),
+            r"wanda-sp\.neurons: removing 0\.01 of 72 neurons leaves 72; at least 1 must be removed",
+        ),
         ("llama", FLAP(neurons=0.0), "flap: nothing would be removed"),
         ("mistral", FLAP(), r"flap\.compensate: mistral has no bias in mlp\.down_proj .*; set compensate: false"),
         ("qwen2", FLAP(heads=0.5, neurons=0.0), r"qwen2 has no bias in self_attn\.o_proj"),
         ("gemma", SliceGPT(), "slicegpt: gemma is not supported; allowed: llama, mistral"),
-        ("llama", SliceGPT(fraction=0.01), r"slicegpt\.fraction: 0\.01 of a hidden size of 48 leaves 48; .* of 8"),
-        ("llama", ShortGPT(blocks=3), "3 of 4 blocks are 3; with 1 protected at either end, 1 to 2 can go"),
+        (
+            "llama",
+            SliceGPT(fraction=0.01),
+            r"slicegpt\.fraction: 0\.01 of a hidden size of 48 leaves 48, as a multiple of 8; .*",
+        ),
+        ("llama", ShortGPT(blocks=3), "3 of 4 blocks are 3; with 1 protected at each end, 1 to 2 can be removed"),
         ("llama", ShortGPT(blocks=0.1), "0.1 of 4 blocks are 0"),
         ("gpt2", ShortGPT(blocks=1), "GPT2LMHeadModel without 1 of 4 blocks: 2 computes something else"),
     ],
@@ -451,7 +463,7 @@ def test_a_pass_that_changes_the_shape_comes_first() -> None:
 
 
 def test_a_model_in_memory_keeps_its_shape(folder: Folder, hugging_face: Any, ids: Tensor) -> None:
-    with pytest.raises(RecipeError, match=r"shortgpt makes a model of another shape.*; use compress\.run"):
+    with pytest.raises(RecipeError, match=r"shortgpt changes the shape of the model .*; use compress\.run"):
         PassManager([ShortGPT()]).apply(hugging_face(folder("llama")), ids)
 
 

@@ -370,7 +370,7 @@ def test_blocks_are_refused(site_of: SiteMaker) -> None:
 
 
 def test_a_dense_weight_is_refused(site_of: SiteMaker) -> None:
-    with pytest.raises(UnsupportedWeight, match=r"swaps needs plain values under a mask"):
+    with pytest.raises(UnsupportedWeight, match=r"swaps needs unquantized values under a mask"):
         Swaps().rewrite(site_of(normal(33, 48).float(), tokens(48)))
 
 

@@ -94,5 +94,5 @@ def test_what_says_next_to_nothing_is_left() -> None:
 
 def test_a_book_has_no_such_scale() -> None:
     book = Codebook(torch.zeros(4, 2, dtype=torch.uint8), torch.randn(4, 2), Dense(torch.ones(1, 1)))
-    with pytest.raises(UnsupportedWeight, match="cannot be enlarged"):
+    with pytest.raises(UnsupportedWeight, match="has no scale by which"):
         enlarged(book, 2.0)

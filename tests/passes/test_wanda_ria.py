@@ -99,7 +99,7 @@ def test_a_sparsity_beyond_the_highest_alpha_is_not_reached(site_of: SiteMaker) 
 
 @pytest.mark.parametrize("options", [{"sparsity": "2:4"}, {"scope": "matrix"}, {"scope": "3x4"}], ids=str)
 def test_alpha_goes_with_a_fraction_over_rows_only(options: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"wanda\.alpha: goes with a fraction over rows"):
+    with pytest.raises(RecipeError, match=r"wanda\.alpha: needs a fraction with scope row"):
         Wanda(alpha=True, **options)
 
 
@@ -258,7 +258,7 @@ def test_important_inputs_that_lie_together_are_dealt_apart(site_of: SiteMaker, 
 
 
 def test_only_groups_can_be_permuted() -> None:
-    with pytest.raises(RecipeError, match=r"ria\.permute: only n:m has groups that a permutation changes"):
+    with pytest.raises(RecipeError, match=r"ria\.permute: only with n:m are there groups that a permutation changes"):
         RIA(permute=True)
 
 
@@ -296,7 +296,7 @@ def test_a_sparsity_out_of_reach_of_alpha_is_a_fallback_under_its_true_name(site
     weight = Wanda(sparsity=0.99, alpha=True).rewrite(site)
     ((name, reason),) = site.fallbacks
     assert name == "wanda"
-    assert reason.startswith("no alpha below 0.8 cuts 99%, ")
+    assert reason.startswith("no alpha up to 0.8 reaches 99%; ")
     assert weight.describe() != "99%"
 
 

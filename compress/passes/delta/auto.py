@@ -45,18 +45,21 @@ class Auto(Codec, name="auto"):
     """
 
     unbiased: Annotated[
-        bool, Field(description="enlarge what is chosen until its output holds all of the weight's, and errs aside")
+        bool,
+        Field(
+            description="rescale what is stored so that its error is orthogonal to the weight (no shrinkage towards 0)"
+        ),
     ] = True
 
     requires = (Gram,)
-    unfed = "signs with a scale a row, or the largest weights in four bits, by weights alone"
+    unfed = "signs with one scale per row, or the largest weights in four bits, chosen by the weights alone"
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if no codec fits."""
         codecs, budget = self.codecs(shape, self.bits), self.budget(shape)
         if not any(least_bytes(step, shape) <= budget and fits(step, site, shape) for step in codecs):
             raise RecipeError(
-                f"{self.name}: {site}: no codec stores {shape[0]}x{shape[1]} in {self.bits:g} bits a weight"
+                f"{self.name}: {site}: no codec stores {shape[0]}x{shape[1]} in {self.bits:g} bits per weight"
             )
 
     def codecs(self, shape: tuple[int, int], bits: float) -> Iterator[WeightPass]:
@@ -75,7 +78,7 @@ class Auto(Codec, name="auto"):
         made = [self.within(site, i) for i in range(len(list(self.codecs(site.shape, self.bits))))]
         found = [(output_cost(trial), str(step), trial) for step, trial in filter(None, made)]
         if not found:
-            raise RecipeError(f"{self.name}: {site.name}: no codec stored it in {self.bits:g} bits a weight")
+            raise RecipeError(f"{self.name}: {site.name}: no codec stored it in {self.bits:g} bits per weight")
         best = min(found, key=lambda row: row[0])[2]
         site.fallbacks += best.fallbacks
         site.ledger |= best.ledger | {"codecs": {name: cost for cost, name, _ in found}}

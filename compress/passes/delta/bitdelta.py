@@ -33,14 +33,21 @@ class BitDelta(Quantizer, name="bitdelta"):
     unfed: ClassVar[str] = "scaled by its weights alone"
     gives: ClassVar[str] = "signed"
 
-    scale: Annotated[Literal["matrix", "row"], Field(description="what shares a scale")] = "row"
-    levels: Annotated[int, Field(ge=1, le=4, description="bits of a weight; each codes what those before left")] = 1
+    scale: Annotated[Literal["matrix", "row"], Field(description="whether the matrix or each row has one scale")] = (
+        "row"
+    )
+    levels: Annotated[
+        int, Field(ge=1, le=4, description="bits per weight; each level codes what the levels before it left")
+    ] = 1
     fit: Annotated[
-        Literal["mean", "output"], Field(description="scales of least error of the weights, or of the output")
+        Literal["mean", "output"], Field(description="what the scales are fitted to: the weights (mean) or the output")
     ] = "output"
 
     unbiased: Annotated[
-        bool, Field(description="enlarge the scales until the output holds all of the weight's, and errs aside")
+        bool,
+        Field(
+            description="rescale what is stored so that its error is orthogonal to the weight (no shrinkage towards 0)"
+        ),
     ] = False
 
     @property

@@ -39,9 +39,10 @@ class DARE(WeightPass, name="dare"):
 
     density: Annotated[float, Field(ge=1e-4, le=1, description="share of entries kept, on average")] = 0.1
     keep: Annotated[
-        Literal["random", "importance"], Field(description="all with one probability, or by |w| * rms(x)")
+        Literal["random", "importance"],
+        Field(description="keep all entries with one probability, or each by |w| * rms(x)"),
     ] = "random"
-    seed: Annotated[int, Field(ge=0, lt=1 << 32, description="of the masks; each site draws its own")] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32, description="seed of the random masks; each site draws its own")] = 0
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]

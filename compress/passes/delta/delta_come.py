@@ -208,7 +208,7 @@ def factored(z_RR: Tensor, damping: float) -> Tensor:
     """The factor of the inverse of a Gram between factors; raises CalibrationError if there is none."""
     found = inverse_factor(z_RR, damping)
     if found is None:
-        raise CalibrationError("the Gram of what a right factor puts out stayed indefinite")
+        raise CalibrationError("the Gram of a right factor's output is not positive definite at any damping")
     return found[0]
 
 
@@ -296,16 +296,20 @@ class DeltaCoMe(Codec, name="delta-come"):
     unfed = "factored and rounded to nearest by its weights alone"
     bands: Annotated[
         Literal["lagrangian", "published"],
-        Field(description="bits of pairs by what they are worth, or 8 for 2, 3 for 32, 2 for the rest (of 4096)"),
+        Field(
+            description="bits of each pair by what they gain, or as published: 8 for 2 pairs, 3 for 32, 2 for the "
+            "rest (of 4096)"
+        ),
     ] = "lagrangian"
-    whitened: Annotated[bool, Field(description="singular vectors of the output, not of the weights")] = True
+    whitened: Annotated[bool, Field(description="decompose the output, not the weights")] = True
     dropped: Annotated[
-        float, Field(ge=1, le=16, description="how much more what is dropped counts than what rounding loses")
+        float, Field(ge=1, le=16, description="weight of the error of dropped pairs relative to rounding errors")
     ] = 3.0
     rounding: Annotated[
-        Literal["gptq", "nearest"], Field(description="errors pushed onto the columns to come, or left")
+        Literal["gptq", "nearest"],
+        Field(description="gptq: compensate each rounding error in later columns; nearest: do not"),
     ] = "gptq"
-    rounds: Annotated[int, Field(ge=0, le=8, description="of making each band again, given the others")] = 1
+    rounds: Annotated[int, Field(ge=0, le=8, description="refits of each band, given the others")] = 1
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
@@ -317,7 +321,7 @@ class DeltaCoMe(Codec, name="delta-come"):
         least = band_bytes(1, 8 if self.bands == "published" else min(ROUNDING), shape)
         if self.budget(shape) < least:
             raise RecipeError(
-                f"{self.name}: {site}: {self.bits:g} bits a weight of {shape[0]}x{shape[1]} are {self.budget(shape)} "
+                f"{self.name}: {site}: {self.bits:g} bits per weight of {shape[0]}x{shape[1]} are {self.budget(shape)} "
                 f"bytes; one pair of singular vectors takes {least}"
             )
 

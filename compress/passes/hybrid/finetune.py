@@ -105,7 +105,9 @@ class FineTune(Trainer, name="finetune"):
     takes = ("pruned", "quantized", "signed", "factored", "split")
     gives = ""  # the form that it was given
 
-    lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, in units of each tensor's size")] = 1e-2
+    lr: Annotated[
+        float, Field(gt=0, le=1, description="initial learning rate, relative to the root mean square of each tensor")
+    ] = 1e-2
 
     def learner(self, site: Site, generator: torch.Generator) -> Learner:
         """A learner of all real numbers of the expression."""

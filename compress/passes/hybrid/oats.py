@@ -45,9 +45,13 @@ class OATS(Pruner, name="oats"):
     unfed = "split by its weights alone"
     gives = "split"
 
-    rank_share: Annotated[float, Field(ge=0, lt=1, description="share of what is kept that the factors hold")] = 0.25
-    iterations: Annotated[int, Field(ge=1, le=10000, description="of fitting A B, then S")] = 80
-    refit: Annotated[bool, Field(description="then least squares of the output: the values of S, then A B")] = False
+    rank_share: Annotated[
+        float, Field(ge=0, lt=1, description="share of the kept parameters that goes to the factors")
+    ] = 0.25
+    iterations: Annotated[int, Field(ge=1, le=10000, description="alternations between fitting A B and S")] = 80
+    refit: Annotated[
+        bool, Field(description="finally refit to the output by least squares: the values of S, then A B")
+    ] = False
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
@@ -75,14 +79,14 @@ class OATS(Pruner, name="oats"):
         super().check(site, shape)
         if self.kept >= 1 and isinstance(self.sparsity, str) and self.rank_share:
             raise RecipeError(
-                f"{self.name}: {site}: {self.sparsity} beside a rank_share of {self.rank_share:g} keeps "
+                f"{self.name}: {site}: {self.sparsity} with a rank_share of {self.rank_share:g} keeps "
                 f"{self.kept:.0%} of the parameters; keep fewer, or lower rank_share"
             )
         left = self.kept - self.rank(shape) * sum(shape) / (shape[0] * shape[1])
         if self.rank(shape) and left * shape[1] < 1:
             raise RecipeError(
-                f"{self.name}: {site}: rank {self.rank(shape)} leaves no weight of a row of {shape[1]} to the sparse "
-                "term; lower rank_share"
+                f"{self.name}: {site}: rank {self.rank(shape)} leaves less than one weight per row of {shape[1]} "
+                "for the sparse term; lower rank_share"
             )
 
     def score(self, site: Site) -> Tensor:

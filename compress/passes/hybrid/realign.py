@@ -34,7 +34,14 @@ class Realign(WeightPass, name="realign"):
     gives = "dense"
     on_differences = False  # the output of the dense model does not depend on the difference alone
 
-    damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) that holds to the original")] = 0.01
+    damping: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="share of mean(diag G) added to the diagonal; more of it stays closer to the original",
+        ),
+    ] = 0.01
 
     def rewrite(self, site: Site) -> Weight:
         """The realigned matrix."""

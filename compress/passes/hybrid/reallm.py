@@ -34,16 +34,20 @@ class ReALLM(VQ, name="reallm"):
     factors are solved in closed form and refitted in whitened space, without fine-tuning.
     """
 
-    rank: Annotated[int, Field(ge=1, le=512, description="of L1 L2")] = 16
+    rank: Annotated[int, Field(ge=1, le=512, description="rank of L1 L2")] = 16
     precision: Annotated[Precision, Field(description="how L1 and L2 are stored")] = "half"
-    rounds: Annotated[int, Field(ge=1, le=8, description="of coding what is left and fitting the factors again")] = 2
-    always: Annotated[bool, Field(description="factors also where they cost more bits than they save")] = False
+    rounds: Annotated[
+        int, Field(ge=1, le=8, description="rounds of coding what the factors leave and refitting the factors")
+    ] = 2
+    always: Annotated[bool, Field(description="keep the factors even where they cost more bits than they save")] = False
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError unless the rank is smaller than both sides of the matrix."""
         super().check(site, shape)
         if self.rank >= min(shape):
-            raise RecipeError(f"{self.name}: {site}: rank {self.rank} is no low rank of a matrix {shape[0]}x{shape[1]}")
+            raise RecipeError(
+                f"{self.name}: {site}: rank {self.rank} is not a low rank for a matrix {shape[0]}x{shape[1]}"
+            )
 
     def quantize(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """Codes and factors, or codes alone."""

@@ -46,8 +46,8 @@ class RPCA(WeightPass, name="rpca"):
     gives = ""  # split, or unchanged
 
     lam: Annotated[float, Field(gt=0, le=1000, description="lambda in units of 1 / sqrt(the longer side)")] = 1.0
-    scaled: Annotated[bool, Field(description="inputs count by their norms")] = True
-    tolerance: Annotated[float, Field(gt=0, lt=1, description="|W - S - A B| / |W| at which it ends")] = 0.01
+    scaled: Annotated[bool, Field(description="weight each input by its norm")] = True
+    tolerance: Annotated[float, Field(gt=0, lt=1, description="stop when |W - S - A B| / |W| is at most this")] = 0.01
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
@@ -81,8 +81,9 @@ class RPCA(WeightPass, name="rpca"):
         both = stored(site, left_OR, right_RI / scale_I, mask_OI, percent(round(1 - kept, 4)))
         if both.nbytes() < dense.nbytes():
             return both
-        cost = f"rank {left_OR.shape[1]} and {kept:.0%} of the entries are {both.nbytes() / dense.nbytes():.2f} of it"
-        site.fall_back(self.name, f"left whole: {cost}")
+        share = both.nbytes() / dense.nbytes()
+        cost = f"rank {left_OR.shape[1]} and {kept:.0%} of the entries take {share:.2f} times its bytes"
+        site.fall_back(self.name, f"left unchanged: {cost}")
         return dense
 
 

@@ -106,17 +106,18 @@ class SLiM(Corrector, name="slim"):
 
     sparsity: Annotated[
         Sparsity | None,
-        Field(description="fraction dropped, or n:m with n KEPT of every m inputs; null = no mask of its own"),
+        Field(description="fraction dropped, or n:m with n KEPT of every m inputs; null: choose no mask"),
     ] = None
-    bits: Annotated[int, Field(ge=2, le=8, description="bits of a code")] = 4
+    bits: Annotated[int, Field(ge=2, le=8, description="bits per code")] = 4
     group: Annotated[
-        int, Field(ge=-1, description="inputs that share a scale; 0 = a whole row, -1 = the matrix, by SLiM-Quant")
+        int, Field(ge=-1, description="inputs that share a scale; 0: a whole row, -1: the whole matrix, by SLiM-Quant")
     ] = 64
-    search: Annotated[bool, Field(description="shrink the range of each group to the least |w - w'|**2.4")] = False
+    search: Annotated[bool, Field(description="shrink the range of each group to minimise |w - w'|**2.4")] = False
     rounding: Annotated[
-        Literal["feedback", "nearest"], Field(description="errors pushed onto the columns to come, or left")
+        Literal["feedback", "nearest"],
+        Field(description="feedback: compensate each rounding error in later columns; nearest: do not"),
     ] = "feedback"
-    rounds: Annotated[int, Field(ge=1, le=32, description="of making W' for W - A B and A B for W - W'")] = 4
+    rounds: Annotated[int, Field(ge=1, le=32, description="rounds of refitting W' to W - A B and A B to W - W'")] = 4
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
 
     @property
@@ -131,7 +132,10 @@ class SLiM(Corrector, name="slim"):
         except RecipeError as error:
             raise RecipeError(f"{self.name}.{error}") from error
         if self.search and self.group < 0:
-            raise RecipeError(f"{self.name}.search: SLiM-Quant searches by itself; give a group of 0 or more")
+            raise RecipeError(
+                f"{self.name}.search: SLiM-Quant has a search of its own; leave search out, or give a group of 0 or "
+                "more"
+            )
 
     def pattern(self) -> Pattern | None:
         """The pattern defined by `sparsity`, or None.
@@ -209,7 +213,8 @@ class SLiM(Corrector, name="slim"):
                 return weight
             case Masked(Dense()):
                 raise UnsupportedWeight(
-                    f"{self.name}: {site.name} is already {site.weight.describe()}; leave out its sparsity to keep that"
+                    f"{self.name}: {site.name} is already {site.weight.describe()}; leave out sparsity to keep that "
+                    "mask"
                 )
             case _:
                 site.expect(Dense, by=self.name)

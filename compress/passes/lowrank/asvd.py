@@ -25,7 +25,7 @@ class ASVD(Factorizer, name="asvd"):
 
     requires = (AbsMean,)
 
-    alpha: Annotated[float, Field(ge=0, le=2, description="power of the mean |x| of an input")] = 0.5
+    alpha: Annotated[float, Field(ge=0, le=2, description="exponent of the mean |x| of an input")] = 0.5
 
     def metric(self, site: Site) -> Tensor | None:
         """The squares of the scales."""

@@ -35,7 +35,13 @@ class Ranks(Budget, name="ranks"):
 
     options_set = ("removed",)
 
-    measure: Annotated[Literal["kl", "energy"], Field(description="how a matrix's lost energy counts")] = "kl"
+    measure: Annotated[
+        Literal["kl", "energy"],
+        Field(
+            description="weight of a matrix's lost energy: by the KL of the logits (kl), or relative to its whole "
+            "output energy (energy)"
+        ),
+    ] = "kl"
 
     def allocate(self, model: Whole, step: Factorizer) -> dict[str, Sparsity]:
         """The share removed of each matrix that `step` selects."""

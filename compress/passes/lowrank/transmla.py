@@ -43,9 +43,11 @@ class TransMLA(WeightPass, name="transmla"):
     gives = "factored"
     on_differences = False  # a latent holds keys and values, not what fine-tuning added to them
 
-    sites: Annotated[str, Field(description="glob over full site names; keys with their values only")] = "*.[kv]_proj"
+    sites: Annotated[
+        str, Field(description="glob over full site names; keys and values only, both of each attention")
+    ] = "*.[kv]_proj"
     kept: Annotated[
-        float, Field(gt=0, le=1, description="numbers of a latent as a share of those of a token's key and value")
+        float, Field(gt=0, le=1, description="size of the latent as a share of the numbers of a token's key and value")
     ] = 0.5
 
     @property
@@ -56,7 +58,10 @@ class TransMLA(WeightPass, name="transmla"):
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if not even a rank of one is left."""
         if self.rank(2 * shape[0], shape[1]) < 1:
-            raise RecipeError(f"{self.name}: {site}: {self.kept:g} of {2 * shape[0]} numbers is none; keep more")
+            raise RecipeError(
+                f"{self.name}: {site}: kept: {self.kept:g} of {2 * shape[0]} numbers gives a latent of size 0; raise "
+                "kept"
+            )
 
     def rank(self, outputs: int, inputs: int) -> int:
         """The size of a latent, at most the number of inputs, beyond which it would hold no more information."""
@@ -88,7 +93,7 @@ class TransMLA(WeightPass, name="transmla"):
             leaves = [site.name.rpartition(".")[2] for site in pair]
             if tuple(sorted(leaves)) != PAIR:
                 raise UnsupportedWeight(
-                    f"{self.name} needs {' and '.join(PAIR)} of one input; {within} has {', '.join(leaves)} there"
+                    f"{self.name} needs {' and '.join(PAIR)} with the same input; {within} has {', '.join(leaves)}"
                 )
         return list(attentions.values())
 

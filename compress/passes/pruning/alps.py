@@ -41,11 +41,13 @@ class ALPS(FactorPruner, name="alps"):
 
     requires = (Gram,)
 
-    scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"
+    scope: Annotated[
+        str, Field(description="the weights compared with each other: row, matrix, or whole blocks such as 16x16")
+    ] = "matrix"
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
-    iterations: Annotated[int, Field(ge=1, le=10000, description="of ADMM, at most")] = 300
+    iterations: Annotated[int, Field(ge=1, le=10000, description="ADMM iterations, at most")] = 300
     penalty: Annotated[
-        float, Field(gt=0, le=1e6, description="rho of the first iteration, on a Gram of unit diagonal")
+        float, Field(gt=0, le=1e6, description="rho in the first iteration, for a Gram with unit diagonal")
     ] = 0.1
 
     def prune(self, site: Site) -> Weight:

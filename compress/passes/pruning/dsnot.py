@@ -38,21 +38,28 @@ class DSnoT(Refiner, name="dsnot"):
     """
 
     form: Annotated[Form, Field(description="guarded, reference or paper")] = "guarded"
-    cycles: Annotated[int, Field(ge=0, le=10000, description="swaps of a row, at most")] = 50
+    cycles: Annotated[int, Field(ge=0, le=10000, description="swaps per row, at most")] = 50
     threshold: Annotated[
         float,
-        Field(ge=0, le=1e9, description="error of a row, on token means, below which it rests; the paper's 0.1 / 2048"),
+        Field(
+            ge=0,
+            le=1e9,
+            description="error of a row, on mean inputs, below which it is left alone; the paper's 0.1 / 2048",
+        ),
     ] = 4.9e-5
     power: Annotated[
-        float, Field(ge=0, le=16, description="of the variance that a grown weight's merit is divided by")
+        float,
+        Field(ge=0, le=16, description="exponent of the input variance that divides the score of a restored weight"),
     ] = 1.0
     variance: Annotated[
-        Literal["within", "total"], Field(description="of an input within calibration windows, or over all tokens")
+        Literal["within", "total"],
+        Field(description="variance of an input within calibration windows, or over all tokens"),
     ] = "within"
     targets: Annotated[
-        Literal["all", "attention", "mlp"], Field(description="the released code refines attention only")
+        Literal["all", "attention", "mlp"],
+        Field(description="the matrices to refine; the released code refines only attention"),
     ] = "all"
-    measure: Annotated[bool, Field(description="record squared errors too, which takes a Gram")] = True
+    measure: Annotated[bool, Field(description="also record squared errors, which needs a Gram")] = True
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]

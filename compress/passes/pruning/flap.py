@@ -30,7 +30,7 @@ class FLAP(StructuredPruner, name="flap"):
 
     requires = (Moments,)
 
-    compensate: Annotated[bool, Field(description="add what the removed inputs are on average to a bias")] = True
+    compensate: Annotated[bool, Field(description="add the mean contribution of the removed inputs to a bias")] = True
 
     def score(self, site: Site) -> Tensor:
         """Variance of each input times the squared norm of its weight column, [in]."""

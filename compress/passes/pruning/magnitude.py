@@ -20,7 +20,9 @@ class Magnitude(FactorPruner, name="magnitude"):
     default, as in the LLM literature.
     """
 
-    scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"
+    scope: Annotated[
+        str, Field(description="the weights compared with each other: row, matrix, or whole blocks such as 16x16")
+    ] = "matrix"
 
     def score(self, site: Site) -> Tensor:
         """|w|, float32."""

@@ -28,9 +28,11 @@ class OWL(Budget, name="owl"):
     requires = (ColumnNorm,)
 
     spread: Annotated[
-        float, Field(ge=0, le=0.5, description="furthest that a block may be from the mean sparsity, before centring")
+        float, Field(ge=0, le=0.5, description="largest deviation of a block from the mean sparsity, before centring")
     ] = 0.08
-    multiple: Annotated[float, Field(gt=0, le=1e6, description="an outlier is a score above this many means")] = 5.0
+    multiple: Annotated[
+        float, Field(gt=0, le=1e6, description="a score this many times the mean counts as an outlier")
+    ] = 5.0
 
     def allocate(self, model: Whole, step: Pruner) -> dict[str, Sparsity]:
         """One sparsity per block, for the sites that `step` selects."""

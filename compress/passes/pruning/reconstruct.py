@@ -34,10 +34,14 @@ class Reconstruct(Refiner, name="reconstruct"):
     requires = (Gram,)
     moves = False
 
-    method: Annotated[Literal["exact", "obs"], Field(description="least squares of each row, or one sweep")] = "exact"
+    method: Annotated[
+        Literal["exact", "obs"], Field(description="exact: least squares of each row; obs: one sweep over the columns")
+    ] = "exact"
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
-    steps: Annotated[int, Field(ge=1, le=10000, description="of conjugate gradients, at most")] = 50
-    tolerance: Annotated[float, Field(gt=0, lt=1, description="of the residual that ends them")] = 1e-3
+    steps: Annotated[int, Field(ge=1, le=10000, description="steps of conjugate gradients, at most")] = 50
+    tolerance: Annotated[
+        float, Field(gt=0, lt=1, description="relative residual at which conjugate gradients stop")
+    ] = 1e-3
 
     def rewrite(self, site: Site) -> Weight:
         """The same mask over better values."""

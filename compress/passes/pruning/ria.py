@@ -30,14 +30,16 @@ class RIA(Pruner, name="ria"):
     and section 4.2. Deviation: each stripe is assigned once, in one sweep.
     """
 
-    scope: Annotated[str, Field(description="who competes: row, matrix, or whole blocks such as 16x16")] = "matrix"
-    power: Annotated[float, Field(ge=0, le=4, description="of the input norm; 0 needs no data")] = 0.5
-    permute: Annotated[bool, Field(description="permute the inputs before n:m groups are formed")] = False
+    scope: Annotated[
+        str, Field(description="the weights compared with each other: row, matrix, or whole blocks such as 16x16")
+    ] = "matrix"
+    power: Annotated[float, Field(ge=0, le=4, description="exponent of the input norm; 0 needs no data")] = 0.5
+    permute: Annotated[bool, Field(description="permute the inputs before forming the groups of n:m")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.permute and not isinstance(self.sparsity, str):
-            raise RecipeError(f"{self.name}.permute: only n:m has groups that a permutation changes")
+            raise RecipeError(f"{self.name}.permute: only with n:m are there groups that a permutation changes")
 
     @property
     def gives(self) -> str:  # type: ignore[override]

@@ -61,17 +61,20 @@ class Sensitivity(Budget, name="sensitivity"):
     options_set = ("sparsity", "bits", "removed")
 
     spread: Annotated[
-        float, Field(ge=0.01, le=0.5, description="furthest that a part may be from the mean sparsity")
+        float, Field(ge=0.01, le=0.5, description="largest deviation of a part from the mean sparsity")
     ] = 0.2
     bits: Annotated[
-        Annotated[float, Field(ge=2, le=8)] | None, Field(description="mean bits of a code; default: the quantizer's")
+        Annotated[float, Field(ge=2, le=8)] | None, Field(description="mean bits per code; default: the quantizer's")
     ] = None
-    measure: Annotated[Literal["kl", "gram"], Field(description="cost by the logits, or by outputs alone")] = "kl"
+    measure: Annotated[
+        Literal["kl", "gram"],
+        Field(description="measure costs by the KL of the logits (kl) or by output errors alone (gram)"),
+    ] = "kl"
 
     def check(self, step: WeightPass) -> None:
         """Raise RecipeError if `bits` is set but the pass is not a quantizer on integer grids."""
         if self.bits is not None and not isinstance(step, GridQuantizer):
-            raise RecipeError(f"{self.name}.bits: {step.name} follows, which has no bits to share out; leave it out")
+            raise RecipeError(f"{self.name}.bits: {step.name} follows and has no bits to distribute; leave bits out")
 
     def allocate(self, model: Whole, step: Governed) -> dict[str, Sparsity]:
         """One sparsity, number of bits or share removed for the sites of each part that `step` selects.

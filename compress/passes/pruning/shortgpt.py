@@ -50,9 +50,13 @@ class ShortGPT(Reshape, name="shortgpt"):
     says otherwise; in ShortGPT any block may go.
     """
 
-    blocks: Annotated[int | float, Field(gt=0, description="how many to remove; below 1, which share of them")] = 0.25
-    choose: Annotated[Literal["lowest", "contiguous"], Field(description="any blocks, or one span")] = "lowest"
-    protect: Annotated[int, Field(ge=0, description="blocks at either end that stay")] = 1
+    blocks: Annotated[
+        int | float, Field(gt=0, description="number of blocks to remove; below 1: the share of them")
+    ] = 0.25
+    choose: Annotated[
+        Literal["lowest", "contiguous"], Field(description="remove any blocks, or one contiguous span")
+    ] = "lowest"
+    protect: Annotated[int, Field(ge=0, description="blocks at each end that are never removed")] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +91,8 @@ class ShortGPT(Reshape, name="shortgpt"):
         free = blocks - 2 * self.protect
         if not 1 <= count <= min(free, blocks - 1):
             raise RecipeError(
-                f"{self.name}: {self.blocks} of {blocks} blocks are {count}; with {self.protect} protected at either "
-                f"end, 1 to {max(0, min(free, blocks - 1))} can go"
+                f"{self.name}: {self.blocks} of {blocks} blocks are {count}; with {self.protect} protected at each "
+                f"end, 1 to {max(0, min(free, blocks - 1))} can be removed"
             )
         return count
 

@@ -45,7 +45,7 @@ class SliceGPT(Reshape, name="slicegpt"):
     """
 
     fraction: Annotated[float, Field(ge=0, lt=1, description="share of the hidden size dropped; 0 only rotates")] = 0.2
-    multiple: Annotated[int, Field(ge=1, description="the hidden size kept is a multiple of this")] = 8
+    multiple: Annotated[int, Field(ge=1, description="the remaining hidden size is a multiple of this")] = 8
 
     def outline(self, walk: Walk, source: Checkpoint) -> Reshaped:
         """The model with the first entries of its hidden state."""
@@ -71,8 +71,8 @@ class SliceGPT(Reshape, name="slicegpt"):
         kept = step * round((1 - self.fraction) * hidden / step)
         if not 0 < kept < hidden:
             raise RecipeError(
-                f"{self.name}.fraction: {self.fraction:g} of a hidden size of {hidden} leaves {kept}; "
-                f"it is kept a multiple of {step}"
+                f"{self.name}.fraction: {self.fraction:g} of a hidden size of {hidden} leaves {kept}, as a multiple "
+                f"of {step}; it must leave more than 0 and less than {hidden}"
             )
         return kept
 

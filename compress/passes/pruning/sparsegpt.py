@@ -37,17 +37,22 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
     scope: Annotated[
         str,
         Field(
-            description="who competes within a block of columns: all rows (matrix), each row, or tiles such as 16x16"
+            description="the weights compared within a block of columns: all rows (matrix), each row, or tiles such as "
+            "16x16"
         ),
     ] = "matrix"
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
     block: Annotated[
         int, Field(ge=1, le=65536, description="columns whose mask is chosen at once; n:m chooses by group")
     ] = 128
-    update: Annotated[bool, Field(description="compensate; without it only the mask is SparseGPT's")] = True
-    bits: Annotated[int | None, Field(ge=2, le=8, description="round what is kept to integers of so many bits")] = None
-    group: Annotated[int, Field(ge=0, description="with bits: inputs that share a scale; 0 = a whole row")] = 64
-    symmetric: Annotated[bool, Field(description="with bits: no stored zero")] = False
+    update: Annotated[
+        bool, Field(description="compensate for each cut weight in later columns; false: only choose the mask")
+    ] = True
+    bits: Annotated[
+        int | None, Field(ge=2, le=8, description="also round the kept weights to integers of this many bits")
+    ] = None
+    group: Annotated[int, Field(ge=0, description="with bits: inputs that share a scale; 0: a whole row")] = 64
+    symmetric: Annotated[bool, Field(description="with bits: no stored zero point")] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,8 +38,8 @@ class Swaps(Refiner, name="swaps"):
 
     requires = (Gram,)
 
-    limit: Annotated[int, Field(ge=0, le=100000, description="swaps of a row; sweeps under n:m")] = 100
-    shortlist: Annotated[int, Field(ge=1, le=4096, description="candidates on either side of a pair")] = 8
+    limit: Annotated[int, Field(ge=0, le=100000, description="swaps per row; with n:m, sweeps")] = 100
+    shortlist: Annotated[int, Field(ge=1, le=4096, description="candidates on each side of a swap")] = 8
 
     def rewrite(self, site: Site) -> Weight:
         """The weight under the improved mask."""

@@ -31,16 +31,18 @@ class Wanda(FactorPruner, name="wanda"):
     output row. Counts are exact and ties stable, where the released code floors.
     """
 
-    alpha: Annotated[bool, Field(description="rows of unequal sparsity, by the share of their scores")] = False
+    alpha: Annotated[
+        bool, Field(description="let the sparsity of rows differ: each drops the same share of the sum of its scores")
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha and (isinstance(self.sparsity, str) or self.scope != "row"):
             raise RecipeError(
-                f"{self.name}.alpha: goes with a fraction over rows, not {self.sparsity} over {self.scope}"
+                f"{self.name}.alpha: needs a fraction with scope row, not {self.sparsity} with scope {self.scope}"
             )
         if self.alpha and self.factors:
-            raise RecipeError(f"{self.name}.factors: do not go with alpha")
+            raise RecipeError(f"{self.name}.factors: cannot be combined with alpha")
 
     @property
     def requires(self) -> tuple[type[Statistic], ...]:  # type: ignore[override]
@@ -63,7 +65,9 @@ class Wanda(FactorPruner, name="wanda"):
         site.ledger["alpha"] = alpha
         reached = round(1 - float(keep_OI.sum()) / keep_OI.numel(), 4)
         if abs(reached - self.sparsity) > FAR:
-            site.fall_back(self.name, f"no alpha below {HIGHEST} cuts {percent(self.sparsity)}, {percent(reached)} are")
+            site.fall_back(
+                self.name, f"no alpha up to {HIGHEST} reaches {percent(self.sparsity)}; {percent(reached)} were cut"
+            )
         return Masked(site.expect(Dense, by=self.name), keep_OI, percent(reached))
 
 

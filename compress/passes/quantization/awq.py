@@ -39,8 +39,12 @@ class AWQ(Equalizer, name="awq"):
 
     requires = (AbsMean, Gram)
 
-    steps: Annotated[int, Field(ge=2, le=100, description="powers tried, from 0 to 1 without 1")] = 20
-    exact: Annotated[bool, Field(description="measure the block's output instead of each matrix's")] = False
+    steps: Annotated[
+        int, Field(ge=2, le=100, description="number of powers tried, evenly spaced from 0 to below 1")
+    ] = 20
+    exact: Annotated[
+        bool, Field(description="measure the error of the block's output instead of that of each matrix")
+    ] = False
 
     def best(self, block: Block, pair: Pair, steps: Sequence[Quantizer]) -> tuple[Tensor | None, float]:
         """The scales with the least error, and their power."""

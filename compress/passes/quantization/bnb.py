@@ -33,7 +33,7 @@ class NF4(BlockQuantizer, name="nf4"):
 
     block: ClassVar[int] = 64
 
-    double: Annotated[bool, Field(description="code the scales themselves in 8 bits")] = False
+    double: Annotated[bool, Field(description="store the scales themselves in 8 bits")] = False
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
         """Raise RecipeError if the blocks do not divide the width, or if bitsandbytes is missing."""

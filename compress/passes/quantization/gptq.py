@@ -214,12 +214,15 @@ class GPTQ(GridQuantizer, name="gptq"):
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
     order: Annotated[
         Literal["natural", "activation", "groups"],
-        Field(description="columns as they are, by falling activation energy, or so within groups and groups likewise"),
+        Field(
+            description="natural: columns as they are; activation: by falling diag G; groups: the groups, and the "
+            "columns of each, by it"
+        ),
     ] = "natural"
     static: Annotated[bool, Field(description="fit all group grids before the first column")] = False
     target: Annotated[
         Literal["weight", "original"],
-        Field(description="approximate the weight as it is now, or the original: then what a mask cut is compensated"),
+        Field(description="weight: approximate the weight as it is now; original: also compensate what a mask has cut"),
     ] = "weight"
 
     @property

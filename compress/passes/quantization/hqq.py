@@ -37,7 +37,10 @@ class HQQ(GridQuantizer, name="hqq"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.symmetric or self.search or self.group < 0:
-            raise RecipeError(f"{self.name}: its zeros are solved for by row or group; leave out symmetric and search")
+            raise RecipeError(
+                f"{self.name}: it fits zero points by row or group; leave out symmetric and search, or give a group "
+                "of 0 or more"
+            )
 
     def round(self, w_OI: Tensor, keep_OI: Tensor | None, site: Site) -> Weight:
         """Codes, scales and zeros of every group, computed a few rows at a time."""

@@ -37,8 +37,10 @@ class LRQ(Learned, name="lrq"):
     released code leaves some full. Deviation: it starts from the result of any quantizer.
     """
 
-    lr: Annotated[float, Field(gt=0, le=1, description="learning rate at first, of D and of the logs of steps")] = 1e-2
-    rank: Annotated[int, Field(ge=1, description="of L and U")] = 64
+    lr: Annotated[
+        float, Field(gt=0, le=1, description="initial learning rate, of D and of the logarithms of the steps")
+    ] = 1e-2
+    rank: Annotated[int, Field(ge=1, description="rank of the product L U in D")] = 64
 
     def divisor(self, shape: tuple[int, int], generator: torch.Generator) -> nn.Module:
         """Two factors, a row and a column."""

@@ -23,7 +23,7 @@ from compress.passes.base import Reshape, WeightPass
 from compress.passes.pruning.slicegpt import check_family, rotated
 from compress.weights import Dense, Hadamard, Product, Weight
 
-Seed = Annotated[int, Field(ge=0, lt=1 << 63, description="of the random signs")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63, description="seed of the random signs")]
 
 
 def random_hadamard(size: int, seed: int) -> Hadamard:

@@ -37,7 +37,8 @@ class SmoothQuant(Equalizer, name="smoothquant"):
     requires = (AbsMax, Sample)
 
     alpha: Annotated[
-        Annotated[float, Field(ge=0, le=1)] | None, Field(description="strength; searched for each input if left out")
+        Annotated[float, Field(ge=0, le=1)] | None,
+        Field(description="strength of the scaling; null: searched for each input"),
     ] = None
 
     def best(self, block: Block, pair: Pair, steps: Sequence[Quantizer]) -> tuple[Tensor | None, float]:

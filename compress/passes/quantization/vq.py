@@ -150,12 +150,19 @@ class VQ(Quantizer, name="vq"):
     unfed = "coded to nearest"
     takes = ("dense", "permuted", "rotated")
 
-    book: Annotated[Literal["e8p", "kmeans"], Field(description="a lattice of 65,536 points, or fitted")] = "e8p"
-    bits: Annotated[Literal[2, 3, 4], Field(description="bits of a weight, without scales and fitted books")] = 2
+    book: Annotated[
+        Literal["e8p", "kmeans"],
+        Field(description="the fixed lattice of 65,536 points, or a codebook fitted by k-means"),
+    ] = "e8p"
+    bits: Annotated[
+        Literal[2, 3, 4], Field(description="bits per weight, not counting scales and fitted codebooks")
+    ] = 2
     dims: Annotated[
-        Literal[1, 2, 4] | None, Field(description="inputs of a k-means vector, by default 2; e8p has 8")
+        Literal[1, 2, 4] | None, Field(description="inputs per k-means vector, 2 by default; e8p has 8")
     ] = None
-    rotate: Annotated[bool, Field(description="code the weight behind a randomised Hadamard rotation of inputs")] = True
+    rotate: Annotated[bool, Field(description="code the weight after a randomised Hadamard rotation of its inputs")] = (
+        True
+    )
     seed: Seed = 0
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
 
@@ -215,7 +222,7 @@ class VQ(Quantizer, name="vq"):
             )
         if factor.shape[1] % self.width:
             raise UnsupportedWeight(
-                f"{self.name}: {site.name}: vectors of {self.width} do not divide a rank of {factor.shape[1]}; "
+                f"{self.name}: {site.name}: vectors of {self.width} do not divide the rank of {factor.shape[1]}; "
                 "use another rank, or factors: false"
             )
         return self.nearest(factor.float())
