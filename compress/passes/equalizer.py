@@ -45,11 +45,13 @@ class Equalizer(Reshape):
         steps = [step for step in model.passes if isinstance(step, Quantizer)]
         scales: dict[str, Scale] = {}
         chosen: dict[str, float] = {}
+        moved: set[str] = set()
         for block in model.blocks(self.requires):
             for pair in pairs_of(block, model.config):
                 if any(quantizer_of(site, steps) for site in pair.readers):
                     scale_C, chosen[pair.writer] = self.best(block, pair, steps)
                     if scale_C is not None:
+                        moved.add(pair.writer)
                         for name, scale in pair.scales(scale_C).items():
                             scales[name] = scales[name].then(scale) if name in scales else scale
             for site in block.sites.values():
@@ -58,7 +60,7 @@ class Equalizer(Reshape):
             raise UnsupportedWeight(
                 f"{self.name}: no norm or linear map of {type(model.walk.model).__name__} can take over a scale"
             )
-        change = f"with scales moved at {sum(bool(c) for c in chosen.values())} of {len(chosen)} inputs"
+        change = f"with scales moved at {len(moved)} of {len(chosen)} inputs"
         made = scaled_model(source, model.walk.anatomy, scales, change, chosen=chosen)
         check_logits(made, model.walk, model.probe_NT, model.walk.dense_logits, self.name)
         return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor
 import compress
 from compress import AWQ, GPTQ, RTN, Calibration, Grid, RecipeError, SmoothQuant, Wanda
 from compress.artifact import Artifact
-from compress.model.scaling import Pair
+from compress.model.scaling import Pair, pairs_of
 from compress.model.site import Site
-from compress.passes.quantization.awq import OutputError, normalised
+from compress.model.walk import Walk
+from compress.model.whole import Whole
+from compress.passes.quantization.awq import BlockError, OutputError, normalised
 from compress.passes.quantization.smoothquant import STRENGTHS
 from compress.stats import AbsMax, AbsMean, Gram, Sample, Statistics
 from compress.weights import rounded_inputs
@@ -114,6 +117,22 @@ def test_full_strength_makes_inputs_flat_and_none_makes_weights_flat() -> None:
     torch.testing.assert_close((w * even).abs().amax(0), torch.ones(256))
 
 
+@torch.no_grad()
+def test_the_error_of_a_block_weighs_batches_by_their_tokens(tiny_llama: Path, walk_of: Callable[[Path], Walk]) -> None:
+    walk = walk_of(tiny_llama)
+    ids = torch.randint(0, 96, (4, 8), generator=torch.Generator().manual_seed(0))
+
+    def error(*sizes: int, first: int = 0) -> float:
+        blocks = Whole(walk, ids[first : first + sum(sizes)].split(sizes), ids[:1]).blocks((AbsMean,))
+        block = next(blocks)
+        pair = pairs_of(block, walk.model.config)[0]
+        return BlockError(block, pair)(torch.ones(pair.channels), [RTN(bits=2, group=8)])
+
+    assert error(2, 2) == error(2) + error(2, first=2)  # batches of one size: the sum of their means, as it was
+    assert error(3, 1) == pytest.approx(error(3) + error(1, first=3) / 3)
+    assert error(3, 1) == pytest.approx(4 / 3 * error(4), rel=1e-4)  # the same share of any batching's tokens
+
+
 # -- in a recipe -----------------------------------------------------------------------------------
 
 
@@ -125,6 +144,12 @@ def test_it_runs_and_says_what_it_did(step: Any, tiny_llama: Path, tmp_path: Pat
     assert told["change"].startswith("with scales moved at ")
     assert len(told["chosen"]) == 8
     assert report.bits_per_weight == compress.run(tiny_llama, [RTN(bits=3, group=8)], tmp_path / "rtn").bits_per_weight
+
+
+def test_a_given_strength_of_0_counts_as_moved(tiny_llama: Path, tmp_path: Path) -> None:
+    report = compress.run(tiny_llama, [SmoothQuant(alpha=0.0), RTN(bits=3, group=8)], tmp_path / "out", calibration=FEW)
+    told = Artifact(report.out).provenance["reshaped"][0]
+    assert (told["change"], set(told["chosen"].values())) == ("with scales moved at 8 of 8 inputs", {0.0})
 
 
 @pytest.mark.slow

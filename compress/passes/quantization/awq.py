@@ -79,11 +79,16 @@ class OutputError:
 
 
 class BlockError:
-    """Mean squared error of the block's output, summed over batches, when only the readers of a pair are rounded."""
+    """Squared error of the block's output on all calibration tokens, when only the readers of a pair are rounded.
+
+    It is a sum of the batches' means, each weighted by its number of tokens relative to the largest batch.
+    """
 
     def __init__(self, block: Block, pair: Pair) -> None:
         self.block, self.pair = block, pair
         self.dense = [batch.through(block.module, block.index) for batch in block.batches]
+        largest = max((want_BTD.numel() for want_BTD in self.dense), default=1)
+        self.shares = [want_BTD.numel() / largest for want_BTD in self.dense]
 
     def __call__(self, scale_C: Tensor, steps: Sequence[Quantizer]) -> float:
         """The error with these scales."""
@@ -94,6 +99,6 @@ class BlockError:
                 w_OI = rounded(site.original.data.float() * scale_I, site, steps).to(site.original.data.dtype)
                 site.module.weight.data = w_OI.T.contiguous() if site.transposed else w_OI
             return sum(
-                float((batch.through(self.block.module, self.block.index) - want_BTD).float().square().mean())
-                for batch, want_BTD in zip(self.block.batches, self.dense, strict=True)
+                share * float((batch.through(self.block.module, self.block.index) - want_BTD).float().square().mean())
+                for batch, want_BTD, share in zip(self.block.batches, self.dense, self.shares, strict=True)
             )

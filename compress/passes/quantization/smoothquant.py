@@ -42,7 +42,7 @@ class SmoothQuant(Equalizer, name="smoothquant"):
     ] = None
 
     def best(self, block: Block, pair: Pair, steps: Sequence[Quantizer]) -> tuple[Tensor | None, float]:
-        """The scales, and their strength; 0 if the pair is left alone."""
+        """The scales, or None if the search leaves the pair alone, and their strength, which is then 0."""
         loud_C = pair.largest(pair.readers[0].stats[AbsMax]).clamp(min=SMALLEST)
         heavy_I = torch.stack([site.original.data.float().abs().amax(0) for site in pair.readers]).amax(0)
         heavy_C = pair.largest(heavy_I).clamp(min=SMALLEST)
