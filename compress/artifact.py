@@ -230,10 +230,10 @@ class Artifact(Checkpoint):
             if self.is_delta or (self.path / PROVENANCE).is_file():
                 told = self.provenance["tensors"].get(tensor)
                 if not is_part(self.specs[site], told):
-                    raise ArtifactError(f"{said} is not of {tensor}, which is {told} in {PROVENANCE}")
+                    raise ArtifactError(f"{said} does not fit {tensor}, which is {told} in {PROVENANCE}")
             there = self.base.headers.get(tensor) if self.base is not None else None
             if self.base is not None and not (there and (is_part(self.specs[site], there.shape) or self.grew(site))):
-                raise ArtifactError(f"{said} is not of {tensor}, which is {there and list(there.shape)} in the base")
+                raise ArtifactError(f"{said} does not fit {tensor}, which is {there and list(there.shape)} in the base")
             self._check_stored(site)
             if site == self.swollen:
                 raise ArtifactError(f"all sites denote more than {SWELL} times what {self.path.name} stores")
@@ -249,9 +249,11 @@ class Artifact(Checkpoint):
         named = keys(site, spec)
         paths = [path for path, _, _ in spec["tensors"]]
         if len(set(paths)) < len(paths) or len(set(named.values())) < len(paths) or set(named) != set(paths):
-            raise ArtifactError("its tensors and their keys are not one each")
+            raise ArtifactError("its tensors do not each have a key of their own")
         if not paths or paths[0] in spec.get("shared", {}):
-            raise ArtifactError(f"its first tensor must be {named[paths[0]] if paths else 'there'}, its own")
+            raise ArtifactError(
+                f"its first tensor must be {named[paths[0]] if paths else 'present'} and belong to it alone"
+            )
         for path, dtype, shape in spec["tensors"]:
             key, held = named[path], self.stored_headers.get(named[path])
             told = f"{dtype} of {shape}"
@@ -261,7 +263,7 @@ class Artifact(Checkpoint):
                     f"{key} is {held and f'{held.dtype} of {list(held.shape)}'} in the file, not {told}"
                 )
             if (self.owners.get(key, site) == site) == (path in spec.get("shared", {})):
-                raise ArtifactError(f"{key} is not one site's own, which others may share")
+                raise ArtifactError(f"{key} must belong to one site, from which others may share it")
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -351,7 +353,7 @@ def check_externals(tree: Mapping[str, Any], tensor: str | None) -> None:
             raise ArtifactError(f"is not {tensor} of the base plus one difference")
         inner = [terms[1]]
     if any(node.get("kind") == "external" for root in inner for node in nodes(dict(root))):
-        raise ArtifactError("names a tensor of a base where none may stand")
+        raise ArtifactError("refers to a tensor of a base where that is not allowed")
 
 
 def padded(matrix: Tensor, rows: int) -> Tensor:
@@ -409,7 +411,7 @@ def recorded_base(folder: Path) -> str:
         name = str(Artifact(folder).provenance.get("source", {}).get("name"))
         if name == "builtin":
             return name
-    raise RecipeError(f"--base: name the dense model that {display_name(folder)} was made from")
+    raise RecipeError(f"--base: give the dense model that {display_name(folder)} was made from")
 
 
 def check_base(folders: Sequence[Path], base: Path) -> None:
@@ -418,7 +420,9 @@ def check_base(folders: Sequence[Path], base: Path) -> None:
     for folder in filter(is_artifact, folders):
         made = set(Artifact(folder).provenance["source"]["sha256"].values())
         if made != known:
-            raise ArtifactError(f"{folder}: was made from other weights than those of {base}; name its own --base")
+            raise ArtifactError(
+                f"{folder}: was made from other weights than those of {base}; give the model it was made from as --base"
+            )
 
 
 def base_of(path: Path, given: Path | None = None, builtin: Path | None = None) -> Path | None:
@@ -447,7 +451,7 @@ def check_seal(path: Path, sealed: str | None) -> None:
     `sealed` is None, and nothing is checked, for folders written before there was a seal.
     """
     if sealed is not None and sealed != seal(read_json(path / PROVENANCE, "the provenance file")):
-        raise VerificationError(f"{path / PROVENANCE}: its sha256 is not that of what it says; it was changed")
+        raise VerificationError(f"{path / PROVENANCE}: its content does not match its own sha256; it was changed")
 
 
 def verify(path: Path, base: Path | None = None) -> list[str]:
@@ -466,7 +470,7 @@ def verify(path: Path, base: Path | None = None) -> list[str]:
             raise VerificationError(f"{file}: its sha256 is not the recorded one; the file was changed or is missing")
     unknown = artifact.specs.keys() - artifact.provenance["sites"].keys()
     if unknown:
-        raise VerificationError(f"{path / PROVENANCE}: it says nothing of {sorted(unknown)[0]}")
+        raise VerificationError(f"{path / PROVENANCE}: it has no entry for {sorted(unknown)[0]}")
     there = {file.name for file in path.iterdir() if not file.name.startswith(".")}
     extra = {"config.json", *there} - {PROVENANCE} - recorded.keys()  # a loader may read any such file
     if extra:

@@ -53,7 +53,7 @@ def draw(calibration: Calibration, tokenizer: Any, longest: int, *, samples: int
     """
     length = calibration.length or min(LONGEST, longest)
     if length > longest:
-        raise CalibrationError(f"calibration.length: {length} tokens a window, the model takes {longest}")
+        raise CalibrationError(f"calibration.length: windows of {length} tokens, but the model takes {longest}")
     count = calibration.samples if samples is None else samples
     rng = random.Random(calibration.seed)
     if calibration.data == "mixed":
@@ -100,7 +100,9 @@ def packed(documents: list[list[int]], wanted: int, probed: int, length: int, rn
     tokens = [token for ids in documents for token in ids]
     reserved = probed * min(length, PROBE_LENGTH)  # at the end, so that no window can overlap the probe
     if len(tokens) < reserved + length:
-        raise CalibrationError(f"calibration.data: {where} holds {len(tokens)} tokens, {reserved + length} are needed")
+        raise CalibrationError(
+            f"calibration.data: {where} has {len(tokens)} tokens, but {reserved + length} are needed"
+        )
     free = len(tokens) - reserved
     note = f", windows overlap: {free} tokens for {wanted} of them" if free < wanted * length else ""
     return Drawn(windows(tokens[:-reserved], wanted, length, rng), probe_rows(tokens, reserved, probed), note)

@@ -33,28 +33,28 @@ tags: {{ tags | tojson }}
 Made from `{{ source.name }}` by Compress {{ versions.compress }}.
 {% if base %}
 It is a delta: the difference of `{{ source.name }}` from its base `{{ base.name }}`, whose tensors together have the
-fingerprint `{{ base.sha256 }}`. Without that base it is nothing; another one is refused. Errors below are relative to
-the difference.
+fingerprint `{{ base.sha256 }}`. It cannot be used without that base; any other base is refused.
+Errors below are relative to the difference.
 {% endif -%}
 {% for step in reshaped -%}
 It is {{ step.change }} ({{ step.step }}).
 {% endfor -%}
-All linear maps of its blocks together take {{ "%.2f" | format(sizes.bits_per_weight) }} bits a weight;
+All linear layers of its blocks together take {{ "%.2f" | format(sizes.bits_per_weight) }} bits per weight;
 all tensors together {{ "{:,}".format(sizes.bytes) }} bytes instead of {{ "{:,}".format(sizes.source_bytes) }}.
 
 {% if probe.tokens -%}
 Calibration: {{ calibration.name }}. On {{ probe.tokens }} probe tokens the mean KL divergence to the dense model is
 {{ "%.4g" | format(probe.kl) }} nats. That is not a measure of knowledge: run `compress eval` for what was lost.
 {% elif adapter and not base -%}
-The LoRA adapter `{{ adapter.name }}` was made part of it afterwards. Errors below and the recipe are of before; what
-the adapter has won back was not measured here: run `compress eval`.
+The LoRA adapter `{{ adapter.name }}` was made part of it afterwards. Errors below and the recipe are from before; what
+the adapter has regained was not measured here: run `compress eval`.
 {% else -%}
 Nothing was lost: its factors are stored as they were trained.
 {% endif -%}
 
 {% if calibration.windows_at_once is defined -%}
-Memory ran out on the way: from then on at most {{ calibration.windows_at_once }} calibration windows went through a
-block at once, which changes rounding only.
+Memory ran out during the run: from then on, at most {{ calibration.windows_at_once }} calibration windows went through
+a block at once, which changes rounding only.
 
 {% endif -%}
 {% if base -%}

@@ -86,14 +86,17 @@ def run(
     recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a packaged one")] = "quickstart",
     model: Annotated[str | None, typer.Option(help="model folder, or `builtin`; default: the recipe's")] = None,
     out: Annotated[Path | None, out_option("out/<recipe>")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="passes.0.sparsity=0.6, and so on")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="change one option of the recipe, such as passes.0.sparsity=0.6; repeatable"),
+    ] = None,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     log: Annotated[Path | None, typer.Option(help="append every event as a JSON line to this file")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
     shard_size: Annotated[str, typer.Option(help="largest shard, such as 500MB or 5GB")] = "5GB",
     offload: Annotated[bool, typer.Option("--offload", help="keep calibration activations on disk")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="throw away what a stopped run has left, instead of going on with it")
+        bool, typer.Option("--restart", help="discard the work of an interrupted run instead of resuming it")
     ] = False,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="decode a model that is already quantized, instead of refusing it")
@@ -157,14 +160,16 @@ def inspect(
 
     if not is_artifact(locate(folder)):
         if picture is not None:
-            raise RecipeError(f"--picture: {folder} was not compressed; there is no error to draw")
+            raise RecipeError(f"--picture: {folder} is not a compressed model, so there are no errors to draw")
         found = survey(locate(folder)) | {"path": str(folder)}
         result(found, as_json, *survey_table(found))
         return
     made = Artifact(locate(folder)).provenance
     if picture is not None:
         if picture.resolve().parent == locate(folder).resolve():
-            raise RecipeError(f"--picture: {folder} holds what was verified, and nothing more; write it elsewhere")
+            raise RecipeError(
+                f"--picture: {folder} is an artifact and may hold no other file; write the picture elsewhere"
+            )
         draw(made, picture)
     view = {
         "path": str(folder), "source": made["source"]["name"], "version": made["versions"]["compress"],
@@ -194,7 +199,7 @@ def draw(provenance: Any, target: Path) -> None:
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
-    base: Annotated[str | None, typer.Option(help="of a delta: the model it belongs to")] = None,
+    base: Annotated[str | None, typer.Option(help="for a delta: its base model, to check it against")] = None,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a compressed model: hashes, decoding, tensor names and shapes."""
@@ -208,15 +213,17 @@ def verify(
 @app.command()
 def bench(
     folder: Annotated[Path, typer.Argument(help="a compressed model folder")],
-    rows: Annotated[str, typer.Option(help="rows of x, as tokens at once, with commas between")] = "1,8,64",
+    rows: Annotated[
+        str, typer.Option(help="numbers of input rows (tokens in one call) to time, separated by commas")
+    ] = "1,8,64",
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="also time modules that keep only the stored bits")
+        bool, typer.Option("--low-memory", help="also time modules that keep only the packed weights in memory")
     ] = False,
     generate: Annotated[bool, typer.Option("--generate", help="also time greedy generation, batch 1")] = False,
     base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="with --generate: tokens before those generated")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="with --generate: tokens of the prompt")] = 64,
     new: Annotated[int, typer.Option(min=2, help="with --generate: tokens generated")] = 128,
-    runs: Annotated[int, typer.Option(min=1, help="with --generate: generations of each model, in turn")] = 5,
+    runs: Annotated[int, typer.Option(min=1, help="with --generate: times that each model generates, in turn")] = 5,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -229,7 +236,7 @@ def bench(
     place, counts = locate(folder), row_counts(rows)
     timing.whole(place)  # refuses what is no whole compressed model, before models are loaded
     if base is not None and not generate:
-        raise RecipeError("--base: only --generate runs whole models; add it, or leave --base out")
+        raise RecipeError("--base: is used only with --generate; add that, or leave --base out")
     usable(device)
     quiet_loading()
     with screen().status("timing"):
@@ -316,10 +323,12 @@ def qid(
     model: Annotated[str | None, typer.Argument(help="model folder, or `builtin`; only its headers are read")] = None,
     params: Annotated[float | None, typer.Option(help="instead of a folder: parameters without embeddings")] = None,
     tokens: Annotated[float | None, typer.Option(help="tokens the model was trained on, such as 1.5e13")] = None,
-    bits: Annotated[str, typer.Option(help="bits a weight, with commas between")] = "2,3,4,8",
-    loss: Annotated[float, typer.Option(help="nats a token that may be lost")] = 0.2,
-    vocabulary: Annotated[int | None, typer.Option(help="entries of the vocabulary; default: the folder's")] = None,
-    dense_loss: Annotated[float | None, typer.Option(help="cross-entropy of the dense model, nats a token")] = None,
+    bits: Annotated[str, typer.Option(help="bits per weight, separated by commas")] = "2,3,4,8",
+    loss: Annotated[float, typer.Option(help="acceptable loss, in nats per token")] = 0.2,
+    vocabulary: Annotated[int | None, typer.Option(help="size of the vocabulary; default: the model's")] = None,
+    dense_loss: Annotated[
+        float | None, typer.Option(help="cross-entropy of the dense model, in nats per token")
+    ] = None,
     fit: Annotated[Path | None, typer.Option(help="JSON lines of measured losses: refit the law on them first")] = None,
     as_json: Json = False,
 ) -> None:
@@ -330,7 +339,7 @@ def qid(
     from compress_evals import qid as laws
 
     if model is not None and params is not None:
-        raise RecipeError("--params: the model folder says how many; give one of both")
+        raise RecipeError("--params: the model folder already gives the number; give only one of the two")
     if fit is None and (tokens is None or (model is None and params is None)):
         raise RecipeError("a prediction needs a model folder or --params, and --tokens")
     counts = widths(bits)

@@ -23,7 +23,7 @@ Steps = list[dict[str, dict[str, Any]]]
 def bitdelta(bits: float) -> Steps:
     """BitDelta: one level of signs for every whole bit, at most 4, each on the residual of the level before."""
     if bits < 1:
-        raise RecipeError(f"--bits: {bits} is less than the one that a sign takes; choose another method")
+        raise RecipeError(f"--bits: {bits} is less than the 1 bit of a sign; choose another method")
     return [{"bitdelta": {"levels": min(4, floor(bits)), "unbiased": True}}]
 
 
@@ -57,7 +57,7 @@ def sparse(bits: float) -> Steps:
 def deltazip(bits: float) -> Steps:
     """DeltaZip: two of every four entries, in four bits (from 3 bits a weight) or two, rounded with error feedback."""
     if bits < 2:
-        raise RecipeError(f"--bits: deltazip takes 2 or 3 bits a weight, not {bits}; choose another method")
+        raise RecipeError(f"--bits: deltazip takes 2 or 3 bits per weight, not {bits}; choose another method")
     return [{"sparsegpt": {"sparsity": "2:4"}}, {"gptq": {"bits": 4 if bits >= 3 else 2, "group": 0}}]
 
 
@@ -88,7 +88,7 @@ def recipes_of(method: str, bits: float, distill: int = 0, number: int = PLAIN) 
     if not 0 < bits < PLAIN:
         raise RecipeError(f"--bits: {bits} is not allowed; give more than 0 and less than {PLAIN}")
     if distill and method != "bitdelta":
-        raise RecipeError(f"--distill: {method} has no scales that could be learned alone; use bitdelta")
+        raise RecipeError(f"--distill: {method} has no scales to learn; use bitdelta")
     learned: Steps = [{"finetune": {"steps": distill}}] if distill else []
     steps = lowrank(bits, number) if method == "lowrank" else METHODS[method](bits)
     choices = [steps, *([nearest_auto(bits)] if method == "auto" else [])]

@@ -87,16 +87,16 @@ class Progress:
                 )
                 self.began = time.monotonic()
             case RunResumed():
-                self.console.print(f"  [bold]goes on behind block {event.done} of {event.count}[/]")
+                self.console.print(f"  [bold]resuming after block {event.done} of {event.count}[/]")
                 self.began, self.resumed = time.monotonic(), event.done
             case RunRestarted():
-                self.console.print(f"  [bold yellow]starts again[/]: {escape(event.reason)}")
+                self.console.print(f"  [bold yellow]starting again from the first block[/]: {escape(event.reason)}")
                 self.resumed = 0
             case ResumeUnavailable():
-                self.console.print(f"  [yellow]cannot be continued if it is stopped[/]: {escape(event.reason)}")
+                self.console.print(f"  [yellow]cannot be resumed if it is stopped[/]: {escape(event.reason)}")
             case RunInterrupted():
                 self.console.print(
-                    f"interrupted after block {event.done} of {event.count}; run the same command to continue"
+                    f"interrupted after block {event.done} of {event.count}; run the same command to resume"
                 )
             case BlockStarted():
                 self.errors, self.starved = {}, {}
@@ -109,7 +109,7 @@ class Progress:
                     f"  [bold yellow]fallback[/] {escape(event.site)}: {event.step}: {escape(event.reason)}"
                 )
             case BatchHalved():
-                self.console.print(f"  [yellow]out of memory[/]: goes on with {event.windows} windows at once")
+                self.console.print(f"  [yellow]out of memory[/]: continues with {event.windows} windows at once")
             case BlockFinished():
                 self.block(event)
             case RunFinished():
@@ -189,7 +189,7 @@ def inspect_table(view: dict[str, Any]) -> list[Any]:
 def layers_table(timings: list[Any], notes: list[str]) -> list[Any]:
     """A table of compress.runtime.bench.LayerTiming, and notes on what is slower."""
     if not timings:
-        return ["no site was rewritten: every layer is dense"]
+        return ["no site was rewritten; every layer is dense"]
     table = Table(title="layers, dense against compressed")
     left = ("sites", "weight", "rule", "computed")
     for name in ("sites", "weight", "out x in", "dense", "stored", "rule", "rows", "computed", "memory", "dense time",
@@ -300,13 +300,17 @@ def qid_table(found: Any) -> list[Any]:
 
 def fit_lines(found: Any, bits: str) -> list[str]:
     """A compress_evals.qid.Comparison: one line per law, with the exponents that the points could not identify."""
-    lines = [f"fitted on {found.power.used} points, {found.power.dropped} dropped; bits are `{bits}`"]
+    lines = [f"fitted on {found.power.used} points, {found.power.dropped} dropped; bits are read from `{bits}`"]
     for name, law in (("power law", found.power), ("exponential in bits", found.exponential)):
         if law is None:
             lines.append(f"{name}: not fitted, bits do not vary")
             continue
         parts = [f"k {law.law.k:.4g}", *(exponent(law, part) for part in ("beta", "alpha", "gamma"))]
-        held = "none, a point alone decides" if law.held_out is None else f"x{math.exp(law.held_out):.2f}"
+        held = (
+            "not measurable, because a single point decides the fit"
+            if law.held_out is None
+            else f"x{math.exp(law.held_out):.2f}"
+        )
         lines.append(f"[bold]{name}[/]: {'; '.join(parts)}; error x{math.exp(law.residual):.2f}, held out {held}")
     return lines
 
@@ -315,7 +319,7 @@ def exponent(fit: Any, name: str) -> str:
     """An exponent with its interval, or why it has none."""
     value = getattr(fit.law, name)
     if name not in fit.free:
-        return f"{name} not identified, {'in k' if fit.law.curve == 'exponential' else f'kept at {value:g}'}"
+        return f"{name} not identified, {'contained in k' if fit.law.curve == 'exponential' else f'kept at {value:g}'}"
     low_high = fit.intervals.get(name)
     return f"{name} {value:.3f}" + (f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else "")
 

@@ -116,9 +116,13 @@ class Against:
     def check_grown(self, name: str, more: int, policy: str) -> None:
         """Raise RecipeError if the policy refuses, or cannot store, a vocabulary of another size than the base's."""
         if self.options.vocabulary == "refuse":
-            raise RecipeError(f"delta.vocabulary: {name} has {more:+} rows beside the base's, and refuse was asked for")
+            raise RecipeError(
+                f"delta.vocabulary: {name} has {more:+} rows compared with the base's, and the option is refuse"
+            )
         if policy == "base" or (policy == "int8" and more < 0):
-            raise RecipeError(f"delta.{self.tables[name]}: {name} has {more:+} rows beside the base's; it must be own")
+            raise RecipeError(
+                f"delta.{self.tables[name]}: {name} has {more:+} rows compared with the base's; it must be own"
+            )
 
     @property
     def lossless(self) -> bool:
@@ -178,9 +182,9 @@ def against(delta: Delta, source: Checkpoint, walk: Walk) -> Against:
     """
     base = open_source(locate(delta.base))
     if base.path.resolve() == source.path.resolve():
-        raise RecipeError(f"delta.base: {base.path} is the model itself; name what it was fine-tuned from")
+        raise RecipeError(f"delta.base: {base.path} is the model itself; give the model that it was fine-tuned from")
     if base.decoded_from:
-        raise RecipeError(f"delta.base: {base.path} is stored as {base.decoded_from}; a base must be plain")
+        raise RecipeError(f"delta.base: {base.path} is stored as {base.decoded_from}; a base must be unquantized")
     found = Against(base=base, options=delta, anatomy=walk.anatomy, source=source)
     found.check()
     return found

@@ -172,7 +172,7 @@ def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, 
         raise ArtifactError(f"{folder}: no such folder; give an artifact, or the partial folder of a run")
     if folder.resolve() in target.resolve().parents:
         raise RecipeError(
-            f"--bundle: {target} lies in the folder it is of, which must stay as it is; write it elsewhere"
+            f"--bundle: {target} lies in the folder that it describes, which must stay unchanged; write it elsewhere"
         )
     wanted = sorted({file for pattern in (*BUNDLED, *JOURNALS) for file in folder.glob(pattern)})
     read = {visible(file.relative_to(folder).as_posix()): read_text(file) for file in wanted}
@@ -184,7 +184,7 @@ def bundle(target: Path, folder: Path, log: Path | None = None, plan: dict[str, 
     if log is not None:
         events = read_text(log)
         if events is None:
-            raise RecipeError(f"--log: {log} is no file that can be read")
+            raise RecipeError(f"--log: {log} is not a regular file")
         texts["log.jsonl"] = events
     if plan is not None:
         texts["plan.json"] = json.dumps(plan, indent=1, default=str)
@@ -203,7 +203,7 @@ def read_text(file: Path) -> str | None:
     if not file.is_file() or file.is_symlink():
         return None
     if file.stat().st_size > LARGEST:
-        raise ArtifactError(f"{file}: {file.stat().st_size:,} bytes are more than a bundle takes ({LARGEST:,})")
+        raise ArtifactError(f"{file}: {file.stat().st_size:,} bytes are more than a bundle accepts ({LARGEST:,})")
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -103,7 +103,8 @@ def divisible(recipe: Recipe, team: Team) -> None:
     for i, step in enumerate(recipe.passes):
         if team.size > 1 and isinstance(step, BlockPass):
             raise RecipeError(
-                f"passes[{i}].{step.name}: looks at all windows of a block at once, {team.size} processes divide them; "
+                f"passes[{i}].{step.name}: needs all windows of a block at once, but {team.size} processes divide "
+                "them; "
                 "run this recipe without torchrun"
             )
 

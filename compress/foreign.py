@@ -43,7 +43,7 @@ class CompressedTensors(Checkpoint):
             if others:
                 missing = [other for other in others if other not in self.files]
                 if missing:
-                    raise ArtifactError(f"{self.path}: {name} needs {missing[0]!r}, which is not there")
+                    raise ArtifactError(f"{self.path}: {name} needs {missing[0]!r}, which is missing")
                 found[f"{name.rpartition('.')[0]}.weight"] = [name, *others]
         return found
 

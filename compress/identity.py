@@ -124,7 +124,7 @@ def recipe_in(known: Identity) -> Any:
             for part in path[:-1]:
                 here = here.setdefault(part, {})
                 if not isinstance(here, dict) or len(path) > DEEPEST:
-                    raise ValueError(f"{shown(name)} is no leaf of a recipe")
+                    raise ValueError(f"{shown(name)} is not a value of a recipe")
             here[path[-1]] = value
     return listed(whole.get("recipe"))
 

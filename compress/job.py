@@ -150,7 +150,7 @@ class Job:
         walk.drop_frame()
         if reason := next((opaque for stream in streams.values() if (opaque := stream.opaque)), ""):
             journal.unavailable = True
-            self.emit(ResumeUnavailable(reason=f"{type(walk.model).__name__} hands a {reason} from block to block"))
+            self.emit(ResumeUnavailable(reason=f"{type(walk.model).__name__} passes a {reason} from block to block"))
         if journal.done:
             self.emit(RunResumed(done=journal.done, count=journal.count))
             walk.fit.most = journal.records[-1]["at_once"]
@@ -194,7 +194,7 @@ class Job:
     def take_up(self, writer: ArtifactWriter, made: str) -> None:
         """Take over what an earlier run has written, unless its reshaped model was another one."""
         if self.journal.records and self.journal.records[0]["reshaped"] != made:
-            self.journal.discard("the passes that change the model's shape gave another model than before")
+            self.journal.discard("the passes that change the model's shape gave a different model than before")
         for done in self.journal.records:
             writer.take(Part(**done["part"]))
             self.remember(done)

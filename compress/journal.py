@@ -191,8 +191,8 @@ class Journal:
             lost = f"{IDENTITY} is missing or damaged"
         elif (told := difference(known, identity)) and len([*self.place.glob("*.json")]) > 1:
             raise RecipeError(
-                f"{self.folder}: holds a run that is not this one: {told}; the same settings go on with it; "
-                "--restart, or removing that folder, throws it away"
+                f"{self.folder}: holds a different run: {told}; use the same settings to resume it, "
+                "or --restart to discard it"
             )
         elif told:
             self._clear()
@@ -381,7 +381,9 @@ def locked(folder: Path, target: Path) -> int:
     for _ in range(ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / LOCK).exists() and any(folder.iterdir()):
-            raise RecipeError(f"--out: {folder} is needed while {target.name} is made, and not empty; move it away")
+            raise RecipeError(
+                f"--out: {folder} is needed as the working folder for {target.name}, but is not empty; move it away"
+            )
         try:
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # the process that had the folder has just removed it
@@ -402,7 +404,7 @@ def locked(folder: Path, target: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
-    raise RecipeError(f"--out: {folder} comes and goes; other processes are using it")
+    raise RecipeError(f"--out: {folder} is repeatedly created and removed by other processes; choose another folder")
 
 
 def write(path: Path, value: Any) -> None:

@@ -24,12 +24,13 @@ class KV:
     `bits + 32 / group` bits. Keys are rounded together once `residual` of them have accumulated; values one by one.
     """
 
-    bits: Annotated[Literal[8, 4, 2], Field(description="of a rounded key or value")] = 4
+    bits: Annotated[Literal[8, 4, 2], Field(description="bits of a rounded key or value")] = 4
     group: Annotated[int, Field(ge=4, multiple_of=4, description="numbers that share a scale")] = 32
-    residual: Annotated[int, Field(ge=4, description="newest tokens kept as they are; a multiple of group")] = 128
-    sink: Annotated[int, Field(ge=0, description="first tokens kept as they are")] = 0
+    residual: Annotated[int, Field(ge=4, description="newest tokens kept unrounded; a multiple of group")] = 128
+    sink: Annotated[int, Field(ge=0, description="first tokens kept unrounded")] = 0
     keys: Annotated[
-        Literal["channel", "token"], Field(description="keys share scales along a channel, or as values do in a token")
+        Literal["channel", "token"],
+        Field(description="whether keys share scales along each channel, or within each token as values do"),
     ] = "channel"
 
     def __post_init__(self) -> None:

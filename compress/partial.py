@@ -50,7 +50,7 @@ def take(out: Path) -> tuple[Path, int]:
         except OSError as error:
             remove(folder)
             raise ArtifactError(f"{out.parent}: cannot write there: {error.strerror}") from error
-    raise ArtifactError(f"{out.parent}: what is made there is removed at once; other processes are using {out.name}")
+    raise ArtifactError(f"{out.parent}: the working folder of {out.name} is repeatedly removed by other processes")
 
 
 def hold(lock: Path, flags: int = 0) -> int:

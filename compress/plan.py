@@ -35,11 +35,11 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def usable(device: str) -> torch.device:
     """The torch device called `device`; raises RecipeError if it is not cpu, cuda or cuda:n, or not on this machine."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise RecipeError(f"--device: {device!r} is not known; allowed: cpu, cuda, cuda:1 and so on")
+        raise RecipeError(f"--device: {device!r} is unknown; allowed: cpu, cuda, cuda:1 and so on")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device: {device!r} is not on this machine: {first_line(error)}") from error
+        raise RecipeError(f"--device: {device!r} is not available on this machine: {first_line(error)}") from error
 
 
 def placed(device: str) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def free_place(out: Path, source: Path, force: bool | None) -> Path:
     """
     out, source = absolute(out), source.resolve()
     if out == source or out in source.parents or source in out.parents:
-        raise RecipeError(f"--out: {out} must not be, hold or lie in the model folder {source}")
+        raise RecipeError(f"--out: {out} must not be, contain or lie in the model folder {source}")
     clear(out)
     if not out.exists():
         return out
@@ -65,7 +65,7 @@ def free_place(out: Path, source: Path, force: bool | None) -> Path:
         remedy = "" if force is None else ", or --force to replace an earlier result"
         raise RecipeError(f"--out: {out} exists; choose another folder{remedy}")
     if not out.is_dir() or (any(out.iterdir()) and not is_artifact(out)):
-        raise RecipeError(f"--out: {out} is not an earlier result of Compress; --force replaces nothing else")
+        raise RecipeError(f"--out: {out} is not an earlier result of Compress, and --force replaces only those")
     return out
 
 
@@ -87,7 +87,7 @@ def check_disk(out: Path, source: Checkpoint) -> None:
     needed = max(source.nbytes(), sum(shard.stat().st_size for shard in set(source.files.values())))
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise PlanError(f"{there}: {free:,} bytes are free, the output may take {needed:,}")
+        raise PlanError(f"{there}: {free:,} bytes are free, but the output may take {needed:,}")
 
 
 def check_tensors(walk: Walk, source: Checkpoint) -> None:
@@ -101,7 +101,9 @@ def check_tensors(walk: Walk, source: Checkpoint) -> None:
         index = name.removeprefix(prefix).partition(".")[0]
         beyond = name.startswith(prefix) and index.isdigit() and int(index) >= len(walk.blocks)
         if beyond and not ignored(walk.model, name):
-            raise ArtifactError(f"{source.path}: {name} is of block {index}; config.json has {len(walk.blocks)} blocks")
+            raise ArtifactError(
+                f"{source.path}: {name} belongs to block {index}, but config.json has only {len(walk.blocks)} blocks"
+            )
     try:
         walk.anatomy.layout.check()
     except ArtifactError as error:
@@ -120,7 +122,7 @@ def check_values(walk: Walk, source: Checkpoint) -> None:
         slot = layout.slots.get(name)
         kind = source.headers[name].dtype
         if slot is not None and slot.parameter in layout.parameters and kind not in FLOATS:
-            raise ArtifactError(f"{source.path}: {name} holds {kind}, the model floating-point numbers")
+            raise ArtifactError(f"{source.path}: {name} holds {kind}, but the model has floating-point numbers there")
         if name in unsound if unsound is not None else not finite(source.tensor(name)):
             raise ArtifactError(f"{source.path}: {name} holds NaN or infinite values")
 
@@ -187,7 +189,7 @@ def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:
         if not chosen:
             example = next(iter(reachable), "nothing: this model has no site")
             raise RecipeError(
-                f"passes[{i}].{step.name}.sites: {step.sites!r} selects no site; they are called like {example}"
+                f"passes[{i}].{step.name}.sites: {step.sites!r} selects no site; sites have names such as {example}"
             )
         for place in chosen:
             step.check(place.site, place.shape)
@@ -225,7 +227,9 @@ def in_vocabulary(tokens: Tokens, walk: Walk, where: str) -> Tokens:
     vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
     largest = int(max(ids.max() for ids in (*tokens.windows, tokens.probe_NT) if ids.numel()))
     if largest >= vocabulary:
-        raise CalibrationError(f"{where}: the tokenizer yields token {largest}, the model knows {vocabulary}")
+        raise CalibrationError(
+            f"{where}: the tokenizer yields token {largest}, but the vocabulary of the model has {vocabulary} entries"
+        )
     return tokens
 
 

@@ -40,20 +40,26 @@ class Calibration:
             "or hub:NAME or hub:NAME:CONFIGURATION"
         ),
     ] = "mixed"
-    samples: Annotated[int, Field(ge=1, le=65536, description="windows")] = 128
+    samples: Annotated[int, Field(ge=1, le=65536, description="number of windows")] = 128
     length: Annotated[
-        int | None, Field(ge=8, le=1 << 20, description="tokens a window; default: what the model takes, to 2048")
+        int | None, Field(ge=8, le=1 << 20, description="tokens per window; default: what the model takes, up to 2048")
     ] = None
-    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="which windows")] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="seed that selects the windows")] = 0
     layout: Annotated[
         Literal["packed", "documents"],
-        Field(description="windows from documents laid end to end, or of one document each, never padded"),
+        Field(
+            description="packed: windows from documents joined end to end; documents: one document each, never padded"
+        ),
     ] = "packed"
     chat: Annotated[bool, Field(description="put each document through the tokenizer's chat template")] = False
     field: Annotated[
-        str | None, Field(description="of JSON lines and datasets; default: text, with chat: messages")
+        str | None,
+        Field(
+            description="key or column that holds the documents, for JSON lines and datasets; default: text, with "
+            "chat: messages"
+        ),
     ] = None
-    split: Annotated[str, Field(description="of a dataset")] = "train"
+    split: Annotated[str, Field(description="split of a dataset")] = "train"
 
     def __post_init__(self) -> None:
         check_options(self, "calibration")
@@ -69,7 +75,9 @@ class Limits:
     max_starved: Annotated[
         float, Field(ge=0, le=1, description="share of the experts' matrices that too few calibration tokens reach")
     ] = 0.5
-    max_fallbacks: Annotated[int, Field(ge=0, description="sites where a pass did something weaker than asked")] = 0
+    max_fallbacks: Annotated[
+        int, Field(ge=0, description="number of sites where a pass fell back to something weaker")
+    ] = 0
 
     def __post_init__(self) -> None:
         check_options(self, "limits")
@@ -80,11 +88,14 @@ class Accept:
     """How much accuracy may be lost: the lower confidence bound of each task's change must not be below -max_drop."""
 
     suite: Annotated[
-        Literal["facts", "kick", "kick_mini"], Field(description="which tasks: built in, or of real data")
+        Literal["facts", "kick", "kick_mini"],
+        Field(description="tasks: facts is built in, kick and kick_mini use real data"),
     ] = "facts"
-    data_dir: Annotated[str | None, Field(description="of kick: the folder with its data")] = None
-    max_drop: Annotated[float, Field(gt=0, le=1, description="largest accepted loss of accuracy, absolute")] = 0.05
-    confidence: Annotated[float, Field(gt=0.5, lt=1, description="of the interval")] = 0.95
+    data_dir: Annotated[str | None, Field(description="for kick and kick_mini: the folder with the data")] = None
+    max_drop: Annotated[
+        float, Field(gt=0, le=1, description="largest accepted drop in accuracy, absolute (0.05 is 5 points)")
+    ] = 0.05
+    confidence: Annotated[float, Field(gt=0.5, lt=1, description="confidence level of the bound")] = 0.95
 
     def __post_init__(self) -> None:
         check_options(self, "accept")
@@ -101,16 +112,21 @@ class Delta:
     base: Annotated[str, Field(min_length=1, description="model folder, or `builtin`")]
     embeddings: Annotated[
         Literal["own", "int8", "base"],
-        Field(description="as fine-tuned; the difference in 8 bits, a scale a row; or the base's"),
+        Field(
+            description="own: as fine-tuned; int8: the difference in 8 bits, with one scale per row; base: the base's"
+        ),
     ] = "own"
     head: Annotated[
-        Literal["own", "int8", "base"], Field(description="the same, of an output head that is no embedding")
+        Literal["own", "int8", "base"],
+        Field(description="the same for an output head that is not tied to the embedding"),
     ] = "own"
-    others: Annotated[Literal["own", "base"], Field(description="norms, biases and all else that no pass rewrites")] = (
-        "own"
-    )
+    others: Annotated[
+        Literal["own", "base"],
+        Field(description="own or base, for norms, biases and everything else that no pass rewrites"),
+    ] = "own"
     vocabulary: Annotated[
-        Literal["keep", "refuse"], Field(description="what to do with more tokens than the base has")
+        Literal["keep", "refuse"],
+        Field(description="whether to keep or refuse a vocabulary of another size than that of the base"),
     ] = "keep"
 
     def __post_init__(self) -> None:
@@ -129,7 +145,10 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     ordering: Annotated[
         Literal["site", "block", "dense"],
-        Field(description="statistics per distinct input, per block as papers do, or of the dense model throughout"),
+        Field(
+            description="when statistics are measured: for each distinct input, for each block as papers do, or in "
+            "the dense model throughout"
+        ),
     ] = "site"
     limits: Limits = field(default_factory=Limits)
     accept: Accept | None = None
@@ -146,7 +165,8 @@ class Recipe:
             raise RecipeError(f"ordering: {self.ordering!r} is not allowed; it must be site, block or dense")
         if self.kv and not self.weight_passes:
             raise RecipeError(
-                "kv: needs a pass that rewrites weights, else the folder names no method; give it to compress.load"
+                "kv: needs a pass that rewrites weights, or else the folder names no method; pass kv to compress.load "
+                "instead"
             )
         if self.kv == "latent" and not any(step.gives == "factored" for step in self.weight_passes):
             raise RecipeError("kv: latent: needs a pass that factors keys and values, such as transmla or svd-llm")
@@ -175,11 +195,11 @@ class Recipe:
         """Raise RecipeError for a pass or an option that cannot be applied to the difference from a base."""
         for i, step in enumerate(self.passes if self.delta else ()):
             if isinstance(step, Reshape) or (isinstance(step, SitePass) and not step.on_differences):
-                raise RecipeError(f"passes[{i}].{step.name}: cannot be done to the difference from a base")
+                raise RecipeError(f"passes[{i}].{step.name}: cannot be applied to the difference from a base")
             if getattr(step, "inputs", "full") != "full":
                 raise RecipeError(f"passes[{i}].{step.name}.inputs: the base reads the same input; it must be full")
         if self.delta and self.kv:
-            raise RecipeError("kv: a delta has no cache of its own; leave it out")
+            raise RecipeError("kv: a delta has no key-value cache of its own; leave kv out")
 
     @property
     def reshapes(self) -> tuple[Reshape, ...]:
@@ -237,7 +257,7 @@ def parse(text: str, where: str = "recipe") -> Any:
             depth += started - (type(event).__name__ in ("MappingEndEvent", "SequenceEndEvent"))
             tagged = isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag is not None
             if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
-                raise RecipeError(f"{where}: YAML 1.2 is read, the file asks for {event.version}")
+                raise RecipeError(f"{where}: only YAML 1.2 is supported, the file asks for {event.version}")
             if isinstance(event, AliasEvent) or getattr(event, "anchor", None) or tagged:
                 raise RecipeError(
                     f"{where}: anchors, aliases and tags are not allowed (line {event.start_mark.line + 1})"
@@ -245,7 +265,9 @@ def parse(text: str, where: str = "recipe") -> Any:
             if depth > DEEPEST:
                 raise RecipeError(f"{where}: nested deeper than {DEEPEST} (line {event.start_mark.line + 1})")
             if isinstance(event, ScalarEvent) and not event.value.isprintable():
-                raise RecipeError(f"{where}: {event.value!r} does not show as it is (line {event.start_mark.line + 1})")
+                raise RecipeError(
+                    f"{where}: {event.value!r} contains unprintable characters (line {event.start_mark.line + 1})"
+                )
         return yaml.load(io.StringIO(text))
     except ValueError as error:  # for a scalar that looks like a number or a date but is none
         raise RecipeError(f"{where}: not valid YAML: {error}") from error
@@ -272,7 +294,7 @@ def from_dict(data: Any) -> Recipe:
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         raise RecipeError("passes: expected a list with at least one pass")
     if len(steps) > MOST:
-        raise RecipeError(f"passes: {len(steps)} are not allowed; at most {MOST}")
+        raise RecipeError(f"passes: {len(steps)} are too many; at most {MOST} are allowed")
     model = data.get("model")
     if model is not None and not isinstance(model, str):
         raise RecipeError(f"model: expected a folder or `builtin`, got {model!r}")
@@ -343,9 +365,9 @@ def find(recipe: str | Path) -> Path:
     if path.parent == Path() and path.name.removesuffix(".yaml") in known:
         return known[path.name.removesuffix(".yaml")]
     if str(recipe) and path.is_dir():
-        model = f"; a model is named by --model {recipe}" if (path / "config.json").is_file() else ""
+        model = f"; to name a model, use --model {recipe}" if (path / "config.json").is_file() else ""
         raise RecipeError(f"no recipe file at {str(recipe)!r}, which is a folder{model}")
-    hint = nearest(path.stem, known, "; `compress recipes` lists those that are packaged")
+    hint = nearest(path.stem, known, "; `compress recipes` lists the packaged recipes")
     raise RecipeError(f"no recipe file at {str(recipe)!r}{hint}")
 
 
@@ -378,9 +400,9 @@ def put(data: Any, path: str, value: Any, where: str) -> None:
         if isinstance(here, list):
             if not (key.isascii() and key.isdigit()) or int(key) >= len(here):
                 there = "is 1" if len(here) == 1 else f"are {len(here)}"
-                raise RecipeError(f"{where}: no item {key!r}; there {there}, counted from 0")
+                raise RecipeError(f"{where}: no item {key!r}; there {there}, numbered from 0")
             if last:
-                raise RecipeError(f"{where}: name an option, such as {path}.sparsity")
+                raise RecipeError(f"{where}: name one of its options, such as {path}.sparsity")
             name, here = open_step(here, int(key))
         elif key == name and not last:  # as errors say it: `passes[0].gptq.bits`
             name = ""

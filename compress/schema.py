@@ -180,7 +180,7 @@ def checked(kind: TypeAdapter[Any], value: Any, where: str) -> dict[str, Any]:
     lines = str(found["recipe"]).replace("\n", " ") if "recipe" in found else ""
     hidden = next((text for text in texts({**found, "recipe": lines}) if visible(text) != text), None)
     if hidden is not None:
-        raise ArtifactError(f"{where}: {hidden!r} holds characters that do not show")
+        raise ArtifactError(f"{where}: {hidden!r} contains unprintable characters")
     return found
 
 

@@ -117,7 +117,7 @@ def write_tensors(path: Path, entries: Iterable[Entry], *, reread: bool = False)
     except OSError as error:
         raise WriteError(str(path)) from error
     if found != sha.hexdigest():
-        raise VerificationError(f"{path.name}: it reads back differently from what was written")
+        raise VerificationError(f"{path.name}: what is read back differs from what was written")
     return found
 
 
@@ -127,7 +127,9 @@ def pieces(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
     for entry in entries:
         tensor = entry.make()
         if tensor.nbytes != entry.nbytes or NAMES[tensor.dtype] != entry.dtype:
-            raise VerificationError(f"{entry.name}: {tensor.dtype} of {tensor.nbytes} bytes, {entry.nbytes} announced")
+            raise VerificationError(
+                f"{entry.name}: {tensor.dtype} of {tensor.nbytes} bytes, but {entry.nbytes} were announced"
+            )
         if tensor.nbytes:
             yield from chunks(tensor)
         del tensor

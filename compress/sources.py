@@ -40,7 +40,7 @@ def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
         and quantization.get("quant_method") == METHOD
     ):
         name = pin.get("name") if isinstance(pin, dict) else pin
-        raise ArtifactError(f"{path}: is a delta of {name}; `compress delta apply` makes a model of it")
+        raise ArtifactError(f"{path}: is a delta of {name}; make a model of it with `compress delta apply`")
     method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, dict) else "?"
     float8 = sorted(name for name, held in plain.headers.items() if held.dtype in FLOAT8)
     if quantization and method not in DECODED and not (float8 and only_float8(plain)):
@@ -58,7 +58,7 @@ def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
     opened = Float8(path)
     bare = [name for name in float8 if name not in opened.scales and name not in opened.scales.values()]
     if quantization and bare:  # a scale under an unknown name would otherwise be ignored silently
-        raise ArtifactError(f"{path}: quantized by {method}, but {bare[0]} has no scale beside it")
+        raise ArtifactError(f"{path}: quantized by {method}, but {bare[0]} has no scale")
     return opened
 
 

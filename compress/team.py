@@ -118,8 +118,8 @@ class Processes(Team):
             first, other = (told[i]["values"][name] for i in (0, rank))
             if first != other:
                 raise RecipeError(
-                    f"torchrun: {name}: {said(first)} in process 0, {said(other)} in process {rank}; every process of "
-                    "a run needs the same"
+                    f"torchrun: {name}: {said(first)} in process 0, {said(other)} in process {rank}; all processes "
+                    "of a run must agree"
                 )
 
     def least(self, value: int) -> int:
@@ -129,7 +129,9 @@ class Processes(Team):
     def placed(self, device: str) -> str:
         """For `cuda`, this process's own GPU. Raises RecipeError for one GPU that all processes would share."""
         if device.startswith("cuda:"):
-            raise RecipeError(f"--device: {device!r} is one GPU for {self.size} processes; cuda gives each its own")
+            raise RecipeError(
+                f"--device: {device!r} is one GPU for {self.size} processes; use cuda, which gives each its own"
+            )
         return f"cuda:{local_rank()}" if device == "cuda" else device
 
     def common(self, error: Exception) -> Exception:
@@ -251,7 +253,7 @@ def start(device: str) -> tuple[Processes, bool] | None:
     try:
         distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
-        raise RecipeError(f"torchrun: the processes do not find each other: {error}") from error
+        raise RecipeError(f"torchrun: the processes cannot connect to each other: {error}") from error
     return Processes(), True
 
 

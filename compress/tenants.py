@@ -42,7 +42,7 @@ def difference(folder: str | Path, base: str | Path) -> Difference:
     artifact = Artifact(path, locate(base))
     experts = [site for site, spec in artifact.specs.items() if "expert" in spec]
     if experts:
-        raise ArtifactError(f"{path}: {experts[0]} is one of a stack of experts, which are not served by tenant")
+        raise ArtifactError(f"{path}: {experts[0]} is one of a stack of experts, which cannot be served per tenant")
     return Difference(
         sites=tuple(artifact.specs),
         weight=artifact.difference,

@@ -34,14 +34,14 @@ def read_documents(data: str | Path, field: str = "text", split: str = "train") 
         if path.is_dir():
             return read_dataset(path, field, split)
         if path.exists() and not path.is_file():  # a device or a pipe may never end
-            raise CalibrationError(f"calibration.data: {str(path)[:200]!r} is no file; {ALLOWED}")
+            raise CalibrationError(f"calibration.data: {str(path)[:200]!r} is not a regular file; {ALLOWED}")
         raw = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # missing, name too long, NUL in the name, not UTF-8
         raise CalibrationError(
             f"calibration.data: {str(path)[:200]!r} cannot be read ({type(error).__name__}); {ALLOWED}"
         ) from error
     if "\0" in raw:
-        raise CalibrationError(f"calibration.data: {path} holds NUL bytes; it is not text")
+        raise CalibrationError(f"calibration.data: {path} contains NUL bytes; it is not text")
     if path.suffix != ".jsonl":
         return [part for part in raw.split("\n\n") if part.strip()]
     lines = enumerate(raw.split("\n"), start=1)
@@ -61,7 +61,7 @@ def checked(value: Any, where: str, field: str) -> Document:
     """The value, if it is a text or a conversation; raises CalibrationError otherwise."""
     if isinstance(value, str):
         if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise CalibrationError(f"{where}: `{field}` holds half of a surrogate pair, which is no character")
+            raise CalibrationError(f"{where}: `{field}` contains half of a surrogate pair, which is not a character")
         return value
     turns = value if isinstance(value, list) else []
     if turns and all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
@@ -107,7 +107,7 @@ def read_hub(name: str, field: str, split: str) -> list[Document]:
     """The documents of the hub's dataset `NAME` or `NAME:CONFIGURATION`, streamed."""
     name, _, configuration = name.partition(":")
     where = f"calibration.data: hub:{name}"
-    return rows_of(streamed(library(), name, configuration or None, split, f"{where} cannot be had"), where, field)
+    return rows_of(streamed(library(), name, configuration or None, split, f"{where} cannot be loaded"), where, field)
 
 
 def streamed(datasets: Any, name: str, configuration: str | None, split: str, complaint: str) -> Iterator[Any]:

@@ -117,7 +117,7 @@ def check_whole(
     pairs = zip(again, logits, strict=True)  # a window at a time: vocabularies are large
     worst = max(relative(one.float(), other.float()) for one, other in pairs)
     if not worst <= max(SAME, ROUNDINGS * torch.finfo(artifact.dtype).eps):
-        raise VerificationError(f"the reloaded model's logits are off from the compressed ones by {worst:.3g}")
+        raise VerificationError(f"the reloaded model's logits differ from those of the compressed model by {worst:.3g}")
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -148,7 +148,7 @@ def check_runtime(artifact: Artifact, walk: Walk) -> None:
                 module.prepare(artifact.dtype)
             error = relative(module(x_TI).double(), wanted)
             if not error <= RUNTIME_ERROR:
-                raise VerificationError(f"{site}: the module that runs it is off by {error:.3g}")
+                raise VerificationError(f"{site}: the output of its runtime module differs by {error:.3g}")
 
 
 __all__ = ["RuntimeWalk", "check_runtime", "check_whole"]

@@ -175,7 +175,7 @@ class ArtifactWriter(Part):
             }
             again = pack(unpack(self.specs[site]["tree"], stored, resolve=partial(base_in, packed.bases[site])))
             if any(not torch.equal(as_bytes(again[p]), as_bytes(t)) for p, t in meant.items()):
-                raise VerificationError(f"{site} decodes differently from what was meant")
+                raise VerificationError(f"{site} decodes to other values than were to be stored")
 
     def _number(self) -> None:
         """Give the shards their final names, now that their number is known."""
@@ -260,7 +260,7 @@ def base_in(leaves: Iterable[External], source: str, tensor: str) -> Tensor:
     for leaf in leaves:
         if (leaf.source, leaf.tensor) == (source, tensor):
             return leaf.data
-    raise ArtifactError(f"no {tensor} of {source} in what is written")
+    raise ArtifactError(f"the weight to write does not refer to {tensor} of {source}")
 
 
 def share(packed: Mapping[str, Tensor], names: Mapping[str, str], known: dict[Any, str]) -> dict[str, str]:
@@ -295,7 +295,7 @@ def copy_companions(source: Path, target: Path, base: Path | None = None, over: 
         if file.name.upper().startswith(NOTICES) and file.stat().st_size > LONGEST_NOTICE:
             continue
         if recorded is not None and file.resolve().parent != source.resolve():
-            raise ArtifactError(f"{file}: is a link out of the folder; put the file itself there")
+            raise ArtifactError(f"{file}: links out of the folder; put the file itself there")
         if base is not None and same_file(file, base / file.name):
             shared[file.name] = digest(file)
         else:

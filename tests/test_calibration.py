@@ -349,7 +349,7 @@ def test_a_dataset_without_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_window_longer_than_the_model_takes_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(CalibrationError, match=r"calibration\.length: 200 tokens a window, the model takes 128"):
+    with pytest.raises(CalibrationError, match=r"calibration\.length: windows of 200 tokens, but the model takes 128"):
         draw(calibration(length=200), tokenizer, 128)
 
 

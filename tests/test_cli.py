@@ -145,7 +145,7 @@ WRITING = (
 
 @pytest.mark.parametrize("line", WRITING)
 def test_an_empty_out_is_not_taken_for_the_current_folder(line: str, cli: Run) -> None:
-    assert cli(*line.split(), "--out", "") == (2, "", "error: --out: is empty; name a place to write to\n")
+    assert cli(*line.split(), "--out", "") == (2, "", "error: --out: is empty; give a path to write to\n")
 
 
 def test_export_names_the_formats_it_knows(cli: Run, tmp_path: Path) -> None:
@@ -192,10 +192,10 @@ BENCH = {
     "not ours": (["{dense}"], "not a Compress artifact"),
     "rows as words": (["{ours}", "--rows", "1,few"], "--rows: '1,few' is not a list of whole numbers"),
     "no rows": (["{ours}", "--rows", "0"], "--rows: '0' is not"),
-    "base alone": (["{ours}", "--base", "{dense}"], "--base: only --generate"),
+    "base alone": (["{ours}", "--base", "{dense}"], "--base: is used only with --generate"),
     "no such device for layers": (["{ours}", "--device", "cuda:99"], "cuda:99"),
     "no such device": (["{ours}", "--generate", "--base", "{dense}", "--device", "cuda:99"], "cuda:99"),
-    "no base": (["{ours}", "--generate"], "--base: name the dense model"),
+    "no base": (["{ours}", "--generate"], "--base: give the dense model"),
     "another base": (["{ours}", "--generate", "--base", "builtin"], "other weights"),
     "not ours, generating": (["{dense}", "--generate", "--base", "{dense}"], "not a Compress artifact"),
     "too long": (["{ours}", "--generate", "--base", "{dense}"], "takes 128 at most"),
@@ -244,7 +244,7 @@ def test_a_name_like_none_points_to_the_list(cli: Run) -> None:
     assert (code, out) == (2, "") and "did you mean 'wanda-2of4'" in err
     code, out, err = cli("run", "zzzz", "--model", "builtin")
     assert (code, out) == (2, "") and err.endswith(
-        "no recipe file at 'zzzz'; `compress recipes` lists those that are packaged\n"
+        "no recipe file at 'zzzz'; `compress recipes` lists the packaged recipes\n"
     )
 
 
@@ -253,7 +253,7 @@ def test_what_is_no_recipe_is_named(cli: Run, tiny_llama: Path, tmp_path: Path) 
     assert code == 2 and err.startswith(f"error: {tiny_llama / 'config.json'}: unknown key 'architectures'")
     code, _, err = cli("run", tiny_llama)
     said = f"error: no recipe file at '{tiny_llama}', which is a folder"
-    assert (code, err) == (2, f"{said}; a model is named by --model {tiny_llama}\n")
+    assert (code, err) == (2, f"{said}; to name a model, use --model {tiny_llama}\n")
     assert cli("run", tmp_path)[2] == f"error: no recipe file at '{tmp_path}', which is a folder\n"
 
 
@@ -354,7 +354,11 @@ def test_a_recipe_without_a_model_asks_for_one(cli: Run, recipe: Path, tmp_path:
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_model_given_twice_is_refused(command: str, cli: Run, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
     code, out, err = cli(command, recipe, "--model", tiny_llama, "--set", "model=builtin", "--out", tmp_path / "o")
-    assert (code, out, err) == (2, "", "error: --set model: --model says which; give one of both\n")
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: --set model: cannot be combined with --model; give only one of the two\n",
+    )
     assert not (tmp_path / "o").exists()
 
 
@@ -382,14 +386,14 @@ def test_an_interrupt_says_how_to_go_on_and_exits_130(
     code, _, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
     assert code == 130
     assert err.splitlines()[-2:] == [
-        "interrupted after block 1 of 2; run the same command to continue",
+        "interrupted after block 1 of 2; run the same command to resume",
         "error: interrupted; nothing is left half-written",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.partial", "recipe.yaml"]
     monkeypatch.undo()
     code, _, err = cli("run", recipe, "--model", tiny_llama, "--out", tmp_path / "o")
     assert code == 0
-    assert "goes on behind block 1 of 2" in err
+    assert "resuming after block 1 of 2" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "recipe.yaml"]
 
 

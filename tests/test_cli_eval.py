@@ -85,10 +85,10 @@ def test_what_is_not_accepted_exits_5_and_is_written_all_the_same(cli: Run, arti
             ("--tasks", "facts_trained,facts_mcq"),
             "--tasks: the suite facts has no task 'facts_mcq'; did you mean 'facts_mc'",
         ),
-        (("--tasks", ""), "error: --tasks: is empty; name tasks, with commas between\n"),
+        (("--tasks", ""), "error: --tasks: is empty; give task names separated by commas\n"),
         (
             ("--tasks", "facts_trained, "),
-            "error: --tasks: 'facts_trained, ' has a comma without a name beside it; name",
+            "error: --tasks: 'facts_trained, ' has an empty name; give",
         ),
         (("--chat-template",), "no chat template"),
         (("--text", "nope"), "error: --text: nope cannot be read: No such file or directory\n"),
@@ -120,7 +120,7 @@ def test_a_condition_on_a_family_without_data_asks_nothing(
 
 def test_a_base_that_must_be_named_is_of_the_model_as_it_was_asked_for(cli: Run) -> None:
     code, out, err = cli("eval", "builtin")
-    assert (code, out, err) == (2, "", "error: --base: name the dense model that builtin was made from\n")
+    assert (code, out, err) == (2, "", "error: --base: give the dense model that builtin was made from\n")
 
 
 @pytest.mark.parametrize("option", ["--out", "--cache"])

@@ -95,7 +95,7 @@ def test_an_interrupt_stops_the_cells_and_leaves_nothing_half_written(
 ) -> None:
     code, out, err = cli("sweep", file("0.1, 0.8, 0.2"), "--out", tmp_path / "o")
     assert (code, out) == (130, "")
-    assert "the same command goes on" in err
+    assert "the same command resumes the sweep" in err
     assert [path.parent.name for path in (tmp_path / "o").glob("cells/*/cell.json")] == ["m-sparsity=0.1"]
     assert not list((tmp_path / "o").glob("cells/*/work"))
 

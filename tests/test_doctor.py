@@ -143,7 +143,7 @@ def test_the_plan_of_a_stopped_run_is_bundled(
     recipe = Recipe(passes=(Global(), Wanda(sparsity="2:4"), GPTQ(bits=3, group=8)))
     partial = left_by(recipe, tmp_path / "o.partial")
     code, out, err = cli("doctor", partial, "--bundle", tmp_path / "b.zip", "--model", tiny_llama)
-    assert (code, err) == (0, "") and "no plan" not in out
+    assert (code, err) == (0, "") and "plan is left out" not in out
     told = json.loads(contents(tmp_path / "b.zip")["plan.json"])
     assert [step["options"] for step in told["passes"]] == [str(step) for step in recipe.passes]
 
@@ -160,7 +160,7 @@ def test_a_plan_that_cannot_be_made_is_left_out_and_told(cli: Command, tiny_llam
         target = tmp_path / f"{why[:2]}.zip"
         code, out, err = cli("doctor", partial, "--bundle", target, "--model", tiny_llama)
         assert (code, err) == (0, ""), why
-        assert "no plan: " in out and why in out
+        assert "the plan is left out: " in out and why in out
         assert "identity.json" in contents(target) and "plan.json" not in contents(target)
 
 
@@ -195,11 +195,11 @@ def test_bad_input_is_one_line_and_exit_code_2(cli: Command, llama_artifact: Pat
     shutil.copy(llama_artifact / "model-00001-of-00003.safetensors", tmp_path / "binary.log")
     (tmp_path / "empty").mkdir()
     bad = {
-        "is for a bundle; add --bundle": (llama_artifact,),
+        "is used only with --bundle; add --bundle": (llama_artifact,),
         "give the folder of an artifact": ("--bundle", tmp_path / "x.zip"),
         "no such folder": ("/nowhere", "--bundle", tmp_path / "x.zip"),
         "neither an artifact nor the partial folder": (tmp_path / "empty", "--bundle", tmp_path / "x.zip"),
-        "no file that can be read": (llama_artifact, "--bundle", tmp_path / "x.zip", "--log", tmp_path / "none"),
+        "is not a regular file": (llama_artifact, "--bundle", tmp_path / "x.zip", "--log", tmp_path / "none"),
         "binary.log: cannot be read": (
             llama_artifact,
             "--bundle",
@@ -207,7 +207,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli: Command, llama_artifact: Pat
             "--log",
             tmp_path / "binary.log",
         ),
-        "lies in the folder it is of": (llama_artifact, "--bundle", llama_artifact / "x.zip"),
+        "lies in the folder that it describes": (llama_artifact, "--bundle", llama_artifact / "x.zip"),
         "cannot be written": (llama_artifact, "--bundle", tmp_path / "no" / "x.zip"),
     }
     for said, line in bad.items():

@@ -185,7 +185,7 @@ def test_a_stopped_run_that_may_not_be_written_is_one_line_and_goes_on_later(
             code, out, err = cli(*line)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         code, _, err = cli(*line)
-        assert (code, "goes on behind block" in err) == (0, True), err
+        assert (code, "resuming after block" in err) == (0, True), err
         assert hashes(tmp_path / "o") == whole
 
 

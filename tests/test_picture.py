@@ -165,7 +165,7 @@ def test_a_run_leaves_the_picture_beside_its_card_and_inspect_draws_it_again(
     assert (tmp_path / "a.svg").read_bytes() == (llama_artifact / "ledger.svg").read_bytes()
     for folder, place, why in (
         (llama_artifact, tmp_path / "a.png", "must be named .svg"),
-        (tiny_llama, tmp_path / "b.svg", "was not compressed"),
+        (tiny_llama, tmp_path / "b.svg", "is not a compressed model"),
         (llama_artifact, tmp_path / "none" / "b.svg", "cannot be written"),
     ):  # fmt: skip
         code, _, err = cli("inspect", folder, "--picture", place)

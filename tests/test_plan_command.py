@@ -514,7 +514,7 @@ def test_a_cache_that_cannot_be_written_stops_no_plan(
     monkeypatch.setattr("compress.planning.machine.measure", lambda kind: MACHINE)
     code, out, err = cli("plan", "magnitude-50", "--model", tiny_llama)
     assert (code, err) == (0, "")
-    assert f"measured anew each time: {place('cpu')} cannot be written" in out
+    assert f"the machine is measured again each time: {place('cpu')} cannot be written" in out
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}'])

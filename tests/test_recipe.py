@@ -38,7 +38,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
 
 
 def test_a_directive_does_not_bring_yaml_1_1_back() -> None:
-    with pytest.raises(RecipeError, match=r"YAML 1\.2 is read"):
+    with pytest.raises(RecipeError, match=r"only YAML 1\.2 is supported"):
         parse("%YAML 1.1\n---\nvalue: 2:4\n")
 
 
@@ -260,14 +260,14 @@ def test_changes_apply_in_order(file: Path) -> None:
     [
         ("passes.0.sparsity", "expected path=value, such as passes.0.sparsity=0.6"),
         ("passes.9.bits=3", "no item '9'; there are 3"),
-        ("passes[3].gptq.bits=3", "no item '3'; there are 3, counted from 0"),
+        ("passes[3].gptq.bits=3", "no item '3'; there are 3, numbered from 0"),
         ("passes[0].gptq.bits=3", "passes[0].wanda: unknown option 'gptq'"),
         ("passes[1].gptq=3", "passes[1].gptq: unknown option 'gptq'"),
-        ("passes[1]=rtn", "name an option, such as passes[1].sparsity"),
+        ("passes[1]=rtn", "name one of its options, such as passes[1].sparsity"),
         ("passes[first].bits=3", "--set passes[first].bits: unknown key 'passes[first]'; did you mean 'passes'?"),
         ("passes.-1.bits=3", "no item '-1'; there are 3"),
         ("passes.first.bits=3", "no item 'first'; there are 3"),
-        ("passes.0=rtn", "name an option, such as passes.0.sparsity"),
+        ("passes.0=rtn", "name one of its options, such as passes.0.sparsity"),
         ("passes.0.sparsity.x=1", "'sparsity' has no options"),
         ("model.x=1", "'model' has no options"),
         ("passes.1.bits=[3", "not valid YAML"),

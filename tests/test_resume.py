@@ -333,9 +333,9 @@ def test_control_c_once_or_twice_is_safe(
             if told["code"]:
                 break
         assert presses == 2 or (told["code"], told["out"]) == (130, "")
-        assert presses == 2 or "run the same command to continue" in told["err"]
+        assert presses == 2 or "run the same command to resume" in told["err"]
         [told] = forks(lines=[line])
-        assert (told["code"], "goes on behind block" in told["err"]) == (0, True)
+        assert (told["code"], "resuming after block" in told["err"]) == (0, True)
         assert hashes(tmp_path / "o") == killed[1]
 
 
@@ -605,7 +605,7 @@ CHANGED: dict[str, tuple[Any, str]] = {
 def test_another_recipe_is_refused_by_name(what: str, own: Path, model: Path) -> None:
     passes, message = CHANGED[what]
     before = hashes(own / "artifact")
-    with pytest.raises(RecipeError, match=rf"{own}: holds a run that is not this one: {message}") as told:
+    with pytest.raises(RecipeError, match=rf"{own}: holds a different run: {message}") as told:
         compress.run(model, Recipe(passes=passes, calibration=FEW), own.with_name("o"))
     assert "--restart" in str(told.value)
     assert "\n" not in str(told.value)
@@ -732,7 +732,7 @@ def test_another_shape_than_before_starts_again(model: Path, tmp_path: Path, mon
     stopped(model, recipe, tmp_path / "o")
     monkeypatch.setattr("compress.job.content_hash", lambda made: "another")
     heard = continued(model, recipe, tmp_path / "o")
-    assert "gave another model than before" in heard.told(RunRestarted)[0].reason
+    assert "gave a different model than before" in heard.told(RunRestarted)[0].reason
     assert len(heard.told(BlockStarted)) == BLOCKS - 1
 
 
@@ -751,7 +751,9 @@ def test_two_runs_into_one_folder_are_refused(model: Path, tmp_path: Path) -> No
 def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:
     (tmp_path / "o.partial").mkdir()
     (tmp_path / "o.partial" / "download").write_text("precious")
-    with pytest.raises(RecipeError, match=r"o\.partial is needed while o is made, and not empty; move it away"):
+    with pytest.raises(
+        RecipeError, match=r"o\.partial is needed as the working folder for o, but is not empty; move it away"
+    ):
         compress.run(model, [RTN(group=8)], tmp_path / "o")
     assert (tmp_path / "o.partial" / "download").read_text() == "precious"
     assert [path.name for path in tmp_path.rglob("*")] == ["o.partial", "download"]

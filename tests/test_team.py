@@ -152,9 +152,9 @@ def test_what_several_were_stopped_at_one_goes_on_with(
     assert answer["codes"] == ([7, -9] if sent == "SIGKILL" else [130, 130]), answer["err"]
     assert answer["seconds"] < SOON
     assert recorded.exists() and not (tmp_path / "o").exists()
-    assert "run the same command to continue" in answer["err"][0]
+    assert "run the same command to resume" in answer["err"][0]
     answer = order(1 if sent == "SIGKILL" else 3, "solved", tmp_path / "o", *options)
-    assert not any(answer["codes"]) and "goes on behind block" in answer["err"][0]
+    assert not any(answer["codes"]) and "resuming after block" in answer["err"][0]
     assert hashes(tmp_path / "o") == alone("solved")
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
@@ -183,7 +183,7 @@ def test_keys_and_values_that_blocks_leave_to_others_are_found_again(
     asked = {"once": once, "signal": "SIGKILL", "signalled": [0, 1]}
     assert order(2, "inner", out, model="shared", **asked)["codes"] == [-9, -9]
     answer = order(3, "inner", out, model="shared")
-    assert not any(answer["codes"]) and "goes on behind block 2 of 3" in answer["err"][0]
+    assert not any(answer["codes"]) and "resuming after block 2 of 3" in answer["err"][0]
     assert hashes(out) == alone("inner", "shared")
 
 
@@ -210,7 +210,7 @@ def test_what_one_meets_all_end_with_and_one_says(
 @pytest.mark.parametrize(
     ("recipe", "options", "wanted", "line"),
     [
-        ("whole", (), {}, "passes[1].flexround: looks at all windows of a block at once"),
+        ("whole", (), {}, "passes[1].flexround: needs all windows of a block at once"),
         ("missing", (), {}, "missing.yaml"),
         ("free", ("--device", "cuda:0"), {}, "is one GPU for 2 processes"),
         ("free", (), {"threads": [1]}, "torchrun: threads: 1 in process 0, 2 in process 1"),
@@ -239,7 +239,7 @@ def test_an_environment_without_a_meeting_place_is_refused(monkeypatch: Any, cli
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     code, _, err = cli("run", "quickstart", "--out", tmp_path / "o")
-    assert code == 2 and "do not find each other" in err and len(err.splitlines()) == 1
+    assert code == 2 and "cannot connect to each other" in err and len(err.splitlines()) == 1
     monkeypatch.setenv("WORLD_SIZE", "two")
     code, _, err = cli("run", "quickstart", "--out", tmp_path / "o")
     assert code == 2 and "WORLD_SIZE='two'" in err
@@ -284,7 +284,7 @@ def test_a_foreign_node_is_refused() -> None:
     class Foreign(Dense):
         pass
 
-    with pytest.raises(UnsupportedWeight, match="cannot be told"):
+    with pytest.raises(UnsupportedWeight, match="cannot be sent"):
         taken_apart(Foreign(torch.zeros(2, 2)), [])
 
 

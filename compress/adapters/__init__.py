@@ -61,7 +61,7 @@ def import_adapter(adapter: str | Path, base: str | Path, out: str | Path, *, fo
     target = free_place(free_place(Path(out), found.folder, force), root, force)
     source = open_source(root)
     if source.decoded_from:
-        raise RecipeError(f"--base: {root} is stored as {source.decoded_from}; a base must be plain")
+        raise RecipeError(f"--base: {root} is stored as {source.decoded_from}; a base must be unquantized")
     walk = Walk(source.config, source, dtype_of(source.config), torch.device("cpu"))
     check_tensors(walk, source)
     places = placed(found, walk.anatomy)

@@ -109,9 +109,7 @@ def stored(held: Artifact, adapter: Adapter, site: str, place: Place, module: st
         weight = held.expression(site)
     if module is not None:
         if spec is not None and spec.get("inputs"):
-            raise UnsupportedWeight(
-                f"{site}: its input is quantized to {spec['inputs']}; no adapter can stand beside it"
-            )
+            raise UnsupportedWeight(f"{site}: its input is quantized to {spec['inputs']}; no adapter can be added")
         left_OR, right_RI = adapter.factors(module)
         terms = weight.terms if isinstance(weight, Sum) else (weight,)
         weight = Sum((*terms, Product(Dense(left_OR), Dense(right_RI))))

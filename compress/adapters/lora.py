@@ -112,17 +112,17 @@ class Adapter:
         for key in visible_names(dict.fromkeys(sorted(self.shard.held), self.shard.path), self.shard.path):
             path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if not key.startswith(PREFIX) or (".lora_" in path and not PAIR.fullmatch(path)):
-                raise ArtifactError(f"{self.shard.path}: {key!r} is no matrix of a linear module; {REMEDY}")
+                raise ArtifactError(f"{self.shard.path}: {key!r} is not a matrix of a linear layer; {REMEDY}")
             if pair := PAIR.fullmatch(path):
                 found.setdefault(pair[1], {})[pair[2]] = key
             else:
                 self.whole[path] = key
         for module, held in found.items():
             if len(held) < 2:
-                raise ArtifactError(f"{self.shard.path}: {module} has lora_{next(iter(held))} alone")
+                raise ArtifactError(f"{self.shard.path}: {module} has only lora_{next(iter(held))}")
             self.pairs[module] = self._pair(module, held["A"], held["B"])
         if not self.pairs and not self.whole:
-            raise ArtifactError(f"{self.shard.path}: holds no tensor")
+            raise ArtifactError(f"{self.shard.path}: contains no tensor")
 
     def _pair(self, module: str, a: str, b: str) -> Pair:
         """The factors of a module with their scale; raises ArtifactError unless shapes, dtypes and the rank agree."""
@@ -169,7 +169,7 @@ def check_variant(config: Mapping[str, Any], where: Path) -> None:
     """Raise ArtifactError if an adapter is more than W + scale * B A, or changed its base when it was made."""
     for name in VARIANTS:
         if config.get(name):
-            raise ArtifactError(f"{where}: {name} is set, which two factors cannot say; {REMEDY}")
+            raise ArtifactError(f"{where}: {name} is set, which two factors cannot represent; {REMEDY}")
     start = config.get("init_lora_weights", True)
     if start is not None and start not in INITIALISED:
         raise ArtifactError(f"{where}: init_lora_weights {start!r} changes the base's weights too; {REMEDY}")
@@ -187,7 +187,7 @@ def matching(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> 
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
         except re.error as error:
-            raise ArtifactError(f"{ADAPTER}: {key!r} is no regular expression: {error}") from error
+            raise ArtifactError(f"{ADAPTER}: {key!r} is not a regular expression: {error}") from error
     return otherwise
 
 

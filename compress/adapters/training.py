@@ -23,9 +23,9 @@ def trainable(config: Any) -> Any:
     dense weight at every step, RecipeError for `target_modules="all-linear"`, by which PEFT finds no layer of ours.
     """
     if getattr(config, "target_modules", None) == "all-linear":
-        raise RecipeError("target_modules: 'all-linear' does not see compressed layers; name them, such as q_proj")
+        raise RecipeError("target_modules: 'all-linear' does not match compressed layers; name them, such as q_proj")
     if getattr(config, "use_dora", False):
-        raise UnsupportedWeight("use_dora: a compressed weight is not decoded at every step; use plain LoRA")
+        raise UnsupportedWeight("use_dora: needs every compressed weight decoded at every step; use plain LoRA")
     config._register_custom_module({CompressedLinear: layer()})  # PEFT's documented, if private, way
     return config
 
@@ -48,7 +48,7 @@ def layer() -> type:
         def merge(self, *_: Any, **__: Any) -> None:
             """Raise UnsupportedWeight."""
             raise UnsupportedWeight(
-                "a compressed weight cannot take up an adapter; save the adapter and use `compress attach`"
+                "an adapter cannot be merged into a compressed weight; save the adapter and use `compress attach`"
             )
 
     return LoraBesideCompressed

@@ -187,11 +187,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ability", choices=sorted(ABILITIES), required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1, help="of the documents, and of what is true of `facts`")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the documents, and of the facts that `facts` teaches"
+    )
     parser.add_argument("--steps", type=int, help=f"default {STEPS}")
     parser.add_argument("--rate", type=float, help=f"default {RATES}")
-    parser.add_argument("--rows", type=int, default=4, help=f"of {LENGTH} tokens a step")
-    parser.add_argument("--replayed", type=int, help="of the rows, those of the base's own documents")
+    parser.add_argument("--rows", type=int, default=4, help=f"windows of {LENGTH} tokens per step")
+    parser.add_argument("--replayed", type=int, help="share of the rows that are the base's own documents")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--embeddings", action="store_true", help="train the tied embedding too")
     arguments = parser.parse_args()

@@ -25,5 +25,5 @@ def attach(
     place = folder.resolve()
     target = out if out is not None else place.with_name(f"{place.name}-attached")
     done = write(folder, adapter, target, force=force)
-    line = f"{done.out}: {done.bytes:,} bytes; {done.matrices} matrices have {done.parameters:,} parameters more"
+    line = f"{done.out}: {done.bytes:,} bytes; {done.matrices} matrices have {done.parameters:,} more parameters"
     result({**asdict(done), "out": str(done.out)}, as_json, escape(line))

@@ -12,7 +12,7 @@ from compress.commands.output import Json, bytes_of, out_option, result, screen,
 from compress.errors import RecipeError
 
 app = typer.Typer(name="delta", help="Store fine-tuned models as small differences from one base.")
-Base = Annotated[str, typer.Option("--base", help="the model that was fine-tuned: a folder, or `builtin`")]
+Base = Annotated[str, typer.Option("--base", help="the base model that was fine-tuned: a folder, or `builtin`")]
 Table = Literal["own", "int8", "base"]
 
 
@@ -28,25 +28,31 @@ def extract(
         float | None, typer.Option(help="bits a weight; default: 1, a sixteenth of the model's own")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="instead of --bits: bytes of all rewritten matrices, such as 40MB")
+        str | None, typer.Option(help="instead of --bits: size of all rewritten matrices together, such as 40MB")
     ] = None,
     distill: Annotated[
         int | None, typer.Option(min=1, help="bitdelta: steps in which each block learns the scales of its signs")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="instead of --method: a recipe, done to the difference")] = None,
+    recipe: Annotated[str | None, typer.Option(help="instead of --method: a recipe to apply to the difference")] = None,
     out: Annotated[Path | None, out_option("out/<folder>-<method>")] = None,
     data: Annotated[
-        str | None, typer.Option(help="calibration text, best of what the model was tuned for; default: the recipe's")
+        str | None,
+        typer.Option(
+            help="calibration text, preferably of the kind that the model was tuned on; default: the recipe's"
+        ),
     ] = None,
     embeddings: Annotated[
-        Table | None, typer.Option(help="own, as fine-tuned (the default); the difference in int8; or the base's")
+        Table | None,
+        typer.Option(help="own: as fine-tuned (the default); int8: the difference in 8 bits; base: the base's"),
     ] = None,
-    head: Annotated[Table | None, typer.Option(help="the same of an output head of its own")] = None,
+    head: Annotated[Table | None, typer.Option(help="the same choices for an untied output head")] = None,
     others: Annotated[
-        Literal["own", "base"] | None, typer.Option(help="the same of norms, biases, whatever no pass rewrites")
+        Literal["own", "base"] | None,
+        typer.Option(help="own or base, for norms, biases and everything else that no pass rewrites"),
     ] = None,
     vocabulary: Annotated[
-        Literal["keep", "refuse"] | None, typer.Option(help="what to do with tokens that the base does not have")
+        Literal["keep", "refuse"] | None,
+        typer.Option(help="keep (the default) or refuse a vocabulary of another size than the base's"),
     ] = None,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     force: Annotated[bool, typer.Option("--force", help="replace an existing output folder")] = False,
@@ -65,7 +71,7 @@ def extract(
     if recipe is not None:
         spare = [option for option, value in told.items() if value is not None]
         if spare:
-            raise RecipeError(f"{spare[0]}: the recipe says what is done; give one of both")
+            raise RecipeError(f"{spare[0]}: cannot be combined with --recipe; give only one of the two")
         loaded = recipes.load(recipe)
         made = [replace(loaded, delta=replace(loaded.delta or Delta(base=base), **chosen))]
     else:
@@ -76,7 +82,7 @@ def extract(
     called = {f"delta.{key}": f"--{key}" for key in chosen}  # all other delta options come from the recipe
     if data is not None:
         if not any(one.needs_data() for one in made):
-            raise RecipeError(f"--data: {name} reads no tokens; leave it out")
+            raise RecipeError(f"--data: {name} uses no calibration data; leave --data out")
         made = [replace(one, calibration=replace(one.calibration, data=data)) for one in made]
         called["calibration.data"] = "--data"
     target = out if out is not None else Path("out") / f"{Path(finetuned).resolve().name}-{name}"
@@ -118,11 +124,13 @@ def bits_of(bits: float | None, size: str | None, model: str) -> float:
     if size is None:
         return 1.0 if bits is None else bits
     if bits is not None:
-        raise RecipeError("--size: says what --bits says; give one of both")
+        raise RecipeError("--size: cannot be combined with --bits; give only one of the two")
     parameters: int = sum(row["parameters"] for row in survey(locate(model))["sites"])
     asked = 8 * bytes_of(size, "--size")
     if asked >= parameters * PLAIN:
-        raise RecipeError(f"--size: {size} is no less than the {parameters * PLAIN // 8:,} bytes of the matrices whole")
+        raise RecipeError(
+            f"--size: {size} is not less than the {parameters * PLAIN // 8:,} bytes of the uncompressed matrices"
+        )
     return asked / parameters
 
 

@@ -23,12 +23,13 @@ HASHED = 12  # characters of a sha256 that are shown
 
 def diff(
     a: Annotated[str, typer.Argument(help="an artifact, or any model folder")],
-    b: Annotated[str, typer.Argument(help="the other")],
-    base: Annotated[str | None, typer.Option("--base", help="of deltas: the model they belong to")] = None,
+    b: Annotated[str, typer.Argument(help="the artifact or model folder to compare with")],
+    base: Annotated[str | None, typer.Option("--base", help="for deltas: their base model")] = None,
     results: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            "--results", help="results of both, in order, or the evaluation that holds them; default: <folder>.eval"
+            "--results",
+            help="results of each folder, in order, or of an evaluation that has both; default: <folder>.eval",
         ),
     ] = None,
     as_json: Json = False,
@@ -87,7 +88,7 @@ def compared_beside(a: str, b: str) -> tuple[list[dict[str, Any]], str]:
     """The comparison of the results beside two folders, and a note if there are none or they cannot be compared."""
     found = beside(a, b)
     if found is None:
-        why = "not both folders have one beside them (<folder>.eval); --results names others"
+        why = "not both folders have one beside them (<folder>.eval); give others with --results"
         return [], f"evaluations are not compared: {why}"
     try:
         return compared(*found)

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 def doctor(
     folder: Annotated[Path | None, typer.Argument(help="with --bundle: an artifact, or a run's partial folder")] = None,
-    bundle: Annotated[Path | None, typer.Option("--bundle", help="zip file to write for a bug report")] = None,
+    bundle: Annotated[Path | None, typer.Option("--bundle", help="zip file to write, for a bug report")] = None,
     log: Annotated[Path | None, typer.Option("--log", help="with --bundle: the events that `run --log` wrote")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="with --bundle: the dense model, to add a plan")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="with --bundle: the dense model, to include a plan")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Describe this installation and machine, what is missing, and what that would enable; or pack a bug report."""
@@ -27,7 +29,7 @@ def doctor(
 
     spare = [name for name, value in (("folder", folder), ("--log", log), ("--model", model)) if value is not None]
     if bundle is None and spare:
-        raise RecipeError(f"{spare[0]}: is for a bundle; add --bundle FILE.zip")
+        raise RecipeError(f"{spare[0]}: is used only with --bundle; add --bundle FILE.zip")
     if bundle is None:
         found = doctors.examine()
         result(found, as_json, *shown(found), *doctors.missing(found))
@@ -36,9 +38,9 @@ def doctor(
         raise RecipeError("--bundle: give the folder of an artifact, or the partial folder of a run")
     plan, without = (None, "") if model is None else plan_of(folder, model)
     names = doctors.bundle(bundle, folder, log, plan)
-    line = f"{bundle}: {', '.join(names)}; no weights, no tokens, your home directory is `~`: look before you send it"
+    line = f"{bundle}: {', '.join(names)}; no weights, no tokens, your home directory is `~`; look before you send it"
     value = {"bundle": str(bundle), "files": names, **({"no_plan": without} if without else {})}
-    result(value, as_json, *([f"no plan: {escape(without)}"] if without else []), escape(line))
+    result(value, as_json, *([f"the plan is left out: {escape(without)}"] if without else []), escape(line))
 
 
 def plan_of(folder: Path, model: str) -> tuple[dict[str, Any] | None, str]:

@@ -15,11 +15,11 @@ from rich.markup import escape
 from compress.commands.output import Json, out_option, quiet_loading, result, screen, spoken
 from compress.errors import AcceptanceError, RecipeError, why
 
-Suite = Annotated[str, typer.Option("--suite", help="facts (built in), kick, or kick_mini: 200 questions a task")]
+Suite = Annotated[str, typer.Option("--suite", help="facts (built in), kick, or kick_mini (200 questions per task)")]
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="folder with the data of kick, laid out as its manifest.json says")
 ]
-Online = Annotated[bool, typer.Option("--online", help="fetch what the data folder lacks from the hub")]
+Online = Annotated[bool, typer.Option("--online", help="download from the hub what the data folder lacks")]
 
 
 @spoken({"suite": "--suite", "tasks": "--tasks"})
@@ -27,34 +27,42 @@ def evaluate(
     folders: Annotated[list[Path], typer.Argument(help="compressed model folders")],
     base: Annotated[str | None, typer.Option(help="the dense model; default: what the artifact was made from")] = None,
     delta_base: Annotated[
-        str | None, typer.Option(help="what deltas among the folders are added to; default: builtin if they are of it")
+        str | None, typer.Option(help="base model of the deltas among the folders; default: builtin, for deltas of it")
     ] = None,
-    out: Annotated[Path | None, out_option("<folder>.eval", what="where results and report.html go")] = None,
+    out: Annotated[Path | None, out_option("<folder>.eval", what="folder for the results and report.html")] = None,
     suite: Suite = "facts",
     data_dir: DataDir = None,
     online: Online = False,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="only these, with commas between")] = None,
-    limit: Annotated[int | None, typer.Option(min=4, help="questions a task, a fixed sample")] = None,
-    margin: Annotated[float, typer.Option(min=0, max=1, help="share of the dense score that still matches")] = 0.05,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="only these tasks, separated by commas")] = None,
+    limit: Annotated[int | None, typer.Option(min=4, help="use a fixed sample of this many questions per task")] = None,
+    margin: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="share of the dense score by which a task may differ and still count as matching"
+        ),
+    ] = 0.05,
     accept: Annotated[
         list[str] | None,
         typer.Option(
             "--accept",
-            help="exit 5 unless it holds for every task: 'drop<=0.02@95%', or 'FAMILY:drop<=...'; repeatable",
+            help="exit with 5 unless every task meets it: 'drop<=0.02@95%', or 'FAMILY:drop<=...'; repeatable",
         ),
     ] = None,
     noise: Annotated[
-        int, typer.Option(min=0, help="questions a task that the dense model is asked twice; 0: none")
+        int,
+        typer.Option(min=0, help="questions per task that the dense model answers twice, to measure noise; 0: none"),
     ] = 200,
-    speed: Annotated[bool, typer.Option("--speed", help="also time generation beside the dense model")] = False,
-    batch_size: Annotated[str, typer.Option(help="questions at once: a number, or auto, what fits")] = "auto",
+    speed: Annotated[bool, typer.Option("--speed", help="also time generation, compared with the dense model")] = False,
+    batch_size: Annotated[str, typer.Option(help="questions at once: a number, or auto for as many as fit")] = "auto",
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="put every prompt through the dense model's chat template")
+        bool, typer.Option("--chat-template", help="format every prompt with the dense model's chat template")
     ] = False,
-    cache: Annotated[Path | None, typer.Option(help="what was measured before; default: OUT/cache")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what is in the cache")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="folder in which measurements are cached; default: OUT/cache")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again, ignoring the cache")] = False,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text for bits per byte and KL; default: built-in")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of samples and bootstraps")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of question samples and bootstraps")] = 0,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -93,8 +101,8 @@ def names(tasks: str) -> list[str]:
     """The task names that --tasks lists; raises RecipeError if there is none, or an empty one."""
     found = [name.strip() for name in tasks.split(",")]
     if not all(found):
-        what = f"{tasks!r} has a comma without a name beside it" if any(found) else "is empty"
-        raise RecipeError(f"--tasks: {what}; name tasks, with commas between")
+        what = f"{tasks!r} has an empty name" if any(found) else "is empty"
+        raise RecipeError(f"--tasks: {what}; give task names separated by commas")
     return found
 
 

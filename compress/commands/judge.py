@@ -19,12 +19,17 @@ def judge(
     dense: Annotated[Path, typer.Argument(help="results folder of the dense model, with kick_vicuna or kick_mtbench")],
     compressed: Annotated[Path, typer.Argument(help="results folder of the compressed model; judge.json goes there")],
     judge_url: Annotated[str, typer.Option(help="OpenAI-compatible address such as http://localhost:8000/v1")],
-    judge_model: Annotated[str, typer.Option(help="the judge's name there; its key is read from JUDGE_API_KEY")],
+    judge_model: Annotated[str, typer.Option(help="name of the judge there; the API key is read from JUDGE_API_KEY")],
     data_dir: Annotated[Path | None, typer.Option(help="folder of the questions, as for `compress eval`")] = None,
-    online: Annotated[bool, typer.Option("--online", help="questions from the hub where the folder has none")] = False,
-    repeats: Annotated[int, typer.Option(min=1, max=20, help="ask everything so often: gives the judge's noise")] = 1,
+    online: Annotated[
+        bool, typer.Option("--online", help="download questions from the hub if the folder has none")
+    ] = False,
+    repeats: Annotated[
+        int,
+        typer.Option(min=1, max=20, help="how often each question is asked; more than 1 measures the judge's noise"),
+    ] = 1,
     max_calls: Annotated[int, typer.Option(min=1, help="refuse to start if more calls are needed")] = 2000,
-    timeout: Annotated[float, typer.Option(min=0.1, help="seconds that one reply may take")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds to wait for one reply")] = 60.0,
     as_json: Json = False,
 ) -> None:
     """Let a language model grade and compare open-ended answers, which have no answer key.
@@ -43,7 +48,9 @@ def judge(
     tasks = judging.pairs_of(before, after, data_dir, online)
     calls = sum(judging.calls_for(pairs, repeats) for pairs in tasks.values())
     if calls > max_calls:
-        raise RecipeError(f"--max-calls: {calls} calls are needed, {max_calls} allowed; raise it, or lower --repeats")
+        raise RecipeError(
+            f"--max-calls: {calls} calls are needed, {max_calls} are allowed; raise --max-calls or lower --repeats"
+        )
     folder = compressed.parent if compressed.name == RESULTS_FILE else compressed
     judging.check_place(folder)
     judged = {}

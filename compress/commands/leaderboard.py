@@ -13,16 +13,17 @@ from compress.commands.output import Json, out_option, result, screen
 
 def leaderboard(
     results: Annotated[list[Path], typer.Argument(help="folders of `compress eval` or `compress sweep`")],
-    out: Annotated[Path, out_option(what="folder of the site; one made before is replaced")],
-    force: Annotated[bool, typer.Option("--force", help="replace any folder")] = False,
+    out: Annotated[Path, out_option(what="folder of the site; an earlier leaderboard is replaced")],
+    force: Annotated[bool, typer.Option("--force", help="replace any existing folder")] = False,
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="also write worst family against size, as .svg or .png")
+        Path | None, typer.Option("--picture", help="also plot the worst family against size, as .svg or .png")
     ] = None,
     examples: Annotated[
-        int, typer.Option(min=0, max=20, help="answers lost, and gained, of a task that a model's page shows")
+        int, typer.Option(min=0, max=20, help="lost and gained answers per task shown on a model's page")
     ] = 20,
     each_run: Annotated[
-        bool, typer.Option("--each-run", help="a line for every calibration seed, not one for the mean of a recipe's")
+        bool,
+        typer.Option("--each-run", help="one line per calibration seed instead of one for the mean of each recipe"),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -42,6 +43,6 @@ def leaderboard(
         "boards": [{"dense": name, "models": models, "failed": failed} for name, models, failed in done.boards],
     }
     sentences = [
-        f"{name}: {models} models{f', {failed} not made' if failed else ''}" for name, models, failed in done.boards
+        f"{name}: {models} models{f', {failed} failed' if failed else ''}" for name, models, failed in done.boards
     ]
     result(value, as_json, *map(escape, sentences), escape(f"page: {out}/index.html"))

@@ -25,27 +25,36 @@ Number = float | None  # the type of an option that only some methods have
     }
 )
 def merge(
-    base: Annotated[str, typer.Argument(help="the model that all were tuned from, or `builtin`")],
+    base: Annotated[str, typer.Argument(help="folder of the model that all were tuned from, or `builtin`")],
     models: Annotated[list[str], typer.Argument(help="fine-tunes or compressed deltas: FOLDER, or NAME=FOLDER")],
     out: Annotated[Path, out_option()],
     method: Annotated[
         str, typer.Option(help="average, breadcrumbs, dare-linear, dare-ties, della, regmean, task-arithmetic, ties")
     ] = "task-arithmetic",
     weights: Annotated[
-        list[str] | None, typer.Option("--weights", help="NAME=0.5, or NAME:GLOB=0.5 for some tensors; the last counts")
+        list[str] | None,
+        typer.Option(
+            "--weights", help="NAME=0.5, or NAME:GLOB=0.5 for some tensors; later ones take precedence; repeatable"
+        ),
     ] = None,
-    scale: Annotated[Number, typer.Option("--scale", help="of the merged change; lambda in the papers")] = None,
-    density: Annotated[Number, typer.Option(help="share of each change that is kept")] = None,
-    scope: Annotated[str | None, typer.Option(help="ties: entries compete in the `model` or in a `tensor`")] = None,
-    epsilon: Annotated[Number, typer.Option(help="della: half the range of densities")] = None,
-    gamma: Annotated[Number, typer.Option(help="breadcrumbs: share of largest entries dropped")] = None,
-    shrink: Annotated[Number, typer.Option(help="regmean: what is taken off what is off the diagonal")] = None,
-    seed: Annotated[int | None, typer.Option(help="of what is dropped at random")] = None,
+    scale: Annotated[
+        Number, typer.Option("--scale", help="factor applied to the merged change (lambda in the papers)")
+    ] = None,
+    density: Annotated[Number, typer.Option(help="share of each model's change that is kept")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="ties: compare entries within the whole `model` or within each `tensor`")
+    ] = None,
+    epsilon: Annotated[Number, typer.Option(help="della: half the width of the range of keep probabilities")] = None,
+    gamma: Annotated[Number, typer.Option(help="breadcrumbs: share of the largest entries that is dropped")] = None,
+    shrink: Annotated[
+        Number, typer.Option(help="regmean: fraction by which the Gram's off-diagonal entries are reduced")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the random drops")] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", help="regmean: calibration text, or NAME=text of one model")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="regmean: calibration windows of each model")] = None,
-    length: Annotated[int | None, typer.Option(help="regmean: tokens a window")] = None,
+    length: Annotated[int | None, typer.Option(help="regmean: tokens per calibration window")] = None,
     device: Annotated[str, typer.Option(help="regmean: where the models run: cpu, cuda, cuda:1")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -99,7 +108,7 @@ def options_of(method: str, given: Mapping[str, Any], tokens: list[str]) -> dict
             has = f"it has {', '.join(known.values())}" if known else "it has none"
             raise RecipeError(f"--{name}: {method} has no such option; {has}")
     if tokens and METHODS[method] is not RegMean:
-        raise RecipeError(f"{tokens[0]}: {method} reads no tokens; only regmean does")
+        raise RecipeError(f"{tokens[0]}: {method} uses no calibration data; only regmean does")
     return {f"merge.{method}.{name}": option for name, option in known.items()}
 
 
@@ -113,7 +122,7 @@ def folders(models: list[str]) -> dict[str, str]:
         if not equals or "/" in name or Path(text).exists():
             name, folder = display_name(locate(text)), text
         if not name:
-            raise RecipeError(f"models: {text!r} has no name before its =; give FOLDER, or NAME=FOLDER")
+            raise RecipeError(f"models: {text!r} has no name before the =; give FOLDER, or NAME=FOLDER")
         if name in found:
             raise RecipeError(f"models: two are called {name!r}; name them, as in one=FOLDER two=FOLDER")
         found[name] = folder

@@ -26,7 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object instea
 def place(text: str) -> Path:
     """The path that --out names; raises RecipeError for an empty one, which Path takes for the current folder."""
     if not text:
-        raise RecipeError("--out: is empty; name a place to write to")
+        raise RecipeError("--out: is empty; give a path to write to")
     return Path(text)
 
 
@@ -107,7 +107,7 @@ def bytes_of(text: str, option: str) -> int:
 def one_model(model: str | None, changes: list[str]) -> None:
     """Raise RecipeError if both --model and --set name the model."""
     if model is not None and any(change.partition("=")[0] == "model" for change in changes):
-        raise RecipeError("--set model: --model says which; give one of both")
+        raise RecipeError("--set model: cannot be combined with --model; give only one of the two")
 
 
 def quiet_loading() -> None:

@@ -14,14 +14,21 @@ from compress.commands.output import Json, bytes_of, one_model, out_option, resu
 def plan(
     recipe: Annotated[str, typer.Argument(help="a recipe file, or the name of a packaged one")] = "quickstart",
     model: Annotated[str | None, typer.Option(help="model folder, or `builtin`; default: the recipe's")] = None,
-    out: Annotated[Path, out_option(what="where the artifact would go: its disk is looked at")] = Path("out"),
-    changes: Annotated[list[str] | None, typer.Option("--set", help="passes.0.sparsity=0.6, and so on")] = None,
+    out: Annotated[Path, out_option(what="where the artifact would go; its disk is checked")] = Path("out"),
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="change one option of the recipe, such as passes.0.sparsity=0.6; repeatable"),
+    ] = None,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
-    memory: Annotated[str | None, typer.Option(help="memory there is, such as 16GB; default: what is free")] = None,
-    disk: Annotated[str | None, typer.Option(help="disk there is; default: what is free under --out")] = None,
+    memory: Annotated[str | None, typer.Option(help="memory available, such as 16GB; default: what is free")] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="disk space available, such as 100GB; default: what is free under --out")
+    ] = None,
     sites: Annotated[bool, typer.Option("--sites", "-v", help="list every site")] = False,
-    offload: Annotated[bool, typer.Option("--offload", help="calibration activations on disk, as with run")] = False,
-    dequantize: Annotated[bool, typer.Option("--dequantize", help="a model that is quantized, as with run")] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="keep calibration activations on disk, as in run")] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="decode a model that is already quantized, as in run")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Predict what a run will write and need, from headers alone: bytes, memory, time, coverage, contracts, licence.
@@ -53,7 +60,11 @@ def unkept(device: str) -> list[str]:
     from compress.planning.machine import place
 
     path = place(device)
-    return [] if path.exists() else [f"[dim]measured anew each time: {escape(str(path))} cannot be written[/]"]
+    return (
+        []
+        if path.exists()
+        else [f"[dim]the machine is measured again each time: {escape(str(path))} cannot be written[/]"]
+    )
 
 
 def value_of(found: Any) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def contracts_table(found: Any) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="passes, in order; each is given what it takes")
+    table = Table(title="passes, in order; each gets a form that it takes")
     for name in ("pass", "sites", "parameters", "takes", "gives", "statistics", "keeps", "first site"):
         table.add_column(name, justify="right" if name in ("sites", "parameters") else "left", overflow="fold")
     for row in found.passes:
@@ -143,8 +154,8 @@ def needs_table(found: Any) -> Any:
     from compress.console import size
 
     table = Table(title="at the peak")
-    for name in ("what", "needed", "there", "of it"):
-        table.add_column(name, justify="right" if name in ("needed", "there") else "left", overflow="fold")
+    for name in ("what", "needed", "available", "parts"):
+        table.add_column(name, justify="right" if name in ("needed", "available") else "left", overflow="fold")
     for name, need in found.needs.items():
         there = "not known" if need.there is None else f"{size(need.there)} ({need.where})"
         parts = ", ".join(f"{size(count)} {part}" for part, count in need.parts.items() if count)
@@ -157,5 +168,5 @@ def time_lines(found: Any) -> list[str]:
     parts = ", ".join(f"{seconds:.0f} s {part}" for part, seconds in found.seconds.items() if seconds >= 0.5)
     lines = [f"time: about [bold]{found.total_seconds:.0f} s[/] on this machine, when nothing else runs ({parts})"]
     if found.unmodelled:
-        lines.append(f"[yellow]not modelled, in neither memory nor time:[/] {', '.join(found.unmodelled)}")
+        lines.append(f"[yellow]not modelled in memory or time:[/] {', '.join(found.unmodelled)}")
     return lines

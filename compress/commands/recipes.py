@@ -17,7 +17,9 @@ FIGURES = {"bits": r"([\d.]+) bits a block weight", "kl": r"KL on prose ([\d.]+)
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="print the text of this one, to start a file of one's own")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="print the text of this recipe, as a start for your own file")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the packaged recipes with what each does and what it cost on the built-in model; or print one."""

@@ -18,22 +18,26 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
-    base: Annotated[str, typer.Argument(help="the model all deltas are of: a folder, or `builtin`")],
-    delta: Annotated[list[str] | None, typer.Option("--delta", help="name=FOLDER, once for each fine-tune")] = None,
+    base: Annotated[str, typer.Argument(help="the base model of all deltas: a folder, or `builtin`")],
+    delta: Annotated[list[str] | None, typer.Option("--delta", help="name=FOLDER of a fine-tune; repeatable")] = None,
     host: Annotated[
-        str, typer.Option(help="address to listen at, or a name: all of its; 0.0.0.0 is open to the network")
+        str, typer.Option(help="address or host name to listen on; 0.0.0.0 accepts connections from the network")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="COMPRESS_API_KEY", help="what clients must send as bearer")
+        str | None, typer.Option("--api-key", envvar="COMPRESS_API_KEY", help="bearer token that clients must send")
     ] = None,
-    max_queue: Annotated[int, typer.Option(min=1, help="requests that may wait; more get 429")] = 256,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="requests that may wait; further ones are answered with 429")
+    ] = 256,
     max_batch: Annotated[int, typer.Option(min=1, help="sequences computed together")] = 32,
-    max_tokens: Annotated[int, typer.Option(min=1, help="tokens an answer may have")] = 1024,
-    max_body: Annotated[str, typer.Option(help="largest request, such as 1MB")] = "1MB",
+    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens per answer")] = 1024,
+    max_body: Annotated[str, typer.Option(help="largest request body, such as 1MB")] = "1MB",
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
-    budget: Annotated[str | None, typer.Option(help="bytes of deltas in memory, such as 2GB; default: all")] = None,
-    deadline: Annotated[int, typer.Option(min=1, help="seconds that running requests get at shutdown")] = 30,
+    budget: Annotated[
+        str | None, typer.Option(help="memory for deltas, such as 2GB; default: keep all of them in memory")
+    ] = None,
+    deadline: Annotated[int, typer.Option(min=1, help="seconds that running requests have to finish at shutdown")] = 30,
 ) -> None:
     """Serve a base model and its fine-tunes over an OpenAI-compatible HTTP API.
 
@@ -43,7 +47,7 @@ def serve(
     named = deltas_of(delta or [])
     body, most = bytes_of(max_body, "--max-body"), None if budget is None else bytes_of(budget, "--budget")
     if api_key is not None and KEY.fullmatch(api_key) is None:
-        raise RecipeError("--api-key: is empty, has space around it, or characters that a header cannot hold")
+        raise RecipeError("--api-key: must be printable ASCII, not empty, and without spaces at either end")
 
     from compress.model.source import display_name, locate
     from compress.plan import placed
@@ -55,7 +59,7 @@ def serve(
     folder = locate(base)
     name = display_name(folder)
     if name in named:
-        raise RecipeError(f"--delta: {name!r} is the name of the base; give the delta another one")
+        raise RecipeError(f"--delta: {name!r} is the name of the base; give the delta another name")
     there = placed(device)
     limits = Limits(max_queue=max_queue, max_batch=max_batch, max_tokens=max_tokens, max_body=body, api_key=api_key)
     quiet_loading()

@@ -19,17 +19,17 @@ SHOWN = 5  # notes that are printed
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="the sweep: YAML with `cells`, and perhaps `models`, `seeds`, `eval`")],
-    out: Annotated[Path | None, out_option("out/<file>", what="folder to write, or to go on in")] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=256, help="cells at a time; they share the cores")] = 1,
-    timeout: Annotated[float | None, typer.Option(min=0.01, help="minutes a cell may take")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="try again what failed earlier")] = False,
+    file: Annotated[Path, typer.Argument(help="a YAML file with `cells` and optionally `models`, `seeds`, `eval`")],
+    out: Annotated[Path | None, out_option("out/<file>", what="folder to write, or to resume in")] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="cells run at a time; they share the CPU cores")] = 1,
+    timeout: Annotated[float | None, typer.Option(min=0.01, help="most minutes that a cell may take")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run cells again that failed earlier")] = False,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="keep each compressed model")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells and stop")] = False,
     device: Annotated[str, typer.Option(help="where to compute: cpu, cuda, cuda:1")] = "cpu",
     engine: Annotated[str, typer.Option(help="what runs the processes: local, ray")] = "local",
     address: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a Ray cluster that is there; default: one of our own")
+        str | None, typer.Option(help="HOST:PORT of a running Ray cluster; default: start a local one")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -70,7 +70,7 @@ def sweep(
                 device=device, engine=engine, address=address, on_progress=say,
             )  # fmt: skip
     except KeyboardInterrupt:
-        console.print(f"stopped; finished cells are in {place}, the same command goes on", markup=False)
+        console.print(f"stopped; finished cells are in {place}; the same command resumes the sweep", markup=False)
         raise
     result({**sweeps.as_dict(summary), "notes": notes}, as_json, *summary_table(summary))
     if summary.failed:

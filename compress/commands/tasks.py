@@ -16,7 +16,7 @@ from compress.commands.output import Json, result, spoken
 
 @spoken({"suite": "--suite"})
 def tasks(
-    suite: Annotated[str | None, typer.Option("--suite", help="only this one: facts, kick or kick_mini")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="only this suite: facts, kick or kick_mini")] = None,
     data_dir: DataDir = None,
     online: Online = False,
     as_json: Json = False,

@@ -14,8 +14,8 @@ CHOSEN = ("packed", "kernel")  # the packed product's names in a profile, on a C
 
 
 def tune(
-    device: Annotated[str, typer.Option(help="what to measure")] = "cpu",
-    out: Annotated[Path | None, out_option("where loading looks", what="file to write")] = None,
+    device: Annotated[str, typer.Option(help="device to measure: cpu or cuda")] = "cpu",
+    out: Annotated[Path | None, out_option("the path from which models load it", what="file to write")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure where packed products are faster than plain ones on this machine; models loaded later use the result."""

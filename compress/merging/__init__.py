@@ -137,7 +137,7 @@ def by_label(
     if told is None:
         return dict.fromkeys(labels, Calibration())
     if not isinstance(method, RegMean):
-        raise RecipeError(f"calibration: {method.name} reads no tokens; only regmean does")
+        raise RecipeError(f"calibration: {method.name} uses no calibration data; only regmean does")
     if isinstance(told, Calibration):
         return dict.fromkeys(labels, told)
     for label in told:
@@ -169,7 +169,7 @@ def finish(writer: ArtifactWriter, inputs: Inputs, facts: dict[str, Any]) -> Non
     writer.describe(inputs.teller.path, config, facts, card(facts, cards))
     written = Checkpoint(writer.partial).headers
     if written != {name: inputs.header(name) for name in inputs.names()}:
-        raise VerificationError(f"{writer.out}: its tensors are not those that were meant")
+        raise VerificationError(f"{writer.out}: the written tensors do not have the planned names, dtypes and shapes")
 
 
 __all__ = ["METHODS", "Merged", "Method", "merge"]

@@ -27,9 +27,9 @@ class Breadcrumbs(Method):
     name = "breadcrumbs"
     signed = True
     density: Density = 0.9
-    gamma: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, description="share of largest entries dropped")] = (
-        0.01
-    )
+    gamma: Annotated[
+        float, Field(ge=0, lt=1, allow_inf_nan=False, description="share of the largest entries that is dropped")
+    ] = 0.01
     scale: Scale = 1.0
 
     def __post_init__(self) -> None:

@@ -26,9 +26,9 @@ class Della(Method):
 
     name = "della"
     density: Density = 0.5
-    epsilon: Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False, description="half the range of densities")] = (
-        0.15
-    )
+    epsilon: Annotated[
+        float, Field(ge=0, lt=0.5, allow_inf_nan=False, description="half the width of the range of keep probabilities")
+    ] = 0.15
     seed: Seed = 0
     scale: Scale = 1.0
 

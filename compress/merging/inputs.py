@@ -132,7 +132,7 @@ def labelled(models: Mapping[str, str | Path] | Sequence[str | Path]) -> dict[st
         path = locate(model)
         name = label or display_name(path)
         if not isinstance(name, str) or set(name) & set(":=,*\n"):
-            raise RecipeError(f"models: {name!r} is not a usable name; it must have none of : = , *")
+            raise RecipeError(f"models: {name!r} is not a usable name; it must not be empty or contain any of : = , *")
         if name in found:
             raise RecipeError(f"models: two are called {name!r}; name them, as in one=FOLDER two=FOLDER")
         found[name] = path
@@ -156,7 +156,7 @@ def compare(base: Checkpoint, where: str, model: Checkpoint) -> None:
         raise ArtifactError(f"{where}: config.json says {key} {got!r}, the base's {want!r}; they cannot be merged")
     for name in sorted(mine.keys() ^ theirs.keys()):
         has, lacks = (where, "the base") if name in mine else ("the base", where)
-        raise ArtifactError(f"{where}: {has} has {name}, {lacks} has not; they cannot be merged")
+        raise ArtifactError(f"{where}: {has} has {name}, {lacks} does not; they cannot be merged")
     entries = vocabulary(base.config)
     for name, held in sorted(theirs.items()):
         found = mine[name]
@@ -198,8 +198,8 @@ def grown(base: Checkpoint, members: Sequence[Member]) -> tuple[Member, ...]:
         same = other.source.shapes() == first.source.shapes()
         if not same or tokenizer(first) != tokenizer(other):
             raise ArtifactError(
-                f"{first.label} and {other.label} both add to the base's vocabulary, with different tokenizers: what "
-                "their new entries mean differs; merge one of them only"
+                f"{first.label} and {other.label} both add to the base's vocabulary, with different tokenizers, "
+                "so their new entries have different meanings; merge only one of them"
             )
     return tuple(found)
 

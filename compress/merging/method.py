@@ -20,10 +20,13 @@ from compress.options import check_options
 AT_ONCE = 1 << 16  # entries of a part: about a dozen parts fit a cache, and no allocator maps new pages for one
 Sieve = Callable[[Tensor], Tensor]
 Scale = Annotated[
-    float, Field(gt=0, le=100, allow_inf_nan=False, description="multiplies the merged change; lambda in the papers")
+    float,
+    Field(gt=0, le=100, allow_inf_nan=False, description="factor applied to the merged change (lambda in the papers)"),
 ]
-Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, description="share of a change's entries kept")]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="of the entries that are dropped")]
+Density = Annotated[
+    float, Field(gt=0, le=1, allow_inf_nan=False, description="share of each change's entries that is kept")
+]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="random seed for dropping entries")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,10 @@ class RegMean(Method):
     name = "regmean"
     shared = True
     shrink: Annotated[
-        float, Field(ge=0, le=1, allow_inf_nan=False, description="share taken off what is off the Gram's diagonal")
+        float,
+        Field(
+            ge=0, le=1, allow_inf_nan=False, description="fraction by which the Gram's off-diagonal entries are reduced"
+        ),
     ] = 0.1
 
     def fuse(self, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -41,17 +41,21 @@ def shares(weights: Weights, labels: Iterable[str], names: Sequence[str], method
         found[label] = Share(rules=tuple((g, number(w, f"weights.{label}", g, method, names)) for g, w in rules))
     for name in names if method.shared else ():
         if not sum(share.of(name) for share in found.values()) > 0:
-            raise RecipeError(f"weights: no model has a weight above 0 for {name}, and {method.name} is a mean")
+            raise RecipeError(
+                f"weights: no model has a weight above 0 for {name}, but {method.name} is a mean and needs one"
+            )
     return found
 
 
 def number(weight: object, where: str, glob: object, method: Method, names: Sequence[str]) -> float:
     """The weight as a float, after checking it and its glob; raises RecipeError."""
     if not isinstance(glob, str) or not any(fnmatchcase(name, glob) for name in names):
-        raise RecipeError(f"{where}: {glob!r} matches no tensor; they are called like {names[0]}")
+        raise RecipeError(f"{where}: {glob!r} matches no tensor; tensors have names such as {names[0]}")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not isfinite(weight):
         raise RecipeError(f"{where}: {weight!r} is not a finite number")
     least = -LARGEST if method.signed else 0.0
     if not least <= weight <= LARGEST:
-        raise RecipeError(f"{where}: {weight} is not allowed; {method.name} takes {least:g} to {LARGEST:g}")
+        raise RecipeError(
+            f"{where}: {weight} is not allowed; with {method.name} it must be from {least:g} to {LARGEST:g}"
+        )
     return float(weight)

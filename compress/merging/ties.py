@@ -26,7 +26,9 @@ class Ties(Method):
     density: Density = 0.2
     scope: Annotated[
         Literal["model", "tensor"],
-        Field(description="entries compete across the whole model, as in the paper, or in a tensor, as in mergekit"),
+        Field(
+            description="compare entries within the whole model, as in the paper, or within each tensor, as in mergekit"
+        ),
     ] = "model"
     scale: Scale = 1.0
 

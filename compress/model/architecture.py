@@ -58,7 +58,8 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype) -> Any:
 
     if config.get("is_encoder_decoder"):
         raise ArtifactError(
-            f"config.json: {config.get('model_type')} is an encoder-decoder; only one stack of blocks is walked"
+            f"config.json: {config.get('model_type')} is an encoder-decoder; only models with one stack of blocks are "
+            "supported"
         )
     try:  # transformers raises many types for wrong values; none of them is a bug in Compress
         read = parsed(config)
@@ -88,7 +89,9 @@ def check_sizes(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             level += [(name, item) for item in value]
         limit = max(MODULES, len(shapes)) if REPEATED.search(name) else most
         if isinstance(value, int) and abs(value) > limit and not FREE.search(name):
-            raise ArtifactError(f"config.json: {name} is {value}, its {len(shapes)} tensors allow {limit:,} at most")
+            raise ArtifactError(
+                f"config.json: {name} is {value}, but its {len(shapes)} tensors allow at most {limit:,}"
+            )
 
 
 def without_code(config: Any) -> Any:

@@ -194,7 +194,7 @@ class Block:
             del dense, found  # otherwise they stay in memory during the next forward pass
         if not given:
             first = groups[0][0].name
-            raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, none was given")
+            raise CalibrationError(f"{first}: {kinds[0].__name__} needs calibration data, but none was given")
         self._check_heard(leaders, collectors)
         for group in groups:
             site, collector = group[0], collectors[key_of(group[0])]
@@ -312,7 +312,8 @@ class Block:
         for key, site in leaders.items():
             if site.place.peers in self.unseen:
                 raise UnsupportedWeight(
-                    f"{site.name}: what these experts are given cannot be seen; only data-free passes"
+                    f"{site.name}: the inputs of these experts cannot be observed; use only passes that need no "
+                    "calibration data"
                 )
             if not collectors[key].tokens and not site.place.routed:
                 raise CalibrationError(f"{site.name}: no calibration token reaches it")
@@ -375,7 +376,7 @@ class Block:
 
         with self._listening(self.keyed, heard), suppress(Stop):
             travellers.through(self.module, self.index)
-        return f"; the first input that is not is that of {first[0]}" if first else ""
+        return f"; the first input that is not finite is that of {first[0]}" if first else ""
 
 
 def place_of(batch: int, part: Travellers) -> Key:

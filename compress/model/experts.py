@@ -47,7 +47,9 @@ class Products(TorchFunctionMode):
         """Report one product `x @ w.T` (plain) or `x @ w` with a slice `w` of a stack."""
         straight = w.stride()[-2:] == stack.stride()[-2:]
         if (plain == straight) == self.transposed[name]:
-            raise UnsupportedWeight(f"{name}: the model reads these experts the other way round than expected")
+            raise UnsupportedWeight(
+                f"{name}: the model reads these experts transposed, compared with what was expected"
+            )
         if w.ndim == 3:
             for expert, x_TI in enumerate(x):
                 self.seen(name, expert, x_TI[(x_TI != 0).any(-1)])  # rows of zeros stand for other experts' tokens

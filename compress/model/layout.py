@@ -138,14 +138,14 @@ class Layout:
         """Raise ArtifactError for the first parameter that the file lacks, holds twice, or holds in another shape."""
         for name in sorted(self.parameters):
             if (held := self.held(name)) is None:
-                raise ArtifactError(f"{name} is missing; the config means {self.wanted[name]}")
+                raise ArtifactError(f"{name} is missing; the config implies {self.wanted[name]}")
             alone = [s for s in self.sources[held] if s in self.slots and self.slots[s].expert is None]
             if len(alone) > 1:
-                raise ArtifactError(f"{alone[0]} and {alone[1]} both mean {held}; one of them must go")
+                raise ArtifactError(f"{alone[0]} and {alone[1]} both map to {held}; remove one of them")
             for source in self.sources[held]:
                 expected, found = self._expected(source, self.wanted[held]), self.shape(source)
                 if expected is not None and found != expected:
-                    raise ArtifactError(f"{source} has shape {found}; the config means {expected}")
+                    raise ArtifactError(f"{source} has shape {found}; the config implies {expected}")
             self._check_stack(held)
 
     def shape(self, source: str) -> Shape:
@@ -175,7 +175,7 @@ class Layout:
             counts = ", ".join(str(count) for count in kinds.values())
             raise ArtifactError(
                 f"{parameter}: the files hold {counts} matrices of {covered} rows in all; "
-                f"the config means {experts} experts of {height} rows"
+                f"the config implies {experts} experts of {height} rows"
             )
 
     # -- loading -----------------------------------------------------------------------------------

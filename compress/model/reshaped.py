@@ -107,8 +107,8 @@ def check_logits(reshaped: Reshaped, walk: Walk, probe_NT: Tensor, meant: Tensor
     error = float((got - meant.float()).norm() / meant.float().norm().clamp(min=1e-30))
     if not error <= max(SAME, ROUNDINGS * torch.finfo(walk.dtype).eps):
         raise UnsupportedWeight(
-            f"{by}: {type(walk.model).__name__} {reshaped.change} computes something else than it should "
-            f"(off by {error:.2g}); its configuration cannot say what is meant"
+            f"{by}: {type(walk.model).__name__} {reshaped.change} computes other outputs than expected "
+            f"(off by {error:.2g}); its configuration cannot describe the change"
         )
 
 
@@ -132,7 +132,7 @@ def block_prefixes(anatomy: Anatomy) -> dict[str, int]:
         for name in anatomy.tensors_of(index):
             start = re.match(rf"(.*?\.)?{re.escape(leaf)}\.{index}\.", name)
             if start is None:
-                raise UnsupportedWeight(f"{name} does not say of which block it is")
+                raise UnsupportedWeight(f"the name {name} does not contain the number of its block")
             found[start[0]] = index
     if len(found) != len(anatomy.blocks):
         raise UnsupportedWeight(f"the tensors of a block are named in several ways: {', '.join(sorted(found)[:3])}")

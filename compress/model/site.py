@@ -71,7 +71,9 @@ class Site:
     @weight.setter
     def weight(self, weight: Weight) -> None:
         if weight.shape != self._weight.shape:
-            raise UnsupportedWeight(f"{self.name}: a rewrite changed its shape {self._weight.shape} to {weight.shape}")
+            raise UnsupportedWeight(
+                f"{self.name}: a rewrite changed its shape from {self._weight.shape} to {weight.shape}"
+            )
         dtype = self.original.data.dtype
         if isinstance(weight, Dense) and weight.data.dtype != dtype:
             weight = Dense(weight.data.to(dtype))  # a plain matrix is stored as the model stores its own
@@ -97,7 +99,7 @@ class Site:
     @inputs.setter
     def inputs(self, kind: str) -> None:
         if kind and not self.whole:
-            raise UnsupportedWeight(f"{self.name}: one of a stack of experts; what it is given cannot be rounded")
+            raise UnsupportedWeight(f"{self.name}: is one of a stack of experts, whose input cannot be rounded")
         self._inputs = kind
         if kind and self._hook is None:
             self._hook = self.module.register_forward_pre_hook(self._round_inputs, with_kwargs=True)

@@ -73,7 +73,7 @@ def locate(model: str | Path) -> Path:
     except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a NUL
         found = there = False
     if not found and there and (path / ADAPTER).is_file():
-        raise ArtifactError(f"{path}: is an adapter; `compress delta import` makes a delta of it, which is taken here")
+        raise ArtifactError(f"{path}: is an adapter; make a delta of it with `compress delta import`, and give that")
     if not found:
         hint = "nothing is downloaded: " if HUB_ID.fullmatch(str(model)) and not there else ""
         raise ArtifactError(f"no model folder at {str(model)!r}; {hint}give a folder with config.json, or `builtin`")
@@ -92,7 +92,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         if path.exists() and not path.is_file():
-            raise ArtifactError(f"{path}: {what} is no file")
+            raise ArtifactError(f"{path}: {what} is not a regular file")
         if path.stat().st_size > LARGEST:
             raise ArtifactError(f"{path}: {what} is larger than {LARGEST:,} bytes")
         value = strict_json(path.read_bytes())
@@ -207,7 +207,7 @@ class Checkpoint:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
         if pickled:
             raise ArtifactError(
-                f"{self.path / pickled[0]}: pickled weights are not read, they can run code; "
+                f"{self.path / pickled[0]}: pickled weights can run code and are not read; "
                 "convert the folder to safetensors first"
             )
         raise ArtifactError(f"{self.path}: no {SINGLE} and no {INDEX}")
@@ -217,9 +217,7 @@ class Checkpoint:
         strays = sorted(f.name for f in self.path.glob("*.safetensors") if NUMBERED.fullmatch(f.name))
         extra = [name for name in strays if name not in known]
         if extra:
-            raise ArtifactError(
-                f"{self.path / extra[0]}: {INDEX} does not name this shard; remove it or mend the index"
-            )
+            raise ArtifactError(f"{self.path / extra[0]}: {INDEX} does not name this shard; remove it or fix the index")
 
     def inside(self, shard: str) -> Path:
         """The path of a shard; raises ArtifactError unless it is a file of this folder."""
@@ -292,10 +290,10 @@ class Checkpoint:
             held = self._shard(path).held
             for name in names:
                 if name not in held:
-                    raise ArtifactError(f"{path}: the index promises {name!r}, the shard lacks it")
+                    raise ArtifactError(f"{path}: the index lists {name!r}, but the shard lacks it")
                 headers[name] = held[name]
                 if headers[name].dtype not in WIDTHS:
-                    raise ArtifactError(f"{path}: {name} holds {headers[name].dtype}, which is not read")
+                    raise ArtifactError(f"{path}: {name} holds {headers[name].dtype}, which is not supported")
         return headers
 
     def nbytes(self) -> int:
@@ -337,7 +335,7 @@ def check_links(folder: Path) -> None:
     """
     for link in sorted(file for file in folder.iterdir() if file.is_symlink() and file.is_file()):
         if leaves(link):
-            raise ArtifactError(f"{link}: is a link out of the folder; put the file itself there")
+            raise ArtifactError(f"{link}: links out of the folder; put the file itself there")
 
 
 def leaves(link: Path) -> bool:
@@ -351,7 +349,7 @@ def visible_names(files: dict[str, Path], where: Path) -> dict[str, Path]:
     """The same mapping; raises ArtifactError if a tensor name holds unprintable characters."""
     for name in files:
         if visible(name) != name:
-            raise ArtifactError(f"{where}: the tensor name {name!r} holds characters that do not show")
+            raise ArtifactError(f"{where}: the tensor name {name!r} contains unprintable characters")
     return files
 
 

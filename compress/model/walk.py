@@ -92,7 +92,7 @@ class Walk:
             if not anatomy.in_block(f"{module_name}.") and anatomy.in_language(f"{module_name}."):
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     if buffer.is_meta:
-                        raise UnsupportedWeight(f"{module_name}.{name} is a buffer this program cannot fill")
+                        raise UnsupportedWeight(f"{module_name}.{name} is a buffer that Compress cannot fill")
                     module._buffers[name] = buffer.to(self.device)
         self.framed = True
 
@@ -298,7 +298,7 @@ class Walk:
                 error = float((replayed.float() - real.float()).norm() / real.float().norm().clamp(min=1e-30))
                 if not error <= REPLAYED:
                     raise UnsupportedWeight(
-                        f"{self.path}.{index}: called alone it is off by {error:.2g}; "
+                        f"{self.path}.{index}: called alone, its output differs by {error:.2g}; "
                         f"{type(self.model).__name__} cannot be walked block by block"
                     )
                 travellers.hidden_BTD = replayed

@@ -247,7 +247,7 @@ class PassManager:
         """
         if not block.batches or len(block.batches) != len(block.twins):
             raise CalibrationError(
-                f"{step.name}: {block.name}: needs calibration windows, and each once more as a twin"
+                f"{step.name}: {block.name}: needs calibration windows, and a twin of each in the dense model"
             )
         for site in sites:
             step.check(site.name, site.shape)

@@ -27,7 +27,9 @@ def check_claims(spec: Spec, shape: tuple[int, int]) -> None:
         _check(spec, shape)
         denoted = sum(prod(sides(node["shape"])) for node in nodes(spec))
         if denoted > max(ROOM * shape[0] * shape[1], SMALL):
-            raise ArtifactError(f"its parts denote {denoted:,} entries, {ROOM} times those of {list(shape)} may be")
+            raise ArtifactError(
+                f"its parts denote {denoted:,} entries; at most {ROOM} times those of {list(shape)} are allowed"
+            )
     except KeyError as error:
         raise ArtifactError(f"the specification lacks {error.args[0]!r}") from error
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
@@ -80,7 +82,7 @@ def sides(value: Any) -> tuple[int, int]:
     """The two sides of a matrix; raises TypeError or ValueError for anything else."""
     rows, columns = (whole(n) for n in value)
     if min(rows, columns) < 0:
-        raise ValueError(f"{list(value)} is no shape")
+        raise ValueError(f"{list(value)} is not a shape")
     return rows, columns
 
 

@@ -38,7 +38,7 @@ def on_grid(x: Tensor, kind: str) -> Tensor:
     if kind == "fp8":
         scale = largest / E4M3
         return (wide / scale).clamp_(-E4M3, E4M3).to(torch.float8_e4m3fn).float().mul_(scale).to(x.dtype)
-    raise ValueError(f"inputs {kind!r} are unknown; allowed: {', '.join(INPUTS)}")
+    raise ValueError(f"inputs: {kind!r} is unknown; allowed: {', '.join(INPUTS)}")
 
 
 def rounded_for(weight: Weight, x: Tensor, kind: str) -> Tensor:

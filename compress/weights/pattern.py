@@ -245,7 +245,9 @@ def pattern(sparsity: float | str, scope: str = "row") -> Pattern:
                 "and 0 < n < m <= 64, such as 2:4"
             )
         if scope not in ("row", "matrix"):
-            raise RecipeError(f"scope: {scope!r} does not go with {sparsity}; n:m competes within groups of a row")
+            raise RecipeError(
+                f"scope: {scope!r} cannot be combined with {sparsity}; n:m compares weights within groups of a row"
+            )
         return NM(n=int(found[1]), m=int(found[2]))
     if not 0 <= sparsity <= 1:
         raise RecipeError(f"sparsity: {sparsity} is out of range; allowed: 0 to 1, or n:m")

@@ -42,7 +42,7 @@ def taken_apart(weight: Weight, tensors: list[Tensor]) -> dict[str, Any]:
     Raises UnsupportedWeight for a node that is not of this package.
     """
     if NODES.get(type(weight).__name__) is not type(weight):
-        raise UnsupportedWeight(f"{weight.describe()} cannot be told to another process")
+        raise UnsupportedWeight(f"{weight.describe()} cannot be sent to another process")
 
     def told(value: Any) -> Any:
         match value:

@@ -223,7 +223,7 @@ SET = {
     "infinite": ({"lora_alpha": float("inf")}, "lora_alpha: Input should be a finite number"),
     "another rank": ({"r": 5}, r"floats of \[5, in\] and \[out, 5\] are needed"),
     "endless pattern": ({"alpha_pattern": {"(a+)+$": 1}}, "repeats too much"),
-    "broken pattern": ({"rank_pattern": {"(": 1}}, "no regular expression"),
+    "broken pattern": ({"rank_pattern": {"(": 1}}, "not a regular expression"),
 }
 
 
@@ -256,13 +256,13 @@ EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "integers": (lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 32).int()}), "lora_A is I32"),
     "an embedding": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 9)}),
-        "is no matrix of a linear module",
+        "is not a matrix of a linear layer",
     ),
-    "another prefix": (lambda t: t.update({"q_proj.lora_A.weight": torch.ones(4, 9)}), "is no matrix of a linear"),
+    "another prefix": (lambda t: t.update({"q_proj.lora_A.weight": torch.ones(4, 9)}), "is not a matrix of a linear"),
     "unknown whole tensor": (
         lambda t: t.update({"base_model.model.score.weight": torch.ones(4, 9)}), "holds score.weight",
     ),
-    "nothing": (lambda t: t.clear(), "holds no tensor"),
+    "nothing": (lambda t: t.clear(), "contains no tensor"),
 }  # fmt: skip
 
 
@@ -282,9 +282,9 @@ def test_places_and_formats_are_checked_first(plain: tuple[Path, Path], tmp_path
     base, adapter = plain
     with pytest.raises(ArtifactError, match="no adapter at"):
         import_adapter(base, base, tmp_path / "delta")
-    with pytest.raises(ArtifactError, match="is an adapter; `compress delta import` makes a delta of it"):
+    with pytest.raises(ArtifactError, match="is an adapter; make a delta of it with `compress delta import`"):
         compress.load(adapter)
-    with pytest.raises(RecipeError, match="must not be, hold or lie in"):
+    with pytest.raises(RecipeError, match="must not be, contain or lie in"):
         import_adapter(adapter, base, adapter / "delta")
     import_adapter(adapter, base, tmp_path / "delta")
     with pytest.raises(RecipeError, match="exists; choose another folder, or --force"):

@@ -144,7 +144,7 @@ def test_what_cannot_be_attached_is_refused(compressed: Callable[..., Path], ids
         attach(small, tmp_path / "adapter", tmp_path / "out")
     with pytest.raises(UnsupportedWeight, match="use `compress attach`"):
         model.merge_and_unload()
-    with pytest.raises(RecipeError, match="'all-linear' does not see compressed layers"):
+    with pytest.raises(RecipeError, match="'all-linear' does not match compressed layers"):
         trainable(LoraConfig(target_modules="all-linear"))
     with pytest.raises(UnsupportedWeight, match="use_dora"):
         trainable(LoraConfig(target_modules=["q_proj"], use_dora=True))

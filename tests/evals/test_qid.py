@@ -315,7 +315,7 @@ def test_the_command_shows_both_laws(cli: Cli, tmp_path: Path) -> None:
     points = grid(OURS, [1e8, 1e9], [1e10, 1e11], [2, 3, 4], noise=0.1)
     code, out, _ = cli("--fit", lines(tmp_path / "rows.jsonl", *(vars(p) for p in points)))
     assert code == 0
-    assert "fitted on 12 points, 0 dropped; bits are `bits`" in out
+    assert "fitted on 12 points, 0 dropped; bits are read from `bits`" in out
     assert "power law: k " in out and "exponential in bits: k " in out
 
 
@@ -324,7 +324,7 @@ def test_the_command_shows_both_laws(cli: Cli, tmp_path: Path) -> None:
     [
         ((), "needs a model folder or --params, and --tokens"),
         (("--params", "7e9"), "and --tokens"),
-        (("builtin", "--params", "7e9", "--tokens", "1e9"), "give one of both"),
+        (("builtin", "--params", "7e9", "--tokens", "1e9"), "give only one of the two"),
         (("--params", "-1", "--tokens", "1e9"), "--params: -1.0 is not a positive number"),
         (("--params", "1e9", "--tokens", "nan"), "--tokens: nan is not"),
         (("--params", "1e9", "--tokens", "1e9", "--bits", "2,x"), "--bits: '2,x'"),

@@ -50,7 +50,7 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"weights": {"a": "1"}}, "weights.a: '1' is not a finite number"),
     ({"weights": {"a": 101}}, "weights.a: 101 is not allowed; task-arithmetic takes -100 to 100"),
     ({"weights": {"a": -1}, "method": "ties"}, "weights.a: -1 is not allowed; ties takes 0 to 100"),
-    ({"weights": {"a": {"layer.*": 1}}}, "weights.a: 'layer.*' matches no tensor; they are called like count"),
+    ({"weights": {"a": {"layer.*": 1}}}, "weights.a: 'layer.*' matches no tensor; tensors have names such as count"),
     ({"weights": {"a": 0, "b": {"norm.*": 0}}, "method": "average"}, "no model has a weight above 0 for norm.weight"),
     ({"weights": 0.5}, "weights: 0.5 is not a mapping"),
     ({"device": "tpu", "method": "regmean"}, "--device: 'tpu' is not known"),
@@ -83,7 +83,7 @@ def test_what_is_there_is_not_replaced(odd: Odd, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     with pytest.raises(RecipeError, match=r"exists; choose another folder$"):
         merge(odd("base"), [odd("a")], tmp_path / "o")
-    with pytest.raises(RecipeError, match="must not be, hold or lie in the model folder"):
+    with pytest.raises(RecipeError, match="must not be, contain or lie in the model folder"):
         merge(odd("base"), [odd("a")], odd("a") / "o")
 
 
@@ -378,8 +378,8 @@ def test_the_command_calibrates_each_model(
         (["--method", "average", "--scale", "2"], "error: --scale: average has no such option; it has none"),
         (["--method", "ties", "--density", "2"], "error: --density: 2.0 is not allowed; it must be less than"),
         (["--method", "della", "--density", "0.1"], "error: --density: 0.1 - epsilon 0.15 must be above 0"),
-        (["--samples", "4"], "error: --samples: task-arithmetic reads no tokens; only regmean does"),
-        (["--data", "text", "--length", "4"], "error: --data: task-arithmetic reads no tokens"),
+        (["--samples", "4"], "error: --samples: task-arithmetic uses no calibration data; only regmean does"),
+        (["--data", "text", "--length", "4"], "error: --data: task-arithmetic uses no calibration data"),
         (["--method", "regmean", "--data", "c=text"], "error: --data: no model is called 'c'"),
         (["--method", "regmean", "--samples", "0"], "error: --samples: 0 is not allowed"),
         (["--scale", "nan"], "error: --scale: nan is not allowed"),
@@ -398,7 +398,7 @@ def test_the_command_refuses_in_one_line(
 def test_a_name_that_a_shell_left_empty_is_refused(odd: Odd, cli: Any, tmp_path: Path) -> None:
     """`$NAME=FOLDER` without a NAME; --weights and --data could then say nothing of this model."""
     code, _, err = cli("merge", odd("base"), f"={odd('a')}", "--out", tmp_path / "o")
-    assert code == 2 and "has no name before its =; give FOLDER, or NAME=FOLDER" in err
+    assert code == 2 and "has no name before the =; give FOLDER, or NAME=FOLDER" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -184,7 +184,7 @@ def test_on_a_gpu_it_is_the_same(
 
 
 def test_only_regmean_reads_tokens(tiny_llama: Path, tuned_llamas: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"calibration: ties reads no tokens; only regmean does"):
+    with pytest.raises(RecipeError, match=r"calibration: ties uses no calibration data; only regmean does"):
         merge(tiny_llama, tuned_llamas, tmp_path / "o", method="ties", calibration=CALIBRATIONS["left"])
     with pytest.raises(RecipeError, match=r"calibration: no model is called 'lft'; did you mean 'left'"):
         merge(tiny_llama, tuned_llamas, tmp_path / "o", method="regmean", calibration={"lft": CALIBRATIONS["left"]})

@@ -180,7 +180,7 @@ def test_an_error_that_memory_has_caused_loses_no_block(
         patch.setattr(RuntimeWalk, "replay", failing)
         assert cli(*line)[0] == 4
     code, _, err = cli(*line)
-    assert (code, "goes on behind block 2 of 2" in err) == (0, True)
+    assert (code, "resuming after block 2 of 2" in err) == (0, True)
     code, _, err = cli("inspect", tmp_path / "out", "--picture", tmp_path / "out" / "more.svg")
     assert code == 2 and "write it elsewhere" in err and not (tmp_path / "out" / "more.svg").exists()
 
@@ -200,7 +200,7 @@ def test_memory_that_runs_out_in_a_check_is_one_line_and_loses_no_block(
         code, _, err = cli(*line)
     assert code == 3 and err.splitlines()[-1].startswith("error: out of memory: ")
     code, _, err = cli(*line)
-    assert (code, "goes on behind block 2 of 2" in err) == (0, True)
+    assert (code, "resuming after block 2 of 2" in err) == (0, True)
     walk = SimpleNamespace(model=None, prove=failing)
     with pytest.raises(type(error)):  # and does not tell of the family
         prove(walk, SimpleNamespace(probe_NT=torch.zeros(1, 1)))  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ def test_a_folder_without_weights_is_refused(single: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickled_weights_are_not_read(single: Path, name: str) -> None:
     (single / SINGLE).rename(single / name)
-    refused(single, rf"{name}: pickled weights are not read, they can run code; convert the folder to safetensors")
+    refused(single, rf"{name}: pickled weights can run code and are not read; convert the folder to safetensors")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_missing_tensor_is_refused(single: Path, name: str) -> None:
 
 def test_a_block_tensor_of_another_shape_is_refused(single: Path) -> None:
     edit_tensors(single, lambda t: t.update({PROJECTION: t[PROJECTION][:-1].contiguous()}))
-    refused(single, rf"{PROJECTION} has shape \(71, 48\); the config means \(72, 48\)")
+    refused(single, rf"{PROJECTION} has shape \(71, 48\); the config implies \(72, 48\)")
 
 
 @pytest.mark.parametrize("name", [NORM, EMBEDDING])

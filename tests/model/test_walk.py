@@ -176,7 +176,7 @@ def test_an_output_that_is_not_finite_stops_the_walk(model_folder: Any, walk_of:
 
 def test_a_statistic_without_calibration_tokens_is_refused(tiny_llama: Path, walk_of: Any, ids: Tensor) -> None:
     walk = walk_of(tiny_llama)
-    with torch.inference_mode(), pytest.raises(CalibrationError, match="needs calibration data, none was given"):
+    with torch.inference_mode(), pytest.raises(CalibrationError, match="needs calibration data, but none was given"):
         list(PassManager([Wanda()]).run(walk.visit([], walk.enter(ids))))
 
 

@@ -431,7 +431,7 @@ def test_each_pass_is_measured_on_what_the_one_before_it_made(
         ),
         ("llama", ShortGPT(blocks=3), "3 of 4 blocks are 3; with 1 protected at each end, 1 to 2 can be removed"),
         ("llama", ShortGPT(blocks=0.1), "0.1 of 4 blocks are 0"),
-        ("gpt2", ShortGPT(blocks=1), "GPT2LMHeadModel without 1 of 4 blocks: 2 computes something else"),
+        ("gpt2", ShortGPT(blocks=1), "GPT2LMHeadModel without 1 of 4 blocks: 2 computes other outputs"),
     ],
     ids=str,
 )

@@ -318,7 +318,7 @@ def test_a_width_that_vectors_do_not_divide_is_refused(options: dict[str, Any], 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dims": 2}, r"vq\.dims: the book e8p has 8 dims; choose them for kmeans only"),
+        ({"dims": 2}, r"vq\.dims: the book e8p always has 8 dims; they can be chosen only for kmeans"),
         ({"book": "kmeans", "bits": 4, "dims": 4}, r"vq\.dims: 4 bits x 4 dims need a book of 2\*\*16 entries"),
     ],
 )

@@ -148,5 +148,5 @@ def test_a_seal_cannot_be_taken_off_by_a_flip(sealed: Path) -> None:
 
 def test_a_number_of_the_ledger_is_sealed(sealed: Path, edit_json: Any) -> None:
     edit_json(sealed / "compress.json", lambda told: told["probe"].update(kl=0.0))
-    with pytest.raises(CompressError, match="its sha256 is not that of what it says"):
+    with pytest.raises(CompressError, match="its content does not match its own sha256"):
         verify(sealed)

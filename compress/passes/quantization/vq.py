@@ -169,7 +169,7 @@ class VQ(Quantizer, name="vq"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.book == "e8p" and self.dims is not None:
-            raise RecipeError(f"{self.name}.dims: the book e8p has 8 dims; choose them for kmeans only")
+            raise RecipeError(f"{self.name}.dims: the book e8p always has 8 dims; they can be chosen only for kmeans")
         if self.book == "kmeans" and self.bits * self.width > LARGEST:
             raise RecipeError(
                 f"{self.name}.dims: {self.bits} bits x {self.width} dims need a book of 2**{self.bits * self.width} "
