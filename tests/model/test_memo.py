@@ -13,7 +13,7 @@ import compress
 from compress import AWQ, GPTQ, RTN, Calibration, Realign, Recipe, Wanda
 from compress.model.memo import Memo
 from compress.passes import PassManager
-from compress.planning.resources import forwards_of
+from compress.planning.seconds import forwards_of
 from compress.planning.sizes import plan_sites
 
 FEW = Calibration(samples=6, length=32)
