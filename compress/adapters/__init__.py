@@ -1,7 +1,7 @@
-"""LoRA adapters as deltas: what PEFT has trained becomes a delta folder of its base, and loses nothing.
+"""Imports LoRA adapters trained with PEFT as deltas of their base, without loss.
 
-A delta of low rank is what an adapter is, so its factors are stored as they are, and everything that takes a delta
-(load, apply, merge, serve, export) takes it from there. No forward pass is needed and none is made.
+An adapter is a low-rank delta, so its factors are stored unchanged, and all commands that take a delta (load, apply,
+merge, serve, export) then work with it. No forward pass is run.
 Not here: reading the adapter's files (`lora.py`), and writing a delta as an adapter (`compress/export/peft.py`).
 """
 
@@ -51,10 +51,12 @@ class Written:
 def import_adapter(adapter: str | Path, base: str | Path, out: str | Path, *, force: bool = False) -> Written:
     """Write the LoRA adapter in the folder `adapter` as a delta of `base` into the folder `out`.
 
-    The factors keep their dtype and every bit; scale * B is rounded to float32 where alpha / r is no power of two.
-    Tensors that the adapter holds whole (biases, saved modules) are stored so. Reads the base's headers and, once, its
-    bytes for the fingerprint. Raises ArtifactError for a folder that is no LoRA adapter, is not of this base, or is
-    more than W + scale * B A; RecipeError if `out` is taken and not `force`. `out` is then as it was.
+    The factors keep their dtype and every bit, except that scale * B is rounded to float32 where alpha / r is not a
+    power of two. Tensors that the adapter holds whole (biases, saved modules) are stored whole. The base's headers are
+    read, and once all of its bytes for the fingerprint.
+
+    Raises ArtifactError if the folder is not a LoRA adapter, does not fit this base, or is more than W + scale * B A;
+    RecipeError if `out` exists and `force` is not given. `out` is then left as it was.
     """
     root = locate(base)
     found = opened(Path(adapter))

@@ -1,12 +1,12 @@
-"""A LoRA adapter that was trained beside a compressed model becomes a part of it: one more low-rank term at each site.
+"""Makes a LoRA adapter, trained on a compressed model, a part of that model: one more low-rank term at each site.
 
-Nothing else changes: masks and codes stay the same to the bit, the factors keep theirs, and the result is an artifact
-like any other, which is verified, evaluated, loaded and run as `repair`'s corrections are.
+Masks, codes and factors stay the same to the bit. The result is an artifact like any other: it is verified, evaluated,
+loaded and run in the same way as the corrections of `repair`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ NOTE = "# a LoRA adapter, {name} ({rank}), was attached afterwards\n"
 def attach(artifact: str | Path, adapter: str | Path, out: str | Path, *, force: bool = False) -> Written:
     """Write the compressed model in the folder `artifact` with a LoRA adapter as part of it to the folder `out`.
 
-    The adapter is one that PEFT has trained on that model (see `compress.adapters.training`). The KL on the probe is no
-    longer known afterwards and left out; `compress eval` says what was won. Raises ArtifactError for a folder that is
-    not ours or no LoRA adapter of this model, RecipeError for a delta or if `out` is taken and not `force`,
-    UnsupportedWeight where a site's input is quantized, which the adapter's was not in training.
+    The adapter must have been trained on that model (see `compress.adapters.training`), which cannot be checked. The KL
+    on the probe is no longer known afterwards and is left out; `compress eval` measures what was regained.
+
+    Raises ArtifactError if `artifact` is not an artifact or `adapter` no LoRA adapter that fits it; RecipeError for a
+    delta, or if `out` exists and `force` is not given; UnsupportedWeight for a site whose input is quantized, because
+    the adapter's input was not.
     """
     path, found = locate(artifact), opened(Path(adapter))
     target = free_place(free_place(Path(out), found.folder, force), path, force)
@@ -79,10 +81,10 @@ def parts(
     adapted: Mapping[str, str],
     places: Mapping[str, Place],
     replaced: Mapping[str, Entry],
-) -> Any:
-    """What lies in each file of the artifact, one file at a time: its sites with their new weights, its plain tensors.
+) -> Iterator[tuple[dict[str, Stored], list[Entry]]]:
+    """Yields the content of each of the artifact's files: its sites with their new weights, and its plain tensors.
 
-    `adapted` maps sites to the modules that have factors; `replaced` are the tensors that the adapter holds whole.
+    `adapted` maps sites to the modules that have factors; `replaced` holds the tensors that the adapter stores whole.
     """
     files: dict[str, list[str]] = {}
     for name in held.names():
@@ -99,7 +101,7 @@ def parts(
 
 
 def stored(held: Artifact, adapter: Adapter, site: str, place: Place, module: str | None) -> Stored:
-    """A site as it is to be written: its weight, plus the product of the factors if its `module` has any."""
+    """A site to be written: its weight, plus the product of the factors if `module` names any."""
     spec = held.specs.get(site)
     turned = place.transposed != place.turned if spec is None else spec["transposed"]
     if spec is None:
@@ -124,7 +126,7 @@ def stored(held: Artifact, adapter: Adapter, site: str, place: Place, module: st
 
 
 def changed(old: Mapping[str, Any]) -> dict[str, Any]:
-    """What stays in the record of a site, whose errors were measured without the adapter."""
+    """The fields of a site's record that stay; its errors were measured without the adapter, which is noted."""
     kept = {key: value for key, value in old.items() if key not in ("weight", "bytes")}
     return {**kept, "adapter": True}
 

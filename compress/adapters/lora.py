@@ -1,8 +1,9 @@
 """A LoRA adapter as PEFT saves it: `adapter_config.json` beside `adapter_model.safetensors`, read and checked.
 
-An adapter stands for W + scale * B A at each module that it names. What is read is exact: the factors stay in their
-own dtype, and the scale goes into B without rounding (see `scaled`). Refused, because the two factors are not all of
-it: DoRA, other variants, and initialisations that also change the base (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+An adapter means W + scale * B A at each module that it names. Reading is exact: the factors keep their dtype, and
+the scale is multiplied into B, with rounding only where it must be (see `scaled`). Adapters that two factors do not
+describe completely are refused: DoRA, other variants, and initialisations that also change the base's weights (PiSSA,
+OLoRA, CorDA, LoftQ, LoRA-GA).
 Not here: which tensors of a base the modules are, and what is written (`compress/adapters/__init__.py`).
 Shape suffixes: O out, I in, R rank.
 Source: Hu et al., "LoRA", ICLR 2022, section 4.1; Kalajdzievski, "A rank stabilization scaling factor", 2023 (rsLoRA).
@@ -34,8 +35,8 @@ NESTED = re.compile(r"\)[*+{]")  # a repeated group, inside which anything may r
 REPEATED = re.compile(r"[*+{]")
 LONGEST, MOST_REPEATED = 255, 2  # characters of a pattern, repetitions in it: enough for names and their numbers
 FLOATS = ("F16", "BF16", "F32")
-INITIALISED = (True, False, "gaussian", "eva", "orthogonal", "mica")  # by these, the base keeps its weights
-VARIANTS = (  # options that make of an adapter something else than W + scale * B A, if they are set
+INITIALISED = (True, False, "gaussian", "eva", "orthogonal", "mica")  # these leave the base's weights unchanged
+VARIANTS = (  # options with which an adapter is no longer W + scale * B A
     "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "alora_invocation_tokens", "arrow_config",
     "kasa_config", "velora_config", "monteclora_config", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
@@ -43,7 +44,7 @@ REMEDY = "merge it with PEFT (merge_and_unload) and use `compress delta extract`
 
 
 class Config(TypedDict):
-    """What is read of adapter_config.json; other fields are about training, or are refused in `check_variant`."""
+    """The fields of adapter_config.json that are read; others concern training, or are refused by `check_variant`."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -107,7 +108,10 @@ class Adapter:
         return config
 
     def _sort(self) -> None:
-        """Tell the factors from the other tensors; raises ArtifactError for one without its partner, or an odd name."""
+        """Sort the tensors into factors and whole tensors.
+
+        Raises ArtifactError for a factor without its partner, or a name that is no linear module's.
+        """
         found: dict[str, dict[str, str]] = {}
         for key in visible_names(dict.fromkeys(sorted(self.shard.held), self.shard.path), self.shard.path):
             path = key.removeprefix(PREFIX).replace(".base_layer.", ".")

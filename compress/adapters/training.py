@@ -1,8 +1,8 @@
-"""Training a LoRA adapter with PEFT on a compressed model, to win back what compression lost.
+"""Lets PEFT train a LoRA adapter on a compressed model, to regain what compression lost.
 
-PEFT wraps only the layers it knows. `trainable` tells a configuration how to wrap ours; it must be called again when an
-adapter is loaded, because PEFT does not save it. The compressed weights stay frozen and packed. An adapter is not
-merged into them, which would undo the compression: `attach` stores it beside them instead.
+PEFT wraps only the layers it knows. `trainable` tells a configuration how to wrap compressed ones; it must be called
+again when an adapter is loaded, because PEFT does not save this. The compressed weights stay frozen. An adapter is not
+merged into them, which would undo the compression; `attach` stores it beside them instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compress.runtime.linear import CompressedLinear
 
 
 def trainable(config: Any) -> Any:
-    """The same `LoraConfig` of PEFT, which then also wraps the layers of a model that `compress.load` gives.
+    """Return the given `LoraConfig` of PEFT, which now also wraps the layers of a model from `compress.load`.
 
     Use it in `get_peft_model(model, trainable(LoraConfig(...)))`, and in `PeftModel.from_pretrained(model, folder,
     config=trainable(PeftConfig.from_pretrained(folder)))`. Raises UnsupportedWeight for DoRA, whose magnitudes need the

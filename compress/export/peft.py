@@ -1,8 +1,7 @@
 """Export of a low-rank delta as a LoRA adapter, which PEFT loads onto the base, and vLLM and others serve.
 
-Only what two factors can say: at each site a product of low rank, or a sum of such products (`delta-come`), whose
-factors are joined. The scale is 1, so that the factors are what is added. Not here: reading an adapter
-(`compress/adapters`). Shape suffixes: O out, I in, R rank.
+Every site must be a product of low rank, or a sum of such products (`delta-come`), whose factors are concatenated. The
+scale is 1. Not here: reading an adapter (`compress/adapters`). Shape suffixes: O out, I in, R rank.
 """
 
 from __future__ import annotations
