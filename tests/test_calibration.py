@@ -310,7 +310,7 @@ def test_a_source_without_room_for_a_window_and_the_probe_is_refused(
 ) -> None:
     path = tmp_path / "short.txt"
     path.write_bytes(content)
-    with pytest.raises(CalibrationError, match=r"short\.txt holds \d+ tokens, 200 are needed"):
+    with pytest.raises(CalibrationError, match=r"short\.txt has \d+ tokens, but 200 are needed"):
         draw(calibration(str(path)), tokenizer, 128)
 
 
@@ -472,5 +472,5 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(CalibrationError, match=r"hub:someone/wiki cannot be had: no route to host$"):
+    with pytest.raises(CalibrationError, match=r"hub:someone/wiki cannot be loaded: no route to host$"):
         read_documents("hub:someone/wiki")

@@ -198,7 +198,7 @@ BENCH = {
     "no base": (["{ours}", "--generate"], "--base: give the dense model"),
     "another base": (["{ours}", "--generate", "--base", "builtin"], "other weights"),
     "not ours, generating": (["{dense}", "--generate", "--base", "{dense}"], "not a Compress artifact"),
-    "too long": (["{ours}", "--generate", "--base", "{dense}"], "takes 128 at most"),
+    "too long": (["{ours}", "--generate", "--base", "{dense}"], "dense allows at most 128"),
     "no tokens": (["{ours}", "--generate", "--new", "0"], "--new"),
 }
 

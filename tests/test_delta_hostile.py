@@ -199,7 +199,7 @@ def test_an_ordinary_artifact_must_claim_what_compress_json_says(own_artifact: P
 
     edit_spec(own_artifact, larger)
     for attempt in (lambda: verify(own_artifact), lambda: compress.load(own_artifact)):
-        with pytest.raises(CompressError, match=r"3000000.* is not of .*which is \[72, 48\]"):
+        with pytest.raises(CompressError, match=r"3000000.* does not fit .*which is \[72, 48\]"):
             attempt()
 
 

@@ -69,7 +69,7 @@ NOT_MODELLED: dict[str, str] = {}  # passes of ours that have no row of costs, a
 Command = Callable[..., tuple[int, str, str]]
 REFUSED: dict[str, tuple[tuple[Pass, ...], str]] = {
     "factors of a grid": ((RTN(group=8), Magnitude(factors=True)), "needs a dense weight; .* is already int4g8"),
-    "a mask beside a mask": ((Magnitude(), SLiM(sparsity=0.5, group=8)), "is already 50%m; leave out its sparsity"),
+    "a mask beside a mask": ((Magnitude(), SLiM(sparsity=0.5, group=8)), "is already 50%m; leave out sparsity"),
     "the rounding of floats": ((FP8(), FlexRound(steps=1)), "cannot be learned: it is e4m3row"),
     "swaps of blocks": ((Magnitude(scope="8x8"), Swaps()), "swaps moves single weights; .* is pruned in blocks"),
     "the scales of floats": ((FP8(), FineTune(steps=1)), "the real numbers of e4m3row cannot be learned"),
@@ -473,7 +473,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no such recipe": (("nothing-like-it", "--model", "builtin"), "no recipe file"),
     "no such model": (("rtn-int8", "--model", "/nowhere"), "no model folder"),
     "no size": (("rtn-int8", "--model", "builtin", "--memory", "lots"), "--memory: 'lots' is not a size"),
-    "no device": (("rtn-int8", "--model", "builtin", "--device", "tpu"), "--device: 'tpu' is not known"),
+    "no device": (("rtn-int8", "--model", "builtin", "--device", "tpu"), "--device: 'tpu' is unknown"),
     "a file": (
         ("rtn-int8", "--model", "builtin", "--out", __file__),
         f"--out: {__file__} exists; choose another folder",

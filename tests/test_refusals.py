@@ -189,7 +189,7 @@ def test_an_architecture_nobody_walks(kind: str, single: Path, refused: Any) -> 
 def test_calibration_without_enough_text(text: str, single: Path, tmp_path: Path, refused: Any) -> None:
     (tmp_path / "c.txt").write_text(text)
     said = refused(single, f"passes: [wanda]\ncalibration: {{data: {tmp_path / 'c.txt'}, length: 32}}")
-    assert "tokens, 160 are needed" in said
+    assert "tokens, but 160 are needed" in said
 
 
 def test_a_missing_tokenizer(single: Path, refused: Any) -> None:
@@ -207,7 +207,7 @@ def test_a_hub_dataset_without_a_network(single: Path, refused: Any, monkeypatch
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     said = refused(single, "passes: [wanda]\ncalibration: {data: 'hub:someone/texts', length: 32}")
-    assert "calibration.data: hub:someone/texts cannot be had: offline" in said
+    assert "calibration.data: hub:someone/texts cannot be loaded: offline" in said
 
 
 # -- places ----------------------------------------------------------------------------------------

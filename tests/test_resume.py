@@ -550,7 +550,7 @@ def test_what_cannot_be_stored_is_said_and_done_again(
     monkeypatch.setattr(Travellers, "opaque", "Cache")
     stopped(model, recipe, tmp_path / "o", behind=1)
     heard = continued(model, recipe, tmp_path / "o")
-    assert "hands a Cache from block to block" in heard.told(ResumeUnavailable)[0].reason
+    assert "passes a Cache from block to block" in heard.told(ResumeUnavailable)[0].reason
     assert [event.index for event in heard.told(BlockStarted)] == [0, 1, 2]
     assert hashes(tmp_path / "o") == halfway[1]
 

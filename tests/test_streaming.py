@@ -157,7 +157,7 @@ def test_one_tensor_is_made_at_a_time(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_not_as_announced_is_found(tmp_path: Path) -> None:
     entry = Entry(name="x", dtype="F32", shape=(4,), nbytes=16, make=lambda: torch.zeros(5))
-    with pytest.raises(compress.VerificationError, match=r"x: torch.float32 of 20 bytes, 16 announced"):
+    with pytest.raises(compress.VerificationError, match=r"x: torch.float32 of 20 bytes, but 16 were announced"):
         write_shard(tmp_path / "x.safetensors", [entry])
 
 

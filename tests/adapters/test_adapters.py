@@ -240,7 +240,7 @@ def test_an_unfit_configuration_is_refused(case: str, plain: tuple[Path, Path], 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 EDITS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "partner lost": (lambda t: t.pop(f"{Q}.lora_A.weight"), "has lora_B alone"),
+    "partner lost": (lambda t: t.pop(f"{Q}.lora_A.weight"), "has only lora_B"),
     "unknown module": (
         lambda t: [t.__setitem__(k.replace("q_proj", "x_proj"), t.pop(k)) for k in list(t)],
         "adapts model.layers.0.self_attn.x_proj, which does not exist",

@@ -421,7 +421,7 @@ def test_too_many_calls_are_refused_before_the_first(
         47,
     ]
     done = run(monkeypatch, tmp_path / "dense", tmp_path / "small", *options)
-    assert isinstance(done.exception, RecipeError) and "48 calls are needed, 47 allowed" in str(done.exception)
+    assert isinstance(done.exception, RecipeError) and "48 calls are needed, 47 are allowed" in str(done.exception)
     assert double.bodies == []
 
 

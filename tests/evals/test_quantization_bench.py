@@ -69,7 +69,7 @@ def test_a_method_without_its_pass_is_refused_only_if_asked_for(
 ) -> None:
     monkeypatch.setitem(METHODS, "novel", quantization.grid(by="novel"))
     assert "novel" not in quantization.selected(None)
-    assert "left out novel: passes[0]: unknown pass 'novel'" in capsys.readouterr().err
+    assert "left out: novel: passes[0]: unknown pass 'novel'" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="unknown pass 'novel'"):
         quantization.wanted(quantization.selected(["novel"]), (4,), (64,))
 

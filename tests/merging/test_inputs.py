@@ -48,12 +48,12 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"weights": {"a": NAN}}, "weights.a: nan is not a finite number"),
     ({"weights": {"a": True}}, "weights.a: True is not a finite number"),
     ({"weights": {"a": "1"}}, "weights.a: '1' is not a finite number"),
-    ({"weights": {"a": 101}}, "weights.a: 101 is not allowed; task-arithmetic takes -100 to 100"),
-    ({"weights": {"a": -1}, "method": "ties"}, "weights.a: -1 is not allowed; ties takes 0 to 100"),
+    ({"weights": {"a": 101}}, "weights.a: 101 is not allowed; with task-arithmetic it must be from -100 to 100"),
+    ({"weights": {"a": -1}, "method": "ties"}, "weights.a: -1 is not allowed; with ties it must be from 0 to 100"),
     ({"weights": {"a": {"layer.*": 1}}}, "weights.a: 'layer.*' matches no tensor; tensors have names such as count"),
     ({"weights": {"a": 0, "b": {"norm.*": 0}}, "method": "average"}, "no model has a weight above 0 for norm.weight"),
     ({"weights": 0.5}, "weights: 0.5 is not a mapping"),
-    ({"device": "tpu", "method": "regmean"}, "--device: 'tpu' is not known"),
+    ({"device": "tpu", "method": "regmean"}, "--device: 'tpu' is unknown"),
 ]  # fmt: skip
 
 
@@ -114,7 +114,7 @@ DIFFERENT: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
     ({"norm.weight": torch.zeros(34)}, {}, "norm.weight is [34], the base's [33]"),  # not a table of the vocabulary
     ({"embed.weight": torch.zeros(62, 8)}, {}, "embed.weight is [62, 8], the base's [63, 8]"),
     ({"embed.weight": torch.zeros(64, 9)}, {}, "embed.weight is [64, 9], the base's [63, 8]"),
-    ({"more": torch.zeros(3)}, {}, "changed has more, the base has not"),
+    ({"more": torch.zeros(3)}, {}, "changed has more, the base does not"),
     ({"norm.weight": torch.zeros(33, dtype=torch.int32)}, {}, "norm.weight holds I32, the base's F32"),
     ({"count": torch.tensor([4])}, {}, "count holds I64 and differs from the base's"),
     ({}, {"model_type": "mistral"}, "config.json says model_type 'mistral', the base's 'llama'"),
@@ -131,7 +131,7 @@ def test_another_architecture_is_refused_by_its_first_difference(
 
 def test_a_tensor_that_only_the_base_has_is_named(odd: Odd, changed: Any, tmp_path: Path) -> None:
     base = changed({"more": torch.zeros(3)}, "base")
-    assert "a: the base has more, a has not" in refused(base, odd("a"), tmp_path / "o")
+    assert "a: the base has more, a does not" in refused(base, odd("a"), tmp_path / "o")
 
 
 def test_another_rotation_is_refused(changed: Any, tmp_path: Path) -> None:

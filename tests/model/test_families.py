@@ -486,7 +486,7 @@ def test_a_file_that_holds_a_parameter_twice_is_refused(folder: Folder, tmp_path
     tensors = load_file(path / "model.safetensors")
     tensors["h.0.attn.c_attn.weight"] = tensors["transformer.h.0.attn.c_attn.weight"].clone()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(compress.ArtifactError, match=r"both mean transformer\.h\.0\.attn\.c_attn\.weight"):
+    with pytest.raises(compress.ArtifactError, match=r"both map to transformer\.h\.0\.attn\.c_attn\.weight"):
         compress.run(path, [RTN(group=8)], tmp_path / "o")
 
 

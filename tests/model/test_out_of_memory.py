@@ -182,7 +182,7 @@ def test_an_error_that_memory_has_caused_loses_no_block(
     code, _, err = cli(*line)
     assert (code, "resuming after block 2 of 2" in err) == (0, True)
     code, _, err = cli("inspect", tmp_path / "out", "--picture", tmp_path / "out" / "more.svg")
-    assert code == 2 and "write it elsewhere" in err and not (tmp_path / "out" / "more.svg").exists()
+    assert code == 2 and "write the picture elsewhere" in err and not (tmp_path / "out" / "more.svg").exists()
 
 
 @pytest.mark.slow
