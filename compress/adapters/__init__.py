@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from compress.adapters.lora import WEIGHTS, Adapter, is_adapter
-from compress.artifact import fingerprint, verify
+from compress.artifact import fingerprint, is_artifact, verify
 from compress.card import card
 from compress.errors import ArtifactError, RecipeError
 from compress.frontmatter import carried
@@ -61,6 +61,8 @@ def import_adapter(adapter: str | Path, base: str | Path, out: str | Path, *, fo
     root = locate(base)
     found = opened(Path(adapter))
     target = free_place(free_place(Path(out), found.folder, force), root, force)
+    if is_artifact(root):
+        raise RecipeError(f"--base: {root} is a compressed model; `compress attach` makes the adapter a part of it")
     source = open_source(root)
     if source.decoded_from:
         raise RecipeError(f"--base: {root} is stored as {source.decoded_from}; a base must be unquantized")

@@ -161,6 +161,8 @@ def test_a_dense_model_or_a_delta_is_refused(
     trained(compressed(PASSES["masked"]), tmp_path / "adapter", ids)
     with pytest.raises(ArtifactError, match="not a Compress artifact"):
         attach(tiny_llama, tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(RecipeError, match="is a compressed model; `compress attach` makes the adapter a part of it"):
+        import_adapter(tmp_path / "adapter", tmp_path / "small", tmp_path / "delta")
     import_adapter(tmp_path / "adapter", tiny_llama, tmp_path / "delta")
     with pytest.raises(RecipeError, match="is a delta of"):
         attach(tmp_path / "delta", tmp_path / "adapter", tmp_path / "out")
