@@ -52,11 +52,13 @@ def test_the_adapter_these_tests_change_is_taken(tiny_llama: Path, llama_artifac
 VALUES = [-1, 0, 1.5, 10**30, "2", None, [], {}, float("nan"), float("inf")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_a_rank_that_cannot_be(value: object, refused: Any, tmp_path: Path) -> None:
     assert "adapter_config.json" in refused(written(tmp_path / "adapter", {**CONFIG, "r": value})) or value == 10**30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["4", None, [], {}, float("nan"), float("inf"), -float("inf"), 10**400], ids=str)
 def test_an_alpha_that_cannot_be(value: object, refused: Any, tmp_path: Path) -> None:
     refused(written(tmp_path / "adapter", {**CONFIG, "lora_alpha": value}))
@@ -65,6 +67,7 @@ def test_an_alpha_that_cannot_be(value: object, refused: Any, tmp_path: Path) ->
 PATTERNS = ["(a+)+$", "(.*)*x", ".*.*.*x", "[a-z]*[a-z]*[a-z]*[a-z]*x", "(", "a" * 300, "(a|a)*$", "(.{1,99}){1,99}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_made_to_hang(field: str, pattern: str, refused: Any, tmp_path: Path) -> None:
