@@ -52,11 +52,12 @@ def import_adapter(adapter: str | Path, base: str | Path, out: str | Path, *, fo
     """Write the LoRA adapter in the folder `adapter` as a delta of `base` into the folder `out`.
 
     The factors keep their dtype and every bit, except that scale * B is rounded to float32 where alpha / r is not a
-    power of two. Tensors that the adapter holds whole (biases, saved modules) are stored whole. The base's headers are
-    read, and once all of its bytes for the fingerprint.
+    power of two. Tensors that the adapter holds whole (biases, saved modules) are stored whole. Reads the headers of
+    the base, and all of its bytes once for the fingerprint.
 
     Raises ArtifactError if the folder is not a LoRA adapter, does not fit this base, or is more than W + scale * B A;
-    RecipeError if `out` exists and `force` is not given. `out` is then left as it was.
+    RecipeError if the base is compressed or quantized, or if `out` exists and `force` is not given. `out` is then left
+    as it was.
     """
     root = locate(base)
     found = opened(Path(adapter))
@@ -108,7 +109,7 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> dict[str, Place]:
 def whole(adapter: Adapter, anatomy: Anatomy, base: Checkpoint) -> list[Entry]:
     """The tensors that an adapter holds whole, under the names that the base has for them.
 
-    Raises ArtifactError for one that the base does not have, or has in another shape or dtype of numbers.
+    Raises ArtifactError for one that the base does not have, or has in another shape.
     """
     names = {slot.parameter: name for name, slot in anatomy.layout.slots.items() if slot.expert is None}
     entries = []

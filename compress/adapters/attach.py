@@ -1,6 +1,6 @@
 """Makes a LoRA adapter, trained on a compressed model, a part of that model: one more low-rank term at each site.
 
-Masks, codes and factors stay the same to the bit. The result is an artifact like any other: it is verified, evaluated,
+Masks, codes and factors keep every bit. The result is an artifact like any other: the new term is verified, evaluated,
 loaded and run in the same way as the corrections of `repair`.
 """
 
@@ -29,7 +29,7 @@ from compress.verification import check_runtime
 from compress.weights import Dense, Product, Sum, Weight
 from compress.writer import PICTURE, Stored, writing
 
-FORGOTTEN = ("files", "sha256")  # of compress.json: they are made anew
+FORGOTTEN = ("files", "sha256")  # fields of compress.json that are computed again
 NOTE = "# a LoRA adapter, {name} ({rank}), was attached afterwards\n"
 
 

@@ -68,7 +68,10 @@ def is_adapter(folder: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The two factors of a module, by their names in the file, and the factor alpha / r before their product."""
+    """The names in the file of a module's two factors, their rank, and the `scale` of their product, alpha / r.
+
+    With rsLoRA the scale is alpha / sqrt(r).
+    """
 
     a: str
     b: str
@@ -110,7 +113,7 @@ class Adapter:
     def _sort(self) -> None:
         """Sort the tensors into factors and whole tensors.
 
-        Raises ArtifactError for a factor without its partner, or a name that is no linear module's.
+        Raises ArtifactError for a factor without its partner, or a name that does not belong to a linear layer.
         """
         found: dict[str, dict[str, str]] = {}
         for key in visible_names(dict.fromkeys(sorted(self.shard.held), self.shard.path), self.shard.path):
@@ -182,7 +185,7 @@ def check_variant(config: Mapping[str, Any], where: Path) -> None:
 def matching(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
     """The value of the first expression in a rank or alpha pattern that matches the end of a module's path.
 
-    Raises ArtifactError for an expression that is malformed, or so nested that matching it could take for ever.
+    Raises ArtifactError for an expression that is malformed, too long, or repeats so much that matching might not end.
     """
     for key, value in (pattern or {}).items():
         if len(key) > LONGEST or NESTED.search(key) or len(REPEATED.findall(key)) > MOST_REPEATED:

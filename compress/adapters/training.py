@@ -20,7 +20,7 @@ def trainable(config: Any) -> Any:
 
     Use it in `get_peft_model(model, trainable(LoraConfig(...)))`, and in `PeftModel.from_pretrained(model, folder,
     config=trainable(PeftConfig.from_pretrained(folder)))`. Raises UnsupportedWeight for DoRA, whose magnitudes need the
-    dense weight at every step, RecipeError for `target_modules="all-linear"`, by which PEFT finds no layer of ours.
+    dense weight at every step, RecipeError for `target_modules="all-linear"`, which matches no compressed layer.
     """
     if getattr(config, "target_modules", None) == "all-linear":
         raise RecipeError("target_modules: 'all-linear' does not match compressed layers; name them, such as q_proj")
@@ -39,9 +39,7 @@ def layer() -> type:
         """A frozen compressed layer plus scale * B A; it cannot be merged."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            with (
-                warnings.catch_warnings()
-            ):  # PEFT warns of every layer it does not know, and takes its sizes all the same
+            with warnings.catch_warnings():  # PEFT warns about a type of layer it does not know, but finds its sizes
                 warnings.filterwarnings("ignore", "Unsupported layer type")
                 super().__init__(*args, **options)
 

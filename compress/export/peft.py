@@ -27,15 +27,15 @@ from compress.writer import copy_companions, write_json
 
 OWN = "compress delta extract with --embeddings base --head base --others base leaves such tensors as in the base"
 INSTEAD = "use `compress serve`, or `compress delta apply` for a whole model"
-SAME = 1e-6  # relative, of float32 products of the factors and of what they were made of
+SAME = 1e-6  # relative RMS error between the float32 products of written and original factors
 
 
 def export_peft(path: Path, out: Path) -> Exported:
     """Write the delta at `path` to the folder `out` as a LoRA adapter; its base is not needed.
 
-    Factors keep their dtype; decoded ones are stored in the model's where that is exact, else in float32. Raises
-    RecipeError for what is no delta, holds tensors besides its sites, or if `out` exists; UnsupportedWeight for a site
-    that is not of low rank; VerificationError if what is read back is not what was meant.
+    Factors are stored in the model's dtype if that is exact, else in float32. Raises RecipeError if the artifact is not
+    a delta or stores tensors besides its sites, or if `out` exists; UnsupportedWeight for a site that is not of low
+    rank or is part of a larger parameter; VerificationError if the adapter reads back as something else.
     """
     with put_in_place(path, out, alone=True) as (artifact, partial):
         check_delta(artifact)
@@ -60,7 +60,7 @@ def export_peft(path: Path, out: Path) -> Exported:
 
 
 def check_delta(artifact: Artifact) -> None:
-    """Raise RecipeError for what is no delta, or holds tensors that are no site's."""
+    """Raise RecipeError unless the artifact is a delta that stores only sites."""
     if not artifact.is_delta:
         raise RecipeError(f"{artifact.path}: is a whole model, not a delta; only a delta can be exported as an adapter")
     if other := artifact.changed():
@@ -68,7 +68,7 @@ def check_delta(artifact: Artifact) -> None:
 
 
 def shapes_of(artifact: Artifact) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of the model that a delta is of."""
+    """Name -> shape of the tensors of the model that a delta belongs to."""
     return {name: tuple(shape) for name, shape in artifact.provenance["tensors"].items()}
 
 
@@ -92,13 +92,13 @@ def low_rank(site: str, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 factor in `dtype` if that is exact, else as it is."""
+    """A float32 factor in `dtype` if that is exact, else unchanged."""
     narrow = factor.to(dtype)
     return narrow if bool((narrow.float() == factor).all()) else factor
 
 
 def targets(ranks: dict[str, int], places: Iterable[Place]) -> list[str]:
-    """`target_modules`: the last parts of the modules' names if these name no other module, else the whole paths."""
+    """`target_modules`: the last parts of the modules' names if no other module has them, else the whole paths."""
     ends = {module.rpartition(".")[2] for module in ranks}
     named = {place.module for place in places if place.module.rpartition(".")[2] in ends}
     return sorted(ends) if named == set(ranks) else sorted(ranks)

@@ -1,4 +1,7 @@
-"""`compress plan`: what a run will make and need, said before any weight is read; headers and the architecture only."""
+"""`compress plan`: predicts what a run will write and need, from headers and the architecture, before a weight is read.
+
+Not here: how bytes (`sizes.py`), memory and disk (`resources.py`) and time (`seconds.py`) are counted.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ from compress.recipe import Recipe, load, model_of
 from compress.sources import open_source
 
 ASSUMES = ("scales fit float16, as those of weights from 1e-4 to 1e5 do", "no two matrices of a block are equal")
-AMPLE = 2  # times the bytes of a model: what no recipe makes of it
+AMPLE = 2  # times the bytes of the source: no recipe's artifact takes that much
 SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms and biases", "other tensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassPlan:
-    """Tensors of one class: how many, their parameters, bytes before and after; `most` bounds what values decide."""
+    """The tensors of one class: their number, parameters, and bytes before and after, and an upper bound."""
 
     name: str
     tensors: int
@@ -46,7 +49,10 @@ class ClassPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class PassPlan:
-    """The contract of a pass and what it touches; forms of its first site, before and after."""
+    """The contract of a pass, how much it rewrites, and the form of its first site `before` and `after` it.
+
+    `modelled` says whether its own memory and time are part of the estimate.
+    """
 
     name: str
     options: str
@@ -63,7 +69,7 @@ class PassPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes that are needed, by part, and how many there are; None where nobody says."""
+    """The bytes needed, in total and by part, and those available (`there`; None if unknown), with their source."""
 
     bytes: int
     there: int | None
@@ -72,17 +78,17 @@ class Need:
 
     @property
     def fits(self) -> bool:
-        """Whether there is enough, as far as that is known."""
+        """Whether enough is available; True if that is unknown."""
         return self.there is None or self.bytes <= self.there
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run of a recipe on a model will make and need.
+    """What a run of a recipe on a model will write and need.
 
-    `bytes` and `most` are those of all tensors (`sizes.bytes` of compress.json): equal, and exact, where nothing
-    depends on values but what `assumes` says. `unmodelled` are passes whose own memory and time are left out of `needs`
-    and `seconds`; `vram` is among `needs` on a GPU only.
+    `bytes` is the expected size of all tensors (`sizes.bytes` of compress.json), `most` an upper bound. They are equal,
+    and exact if what `assumes` states holds, unless sizes depend on values. `unmodelled` names the passes whose own
+    memory and time are left out of `needs` and `seconds`; `needs` includes `vram` only on a GPU.
     """
 
     model: str
@@ -108,11 +114,11 @@ class Plan:
 
     @property
     def total_seconds(self) -> float:
-        """Seconds of all that is modelled."""
+        """Seconds of everything that is modelled."""
         return sum(self.seconds.values())
 
     def check(self) -> None:
-        """Raise PlanError if memory, video memory or disk will not do."""
+        """Raise PlanError if there is too little memory, video memory or disk space."""
         short = [
             f"{name}: {need.bytes:,} bytes are needed, {need.there or 0:,} are there ({need.where}): "
             f"{need.bytes - (need.there or 0):,} too few"
@@ -135,16 +141,17 @@ def plan_run(
     dequantize: bool = False,
     machine: Machine | None = None,
 ) -> Plan:
-    """What `compress.run` of this recipe will make and need; reads headers, never weights or calibration data.
+    """Predict what `compress.run` of this recipe will write and need; reads headers, never weights or calibration data.
 
-    `memory` and `disk` are limits in bytes in the place of what is free. Without `machine`, the machine is measured
-    once, in a few seconds. `Plan.check` raises PlanError for what will not fit; this raises CompressError children for
-    whatever `run` would refuse before its walk, but for damaged values and missing calibration data.
+    `memory` and `disk` are limits in bytes that replace the amounts found free. Without `machine`, the cached profile
+    of this machine is used; the first time, it is measured in a few seconds. `Plan.check` raises PlanError if something
+    will not fit; this function raises the CompressError subclasses with which `run` would refuse to start its walk,
+    except for damaged values and missing calibration data.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     source = open_source(locate(model_of(recipe, model)), dequantize)
     target = absolute(Path(out))
-    if target.exists() and not target.is_dir():  # a folder may be named for its disk
+    if target.exists() and not target.is_dir():  # an existing folder only says which disk to check
         raise RecipeError(f"--out: {target} exists; choose another folder")
     walk = Walk(source.config, source, dtype_of(source.config), usable(device))
     check_tensors(walk, source)
@@ -181,7 +188,7 @@ def plan_run(
 def classes_of(
     walk: Walk, source: Checkpoint, covered: Coverage, plans: Mapping[str, SitePlan]
 ) -> tuple[ClassPlan, ...]:
-    """The tensors of the artifact by class; those that none is of are left out."""
+    """The tensors of the artifact by class; classes without a tensor are left out."""
     places = walk.anatomy.places
     stored = stored_sites(walk, plans)
     taken = {places[name].tensor for name in stored}
@@ -203,14 +210,14 @@ def classes_of(
 
 
 def class_of(reason: str) -> str:
-    """The class of a tensor that no pass touches, by why."""
+    """The class of a tensor that no pass touches, according to the reason."""
     if reason.startswith(("the output head", "an embedding")):
         return TABLES
     return NORMS if reason.startswith("a vector") else OTHERS
 
 
 def pass_plan(step: Pass, recipe: Recipe, plans: Mapping[str, SitePlan]) -> PassPlan:
-    """What a pass needs, gives and keeps, and where."""
+    """What a pass needs, gives and keeps, and how much it rewrites."""
     needed = tuple(kind.__name__ for kind in step.requires)
     row: dict[str, Any] = {"sites": 0, "parameters": 0, "takes": (), "gives": role(step), "keeps": (), "before": "",
                            "after": ""}  # fmt: skip
@@ -227,7 +234,7 @@ def pass_plan(step: Pass, recipe: Recipe, plans: Mapping[str, SitePlan]) -> Pass
 
 
 def given_by(steps: Sequence[SitePass], number: int, site: str) -> str:
-    """The form in which the pass of this number leaves a site, as far as passes say."""
+    """The form in which the pass with this index leaves a site, as far as the passes state it."""
     form = "dense"
     for step in steps[: number + 1]:
         form = step.leaves(form) if fnmatchcase(site, step.sites) else form
@@ -235,7 +242,7 @@ def given_by(steps: Sequence[SitePass], number: int, site: str) -> str:
 
 
 def role(step: Pass) -> str:
-    """What a pass gives that rewrites no weight."""
+    """What a pass gives if it rewrites no weight; empty for any other pass."""
     if isinstance(step, Reshape):
         return "a model of another shape or scale"
     return "a budget for each site of the pass it governs" if isinstance(step, Budget) else ""
@@ -245,13 +252,13 @@ def needs(
     walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], most: int, process: int, out: Path,
     device: str, memory: int | None, disk: int | None, offload: bool,
 ) -> dict[str, Need]:  # fmt: skip
-    """Memory, disk and, on a GPU, video memory."""
+    """The memory, disk space and, on a GPU, video memory that a run needs."""
     parts = resources.memory_parts(walk, source, recipe, plans, offload)
     video = resources.video_memory(device)
     host = {"the process": process, **(parts if video is None else resources.host_parts(walk, source, recipe, offload))}
     there = memory if memory is not None else resources.free_memory()
     if memory is None and there is not None:
-        there += resources.resident()  # what this process has will be that of the run
+        there += resources.resident()  # the process itself counts as needed, so its memory counts as available
     stored = resources.disk_parts(walk, source, recipe, most, offload)
     folder = next(parent for parent in (out, *out.parents) if parent.is_dir())
     found = {
@@ -267,14 +274,14 @@ def needs(
 
 
 def limit_name(limit: int | None, else_: str) -> str:
-    """Where a number of bytes comes from."""
+    """The source of an available amount: the limit given, if there is one, or `else_`."""
     return else_ if limit is None else "the limit given"
 
 
 def check_forms(walk: Walk, recipe: Recipe) -> None:
-    """Raise UnsupportedWeight for the first pass that cannot rewrite what those before it make of a site.
+    """Raise UnsupportedWeight for the first pass that cannot rewrite the form in which earlier passes leave a site.
 
-    What only values tell is found out when it is there.
+    A form that depends on values is checked only when the run has made it.
     """
     plan_sites(walk, recipe)
 
@@ -282,9 +289,9 @@ def check_forms(walk: Walk, recipe: Recipe) -> None:
 def check_room(
     walk: Walk, source: Checkpoint, recipe: Recipe, target: Path, *, offload: bool = False, held: int = 0
 ) -> None:
-    """Raise PlanError if the disk cannot take what a run writes, of which `held` bytes are there.
+    """Raise PlanError if the disk cannot hold what a run writes, of which `held` bytes are already there.
 
-    Where there is room for what no recipe needs, sites are not looked at.
+    If there is room even for tensors of AMPLE times the source's bytes, the sizes of the sites are not computed.
     """
     there = next(parent for parent in target.parents if parent.is_dir())
     free = shutil.disk_usage(there).free + held

@@ -1,7 +1,7 @@
-"""How fast this machine is, measured once in a few seconds and kept: what times are predicted from.
+"""The speed of this machine, measured once in a few seconds and cached; the times of a plan are predicted from it.
 
 A profile is one JSON file for each device, version of torch and number of threads, beside the profiles of
-`compress tune`. A damaged file is an error and never ignored.
+`compress tune`. A damaged file raises an error and is never ignored.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ from compress.partial import put
 from compress_kernels import tuning
 
 FORMAT = 1
-LARGEST = 1 << 16  # bytes of a profile
-SIDE = 512  # of the matrices multiplied: milliseconds, which a busy machine rarely interrupts
+LARGEST = 1 << 16  # bytes of a profile, at most
+SIDE = 512  # side of the multiplied matrices: a product takes milliseconds, which a busy machine rarely interrupts
 HALF = SIDE // 2
-LEAST = 12  # calls of each
-FEW = 0.25  # seconds that each measurement takes at least
-WRITTEN = 1 << 26  # bytes
+LEAST = 12  # timed calls of each measurement, at least
+FEW = 0.25  # seconds of timed calls of each measurement, at least
+WRITTEN = 1 << 26  # bytes written to measure the disk
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Rates: operations a second of products by dtype, of n**3 of an eigenvector problem; bytes a second; seconds a
-    call of a small operation. `version` is that of torch."""
+    """The measured rates of a device; `version` is that of torch.
+
+    `float32`, `bfloat16` and `float16` are the operations a second of matrix products; `eigen` is n**3 a second of a
+    symmetric n x n eigendecomposition; `memory`, reads plus writes, and `disk` are bytes a second; `call` is the
+    seconds that one small operation takes.
+    """
 
     device: str
     version: str
@@ -48,27 +52,27 @@ class Machine:
     call: float
 
     def product(self, dtype: torch.dtype) -> float:
-        """Operations a second of a product in a dtype; of float32 for one that was not measured."""
+        """Operations a second of a product in a dtype; the float32 rate for a dtype that was not measured."""
         rate: float = getattr(self, str(dtype).removeprefix("torch."), self.float32)
         return rate
 
 
 def place(kind: str) -> Path:
-    """Where the profile of a device lies: `$XDG_CACHE_HOME/compress/machine/<device>-<torch>-<threads>.json`."""
+    """The path of the profile of a device: `$XDG_CACHE_HOME/compress/machine/<device>-<torch>-<threads>.json`."""
     tuned = tuning.place(kind)
     return tuned.parent.parent / "machine" / f"{tuned.stem}-{torch.get_num_threads()}.json"
 
 
 def machine(kind: str) -> Machine:
-    """The profile of a device; measured if there is none yet, and kept where that can be written.
+    """The profile of a device, which is measured if there is none yet, and saved if its folder can be written.
 
-    Raises RecipeError for a damaged one.
+    Raises RecipeError for a damaged profile.
     """
     path = place(kind)
     if path.exists():
         return read(path)
     found = measure(kind)
-    with suppress(RecipeError):  # a home that is read-only costs the seconds again, which `compress plan` says
+    with suppress(RecipeError):  # if it cannot be saved, it is measured every time, as `compress plan` reports
         write(found, path)
     return found
 
@@ -90,7 +94,7 @@ def read(path: Path) -> Machine:
 
 
 def write(found: Machine, path: Path) -> None:
-    """Keep a profile, whole or not at all; raises RecipeError if it cannot be."""
+    """Save a profile atomically; raises RecipeError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, **asdict(found)}, indent=1)
@@ -100,12 +104,12 @@ def write(found: Machine, path: Path) -> None:
 
 
 def measure(kind: str) -> Machine:
-    """The rates of a device; takes about three seconds and 64 MB of disk in the folder for temporary files."""
+    """Measure the rates of a device; takes about three seconds, and 64 MB of disk in the folder for temporary files."""
     device = torch.device(kind)
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(SIDE, SIDE, generator=generator).to(device)
     gram = a[:HALF, :HALF] @ a[:HALF, :HALF].T
-    long = torch.zeros(1 << 21, device=device)  # what passes work on at once (grid.py)
+    long = torch.zeros(1 << 21, device=device)  # as many entries as a pass processes together (grid.py)
     rates = {
         str(dtype).removeprefix("torch."): 2 * SIDE**3 / seconds(device, products(a.to(dtype)))
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -120,12 +124,12 @@ def measure(kind: str) -> Machine:
 
 
 def products(a: torch.Tensor) -> Callable[[], Any]:
-    """The square of a matrix, to be called."""
+    """A function that multiplies a matrix by itself."""
     return lambda: a @ a
 
 
 def seconds(device: torch.device, run: Callable[[], Any]) -> float:
-    """The least time of a call, after one that is not counted: what the machine does when nothing interrupts it."""
+    """The shortest time of a call, after an untimed one: what the machine achieves when nothing interrupts it."""
     run()
     times: list[float] = []
     while len(times) < LEAST or sum(times) < FEW:
@@ -138,13 +142,13 @@ def seconds(device: torch.device, run: Callable[[], Any]) -> float:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a device has done what it was told."""
+    """Wait until a GPU has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def disk_seconds() -> float:
-    """The time to write and flush WRITTEN bytes where temporary files lie."""
+    """Seconds to write WRITTEN bytes in the folder for temporary files and flush them to disk."""
     data = bytes(1 << 20)
     with tempfile.TemporaryFile() as file:
         began = time.perf_counter()

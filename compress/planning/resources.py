@@ -1,8 +1,8 @@
-"""How much memory and disk a run needs at its largest, part by part, from shapes alone, and how much there is.
+"""The memory and disk space that a run needs at its peak, by part and from shapes alone, and how much is available.
 
-The peak is the largest of the moments that are looked at: embeddings and head with the probe's logits, the widest block
-while it is rewritten, and what looks at the whole model before that. Where a pass has no row in costs/ its own part is
-left out and the estimate says so. Shape suffixes: none, all are numbers.
+The peak is the largest of these moments: embeddings and head are loaded and the probe's logits compared; the largest
+block is rewritten; a pass examines the whole model before that. What a pass without a row in costs/ needs itself is
+left out, and the plan says so. Shape suffixes: none, all are numbers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
 from compress.stats import Gram
 
-CODES, CODE = 1024, 850_000  # products of different sizes that oneDNN remembers, bytes of each: measured with AMX
+CODES, CODE = 1024, 850_000  # kernels that oneDNN caches at most, bytes of each: measured with AMX
 GROUPS = Path("/sys/fs/cgroup")
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # files of a control group
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")  # a control group's limit and usage
 VERSION_2 = ("memory.max", "memory.current")
-PROBES = 4  # the probe's states on the disk: those of the model and of the dense one, of two blocks
-STARTED = 45_000_000  # bytes a run takes beyond what this process has by now: tokenizer, texts, libraries of products
+PROBES = 4  # the probe's states on disk: of the compressed and of the dense model, after two blocks each
+STARTED = 45_000_000  # bytes that a run takes beyond what this process has by now: tokenizer, texts, matrix libraries
 
 
 Parts = dict[str, int]
@@ -42,7 +42,7 @@ Parts = dict[str, int]
 def memory_parts(
     walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], offload: bool = False
 ) -> Parts:
-    """Bytes at the peak, by what they are; without the process itself."""
+    """Bytes of memory at the peak, by part, without the process itself."""
     size, load = sized(walk, source), load_of(walk, recipe)
     moments = [before_blocks(size, load, offload), in_block(walk, source, recipe, plans, offload)]
     for ahead, governed in aheads(recipe):
@@ -53,23 +53,23 @@ def memory_parts(
 
 
 def before_blocks(size: Sized, load: Load, offload: bool) -> Parts:
-    """While embeddings and head are loaded, and the probe's logits compared."""
+    """The parts while embeddings and head are loaded and the probe's logits are compared."""
     hidden = hidden_bytes(size, load, load.tokens * (2 if load.twins else 1), offload)
     return {"embeddings and head": size.frame, "hidden states": hidden, "logits": logits_bytes(size, load)}
 
 
 def hidden_bytes(size: Sized, load: Load, tokens: int, offload: bool) -> int:
-    """Hidden states of calibration tokens and of the probe, dense and not."""
+    """Bytes of the hidden states of `tokens`, or of one batch with `offload`, and of the probe in both models."""
     return ((load.batch if offload else tokens) + 2 * load.probe) * size.hidden * size.itemsize
 
 
 def logits_bytes(size: Sized, load: Load) -> int:
-    """Of the probe, twice as they are and once or more in float32."""
+    """Bytes of the probe's logits: two copies in the model's dtype and one in float32; three if that is the dtype."""
     return load.probe * size.vocabulary * (2 * size.itemsize + F32 if size.itemsize < F32 else 3 * F32)
 
 
 def in_block(walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], offload: bool) -> Parts:
-    """While the widest block is rewritten."""
+    """The parts while the largest block is rewritten."""
     size, load = sized(walk, source), load_of(walk, recipe)
     own = [plans[p.site] for p in walk.anatomy.of_block(size.index) if plans[p.site].steps]
     rewritten = sum(prod(p.shape) * (size.itemsize + F32 * moves(recipe, p)) + p.held for p in own)
@@ -91,17 +91,17 @@ def in_block(walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str,
 
 
 def moves(recipe: Recipe, plan: SitePlan) -> bool:
-    """Whether a pass moves the target of those after it, which is kept in float32 until the block is done."""
+    """Whether a pass on this site replaces the target of later ones, which stays in float32 until the block is done."""
     return any(kind.paired for kind in kinds_of(recipe, plan))
 
 
 def forward_bytes(size: Sized, load: Load) -> int:
-    """What a batch leaves on its way through a block, at its widest."""
+    """Bytes of the activations of one batch inside a block, where they are widest."""
     return max(load.batch, load.probe) * size.width * (3 * size.itemsize + 2 * F32)
 
 
 def learning_bytes(recipe: Recipe, own: Sequence[SitePlan], size: Sized, load: Load) -> int:
-    """What learning a block takes: a copy of it with gradients, targets, what is learned, and what a backward needs."""
+    """Bytes that learning a block takes: a copy with gradients, targets, what is learned, activations kept."""
     most = 0.0
     for i, step in enumerate(recipe.weight_passes):
         if step.name in LEARNED:
@@ -116,7 +116,7 @@ def looking_ahead(
     walk: Walk, size: Sized, load: Load, plans: Mapping[str, SitePlan], ahead: Ahead, governed: SitePass | None,
     offload: bool,
 ) -> Parts:  # fmt: skip
-    """While the widest block is looked at before anything is rewritten: all of its inputs are measured at once."""
+    """The parts while a pass examines the largest block before the walk, with statistics of all its inputs at once."""
     names = [p.site for p in walk.anatomy.of_block(size.index)]
     own = [plans[n] for n in names if selects(governed, n)]
     widths = [plans[group[0]].shape[1] for group in read_together_names(names)]
@@ -132,35 +132,36 @@ def looking_ahead(
 
 
 def compared(size: Sized, load: Load, ahead: Ahead) -> Parts:
-    """While the logits are found of what was tried, or of the model that was made beside the dense one."""
+    """The parts while logits are computed: of each trial, or of a reshaped model beside those of the dense one."""
     again = 2 * F32 * load.probe * size.vocabulary * ahead.reshapes
-    made = int(ahead.made(size.vocabulary, size.hidden).nbytes)  # before there are logits
+    made = int(ahead.made(size.vocabulary, size.hidden).nbytes)  # at another time than the logits
     logits = logits_bytes(size, load) + again
     return {"embeddings and head": size.frame, "logits, or a tensor that is made": max(logits, made)}
 
 
 def host_parts(walk: Walk, source: Checkpoint, recipe: Recipe, offload: bool = False) -> dict[str, int]:
-    """Bytes of the host's memory where a GPU computes: pages of files on their way there, and states on theirs to disk.
+    """Bytes of host memory where a GPU computes: pages of files being loaded, and hidden states on their way to disk.
 
-    Hidden states are copied where a block is recorded while the next is computed.
+    Hidden states are copied to the host only if a block is recorded while the next one is computed.
     """
     size, load = sized(walk, source), load_of(walk, recipe)
     copies = 0
     if recorded_beside(source, recipe, offload) and load.batch:
-        held = 1 << (load.batch * size.hidden * size.itemsize - 1).bit_length()  # page-locked memory comes so
+        held = 1 << (load.batch * size.hidden * size.itemsize - 1).bit_length()  # page-locked: a power of two
         copies = -(-load.tokens // load.batch) * (2 if load.twins else 1) * held
     return {"a block": size.block, "embeddings and head": size.frame, "copies of hidden states": copies}
 
 
 def recorded_beside(source: Checkpoint, recipe: Recipe, offload: bool) -> bool:
-    """Whether a block is written while the next is computed, where a GPU does that; see `Job.beside_what`."""
+    """Whether a block is written to disk while a GPU computes the next one; see `Job.beside_what`."""
     return type(source) is Checkpoint and not offload and recipe.delta is None
 
 
 def sizes_bytes(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], load: Load) -> int:
-    """What oneDNN keeps of products on a CPU: code for each number of rows, and each expert gets another in each batch.
+    """Bytes of the kernels that oneDNN caches on a CPU: one for each product and number of rows.
 
-    In float32 others compute, who keep nothing.
+    This counts for experts, which receive a different number of rows in each batch. Float32 products are computed by
+    other libraries, which cache nothing.
     """
     if walk.device.type != "cpu" or walk.dtype.itemsize >= F32:
         return 0
@@ -171,15 +172,15 @@ def sizes_bytes(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], load:
 
 
 def key_of(place: Place) -> tuple[str, str, int | None]:
-    """The product that a site is in, alone or as a part of one."""
+    """A key of the product that computes a site; sites that are parts of one product share it."""
     return place.module, place.parameter, place.expert
 
 
 def disk_parts(walk: Walk, source: Checkpoint, recipe: Recipe, most: int, offload: bool) -> dict[str, int]:
-    """Bytes that a run has on the disk at its largest: its tensors, at most, and what it needs to go on after a kill.
+    """The most bytes that a run takes on disk: its tensors, and the hidden states from which a killed run resumes.
 
-    Hidden states are written behind each block but the last, and those before them removed once they are safe.
-    Offloaded ones lie there from the start.
+    Hidden states are written after every block but the last, and the previous ones are deleted once the new ones are
+    safe, so two sets exist for a time. Offloaded states are on disk from the start.
     """
     load, blocks = load_of(walk, recipe), len(walk.blocks)
     times = min(2, max(blocks - 1, int(offload)))
@@ -188,7 +189,7 @@ def disk_parts(walk: Walk, source: Checkpoint, recipe: Recipe, most: int, offloa
 
 
 def kept_width(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], size: Sized) -> int:
-    """Values a token that are kept of a block at most: what done children gave, and what the tail of the next reads."""
+    """The most values cached per token of a block: outputs of finished children, input of the next's last matrix."""
     if not remembers(recipe):
         return 0
     groups = read_together_names([p.site for p in walk.anatomy.of_block(size.index)])
@@ -199,34 +200,34 @@ def kept_width(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], size: 
 
 
 def statistics_bytes(recipe: Recipe, plan: SitePlan) -> int:
-    """Of the one input of a site."""
+    """Bytes of the statistics of a site's input."""
     return sum(kind.nbytes(plan.shape[1]) for kind in kinds_of(recipe, plan))
 
 
 def solver_bytes(recipe: Recipe, plan: SitePlan) -> int:
-    """What the passes on a site take beside its weight and statistics, and then what measuring its error does."""
+    """Bytes that the passes on a site, or the measurement of its error, take beside its weight and statistics."""
     works = (work_of(recipe.weight_passes[i], plan.shape) for i in plan.steps)
     return max([MEASURED * prod(plan.shape), *(int(work.nbytes) for work in works)])
 
 
 def process_bytes() -> int:
-    """The size of this process now, and of what a run loads beside."""
+    """Resident bytes of this process now, plus what a run loads in addition."""
     return resident() + STARTED
 
 
 def resident() -> int:
-    """Resident bytes of this process; the largest so far where the system does not say."""
+    """Resident bytes of this process; their peak so far if the system does not report the current number."""
     return resident_bytes() or peak_bytes()
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that a new process can have, within all limits; None where nobody says."""
+    """Bytes of memory that a new process can get within all limits; None if no source reports any."""
     found = [value for value in (available(), within_group(), within_limit()) if value is not None]
     return min(found) if found else None
 
 
 def within_limit() -> int | None:
-    """What `ulimit -v` leaves, which counts all that is mapped, used or not; None if there is no such limit."""
+    """Bytes left of `ulimit -v`, which counts all mapped memory, used or not; None if there is no such limit."""
     import resource
 
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -239,7 +240,7 @@ def within_limit() -> int | None:
 
 
 def available() -> int | None:
-    """What Linux counts as available."""
+    """Bytes that Linux reports as available; None if it does not."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -249,7 +250,7 @@ def available() -> int | None:
 
 
 def within_group(root: Path = GROUPS, told: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the control groups leave that this process is in, each within the next; None where none has a limit."""
+    """Bytes left in the nested control groups of this process, the least of all; None if none has a limit."""
     try:
         lines = told.read_text().splitlines()
     except OSError:
@@ -265,7 +266,7 @@ def within_group(root: Path = GROUPS, told: Path = Path("/proc/self/cgroup")) ->
 
 
 def unused(group: Path, limit: str, used: str) -> int | None:
-    """What a control group leaves; None if it has no limit."""
+    """Bytes left in a control group; None if it has no limit."""
     try:
         most, now = (group / limit).read_text().strip(), (group / used).read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""How much there is of a model and of what goes through it, from shapes: what memory and time are counted from."""
+"""The sizes of a model and the tokens that pass through it, from shapes; memory and time are counted from these."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from compress.stats import Statistic
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What goes through a model: calibration tokens and those of one forward, probe tokens, twins or not.
+    """The numbers of tokens that pass through a model.
 
-    `ahead` are the tokens for what looks at the whole model before the walk, for which the walk may need none.
+    `tokens` are the calibration tokens of the walk, `batch` those of one forward pass, `length` those of one window,
+    and `probe` those of the probe. `ahead` are the calibration tokens for passes that examine the whole model before
+    the walk; they may be needed even if the walk itself needs none. `twins` says whether the calibration tokens also
+    pass through the dense model.
     """
 
     tokens: int
@@ -35,7 +38,7 @@ class Load:
 
 
 def load_of(walk: Walk, recipe: Recipe) -> Load:
-    """The tokens of a recipe; a source that cannot give so many is not looked at."""
+    """The tokens that a recipe asks for; whether its source has as many is not checked."""
     limit = longest_window(walk)
     length = min(recipe.calibration.length or LONGEST, limit)
     measured = any(step.requires for step in recipe.weight_passes)
@@ -50,7 +53,12 @@ def load_of(walk: Walk, recipe: Recipe) -> Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Sized:
-    """A model's parts in bytes, as they lie in memory."""
+    """The sizes of a model in memory.
+
+    `frame` is the bytes of the tensors outside all blocks, `block` those of the largest block, `index` its index, and
+    `width` the widest input of its sites. `hidden` is the hidden size, `vocabulary` the rows of the input embedding,
+    and `itemsize` the bytes of a number in the model's dtype.
+    """
 
     hidden: int
     frame: int
@@ -62,7 +70,7 @@ class Sized:
 
 
 def sized(walk: Walk, source: Checkpoint) -> Sized:
-    """The frame, the largest block and the widest input."""
+    """The sizes of a model, from its headers and configuration."""
     anatomy, itemsize = walk.anatomy, walk.dtype.itemsize
     headers = source.headers
     blocks = [
@@ -79,29 +87,29 @@ def sized(walk: Walk, source: Checkpoint) -> Sized:
 
 
 def remembers(recipe: Recipe) -> bool:
-    """Whether what done parts of a block give is kept while the rest is measured."""
+    """Whether the outputs of finished submodules of a block are cached while its remaining inputs are measured."""
     return recipe.ordering == "site" and not any(isinstance(step, BlockPass) for step in recipe.passes)
 
 
 def child_of(walk: Walk, site: str) -> str:
-    """The direct child of a block in which a site lies."""
+    """The name of the direct child of a block that contains a site."""
     inside = walk.anatomy.places[site].module.removeprefix(f"{walk.path}.")
     return ".".join(inside.split(".")[1:2])
 
 
 def kinds_of(recipe: Recipe, plan: SitePlan) -> list[type[Statistic]]:
-    """The statistics that the passes on a site need of its input."""
+    """The statistics of a site's input that the passes on it need."""
     steps = recipe.weight_passes
     return list(dict.fromkeys(kind for i in plan.steps for kind in steps[i].requires))
 
 
 def selects(step: SitePass | None, site: str) -> bool:
-    """Whether a pass selects a site; all are if there is no pass to ask."""
+    """Whether a pass selects a site; without a pass, every site is selected."""
     return step is None or fnmatchcase(site, step.sites)
 
 
 def kept_probes(plans: Mapping[str, SitePlan], ahead: Ahead, governed: SitePass | None) -> int:
-    """How many hidden states of the probe are sent on, of all parts of the model."""
+    """How many copies of the probe's hidden states run on to the logits, over all parts of the model."""
     if not ahead.kept:
         return 0
     names = [n for n in plans if selects(governed, n)]

@@ -1,4 +1,4 @@
-"""How long a run takes, part by part: operations counted from shapes, divided by the rates of the machine."""
+"""The time that a run takes, by part: operations counted from shapes, divided by the rates of the machine."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from compress.planning.sizes import SitePlan, read_together_names
 from compress.recipe import Recipe
 from compress.stats import SIDE, Gram
 
-WRITING = 16  # passes over the entries of a block while it is packed, hashed, read back and decoded
-HASHED = 1.0e9  # bytes a second of sha256, of any x86-64 or ARM processor of this decade
-READS = 3  # hashes and readings of each byte that is written, and of the source
-FORWARD, SOLVING = 0.65, 0.65  # of the rate of one product: shares that blocks, and statistics and solvers, reached
-COMPARED = 30  # passes over logits whose divergence is found
-READINGS = 3  # of a model that is made: it is hashed, compared and walked over
-SETTLING, TOKENS = 250_000, 250_000  # small calls: plans, checks and cards; calibration text through the tokenizer
+WRITING = 16  # passes over the entries of a block to pack, hash, read back and decode it
+HASHED = 1.0e9  # bytes a second of sha256 on any x86-64 or ARM processor of this decade
+READS = 3  # times that each written byte is hashed and read
+FORWARD, SOLVING = 0.65, 0.65  # measured shares of a product's rate: of blocks; of statistics and solvers
+COMPARED = 30  # passes over the logits to compute their divergence
+READINGS = 3  # times that a reshaped model is computed: to hash it, to compare it and in the walk
+SETTLING, TOKENS = 250_000, 250_000  # small calls: for plans, checks and cards; to tokenize the calibration text
 
 
 def time_parts(
     walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine, written: int
 ) -> dict[str, float]:
-    """Seconds by what is done; the passes that are not modelled are left out."""
+    """Seconds of each part of a run; passes that are not modelled are left out."""
     load, size = load_of(walk, recipe), sized(walk, source)
     twice = load.tokens if load.twins else 0
     forwards = forwards_of(walk, recipe, plans, size.hidden) * load.tokens + twice
-    probed = 6 * load.probe  # dense, compressed, read back; each in and out
+    probed = 6 * load.probe  # two for each of three models: dense, compressed, read back
     measured = [p for p in plans.values() if Gram in kinds_of(recipe, p)]
     energies = sum(2.0 * p.shape[0] * p.shape[1] * min(2 * p.shape[1], p.shape[1] + SIDE) for p in measured)
     entries = sum(prod(p.shape) for p in plans.values() if p.steps)
@@ -55,7 +55,7 @@ def time_parts(
 
 
 def worked(work: Sequence[tuple[tuple[int, int], Work]], machine: Machine) -> float:
-    """Seconds of work on matrices of these shapes."""
+    """Seconds of these amounts of work, each on a matrix of the shape given with it."""
     passes = sum(w.passes * prod(shape) for shape, w in work)
     return (
         sum(w.flops for _, w in work) / (SOLVING * machine.float32)
@@ -66,7 +66,7 @@ def worked(work: Sequence[tuple[tuple[int, int], Work]], machine: Machine) -> fl
 
 
 def token_flops(walk: Walk, plans: Mapping[str, SitePlan], load: Load, size: Sized) -> float:
-    """Operations of a token on its way through all blocks."""
+    """Operations of one token in a forward pass through all blocks."""
     weights = sum(prod(plan.shape) * active(walk, name) for name, plan in plans.items())
     return 2.0 * weights + 4.0 * load.length * size.hidden * len(walk.blocks)
 
@@ -74,7 +74,10 @@ def token_flops(walk: Walk, plans: Mapping[str, SitePlan], load: Load, size: Siz
 def ahead_seconds(
     walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine
 ) -> float:
-    """What looks at the whole model before the walk: forwards, statistics, trials with the probe sent on from each."""
+    """Seconds of passes that examine the whole model before the walk: forward passes, statistics, and trials.
+
+    After each trial, the probe runs on to the logits.
+    """
     load, size, blocks = load_of(walk, recipe), sized(walk, source), len(walk.blocks)
     token, rate, total = token_flops(walk, plans, load, size), machine.product(walk.dtype), 0.0
     for ahead, governed in aheads(recipe):
@@ -96,7 +99,7 @@ def ahead_seconds(
 def learning_seconds(
     walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], machine: Machine, load: Load, token: float
 ) -> float:
-    """Of passes that learn blocks by their output: forwards and backwards of a few windows, and looks at others."""
+    """Seconds of passes that learn blocks from their output: targets, training steps and held-out evaluations."""
     total = 0.0
     for i, step in enumerate(recipe.weight_passes):
         if step.name not in LEARNED or not isinstance(step, Trainer):
@@ -110,7 +113,7 @@ def learning_seconds(
 
 
 def active(walk: Walk, site: str) -> float:
-    """The share of tokens that reach a site: of an expert, as many as a router chooses of all."""
+    """The share of tokens that reach a site; for an expert, the share of experts that the router chooses."""
     if not walk.anatomy.places[site].routed:
         return 1.0
     text = walk.model.config.get_text_config()
@@ -120,20 +123,23 @@ def active(walk: Walk, site: str) -> float:
 
 
 def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], hidden: int) -> float:
-    """Forwards of a block over the calibration tokens: as far as each input, then to the end, less what is kept."""
+    """Forward passes of a block over the calibration tokens, in units of a full one.
+
+    One runs up to each measured input and one to the end; what is cached is not computed again.
+    """
     if not walk.blocks:
         return 0.0
     names = [p.site for p in walk.anatomy.of_block(0)]
     whole = sum(prod(plans[n].shape) for n in names) or 1
-    total, child, inside, left = 0, "", 0, 0  # `left`: of what the child before gives, what was not computed yet
+    total, child, inside, left = 0, "", 0, 0  # `left`: what the output of this child still needs
     for group in read_together_names(names):
         size = sum(prod(plans[n].shape) for n in group)
         measured = any(kinds_of(recipe, plans[n]) for n in group)
         if remembers(recipe) and child_of(walk, group[0]) != child:
-            total, inside, left = total + left, 0, 0  # done: it is computed to its end once, and kept
+            total, inside, left = total + left, 0, 0  # the child before is done: its output is computed once and cached
             child = child_of(walk, group[0])
         if measured:
-            total = total + inside if recipe.ordering == "site" else inside  # at once, as far as the last
+            total = total + inside if recipe.ordering == "site" else inside  # one pass, up to the last input
         inside += size
         kept = remembers(recipe) and measured and plans[group[0]].shape[1] <= WIDEST * hidden
         left = size if kept else inside
@@ -143,7 +149,7 @@ def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], hidde
 def gathered(
     walk: Walk, plans: Mapping[str, SitePlan], tokens: int, kinds_of: Callable[[Sequence[str]], Sequence[Any]]
 ) -> float:
-    """Operations of all statistics: squares for vectors, products of inputs with themselves for square ones."""
+    """Operations of all statistics: those of squares for vectors, those of the product xᵀ x for square matrices."""
     total = 0.0
     for index in range(len(walk.blocks)):
         for group in read_together_names([p.site for p in walk.anatomy.of_block(index)]):

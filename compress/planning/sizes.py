@@ -1,8 +1,9 @@
-"""How many bytes an artifact will take, site by site: the passes rewrite weights that have no values.
+"""The bytes that an artifact will take, site by site, found by running the passes on weights without values.
 
-Every pass leaves its outline on the meta device, and the codec that packs weights counts the bytes of that, so there is
-no second account of any format. What a reader would question: scales are taken to fit float16, as those of weights
-between 1e-4 and 1e5 do; a matrix that needs float32 for one of them takes two bytes more for each.
+Every pass provides the outline of its result on the meta device, and the codec that packs weights counts the bytes of
+that, so no format has a second calculation that could disagree. What a reader would question: scales are assumed to fit
+float16, as those of weights between 1e-4 and 1e5 do; a matrix with one scale that needs float32 takes two bytes more
+for each of its scales.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ VALUES = "values decide; counted as it was"
 
 @dataclass(frozen=True, kw_only=True)
 class SitePlan:
-    """What a site will be stored as, in bytes: `most` bounds what values decide, and is `bytes` if nothing is left to.
+    """The form in which a site will be stored, and its bytes; `most` is an upper bound where these depend on values.
 
-    `forms` are the weight before each pass that touches it and at last; `kept` what each left as it was; `held` the
-    bytes of the last form in memory, not packed, beside the weight as it was, `reals` its real numbers, `books`
-    how often an entry is looked up.
+    `steps` are the indices of the passes that rewrite it; `forms` describe its weight before each of them and after the
+    last; `kept` names the parts that each left unchanged. Of the last form, `held` are the bytes in memory, unpacked,
+    in addition to the original weight, `reals` the number of real-valued entries, and `books` the number of codebooks,
+    each of which costs one lookup per entry. `note` says why `bytes` is not exact.
     """
 
     site: str
@@ -58,12 +60,12 @@ class SitePlan:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing depends on values."""
+        """Whether the bytes are independent of the values."""
         return self.bytes == self.most and not self.note
 
 
 def plan_sites(walk: Walk, recipe: Recipe) -> dict[str, SitePlan]:
-    """Every site of a model by name, in order; those that no pass touches are counted as they are computed with."""
+    """The plans of all sites by name, in order; a site that no pass touches counts in the model's dtype."""
     found: dict[str, SitePlan] = {}
     known: dict[Any, list[SitePlan]] = {}
     tight = list(recipe.weight_passes)
@@ -78,12 +80,12 @@ def plan_sites(walk: Walk, recipe: Recipe) -> dict[str, SitePlan]:
 
 
 def selected(place: Place, steps: Sequence[SitePass]) -> tuple[int, ...]:
-    """The numbers of the passes that select a site."""
+    """The indices of the passes that select a site."""
     return tuple(i for i, step in enumerate(steps) if fnmatchcase(place.site, step.sites))
 
 
 def loosened(recipe: Recipe) -> list[SitePass]:
-    """The passes with the option that a budget shares out as loose as it may become anywhere."""
+    """The passes, with every option that a budget sets at the value at which most is kept; this bounds the size."""
     steps = list(recipe.weight_passes)
     for _, i in governed(recipe.passes):
         step = steps[i]
@@ -94,7 +96,7 @@ def loosened(recipe: Recipe) -> list[SitePass]:
 
 
 def loosest(step: WeightPass) -> float | str:
-    """The value of the option that a budget may set at which most is kept."""
+    """The value at which most is kept, of the option that a budget may set."""
     if isinstance(step, Pruner):
         m = str(step.sparsity).partition(":")[2]
         return f"{int(m) - 1}:{m}" if m else 0.0
@@ -104,7 +106,7 @@ def loosest(step: WeightPass) -> float | str:
 def block_plans(
     walk: Walk, places: Sequence[Place], tight: Sequence[SitePass], loose: Sequence[SitePass], exact: bool
 ) -> list[SitePlan]:
-    """The plans of the sites of one block."""
+    """The plans of the sites of one block; without `exact`, as for a delta, no rewritten site is exact."""
     modules = walk.anatomy.modules
     sites = {p.site: Site(p.site, modules[p.module], p) for p in places}
     likely = Outlines(sites, tight)
@@ -131,7 +133,10 @@ def block_plans(
 
 
 class Outlines:
-    """The sites of a block behind all passes; `touched` are the passes by site, `forms` and `kept` as in a SitePlan."""
+    """Outlines of the sites of a block after all passes.
+
+    `touched` are the indices of the passes on each site; `forms` and `kept` are those of a SitePlan.
+    """
 
     def __init__(self, sites: Mapping[str, Site], steps: Sequence[SitePass]) -> None:
         self.sites = dict(sites)
@@ -140,7 +145,7 @@ class Outlines:
         self.forms = {name: [site.weight.describe()] for name, site in sites.items()}
         self.kept: dict[str, list[str]] = {name: [] for name in sites}
         self.notes: dict[str, str] = {}
-        self.unknown: set[str] = set()  # of a form that only values tell
+        self.unknown: set[str] = set()  # sites whose form depends on values
         self.codecs: dict[str, int] = {}
         for i, step in enumerate(steps):
             chosen = [site for site in self.sites.values() if fnmatchcase(site.name, step.sites)]
@@ -148,13 +153,13 @@ class Outlines:
                 self.take(i, step, group)
 
     def take(self, i: int, step: SitePass, group: Sequence[Site]) -> None:
-        """Put the outlines of a pass in the places of these sites; raises UnsupportedWeight as a run of it will."""
+        """Replace these sites by a pass's outlines of them; raises UnsupportedWeight where the run would."""
         try:
             made = step.outline_peers(group)
         except UnsupportedWeight:
             if self.unknown.isdisjoint(site.name for site in group):
                 raise
-            made = {}  # what it is given, only values tell
+            made = {}  # the form that it is given depends on values
         for site in group:
             weight, name = made.get(site.name), site.name
             self.touched[name].append(i)
@@ -177,18 +182,18 @@ class Outlines:
             self.forms[name].append(weight.describe())
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a site as it is now."""
+        """Bytes of a site in its present form."""
         return self.codecs.get(name) or self.sites[name].weight.nbytes()
 
 
 def read_together(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """The sites that read one input, as far as the names of modules tell; the others alone."""
+    """Groups of sites that read the same input, as far as module names tell; any other site is a group of its own."""
     named = {site.name: site for site in sites}
     yield from ([named[name] for name in group] for group in read_together_names(list(named)))
 
 
 def read_together_names(sites: Sequence[str]) -> list[list[str]]:
-    """The same of names."""
+    """The same groups, of the names of sites."""
     groups: dict[Any, list[str]] = {}
     for site in sites:
         parent, _, leaf = site.rpartition(".")
@@ -198,13 +203,13 @@ def read_together_names(sites: Sequence[str]) -> list[list[str]]:
 
 
 def kept_parts(before: Weight, after: Weight) -> list[str]:
-    """The parts of a weight that a pass left as they were, by what they are called."""
+    """The names of those parts of a weight, as in `parts`, that a pass left unchanged."""
     held = {id(tensor) for _, tensor in parts(after)}
     return list(dict.fromkeys(name for name, tensor in parts(before) if id(tensor) in held))
 
 
 def parts(weight: Weight) -> Iterator[tuple[str, Tensor]]:
-    """What other passes must respect in an expression."""
+    """The parts of an expression that later passes must respect, with their names."""
     for node in every(weight):
         match node:
             case Masked(_, mask_OI):
@@ -218,13 +223,13 @@ def parts(weight: Weight) -> Iterator[tuple[str, Tensor]]:
 
 
 def room(weight: Weight) -> int:
-    """Bytes by which masks that follow from values may take more than masks by chance."""
+    """Bytes by which masks may exceed the estimate for random masks; none takes more than a bitmap."""
     masks = [(node.kept, node.mask_OI.numel(), node.pattern) for node in every(weight) if isinstance(node, Masked)]
     return sum(packed_size(entries, 1) - likely_bytes(kept, entries, rule) for kept, entries, rule in masks)
 
 
 def unpacked(weight: Weight, original: Tensor) -> int:
-    """Bytes of all tensors of an expression in memory, but for those of the weight as it was."""
+    """Bytes in memory of all tensors of an expression, except the original weight."""
     own = {
         id(value): value.nbytes for node in every(weight) for value in vars(node).values() if isinstance(value, Tensor)
     }
@@ -233,7 +238,7 @@ def unpacked(weight: Weight, original: Tensor) -> int:
 
 
 def reals(weight: Weight) -> int:
-    """Numbers of 16 bits or more that an expression holds, but for known books: what fine-tuning learns."""
+    """The number of floating-point entries of 16 bits or more, except predefined codebooks: what fine-tuning learns."""
     held = {
         id(value): value
         for node in every(weight)
@@ -244,14 +249,14 @@ def reals(weight: Weight) -> int:
 
 
 def every(weight: Weight) -> Iterator[Weight]:
-    """An expression and all below it."""
+    """An expression and all of its subexpressions."""
     yield weight
     for child in weight.children():
         yield from every(child)
 
 
 def shared_bytes(sites: Mapping[str, Site], places: Sequence[Place]) -> dict[str, int]:
-    """Bytes of each site that another one of its block stores for it."""
+    """Bytes of each site that are not stored again, because another site of its block stores the same tensor."""
     seen: set[int] = set()
     spared: dict[str, int] = {}
     for place in places:
@@ -270,7 +275,7 @@ def shared_bytes(sites: Mapping[str, Site], places: Sequence[Place]) -> dict[str
 
 
 def stored_bytes(walk: Walk, source: Checkpoint, plans: Mapping[str, SitePlan]) -> tuple[int, int]:
-    """(bytes, at most) of all tensors of the artifact, headers of files not counted: `sizes.bytes` of compress.json."""
+    """(expected, most) bytes of all tensors of the artifact, as in `sizes.bytes` of compress.json; no file headers."""
     written = stored_sites(walk, plans)
     taken = {walk.anatomy.places[name].tensor for name in written}
     plain = sum(held.nbytes for name, held in source.headers.items() if name not in taken)
@@ -278,7 +283,7 @@ def stored_bytes(walk: Walk, source: Checkpoint, plans: Mapping[str, SitePlan]) 
 
 
 def stored_sites(walk: Walk, plans: Mapping[str, SitePlan]) -> list[str]:
-    """The sites that are stored as expressions: those that are touched, and all experts of a stack with one of them."""
+    """The sites stored as expressions: those that a pass rewrites, and all experts of a module if it rewrites one."""
     places = walk.anatomy.places
     touched = [name for name, plan in plans.items() if plan.steps]
     opened = {places[name].module for name in touched if places[name].expert is not None}

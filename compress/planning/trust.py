@@ -1,4 +1,4 @@
-"""What a model folder says of its licence, what in it could run code, and whether it was quantized; nothing runs."""
+"""The licence that a model folder states, what in it could run code, and whether it is quantized; nothing is run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNKNOWN = "not stated: no licence in the model card, and no LICENSE file"
 
 
 def licence(folder: Path) -> dict[str, str]:
-    """What the card's front matter says, and the first line of each licence file by its name; empty if nothing."""
+    """The licence fields of the card's front matter, and the first line of each licence file by name; may be empty."""
     found = {key: str(value) for key, value in front_matter(folder / CARD).items() if key in KEYS}
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name.upper().startswith(("LICENSE", "LICENCE")):
@@ -23,7 +23,7 @@ def licence(folder: Path) -> dict[str, str]:
 
 
 def trust(source: Checkpoint) -> list[str]:
-    """What a reader should know before the model is run by other programs; empty if there is nothing."""
+    """What a user should know before other programs run the model, one line each; may be empty."""
     folder, config = source.path, source.config
     flags = []
     code = sorted(file.name for file in folder.glob("*.py"))

@@ -1,8 +1,8 @@
-"""`python -m compress_evals.recovery`: what a LoRA adapter, trained on a compressed model, wins back.
+"""`python -m compress_evals.recovery`: how much of the loss a LoRA adapter, trained on a compressed model, regains.
 
-Each recipe is run on the built-in model, and its result measured in three forms: as it is; with a low-rank correction
-of the same rank that takes no training (`repair`); and with an adapter that PEFT has trained to follow the dense
-model's distributions (KL) on calibration windows other than the recipe's, attached afterwards. Needs the package peft.
+Each recipe is run on the built-in model, and its result is measured in three forms: unchanged; with a low-rank
+correction of the same rank that needs no training (`repair`); and with an adapter attached that PEFT has trained to
+match the dense model's distributions (KL) on calibration windows other than the recipe's. Needs the package peft.
 Shape suffixes: N windows, T tokens, V vocabulary.
 """
 
@@ -30,7 +30,7 @@ from compress_evals.folders import evaluate_folders, tokenizer_of
 RECIPES = ("wanda-2of4-gptq-int4", "gptq-int2")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEARNED = Calibration(data="mixed", samples=512, length=256, seed=1)
-BATCH = 8  # windows a step
+BATCH = 8  # windows per step
 
 
 def windows() -> Tensor:
@@ -42,7 +42,7 @@ def windows() -> Tensor:
 
 
 def divergence(dense: Any, model: Any, ids_NT: Tensor) -> Tensor:
-    """The mean KL of a model to the dense one over all tokens, in nats, with a gradient."""
+    """The mean KL divergence of a model from the dense one over all tokens, in nats; gradients flow to the model."""
     with torch.no_grad():
         wanted_NTV = dense(input_ids=ids_NT).logits.float().log_softmax(-1)
     got_NTV = model(input_ids=ids_NT).logits.float().log_softmax(-1)
@@ -51,7 +51,7 @@ def divergence(dense: Any, model: Any, ids_NT: Tensor) -> Tensor:
 
 
 def train(folder: Path, out: Path, rank: int, steps: int, rate: float) -> float:
-    """Train an adapter on the artifact in `folder` and save it in `out`; the seconds of all steps."""
+    """Train an adapter on the artifact in `folder` and save it in `out`; returns the seconds that the steps took."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def train(folder: Path, out: Path, rank: int, steps: int, rate: float) -> float:
 
 
 def measure(name: str, rank: int, steps: int, rate: float, out: Path) -> list[Measured]:
-    """The dense model and the three forms of a recipe."""
+    """The results of the dense model, and of the three forms of a recipe's result."""
     recipe = load(packaged()[name])
     plain, repaired, recovered = (out / f"{name}{end}" for end in ("", f"-repair{rank}", f"-lora{rank}"))
     compress.run("builtin", recipe, plain, force=True)

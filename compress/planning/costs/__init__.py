@@ -1,9 +1,10 @@
-"""What passes cost beside the walk: memory at its largest and work, from their options and the shape of a matrix.
+"""The peak memory and the work of passes in addition to the walk, from their options and the shape of a matrix.
 
-A row was counted from the source of its pass and then compared with runs (docs/plan.md has the errors). A pass without
-a row is not modelled, and the plan says so instead of guessing. Where a solver ends when it has converged, what it took
-in trained models is expected. The tables: COSTS of what rewrites a matrix, LEARNED of what learns a block by its
-output, AHEAD of what looks at the whole model before anything is rewritten.
+Each row was counted from the source of its pass and then compared with runs (docs/plan.md lists the errors). A pass
+without a row is not modelled, and the plan says so instead of guessing. For a solver that stops on convergence, the row
+assumes the number of iterations that trained models took. There are three tables: COSTS for passes that rewrite a
+matrix, LEARNED for those that learn a block from its output, and AHEAD for those that examine the whole model before
+anything is rewritten.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ COSTS: dict[str, Callable[[Any, int, int], Work]] = {**pruning.ROWS, **quantizat
 
 
 def modelled(step: Pass | type[Pass]) -> bool:
-    """Whether a pass has a row."""
+    """Whether a pass has a row in one of the tables."""
     return step.name in COSTS or step.name in LEARNED or step.name in AHEAD
 
 
 def not_modelled(recipe: Recipe) -> list[str]:
-    """The passes whose own cost is left out."""
+    """The names of the passes whose own cost is left out, because they have no row."""
     return list(dict.fromkeys(step.name for step in recipe.passes if not modelled(step)))
 
 
 def work_of(step: SitePass, shape: tuple[int, int]) -> Work:
-    """What a pass costs on a matrix; nothing if it is not modelled."""
+    """The cost of a pass on a matrix; no work if it has no row in COSTS."""
     found = COSTS.get(step.name)
     return Work() if found is None else found(step, *shape)
 
 
 def governed_work(step: SitePass | None, rows: int, columns: int) -> Work:
-    """What the pass that a budget governs costs on a matrix."""
+    """The cost on a matrix of the pass that a budget governs; no work without such a pass."""
     return Work() if step is None else work_of(step, (rows, columns))
 
 
 def aheads(recipe: Recipe) -> list[tuple[Ahead, SitePass | None]]:
-    """What looks at the whole model first, and the pass on whose sites it works; None if on all."""
+    """The cost of each pass that examines the whole model first, and the pass whose sites it examines; None for all."""
     steps = recipe.weight_passes
     ruled = {id(budget): steps[index] for budget, index in governed(recipe.passes)}
     found: list[tuple[Ahead, SitePass | None]] = []

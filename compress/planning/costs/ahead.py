@@ -1,4 +1,4 @@
-"""What passes cost that look at the whole dense model before anything is rewritten: budgets, and what reshapes it.
+"""The cost of passes that examine the whole dense model before anything is rewritten: budgets and reshaping passes.
 
 Shape suffixes: O out, I in.
 """
@@ -13,9 +13,9 @@ from compress.passes.quantization import smoothquant
 from compress.planning.costs.work import CODING, F32, Work, energy
 from compress.stats import Gram, Sample, Statistic
 
-COUNTING = 120  # passes of the bins of scores
-SCORING = 30  # passes of scores, twice: their mean, and how many lie above
-SCALED, TURNED = 6, 12  # passes of a tensor that is scaled or turned whenever it is read
+COUNTING = 120  # passes to count scores in bins
+SCORING = 30  # passes to compute scores twice: for their mean, and to count those far above it
+SCALED, TURNED = 6, 12  # passes to scale or rotate a tensor, which is done each time it is read
 Matrix = Callable[[int, int], Work]
 Governs = Callable[[int, int], Work]
 
@@ -28,11 +28,13 @@ def nothing(rows: int, columns: int) -> Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """What a pass does with the dense model: `forwards` of all calibration tokens through it, `kinds` measured of all
-    inputs of a block at once, `work` on each matrix that it, or the pass it governs, selects.
+    """The cost of a pass on the dense model before the walk.
 
-    `kept` are the hidden states of the probe that each input, or `each` matrix, leaves and that go on to the logits.
-    `made` is the work of making a tensor of the new model whenever it is read; `reshapes` whether there is one.
+    `forwards` is the number of forward passes over all calibration tokens, `kinds` are the statistics that are
+    collected for all inputs of a block at once, and `work` is the work on each matrix that the pass, or the one it
+    governs, selects. `kept` is the number of copies of the probe's hidden states that each distinct input, or with
+    `each` every matrix, adds, and that run on to the logits. `reshapes` says whether the pass makes a new model, and
+    `made` is the work of computing one of its tensors, which is done each time the tensor is read.
     """
 
     forwards: int
@@ -45,7 +47,7 @@ class Ahead:
 
 
 def tried(step: Any, governed: Any, own: Governs) -> Ahead:
-    """Sensitivity: the pass it governs at every option, and the probe sent on from each part."""
+    """Sensitivity: the governed pass with every option; by KL, the probe also runs to the logits for each."""
     by_gram = step.measure == "gram"
     kinds = tuple(dict.fromkeys((*governed.requires, *((Gram,) if by_gram else ()))))
     count = len(step.options_for(governed))
@@ -56,7 +58,7 @@ def tried(step: Any, governed: Any, own: Governs) -> Ahead:
 
 
 def spectra(step: Any, governed: Any, own: Governs) -> Ahead:
-    """Ranks and WeLore: what the pass would cut of each matrix; by KL each is cut, and the probe sent on from it."""
+    """Ranks and WeLore: the spectrum of each matrix; by KL each is also cut, and the probe runs to the logits."""
     cuts = getattr(step, "measure", "") == "kl" and bool(governed.removed)
     kinds = tuple(governed.requires)
     return Ahead(
@@ -66,14 +68,14 @@ def spectra(step: Any, governed: Any, own: Governs) -> Ahead:
 
 
 def outliers(step: Any, governed: Any, own: Governs) -> Ahead:
-    """OWL: scores far above their mean."""
+    """OWL: the scores far above their mean."""
     del governed, own
     work = lambda rows, columns: Work(nbytes=3 * F32 * rows * columns, passes=SCORING)  # noqa: E731
     return Ahead(forwards=2, kinds=tuple(step.requires), work=work)
 
 
 def counted(step: Any, governed: Any, own: Governs) -> Ahead:
-    """Global: the scores of all matrices in bins."""
+    """Global: the scores of all matrices, counted in bins."""
     del step, own
     kinds = tuple(governed.requires)
     work = lambda rows, columns: Work(nbytes=6 * F32 * rows * columns, passes=COUNTING)  # noqa: E731
@@ -81,7 +83,7 @@ def counted(step: Any, governed: Any, own: Governs) -> Ahead:
 
 
 def equalized(step: Any, governed: Any, own: Governs) -> Ahead:
-    """AWQ: each power is rounded to nearest and measured by the Gram."""
+    """AWQ: for each power the matrix is rounded to nearest and its error measured by the Gram."""
     del governed, own
 
     def work(rows: int, columns: int) -> Work:
@@ -91,7 +93,7 @@ def equalized(step: Any, governed: Any, own: Governs) -> Ahead:
 
 
 def smoothed(step: Any, governed: Any, own: Governs) -> Ahead:
-    """SmoothQuant: each strength is measured by outputs on a sample of tokens."""
+    """SmoothQuant: for each strength the output error is measured on a sample of tokens; none with a fixed `alpha`."""
     del governed, own
     tries = 0 if step.alpha is not None else 1 + len(smoothquant.STRENGTHS)
 
@@ -110,7 +112,7 @@ def silenced(step: Any, governed: Any, own: Governs) -> Ahead:
 
 
 def turned(step: Any, governed: Any, own: Governs) -> Ahead:
-    """SliceGPT and QuaRot: products with the axes of the hidden state whenever a tensor is read."""
+    """SliceGPT and QuaRot: a product with the rotation of the hidden state each time a tensor is read."""
     del governed, own
 
     def made(rows: int, columns: int) -> Work:
@@ -120,18 +122,18 @@ def turned(step: Any, governed: Any, own: Governs) -> Ahead:
 
 
 def left_out(step: Any, governed: Any, own: Governs) -> Ahead:
-    """ShortGPT: what blocks change."""
+    """ShortGPT: how much each block changes the hidden state."""
     del step, governed, own
     return Ahead(forwards=2, reshapes=True)
 
 
 def glanced(rows: int, columns: int) -> Work:
-    """A look at each entry."""
+    """One look at each entry."""
     return Work(nbytes=F32 * rows * columns, passes=4)
 
 
 def scaled(rows: int, columns: int) -> Work:
-    """A tensor multiplied by scales in float32."""
+    """The work of multiplying a tensor by scales in float32."""
     return Work(nbytes=3 * F32 * rows * columns, passes=SCALED)
 
 

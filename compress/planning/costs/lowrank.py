@@ -1,4 +1,7 @@
-"""What factors, alone or beside another term, and the codecs of differences cost. Shape suffixes: O out, I in."""
+"""The costs of low-rank passes, of hybrids with a low-rank term, and of the codecs for deltas.
+
+Shape suffixes: O out, I in.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,23 @@ from compress.planning.costs.work import (
 )
 from compress.stats import Gram
 
-SETTLED = 20  # turns of `rpca` to its tolerance, of 100
-BANDS = 5  # of the seven widths that `delta-come` knows are used, about
+SETTLED = 20  # iterations of `rpca` to its tolerance; 100 are allowed
+BANDS = 5  # bit widths that `delta-come` uses of the seven it has, approximately
 
 
 def factored(step: Any, rows: int, columns: int) -> Work:
-    """The first directions of the output in the metric of the pass."""
+    """SVD, ASVD and SVD-LLM: the principal directions of the output, in the metric of the pass."""
     return directions(rows, columns, Gram in step.requires)
 
 
 def paired(step: Any, rows: int, columns: int) -> Work:
-    """TransMLA: half of what keys and values take together."""
+    """TransMLA: keys and values are factored as one matrix of twice the rows."""
     del step
-    return directions(2 * rows, columns)  # passes and products are a matrix's, twice as tall: shared by two
+    return directions(2 * rows, columns)  # charged to both sites; only `passes` are halved
 
 
 def realigned(step: Any, rows: int, columns: int) -> Work:
-    """One Cholesky factor, and the matrix moved by it."""
+    """Realign: one Cholesky factorization, and the matrix solved with it."""
     del step
     entries = rows * columns
     return Work(
@@ -49,19 +52,19 @@ def realigned(step: Any, rows: int, columns: int) -> Work:
 
 
 def corrected(step: Any, rows: int, columns: int) -> Work:
-    """Two thin matrices for an error, stored as it says."""
+    """Repair: two low-rank factors of an error, stored in the precision that the pass sets."""
     return fitted(step.rank_of((rows, columns)), step.precision, rows, columns, step.metric == "gram")
 
 
 def fitted(rank: int, precision: str, rows: int, columns: int, metric: bool) -> Work:
-    """The first directions and both factors in their precision."""
+    """The principal directions, and both factors rounded to `precision`."""
     share = rank * (rows + columns) / (rows * columns)
     coding = rounding(precision == "int4", 0, 1, 1).times(share) if precision != "half" else Work()
     return directions(rows, columns, metric) + Work(flops=2.0 * rank * rows * columns, passes=coding.passes)
 
 
 def by_turns(step: Any, rows: int, columns: int) -> Work:
-    """OATS: a subspace followed and a mask chosen in every iteration, then least squares."""
+    """OATS: in every iteration the subspace is updated and a mask chosen; with `refit`, then least squares."""
     entries, rank = rows * columns, step.rank((rows, columns))
     if not rank:
         return pruning.chosen(step, rows, columns)
@@ -72,7 +75,7 @@ def by_turns(step: Any, rows: int, columns: int) -> Work:
 
 
 def in_rounds(step: Any, rows: int, columns: int) -> Work:
-    """SLiM: mask, codes and factors anew in every round, and the error of each."""
+    """SLiM: new mask, codes and factors in every round, and the error of each."""
     few = isinstance(step.sparsity, str)
     if step.rounding == "feedback":
         made = sweep(rows, columns) + Work(calls=columns * COLUMN * (0.7 if few else 0.25))
@@ -83,14 +86,14 @@ def in_rounds(step: Any, rows: int, columns: int) -> Work:
 
 
 def coded_in_rounds(step: Any, rows: int, columns: int) -> Work:
-    """ReALLM: codes and factors anew in every round, and the error of each."""
+    """ReALLM: new codes and factors in every round, and the error of each."""
     factors = fitted(step.rank, step.precision, rows, columns, metric=True)
     made = quantization.coded(step, rows, columns) + factors + energy(rows, columns, 2)
     return made.beside(2 * F32 * rows * columns).times(step.rounds) + factors
 
 
 def shrunk(step: Any, rows: int, columns: int) -> Work:
-    """RPCA: the singular values of the shorter side in float64, every turn."""
+    """RPCA: in every iteration, singular values from the Gram of the shorter side, in float64."""
     del step
     entries, side = rows * columns, min(rows, columns)
     turn = Work(cubes=DOUBLE * side**3, flops=2 * 4.0 * entries * side, passes=40)
@@ -98,7 +101,7 @@ def shrunk(step: Any, rows: int, columns: int) -> Work:
 
 
 def in_bands(step: Any, rows: int, columns: int) -> Work:
-    """Delta-CoMe: directions, then both factors of each band with error feedback, and again every round."""
+    """Delta-CoMe: directions, then in every round both factors of each band, with error feedback if set."""
     side, bands = min(rows, columns), min(BANDS, len(ROUNDING))
     fed = step.rounding == "gptq"
     made = Work(
@@ -110,14 +113,14 @@ def in_bands(step: Any, rows: int, columns: int) -> Work:
 
 
 def signed(step: Any, rows: int, columns: int) -> Work:
-    """BitDelta: the signs of every level, and the scales of all."""
+    """BitDelta: the signs of every level, and the scales of all levels."""
     entries = rows * columns
     flops = 2.0 * entries * columns * step.levels if step.fit == "output" else 0
     return Work(nbytes=F32 * entries * (3 + 2 * step.levels), flops=flops, passes=30 * step.levels**2)
 
 
 def portfolio(step: Any, rows: int, columns: int) -> Work:
-    """Auto: every codec once, and its error; how many fit, and which are made again, is for values to say."""
+    """Auto: every codec once, and its error; how many of them fit, and which are retried, depends on values."""
     rows_of = {"delta-come": in_bands, "bitdelta": signed, "gptq": quantization.compensated,
                "sparsegpt": pruning.fed_back}  # fmt: skip
     work = Work()

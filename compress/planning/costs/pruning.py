@@ -1,4 +1,4 @@
-"""What pruners and what refines their masks cost. Shape suffixes: O out, I in."""
+"""The costs of pruners and of the passes that refine their masks. Shape suffixes: O out, I in."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from compress.planning.costs.work import (
     sweep,
 )
 
-SETTLED = 33  # iterations of ADMM: 30 to 36 in every matrix of the built-in model and of random ones
-SOLVED = 18  # steps of conjugate gradients to 1e-3: 13 to 28 in the built-in model, of 50 that are allowed
-SWAPPED = 18  # of so many inputs of a row one is swapped, in the built-in model
-SWEEPS = 6  # over the groups of n:m until nothing is swapped
-SWAPPING = 160  # passes of one swap of every row: each looks at all entries of its row
-DRAWING = 60  # passes of a number by chance for every entry
+SETTLED = 33  # iterations of ADMM: 30 to 36 for every matrix of the built-in model and of random ones
+SOLVED = 18  # conjugate-gradient steps to a residual of 1e-3: 13 to 28 in the built-in model; 50 are allowed
+SWAPPED = 18  # inputs of a row for each swap in it, in the built-in model
+SWEEPS = 6  # sweeps over the groups of n:m until nothing is swapped
+SWAPPING = 160  # passes for one swap in every row, each of which looks at all entries of its row
+DRAWING = 60  # passes to draw a random number for every entry
 
 
 def chosen(step: Any, rows: int, columns: int) -> Work:
-    """A mask by scores."""
+    """Magnitude and Wanda: a mask by scores."""
     return Work(nbytes=CHOSEN * rows * columns, passes=20 + choosing(step.sparsity))
 
 
 def dealt(step: Any, rows: int, columns: int) -> Work:
-    """RIA: a mask, and with `permute` the gain of every column in every group, for each of the m ranks of columns."""
+    """RIA: a mask; with `permute` also the gain of every column in every group, for each of the m ranks of columns."""
     work = chosen(step, rows, columns) + Work(passes=20)
     if not step.permute:
         return work
@@ -47,17 +47,17 @@ def dealt(step: Any, rows: int, columns: int) -> Work:
 
 
 def fed_back(step: Any, rows: int, columns: int) -> Work:
-    """SparseGPT: one sweep that chooses and, with `bits`, rounds."""
-    few = isinstance(step.sparsity, str)  # each group is chosen by itself
+    """SparseGPT: one sweep that chooses the mask and, with `bits`, rounds."""
+    few = isinstance(step.sparsity, str)  # n:m, where the mask of each group is chosen separately
     coded = rounding(False, step.group, rows, columns) if step.bits else Work()
     own = Work(passes=choosing(step.sparsity), calls=columns * COLUMN * (0.5 * few + 0.25 * bool(step.bits)))
     return factor(columns) + sweep(rows, columns) + own + coded
 
 
 def alternated(step: Any, rows: int, columns: int) -> Work:
-    """ALPS: eigenvectors in float64, two products an iteration, then least squares."""
+    """ALPS: eigenvectors in float64, two products per iteration, then least squares."""
     count = min(step.iterations, SETTLED)
-    eigen = 8 * (4 * columns**2) + 3 * F32 * columns**2  # the Gram in float64, its vectors and what LAPACK works in
+    eigen = 8 * (4 * columns**2) + 3 * F32 * columns**2  # the Gram in float64, its eigenvectors, LAPACK's workspace
     work = Work(
         nbytes=max(eigen, F32 * (10.5 * rows * columns + 5 * columns**2)), cubes=DOUBLE * columns**3,
         flops=columns**3 + 2.0 * rows * columns**2 * (2 * count + 1), passes=count * (20 + choosing(step.sparsity) / 2),
@@ -66,19 +66,19 @@ def alternated(step: Any, rows: int, columns: int) -> Work:
 
 
 def reconstructed(step: Any, rows: int, columns: int) -> Work:
-    """One sweep under the mask and, with `exact`, least squares; each is compared with what was there."""
+    """Reconstruct: one sweep under the mask and, with `exact`, least squares; each result is compared with the last."""
     work = (factor(columns) + sweep(rows, columns) + energy(rows, columns, 8)).beside(2 * F32 * rows * columns)
     return work + conjugated(rows, columns, min(step.steps, SOLVED)) if step.method == "exact" else work
 
 
 def exchanged(step: Any, rows: int, columns: int) -> Work:
-    """DSnoT: queues of the best, then a swap of each row a cycle."""
+    """DSnoT: queues of the best candidates, then one swap per row in each cycle."""
     work = Work(nbytes=33 * rows * columns, passes=500, calls=30 * step.cycles)
     return work + energy(rows, columns, 4) if step.measure else work
 
 
 def swapped(step: Any, rows: int, columns: int) -> Work:
-    """Swaps of rows, one after the other; under n:m sweeps over groups, which this does not tell apart."""
+    """Swaps: one after the other in each row; the sweeps over groups that n:m takes are counted the same way."""
     count = min(step.limit, columns / SWAPPED)
     return Work(
         nbytes=27 * rows * columns + 35 * min(rows * columns, swaps.AT_ONCE), passes=SWAPPING * count,
@@ -87,7 +87,7 @@ def swapped(step: Any, rows: int, columns: int) -> Work:
 
 
 def drawn(step: Any, rows: int, columns: int) -> Work:
-    """DARE: a number by chance for every entry; by importance the level is found by halving."""
+    """DARE: a random number for every entry; by importance also a few rounds that fit their probabilities."""
     return Work(nbytes=24 * rows * columns, passes=DRAWING + (CODING * log2(columns) if step.keep != "random" else 0))
 
 
