@@ -68,10 +68,7 @@ def is_adapter(folder: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The names in the file of a module's two factors, their rank, and the `scale` of their product, alpha / r.
-
-    With rsLoRA the scale is alpha / sqrt(r).
-    """
+    """Names in the file of a module's two factors, their rank, and the scale: alpha / r, for rsLoRA alpha / sqrt(r)."""
 
     a: str
     b: str

@@ -205,7 +205,7 @@ def statistics_bytes(recipe: Recipe, plan: SitePlan) -> int:
 
 
 def solver_bytes(recipe: Recipe, plan: SitePlan) -> int:
-    """Bytes that the passes on a site, or the measurement of its error, take beside its weight and statistics."""
+    """Bytes beside its weight and statistics that the passes on a site, or measuring its error, take at most."""
     works = (work_of(recipe.weight_passes[i], plan.shape) for i in plan.steps)
     return max([MEASURED * prod(plan.shape), *(int(work.nbytes) for work in works)])
 
