@@ -129,7 +129,7 @@ def contracts_table(found: Any) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="passes, in order; each gets a form that it takes")
+    table = Table(title="passes, in order; each accepts the form that the previous one leaves")
     for name in ("pass", "sites", "parameters", "takes", "gives", "statistics", "keeps", "first site"):
         table.add_column(name, justify="right" if name in ("sites", "parameters") else "left", overflow="fold")
     for row in found.passes:
@@ -166,7 +166,7 @@ def needs_table(found: Any) -> Any:
 def time_lines(found: Any) -> list[str]:
     """The lines on the predicted time, and on what it does not include."""
     parts = ", ".join(f"{seconds:.0f} s {part}" for part, seconds in found.seconds.items() if seconds >= 0.5)
-    lines = [f"time: about [bold]{found.total_seconds:.0f} s[/] on this machine, when nothing else runs ({parts})"]
+    lines = [f"time: about [bold]{found.total_seconds:.0f} s[/] on this machine, if otherwise idle ({parts})"]
     if found.unmodelled:
         lines.append(f"[yellow]not modelled in memory or time:[/] {', '.join(found.unmodelled)}")
     return lines

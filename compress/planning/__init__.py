@@ -32,7 +32,7 @@ from compress.sources import open_source
 
 ASSUMES = ("scales fit float16, as those of weights from 1e-4 to 1e5 do", "no two matrices of a block are equal")
 AMPLE = 2  # times the bytes of the source: no recipe's artifact takes that much
-SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms and biases", "other tensors"
+SITES, TABLES, NORMS, OTHERS = "rewritten sites", "embeddings and head", "norms and biases", "other unchanged tensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,8 @@ class Plan:
     def check(self) -> None:
         """Raise PlanError if there is too little memory, video memory or disk space."""
         short = [
-            f"{name}: {need.bytes:,} bytes are needed, {need.there or 0:,} are there ({need.where}): "
-            f"{need.bytes - (need.there or 0):,} too few"
+            f"{name}: {need.bytes:,} bytes needed, {need.there or 0:,} available ({need.where}): "
+            f"{need.bytes - (need.there or 0):,} short"
             for name, need in self.needs.items()
             if not need.fits
         ]
@@ -159,7 +159,7 @@ def plan_run(
     planned, shaped = outline(walk, source, recipe)
     covered = plan(planned, recipe)
     sites = plan_sites(planned, recipe)
-    size, most = stored_bytes(planned, shaped, sites)
+    size, most = stored_bytes(planned, shaped, sites, recipe.delta is not None)
     machine = machine if machine is not None else profile_of(device)
     return Plan(
         model=display_name(source.path),
@@ -171,7 +171,7 @@ def plan_run(
         most=most,
         exact=all(site.exact for site in sites.values()),
         bits_per_weight=8 * sum(s.bytes for s in sites.values()) / max(1, sum(prod(s.shape) for s in sites.values())),
-        classes=classes_of(planned, shaped, covered, sites),
+        classes=classes_of(planned, shaped, covered, sites, recipe.delta is not None),
         sites=tuple(sites.values()),
         passes=tuple(pass_plan(step, recipe, sites) for step in recipe.passes),
         untouched=covered.reasons(),
@@ -186,11 +186,11 @@ def plan_run(
 
 
 def classes_of(
-    walk: Walk, source: Checkpoint, covered: Coverage, plans: Mapping[str, SitePlan]
+    walk: Walk, source: Checkpoint, covered: Coverage, plans: Mapping[str, SitePlan], delta: bool
 ) -> tuple[ClassPlan, ...]:
     """The tensors of the artifact by class; classes without a tensor are left out."""
     places = walk.anatomy.places
-    stored = stored_sites(walk, plans)
+    stored = stored_sites(walk, plans, delta)
     taken = {places[name].tensor for name in stored}
     rows: dict[str, list[tuple[int, int, int, int]]] = {}
     width = walk.dtype.itemsize
@@ -238,14 +238,14 @@ def given_by(steps: Sequence[SitePass], number: int, site: str) -> str:
     form = "dense"
     for step in steps[: number + 1]:
         form = step.leaves(form) if fnmatchcase(site, step.sites) else form
-    return form or "the form it was given"
+    return form or "same form as before"
 
 
 def role(step: Pass) -> str:
     """What a pass gives if it rewrites no weight; empty for any other pass."""
     if isinstance(step, Reshape):
-        return "a model of another shape or scale"
-    return "a budget for each site of the pass it governs" if isinstance(step, Budget) else ""
+        return "a reshaped or rescaled model"
+    return "one option value per site for the next pass" if isinstance(step, Budget) else ""
 
 
 def needs(
@@ -297,7 +297,8 @@ def check_room(
     free = shutil.disk_usage(there).free + held
     if free >= sum(resources.disk_parts(walk, source, recipe, AMPLE * source.nbytes(), offload).values()):
         return
-    parts = resources.disk_parts(walk, source, recipe, stored_bytes(walk, source, plan_sites(walk, recipe))[1], offload)
+    most = stored_bytes(walk, source, plan_sites(walk, recipe), recipe.delta is not None)[1]
+    parts = resources.disk_parts(walk, source, recipe, most, offload)
     if free < sum(parts.values()):
         told = ", ".join(f"{name} {size:,}" for name, size in parts.items())
         raise PlanError(

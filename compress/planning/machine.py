@@ -90,7 +90,7 @@ def read(path: Path) -> Machine:
             raise ValueError("rates must be positive numbers")
         return Machine(**numbers)
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise RecipeError(f"{path}: is no machine profile: {error}; delete it, it is measured anew") from error
+        raise RecipeError(f"{path}: is not a machine profile: {error}; delete it to measure again") from error
 
 
 def write(found: Machine, path: Path) -> None:

@@ -48,7 +48,7 @@ def memory_parts(
     for ahead, governed in aheads(recipe):
         moments.append(looking_ahead(walk, size, load, plans, ahead, governed, offload))
         kept = kept_probes(plans, ahead, governed) * load.probe * size.hidden * size.itemsize
-        moments.append(compared(size, load, ahead) | {"probes sent on": kept})
+        moments.append(compared(size, load, ahead) | {"probe states of the trials": kept})
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
@@ -78,15 +78,16 @@ def in_block(walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str,
     stored = sum(p.bytes for p in own)
     written = stored + max((F32 * prod(p.shape) for p in own), default=0)
     beside = stored if walk.device.type == "cuda" and recorded_beside(source, recipe, offload) else 0
-    learning = learning_bytes(recipe, own, size, load)
+    largest = max(forward_bytes(size, load), solving, written, learning_bytes(recipe, own, size, load))
+    cached = 0 if offload else load.tokens * size.itemsize * kept_width(walk, recipe, plans, size)
     return {
-        "a block": size.block, "its rewritten weights": rewritten,
+        "one block": size.block, "rewritten weights of the block": rewritten,
         "hidden states": hidden_bytes(size, load, load.tokens * (2 if load.twins else 1), offload),
-        "what done parts gave": 0 if offload else load.tokens * size.itemsize * kept_width(walk, recipe, plans, size),
+        "cached outputs of finished submodules": cached,
         "statistics": statistics,
-        "a forward, a solver or writing": max(forward_bytes(size, load), solving, written, learning) + beside,
+        "largest of forward pass, solver, training and writing": largest + beside,
         "logits of the dense model": load.probe * size.vocabulary * size.itemsize if recipe.reshapes else 0,
-        "products of many sizes": sizes_bytes(walk, recipe, plans, load),
+        "kernels cached by oneDNN": sizes_bytes(walk, recipe, plans, load),
     }  # fmt: skip
 
 
@@ -123,11 +124,11 @@ def looking_ahead(
     rewritten = max((prod(p.shape) * size.itemsize + p.held for p in own), default=0) if ahead.kept else 0
     solving = max((int(ahead.work(*p.shape).nbytes) for p in own), default=0)
     return {
-        "a block": size.block, "its rewritten weights": rewritten,
+        "one block": size.block, "rewritten weights of the block": rewritten,
         "hidden states": hidden_bytes(size, load, load.ahead, offload),
         "statistics": sum(kind.nbytes(width) for width in widths for kind in ahead.kinds),
-        "probes sent on": kept_probes(plans, ahead, governed) * load.probe * size.hidden * size.itemsize,
-        "a forward or a solver": max(forward_bytes(size, load), solving),
+        "probe states of the trials": kept_probes(plans, ahead, governed) * load.probe * size.hidden * size.itemsize,
+        "larger of forward pass and solver": max(forward_bytes(size, load), solving),
     }  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def compared(size: Sized, load: Load, ahead: Ahead) -> Parts:
     again = 2 * F32 * load.probe * size.vocabulary * ahead.reshapes
     made = int(ahead.made(size.vocabulary, size.hidden).nbytes)  # at another time than the logits
     logits = logits_bytes(size, load) + again
-    return {"embeddings and head": size.frame, "logits, or a tensor that is made": max(logits, made)}
+    return {"embeddings and head": size.frame, "larger of logits and one reshaped tensor": max(logits, made)}
 
 
 def host_parts(walk: Walk, source: Checkpoint, recipe: Recipe, offload: bool = False) -> dict[str, int]:
@@ -149,7 +150,7 @@ def host_parts(walk: Walk, source: Checkpoint, recipe: Recipe, offload: bool = F
     if recorded_beside(source, recipe, offload) and load.batch:
         held = 1 << (load.batch * size.hidden * size.itemsize - 1).bit_length()  # page-locked: a power of two
         copies = -(-load.tokens // load.batch) * (2 if load.twins else 1) * held
-    return {"a block": size.block, "embeddings and head": size.frame, "copies of hidden states": copies}
+    return {"one block": size.block, "embeddings and head": size.frame, "page-locked copies of hidden states": copies}
 
 
 def recorded_beside(source: Checkpoint, recipe: Recipe, offload: bool) -> bool:

@@ -43,14 +43,14 @@ def time_parts(
     token = token_flops(walk, plans, load, size)
     return {
         "reading and checking": 2 * source.nbytes() / machine.memory + source.nbytes() / HASHED,
-        "looking ahead": ahead_seconds(walk, source, recipe, plans, machine),
-        "forwards": (forwards + probed) * token / (FORWARD * machine.product(walk.dtype)),
+        "analysis before the walk": ahead_seconds(walk, source, recipe, plans, machine),
+        "forward passes": (forwards + probed) * token / (FORWARD * machine.product(walk.dtype)),
         "statistics": every / (SOLVING * machine.float32),
-        "passes": worked(work, machine) + energies / (SOLVING * machine.float32)
+        "solvers and rounding": worked(work, machine) + energies / (SOLVING * machine.float32)
         + 2 * F32 * WRITING * entries / machine.memory,
-        "learning": learning_seconds(walk, recipe, plans, machine, load, token),
+        "training of blocks": learning_seconds(walk, recipe, plans, machine, load, token),
         "writing": written / machine.disk + READS * written / HASHED,
-        "settling": (SETTLING + TOKENS * recipe.needs_data()) * machine.call,
+        "set-up, checks and tokenizing": (SETTLING + TOKENS * recipe.needs_data()) * machine.call,
     }  # fmt: skip
 
 

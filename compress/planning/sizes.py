@@ -33,7 +33,8 @@ from compress.writer import SMALLEST
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
-VALUES = "values decide; counted as it was"
+DIFFERENCE = "upper bound, because a difference is stored"
+VALUES = "size depends on the values; counted at its size before the pass"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +118,9 @@ def block_plans(
     for place in places:
         name, size, bound = place.site, likely.nbytes(place.site), most.nbytes(place.site)
         bound = max(size, bound + room(most.sites[name].weight)) - spared_most.get(name, 0)
-        note = likely.notes.get(name, "") or ("" if exact or not likely.touched[name] else "a difference: at most")
+        note = likely.notes.get(name, "") or ("" if exact or not likely.touched[name] else DIFFERENCE)
         if loose != tight and any(tight[i] != loose[i] for i in likely.touched[name]):
-            note = note or "shared out by a budget"
+            note = note or "distributed by a budget"
         plans.append(
             SitePlan(
                 site=name, shape=place.shape, steps=tuple(likely.touched[name]), forms=tuple(likely.forms[name]),
@@ -167,16 +168,16 @@ class Outlines:
                 self.notes.setdefault(name, VALUES)
                 self.unknown.add(name)
                 if isinstance(step, Codec):
-                    self.codecs[name], self.notes[name] = step.budget(site.shape), "at most what its bits allow"
+                    self.codecs[name], self.notes[name] = step.budget(site.shape), "upper bound: the codec's bit budget"
                 weight = replace(site.weight)
             elif not step.foreseen:
-                self.notes.setdefault(name, "at most: values decide")
+                self.notes.setdefault(name, "upper bound; the size depends on the values")
             if (
                 isinstance(step, Quantizer | FactorPruner)
                 and step.factors
                 and any(self.steps[j].joint for j in self.touched[name])
             ):
-                self.notes.setdefault(name, "at most: a factor may be shared")
+                self.notes.setdefault(name, "upper bound; a factor may be stored only once")
             self.kept[name].append(", ".join(kept_parts(site.weight, weight)))
             self.sites[name] = site.apart(weight)
             self.forms[name].append(weight.describe())
@@ -274,17 +275,20 @@ def shared_bytes(sites: Mapping[str, Site], places: Sequence[Place]) -> dict[str
     return spared
 
 
-def stored_bytes(walk: Walk, source: Checkpoint, plans: Mapping[str, SitePlan]) -> tuple[int, int]:
+def stored_bytes(walk: Walk, source: Checkpoint, plans: Mapping[str, SitePlan], delta: bool = False) -> tuple[int, int]:
     """(expected, most) bytes of all tensors of the artifact, as in `sizes.bytes` of compress.json; no file headers."""
-    written = stored_sites(walk, plans)
+    written = stored_sites(walk, plans, delta)
     taken = {walk.anatomy.places[name].tensor for name in written}
     plain = sum(held.nbytes for name, held in source.headers.items() if name not in taken)
     return plain + sum(plans[n].bytes for n in written), plain + sum(plans[n].most for n in written)
 
 
-def stored_sites(walk: Walk, plans: Mapping[str, SitePlan]) -> list[str]:
-    """The sites stored as expressions: those that a pass rewrites, and all experts of a module if it rewrites one."""
+def stored_sites(walk: Walk, plans: Mapping[str, SitePlan], delta: bool = False) -> list[str]:
+    """The sites stored as expressions: those that a pass rewrites, and all experts of a module if it rewrites one.
+
+    In a delta the latter holds only for experts stacked in one tensor of the file, as in `Job.divide`.
+    """
     places = walk.anatomy.places
     touched = [name for name, plan in plans.items() if plan.steps]
-    opened = {places[name].module for name in touched if places[name].expert is not None}
+    opened = {places[n].module for n in touched if (places[n].stacked if delta else places[n].expert is not None)}
     return [n for n, p in plans.items() if p.steps or (places[n].expert is not None and places[n].module in opened)]

@@ -37,5 +37,5 @@ def trust(source: Checkpoint) -> list[str]:
     if pickled:
         flags.append(f"pickled weights lie beside the safetensors: {', '.join(pickled[:3])}; they are not read")
     if source.decoded_from:
-        flags.append(f"already quantized ({source.decoded_from}): what that lost stays lost")
+        flags.append(f"already quantized ({source.decoded_from}): that loss cannot be undone")
     return flags

@@ -15,6 +15,7 @@ from compress.stats import Gram, Sample, Statistic
 
 COUNTING = 120  # passes to count scores in bins
 SCORING = 30  # passes to compute scores twice: for their mean, and to count those far above it
+PAIRS = 4  # of writers and readers in a block with a gated MLP, whose scales AWQ searches one after the other
 SCALED, TURNED = 6, 12  # passes to scale or rotate a tensor, which is done each time it is read
 Matrix = Callable[[int, int], Work]
 Governs = Callable[[int, int], Work]
@@ -83,13 +84,14 @@ def counted(step: Any, governed: Any, own: Governs) -> Ahead:
 
 
 def equalized(step: Any, governed: Any, own: Governs) -> Ahead:
-    """AWQ: for each power the matrix is rounded to nearest and its error measured by the Gram."""
+    """AWQ: for each power the matrix is rounded to nearest; measured by the Gram, or `exact` by the block."""
     del governed, own
 
     def work(rows: int, columns: int) -> Work:
         return (Work(passes=CODING + 20) + energy(rows, columns)).beside(2 * F32 * rows * columns).times(step.steps)
 
-    return Ahead(forwards=2, kinds=tuple(step.requires), work=work, made=scaled, reshapes=True)
+    tried = PAIRS * (step.steps + 1) if step.exact else 0
+    return Ahead(forwards=2 + tried, kinds=tuple(step.requires), work=work, made=scaled, reshapes=True)
 
 
 def smoothed(step: Any, governed: Any, own: Governs) -> Ahead:

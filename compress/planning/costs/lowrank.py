@@ -5,6 +5,7 @@ Shape suffixes: O out, I in.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from compress.passes.delta.delta_come import ROUNDING
@@ -38,7 +39,8 @@ def factored(step: Any, rows: int, columns: int) -> Work:
 def paired(step: Any, rows: int, columns: int) -> Work:
     """TransMLA: keys and values are factored as one matrix of twice the rows."""
     del step
-    return directions(2 * rows, columns)  # charged to both sites; only `passes` are halved
+    both = directions(2 * rows, columns)  # each of the two sites is charged half
+    return replace(both, cubes=both.cubes / 2, flops=both.flops / 2)
 
 
 def realigned(step: Any, rows: int, columns: int) -> Work:

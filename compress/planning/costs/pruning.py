@@ -25,7 +25,6 @@ from compress.planning.costs.work import (
 SETTLED = 33  # iterations of ADMM: 30 to 36 for every matrix of the built-in model and of random ones
 SOLVED = 18  # conjugate-gradient steps to a residual of 1e-3: 13 to 28 in the built-in model; 50 are allowed
 SWAPPED = 18  # inputs of a row for each swap in it, in the built-in model
-SWEEPS = 6  # sweeps over the groups of n:m until nothing is swapped
 SWAPPING = 160  # passes for one swap in every row, each of which looks at all entries of its row
 DRAWING = 60  # passes to draw a random number for every entry
 
