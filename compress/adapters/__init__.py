@@ -24,6 +24,7 @@ from compress.identity import machine, versions
 from compress.model.anatomy import Anatomy, Place, coverage
 from compress.model.architecture import without_code
 from compress.model.family import TESTED
+from compress.model.reshaped import FLOATS
 from compress.model.source import ADAPTER, Checkpoint, digest, display_name, dtype_of, locate
 from compress.model.walk import BASE, Walk
 from compress.plan import check_tensors, free_place
@@ -109,7 +110,7 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> dict[str, Place]:
 def whole(adapter: Adapter, anatomy: Anatomy, base: Checkpoint) -> list[Entry]:
     """The tensors that an adapter holds whole, under the names that the base has for them.
 
-    Raises ArtifactError for one that the base does not have, or has in another shape.
+    Raises ArtifactError for one that the base does not have, or has in another shape, or as another kind of number.
     """
     names = {slot.parameter: name for name, slot in anatomy.layout.slots.items() if slot.expert is None}
     entries = []
@@ -118,6 +119,9 @@ def whole(adapter: Adapter, anatomy: Anatomy, base: Checkpoint) -> list[Entry]:
         if name is None or base.headers[name].shape != held.shape:
             has = list(base.headers[name].shape) if name else "nothing of that name, or tied to another"
             raise ArtifactError(f"{adapter.folder}: holds {path} of {list(held.shape)}, the base {has}")
+        dtype = base.headers[name].dtype
+        if (held.dtype in FLOATS) != (dtype in FLOATS):
+            raise ArtifactError(f"{adapter.folder}: holds {path} in {held.dtype}, the base in {dtype}")
         like = base.headers[name]._replace(dtype=held.dtype)
         entries.append(Entry(name=name, make=partial(adapter.tensor, key), **like._asdict(), nbytes=like.nbytes))
     return entries

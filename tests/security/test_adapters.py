@@ -126,3 +126,9 @@ def test_pickled_weights_are_not_read(canary: Path, refused: Any, tmp_path: Path
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
     assert "a pickled adapter_model.bin is not read" in refused(adapter)
+
+
+def test_a_whole_tensor_of_integers(refused: Any, tmp_path: Path) -> None:
+    norm = {"base_model.model.model.norm.weight": torch.ones(48, dtype=torch.int64)}
+    factors = {f"{Q}.lora_A.weight": torch.ones(2, 48), f"{Q}.lora_B.weight": torch.ones(48, 2)}
+    assert "norm.weight in I64, the base in F32" in refused(written(tmp_path / "adapter", tensors=factors | norm))
