@@ -365,7 +365,8 @@ def read_only() -> Callable[[Path], AbstractContextManager[None]]:
 def forks(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """`forks(**order)`: the answer of `forks.py`, a process that imports everything once and forks for each order."""
     first = tmp_path_factory.mktemp("first")
-    (first / "recipe.yaml").write_text("passes: [{rtn: {group: 8}}]\n")
+    measured = "calibration: {samples: 2, length: 32}\npasses: [{wanda: {sparsity: 2:4}}, {rtn: {group: 8}}]\n"
+    (first / "recipe.yaml").write_text(measured)
     command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 

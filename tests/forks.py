@@ -9,6 +9,7 @@ a step, as in a power cut, or the step can fail.
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import json
 import os
@@ -194,6 +195,7 @@ def main() -> None:
         if order.get("here"):
             compress.run(order["model"], order["recipe"], order["out"], **order.get("options", {}))
             answer: Any = {"code": 0}
+            gc.freeze()  # a collection in a child would copy every page that it shares
         elif "size" in order:
             answer = importlib.import_module("several").together(order)
         else:

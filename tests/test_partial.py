@@ -211,31 +211,37 @@ def test_what_is_left_of_an_old_output_is_not_put_back_for_a_new_one_that_was_mo
 
 
 @pytest.fixture(scope="module")
-def finetuned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama, a little moved."""
-    folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("finetuned") / "tuned"))
+def base(model_folder: Callable[..., Path]) -> Path:
+    """A Llama of one block."""
+    return model_folder("short")
+
+
+@pytest.fixture(scope="module")
+def finetuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base, a little moved."""
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("finetuned") / "tuned"))
     moved = {name: t + 0.01 * t.roll(1, 0) for name, t in load_file(folder / "model.safetensors").items()}
     save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.fixture(scope="module")
-def delta(finetuned: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = Recipe(passes=(Magnitude(sparsity=0.5),), delta=Delta(base=str(tiny_llama)))
+def delta(finetuned: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = Recipe(passes=(Magnitude(sparsity=0.5),), delta=Delta(base=str(base)))
     return run(finetuned, recipe, tmp_path_factory.mktemp("delta") / "d").out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["merge", "export", "apply"])
 def test_a_command_that_was_killed_leaves_nothing_once_it_runs_again(
-    command: str, forks: Any, finetuned: Path, delta: Path, tiny_llama: Path, llama_artifact: Path, tmp_path: Path,
+    command: str, forks: Any, finetuned: Path, delta: Path, base: Path, llama_artifact: Path, tmp_path: Path,
     tally: Tally,
 ) -> None:  # fmt: skip
     out = tmp_path / "o"
     line: list[Any] = {
-        "merge": ["merge", tiny_llama, finetuned, "--out", out],
+        "merge": ["merge", base, finetuned, "--out", out],
         "export": ["export", llama_artifact, "--to", "dense", "--out", out],
-        "apply": ["delta", "apply", delta, "--base", tiny_llama, "--out", out],
+        "apply": ["delta", "apply", delta, "--base", base, "--out", out],
     }[command]
     with tally("fault", "SIGKILL of a command right before it is done"):
         [told] = forks(lines=[line], place=out, renames=1)
@@ -248,10 +254,10 @@ def test_a_command_that_was_killed_leaves_nothing_once_it_runs_again(
 
 @pytest.mark.slow
 def test_an_extraction_puts_back_what_a_killed_one_was_replacing(
-    finetuned: Path, delta: Path, tiny_llama: Path, tmp_path: Path
+    finetuned: Path, delta: Path, base: Path, tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(delta, tmp_path / "o"))
-    recipes = [Recipe(passes=(RTN(bits=bits, group=8),), delta=Delta(base=str(tiny_llama))) for bits in (3, 4)]
+    recipes = [Recipe(passes=(RTN(bits=bits, group=8),), delta=Delta(base=str(base))) for bits in (3, 4)]
     killed(REPLACING.format(last=2), out)
     with pytest.raises(RecipeError, match="exists; choose another folder"):
         best_of(finetuned, recipes, out)
@@ -264,10 +270,10 @@ def test_an_extraction_puts_back_what_a_killed_one_was_replacing(
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [1, 2])
 def test_an_extraction_killed_while_it_replaces_an_output_leaves_the_old_or_the_new(
-    last: int, forks: Any, finetuned: Path, delta: Path, tiny_llama: Path, tmp_path: Path, tally: Tally
+    last: int, forks: Any, finetuned: Path, delta: Path, base: Path, tmp_path: Path, tally: Tally
 ) -> None:
     out = Path(shutil.copytree(delta, tmp_path / "o"))
-    line = ["delta", "extract", finetuned, "--base", tiny_llama, "--out", out]
+    line = ["delta", "extract", finetuned, "--base", base, "--out", out]
     with tally("fault", "SIGKILL at a rename of an extraction"):
         [told] = forks(lines=[[*line, "--force"]], place=out, renames=last)
         assert (told["code"], out.exists()) == (-9, last == 1), told["err"]

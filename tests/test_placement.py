@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from compress_evals.fidelity import evaluation_text
+from compress_evals.folders import SHORTEST
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("pretended.py")
+TASKS = "facts_trained,facts_mc,facts_context1,facts_generate"  # logits, choices, long prompts, generation
 FEW = "calibration: {data: text, samples: 8, length: 32, seed: 0}\n"
 PASSES = {
     "masked": "[{wanda: {sparsity: '2:4'}}, {dsnot: {}}, {gptq: {bits: 4, group: 24, target: original}}, repair]",
     "compensated": "[realign, {sparsegpt: {sparsity: 0.5}}, {swaps: {}}, reconstruct]",
-    "low rank": "[{oats: {sparsity: 0.5}}]",
+    "low rank": "[{oats: {sparsity: 0.5, iterations: 4}}]",
     "rotated": "[quarot, {rtn: {bits: 8, group: 0, inputs: int8}}]",
-    "scaled": "[{awq: {}}, {rtn: {bits: 4, group: 24, search: output}}]",
+    "scaled": "[{awq: {steps: 3}}, {rtn: {bits: 4, group: 24, search: output}}]",
     "coded": "[vq]",
     "cut": "[{flap: {}}]",
 }
@@ -48,7 +52,9 @@ def test_passes_evaluation_and_deltas_compute_where_they_are_told_to(
         recipe = tmp_path / f"{name}.yaml"
         recipe.write_text(f"model: {tiny_llama}\n{FEW}passes: {passes}\n", encoding="utf-8")
         commands.append(["run", str(recipe), "--out", str(tmp_path / name), *there])
-    few = ["--limit", "4", "--noise", "4", "--out", str(tmp_path / "eval")]
+    text = tmp_path / "text.txt"
+    text.write_text(evaluation_text()[:SHORTEST], encoding="utf-8")
+    few = ["--limit", "4", "--noise", "4", "--tasks", TASKS, "--text", str(text), "--out", str(tmp_path / "eval")]
     commands.append(["eval", str(tmp_path / "masked"), "--base", str(tiny_llama), *few, *there])
     failed = on_gpu(commands)
     assert not failed, "\n".join(f"{command}: {why}" for command, why in failed.items())

@@ -594,8 +594,8 @@ def test_peak_memory_is_within_a_fifth(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write(MACHINE, place("cpu"))
-    folder = small_llama(tmp_path / "m", 1024, 2816, 1, BUILTIN)
-    sets = [part for change in ("calibration.samples=8", *changes) for part in ("--set", change)]
+    folder = small_llama(tmp_path / "m", 768, 2048, 1, BUILTIN)
+    sets = [part for change in ("calibration.samples=6", *changes) for part in ("--set", change)]
     options = [recipe, "--model", str(folder), *sets, "--json"]
     run_ = ["run", *options, "--out", str(tmp_path / "o"), "--set", "limits.max_fallbacks=1000"]
     plan, peak = commands_in_a_process(tmp_path / "said", ["plan", *options], run_)

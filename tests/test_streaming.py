@@ -48,7 +48,7 @@ def peak_of(model: Path, out: Path, recipe: str, limit: Callable[[], None] | Non
 @pytest.mark.parametrize("passes", ["[{wanda: {sparsity: 2:4}}, {rtn: {group: 64}}]"])
 def test_the_peak_does_not_grow_with_the_model(passes: str, tmp_path: Path) -> None:
     recipe = f"passes: {passes}\ncalibration: {{data: text, samples: 2, length: 128}}"
-    block, few, many = block_bytes(WIDE), 2, 9
+    block, few, many = block_bytes(WIDE), 2, 7
     peaks = []
     for blocks in (few, many):
         size = make(tmp_path / f"m{blocks}", blocks * block + 4 * 4096 * 512, shape=WIDE)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from compress.model import travellers
+from compress.recipe import Recipe, load
 from compress_evals import rounding
 from compress_evals.fidelity import evaluation_text
 from compress_evals.folders import SHORTEST, evaluate_folders
+
+
+def with_few_windows(path: Path) -> Recipe:
+    recipe = load(path)
+    return replace(recipe, calibration=replace(recipe.calibration, samples=16))
 
 
 @pytest.mark.slow
 def test_what_reads_no_data_is_the_same_and_what_does_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = evaluation_text()[:SHORTEST]
     monkeypatch.setattr(rounding, "evaluate_folders", partial(evaluate_folders, text=text))
+    monkeypatch.setattr(rounding, "load", with_few_windows)
     before = travellers.CPU_TOKENS
     same, other = (rounding.again("builtin", name, (256, 2048), 12, tmp_path) for name in ("rtn-int8", "gptq-int2"))
     assert before == travellers.CPU_TOKENS

@@ -243,9 +243,10 @@ def asked(model: str, **more: object) -> dict[str, object]:
     return {"model": model, "prompt": [5, 6, 7], "temperature": 0, "max_tokens": 100, **more}
 
 
-def running(address: str) -> float:
+def count(address: str, gauge: str) -> float:
+    """The value of `compress_running` or `compress_waiting`."""
     text = httpx.get(f"{address}/metrics").text
-    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("compress_running ")))
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"compress_{gauge} ")))
 
 
 @pytest.mark.slow
@@ -267,9 +268,9 @@ def test_clients_go_away_lie_and_the_server_ends_what_runs(
         chunked.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b"1d4c0\r\n" + b"x" * 120_000)
         assert b" 413 " in chunked.recv(1000)
     until = time.monotonic() + 20
-    while running(address) and time.monotonic() < until:
+    while count(address, "running") and time.monotonic() < until:
         time.sleep(0.02)
-    assert running(address) == 0
+    assert count(address, "running") == 0
     with httpx.stream("POST", f"{address}/v1/completions", json=asked("a", stream=True), timeout=20) as response:
         lines = response.iter_lines()
         next(lines)
@@ -299,8 +300,8 @@ def test_clients_hear_of_what_is_not_done_at_the_deadline(
     server, address = process("--max-batch", "1", "--deadline", "1")
     with ThreadPoolExecutor(64) as pool:
         found = [pool.submit(httpx.post, f"{address}/v1/completions", json=asked("a"), timeout=60) for _ in range(64)]
-        while not running(address):
-            time.sleep(0.01)
+        while sum(one.done() for one in found) + sum(count(address, it) for it in ("running", "waiting")) < len(found):
+            time.sleep(0.01)  # a connection that was not accepted by then would be reset
         server.send_signal(signal.SIGTERM)
         answers = [one.result() for one in found]
     late = [answer.json()["error"]["message"] for answer in answers if answer.status_code != 200]
