@@ -112,6 +112,7 @@ def printed_to(stdout: Any, **more: Any) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_is_no_difference() -> None:
     read, write = os.pipe()
     os.close(read)
@@ -119,15 +120,18 @@ def test_a_reader_that_has_gone_is_no_difference() -> None:
     os.close(write)
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         assert printed_to(full) == (2, "error: stdout: cannot be written: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_is_no_bug() -> None:
     assert printed_to(None, preexec_fn=partial(os.close, 1)) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_name_that_stdout_cannot_say_is_escaped(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "\xfc")
     done = subprocess.run(

@@ -104,6 +104,7 @@ def test_what_cannot_be_asked_is_one_line_and_asks_nothing(
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.slow
 def test_a_condition_on_a_family_without_data_asks_nothing(
     cli: Run, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -693,7 +693,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-@pytest.mark.parametrize("damage", [flip, pytest.param(cut, marks=pytest.mark.slow), Path.unlink])
+@pytest.mark.parametrize("damage", [flip, *(pytest.param(one, marks=pytest.mark.slow) for one in (cut, Path.unlink))])
 @pytest.mark.parametrize(
     "name",
     [

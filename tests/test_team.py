@@ -100,8 +100,8 @@ def alone(order: Order, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     [
         (2, "solved", "llama", ()),
         (3, "solved", "llama", ("--offload",)),
-        (2, "experts", "mixtral", ()),
-        (2, "shaped", "llama", ()),
+        pytest.param(2, "experts", "mixtral", (), marks=pytest.mark.slow),
+        pytest.param(2, "shaped", "llama", (), marks=pytest.mark.slow),
         pytest.param(3, "experts", "mixtral", (), marks=pytest.mark.slow),
         pytest.param(2, "spread", "llama", (), marks=pytest.mark.slow),
         pytest.param(7, "solved", "llama", (), marks=pytest.mark.slow),  # more than there are batches

@@ -140,6 +140,7 @@ def test_nothing_to_evaluate_is_refused() -> None:
         evaluate_folders([])
 
 
+@pytest.mark.slow
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     hostile = tmp_path / "hostile"
     shutil.copytree(BUILTIN, hostile)

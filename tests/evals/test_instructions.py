@@ -252,8 +252,8 @@ def explained(kind: str, options: dict[str, Any], response: str) -> bool:
     [
         pytest.param(obedient, id="obedient"),
         pytest.param(noise, id="noise", marks=pytest.mark.slow),
-        pytest.param(lambda prompt: prompt["prompt"], id="echo"),
-        pytest.param(lambda prompt: PROSE, id="prose"),
+        pytest.param(lambda prompt: prompt["prompt"], id="echo", marks=pytest.mark.slow),
+        pytest.param(lambda prompt: PROSE, id="prose", marks=pytest.mark.slow),
     ],
 )
 def test_checkers_agree_with_lm_eval(prompts: list[Prompt], published: Any, respond: Callable[[Prompt], str]) -> None:

@@ -22,6 +22,7 @@ def drawn(rng: np.random.Generator, runs: int, questions: int, *, apart: float, 
     return (hard > -0.2).astype(float), (hard + good + chance > 0.3).astype(float), float(truth) + 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [0.0, 0.05, 0.2])
 @pytest.mark.parametrize("flips", [0.05, 0.5])
 def test_intervals_over_runs_cover_other_questions_and_other_runs(apart: float, flips: float) -> None:
@@ -33,6 +34,7 @@ def test_intervals_over_runs_cover_other_questions_and_other_runs(apart: float, 
     assert covered / times >= 0.94 - 3 * math.sqrt(0.94 * 0.06 / times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_intervals_cover_where_each_run_flips_questions_of_its_own(count: int) -> None:
     """Nothing is hard for all runs, so runs are all the error, and their variance is four times that of flips.
