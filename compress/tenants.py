@@ -1,12 +1,12 @@
-"""`load_tenants`: many fine-tunes of one base in one process, from their delta folders."""
+"""`load_tenants`: many fine-tunes of one base in one process, from their deltas and LoRA adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.adapters.lora import is_adapter
 from compress.artifact import Artifact
 from compress.errors import ArtifactError
 from compress.model.source import locate
@@ -18,17 +18,30 @@ if TYPE_CHECKING:
 def load_tenants(
     base: str | Path, deltas: Mapping[str, str | Path], budget: int | None = None, **options: Any
 ) -> Tenants:
-    """The base model, loaded once, and its fine-tunes by name, each loaded from its delta folder when first needed.
+    """The base model, loaded once, and its fine-tunes by name, each loaded from its folder when first needed.
 
-    `budget` limits the bytes of the deltas in memory; the least recently used are evicted. `options` are passed to
-    `compress.load` for the base. Raises ArtifactError for a delta of another base, PlanError for one that alone exceeds
-    the budget.
+    A folder holds a delta, or a LoRA adapter as PEFT saves it; a compressed base takes adapters only. `budget` limits
+    the bytes of the deltas in memory; the least recently used are evicted. `options` are passed to `compress.load` for
+    the base. Raises ArtifactError for a delta of another base or an adapter that does not fit it, PlanError for one
+    that alone exceeds the budget.
     """
     import compress
     from compress.runtime.tenants import Tenants
 
     folder = locate(base)
-    return Tenants(compress.load(folder, **options), deltas, budget, partial(difference, base=folder))
+    return Tenants(compress.load(folder, **options), deltas, budget, reader(folder))
+
+
+def reader(base: Path) -> Callable[[str | Path], Difference]:
+    """What reads the folders of deltas and adapters of a base."""
+    from compress.adapters.tenant import Base
+
+    adapted = Base(base)
+
+    def read(folder: str | Path) -> Difference:
+        return adapted.difference(Path(folder)) if is_adapter(Path(folder)) else difference(folder, base)
+
+    return read
 
 
 def difference(folder: str | Path, base: str | Path) -> Difference:

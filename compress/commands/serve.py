@@ -18,8 +18,13 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
-    base: Annotated[str, typer.Argument(help="the base model of all deltas: a folder, or `builtin`")],
-    delta: Annotated[list[str] | None, typer.Option("--delta", help="name=FOLDER of a fine-tune; repeatable")] = None,
+    base: Annotated[
+        str,
+        typer.Argument(help="folder of the model to serve, dense or compressed, or `builtin`; the base of all deltas"),
+    ],
+    delta: Annotated[
+        list[str] | None, typer.Option("--delta", help="name=FOLDER of a delta or a LoRA adapter; repeatable")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="address or host name to listen on; 0.0.0.0 accepts connections from the network")
     ] = "127.0.0.1",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import AutoTokenizer
 
+from compress.adapters.lora import is_adapter
 from compress.artifact import Artifact
 from compress.errors import ArtifactError, first_line
 from compress.model.source import VOCABULARIES, locate, read_json
@@ -23,20 +25,37 @@ def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> 
     """
     found: dict[str, Language] = {}
     for name, given in deltas.items():
-        delta = Artifact(locate(given), base)
-        if not any(map(is_companion, delta.provenance["files"])):
-            continue
         with TemporaryDirectory() as made:  # a tokenizer is loaded from one folder, but a delta omits the base's files
             beside = Path(made)
-            copy_shared(delta, beside)
-            copy_companions(delta.path, beside)
-            write_json(beside / "config.json", {k: v for k, v in delta.config.items() if k != "quantization_config"})
+            config = gathered(given, base, beside)
+            if config is None:
+                continue
+            write_json(beside / "config.json", {k: v for k, v in config.items() if k != "quantization_config"})
             speaks = any((beside / name).is_file() for name in VOCABULARIES)
-            own = tokenizer_of(beside, delta.path) if speaks else tokenizer
+            own = tokenizer_of(beside, given) if speaks else tokenizer
             settings = beside / "generation_config.json"
-            told = read_json(settings, "the generation config") if settings.is_file() else delta.config
+            told = read_json(settings, "the generation config") if settings.is_file() else config
         found[name] = Language.of(own, told.get("eos_token_id"))
     return found
+
+
+def gathered(given: Path, base: Path, into: Path) -> dict[str, Any] | None:
+    """Copy the tokenizer and its companions of a delta or an adapter, and those it shares with its base, into a folder.
+
+    Returns the configuration of its model, or None if the fine-tune has no such file of its own.
+    """
+    if is_adapter(given):
+        if not any(is_companion(file.name) for file in given.iterdir()):
+            return None
+        copy_companions(base, into)
+        copy_companions(given, into)
+        return read_json(base / "config.json", "the configuration")
+    delta = Artifact(locate(given), base)
+    if not any(map(is_companion, delta.provenance["files"])):
+        return None
+    copy_shared(delta, into)
+    copy_companions(delta.path, into)
+    return delta.config
 
 
 def tokenizer_of(folder: Path, told: Path | None = None) -> object:

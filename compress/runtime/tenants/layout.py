@@ -6,7 +6,7 @@ family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError, UnsupportedWeight
+from compress.runtime.linear import StoredWeight
 
 PROBE = (2, 3)  # rows, tokens
 
@@ -84,8 +85,20 @@ def layout(model: nn.Module) -> Layout:
     return Layout(holders, given, {name: tuple(shared[told.number]) for name, told in given.items()})
 
 
+def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules without children and the compressed layers, whose children compute parts of them."""
+    within = ""
+    for name, module in model.named_modules():
+        if within and name.startswith(within):
+            continue
+        if isinstance(module, StoredWeight):
+            within = f"{name}."
+        if name and (isinstance(module, StoredWeight) or not any(True for _ in module.children())):
+            yield name, module
+
+
 def probe(model: nn.Module) -> dict[str, Given]:
-    """The input of every module without children, in the order of their calls."""
+    """The input of every unit, in the order of their calls."""
     kept: list[Tensor] = []  # keeps inputs alive, so that no id is reused for another tensor
     found: dict[str, Given] = {}
 
@@ -97,8 +110,7 @@ def probe(model: nn.Module) -> dict[str, Given]:
 
         return hook
 
-    leaves = [(name, m) for name, m in model.named_modules() if name and not any(True for _ in m.children())]
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in leaves]
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in units(model)]
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros(PROBE, dtype=torch.long, device=next(model.parameters()).device))

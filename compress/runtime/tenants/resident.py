@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ArtifactError
+from compress.runtime.linear import StoredWeight
 from compress.runtime.tenants.coded import Codes, coded, joined
 from compress.runtime.tenants.difference import Difference
 from compress.runtime.tenants.layout import Layout
@@ -85,8 +86,12 @@ def modules_of(site: str, shape: tuple[int, int], layout: Layout, model: nn.Modu
     Raises ArtifactError if a difference of this shape does not fit it, and UnsupportedWeight as `Layout.of_site`.
     """
     names = layout.of_site(site, model)
-    known = layout.holders.get(f"{site}.weight")
-    if known and sorted(getattr(model.get_submodule(names[0]), known[0][1]).shape) != sorted(shape):
+    known, module = layout.holders.get(f"{site}.weight"), model.get_submodule(names[0])
+    if isinstance(module, StoredWeight):
+        fits = (module.out_features, module.in_features) == shape
+    else:
+        fits = not known or sorted(getattr(module, known[0][1]).shape) == sorted(shape)
+    if not fits:
         raise ArtifactError(f"{site}: the tenant's difference of shape {shape} does not fit the base's matrix")
     return names
 

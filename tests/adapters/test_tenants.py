@@ -1,0 +1,162 @@
+"""Adapters served beside their base, dense or compressed, compute what PEFT computes with each alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import compress
+from compress import GPTQ, RTN, ArtifactError, PlanError, Wanda
+from compress.adapters import import_adapter
+from compress.adapters.attach import attach
+from compress.adapters.training import trainable
+from compress.serving.languages import own_languages, tokenizer_of
+from compress.tenants import load_tenants
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+EPS = torch.finfo(torch.float32).eps
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BASES = {
+    "2:4 int4": [Wanda(sparsity="2:4"), GPTQ(bits=4, group=24, target="original")],
+    "rotated": [compress.passes.Rotate(), RTN(bits=4, group=24)],
+    "vectors": [compress.passes.VQ(bits=2)],
+    "int8 inputs": [RTN(bits=8, group=0, inputs="int8")],
+    "some": [RTN(bits=3, group=24, sites="*mlp*")],
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "few": {"r": 2, "target_modules": ["q_proj", "down_proj"]},
+    "all": {"r": 5, "lora_alpha": 7, "target_modules": ALL},
+    "norms": {"r": 3, "target_modules": ["v_proj"], "modules_to_save": ["norm"]},
+}
+
+
+@pytest.fixture
+def compressed(tiny_llama: Path, tmp_path: Path) -> Callable[[list[Any]], Path]:
+    """`compressed(passes)`: an artifact of the tiny Llama."""
+
+    def make(passes: list[Any]) -> Path:
+        calibration = compress.Calibration(samples=4, length=32)
+        return compress.run(tiny_llama, passes, tmp_path / "small", calibration=calibration).out
+
+    return make
+
+
+def adapted(base: Path, out: Path, seed: int, **options: Any) -> Any:
+    """A model of PEFT with random factors, saved in `out`."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(**{"lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
+    model: Any = get_peft_model(compress.load(base), trainable(config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise if ".lora_" in name else parameter + noise)
+    model.eval().save_pretrained(out)
+    return model
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BASES)
+def test_many_adapters_over_one_compressed_model(
+    case: str, compressed: Callable[[list[Any]], Path], ids: Tensor, tmp_path: Path, assert_close: Any
+) -> None:
+    small = compressed(BASES[case])
+    alone = {name: adapted(small, tmp_path / name, i, **it) for i, (name, it) in enumerate(ADAPTERS.items())}
+    tenants = load_tenants(small, {name: tmp_path / name for name in alone})
+    names = ["all", None, "few", "norms", "all", "few"]
+    rows = torch.cat([ids, ids])
+    found = tenants(rows, names).logits.float()
+    plain = compress.load(small)
+    for number, name in enumerate(names):
+        want = logits(plain if name is None else alone[name], rows[number : number + 1])
+        assert_close(f"row of {name}", found[number : number + 1], want, 300 * EPS)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) > 0.01
+    assert tenants.explain()["all"].keys() == {f"model.layers.{i}.{part}" for i in (0, 1) for part in paths(ALL)}
+
+
+def paths(names: list[str]) -> list[str]:
+    return [f"{'mlp' if name in ALL[4:] else 'self_attn'}.{name}" for name in names]
+
+
+def test_an_adapter_needs_no_delta(tiny_llama: Path, ids: Tensor, tmp_path: Path, assert_close: Any) -> None:
+    want = logits(adapted(tiny_llama, tmp_path / "a", 0, **ADAPTERS["all"]), ids)
+    import_adapter(tmp_path / "a", tiny_llama, tmp_path / "delta")
+    tenants = load_tenants(tiny_llama, {"adapter": tmp_path / "a", "delta": tmp_path / "delta"})
+    for name in tenants.names():
+        assert_close(name, tenants(ids, [name] * len(ids)).logits, want, 100 * EPS)
+
+
+@pytest.mark.slow
+def test_served_it_computes_what_it_does_attached(
+    compressed: Callable[[list[Any]], Path], ids: Tensor, tmp_path: Path, assert_close: Any
+) -> None:
+    small = compressed(BASES["2:4 int4"])
+    adapted(small, tmp_path / "a", 3, **ADAPTERS["norms"])
+    want = logits(compress.load(attach(small, tmp_path / "a", tmp_path / "out").out), ids)
+    tenants = load_tenants(small, {"a": tmp_path / "a"})
+    assert_close("served", tenants(ids, ["a"] * len(ids)).logits, want, 300 * EPS)
+    whole = sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors"))
+    assert 0.5 * whole < tenants.delta_bytes() < whole + 100
+
+
+def test_memory_is_known_before_an_adapter_is_read(tiny_llama: Path, tmp_path: Path) -> None:
+    adapted(tiny_llama, tmp_path / "a", 0, r=5, lora_alpha=7, target_modules=["q_proj"])
+    tenants = load_tenants(tiny_llama, {"a": tmp_path / "a"})
+    asked = tenants.entries["a"].difference.nbytes
+    tenants.load(["a"])
+    assert tenants.delta_bytes() == asked == 2 * 4 * 5 * (48 + 48)
+    with pytest.raises(PlanError, match=f"tenant 'a' takes {asked} bytes, the budget is {asked - 1}"):
+        load_tenants(tiny_llama, {"a": tmp_path / "a"}, budget=asked - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "said"),
+    [
+        ("q_proj", ((48, 2), (2, 47)), r"self_attn.q_proj is \[48, 47\], in the base \[48, 48\]"),
+        ("k_proj", ((24, 2), (2, 48)), "lora_A.weight holds NaN or infinite values"),
+        ("z_proj", ((48, 2), (2, 48)), "adapts model.layers.0.self_attn.z_proj, which does not exist in the base"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_served(
+    name: str, shapes: Any, said: str, llama_artifact: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [name]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    module = f"base_model.model.model.layers.0.self_attn.{name}"
+    tensors = {f"{module}.lora_B.weight": torch.ones(shapes[0]), f"{module}.lora_A.weight": torch.ones(shapes[1])}
+    if name == "k_proj":
+        tensors[f"{module}.lora_A.weight"][1, 5] = torch.nan
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match=said):
+        load_tenants(llama_artifact, {"a": folder})
+
+
+def test_an_adapter_speaks_as_its_base_but_in_what_it_brings(llama_artifact: Path, tmp_path: Path) -> None:
+    """PEFT writes no tokenizer; trainers save one beside the adapter."""
+    named = {name: tmp_path / name for name in ("plain", "chat")}
+    for folder in named.values():
+        adapted(llama_artifact, folder, 0, r=2, target_modules=["o_proj"])
+    tokenizer: Any = tokenizer_of(llama_artifact)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    (tmp_path / "chat" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    tokenizer.save_pretrained(tmp_path / "chat")
+    found = own_languages(llama_artifact, named, tokenizer_of(llama_artifact))
+    assert list(found) == ["chat"]
+    assert {7, 9} <= found["chat"].ends
+    assert found["chat"].tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
