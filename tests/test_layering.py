@@ -195,7 +195,7 @@ BENCHES = {
     "compress_evals.peers.subjects": ("compress.calibration",),
     "compress_evals.sweep.grid": ("compress.options",),
     "compress_evals.sweep.records": ("compress.options",),
-    "compress_evals.tenants": ("compress.codecs", "compress.tenants"),
+    "compress_evals.tenants": ("compress.adapters", "compress.codecs", "compress.export", "compress.tenants"),
 }
 
 

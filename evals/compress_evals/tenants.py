@@ -3,8 +3,9 @@
 `python -m compress_evals.tenants` makes a fine-tune (the built-in model with a random change to all blocks and norms, 5
 percent of the magnitude of each), stores its delta with each codec, and loads that delta eight times, as eight tenants.
 The baseline is eight dense models in memory, each of which computes its own rows. Both compute the same rows,
-alternating in one process on one thread, and the ratio of the medians is reported. A random change says nothing about
-quality, so none is reported.
+alternating in one process on one thread, and the ratio of the medians is reported. `adapters` are LoRA adapters, of the
+low-rank delta, over the model compressed by COMPRESSED; the baseline is then eight such models with an adapter attached
+to each. A random change says nothing about quality, so none is reported.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ import torch
 from torch import Tensor
 
 import compress
+from compress.adapters.attach import attach
 from compress.codecs import recipes_of
+from compress.export import export
 from compress.tenants import load_tenants
 
 CODECS = {"1-bit signs": ("bitdelta", 1.0), "low rank": ("lowrank", 1.0), "2:4 int4": ("deltazip", 3.0),
-          "delta-come": ("delta-come", 1.0)}  # fmt: skip
+          "delta-come": ("delta-come", 1.0), "adapters": ("lowrank", 1.0)}  # fmt: skip
+COMPRESSED = "gptq-int4"
 TENANTS = 8
 CONTEXT = 32  # tokens of context before decoding, and of a prompt
 CHANGE = 0.05
@@ -104,12 +108,21 @@ def in_turns(first: Callable[[], Any], second: Callable[[], Any], runs: int) -> 
     return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
 
 
-def measured(codec: str, folder: Path, runs: int) -> Row:
-    """Measure one codec, from the artifact folder of its delta."""
-    dense = compress.load(folder, base="builtin")
-    models = [dense, *(copy.deepcopy(dense) for _ in range(TENANTS - 1))]
+def subjects(codec: str, delta: Path) -> tuple[Any, Path | str, Path]:
+    """The fine-tune as a model of its own, its base, and the folder from which it is served."""
+    if codec != "adapters":
+        return compress.load(delta, base="builtin"), "builtin", delta
+    small = compress.run("builtin", COMPRESSED, delta.with_name("small")).out
+    adapter = export(delta, "peft", delta.with_name("adapter")).out
+    attached = attach(small, adapter, delta.with_name("attached")).out
+    return compress.load(attached), small, adapter
+
+
+def measured(codec: str, fine_tuned: Any, base: Path | str, folder: Path, runs: int) -> Row:
+    """Measure one codec, from the fine-tune as a model of its own, its base, and the folder of its delta or adapter."""
+    models = [fine_tuned, *(copy.deepcopy(fine_tuned) for _ in range(TENANTS - 1))]
     names = [f"tenant-{n}" for n in range(TENANTS)]
-    tenants = load_tenants("builtin", dict.fromkeys(names, folder))
+    tenants = load_tenants(base, dict.fromkeys(names, folder))
     before = tenants.nbytes()
     prompts = torch.randint(4, 4000, (TENANTS, CONTEXT))
     with torch.inference_mode():
@@ -127,7 +140,7 @@ def measured(codec: str, folder: Path, runs: int) -> Row:
         )
     stored = tenants.entries[names[0]].difference.nbytes
     grown = tenants.nbytes() - before
-    whole = sum(p.nbytes for p in dense.parameters())
+    whole = sum(t.nbytes for t in (*fine_tuned.parameters(), *fine_tuned.buffers()))
     return Row(codec, stored, stored / whole, grown, grown / (TENANTS * stored), *decode, *prompt)
 
 
@@ -162,10 +175,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tuned = fine_tune(Path(folder) / "tuned")
         for codec in asked.codecs:
-            delta = compress.Delta(base="builtin", embeddings="base")
+            delta = compress.Delta(base="builtin", embeddings="base", others="base" if codec == "adapters" else "own")
             recipe = compress.Recipe(passes=recipes_of(*CODECS[codec])[0], calibration=FEW, delta=delta)
             out = compress.run(tuned, recipe, Path(folder) / codec.replace(":", "of").replace(" ", "-")).out
-            rows.append(measured(codec, out, asked.runs))
+            rows.append(measured(codec, *subjects(codec, out), asked.runs))
     text = json.dumps([{**asdict(r), "decode": r.decode, "prompt": r.prompt} for r in rows], indent=1)
     sys.stdout.write((text if asked.json else table(rows)) + "\n")
 
