@@ -101,6 +101,20 @@ def test_an_adapter_needs_no_delta(tiny_llama: Path, ids: Tensor, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("qwen2", ["q_proj", "v_proj", "down_proj"]), ("gpt2", ["c_attn", "c_proj"])]
+)
+def test_biases_and_turned_matrices(
+    kind: str, targets: list[str], model_folder: Callable[[str], Path], ids: Tensor, tmp_path: Path, assert_close: Any
+) -> None:
+    small = compress.run(model_folder(kind), [RTN(bits=4, group=24)], tmp_path / "small").out
+    want = logits(adapted(small, tmp_path / "a", 1, r=3, target_modules=targets, bias="lora_only"), ids)
+    tenants = load_tenants(small, {"a": tmp_path / "a"})
+    assert_close("served", tenants(ids, ["a"] * len(ids)).logits, want, 300 * EPS)
+    assert any(said.startswith("own bias") for said in tenants.explain()["a"].values())
+
+
+@pytest.mark.slow
 def test_served_it_computes_what_it_does_attached(
     compressed: Callable[[list[Any]], Path], ids: Tensor, tmp_path: Path, assert_close: Any
 ) -> None:
