@@ -14,6 +14,7 @@ from compress.errors import RecipeError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # printable ASCII without outer spaces, which a header transmits unchanged
+WHOLE = "note: the smaller key-value cache of this model is not used here; keys and values are kept whole"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -56,6 +57,7 @@ def serve(
 
     from compress.model.source import display_name, locate
     from compress.plan import placed
+    from compress.runtime.kv import own_cache
     from compress.serving.app import Limits, Server
     from compress.serving.languages import own_languages, tokenizer_of
     from compress.serving.process import bound, serve_forever
@@ -70,6 +72,8 @@ def serve(
     quiet_loading()
     with bound(host, port) as listeners:  # a port in use is reported before anything is loaded
         tokenizer, tenants = tokenizer_of(folder), load_tenants(folder, named, most, **there)
+        if own_cache(tenants.model) is not None:
+            screen().print(WHOLE, markup=False)
         server = Server(tenants, tokenizer, name, limits, own_languages(folder, named, tokenizer))
         said = f"serving {', '.join(server.models())} at {url_of(host, port)}"
         serve_forever(server, listeners, deadline, lambda: screen().print(said, markup=False))

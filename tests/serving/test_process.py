@@ -23,6 +23,7 @@ import compress
 from compress import Calibration, Delta, Magnitude, Recipe, RecipeError
 from compress.commands.serve import deltas_of, url_of
 from compress.errors import ArtifactError
+from compress.kv import KV
 from compress.serving import process as process_
 from compress.serving.app import Limits, Server
 from compress.serving.errors import Refusal
@@ -109,6 +110,17 @@ def test_a_vocabulary_of_any_name_is_a_fine_tunes_own(
     out = compress.run(tuned, recipe, tmp_path / "out").out
     monkeypatch.setattr("compress.serving.languages.tokenizer_of", lambda folder, told: read)
     assert own_languages(tiny_llama, {"a": out}, object())["a"].tokenizer is read
+
+
+@pytest.mark.parametrize("kv", [None, KV(bits=4, group=12, residual=24)])
+def test_a_smaller_cache_that_is_not_used_is_said(
+    kv: Any, cli: Callable[..., tuple[int, str, str]], tiny_llama: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = compress.run(tiny_llama, Recipe(passes=(Magnitude(sparsity=0.5),), kv=kv), tmp_path / "out").out
+    monkeypatch.setattr(process_, "serve_forever", lambda *_: None)
+    code, said, err = cli("serve", out, "--port", free_port())
+    assert (code, said) == (0, "") and ("key-value cache of this model is not used" in err) == bool(kv)
 
 
 def test_a_tokenizer_that_fails_without_a_word_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
