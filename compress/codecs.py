@@ -71,10 +71,17 @@ def nearest_auto(bits: float) -> Steps:
     return [{"sensitivity": {}}, {"auto": {"bits": bits, "unbiased": False}}]
 
 
+def lora(bits: float) -> Steps:
+    """LoRA: the adapter that was merged, without loss beyond the merge's own rounding; its size is what it takes."""
+    del bits
+    return [{"lora": {}}]
+
+
 METHODS: dict[str, Callable[[float], Steps]] = {
     "auto": auto, "bitdelta": bitdelta, "dare": dare, "delta-come": delta_come, "deltazip": deltazip,
-    "lowrank": lowrank, "sparse": sparse,
+    "lora": lora, "lowrank": lowrank, "sparse": sparse,
 }  # fmt: skip
+UNSIZED = ("lora",)  # methods that find their size themselves
 
 
 def recipes_of(method: str, bits: float, distill: int = 0, number: int = PLAIN) -> list[tuple[Pass, ...]]:
@@ -95,4 +102,4 @@ def recipes_of(method: str, bits: float, distill: int = 0, number: int = PLAIN) 
     return [tuple(read_pass(step, method) for step in choice + learned) for choice in choices]
 
 
-__all__ = ["METHODS", "kept_within", "nearest_auto", "recipes_of"]
+__all__ = ["METHODS", "UNSIZED", "kept_within", "nearest_auto", "recipes_of"]

@@ -43,10 +43,10 @@ def extract(
 ) -> Extracted:
     """Store the difference between a fine-tuned model and its base in the folder `out`, in `bits` bits per weight.
 
-    `method` is one of `compress.codecs.METHODS`. `auto` tries both the nearest matrices and unbiased ones, and keeps
-    the result with the smaller divergence on tokens that no statistic saw. `policies` are the options of `Delta` other
-    than `base`: what is stored of embeddings, head, other tensors and vocabulary. Raises CompressError subclasses;
-    `out` is then as it was before.
+    `method` is one of `compress.codecs.METHODS`; `lora` finds its size itself and ignores `bits`. `auto` tries both the
+    nearest matrices and unbiased ones, and keeps the result with the smaller divergence on tokens that no statistic
+    saw. `policies` are the options of `Delta` other than `base`: what is stored of embeddings, head, other tensors and
+    vocabulary. Raises CompressError subclasses; `out` is then as it was before.
     """
     delta = Delta(base=str(base), **policies)
     recipes = [

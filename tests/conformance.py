@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.passes import PASSES, Quantizer
+from compress.passes import PASSES, RPCA, LoRA, Pass, Quantizer
 from compress.runtime.lower import lower
 from compress.runtime.packed import LINEAR, way
 from compress.weights import (
@@ -315,6 +315,22 @@ def pass_weight() -> Tensor:
 def split_weight() -> Tensor:
     """A weight of rank 2 plus a few large entries, so that a sparse plus low-rank split can recover it."""
     return normal(33, 2) @ normal(2, WIDTH, seed=5) + 5 * normal(33, WIDTH, seed=6) * (normal(33, WIDTH, seed=7) > 2)
+
+
+def adapter_weight() -> Tensor:
+    """A weight of rank 2, rounded once."""
+    return (normal(33, 2).double() @ normal(2, WIDTH, seed=5).double()).float()
+
+
+def weight_for(step: Pass) -> Tensor:
+    """A weight that a pass can rewrite: of low rank where that is all that it rewrites."""
+    match step:
+        case RPCA():
+            return split_weight()
+        case LoRA():
+            return adapter_weight()
+        case _:
+            return pass_weight()
 
 
 def pass_tokens(count: int = 300) -> Tensor:

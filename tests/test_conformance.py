@@ -19,7 +19,6 @@ import compress.weights.expr
 import compress.weights.leaves
 from compress.passes import (
     PASSES,
-    RPCA,
     RTN,
     BlockPass,
     BlockQuantizer,
@@ -155,7 +154,7 @@ class Start:
 def start(step: Any, site_of: Callable[..., Any], block_of: Callable[..., Any]) -> Callable[..., Start]:
     """`start(dtype)`: what refines a mask finds that of magnitude, what corrects or learns a rounded one.
 
-    RPCA finds what it can split.
+    RPCA finds what it can split, LoRA what it can find a rank in.
     """
 
     def make(dtype: torch.dtype = torch.float32) -> Start:
@@ -163,7 +162,7 @@ def start(step: Any, site_of: Callable[..., Any], block_of: Callable[..., Any]) 
             return learner(dtype)
         x_TI = suite.pass_tokens()
         drifted_TI = x_TI + 0.1 * suite.normal(*x_TI.shape, seed=4)
-        w_OI = suite.split_weight() if isinstance(step, RPCA) else suite.pass_weight()
+        w_OI = suite.weight_for(step)
         site = site_of(w_OI.to(dtype), drifted_TI.to(dtype), dense_TI=x_TI.to(dtype))
         if isinstance(step, Refiner):
             kept = pattern(0.5).keep(suite.pass_weight().abs())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,10 @@ def extract(
     base: Base,
     method: Annotated[
         str | None,
-        typer.Option(help="auto (the default), bitdelta, dare, delta-come, deltazip, lowrank or sparse"),
+        typer.Option(
+            help="auto (the default), bitdelta, dare, delta-come, deltazip, lowrank or sparse; or lora: the adapter "
+            "that was merged, at the rank found for each matrix"
+        ),
     ] = None,
     bits: Annotated[
         float | None, typer.Option(help="bits a weight; default: 1, a sixteenth of the model's own")
@@ -75,6 +79,7 @@ def extract(
         loaded = recipes.load(recipe)
         made = [replace(loaded, delta=replace(loaded.delta or Delta(base=base), **chosen))]
     else:
+        check_sized(method, told)
         asked = bits_of(bits, size, finetuned)
         lists = recipes_of(method or "auto", asked, distill or 0, number_bits(finetuned))
         made = [Recipe(passes=passes, delta=Delta(**chosen)) for passes in lists]
@@ -92,6 +97,15 @@ def extract(
     value = {**{k: v for k, v in asdict(report).items() if k != "coverage"}, "share": share(report)}
     lines = [escape(f"probe KL {kl:.4g} nats: {passes}") for passes, kl in found.tried.items()] if len(made) > 1 else []
     result({**value, "tried": found.tried}, as_json, *lines)
+
+
+def check_sized(method: str | None, told: Mapping[str, Any]) -> None:
+    """Raise RecipeError if a size is given for a method that finds its own."""
+    from compress.codecs import UNSIZED
+
+    given = [option for option in ("--bits", "--size") if told[option] is not None]
+    if method in UNSIZED and given:
+        raise RecipeError(f"{given[0]}: {method} finds its size itself; leave it out")
 
 
 @app.command("import")

@@ -27,6 +27,7 @@ from compress.passes.delta.auto import Auto
 from compress.passes.delta.bitdelta import BitDelta
 from compress.passes.delta.dare import DARE
 from compress.passes.delta.delta_come import DeltaCoMe
+from compress.passes.delta.lora import LoRA
 from compress.passes.equalizer import Equalizer
 from compress.passes.factorizer import Factorizer
 from compress.passes.hybrid.finetune import FineTune
@@ -110,6 +111,7 @@ __all__ = [
     "Global",
     "GridQuantizer",
     "Int8",
+    "LoRA",
     "Magnitude",
     "Pass",
     "PassManager",

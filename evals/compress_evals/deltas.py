@@ -27,7 +27,7 @@ from compress.builtin.abilities import Ability, ability
 from compress.builtin.finetune import replay
 from compress.builtin.gates import exact_match
 from compress.codecs import METHODS as SHIPPED
-from compress.codecs import kept_within, nearest_auto
+from compress.codecs import UNSIZED, kept_within, nearest_auto
 from compress.errors import CompressError, RecipeError
 from compress.model.source import locate, read_json
 from compress.recipe import read_pass
@@ -129,7 +129,7 @@ def nearest_signs(bits: float) -> Steps | None:
 
 
 METHODS: dict[str, Method] = {
-    **{AUTO if name == "auto" else name: shipped(name) for name in SHIPPED},
+    **{AUTO if name == "auto" else name: shipped(name) for name in SHIPPED if name not in UNSIZED},
     NEAREST: nearest_auto,
     "bitdelta, nearest": nearest_signs,
     "delta-come, nearest": lambda bits: [{"delta-come": {"bits": bits}}],

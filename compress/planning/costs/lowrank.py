@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from compress.passes.delta.delta_come import ROUNDING
+from compress.passes.delta.lora import EXTRA as MORE
+from compress.passes.delta.lora import SWEEPS, TRIAL
 from compress.passes.subspace import EXTRA
 from compress.planning.costs import pruning, quantization
 from compress.planning.costs.work import (
@@ -28,6 +30,7 @@ from compress.planning.costs.work import (
 from compress.stats import Gram
 
 SETTLED = 20  # iterations of `rpca` to its tolerance; 100 are allowed
+USUAL, MERGES = 16, 8  # rank of an adapter, and merges that `lora` simulates to find it
 BANDS = 5  # bit widths that `delta-come` uses of the seven it has, approximately
 
 
@@ -121,6 +124,18 @@ def signed(step: Any, rows: int, columns: int) -> Work:
     return Work(nbytes=F32 * entries * (3 + 2 * step.levels), flops=flops, passes=30 * step.levels**2)
 
 
+def merged(step: Any, rows: int, columns: int) -> Work:
+    """LoRA: the leading directions, simulated merges until the rank is found, and projections onto the intervals.
+
+    Counted for a fine-tune of 16 bits and a usual rank; one of float32 takes twice the memory and three times as long.
+    """
+    entries, rank = rows * columns, min(step.largest, USUAL)
+    start = Work(flops=2.0 * 2 * SWEEPS * entries * 3 * rank)
+    merges = Work(flops=2.0 * 2 * SWEEPS * entries * (1 + MORE) + 6.0 * entries * rank, passes=20).times(MERGES)
+    turn = Work(flops=6.0 * entries * rank, passes=6)
+    return start.beside(20 * F32 * entries) + merges + turn.times(step.steps + TRIAL)
+
+
 def portfolio(step: Any, rows: int, columns: int) -> Work:
     """Auto: every codec once, and its error; how many of them fit, and which are retried, depends on values."""
     rows_of = {"delta-come": in_bands, "bitdelta": signed, "gptq": quantization.compensated,
@@ -134,5 +149,5 @@ def portfolio(step: Any, rows: int, columns: int) -> Work:
 ROWS = {
     "svd": factored, "asvd": factored, "svd-llm": factored, "transmla": paired, "realign": realigned,
     "repair": corrected, "oats": by_turns, "slim": in_rounds, "reallm": coded_in_rounds, "rpca": shrunk,
-    "delta-come": in_bands, "bitdelta": signed, "auto": portfolio,
+    "delta-come": in_bands, "bitdelta": signed, "auto": portfolio, "lora": merged,
 }  # fmt: skip
