@@ -98,7 +98,8 @@ def test_an_adapter_of_the_built_in_model_is_found(name: str, rank: int, share: 
     assert site.ledger["rank"] == rank
     merge = merged(site, "lora")
     got = error(found.dense(), true_OI)
-    assert got < 0.9 * error(truncated(merge, rank), true_OI)  # of which factors in float32 may be the larger part
+    own_rounding = torch.finfo(torch.float32).eps / 2  # of factors in float32
+    assert got < 0.9 * error(truncated(merge, rank), true_OI) + own_rounding
     assert got < 0.3 * error(merge.change_OI, true_OI)
     assert got < {"float32": 1e-5, "float16": 0.04, "bfloat16": 0.15}[dtype]
     assert site.ledger["reproduced"] > 0.85
