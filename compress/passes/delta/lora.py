@@ -26,14 +26,11 @@ from compress.passes.factorizer import factors_outline
 from compress.passes.whitened import most_rank
 from compress.weights import Dense, Product, Weight
 
-PARTIAL = 2  # times these sizes, for the sum of a few partial sums' errors
+PARTIAL = 2  # times the size of an entry, for the errors of its partial sums
 STANDS_OUT = 1.2  # times what rounding alone leaves; measured: at most 1.17 without and 2.4 with another direction
 NOTHING = 16  # eps of the largest singular value: rounding in the decomposition
 SHARE = 0.5  # of the rank at which factors save nothing; higher, they have numbers enough to explain any difference
-ENLARGED, NEAR = (
-    12,
-    0.01,
-)  # attempts to enlarge a product until its merge is as large as the true one, to within this share
+ENLARGED, NEAR = 12, 0.01  # attempts to enlarge a product until its merge is as large as D, to within this share
 RELAXED = 1.8  # over-projection onto the intervals; 1 is plain projection, and 2 a reflection
 EXTRA = 8  # directions iterated beyond those asked for
 SWEEPS = 8  # of subspace iteration
@@ -57,7 +54,7 @@ class LoRA(WeightPass, name="lora"):
     not explained in 99 % of its entries. A float32 checkpoint is computed in float64, because its rounding is as small
     as that of float32 arithmetic; others in float32.
     Source: Goyal, Vetterli and Thao, "Quantized overcomplete expansions in R^N", IEEE Transactions on Information
-    Theory 1998, section III, on consistent reconstruction by alternating projections; for low rank and the rank, ours.
+    Theory 1998, on consistent reconstruction by alternating projections; its use for low rank, and the rank, are ours.
     Compare Gavish and Donoho, "The optimal hard threshold for singular values is 4/sqrt(3)", IEEE TIT 2014.
     """
 
