@@ -326,8 +326,9 @@ def load_tenants(
 ) -> Tenants:
     """Load a base model once, with its fine-tunes by name, so that one batch may mix requests for all of them.
 
-    Takes the arguments of `compress.tenants.load_tenants`, which says what they mean. Raises ArtifactError for a delta
-    of another base, PlanError for a delta that alone exceeds `budget` (bytes).
+    Fine-tunes are deltas or LoRA adapters. Takes the arguments of `compress.tenants.load_tenants`, which says what they
+    mean. Raises ArtifactError for a fine-tune that does not belong to the base, PlanError for one that alone exceeds
+    `budget` (bytes).
 
     Example:
         tenants = compress.load_tenants("base", {"math": "math-delta", "code": "code-delta"}, budget=2 * 10**9)

@@ -22,14 +22,17 @@ def load_tenants(
 
     A folder holds a delta, or a LoRA adapter as PEFT saves it; a compressed base takes adapters only. `budget` limits
     the bytes of the deltas in memory; the least recently used are evicted. `options` are passed to `compress.load` for
-    the base. Raises ArtifactError for a delta of another base or an adapter that does not fit it, PlanError for one
-    that alone exceeds the budget.
+    the base, whose smaller key-value cache, if it has one, is switched off: it would leave the tenants out. Raises
+    ArtifactError for a delta of another base or an adapter that does not fit it, PlanError for one that alone exceeds
+    the budget.
     """
     import compress
     from compress.runtime.tenants import Tenants
 
     folder = locate(base)
-    return Tenants(compress.load(folder, **options), deltas, budget, reader(folder))
+    read = reader(folder)
+    found = {name: read(delta) for name, delta in deltas.items()}  # refused before the base is loaded
+    return Tenants(compress.load(folder, **{"kv": None, **options}), found, budget, read)
 
 
 def reader(base: Path) -> Callable[[str | Path], Difference]:
@@ -39,7 +42,8 @@ def reader(base: Path) -> Callable[[str | Path], Difference]:
     adapted = Base(base)
 
     def read(folder: str | Path) -> Difference:
-        return adapted.difference(Path(folder)) if is_adapter(Path(folder)) else difference(folder, base)
+        path = Path(folder).expanduser()
+        return adapted.difference(path) if is_adapter(path) else difference(folder, base)
 
     return read
 

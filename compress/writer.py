@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.artifact import METHOD, PROVENANCE, VERSION, Artifact, is_artifact, keys, seal
 from compress.errors import ArtifactError, VerificationError
-from compress.model.source import ADAPTER, INDEX, Shard, digest
+from compress.model.source import ADAPTER, INDEX, Shard, digest, leaves
 from compress.partial import beside, exchange, flush
 from compress.shards import Entry, WriteError, split, write_shard
 from compress.weights import Dense, External, Weight, pack, specify, unpack
@@ -255,9 +255,9 @@ def externals(weight: Weight) -> list[External]:
     return [leaf for leaf in (weight, *weight.children()) if isinstance(leaf, External)]
 
 
-def base_in(leaves: Iterable[External], source: str, tensor: str) -> Tensor:
+def base_in(found: Iterable[External], source: str, tensor: str) -> Tensor:
     """The base model's matrix of this name among the leaves; raises ArtifactError if there is none."""
-    for leaf in leaves:
+    for leaf in found:
         if (leaf.source, leaf.tensor) == (source, tensor):
             return leaf.data
     raise ArtifactError(f"the weight to write does not refer to {tensor} of {source}")
@@ -294,7 +294,7 @@ def copy_companions(source: Path, target: Path, base: Path | None = None, over: 
             continue
         if file.name.upper().startswith(NOTICES) and file.stat().st_size > LONGEST_NOTICE:
             continue
-        if recorded is not None and file.resolve().parent != source.resolve():
+        if recorded is not None and leaves(file):
             raise ArtifactError(f"{file}: links out of the folder; put the file itself there")
         if base is not None and same_file(file, base / file.name):
             shared[file.name] = digest(file)

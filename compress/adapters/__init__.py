@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from compress.adapters.lora import WEIGHTS, Adapter, is_adapter
-from compress.artifact import fingerprint, is_artifact, verify
+from compress.adapters.lora import REMEDY, WEIGHTS, Adapter, is_adapter
+from compress.artifact import Artifact, fingerprint, is_artifact, verify
 from compress.card import card
 from compress.errors import ArtifactError, RecipeError
 from compress.frontmatter import carried
@@ -110,7 +110,8 @@ def placed(adapter: Adapter, anatomy: Anatomy) -> dict[str, Place]:
 def whole(adapter: Adapter, anatomy: Anatomy, base: Checkpoint) -> list[Entry]:
     """The tensors that an adapter holds whole, under the names that the base has for them.
 
-    Raises ArtifactError for one that the base does not have, or has in another shape, or as another kind of number.
+    Raises ArtifactError for one that the base does not have, or has in another shape or as another kind of number, that
+    another tensor is tied to (PEFT leaves that one as it was), or that the base holds compressed.
     """
     names = {slot.parameter: name for name, slot in anatomy.layout.slots.items() if slot.expert is None}
     entries = []
@@ -119,6 +120,10 @@ def whole(adapter: Adapter, anatomy: Anatomy, base: Checkpoint) -> list[Entry]:
         if name is None or base.headers[name].shape != held.shape:
             has = list(base.headers[name].shape) if name else "nothing of that name, or tied to another"
             raise ArtifactError(f"{adapter.folder}: holds {path} of {list(held.shape)}, the base {has}")
+        if path in anatomy.layout.tied.values():
+            raise ArtifactError(f"{adapter.folder}: holds {path}, to which the base ties another tensor; {REMEDY}")
+        if isinstance(base, Artifact) and name in base.holders:
+            raise ArtifactError(f"{adapter.folder}: holds {path} whole, which the base holds compressed")
         dtype = base.headers[name].dtype
         if (held.dtype in FLOATS) != (dtype in FLOATS):
             raise ArtifactError(f"{adapter.folder}: holds {path} in {held.dtype}, the base in {dtype}")

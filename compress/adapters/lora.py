@@ -63,7 +63,10 @@ READER = TypeAdapter(Config)
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter as PEFT saves it."""
-    return (folder / ADAPTER).is_file()
+    try:
+        return (folder / ADAPTER).is_file()
+    except (OSError, ValueError):  # a name too long, a NUL
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +120,11 @@ class Adapter:
             path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if not key.startswith(PREFIX) or (".lora_" in path and not PAIR.fullmatch(path)):
                 raise ArtifactError(f"{self.shard.path}: {key!r} is not a matrix of a linear layer; {REMEDY}")
-            if pair := PAIR.fullmatch(path):
-                found.setdefault(pair[1], {})[pair[2]] = key
-            else:
-                self.whole[path] = key
+            pair = PAIR.fullmatch(path)
+            held, name = (found.setdefault(pair[1], {}), pair[2]) if pair else (self.whole, path)
+            if name in held:
+                raise ArtifactError(f"{self.shard.path}: {key!r} and {held[name]!r} are the same tensor")
+            held[name] = key
         for module, held in found.items():
             if len(held) < 2:
                 raise ArtifactError(f"{self.shard.path}: {module} has only lora_{next(iter(held))}")
@@ -150,7 +154,10 @@ class Adapter:
         """scale * B [out, r] and A [r, in]; raises ArtifactError if one is not finite."""
         pair = self.pairs[module]
         a_RI, b_OR = self.tensor(pair.a), self.tensor(pair.b)
-        return scaled(b_OR, pair.scale), a_RI
+        left_OR = scaled(b_OR, pair.scale)
+        if not finite(left_OR):
+            raise ArtifactError(f"{self.shard.path}: {module}: scaled by {pair.scale:g}, lora_B is not finite")
+        return left_OR, a_RI
 
     def held(self, path: str) -> Held:
         """Dtype and shape of a tensor that is stored whole."""

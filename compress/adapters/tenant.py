@@ -46,15 +46,17 @@ class Base:
         All of it is read once for that, so that it is refused now and not when a client asks for it.
         """
         adapter = opened(folder)
-        modules = {place.site: module for module, place in placed(adapter, self.anatomy).items()}
-        for key in adapter.shard.held:
-            adapter.tensor(key)
-        own = {entry.name: entry for entry in whole(adapter, self.anatomy, self.source)}
-        forms = {site: form(adapter, module) for site, module in modules.items()}
+        modules = placed(adapter, self.anatomy)
+        own = {self.anatomy.layout.slots[e.name].parameter: e for e in whole(adapter, self.anatomy, self.source)}
+        for module in modules:
+            adapter.factors(module)
+        for entry in own.values():
+            entry.make()
+        forms = {module: without_values(adapter, module) for module in modules}
         return Difference(
             sites=tuple(modules),
-            weight=lambda site: product(adapter, modules[site]),
-            form=lambda site: (specify(forms[site]), forms[site].nbytes()),
+            weight=lambda module: product(adapter, module),
+            form=lambda module: (specify(forms[module]), forms[module].nbytes()),
             names=tuple(own),
             tensor=lambda name: own[name].make(),
             nbytes=sum(each.nbytes() for each in forms.values()) + sum(entry.nbytes for entry in own.values()),
@@ -67,11 +69,12 @@ def product(adapter: Adapter, module: str) -> Product:
     return Product(Dense(left_OR), Dense(right_RI))
 
 
-def form(adapter: Adapter, module: str) -> Product:
-    """The same without values; scale * B counts as float32 unless the scale is a power of two (see `scaled`)."""
+def without_values(adapter: Adapter, module: str) -> Product:
+    """The same without values; scale * B counts as float32 where it may not fit B's dtype (see `scaled`)."""
     pair = adapter.pairs[module]
     (kind, shape_OR), (other, shape_RI) = adapter.shard.held[pair.b], adapter.shard.held[pair.a]
-    left = FLOATS[kind] if abs(frexp(pair.scale)[0]) in (0.0, 0.5) else torch.float32
+    exact = abs(frexp(pair.scale)[0]) in (0.0, 0.5) and (kind != "F16" or pair.scale == 1)
+    left = FLOATS[kind] if exact else torch.float32
     return Product(empty(shape_OR, left), empty(shape_RI, FLOATS[other]))
 
 

@@ -55,9 +55,8 @@ def serve(
     if api_key is not None and KEY.fullmatch(api_key) is None:
         raise RecipeError("--api-key: must be printable ASCII, not empty, and without spaces at either end")
 
-    from compress.model.source import display_name, locate
+    from compress.model.source import display_name, locate, read_json
     from compress.plan import placed
-    from compress.runtime.kv import own_cache
     from compress.serving.app import Limits, Server
     from compress.serving.languages import own_languages, tokenizer_of
     from compress.serving.process import bound, serve_forever
@@ -72,7 +71,7 @@ def serve(
     quiet_loading()
     with bound(host, port) as listeners:  # a port in use is reported before anything is loaded
         tokenizer, tenants = tokenizer_of(folder), load_tenants(folder, named, most, **there)
-        if own_cache(tenants.model) is not None:
+        if "kv" in (read_json(folder / "config.json", "the configuration").get("quantization_config") or {}):
             screen().print(WHOLE, markup=False)
         server = Server(tenants, tokenizer, name, limits, own_languages(folder, named, tokenizer))
         said = f"serving {', '.join(server.models())} at {url_of(host, port)}"

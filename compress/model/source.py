@@ -73,7 +73,9 @@ def locate(model: str | Path) -> Path:
     except (OSError, RuntimeError, ValueError):  # a name too long, an unknown ~user, a NUL
         found = there = False
     if not found and there and (path / ADAPTER).is_file():
-        raise ArtifactError(f"{path}: is an adapter; make a delta of it with `compress delta import`, and give that")
+        raise ArtifactError(
+            f"{path}: is an adapter; give its base here, or make a delta of it with `compress delta import`"
+        )
     if not found:
         hint = "nothing is downloaded: " if HUB_ID.fullmatch(str(model)) and not there else ""
         raise ArtifactError(f"no model folder at {str(model)!r}; {hint}give a folder with config.json, or `builtin`")

@@ -135,6 +135,10 @@ class Server:
         tenant, language = self.tenant(asked.model), self.language_of(asked.model)
         prompt = self.tokens(asked)
         place = "messages" if isinstance(asked, Chat) else "prompt"
+        rows = self.tenants.model.get_input_embeddings().num_embeddings
+        if max(prompt, default=0) >= rows:
+            said = f"{place}: the tokenizer of {asked.model} makes token {max(prompt)} of it; the model has {rows}"
+            raise Refusal(400, said, param=place)
         if not prompt:
             raise Refusal(400, f"{place}: is empty", param=place)
         room = self.context - len(prompt)

@@ -16,6 +16,9 @@ from compress.model.source import VOCABULARIES, locate, read_json
 from compress.serving.app import Language
 from compress.writer import copy_companions, copy_shared, is_companion, write_json
 
+GENERATION = "generation_config.json"
+SPOKEN = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", GENERATION)
+
 
 def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> dict[str, Language]:
     """The languages of the fine-tunes that differ from their base in a file other than the weights.
@@ -33,7 +36,7 @@ def own_languages(base: Path, deltas: Mapping[str, Path], tokenizer: object) -> 
             write_json(beside / "config.json", {k: v for k, v in config.items() if k != "quantization_config"})
             speaks = any((beside / name).is_file() for name in VOCABULARIES)
             own = tokenizer_of(beside, given) if speaks else tokenizer
-            settings = beside / "generation_config.json"
+            settings = beside / GENERATION
             told = read_json(settings, "the generation config") if settings.is_file() else config
         found[name] = Language.of(own, told.get("eos_token_id"))
     return found
@@ -44,10 +47,14 @@ def gathered(given: Path, base: Path, into: Path) -> dict[str, Any] | None:
 
     Returns the configuration of its model, or None if the fine-tune has no such file of its own.
     """
+    given = given.expanduser()
     if is_adapter(given):
-        if not any(is_companion(file.name) for file in given.iterdir()):
+        if not any((given / name).is_file() for name in SPOKEN):
             return None
         copy_companions(base, into)
+        if any((given / name).is_file() for name in VOCABULARIES):  # then nothing of the base's tokenizer is meant
+            for file in [file for file in into.iterdir() if file.name != GENERATION]:
+                file.unlink()
         copy_companions(given, into)
         return read_json(base / "config.json", "the configuration")
     delta = Artifact(locate(given), base)

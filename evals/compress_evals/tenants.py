@@ -46,7 +46,7 @@ class Row:
 
     codec: str
     delta_bytes: int
-    share: float  # of the fine-tune's bytes
+    share: float  # of the bytes in memory of the fine-tune as a model of its own
     resident_bytes: int  # of all tenants, beyond the base
     resident_growth: float  # resident / stored bytes
     decode_alone: float

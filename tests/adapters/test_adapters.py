@@ -282,7 +282,9 @@ def test_places_and_formats_are_checked_first(plain: tuple[Path, Path], tmp_path
     base, adapter = plain
     with pytest.raises(ArtifactError, match="no adapter at"):
         import_adapter(base, base, tmp_path / "delta")
-    with pytest.raises(ArtifactError, match="is an adapter; make a delta of it with `compress delta import`"):
+    with pytest.raises(
+        ArtifactError, match="is an adapter; give its base here, or make a delta of it with `compress delta import`"
+    ):
         compress.load(adapter)
     with pytest.raises(RecipeError, match="must not be, contain or lie in"):
         import_adapter(adapter, base, adapter / "delta")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compress
@@ -53,7 +54,7 @@ def adapted(base: Path, out: Path, seed: int, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**{"lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
-    model: Any = get_peft_model(compress.load(base), trainable(config))
+    model: Any = get_peft_model(compress.load(base, kv=None), trainable(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -110,8 +111,11 @@ def test_biases_and_turned_matrices(
     small = compress.run(model_folder(kind), [RTN(bits=4, group=24)], tmp_path / "small").out
     want = logits(adapted(small, tmp_path / "a", 1, r=3, target_modules=targets, bias="lora_only"), ids)
     tenants = load_tenants(small, {"a": tmp_path / "a"})
-    assert_close("served", tenants(ids, ["a"] * len(ids)).logits, want, 300 * EPS)
+    for rows, tokens in ((3, 21), (1, 21), (2, 1), (1, 1)):
+        found = tenants(ids[:rows, :tokens], ["a"] * rows).logits
+        assert_close(f"{rows} rows of {tokens}", found, want[:rows, :tokens], 300 * EPS)
     assert any(said.startswith("own bias") for said in tenants.explain()["a"].values())
+    assert len(tenants.generate([[5, 6, 7]], ["a"], 4)[0]) == 4
 
 
 @pytest.mark.slow
@@ -174,3 +178,67 @@ def test_an_adapter_speaks_as_its_base_but_in_what_it_brings(llama_artifact: Pat
     assert list(found) == ["chat"]
     assert {7, 9} <= found["chat"].ends
     assert found["chat"].tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x"
+
+
+@pytest.mark.slow
+def test_a_latent_cache_would_leave_adapters_out_and_is_not_used(
+    tiny_llama: Path, ids: Tensor, tmp_path: Path, assert_close: Any
+) -> None:
+    calibration = compress.Calibration(samples=4, length=32)
+    recipe = compress.Recipe(passes=(compress.passes.SVDLLM(removed=0.5),), calibration=calibration, kv="latent")
+    small = compress.run(tiny_llama, recipe, tmp_path / "small").out
+    want = logits(adapted(small, tmp_path / "a", 0, r=3, target_modules=["k_proj", "v_proj"]), ids)
+    tenants, names = load_tenants(small, {"a": tmp_path / "a"}), ["a"] * len(ids)
+    first = tenants(ids[:, :20], names, use_cache=True)
+    last = tenants(ids[:, 20:], names, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values)
+    assert_close("the last token", last.logits[:, -1], want[:, -1], 300 * EPS)
+
+
+def test_what_was_saved_in_float32_is_served_in_the_bases_dtype(
+    model_folder: Callable[..., Path], ids: Tensor, tmp_path: Path
+) -> None:
+    base = model_folder("llama", "bfloat16")
+    adapted(base, tmp_path / "a", 0, r=2, target_modules=["q_proj"], modules_to_save=["norm", "lm_head"])
+    found = load_tenants(base, {"a": tmp_path / "a"})(ids, ["a", None, "a"]).logits
+    assert found.dtype == torch.bfloat16 and found.isfinite().all() and not found[0].equal(found[1])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # by PEFT
+def test_a_tied_embedding_saved_whole_is_refused(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    base = model_folder("llama_tied")
+    adapted(base, tmp_path / "a", 0, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with pytest.raises(ArtifactError, match=r"embed_tokens\.weight, to which the base ties another tensor"):
+        load_tenants(base, {"a": tmp_path / "a"})
+    with pytest.raises(ArtifactError, match=r"embed_tokens\.weight, to which the base ties another tensor"):
+        import_adapter(tmp_path / "a", base, tmp_path / "delta")
+
+
+def test_a_compressed_matrix_saved_whole_is_refused(llama_artifact: Path, tmp_path: Path) -> None:
+    adapted(llama_artifact, tmp_path / "a", 0, r=2, target_modules=["q_proj"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.model.layers.0.self_attn.o_proj.weight": torch.ones(48, 48)}, file)
+    for refuse in (lambda: load_tenants(llama_artifact, {"a": tmp_path / "a"}),
+                   lambda: attach(llama_artifact, tmp_path / "a", tmp_path / "out")):  # fmt: skip
+        with pytest.raises(ArtifactError, match=r"o_proj\.weight whole, which the base holds compressed"):
+            refuse()
+
+
+def test_nothing_is_loaded_for_what_is_refused(
+    llama_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress, "load", lambda *_, **__: pytest.fail("the base was loaded"))
+    for name in (tmp_path / "none", "x" * 5000, "a\0b"):
+        with pytest.raises(ArtifactError, match="no model folder"):
+            load_tenants(llama_artifact, {"a": name})
+
+
+def test_an_adapters_template_is_not_its_bases(tiny_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    (base / "chat_template.jinja").write_text("BASE")
+    adapted(base, tmp_path / "a", 0, r=2, target_modules=["o_proj"])
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "a")
+    config = tmp_path / "a" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "MINE"}))
+    found: Any = own_languages(base, {"a": tmp_path / "a"}, tokenizer_of(base))["a"].tokenizer
+    assert found.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "MINE"

@@ -256,15 +256,18 @@ def test_a_grown_vocabulary_is_refused(fresh: Any) -> None:
 
 
 def test_what_the_base_lacks_is_refused(fresh: Any) -> None:
-    tenants = Tenants(fresh, {"site": Difference.of({"model.layers.9.mlp": Dense(torch.zeros(2, 2))}),
-                              "shape": Difference.of({"model.layers.0.mlp.up_proj": Dense(torch.zeros(2, 2))}),
-                              "name": Difference.of({}, {"model.other": torch.zeros(2)})})  # fmt: skip
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    for name, said in (("site", "no module"), ("shape", "base's matrix"), ("name", "no tensor"), ("nobody", "allowed")):
+    tenants, ids = Tenants(fresh, {}), torch.zeros(1, 2, dtype=torch.long)
+    for said, lacking in {
+        "no module": Difference.of({"model.layers.9.mlp": Dense(torch.zeros(2, 2))}),
+        "base's matrix": Difference.of({"model.layers.0.mlp.up_proj": Dense(torch.zeros(2, 2))}),
+        "no tensor": Difference.of({}, {"model.other": torch.zeros(2)}),
+    }.items():
         with pytest.raises(compress.CompressError, match=said):
-            tenants(ids, [name])
+            tenants.add("lacking", lacking)
+    with pytest.raises(RecipeError, match="no tenant 'lacking'"):
+        tenants(ids, ["lacking"])
     with pytest.raises(RecipeError, match="2 names for 1 rows"):
-        tenants(ids, ["site", "site"])
+        tenants(ids, [None, None])
     assert tenants(ids, [None]).logits.isfinite().all()  # and the base still answers
 
 
@@ -277,9 +280,8 @@ def test_experts_are_refused() -> None:
     model = MixtralForCausalLM(config).eval()
     gate = next(n for n, p in model.named_parameters() if n.endswith("gate.weight") and p.ndim == 2)
     site = gate.removesuffix(".weight")
-    tenants = Tenants(model, {"a": Difference.of({site: Dense(torch.zeros(2, 16))})})
     with pytest.raises(compress.UnsupportedWeight, match="experts"):
-        tenants(torch.zeros(1, 2, dtype=torch.long), ["a"])
+        Tenants(model, {"a": Difference.of({site: Dense(torch.zeros(2, 16))})})
 
 
 def test_a_failed_pass_keeps_nothing_in_memory(fresh: Any, tuned: dict[str, Difference]) -> None:

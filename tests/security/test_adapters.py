@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.adapters import import_adapter
 from compress.adapters.attach import attach
+from compress.tenants import reader
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -38,6 +39,7 @@ def refused(tiny_llama: Path, llama_artifact: Path, tmp_path: Path, refuse: Refu
 
     def check(adapter: Path) -> str:
         refuse(lambda: attach(llama_artifact, adapter, tmp_path / "out"), "bad input", WHAT)
+        refuse(lambda: reader(llama_artifact)(adapter), "bad input", WHAT)
         return refuse(lambda: import_adapter(adapter, tiny_llama, tmp_path / "out"), "bad input", WHAT)
 
     return check
@@ -59,7 +61,9 @@ def test_a_rank_that_cannot_be(value: object, refused: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", ["4", None, [], {}, float("nan"), float("inf"), -float("inf"), 10**400], ids=str)
+@pytest.mark.parametrize(
+    "value", ["4", None, [], {}, float("nan"), float("inf"), -float("inf"), 10**400, 1e300], ids=str
+)
 def test_an_alpha_that_cannot_be(value: object, refused: Any, tmp_path: Path) -> None:
     refused(written(tmp_path / "adapter", {**CONFIG, "lora_alpha": value}))
 

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -328,7 +329,12 @@ def test_a_failing_step_fails_its_requests_and_no_others(
     make_server: Make, talk: Talk, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = make_server()
-    server.tenants.add("broken", Difference.of({}, {"model.other": torch.zeros(1)}))
+    broken = Difference.of({}, {"model.norm.weight": torch.zeros(48)})
+
+    def unreadable(name: str) -> Any:
+        raise OSError(f"{name}: the disk is gone")
+
+    server.tenants.add("broken", replace(broken, tensor=unreadable))
     asked = [ask(model) for model in ("broken", "b", "a", "broken", "tiny")]
     want = [solo(server, one) for one in asked if one["model"] != "broken"]
 
@@ -457,3 +463,15 @@ def test_a_prompt_stays_open_whatever_a_tokenizer_adds_behind_texts() -> None:
     assert told.opened("The end") == [plain.bos_token_id, *inner]
     assert told.opened("") == [plain.bos_token_id]
     assert Language.of(plain, None).opened("The end</s>") == plain("The end</s>").input_ids  # its own stays
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused(make_server: Make, talk: Talk) -> None:
+    server = make_server()
+    tokenizer: Any = server.language_of("tiny").tokenizer
+    tokenizer.add_tokens([f"[extra{n}]" for n in range(211)])
+
+    async def act(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/v1/completions", json={**ask("tiny"), "prompt": "[extra210]"})
+
+    answer = talk(server, act)
+    assert answer.status_code == 400 and "the model has 211" in answer.json()["error"]["message"]

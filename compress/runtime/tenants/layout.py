@@ -43,15 +43,20 @@ class Layout:
 
     def of_tensor(self, name: str, tensor: Tensor, model: nn.Module) -> tuple[tuple[str, str], ...]:
         """The holders of a tensor; raises ArtifactError if the base has no such tensor, or one of another shape."""
-        held = self.holders.get(name)
-        if held is None:
-            raise ArtifactError(f"{name}: the base has no tensor of this name")
+        held = self.check_tensor(name)
         shape = tuple(getattr(model.get_submodule(held[0][0]), held[0][1]).shape)
         if tuple(tensor.shape) != shape:
             raise ArtifactError(
                 f"{name}: the tenant's is {tuple(tensor.shape)}, the base's {shape}; a grown vocabulary cannot share a "
                 "batch with its base: apply the delta and serve the result on its own"
             )
+        return held
+
+    def check_tensor(self, name: str) -> tuple[tuple[str, str], ...]:
+        """The holders of a tensor; raises ArtifactError if the base has no such tensor."""
+        held = self.holders.get(name)
+        if held is None:
+            raise ArtifactError(f"{name}: the base has no tensor of this name, or holds it compressed")
         return held
 
     def of_site(self, site: str, model: nn.Module) -> list[str]:

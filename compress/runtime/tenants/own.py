@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from compress.runtime.linear import StoredWeight
 from compress.runtime.tenants.layout import PROBE, Given
 
 OwnOf = tuple[str, ...]  # the name of a module, then those of its parameters that a tenant replaces
@@ -49,7 +50,7 @@ def way_of(module: nn.Module, parameters: Sequence[str], given: Given) -> str:
     with torch.inference_mode():
         want = torch.cat([computed(module, own, row) for own, row in zip(each, x.split(1), strict=True)])
         stacked = {name: per_row([own[name] for own in each], len(given.shape)) for name in known}
-        vectors = all(
+        vectors = not isinstance(module, StoredWeight) and all(
             p is None or p.ndim == 1 for p in module._parameters.values()
         )  # a matrix product could broadcast stacked biases in an unintended way
         if vectors and close(tried(module, stacked, x), want):

@@ -96,6 +96,15 @@ def modules_of(site: str, shape: tuple[int, int], layout: Layout, model: nn.Modu
     return names
 
 
+def check_fits(difference: Difference, layout: Layout, model: nn.Module) -> None:
+    """Raise ArtifactError or UnsupportedWeight if a difference does not fit the base; reads no tensor."""
+    for site in difference.sites:
+        rows, columns = difference.form(site)[0]["shape"]
+        modules_of(site, (int(rows), int(columns)), layout, model)
+    for name in difference.names:
+        layout.check_tensor(name)
+
+
 def need_of(difference: Difference, layout: Layout, model: nn.Module, stacks: Stacks) -> Need:
     """The memory that a tenant needs on a GPU, from specifications alone; differences of embeddings are not stacked.
 
@@ -159,7 +168,8 @@ def owned(
     for name in difference.names:
         tensor = difference.tensor(name).detach()
         holders = layout.of_tensor(name, tensor, model)
-        tensor = tensor.to(device, copy=True)
+        dtype = model.get_submodule(holders[0][0]).get_parameter(holders[0][1]).dtype  # an adapter may keep float32
+        tensor = tensor.to(device, dtype, copy=True)
         for module, parameter in holders:
             own.setdefault(module, {})[parameter] = tensor
     return {module: dict(sorted(tensors.items())) for module, tensors in own.items()}

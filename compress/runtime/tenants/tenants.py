@@ -21,7 +21,7 @@ from compress.errors import PlanError, RecipeError, nearest
 from compress.runtime.tenants.difference import Difference
 from compress.runtime.tenants.layout import layout
 from compress.runtime.tenants.own import OwnOf, way_of
-from compress.runtime.tenants.resident import Resident, make_resident, need_of, release
+from compress.runtime.tenants.resident import Resident, check_fits, make_resident, need_of, release
 from compress.runtime.tenants.rows import Batch
 from compress.runtime.tenants.slots import Need, Stacks, on_gpu
 from compress.runtime.tenants.step import Step, linear_hook, lookup_hook, own_hook
@@ -75,8 +75,8 @@ class Tenants:
         """Register a tenant, given its delta folder or its difference.
 
         Raises RecipeError if the name is taken, or for a folder if the base was not loaded from one; PlanError if the
-        tenant alone exceeds the budget; ArtifactError if the folder is not a delta of this base. On a GPU, where its
-        memory is computed first, also UnsupportedWeight if it does not fit the base.
+        tenant alone exceeds the budget; ArtifactError or UnsupportedWeight if it is not a delta of this base or does
+        not fit it.
         """
         if isinstance(delta, Difference):
             difference = delta
@@ -89,6 +89,7 @@ class Tenants:
         with self.lock:
             if name in self.entries:
                 raise RecipeError(f"tenant {name!r} already exists; drop it first")
+            check_fits(difference, self.layout, self.model)
             need = None if self.stacks is None else need_of(difference, self.layout, self.model, self.stacks)
             entry = Entry(difference, need)
             if self.budget is not None and self.cost([entry]) > self.budget:
