@@ -28,7 +28,7 @@ demo: $(READY)  ## compress the built-in model, evaluate it, write the report
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-check: $(READY)  ## format, lint, types and the quick tests; about three minutes on two idle cores
+check: $(READY)  ## format, lint, types and the quick tests: three to five minutes on two cores
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
