@@ -242,3 +242,16 @@ def test_an_adapters_template_is_not_its_bases(tiny_llama: Path, tmp_path: Path)
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "MINE"}))
     found: Any = own_languages(base, {"a": tmp_path / "a"}, tokenizer_of(base))["a"].tokenizer
     assert found.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "MINE"
+
+
+@pytest.mark.slow
+def test_a_file_that_leaves_out_the_models_prefix(
+    model_folder: Callable[..., Path], ids: Tensor, tmp_path: Path, assert_close: Any
+) -> None:
+    base = Path(shutil.copytree(model_folder("gpt2"), tmp_path / "base"))
+    file = base / "model.safetensors"
+    plain = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file(plain, file, metadata={"format": "pt"})
+    want = logits(adapted(base, tmp_path / "a", 0, r=3, target_modules=["c_attn"], fan_in_fan_out=True), ids)
+    tenants = load_tenants(base, {"a": tmp_path / "a"})
+    assert_close("served", tenants(ids, ["a"] * len(ids)).logits, want, 300 * EPS)

@@ -136,3 +136,9 @@ def test_a_whole_tensor_of_integers(refused: Any, tmp_path: Path) -> None:
     norm = {"base_model.model.model.norm.weight": torch.ones(48, dtype=torch.int64)}
     factors = {f"{Q}.lora_A.weight": torch.ones(2, 48), f"{Q}.lora_B.weight": torch.ones(48, 2)}
     assert "norm.weight in I64, the base in F32" in refused(written(tmp_path / "adapter", tensors=factors | norm))
+
+
+def test_one_factor_under_two_names(refused: Any, tmp_path: Path) -> None:
+    factors = {f"{Q}.lora_A.weight": torch.ones(2, 48), f"{Q}.lora_B.weight": torch.ones(48, 2)}
+    again = {f"{Q}.base_layer.lora_A.weight": torch.zeros(2, 48)}
+    assert "are the same tensor" in refused(written(tmp_path / "adapter", tensors=factors | again))
