@@ -24,6 +24,7 @@ from typing import Any
 import compress
 from compress import Calibration, Delta, Recipe
 from compress.builtin.abilities import Ability, ability
+from compress.builtin.documents import Question
 from compress.builtin.finetune import replay
 from compress.builtin.gates import exact_match
 from compress.codecs import METHODS as SHIPPED
@@ -77,6 +78,22 @@ from the built-in model, calibrated on {SAMPLES} x {LENGTH} tokens of what it wa
 
 
 AUTO, NEAREST = "auto, unbiased", "auto, nearest"  # `compress delta extract --method auto` keeps the better of the two
+
+
+def own_windows(tokenizer: Any, questions: Sequence[Question]) -> list[Window]:
+    """A window for each question with its answer: after a BOS token, with every token scored."""
+    found = []
+    for text in (f"{q.prompt} {q.answer}." for q in questions):
+        ids = (tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids)
+        found.append(Window(ids=ids, scored_from=1, size=len(text.encode())))
+    return found
+
+
+def write_documents(task: Ability, seed: int, count: int, path: Path) -> None:
+    """Write calibration documents drawn like the tuning data, half of them replay."""
+    rng = random.Random(f"calibration {seed}")
+    drawn = ["".join(draw(rng)) for _ in range(count // 2) for draw in (task.document, replay)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn), encoding="utf-8")
 
 
 def shipped(name: str) -> Method:
@@ -189,18 +206,11 @@ class DeltaBench(Bench):
         asked = "all questions" if limit is None else f"{limit} questions a task"
         super().__init__(str(finetuned), f"{made['ability']} of seed {self.seed}, {asked}", (FACTS,), limit)
         self.questions = self.ability.questions[:limit]
-        self.own = [self.window(f"{q.prompt} {q.answer}.") for q in self.questions]
-
-    def window(self, text: str) -> Window:
-        """A window that holds one document after a BOS token, with every token of the document scored."""
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return Window(ids=(self.tokenizer.bos_token_id, *ids), scored_from=1, size=len(text.encode()))
+        self.own = own_windows(self.tokenizer, self.questions)
 
     def write_documents(self, path: Path) -> None:
-        """Write the calibration documents of a delta: drawn like the tuning data, half of them replay."""
-        rng = random.Random(f"calibration {self.seed}")
-        drawn = ["".join(draw(rng)) for _ in range(DOCUMENTS // 2) for draw in (self.ability.document, replay)]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn), encoding="utf-8")
+        """Write the calibration documents of a delta."""
+        write_documents(self.ability, self.seed, DOCUMENTS, path)
 
     def delta(self, recipe: Recipe, method: str, budget: float) -> Measured:
         """Run a recipe on the difference in a temporary folder, and measure the base with the delta added."""

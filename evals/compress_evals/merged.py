@@ -8,8 +8,6 @@ beside the true adapter. All are run in float32, so that only their weights diff
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import shutil
 import sys
 import tempfile
@@ -26,9 +24,10 @@ import compress
 from compress import Calibration
 from compress.artifact import Artifact
 from compress.builtin.abilities import ABILITIES, Ability, ability
-from compress.builtin.finetune import replay, train
+from compress.builtin.finetune import train
 from compress.builtin.gates import exact_match
 from compress.model.source import locate
+from compress_evals.deltas import own_windows, write_documents
 from compress_evals.fidelity import Window, compare_windows, evaluation_text, text_windows
 from compress_evals.folders import tokenizer_of
 
@@ -60,13 +59,8 @@ class Truth:
         self.tokenizer = tokenizer_of(locate("builtin"))
         self.model = adapted(locate("builtin"), adapter, torch.float32)
         self.questions = task.questions[:limit]
-        self.own = [self.window(f"{q.prompt} {q.answer}.") for q in self.questions]
+        self.own = own_windows(self.tokenizer, self.questions)
         self.text = text_windows(self.tokenizer, evaluation_text(), LENGTH)
-
-    def window(self, text: str) -> Window:
-        """A window of one document after a BOS token, with every token of it scored."""
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return Window(ids=(self.tokenizer.bos_token_id, *ids), scored_from=1, size=len(text.encode()))
 
     def measure(self, other: Any, **row: Any) -> Measured:
         """A model's distance from the true one, and its answers."""
@@ -112,14 +106,6 @@ def saved(model: Any, out: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(locate("builtin") / name, out / name)
     return out
-
-
-def write_documents(task: Ability, seed: int, path: Path) -> Path:
-    """Calibration documents drawn like the tuning data, half of them of the base's own kinds."""
-    rng = random.Random(f"calibration {seed}")
-    drawn = ["".join(draw(rng)) for _ in range(DOCUMENTS // 2) for draw in (task.document, replay)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in drawn), encoding="utf-8")
-    return path
 
 
 def beside(base: Path, delta: Artifact) -> Any:
@@ -198,7 +184,8 @@ def main() -> None:
             if not adapter.exists():
                 trained(task, adapter, arguments)
             truth = Truth(adapter, task, arguments.limit)
-            data = write_documents(task, arguments.seed, Path(folder) / f"{name}.jsonl")
+            data = Path(folder) / f"{name}.jsonl"
+            write_documents(task, arguments.seed, DOCUMENTS, data)
             for dtype in arguments.dtypes:
                 rows += compared(name, dtype, truth, adapter, data, Path(folder) / f"{name}-{dtype}")
     told = f"rank {arguments.rank}, seed {arguments.seed}, {torch.get_num_threads()} threads"
