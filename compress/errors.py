@@ -99,6 +99,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def pass_on_memory(error: Exception) -> None:
+    """Raise a MemoryError from an exception that means that memory ran out, which says nothing about what was read."""
+    if out_of_memory(error):
+        raise MemoryError(in_short(error)) from error
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out; torch reports this in several wordings and types."""
     said = str(error).lower()

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.errors import ArtifactError, visible, why
+from compress.errors import ArtifactError, pass_on_memory, visible, why
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,6 +101,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing {what}") from error
     except (OSError, ValueError, RecursionError) as error:
+        pass_on_memory(error)
         raise ArtifactError(f"{path}: {what} cannot be read: {why(error)}") from error
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: {what} must be a JSON object")
@@ -174,6 +175,7 @@ class Shard:
                 return torch.empty(shape, dtype=DTYPES[dtype])
             whole = torch.from_file(str(self.path), shared=False, size=end, dtype=torch.uint8, device="cpu")
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            pass_on_memory(error)
             raise ArtifactError(f"{self.path}: cannot read {name!r}: {why(error)}") from error
         alone = torch.from_numpy(whole.numpy()[start:end])  # its storage has only its size, so a copy is no larger
         return alone.view(DTYPES[dtype]).reshape(shape)
@@ -360,6 +362,7 @@ def opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        pass_on_memory(error)
         raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
 
 

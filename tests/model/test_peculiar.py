@@ -144,6 +144,17 @@ def test_infinity_in_a_config_is_read(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "o" / "config.json").read_text())["time_step_limit"] == config["time_step_limit"]
 
 
+def test_memory_that_runs_out_while_a_model_is_built_is_not_the_fault_of_its_config(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", fail)
+    with pytest.raises(MemoryError, match="allocate memory"):
+        skeleton({"model_type": "llama", **SMALL}, torch.float32)
+
+
 def test_a_family_whose_code_fails_alone_is_one_line(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -327,6 +329,19 @@ def test_a_file_that_became_shorter_is_refused(single: Path) -> None:
     os.truncate(single / SINGLE, (single / SINGLE).stat().st_size - 1)
     with pytest.raises(ArtifactError, match=rf"model\.safetensors: cannot read '{name}'"):
         opened.tensor(name)
+
+
+@pytest.mark.parametrize("reader", ["torch.from_file", "compress.model.source.safe_open"])
+def test_memory_that_runs_out_is_not_the_fault_of_the_file(
+    reader: str, single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    opened = Checkpoint(single)
+    monkeypatch.setattr(reader, fail)
+    with pytest.raises(MemoryError, match="allocate memory"):
+        (opened if reader == "torch.from_file" else Checkpoint(single)).tensor(opened.names()[0])
 
 
 def test_a_file_that_another_replaced_is_refused(single: Path) -> None:
