@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import compress
 from compress import GPTQ, RTN, Calibration, Limits, Magnitude, PassManager, Recipe, ShortGPT, Wanda
 from compress.export.dense import export_dense
 from compress.job import Report
 from compress.model.anatomy import coverage
-from compress.model.architecture import auto_class, run
+from compress.model.architecture import auto_class, run, skeleton
 from compress.model.family import TESTED
 from compress.model.memo import Memo
 from compress.model.source import Checkpoint
@@ -299,6 +299,23 @@ def test_every_family_called_tested_is_tested() -> None:
 
 
 # -- replay and coverage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_without_weights_has_the_buffers_of_one_with_weights(name: str) -> None:
+    config = config_of(name)
+    empty = skeleton(json.loads(config.to_json_string()), torch.float32)
+    torch.manual_seed(0)
+    whole = auto_class(config).from_config(config, dtype=torch.float32)
+    assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == {
+        name: (p.shape, p.dtype) for name, p in whole.named_parameters()
+    }
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    buffers = dict(empty.named_buffers())
+    for buffer, held in whole.named_buffers():
+        assert torch.equal(buffers.pop(buffer), held), buffer
+    assert not buffers
+    assert not nn.Linear(2, 2).weight.is_meta  # built afterwards
 
 
 @pytest.mark.slow
