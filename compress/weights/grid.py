@@ -51,7 +51,8 @@ class Grid:
         """
         if self.group > 0 and w_OI.shape[1] % self.group:
             raise RecipeError(f"group {self.group} does not divide a width of {w_OI.shape[1]}")
-        search = search and not w_OI.is_meta  # an outline: there is nothing to search
+        if w_OI.is_meta:
+            return self.outline(w_OI)
         if self.group == -1:
             scale, zero = fit_ranges(w_OI.float().reshape(1, 1, -1), self, power_error(norm) if search else None)
             return narrowed(scale), zero
@@ -61,10 +62,16 @@ class Grid:
         zeros = [zero for _, zero in parts if zero is not None]
         return narrowed(torch.cat([scale for scale, _ in parts])), torch.cat(zeros) if zeros else None
 
+    def outline(self, w_OI: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero without values; the scales fit float16, as those of almost all weights do."""
+        groups = (1, 1) if self.group == -1 else (w_OI.shape[0], w_OI.shape[1] // self.width(w_OI.shape[1]))
+        scale = w_OI.new_empty(groups, dtype=torch.float16)
+        return scale, None if self.symmetric else scale.new_empty(groups, dtype=torch.uint8)
+
     def encode(self, w_OI: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The nearest codes, uint8 [out, in]."""
         codes_OI = torch.empty(w_OI.shape, dtype=torch.uint8, device=w_OI.device)
-        for rows in row_slices(w_OI):
+        for rows in row_slices(w_OI) if not w_OI.is_meta else ():
             own = rows if scale.shape[0] == w_OI.shape[0] else slice(None)
             w_OGS: Tensor = w_OI[rows].float().unflatten(1, (scale.shape[1], -1))
             middle = 2.0 ** (self.bits - 1) if zero is None else zero[own].float()[..., None]
@@ -81,11 +88,8 @@ class Grid:
 
 
 def row_slices(w_OI: Tensor) -> Iterator[slice]:
-    """Slices of the rows of a matrix, a few million entries each, so that temporaries stay small and near the cache.
-
-    The rows of an outline, for which there are no temporaries, come in one slice.
-    """
-    step = max(1, w_OI.shape[0] if w_OI.is_meta else AT_ONCE // max(1, w_OI.shape[1]))
+    """Slices of the rows of a matrix, a few million entries each, so that temporaries stay small and near the cache."""
+    step = max(1, AT_ONCE // max(1, w_OI.shape[1]))
     return (slice(start, start + step) for start in range(0, w_OI.shape[0], step))
 
 
@@ -155,8 +159,8 @@ def fits_half(scale: Tensor) -> Tensor:
 
 
 def narrowed(scale: Tensor) -> Tensor:
-    """Rounded scales in the stored dtype: float16, or float32 if any of them needs it; for an outline, float16."""
-    return scale.to(torch.float16) if scale.is_meta or bool(fits_half(scale).all()) else scale
+    """Rounded scales in the stored dtype: float16, or float32 if any of them needs it."""
+    return scale.to(torch.float16) if bool(fits_half(scale).all()) else scale
 
 
 def deviation(w_OGS: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
