@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -20,6 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.main import get_command
 
 from compress import __version__
 from compress.commands import delta
@@ -409,6 +411,12 @@ def fail(message: str, code: int, once: bool = False) -> NoReturn:
     raise SystemExit(code)
 
 
+@cache
+def command() -> Any:
+    """The command with all its subcommands and options, which take longer to put together than to read arguments."""
+    return get_command(app)
+
+
 def answered(debug: bool) -> int:
     """Run the command and return its exit code: after Ctrl-C 130, even if compiled code raised another exception."""
     pressed: list[int] = []
@@ -422,7 +430,7 @@ def answered(debug: bool) -> int:
     if ours:
         signal.signal(signal.SIGINT, press)
     try:
-        return app(standalone_mode=False) or 0
+        return command()(standalone_mode=False) or 0
     except SystemExit as stop:  # typer exits with 1 when the reader of stdout has gone; 1 means that `diff` found one
         if not isinstance(stop.__context__, BrokenPipeError):
             raise

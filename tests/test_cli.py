@@ -422,7 +422,7 @@ def test_an_interrupt_that_compiled_code_made_an_error_of_is_one(cli: Run, monke
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        monkeypatch.setattr("compress.cli.app", swallowed)
+        monkeypatch.setattr("compress.cli.command", lambda: swallowed)
         assert cli("passes") == (130, "", "error: interrupted; nothing is left half-written\n")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:

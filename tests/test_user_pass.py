@@ -128,8 +128,7 @@ class Entry:
 def test_an_installed_package_brings_its_passes(
     example: Path, registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"compress.passes": [Entry(example)]}
-    monkeypatch.setattr("compress.passes.entry_points", lambda group: found[group])
+    monkeypatch.setattr("compress.passes.declared", lambda path: [Entry(example)])
     assert from_dict({"passes": ["one-bit"]}).passes == (registry["one-bit"](),)
 
 
@@ -140,7 +139,7 @@ def test_a_package_whose_pass_cannot_be_imported_is_named_in_one_line(
 ) -> None:
     (name, value), why = group
     entry = EntryPoint(name=name, value=value, group="compress.passes")
-    monkeypatch.setattr("compress.passes.entry_points", lambda group: [entry])
+    monkeypatch.setattr("compress.passes.declared", lambda path: [entry])
     code, out, err = cli("passes")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"the pass {name!r} cannot be imported from {value}: " in err and why in err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+import sys
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from compress.errors import RecipeError, first_line
 from compress.passes.base import (
@@ -146,12 +148,18 @@ __all__ = [
 ]  # fmt: skip
 
 
+@cache
+def declared(_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The passes that the packages on this path declare; finding them takes longer than reading a recipe."""
+    return tuple(entry_points(group="compress.passes"))
+
+
 def load_plugins() -> None:
     """Import the passes that other installed packages declare under `compress.passes`.
 
     Raises RecipeError for one that cannot be imported.
     """
-    for entry in entry_points(group="compress.passes"):
+    for entry in declared(tuple(sys.path)):
         try:
             entry.load()
         except Exception as error:  # third-party code may raise anything

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -374,13 +375,18 @@ def code(suite: Suite) -> str:
     """
     shared = (path for folder in ("metrics", "tasks") for path in sorted((PACKAGE / folder).rglob("*.py")))
     files = [*sorted(path for path in suite.folder.iterdir() if path.suffix in (".py", ".yaml")), *shared]
-    return hashed([[path.name, content(path)] for path in files])
+    return meaning(tuple((path.name, path.read_bytes()) for path in files))
 
 
-def content(path: Path) -> Any:
+@lru_cache(maxsize=8)
+def meaning(files: tuple[tuple[str, bytes], ...]) -> str:
+    """The hash of what files of these names and bytes do; parsing them takes longer than asking a tiny model."""
+    return hashed([[name, content(name, raw)] for name, raw in files])
+
+
+def content(name: str, raw: bytes) -> Any:
     """What a file does, as plain data: the syntax tree of a Python file, else the hash of its bytes."""
-    raw = path.read_bytes()
-    return syntax(ast.parse(raw)) if path.suffix == ".py" else hashlib.sha256(raw).hexdigest()
+    return syntax(ast.parse(raw)) if name.endswith(".py") else hashlib.sha256(raw).hexdigest()
 
 
 def syntax(value: Any) -> Any:
