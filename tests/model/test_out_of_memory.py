@@ -30,6 +30,7 @@ from compress.verification import RuntimeWalk
 
 SAYS = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 KINDS = (Gram, ColumnNorm, Moments, Sample)
+pytestmark = pytest.mark.usefixtures("frozen")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 
 from compress.model.travellers import Travellers
 
+pytestmark = pytest.mark.usefixtures("frozen")
 SAID = "error: out of memory: "
 SOME = 48 << 20  # bytes; the calibration windows of the built-in model alone take more
 

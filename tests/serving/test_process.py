@@ -34,6 +34,8 @@ from compress_evals import folders as folders_
 
 START = "import typer; from compress.commands.serve import serve; typer.run(serve)"
 FEW = Calibration(samples=2, length=16)
+# one client, because each reads all certificates of the system; its connections are not used again
+HTTP = httpx.Client(verify=False, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def process(tiny_llama: Path, folders: dict[str, Path]) -> Iterator[Callable[...
         address = f"http://127.0.0.1:{port}"
         for _ in range(600):
             try:
-                if httpx.get(f"{address}/health", timeout=1).status_code == 200:
+                if HTTP.get(f"{address}/health", timeout=1).status_code == 200:
                     return started[-1], address
             except httpx.TransportError:
                 time.sleep(0.05)
@@ -257,7 +259,7 @@ def asked(model: str, **more: object) -> dict[str, object]:
 
 def count(address: str, gauge: str) -> float:
     """The value of `compress_running` or `compress_waiting`."""
-    text = httpx.get(f"{address}/metrics").text
+    text = HTTP.get(f"{address}/metrics").text
     return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"compress_{gauge} ")))
 
 
@@ -266,7 +268,7 @@ def test_clients_go_away_lie_and_the_server_ends_what_runs(
     process: Callable[..., tuple[subprocess.Popen[bytes], str]],
 ) -> None:
     server, address = process("--max-body", "100KB")
-    with httpx.stream("POST", f"{address}/v1/completions", json=asked("a", stream=True)) as response:
+    with HTTP.stream("POST", f"{address}/v1/completions", json=asked("a", stream=True)) as response:
         next(response.iter_lines())  # and goes away
     host, port = address.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -283,14 +285,14 @@ def test_clients_go_away_lie_and_the_server_ends_what_runs(
     while count(address, "running") and time.monotonic() < until:
         time.sleep(0.02)
     assert count(address, "running") == 0
-    with httpx.stream("POST", f"{address}/v1/completions", json=asked("a", stream=True), timeout=20) as response:
+    with HTTP.stream("POST", f"{address}/v1/completions", json=asked("a", stream=True), timeout=20) as response:
         lines = response.iter_lines()
         next(lines)
         server.send_signal(signal.SIGTERM)
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert server.wait(20) == 0
     with pytest.raises(httpx.TransportError):
-        httpx.get(f"{address}/health", timeout=1)
+        HTTP.get(f"{address}/health", timeout=1)
 
 
 @pytest.mark.slow
@@ -298,8 +300,8 @@ def test_an_interrupt_with_nothing_to_do_ends_at_once(
     process: Callable[..., tuple[subprocess.Popen[bytes], str]],
 ) -> None:
     server, address = process("--api-key", "k")
-    assert httpx.get(f"{address}/v1/models").status_code == 401
-    assert httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200
+    assert HTTP.get(f"{address}/v1/models").status_code == 401
+    assert HTTP.get(f"{address}/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200
     server.send_signal(signal.SIGINT)
     assert server.wait(20) == 0
 
@@ -311,7 +313,7 @@ def test_clients_hear_of_what_is_not_done_at_the_deadline(
     """uvicorn would cut their connections."""
     server, address = process("--max-batch", "1", "--deadline", "1")
     with ThreadPoolExecutor(64) as pool:
-        found = [pool.submit(httpx.post, f"{address}/v1/completions", json=asked("a"), timeout=60) for _ in range(64)]
+        found = [pool.submit(HTTP.post, f"{address}/v1/completions", json=asked("a"), timeout=60) for _ in range(64)]
         while sum(one.done() for one in found) + sum(count(address, it) for it in ("running", "waiting")) < len(found):
             time.sleep(0.01)  # a connection that was not accepted by then would be reset
         server.send_signal(signal.SIGTERM)
