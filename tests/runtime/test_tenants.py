@@ -246,6 +246,31 @@ def test_transposed_layers_and_layer_norms(assert_close: Close) -> None:
     check(assert_close, Tenants(model, {"a": difference}), dense, ["a", None, "a"])
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_learned_positions_of_one_tenant_are_not_those_of_other_rows(masked: bool, assert_close: Close) -> None:
+    """Without a mask, the model looks them up once for all rows."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=64, n_embd=48, n_layer=1, n_head=4)).eval()
+    own = {"transformer.wpe.weight": model.transformer.wpe.weight.detach() + torch.randn(64, 48)}
+    differences = {
+        name: Difference.of({}, {k: t * sign for k, t in own.items()}) for name, sign in (("a", 1), ("b", -1))
+    }
+    dense: dict[str | None, Any] = {name: dense_of(model, difference) for name, difference in differences.items()}
+    dense[None], names = copy.deepcopy(model), [None, "a", "b", "a", None]
+    tenants = Tenants(model, differences)
+    if masked:
+        check(assert_close, tenants, dense, names)
+        return
+    ids, _ = padded(len(names))
+    got = tenants(ids, names).logits
+    for row, name in enumerate(names):
+        with torch.inference_mode():
+            want = dense[name](input_ids=ids[row : row + 1]).logits[0]
+        assert_close(f"{name} in row {row}", got[row], want, SAME)
+
+
 # -- refusals -------------------------------------------------------------------------------------------
 
 
@@ -280,8 +305,13 @@ def test_experts_are_refused() -> None:
     model = MixtralForCausalLM(config).eval()
     gate = next(n for n, p in model.named_parameters() if n.endswith("gate.weight") and p.ndim == 2)
     site = gate.removesuffix(".weight")
-    with pytest.raises(compress.UnsupportedWeight, match="experts"):
-        Tenants(model, {"a": Difference.of({site: Dense(torch.zeros(2, 16))})})
+    for difference in (
+        Difference.of({site: Dense(torch.zeros(2, 16))}),
+        Difference.of({}, {gate: torch.zeros(2, 16)}),  # its input is the tokens of all rows
+        Difference.of({}, {f"{site.removesuffix('.gate')}.experts.down_proj": torch.zeros(2, 16, 24)}),
+    ):
+        with pytest.raises(compress.UnsupportedWeight, match="experts"):
+            Tenants(model, {"a": difference})
 
 
 def test_a_failed_pass_keeps_nothing_in_memory(fresh: Any, tuned: dict[str, Difference]) -> None:

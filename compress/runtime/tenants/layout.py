@@ -53,10 +53,21 @@ class Layout:
         return held
 
     def check_tensor(self, name: str) -> tuple[tuple[str, str], ...]:
-        """The holders of a tensor; raises ArtifactError if the base has no such tensor."""
+        """The holders of a tensor.
+
+        Raises ArtifactError if the base has no such tensor, UnsupportedWeight if the rows of a batch are not apart in
+        the input of a holder: they may only be equal, as the positions of learned position embeddings are.
+        """
         held = self.holders.get(name)
         if held is None:
             raise ArtifactError(f"{name}: the base has no tensor of this name, or holds it compressed")
+        for module, _ in held:
+            given = self.given.get(module)
+            if given is None or given.shape[0] not in (1, PROBE[0]):
+                raise UnsupportedWeight(
+                    f"{name}: cannot differ between the rows of a batch: {module} is not given the rows as they are "
+                    "(routers of experts are given all tokens in one)"
+                )
         return held
 
     def of_site(self, site: str, model: nn.Module) -> list[str]:

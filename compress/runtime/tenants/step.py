@@ -128,16 +128,31 @@ def lookup_hook(current: Callable[[], Step | None], name: str) -> Any:
 
 
 def own_hook(current: Callable[[], Step | None], name: str, ways: Mapping[OwnOf, str]) -> Any:
-    """A forward hook that corrects the output of a module for the rows of tenants that replace its tensors."""
+    """A forward hook that corrects the output of a module for the rows of tenants that replace its tensors.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    An input that all rows share, such as their positions, is repeated for every row first.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         step = current()
-        for tenant, rows, _ in step.each() if step is not None else ():
+        if step is None:
+            return None
+        changed, x = output, args[0]
+        for tenant, rows, _ in step.each():
             own = tenant.own.get(name, {})
             way = ways.get((name, *own)) if own else None
             if way == "anew":
-                rows.put(output, computed(module, own, rows.take(args[0])))
+                x, changed = each_row(name, x, step.size), each_row(name, changed, step.size)
+                rows.put(changed, computed(module, own, rows.take(x)))
             elif way == "additive":
-                rows.add(output, own["bias"].float() - module.get_parameter("bias").float())
+                rows.add(changed, own["bias"].float() - module.get_parameter("bias").float())
+        return None if changed is output else changed
 
     return hook
+
+
+def each_row(name: str, x: Tensor, size: int) -> Tensor:
+    """The input or output of a module for each row of `size`; raises UnsupportedWeight for another number of rows."""
+    if len(x) not in (1, size):
+        raise UnsupportedWeight(f"{name} was given {tuple(x.shape)}; expected 1 or {size} rows")
+    return x if len(x) == size else x.repeat(size, *[1] * (x.ndim - 1))
