@@ -100,7 +100,9 @@ class Against:
             policy = self.policy(name)
             there = self.base.headers.get(name)
             if there is None and name in self.sites:
-                raise ArtifactError(f"{self.base.path}: no tensor {name!r}, which {self.source.path} has")
+                raise ArtifactError(
+                    f"{self.base.path}: no tensor {name!r}, which {self.source.path} has{self.otherwise_named(name)}"
+                )
             if there is None and policy != "own":
                 option = self.tables.get(name, "others")
                 raise RecipeError(f"delta.{option}: {name} is not in the base {self.base.path}; it must be own")
@@ -112,6 +114,12 @@ class Against:
                     f"from {self.base.path}"
                 )
             self.check_grown(name, held.shape[0] - there.shape[0], policy)
+
+    def otherwise_named(self, name: str) -> str:
+        """What to do if the files differ in the model's prefix, which those of some models on the hub lack."""
+        names = self.base.headers
+        other = next((n for n in names if name.endswith(f".{n}") or n.endswith(f".{name}")), None)
+        return f"; it has {other!r}: load it with transformers and save it again" if other else ""
 
     def check_grown(self, name: str, more: int, policy: str) -> None:
         """Raise RecipeError if the policy refuses, or cannot store, a vocabulary of another size than the base's."""

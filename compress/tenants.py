@@ -12,6 +12,7 @@ from compress.errors import ArtifactError
 from compress.model.source import locate
 
 if TYPE_CHECKING:
+    from compress.adapters.tenant import Base
     from compress.runtime.tenants import Difference, Tenants
 
 
@@ -43,12 +44,12 @@ def reader(base: Path) -> Callable[[str | Path], Difference]:
 
     def read(folder: str | Path) -> Difference:
         path = Path(folder).expanduser()
-        return adapted.difference(path) if is_adapter(path) else difference(folder, base)
+        return adapted.difference(path) if is_adapter(path) else difference(folder, adapted)
 
     return read
 
 
-def difference(folder: str | Path, base: str | Path) -> Difference:
+def difference(folder: str | Path, base: Base) -> Difference:
     """The content of a delta folder, read one tensor at a time.
 
     Raises ArtifactError if `base` is not its base, or if it rewrites stacked experts, which cannot be served by tenant.
@@ -56,15 +57,17 @@ def difference(folder: str | Path, base: str | Path) -> Difference:
     from compress.runtime.tenants import Difference
 
     path = locate(folder)
-    artifact = Artifact(path, locate(base))
+    artifact = Artifact(path, base.folder)
     experts = [site for site, spec in artifact.specs.items() if "expert" in spec]
     if experts:
         raise ArtifactError(f"{path}: {experts[0]} is one of a stack of experts, which cannot be served per tenant")
+    sites = {base.parameter(f"{site}.weight").removesuffix(".weight"): site for site in artifact.specs}
+    own = {base.parameter(name): name for name in artifact.changed()}
     return Difference(
-        sites=tuple(artifact.specs),
-        weight=artifact.difference,
-        form=artifact.difference_form,
-        names=tuple(artifact.changed()),
-        tensor=artifact.stored_tensor,
+        sites=tuple(sites),
+        weight=lambda site: artifact.difference(sites[site]),
+        form=lambda site: artifact.difference_form(sites[site]),
+        names=tuple(own),
+        tensor=lambda name: artifact.stored_tensor(own[name]),
         nbytes=sum(held.nbytes for held in artifact.stored_headers.values()),
     )

@@ -40,6 +40,11 @@ class Base:
         """Its sites."""
         return Walk(self.source.config, self.source, dtype_of(self.source.config), torch.device("cpu")).anatomy
 
+    def parameter(self, tensor: str) -> str:
+        """The name in the model of a tensor of the folder, which may lack the model's prefix."""
+        slot = self.anatomy.layout.slots.get(tensor)
+        return tensor if slot is None else slot.parameter
+
     def difference(self, folder: Path) -> Difference:
         """What an adapter adds to this model; raises ArtifactError if it does not fit or is not finite.
 
@@ -47,7 +52,7 @@ class Base:
         """
         adapter = opened(folder)
         modules = placed(adapter, self.anatomy)
-        own = {self.anatomy.layout.slots[e.name].parameter: e for e in whole(adapter, self.anatomy, self.source)}
+        own = {self.parameter(entry.name): entry for entry in whole(adapter, self.anatomy, self.source)}
         for module in modules:
             adapter.factors(module)
         for entry in own.values():

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import compress
 from compress import Calibration, Delta, Magnitude, Recipe, RecipeError
@@ -72,6 +73,41 @@ def test_folders_answer_as_the_models_they_denote(tiny_llama: Path, folders: dic
         with torch.inference_mode():
             want = model(input_ids=ids[:1]).logits[0]
         assert float((got[row] - want).norm() / want.norm()) < 1e-5
+
+
+def bare(folder: Path) -> Path:
+    """The same model in files whose tensor names lack the model's prefix, as those of GPT-2 on the hub do."""
+    held = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in held.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    return folder
+
+
+def test_deltas_of_files_whose_names_lack_the_models_prefix(
+    model_folder: Callable[..., Path], hugging_face: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    base, tuned = (bare(shutil.copytree(model_folder("gpt2"), tmp_path / name)) for name in ("base", "tuned"))
+    held = load_file(tuned / "model.safetensors")
+    torch.manual_seed(0)
+    save_file({name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in held.items()},
+              tuned / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    recipe = Recipe(passes=(Magnitude(sparsity=0.5),), calibration=FEW, delta=Delta(base=str(base)))
+    out = compress.run(tuned, recipe, tmp_path / "out").out
+    ids, want = torch.tensor([[5, 9, 31, 7]] * 2), compress.load(out, base=base)
+    with torch.inference_mode():
+        got = load_tenants(base, {"a": out})(ids, ["a", None]).logits
+        wanted = [model(input_ids=ids).logits[0] for model in (want, hugging_face(base))]
+    for row, meant in zip(got, wanted, strict=True):
+        assert float((row - meant).norm() / meant.norm()) < 1e-5
+
+
+def test_a_base_under_other_names_than_its_fine_tune_is_told_what_to_do(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bare(shutil.copytree(model_folder("gpt2"), tmp_path / "base"))
+    recipe = Recipe(passes=(Magnitude(sparsity=0.5),), calibration=FEW, delta=Delta(base=str(base)))
+    with pytest.raises(ArtifactError, match=r"has 'h\.0\.attn.*: load it with transformers and save it again"):
+        compress.run(model_folder("gpt2"), recipe, tmp_path / "out")
 
 
 def test_another_base_is_refused(folders: dict[str, Path], tiny_llama: Path) -> None:
