@@ -19,7 +19,7 @@ from compress.events import (
     Event,
     RunFinished,
 )
-from compress.identity import machine, versions
+from compress.identity import machine, others, versions
 from compress.job import Job, Report
 from compress.journal import Journal
 from compress.model.memory import gpu_peak_bytes, peak_bytes
@@ -128,7 +128,13 @@ def planned(
         check_cache(outlined.model, recipe.kv, to_factor(outlined, recipe))
     tokens = tokens_for(walk, source.path, recipe)
     journal.team.agree(
-        lambda: {"recipe": recipe.to_yaml(), "calibration": tokens.sha256, **machine(walk.device), **versions()}
+        lambda: {
+            "recipe": recipe.to_yaml(),
+            "calibration": tokens.sha256,
+            **machine(walk.device),
+            **versions(),
+            **others(),
+        }
     )
     return Job(
         source=source, walk=walk, recipe=recipe, tokens=tokens, covered=covered, emit=emit, journal=journal,

@@ -11,8 +11,10 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def identity(source: Checkpoint, recipe: Recipe, tokens: Tokens, device: torch.d
         "calibration.name": tokens.name,
         "calibration.tokens": token_hash(tokens),
         **{f"machine.{name}": value for name, value in machine(device).items()},
-        **{f"versions.{name}": value for name, value in versions().items()},
+        **{f"versions.{name}": value for name, value in (versions() | others()).items()},
         "code": code_hash(),
         **{f"code.{name}": sha for name, sha in foreign_code(recipe.passes)},
     }
@@ -58,9 +60,18 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of this program, of Python, and of the packages that compute."""
+    """The versions of this program, of Python, and of the packages that compute in every run."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {"compress": __version__, "python": platform.python_version(), **packages}
+
+
+def others() -> dict[str, str]:
+    """The versions of the installed packages that compute in some runs."""
+    found = {}
+    for name in ("numpy", "scipy", "bitsandbytes", "compressed-tensors"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def model_files(source: Checkpoint) -> dict[str, str]:
@@ -78,10 +89,11 @@ def token_hash(tokens: Tokens) -> str:
     return sha.hexdigest()
 
 
-def code_hash() -> str:
-    """One sha256 of this program's own Python sources."""
+@cache
+def code_hash(packages: tuple[str, ...] = PACKAGES) -> str:
+    """One sha256 of the Python sources of these packages, as they were when this process first asked."""
     sha = sha256()
-    for package in PACKAGES:
+    for package in packages:
         spec = find_spec(package)
         for root in sorted(spec.submodule_search_locations or ()) if spec else ():
             for path in sorted(Path(root).rglob("*.py")):

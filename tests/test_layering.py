@@ -194,7 +194,8 @@ BENCHES = {
     "compress_evals.peers.score": ("compress.sources", "compress.export.words"),
     "compress_evals.peers.subjects": ("compress.calibration",),
     "compress_evals.sweep.grid": ("compress.options",),
-    "compress_evals.sweep.records": ("compress.options",),
+    "compress_evals.subject": ("compress.identity",),
+    "compress_evals.sweep.records": ("compress.identity", "compress.options"),
     "compress_evals.tenants": ("compress.adapters", "compress.codecs", "compress.export", "compress.tenants"),
 }
 

@@ -11,6 +11,7 @@ from functools import cache as once
 from importlib.metadata import version
 from typing import Any
 
+from compress.identity import PACKAGES, code_hash
 from compress_evals.cache import Cache
 from compress_evals.questions import Exam
 from compress_evals.quiet import quiet
@@ -126,9 +127,9 @@ def engine(subject: Subject, exam: Exam, batch_size: int, cache: Cache | None = 
 
 @once
 def software() -> dict[str, str]:
-    """The versions of the packages that may change an answer."""
+    """The versions of the packages that may change an answer, and the hash of our own code."""
     names = ("compress-llm", "lm_eval", "torch", "transformers", "tokenizers")
-    return {name: version(name) for name in names}
+    return {"code": code_hash((*PACKAGES, "compress_evals")), **{name: version(name) for name in names}}
 
 
 def hear(scorer: Any) -> list[Rows]:

@@ -290,6 +290,14 @@ def test_a_suite_that_asks_something_else_reruns_all(
     assert [p.state for p in plan(sweep, tmp_path / "o")] == ["changed"]
 
 
+def test_other_code_reruns_all(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load(written("- rtn-int4"))
+    [before] = plan(sweep, tmp_path / "o")
+    monkeypatch.setattr(records, "software", lambda: {"code": "another"})
+    [after] = plan(sweep, tmp_path / "o")
+    assert before.key != after.key
+
+
 @pytest.mark.usefixtures("stub")
 @pytest.mark.parametrize("file", ["m/config.json", "m/tokenizer.json", "cal.txt"])
 def test_a_model_or_a_calibration_text_that_says_something_else_reruns_its_cells(

@@ -2,7 +2,7 @@
 
 A key covers everything that a result depends on: the recipe with every option; the model's weights, config and
 tokenizer, and those of a delta's base; calibration text that is a file; the evaluation options, with the text, data and
-suite code they name; the device; and the version of this package.
+suite code they name; the device; our own code and that of passes of others; and the versions of what computes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import compress
 from compress.errors import RecipeError
+from compress.identity import foreign_code, others, versions
 from compress.model.source import digest, locate
 from compress.options import build, check_options
 from compress.partial import put
 from compress_evals.data import available
 from compress_evals.folders import describe
 from compress_evals.questions import code
+from compress_evals.subject import software
 from compress_evals.suite import find
 from compress_evals.sweep.grid import Asked, Cell, Sweep
 
@@ -80,8 +81,8 @@ def plan(sweep: Sweep, out: str | Path, device: str = "cpu") -> list[Planned]:
 
 def key_of(cell: Cell, read: Sequence[str], sweep: Sweep, device: str) -> str:
     """The sha256 of everything that a cell's result depends on; `read` holds the hashes of files its recipe names."""
-    parts = [cell.recipe.to_dict(), *read, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
-    parts += [compress.__version__, *files_digest(sweep.asked)]
+    parts: list[Any] = [cell.recipe.to_dict(), *read, asdict(sweep.asked), suite_digest(sweep.asked.suite), device]
+    parts += [versions() | others(), software(), dict(foreign_code(cell.recipe.passes)), *files_digest(sweep.asked)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
