@@ -209,7 +209,10 @@ def jsonl(path: Path) -> Sink:
         raise RecipeError(f"--log: {path} cannot be written: {error.strerror}") from error
 
     def write(event: Event) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+        except OSError as error:
+            raise RecipeError(f"--log: {path} cannot be written: {error.strerror}") from error
 
     return write

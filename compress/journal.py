@@ -31,7 +31,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError, causes, out_of_memory
+from compress.errors import ArtifactError, CompressError, LostProcess, RecipeError, causes, out_of_memory, why
 from compress.events import BlockRecorded, RunInterrupted, RunRestarted, Sink
 from compress.identity import Identity, difference
 from compress.model.memory import apart, staged
@@ -423,10 +423,15 @@ def write(path: Path, value: Any) -> None:
 
 
 def read(path: Path) -> Any:
-    """The value that `write` wrote; None if the file is missing or damaged."""
+    """The value that `write` wrote; None if the file is missing or damaged.
+
+    Raises ArtifactError if it cannot be read for another reason: it may be whole, and must not be discarded.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         whole = sha256(json.dumps(found["record"]).encode()).hexdigest() == found["sha256"]
         return found["record"] if whole else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {why(error)}") from error

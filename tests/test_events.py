@@ -75,6 +75,12 @@ def test_a_log_holds_one_object_a_line(events: list[Event], tmp_path: Path) -> N
     assert rows[0]["sites"] == 14
 
 
+def test_a_log_on_a_full_disk_is_named() -> None:
+    sink = jsonl(Path("/dev/full"))
+    with pytest.raises(RecipeError, match="--log: /dev/full cannot be written: No space left"):
+        sink(Fallback(site="a", step="b", reason="c"))
+
+
 @pytest.mark.parametrize("device", ["warp", "cuda:99", ""])
 def test_a_device_this_machine_lacks_is_refused(device: str, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--device: .* is (unknown|not available on this machine)"):

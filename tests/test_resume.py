@@ -6,6 +6,7 @@ stop between two blocks are interrupted in this process.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -713,6 +714,28 @@ def test_what_is_damaged_is_never_used(
         assert heard.told(RunRestarted)[0].reason.endswith("00001.safetensors is missing or damaged")
     else:
         assert Path(name).name in heard.told(RunRestarted)[0].reason or damage is Path.unlink
+
+
+@pytest.mark.parametrize("name", ["records/00001.json", "identity.json"])
+def test_what_cannot_be_read_is_not_discarded(
+    name: str, own: Path, model: Path, halfway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file server that is away, for example, does not mean that the file is damaged."""
+    read = Path.read_text
+
+    def failing(path: Path, *given: Any, **options: Any) -> str:
+        if path == own / name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path, *given, **options)
+
+    recipe = Recipe(passes=PASSES, calibration=FEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing)
+        with pytest.raises(ArtifactError, match=rf"{name}: cannot be read: Input/output error"):
+            compress.run(model, recipe, own.with_name("o"))
+    heard = continued(model, recipe, own.with_name("o"))
+    assert not heard.told(RunRestarted) and len(heard.told(BlockStarted)) < BLOCKS
+    assert hashes(own.with_name("o")) == halfway[1]
 
 
 @pytest.mark.slow

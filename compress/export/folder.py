@@ -17,14 +17,14 @@ from torch import Tensor
 
 from compress.artifact import Artifact, verify
 from compress.card import export_card
-from compress.errors import ArtifactError, RecipeError, VerificationError
+from compress.errors import ArtifactError, RecipeError, VerificationError, pass_on_memory
 from compress.export.leaf import Leaf, leaf, leaves
 from compress.frontmatter import CARD, carried
 from compress.model.source import INDEX, Checkpoint
 from compress.partial import beside
 from compress.plan import free_place
 from compress.shards import SHARD_SIZE, Entry, WriteError, split, write_shard
-from compress.writer import copy_companions, write_json
+from compress.writer import copy_companions, refusal, write_json
 
 EXPERTS = ".experts."  # part of the names of all experts of a mixture
 
@@ -166,7 +166,8 @@ def put_in_place(
             yield artifact, partial
             partial.rename(out)
         except (OSError, WriteError) as error:
-            raise ArtifactError(f"{out}: cannot be written: {error.__cause__ or error}") from error
+            pass_on_memory(error)
+            raise refusal(out, error) or ArtifactError(f"{out}: the export failed: {error}") from error
 
 
 def write_shards(artifact: Artifact, folder: Path, entries: Any) -> int:

@@ -53,8 +53,10 @@ class Cache:
             damaged = entry["sha256"] != _sha(content) or entry["key"] != key(kind, parts)
         except FileNotFoundError:
             return None
-        except (OSError, EOFError, zlib.error, ValueError, RecursionError, KeyError, TypeError):  # gzip, JSON, layout
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError, KeyError, TypeError):
             damaged = True
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
         if damaged:
             self.damaged(path)
             return None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gzip
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,13 @@ from typing import Any
 import pytest
 
 from compress.errors import RecipeError
+from compress.identity import code_hash
 from compress_evals import answers as asking
 from compress_evals.answers import parts
 from compress_evals.cache import Cache, key
 from compress_evals.questions import Exam, prepare
 from compress_evals.run import measure
-from compress_evals.subject import Subject
+from compress_evals.subject import Subject, software
 from compress_evals.suite import FACTS
 
 TASKS = ["facts_trained", "facts_mc", "facts_context1", "facts_generate"]
@@ -101,6 +105,25 @@ def test_everything_that_decides_an_answer_is_in_the_key(
     monkeypatch.setattr(asking, "software", lambda: {"torch": "next"})
     variants["software"] = parts(of(model), question, exam, 4, None)
     assert len({key("answers", found) for found in variants.values()}) == len(variants)
+
+
+def test_answers_depend_on_our_own_code() -> None:
+    assert re.fullmatch("[0-9a-f]{64}", software()["code"]) and software()["code"] != code_hash()
+
+
+def test_an_entry_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a shared cache it may be valid, but another user's."""
+    notes: list[str] = []
+    cache = Cache(tmp_path)
+    cache.put("answers", {"a": 1}, [2])
+
+    def fail(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(RecipeError, match=r"json\.gz: cannot be read: Permission denied"):
+        cache.get("answers", {"a": 1})
+    assert not notes
 
 
 @pytest.mark.slow
