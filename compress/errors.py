@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory", "bad_alloc", "status_alloc_failed")
 LONGEST = 2000  # characters of a message; the names in it may come from untrusted files
 
 
@@ -106,6 +107,6 @@ def pass_on_memory(error: Exception) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out; torch reports this in several wordings and types."""
+    """Whether an exception means that memory ran out; torch and CUDA's libraries say so in many wordings and types."""
     said = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
+    return isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.errors import ArtifactError, first_line
+from compress.errors import ArtifactError, first_line, pass_on_memory
 from compress.model.source import NAMES, Checkpoint, Held, dtype_of
 
 
@@ -31,6 +31,7 @@ class CompressedTensors(Checkpoint):
         try:
             self.decoder: Any = CompressedTensorsDequantizer(str(path), dtype=self.dtype)
         except Exception as error:  # the library raises whatever its validation finds
+            pass_on_memory(error)
             raise ArtifactError(f"{path}: compressed-tensors cannot decode it: {first_line(error)[:200]}") from error
         self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
 
@@ -73,5 +74,6 @@ class CompressedTensors(Checkpoint):
         try:
             made: Tensor = self.decoder.process({part: self.stored_tensor(part) for part in self.parts[name]})[name]
         except Exception as error:  # the library raises many types for tensors that do not fit its configuration
+            pass_on_memory(error)
             raise ArtifactError(f"{name}: compressed-tensors cannot decode it: {first_line(error)[:200]}") from error
         return made

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from compress.errors import RecipeError, in_short
+from compress.errors import RecipeError, in_short, pass_on_memory
 from compress.runtime.linear import CompressedLinear
 from compress.runtime.lower import lower
 
@@ -346,6 +346,7 @@ def proved(model: Any, chosen: list[Any]) -> list[tuple[Any, Reading]]:
         try:
             feed(model, cache)
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # from family code called in this way
+            pass_on_memory(error)
             raise RecipeError(
                 f"kv: latent: {type(model).__name__} is not supported ({in_short(error)}); load with kv=None"
             ) from error

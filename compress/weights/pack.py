@@ -8,12 +8,13 @@ reading codes as weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.errors import ArtifactError, UnsupportedWeight
+from compress.errors import ArtifactError, UnsupportedWeight, pass_on_memory
 from compress.weights.bits import pack_bits, packed_size, unpack_bits
 from compress.weights.chance import plausible, regenerated
 from compress.weights.expr import Masked, Product, Sum, Weight
@@ -33,6 +34,8 @@ from compress.weights.leaves import (
 )
 from compress.weights.masks import BY_NAME, form_of, likely_bytes, mask_bytes, pack_mask, unpack_mask
 
+SMALLEST = 256  # bytes; smaller tensors of several sites are not worth storing once
+PLAUSIBLE = 1 << 12  # entries a stored byte; if more do not fit the memory, the specification lies
 Spec = dict[str, Any]
 Resolve = Callable[[str, str], Tensor]  # (source, tensor name) -> the base model's tensor
 FLOATS = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
@@ -165,7 +168,16 @@ def unpack(
     except KeyError as error:
         raise ArtifactError(f"the specification or the file lacks {error.args[0]!r}") from error
     except (TypeError, ValueError, RuntimeError, IndexError, OverflowError, UnsupportedWeight) as error:
+        if believable(spec, tensors):
+            pass_on_memory(error)
         raise ArtifactError(f"a stored weight does not fit its specification: {error}") from error
+
+
+def believable(spec: Spec, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors of this size may hold a weight of the shape of a specification."""
+    shape: Any = spec.get("shape")
+    known = isinstance(shape, list | tuple) and all(isinstance(side, int) for side in shape)
+    return known and prod(shape) <= PLAUSIBLE * sum(tensor.nbytes for tensor in tensors.values())
 
 
 def sized(tensor: Tensor, *shapes: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.errors import PlanError, RecipeError
+from compress.errors import PlanError, RecipeError, out_of_memory
 from compress_evals import batching
 from compress_evals.cache import Cache
 from compress_evals.questions import Exam, prepare
@@ -63,6 +63,19 @@ def test_a_model_that_does_not_fit_is_an_error_and_other_errors_are_not_caught()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
+        "std::bad_alloc",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+    ],
+)
+def test_libraries_say_in_their_own_words_that_memory_ran_out(said: str) -> None:
+    assert out_of_memory(RuntimeError(said)) and not out_of_memory(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"))
+
+
 def test_what_ran_out_of_memory_is_run_again_at_half() -> None:
     tried, said = [], []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -177,6 +178,18 @@ def test_a_specification_with_another_shape_is_refused_or_not_believed(name: str
     except ArtifactError:
         return
     assert weight.shape == WHOLE[name].shape
+
+
+def test_memory_that_runs_out_is_not_the_fault_of_a_plausible_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(sys.modules["compress.weights.pack"], "unpack_bits", fail)
+    spec, held = specify(WHOLE["quantized"]), pack(WHOLE["quantized"])
+    with pytest.raises(MemoryError, match="allocate memory"):
+        unpack(spec, held)
+    with pytest.raises(ArtifactError, match="allocate memory"):
+        unpack({**spec, "shape": [60_000, 60_000]}, held)
 
 
 MALFORMED = [
