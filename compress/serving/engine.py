@@ -114,15 +114,17 @@ class Engine:
         """Start new sequences; if they fail together, each is tried alone, so that none fails because of another."""
         try:
             self._join(new)
+            return
         except Exception:  # whatever the error, the affected requests must be answered and the others must go on
-            unheard = [sequence for sequence in new if not sequence.made]
-            if len(new) > 1:
-                for sequence in unheard:
-                    self._admit([sequence])
-            else:
+            if len(new) == 1:
                 LOG.exception("computing a prompt of %d tokens failed", len(new[0].prompt))
-                fail(unheard, FAILED)
-            fail([sequence for sequence in new if sequence not in unheard and not self._runs(sequence)], FAILED)
+        unheard = [sequence for sequence in new if not sequence.made]  # the exception no longer holds what it computed
+        if len(new) > 1:
+            for sequence in unheard:
+                self._admit([sequence])
+        else:
+            fail(unheard, FAILED)
+        fail([sequence for sequence in new if sequence not in unheard and not self._runs(sequence)], FAILED)
 
     def _runs(self, sequence: Sequence) -> bool:
         return self.running is not None and sequence in self.running.sequences

@@ -7,6 +7,7 @@ import copy
 import json
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from compress.model.source import locate
 from compress.runtime.tenants import Difference, Tenants
 from compress.serving import engine
 from compress.serving.app import Language, Limits, Server, context_of
+from compress.serving.engine import Engine
 from compress.serving.requests import Completion
 from compress.serving.running import Piece
 
@@ -346,6 +348,29 @@ def test_a_failing_step_fails_its_requests_and_no_others(
     assert [a.json()["choices"][0]["text"] for a in answers if a.status_code == 200] == want
     assert answers[0].json()["error"]["type"] == "server_error"
     assert "failed" in caplog.text
+
+
+def test_prompts_that_fail_together_are_tried_alone_when_their_memory_is_free(
+    make_server: Make, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, together, alive = make_server(), [], []
+    join = Engine._join
+
+    def failing(self: Engine, new: list[Any]) -> None:
+        large = torch.zeros(8)
+        if len(new) > 1:
+            together.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        alive.extend(one() for one in together)
+        join(self, new)
+
+    monkeypatch.setattr(Engine, "_join", failing)
+
+    async def act(client: httpx.AsyncClient) -> list[httpx.Response]:
+        return await asyncio.gather(*(client.post("/v1/completions", json=ask(model)) for model in "abab"))
+
+    assert [answer.status_code for answer in talk(server, act)] == [200] * 4
+    assert together and alive and not any(one is not None for one in alive)
 
 
 def test_a_dropped_tenant_is_unknown_and_the_others_go_on(make_server: Make, talk: Talk) -> None:
