@@ -364,6 +364,19 @@ def test_the_least_recently_used_leave(fresh: Any, assert_close: Close) -> None:
     assert not tenants.fits(["a", "b", "c"])
 
 
+def test_codes_that_lose_their_mask_count_as_large_as_they_become(fresh: Any) -> None:
+    differences = {name: made(fresh, "2:4 int4", seed, own=False) for seed, name in enumerate("ab")}
+    stored = differences["a"].nbytes
+    with pytest.raises(PlanError, match="the budget is"):
+        Tenants(fresh, differences, budget=stored)
+    tenants = Tenants(fresh, differences, budget=3 * stored)
+    tenants.load(["a", "b"])
+    assert 2 * stored < tenants.delta_bytes() <= 3 * stored
+    tight = Tenants(copy.deepcopy(fresh), differences, budget=2 * stored)
+    with pytest.raises(PlanError, match="2 tenants of this batch"):
+        tight.load(["a", "b"])
+
+
 def test_one_delta_above_the_budget_is_refused(fresh: Any) -> None:
     difference = made(fresh, "signs", 1)
     with pytest.raises(PlanError, match=f"'a' takes {difference.nbytes} bytes"):

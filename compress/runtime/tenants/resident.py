@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from compress.runtime.tenants.coded import Codes, coded, joined
 from compress.runtime.tenants.difference import Difference
 from compress.runtime.tenants.layout import Layout
 from compress.runtime.tenants.part import Part, placed
-from compress.runtime.tenants.parts import resident
+from compress.runtime.tenants.parts import LARGER, resident
 from compress.runtime.tenants.rows import Batch, Rows
 from compress.runtime.tenants.slots import Need, Slot, Stacks, terms_of
 
@@ -94,6 +96,18 @@ def modules_of(site: str, shape: tuple[int, int], layout: Layout, model: nn.Modu
     if not fits:
         raise ArtifactError(f"{site}: the tenant's difference of shape {shape} does not fit the base's matrix")
     return names
+
+
+def most_bytes(difference: Difference) -> int:
+    """The most bytes that a difference takes in memory: integers under a mask may stay without it."""
+    forms = [difference.form(site) for site in difference.sites]
+    return difference.nbytes + sum(ceil((LARGER - 1) * stored) for tree, stored in forms if masks_codes(tree))
+
+
+def masks_codes(tree: Mapping[str, Any]) -> bool:
+    """Whether a specification has integers under a mask."""
+    parts = [*tree.get("terms", ()), *(tree[name] for name in ("left", "right", "values") if name in tree)]
+    return (tree["kind"] == "masked" and tree["values"]["kind"] == "quantized") or any(map(masks_codes, parts))
 
 
 def check_fits(difference: Difference, layout: Layout, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from compress.errors import PlanError, RecipeError, nearest
 from compress.runtime.tenants.difference import Difference
 from compress.runtime.tenants.layout import layout
 from compress.runtime.tenants.own import OwnOf, way_of
-from compress.runtime.tenants.resident import Resident, check_fits, make_resident, need_of, release
+from compress.runtime.tenants.resident import Resident, check_fits, make_resident, most_bytes, need_of, release
 from compress.runtime.tenants.rows import Batch
 from compress.runtime.tenants.slots import Need, Stacks, on_gpu
 from compress.runtime.tenants.step import Step, linear_hook, lookup_hook, own_hook
@@ -29,12 +29,17 @@ from compress.runtime.tenants.step import Step, linear_hook, lookup_hook, own_ho
 
 @dataclass
 class Entry:
-    """A registered tenant, and its resident form if it is in memory."""
+    """A registered tenant, the most bytes it can take, and its resident form if it is in memory."""
 
     difference: Difference
+    most: int
     need: Need | None = None  # set on a GPU only
     resident: Resident | None = None
     used: int = 0
+
+    def nbytes(self) -> int:
+        """The bytes it takes in memory; before it is there, the most that it can take."""
+        return self.most if self.resident is None else self.resident.nbytes()
 
 
 class Tenants:
@@ -91,7 +96,7 @@ class Tenants:
                 raise RecipeError(f"tenant {name!r} already exists; drop it first")
             check_fits(difference, self.layout, self.model)
             need = None if self.stacks is None else need_of(difference, self.layout, self.model, self.stacks)
-            entry = Entry(difference, need)
+            entry = Entry(difference, most_bytes(difference), need)
             if self.budget is not None and self.cost([entry]) > self.budget:
                 raise PlanError(f"tenant {name!r} takes {self.cost([entry])} bytes, the budget is {self.budget}")
             self.entries[name] = entry
@@ -131,9 +136,9 @@ class Tenants:
         return self.cost(entries) <= self.budget
 
     def cost(self, entries: Sequence[Entry]) -> int:
-        """Bytes of these tenants together: as stored; on a GPU, as in stacks made for them alone, plus the rest."""
+        """Bytes of these tenants together; on a GPU, as in stacks made for them alone, plus the rest."""
         if self.stacks is None:
-            return sum(entry.difference.nbytes for entry in entries)
+            return sum(entry.nbytes() for entry in entries)
         needs = [entry.need for entry in entries if entry.need is not None]
         held = [entry.resident.nbytes() for entry in entries if entry.resident is not None]
         rest = [entry.need.rest for entry in entries if entry.need is not None and entry.resident is None]
@@ -181,7 +186,7 @@ class Tenants:
             entry = self.entries[name]
             if entry.resident is None:
                 if self.stacks is None:
-                    self.make_room(entry.difference.nbytes, names)
+                    self.make_room(entry.most, names)
                 entry.resident = make_resident(entry.difference, self.layout, self.model, entry.need)
                 self.hook(entry.resident)
             found[name] = entry.resident
