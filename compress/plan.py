@@ -18,7 +18,16 @@ import torch
 
 from compress.artifact import is_artifact
 from compress.calibration import Tokens, draw
-from compress.errors import ArtifactError, CalibrationError, PlanError, RecipeError, first_line, why
+from compress.errors import (
+    ArtifactError,
+    CalibrationError,
+    PlanError,
+    RecipeError,
+    first_line,
+    in_short,
+    pass_on_memory,
+    why,
+)
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
 from compress.model.reshaped import walk_over
@@ -210,7 +219,7 @@ def tokens_for(walk: Walk, folder: Path, recipe: Recipe) -> Tokens:
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         if recipe.needs_data():
-            raise CalibrationError(f"{folder}: no tokenizer can be loaded, and calibration needs one")
+            raise CalibrationError(f"{folder}: there is no tokenizer, and calibration needs one")
         vocabulary = int(walk.model.get_input_embeddings().num_embeddings)
         probe = torch.randint(0, vocabulary, (4, min(64, limit)), generator=torch.Generator().manual_seed(0))
         return Tokens(windows=(), probe_NT=probe, name="none (no tokenizer)", sha256="")
@@ -244,7 +253,7 @@ def longest_window(walk: Walk) -> int:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a folder, or None if there is none that can be loaded.
+    """The tokenizer of a folder, or None if it has none; raises CalibrationError for one that cannot be loaded.
 
     A folder without a vocabulary has none: transformers would build an empty tokenizer of the model's type, and
     calibration would run on nothing but unknown tokens.
@@ -255,5 +264,6 @@ def tokenizer_of(folder: Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # transformers and tokenizers raise anything from OSError to KeyError for a damaged file
-        return None
+    except Exception as error:  # transformers and tokenizers raise anything from OSError to KeyError
+        pass_on_memory(error)
+        raise CalibrationError(f"{folder}: its tokenizer cannot be loaded: {in_short(error)}") from error

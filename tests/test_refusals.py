@@ -196,7 +196,7 @@ def test_a_missing_tokenizer(single: Path, refused: Any) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (single / name).unlink()
     said = refused(single, "passes: [wanda]")
-    assert "no tokenizer can be loaded, and calibration needs one" in said
+    assert "there is no tokenizer, and calibration needs one" in said
 
 
 def test_a_hub_dataset_without_a_network(single: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:

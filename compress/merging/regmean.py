@@ -167,5 +167,5 @@ def tokens_of(walk: Walk, member: Member, base: Checkpoint, calibration: Calibra
     """
     tokenizer = tokenizer_of(member.source.path) or tokenizer_of(base.path)
     if tokenizer is None:
-        raise CalibrationError(f"{member.label}: no tokenizer can be loaded, and regmean needs one")
+        raise CalibrationError(f"{member.label}: there is no tokenizer, and regmean needs one")
     return in_vocabulary(draw(calibration, tokenizer, longest_window(walk)), walk, member.label)

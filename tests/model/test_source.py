@@ -205,7 +205,7 @@ def test_a_shard_that_is_no_safetensors_is_refused(sharded: Path) -> None:
 def test_without_a_tokenizer_calibration_is_refused(single: Path) -> None:
     (single / "tokenizer.json").unlink()
     (single / "tokenizer_config.json").unlink()
-    with pytest.raises(CalibrationError, match="no tokenizer can be loaded, and calibration needs one"):
+    with pytest.raises(CalibrationError, match="there is no tokenizer, and calibration needs one"):
         compress.run(single, [Wanda()], single.parent / "out")
     assert not (single.parent / "out").exists()
 
@@ -252,10 +252,19 @@ def test_a_weight_that_is_not_finite_is_named(name: str, tiny_llama: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("step", [Magnitude(), Wanda()])
+def test_a_tokenizer_that_cannot_be_loaded_is_refused(step: Any, single: Path) -> None:
+    """Otherwise the probe would be random tokens although the model has words."""
+    (single / "tokenizer.json").write_text("{")
+    with pytest.raises(CalibrationError, match="its tokenizer cannot be loaded: "):
+        compress.run(single, [step], single.parent / "out")
+    assert not (single.parent / "out").exists()
+
+
 def test_a_folder_without_a_vocabulary_counts_as_without_a_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(CalibrationError, match="no tokenizer can be loaded"):
+    with pytest.raises(CalibrationError, match="there is no tokenizer"):
         compress.run(folder, [compress.Wanda()], tmp_path / "out")
 
 

@@ -144,6 +144,7 @@ def test_a_vocabulary_of_any_name_is_a_fine_tunes_own(
     for file in tuned.glob("tokenizer*"):
         file.unlink()
     (tuned / "spiece.model").write_bytes(b"pieces")
+    monkeypatch.setattr("compress.plan.tokenizer_of", lambda folder: None)
     recipe = Recipe(passes=(Magnitude(sparsity=0.5),), delta=Delta(base=str(tiny_llama)))
     out = compress.run(tuned, recipe, tmp_path / "out").out
     monkeypatch.setattr("compress.serving.languages.tokenizer_of", lambda folder, told: read)
