@@ -25,6 +25,7 @@ from compress.model.source import ADAPTER, INDEX, Shard, digest, leaves
 from compress.partial import beside, exchange, flush
 from compress.shards import Entry, WriteError, split, write_shard
 from compress.weights import Dense, External, Weight, pack, specify, unpack
+from compress.weights.pack import SMALLEST
 
 COPIED = (".json", ".txt", ".model", ".jinja")  # tokenizer and generation files of the source
 REFUSING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors of a disk that does not take the data
@@ -35,7 +36,6 @@ NOT_COPIED = (
     ADAPTER,  # beside whole weights, transformers would look for an adapter
 )  # fmt: skip
 PICTURE = "ledger.svg"
-SMALLEST = 256  # bytes; smaller tensors are not worth deduplicating
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from compress.recipe import Recipe
 from compress.weights import Codebook, Dense, Hadamard, Masked, Permutation, Weight
 from compress.weights.bits import packed_size
 from compress.weights.masks import likely_bytes
-from compress.writer import SMALLEST
+from compress.weights.pack import SMALLEST
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -26,7 +26,7 @@ from compress import (
     pattern,
 )
 from compress.passes import VQ, BitDelta, FineTune
-from compress.passes.hybrid.finetune import Reals, with_reals
+from compress.passes.hybrid.finetune import Reals, is_shared, with_reals
 from compress.weights import pack
 
 BlockMaker = Callable[..., Any]
@@ -218,3 +218,12 @@ def test_of_a_difference_the_scales_alone_are_learned(block_of: BlockMaker) -> N
         site.weight = made[name]
         torch.testing.assert_close(site.view(), base[name].data + made[name].dense())
     assert distance(block) < 0.98 * before
+
+
+def test_scales_that_are_equal_by_chance_are_learned_apart() -> None:
+    """One factor of several sites is stored once; single scales are stored for each."""
+    assert is_shared(torch.ones(1, 1), torch.ones(1, 1)) is False
+    one = torch.ones(16, 16)
+    assert is_shared(one, one.clone()) and is_shared(one[:1, :1], one) is False
+    small = torch.ones(1, 1)
+    assert is_shared(small, small)

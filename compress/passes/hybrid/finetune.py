@@ -26,6 +26,7 @@ from compress.weights import (
     Sum,
     Weight,
 )
+from compress.weights.pack import SMALLEST
 
 REAL = (torch.float32, torch.bfloat16, torch.float16)  # 8-bit scales stay: a small step would not change them
 
@@ -136,6 +137,11 @@ class FineTune(Trainer, name="finetune"):
             reals = learners[site.name]
             if isinstance(reals, Reals):
                 for i, held in enumerate(reals.held):
-                    same = (moved for other, moved in known if other.shape == held.shape and torch.equal(other, held))
+                    same = (moved for other, moved in known if is_shared(other, held))
                     reals.moved[i] = next(same, reals.moved[i])
                 known += zip(reals.held, reals.moved, strict=True)
+
+
+def is_shared(one: Tensor, other: Tensor) -> bool:
+    """Whether two sites hold one tensor; single scales may also be equal by chance, and are stored for each site."""
+    return one is other or (one.nbytes >= SMALLEST and one.shape == other.shape and torch.equal(one, other))
