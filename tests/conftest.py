@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of every tested family, sites with measured inputs, and one numeric comparison.
+"""Shared fixtures: tiny random models of some families, sites with measured inputs, and one numeric comparison.
 
 Not here: reference results (`naive.py`) and the properties of every node and pass (`conformance.py`). Models are built,
 never downloaded; their sizes are deliberately unusual (width 48, inner 72, vocabulary 211, grouped heads).
@@ -201,9 +201,30 @@ def tiny_llama(model_folder: ModelMaker) -> Path:
     return model_folder("llama")
 
 
+@pytest.fixture(scope="session")
+def gemma3n(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 Gemma 3n of three blocks, the second of which leaves its keys and values for the third."""
+    from transformers import AutoConfig
+
+    from compress.model.architecture import auto_class
+
+    config = AutoConfig.for_model(
+        "gemma3n_text", **{**SIZES, "num_hidden_layers": 3, "intermediate_size": [72] * 3}, head_dim=12,
+        vocab_size_per_layer_input=211, hidden_size_per_layer_input=16, sliding_window=8, num_kv_shared_layers=1,
+        layer_types=["sliding_attention", "full_attention", "full_attention"], laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("gemma3n")
+    torch.manual_seed(0)
+    auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """Each tested family in turn."""
+    """Each of six plain decoders in turn; `model/test_families.py` has all tested families."""
     return str(request.param)
 
 

@@ -253,10 +253,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_two_runs_write_the_same_bytes(
-    artifact: Path, family: str, model_folder: Any, tmp_path: Path, recipe_24_int4: Recipe
+    llama_artifact: Path, tiny_llama: Path, tmp_path: Path, recipe_24_int4: Recipe
 ) -> None:
-    again = compress.run(model_folder(family, sharded=True), recipe_24_int4, tmp_path / "another name").out
-    assert files(again) == files(artifact)
+    again = compress.run(tiny_llama, recipe_24_int4, tmp_path / "another name").out
+    assert files(again) == files(llama_artifact)
 
 
 def test_another_seed_writes_other_bytes(

@@ -52,7 +52,7 @@ def test_it_gives_json(cli: Command) -> None:
 def test_what_is_missing_is_named_with_what_it_would_enable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed", lambda package: None if package == "gguf" else "1")
     said = [line for line in doctor.missing(doctor.examine()) if "gguf" in line]
-    assert said == ["gguf is missing: export --to gguf; pip install 'compress-llm[formats]'"]
+    assert said == ["gguf is missing: export --to gguf; pip install gguf"]
 
 
 def test_every_optional_package_is_of_an_extra() -> None:

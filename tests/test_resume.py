@@ -520,26 +520,11 @@ def test_what_blocks_leave_for_later_blocks_is_put_back() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_whose_blocks_share_keys_and_values_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
-    from transformers import AutoConfig
-
-    from compress.model.architecture import auto_class
-
-    layers = ["sliding_attention", "full_attention", "full_attention"]
-    config = AutoConfig.for_model(
-        "gemma3n_text", vocab_size=211, hidden_size=48, intermediate_size=[72] * 3, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
-        pad_token_id=3, head_dim=12, vocab_size_per_layer_input=211, hidden_size_per_layer_input=16, sliding_window=8,
-        layer_types=layers, num_kv_shared_layers=1, laurel_rank=8, activation_sparsity_pattern=[0.0] * 3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "m")
-    for file in tiny_llama.glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "m" / file.name)
+def test_a_model_whose_blocks_share_keys_and_values_goes_on(gemma3n: Path, tmp_path: Path) -> None:
     recipe = Recipe(passes=(GPTQ(sites="*mlp*", group=8),), calibration=FEW)
-    compress.run(tmp_path / "m", recipe, tmp_path / "whole")
-    stopped(tmp_path / "m", recipe, tmp_path / "o", behind=1)
-    assert continued(tmp_path / "m", recipe, tmp_path / "o").told(RunResumed) == [RunResumed(done=2, count=3)]
+    compress.run(gemma3n, recipe, tmp_path / "whole")
+    stopped(gemma3n, recipe, tmp_path / "o", behind=1)
+    assert continued(gemma3n, recipe, tmp_path / "o").told(RunResumed) == [RunResumed(done=2, count=3)]
     assert hashes(tmp_path / "o") == hashes(tmp_path / "whole")
 
 

@@ -161,22 +161,9 @@ def test_what_several_were_stopped_at_one_goes_on_with(
 
 @pytest.mark.slow
 def test_keys_and_values_that_blocks_leave_to_others_are_found_again(
-    models: dict[str, Path], tiny_llama: Path, order: Order, alone: Any, tmp_path: Path
+    models: dict[str, Path], gemma3n: Path, order: Order, alone: Any, tmp_path: Path
 ) -> None:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from compress.model.architecture import auto_class
-
-    layers = ["sliding_attention", "full_attention", "full_attention"]
-    config = AutoConfig.for_model(
-        "gemma3n_text", vocab_size=211, hidden_size=48, intermediate_size=[72] * 3, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
-        pad_token_id=3, head_dim=12, vocab_size_per_layer_input=211, hidden_size_per_layer_input=16, sliding_window=8,
-        layer_types=layers, num_kv_shared_layers=1, laurel_rank=8, activation_sparsity_pattern=[0.0] * 3,
-    )  # fmt: skip
-    models["shared"] = tmp_path / "m"
-    auto_class(config).from_config(config, dtype=torch.float32).save_pretrained(models["shared"])
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(models["shared"])
+    models["shared"] = gemma3n
     (tmp_path / "o").mkdir()
     out = tmp_path / "o" / "o"
     once = str(tmp_path / "o" / "o.partial" / "records" / "00002.json")

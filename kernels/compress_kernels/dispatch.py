@@ -168,14 +168,6 @@ def issue_rate(device: Device) -> float:
     return ISSUED * LANES * device.multiprocessors * device.clock
 
 
-@lru_cache(maxsize=256)
-def most_rows(form: Format, device: Device) -> int:
-    """Rows of x, of a few sizes up to 512, up to which the kernel is expected to be no slower than decoding first."""
-    weights = 1 << 24
-    rows = [m for m in (1, 8, 16, 32, 64, 128, 256, 512) if predict(form, m, weights, device).path == KERNEL]
-    return max(rows, default=0)
-
-
 def tuned(kind: str, rows: int, out: int, inputs: int, device: torch.device) -> tuning.Choice | None:
     """What `compress tune` chose for a kind of packed form on this GPU.
 

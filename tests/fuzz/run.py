@@ -1,6 +1,6 @@
 """Fuzzes for a bounded time: `python tests/fuzz/run.py SECONDS [PLACE]`, which `make fuzz` calls.
 
-It uses atheris if that is installed (`pip install 'compress-llm[fuzz]'`), else hypothesis. Inputs that reach new code
+It uses atheris if that is installed (the extra `fuzz`), else hypothesis. Inputs that reach new code
 are kept in PLACE, in one folder per target, and the next run starts from them; a failing input is saved there as
 `crash-...`.
 """

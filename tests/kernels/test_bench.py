@@ -13,7 +13,7 @@ import torch
 
 from compress_kernels import dispatch, tuning, wq
 from compress_kernels.bench import first, fit, gpu, plot, search, subjects
-from compress_kernels.dispatch import DEVICES, Format, known, most_rows, predict
+from compress_kernels.dispatch import DEVICES, Format, known, predict
 
 CPU = torch.device("cpu")
 INT4 = Format(name="int4 g128", bytes=0.516, instructions=(2.05, 2.4, 3.0))
@@ -85,7 +85,7 @@ def test_prediction_is_the_roofline(device: object) -> None:
     assert few.path == "kernel" and 1 < few.speedup < 2 / INT4.bytes
     assert large.bound == "memory" and large.speedup == pytest.approx(2 / EIGHT.bytes, rel=0.01)
     assert many.path == "dense" and many.speedup < 1
-    assert 16 <= most_rows(INT4, device) < 4096  # type: ignore[arg-type]
+    assert predict(INT4, 16, 1 << 24, device).path == "kernel"  # type: ignore[arg-type]
 
 
 def recorded() -> list[dict[str, Any]]:

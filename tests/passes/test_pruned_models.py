@@ -49,6 +49,7 @@ METHODS: dict[str, tuple[Pass, ...]] = {
     "global": (Global(), Magnitude(sparsity=0.5)),
     "sensitivity": (Sensitivity(), SparseGPT(sparsity=0.5)),
 }
+PRUNERS = ("magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "swaps", "reconstruct")
 COMPENSATED = ("sparsegpt", "alps", "reconstruct")
 every = pytest.mark.parametrize("name", METHODS)
 SHORT = Calibration(samples=6, length=32)
@@ -119,8 +120,15 @@ def test_an_input_that_never_fires_is_cut_first(name: str, tiny_llama: Path, hug
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("later", [GPTQ(group=8), GPTQ(group=8, target="original"), RTN(group=8)], ids=str)
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "ria", "sparsegpt", "alps", "dsnot", "swaps", "reconstruct"])
+@pytest.mark.parametrize(
+    ("name", "later"),
+    [
+        *((name, GPTQ(group=8, target="original")) for name in PRUNERS),
+        ("wanda", GPTQ(group=8)),
+        ("wanda", RTN(group=8)),
+    ],
+    ids=str,
+)
 def test_a_later_quantizer_keeps_the_mask(
     name: str, later: Pass, tiny_llama: Path, hugging_face: Any, ids: Tensor
 ) -> None:

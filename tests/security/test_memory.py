@@ -19,17 +19,15 @@ SOME = 48 << 20  # bytes; the calibration windows of the built-in model alone ta
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "error",
+    ("error", "after"),
     [
-        MemoryError("on purpose"),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
-        ),
-        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        (MemoryError("on purpose"), 0),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"), 0),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), 0),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"), 9),
     ],
-    ids=["Python", "torch", "a GPU"],
+    ids=["Python", "torch", "a GPU", "torch after a block"],
 )
-@pytest.mark.parametrize("after", [0, 9])
 def test_a_forward_that_runs_out_of_memory(
     error: Exception, after: int, tiny_llama: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
