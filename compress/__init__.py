@@ -353,7 +353,7 @@ def require_evals() -> None:
     """Raise RecipeError if the extra `eval` is not installed."""
     missing = [name for name in ("lm_eval", "datasets") if find_spec(name) is None]
     if missing:
-        raise RecipeError(f"evaluation needs {', '.join(missing)}: pip install 'compress-llm[eval]'")
+        raise RecipeError(f"evaluation needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def evaluate(paths: str | Path | list[str | Path], base: str | Path | None = None, **options: Any) -> Any:

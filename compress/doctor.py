@@ -38,6 +38,7 @@ OPTIONAL = {  # package -> (extra of compress-llm, what it enables)
     "bitsandbytes": ("formats", "the pass nf4, export --to bitsandbytes"),
     "gguf": ("formats", "export --to gguf"),
     "triton": ("kernels", "our kernels on a GPU"),
+    "ray": ("ray", "compress sweep --engine ray"),
     "fastapi": ("serve", "compress serve"),
     "uvicorn": ("serve", "compress serve"),
     "prometheus-client": ("serve", "compress serve: its metrics"),
@@ -148,7 +149,7 @@ def missing(found: dict[str, Any]) -> Iterator[str]:
     """One sentence for each thing that is missing or damaged."""
     for row in found["optional"]:
         if row["version"] is None:
-            yield f"{row['package']} is missing: {row['enables']}; pip install 'compress-llm[{row['extra']}]'"
+            yield f"{row['package']} is missing: {row['enables']}; pip install {row['package']}"
     if not found["gpus"]:
         why = "there is no GPU here" if found["cuda"]["torch"] else "this torch is built without CUDA"
         yield f"no GPU: {why}; everything runs on the CPU"

@@ -82,7 +82,7 @@ def require_serving() -> None:
     """Raise RecipeError if the extra `serve` is not installed."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise RecipeError(f"serving needs {', '.join(missing)}: pip install 'compress-llm[serve]'")
+        raise RecipeError(f"serving needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def url_of(host: str, port: int) -> str:

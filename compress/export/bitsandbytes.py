@@ -47,7 +47,7 @@ def export_bitsandbytes(path: Path, out: Path) -> Exported:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise RecipeError(f"--to {NAME} needs bitsandbytes: pip install 'compress-llm[formats]'") from error
+        raise RecipeError(f"--to {NAME} needs bitsandbytes: pip install bitsandbytes") from error
     del bitsandbytes
     return write_folder(path, out, BitsAndBytes)
 

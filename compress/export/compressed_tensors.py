@@ -42,7 +42,7 @@ def export_compressed_tensors(path: Path, out: Path) -> Exported:
     try:
         import compressed_tensors
     except ImportError as error:
-        raise RecipeError(f"--to {NAME} needs compressed-tensors: pip install 'compress-llm[formats]'") from error
+        raise RecipeError(f"--to {NAME} needs compressed-tensors: pip install compressed-tensors") from error
     del compressed_tensors
     return write_folder(path, out, CompressedTensors)
 

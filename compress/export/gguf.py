@@ -62,7 +62,7 @@ def export_gguf(path: Path, out: Path) -> Exported:
     try:
         import gguf
     except ImportError as error:
-        raise RecipeError("--to gguf needs gguf: pip install 'compress-llm[formats]'") from error
+        raise RecipeError("--to gguf needs gguf: pip install gguf") from error
     del gguf
     with put_in_place(path, out) as (artifact, partial):
         config = llama_config(artifact)

@@ -86,7 +86,7 @@ def functional() -> Any:
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise RecipeError("nf4 needs bitsandbytes: pip install 'compress-llm[formats]'") from error
+        raise RecipeError("nf4 needs bitsandbytes: pip install bitsandbytes") from error
     finally:
         logger.disabled = before
     return bitsandbytes.functional

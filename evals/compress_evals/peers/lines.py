@@ -19,7 +19,7 @@ from compress_evals.peers.subjects import SUBJECTS
 MIB = 1 << 20
 OURS = "ours"
 TITLES = {"wanda": "Wanda 2:4", "sparsegpt": "SparseGPT 2:4", "gptq": "GPTQ int4 g128", "rtn": "RTN int4 g128"}
-HEAD = ("job", "tool", "cpu s", "theirs / ours", "wall s", "peak over base, MiB", "theirs / ours", "no file's, MiB",
+HEAD = ("job", "tool", "cpu s", "theirs / ours", "wall s", "peak over base, MiB", "theirs / ours", "anonymous, MiB",
         "layer error", "worst", "KL")  # fmt: skip
 
 
