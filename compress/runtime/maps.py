@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.runtime.shared import SharedInput
-from compress.weights import Dense, Diagonal, Hadamard, Product, Weight, rounded_for
+from compress.weights import Dense, Diagonal, Hadamard, Product, Weight, input_transform, rounded_for
 from compress_kernels import cpu
 from compress_kernels.tuning import bucket
 
@@ -65,7 +65,7 @@ class FewRows(Biased):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ W.T + b`; the packed form is used only if x has the matrix's dtype and needs no gradient."""
         if x.dtype == self.many.matrix.dtype and x.numel() // x.shape[-1] <= self.few and not differentiated(x):
-            y = self.packed.linear(x.reshape(-1, x.shape[-1]))
+            y = self.packed.linear(x.reshape(-1, x.shape[-1]).contiguous())
             return (y if bias is None else y + bias).view(*x.shape[:-1], y.shape[-1])
         return torch.as_tensor(self.many(x, bias))
 
@@ -199,11 +199,9 @@ class Parallel(nn.Module):
 
 def kept_transform(weight: Weight) -> Weight:
     """A weight with the same input transform and no rows, which is all that rounding an input needs."""
-    match weight:
-        case Product(left, Hadamard() | Diagonal() as right):
-            return Product(Dense(torch.empty(0, left.shape[1])), right)
-        case _:
-            return Dense(torch.empty(0, weight.shape[1]))
+    nothing = Dense(torch.empty(0, weight.shape[1]))
+    transform = input_transform(weight)
+    return nothing if transform is None else Product(nothing, transform)
 
 
 def share(modules: Sequence[nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from compress.weights.claims import check_claims, nodes
 from compress.weights.expr import Masked, Product, Sum, Weight
 from compress.weights.grid import Grid
-from compress.weights.inputs import INPUTS, rounded_for, rounded_inputs
+from compress.weights.inputs import INPUTS, input_transform, rounded_for, rounded_inputs
 from compress.weights.leaves import (
     BOOKS,
     Codebook,
@@ -24,6 +24,6 @@ from compress.weights.tree import put_together, taken_apart
 __all__ = [
     "BOOKS", "INPUTS", "NM", "Blocks", "Codebook", "Dense", "Diagonal", "External", "Grid", "Hadamard", "Masked",
     "Nested", "Pattern", "PerMatrix", "PerRow", "Permutation", "Product", "Quantized", "Scaled", "Signs", "Sum",
-    "Weight", "check_claims", "nodes", "pack", "pattern", "put_together", "rounded_for", "rounded_inputs", "specify",
-    "taken_apart", "unpack",
+    "Weight", "check_claims", "input_transform", "nodes", "pack", "pattern", "put_together", "rounded_for",
+    "rounded_inputs", "specify", "taken_apart", "unpack",
 ]  # fmt: skip

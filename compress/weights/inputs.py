@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.weights.expr import Product, Weight
+from compress.weights.expr import Product, Sum, Weight
 from compress.weights.leaves import Diagonal, Hadamard
 
 INPUTS = ("int8", "fp8")
@@ -41,16 +41,27 @@ def on_grid(x: Tensor, kind: str) -> Tensor:
     raise ValueError(f"inputs: {kind!r} is unknown; allowed: {', '.join(INPUTS)}")
 
 
+def input_transform(weight: Weight) -> Hadamard | Diagonal | None:
+    """The rotation or scaling of the input by which a weight, or the first term of a sum that has one, begins."""
+    match weight:
+        case Product(_, Hadamard() | Diagonal() as transform):
+            return transform
+        case Sum(terms):
+            return next((found for term in terms if (found := input_transform(term)) is not None), None)
+        case _:
+            return None
+
+
 def rounded_for(weight: Weight, x: Tensor, kind: str) -> Tensor:
     """The x [..., in] for which `weight` gives what its first factor gives for the rounded, transformed input.
 
     A rotation or scaling at the input is meant to make rounding harmless, so it is applied before: T^-1 round(T x).
     """
-    match weight:
-        case Product(_, Hadamard(positive) as turn):
+    match input_transform(weight):
+        case Hadamard(positive) as turn:
             back = Hadamard(torch.ones_like(positive)).linear(rounded_inputs(turn.linear(x.float()), kind))
             return (back * torch.where(positive, 1.0, -1.0)).to(x.dtype)
-        case Product(_, Diagonal(diagonal)):
+        case Diagonal(diagonal):
             wide = diagonal.float()
             return (rounded_inputs(x.float() * wide, kind) / wide).to(x.dtype)
         case _:

@@ -64,3 +64,12 @@ def test_what_transforms_the_input_comes_before_the_rounding(transform: Weight, 
     torch.testing.assert_close(weight.linear(rounded_for(weight, x, kind)), want, rtol=1e-4, atol=1e-3)
     plain = weight.linear(rounded_inputs(x, kind))
     assert float((plain - want).norm()) > 1e-3 * float(want.norm())
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_term_beside_a_rotated_weight_leaves_the_rounding_in_the_rotation(kind: str) -> None:
+    x, turned = tokens()[1], Dense(torch.randn(7, 24)) @ Hadamard(torch.arange(24) % 3 > 0)
+    beside = Dense(torch.randn(7, 2)) @ Dense(torch.randn(2, 24))
+    for together in (turned + beside, beside + turned):
+        assert torch.equal(rounded_for(together, x, kind), rounded_for(turned, x, kind))
+    assert not torch.equal(rounded_for(beside, x, kind), rounded_for(turned, x, kind))
