@@ -28,6 +28,7 @@ from compress.serving.requests import Asked, Chat, Completion, body_of, parsed
 from compress.serving.running import Piece, Sequence, check_cache
 from compress.serving.text import Text
 
+BEFORE = 5  # tokens of a prompt with which the text that continues it is decoded
 LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length")  # config keys for the length of the context
 
 
@@ -153,7 +154,7 @@ class Server:
             tenant=tenant,
             limit=min(room, wanted or self.limits.max_tokens),
             sampling=asked.sampling(),
-            text=Text(language.tokenizer, asked.stops()),
+            text=Text(language.tokenizer, asked.stops(), prompt[-BEFORE:] if isinstance(asked, Completion) else ()),
             ends=language.ends,
             emit=emit,
         )

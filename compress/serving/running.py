@@ -60,8 +60,9 @@ class Sequence:
     def take(self, token: int) -> bool:
         """Emit the text of one more token; returns whether the sequence is finished."""
         if token in self.ends:
+            rest = self.text.finish()  # without the end token, which a tokenizer may take for text
             self.text.tokens.append(token)
-            self.emit(Piece(self.text.finish(), self.made, "stop"))
+            self.emit(Piece(rest, self.made, "stop"))
             return True
         new = self.text.add(token)
         if self.text.stopped:

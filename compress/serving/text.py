@@ -9,10 +9,13 @@ UNFINISHED = "\ufffd"  # what a tokenizer decodes an incomplete character to
 
 
 class Text:
-    """The text of a growing list of tokens, returned in pieces that will not change."""
+    """The text of a growing list of tokens, returned in pieces that will not change.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stops = tokenizer, tuple(stops)
+    `before` are the last tokens of the text that it continues: decoders drop the space at the beginning of a text.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+        self.tokenizer, self.stops, self.before = tokenizer, tuple(stops), list(before)
         self.tokens: list[int] = []
         # Tokens before `start` are not decoded again; the text of those before `told` is in `held` or was returned.
         self.start = self.told = 0
@@ -34,8 +37,9 @@ class Text:
 
     def _decoded(self, final: bool) -> str:
         """The text of tokens not decoded before; empty while it ends in an incomplete character, unless `final`."""
-        before = self._decode(self.tokens[self.start : self.told])
-        now = self._decode(self.tokens[self.start :])
+        context = [] if self.start else self.before
+        before = self._decode(context + self.tokens[self.start : self.told])
+        now = self._decode(context + self.tokens[self.start :])
         if len(now) <= len(before) or (now.endswith(UNFINISHED) and not final):
             return ""
         self.start, self.told = self.told, len(self.tokens)

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import httpx
@@ -22,10 +23,12 @@ from compress import Dense
 from compress.model.source import locate
 from compress.runtime.tenants import Difference, Tenants
 from compress.serving import engine
-from compress.serving.app import Language, Limits, Server, context_of
+from compress.serving.app import BEFORE, Language, Limits, Server, context_of
 from compress.serving.engine import Engine
 from compress.serving.requests import Completion
-from compress.serving.running import Piece
+from compress.serving.running import Piece, Sequence
+from compress.serving.sampling import Sampling
+from compress.serving.text import Text
 
 MODELS = ("tiny", "a", "b", "c")
 Talk = Callable[..., Any]
@@ -47,7 +50,9 @@ def solo(server: Server, asked: dict[str, Any]) -> str:
     """What the tenant says when it is alone."""
     name = None if asked["model"] == "tiny" else asked["model"]
     tokens = server.tenants.generate([asked["prompt"]], [name], asked["max_tokens"], stop=2)[0]
-    return str(server.tokenizer.decode(tokens, skip_special_tokens=True))
+    before = asked["prompt"][-BEFORE:]
+    decode = partial(server.tokenizer.decode, skip_special_tokens=True)
+    return str(decode([*before, *tokens]))[len(decode(before)) :]
 
 
 async def streamed(client: httpx.AsyncClient, path: str, asked: dict[str, Any]) -> list[Any]:
@@ -126,6 +131,26 @@ def test_a_seed_repeats_an_answer_and_another_changes_it(make_server: Make, talk
 
     first, second, third = talk(make_server(), act)
     assert first == second != third
+
+
+def test_a_text_goes_on_behind_its_prompt_with_its_space(make_server: Make) -> None:
+    """A decoder that drops the space at the beginning of a text would join the words of prompt and answer."""
+    tokenizer = make_server().tokenizer
+    ids = tokenizer("the king the king", add_special_tokens=False).input_ids
+    prompt, made = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+    whole, text = tokenizer.decode(ids), Text(tokenizer, before=prompt[-BEFORE:])
+    assert tokenizer.decode(prompt) + "".join(map(text.add, made)) + text.finish() == whole
+    plain = Text(tokenizer)
+    assert "".join(map(plain.add, made)) + plain.finish() == tokenizer.decode(made) == whole[-len("the king") :]
+
+
+def test_an_end_token_that_is_no_special_one_is_not_part_of_the_answer(make_server: Make) -> None:
+    tokenizer, said = make_server().tokenizer, list[Piece]()
+    made, end = tokenizer("the king", add_special_tokens=False).input_ids, tokenizer.convert_tokens_to_ids("t")
+    asked = Sequence(prompt=[5], tenant=None, limit=99, sampling=Sampling(), text=Text(tokenizer),
+                     ends=frozenset({end}), emit=said.append)  # fmt: skip
+    assert [asked.take(token) for token in [*made, end]] == [False] * len(made) + [True]
+    assert "".join(piece.text for piece in said) == tokenizer.decode(made) and said[-1].tokens == len(made) + 1
 
 
 def test_a_temperature_next_to_nothing_is_the_likeliest_token(make_server: Make, talk: Talk) -> None:
