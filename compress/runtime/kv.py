@@ -258,7 +258,7 @@ def attach(model: Any, kept: Kept | Mapping[str, Any]) -> None:
     new = maker(model, read_kept(kept))
     model._own_cache = new
     model.register_forward_pre_hook(partial(_enter, new), with_kwargs=True)
-    model.generate = partial(_generate, model.generate, model.generation_config, new)
+    model.generate = partial(_generate, model.generate, new)
 
 
 def own_cache(model: Any) -> Callable[[], Cache] | None:
@@ -290,11 +290,21 @@ def _enter(
     return None
 
 
-def _generate(generate: Callable[..., Any], usual: Any, new: Callable[[], Cache], *args: Any, **kwargs: Any) -> Any:
-    """Call `generate` with a new cache, unless the caller passes one, names an implementation or wants none."""
-    config = signature(generate).bind_partial(*args, **kwargs).arguments.get("generation_config") or usual
-    used = kwargs.get("use_cache", config.use_cache) is not False
-    named = kwargs.get("cache_implementation", config.cache_implementation)
-    if used and not named and kwargs.get("past_key_values") is None:
+def _generate(generate: Any, new: Callable[[], Cache], *args: Any, **kwargs: Any) -> Any:
+    """Call `generate` with a new cache, unless the caller passes one, names an implementation or wants none.
+
+    Each setting is that of the call, or else of the config passed, or else of the model's own config. There, "hybrid"
+    means what a model does by itself, as in transformers.
+    """
+    passed = signature(generate).bind_partial(*args, **kwargs).arguments.get("generation_config")
+    usual = generate.__self__.generation_config
+
+    def setting(name: str) -> Any:
+        values = (kwargs.get(name), getattr(passed, name, None), getattr(usual, name, None))
+        return next((value for value in values if value is not None), None)
+
+    named = setting("cache_implementation")
+    inherited = named == usual.cache_implementation == "hybrid"
+    if setting("use_cache") is not False and (not named or inherited) and kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = new()
     return generate(*args, **kwargs)

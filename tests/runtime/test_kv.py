@@ -342,6 +342,23 @@ def test_the_callers_choice_of_cache_is_left_alone(builtin: tuple[Any, Any], pro
     assert model.generate(prompt, config).get("past_key_values") is None
 
 
+def test_the_models_own_config_counts_at_the_call(
+    builtin: tuple[Any, Any], prompt: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma's says "hybrid", which transformers takes for its default; a config that is passed fills in the rest."""
+    from transformers import GenerationConfig
+
+    _, model = builtin
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    for implementation, kind in (("hybrid", "QuantizedCache"), ("static", "StaticCache")):
+        changed = copy.deepcopy(model.generation_config)
+        changed.cache_implementation = implementation
+        monkeypatch.setattr(model, "generation_config", changed)
+        for config in (None, GenerationConfig(**options)):
+            found = model.generate(prompt, **({"generation_config": config} if config else options))
+            assert type(found.past_key_values).__name__ == kind
+
+
 def test_a_copy_of_the_model_uses_its_own_weights(tiny_llama: Path, ids: Tensor) -> None:
     model = compress.load(tiny_llama, kv={"bits": 4, **SMALL})
     twin = copy.deepcopy(model)
