@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +25,7 @@ from compress.export.dense import export_dense
 from compress.model.source import Checkpoint
 from compress.model.travellers import batched, tokens_at_once
 from compress.passes import PassManager
+from compress.planning import plan_run
 from compress.recipe import Recipe
 
 INDEX = "model.safetensors.index.json"
@@ -197,6 +201,14 @@ def test_experts_with_low_memory_may_be_called_while_they_compute(experts_artifa
     assert torch.equal(logits(model, ids), want)
 
 
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_experts_are_cast_with_their_model(low_memory: bool, experts_artifact: Path, ids: Tensor) -> None:
+    options = {"low_memory": low_memory, "experts_implementation": "eager"}
+    model = compress.load(experts_artifact, **options).to(torch.bfloat16)
+    model.load_state_dict(model.state_dict())
+    assert logits(model, ids).dtype == torch.bfloat16
+
+
 def test_kept_weights_obey_the_pattern(artifact: Path) -> None:
     source = Artifact(artifact)
     kept = [source.expression(site).mask_OI.unflatten(1, (-1, 4)).sum(2).unique().tolist() for site in source.specs]
@@ -287,6 +299,20 @@ def test_the_folder_has_the_parts_of_a_hugging_face_model(llama_artifact: Path) 
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     assert names == shards | {INDEX, "config.json", "compress.json", "README.md", "ledger.svg",
                               "generation_config.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+
+
+def test_sites_that_stay_count_as_their_file_holds_them(tiny_llama: Path, tmp_path: Path) -> None:
+    """Also where the config names a smaller dtype than that of the file, whose tensors are copied as they are."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    report = compress.run(folder, [RTN(group=8, sites="*mlp*")], tmp_path / "out")
+    entries = {name: math.prod(held.shape) for name, held in Checkpoint(folder).headers.items() if "_proj" in name}
+    copied = sum(4 * count for name, count in entries.items() if "self_attn" in name)
+    rounded = sum(row["bytes"] for row in Artifact(report.out).provenance["sites"].values())
+    assert report.bits_per_weight == pytest.approx(8 * (copied + rounded) / sum(entries.values()))
+    planned = plan_run(folder, Recipe(passes=(RTN(group=8, sites="*mlp*"),)))
+    assert planned.bits_per_weight == pytest.approx(report.bits_per_weight)
 
 
 def test_the_report_is_what_the_folder_holds(tiny_llama: Path, tmp_path: Path, recipe_24_int4: Recipe) -> None:

@@ -66,9 +66,10 @@ class CompressedExperts:
         self.replaced = self.kept and any(key.startswith(f"{prefix}stored.") for key in state_dict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the decoded stacks along with the module."""
+        """Move and cast the decoded stacks along with the module, also those that are decoded later."""
         moved = super()._apply(fn, recurse)  # type: ignore[misc]
         self.decoded = {name: fn(stack) for name, stack in self.decoded.items()}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return moved
 
 
