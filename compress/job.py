@@ -41,7 +41,8 @@ from compress.model.divergence import mean_kl
 from compress.model.family import TESTED
 from compress.model.memory import give_back, gpu_peak_bytes, peak_bytes
 from compress.model.reshaped import walk_over
-from compress.model.source import Checkpoint, display_name, locate
+from compress.model.site import Site
+from compress.model.source import Checkpoint, display_name, locate, stored_share
 from compress.model.travellers import Travellers, batched, tokens_at_once
 from compress.model.walk import Walk
 from compress.model.whole import Whole
@@ -229,11 +230,19 @@ class Job:
         names = [name for name in streams if (self.team.chief if name in everywhere else not last)]
         return {name: streams[name] for name in names}
 
+    def copied_bytes(self, site: Site) -> int:
+        """The bytes of a site that is copied from the source as it is, whose dtype may be another than the config's."""
+        held = stored_share(self.source.headers, site.place.tensor, site.shape[0] * site.shape[1])
+        return site.weight.nbytes() if held is None else held
+
     def pack_block(self, writer: ArtifactWriter, block: Block) -> Write:
         """Pack a block, check the limits, and return the function that writes it."""
         expressed, plain = self.divide(block)
         packed = writer.pack(expressed, plain)
         sizes = {s.name: 0 if s.idle else packed.nbytes(s.name, s.weight) for s in block.sites.values()}
+        for site in block.sites.values():
+            if site.name not in expressed and not site.idle:
+                sizes[site.name] = self.copied_bytes(site)
         facts = {
             "rows": {name: record(block.sites[name], sizes[name]) for name in expressed},
             "stored": sum(sizes.values()),

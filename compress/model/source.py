@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -364,6 +364,12 @@ def opened(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         pass_on_memory(error)
         raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def stored_share(headers: Mapping[str, Any], tensor: str, entries: int) -> int | None:
+    """The bytes of so many entries of a stored tensor, of which they may be a part; None without such a tensor."""
+    held = headers.get(tensor)
+    return None if held is None else int(held.nbytes) * entries // max(1, prod(held.shape))
 
 
 def state_of(path: Path) -> tuple[int, int, int]:

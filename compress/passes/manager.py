@@ -237,7 +237,7 @@ class PassManager:
                 peers.setdefault(self.chosen_for(site)[index], []).append(site)
         for step, same in peers.items():
             if isinstance(step, WeightPass):
-                self.rewrite(step, same)
+                self.rewrite(index, step, same)
 
     def rewrite_together(self, step: BlockPass, block: Block, sites: Sequence[Site]) -> None:
         """Apply a pass to these sites of a block and report each.
@@ -287,8 +287,11 @@ class PassManager:
         """The statistics that the passes on these sites require of their input."""
         return tuple(dict.fromkeys(kind for site in group for step in self.steps(site) for kind in step.requires))
 
-    def rewrite(self, step: WeightPass, sites: Sequence[Site]) -> None:
-        """Apply one pass to sites of one input and report each; raises CompressError if a result is not finite."""
+    def rewrite(self, index: int, step: WeightPass, sites: Sequence[Site]) -> None:
+        """Apply the pass of this index, with the options that these sites of one input share, and report each.
+
+        Raises CompressError if a result is not finite.
+        """
         known = {site.name: len(site.fallbacks) for site in sites}
         for site in sites:
             step.check(site.name, site.shape)
@@ -298,7 +301,7 @@ class PassManager:
         made = {site.name: made[site.name] if site.name in made else step.rewrite_unfed(site) for site in sites}
         seconds = (time.monotonic() - began) / len(sites)
         for site in sites:
-            self.put(step, site, made[site.name], known[site.name], seconds)
+            self.put(self.chosen_for(site)[index], site, made[site.name], known[site.name], seconds)
 
     def starves(self, step: SitePass, site: Site) -> bool:
         """Whether too few tokens reach a site for a pass; if so, this is recorded at the site and reported."""

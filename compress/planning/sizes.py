@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from compress.errors import UnsupportedWeight
 from compress.model.anatomy import Place
 from compress.model.site import Site
-from compress.model.source import Checkpoint
+from compress.model.source import Checkpoint, stored_share
 from compress.model.walk import Walk
 from compress.passes.base import Pruner, Quantizer, SitePass, WeightPass
 from compress.passes.budget import governed
@@ -117,6 +118,8 @@ def block_plans(
     plans = []
     for place in places:
         name, size, bound = place.site, likely.nbytes(place.site), most.nbytes(place.site)
+        if not likely.touched[name]:  # copied as the file holds it, in whatever dtype
+            size = bound = stored_share(getattr(walk.source, "headers", {}), place.tensor, prod(place.shape)) or size
         bound = max(size, bound + room(most.sites[name].weight)) - spared_most.get(name, 0)
         note = likely.notes.get(name, "") or ("" if exact or not likely.touched[name] else DIFFERENCE)
         if loose != tight and any(tight[i] != loose[i] for i in likely.touched[name]):

@@ -550,3 +550,11 @@ def test_a_part_that_ruins_the_model_is_named(tiny_llama: Path, hugging_face: An
 def test_shapes_are_checked_before_a_budget_measures(tiny_llama: Path, hugging_face: Any, ids: Tensor) -> None:
     with pytest.raises(RecipeError, match=r"wanda: model\.layers\.0\.self_attn\.q_proj: 5:7 needs a width"):
         PassManager([Sensitivity(), Wanda(sparsity="5:7")]).apply(hugging_face(tiny_llama), ids)
+
+
+def test_fractions_measured_close_together_are_one_step() -> None:
+    part = curve(("s",), 10, (0.9995, 0.9996, 0.9997), [1e-4, 1e-2, 1e-1])
+    assert len(set(part.options)) < len(part.options)
+    for at in range(len(part.options)):
+        _, reached = next_step(part, at)
+        assert reached == 0 or part.options[reached] != part.options[at]

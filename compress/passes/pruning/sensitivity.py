@@ -249,5 +249,6 @@ def next_step(p: Part, at: int) -> tuple[float, int]:
     steps = [
         ((p.costs[j] - p.costs[at]) / (p.size * (amount(p.options[at]) - amount(p.options[j]))), j)
         for j in range(at + 1, len(p.options))
+        if p.options[j] != p.options[at]  # fractions measured close together are equal once rounded
     ]
     return min(steps, default=(0.0, 0))
