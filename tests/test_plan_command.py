@@ -51,8 +51,11 @@ from compress.passes import PASSES, Pass
 from compress.planning import Machine, Plan, plan_run
 from compress.planning.costs import modelled, not_modelled
 from compress.planning.machine import measure, place, read, write
-from compress.planning.resources import CODE, VERSION_1, VERSION_2, within_group, within_limit
+from compress.planning.resources import CODE, VERSION_1, VERSION_2, held_together, within_group, within_limit
+from compress.planning.seconds import forwards_of
+from compress.planning.sizes import plan_sites
 from compress.recipe import load
+from compress.stats import Gram
 from compress.weights import Dense, Weight
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -156,16 +159,31 @@ def test_a_pass_that_says_nothing_is_counted_as_it_was(tiny_llama: Path, monkeyp
     assert plan.unmodelled == ("silent",)
 
 
-def small_mixtral(folder: Path, dtype: torch.dtype) -> Path:
-    """Two blocks of three experts."""
+def small_mixtral(folder: Path, dtype: torch.dtype, experts: int = 3) -> Path:
+    """Two blocks of three experts, or of another number."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config: dict[str, Any] = {
         "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 1, "vocab_size": 211,
+        "num_key_value_heads": 2, "num_local_experts": experts, "num_experts_per_tok": 1, "vocab_size": 211,
     }  # fmt: skip
     AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **config)).to(dtype).save_pretrained(folder)
     return folder
+
+
+def test_experts_are_measured_together(tmp_path: Path, walk_of: Any) -> None:
+    """One pass over the tokens measures all experts of a layer, and each token reaches as many of them as before."""
+    gram, forwards, held = Gram.nbytes(48), [], []
+    for experts in (3, 12):
+        walk = walk_of(small_mixtral(tmp_path / str(experts), torch.float32, experts))
+        for ordering in ("site", "block"):
+            recipe = Recipe(passes=(GPTQ(group=8, sites="*experts*"),), ordering=ordering)
+            plans = plan_sites(walk, recipe)
+            forwards.append(forwards_of(walk, recipe, plans, 48))
+            sizes = {p.site: Gram.nbytes(p.shape[1]) for p in plans.values() if "layers.0" in p.site and p.steps}
+            held.append(held_together(walk, recipe, sizes) / experts)
+    assert forwards[2] < forwards[0] + 1 and forwards[3] < forwards[1] + 1
+    assert held[0] == held[2] >= gram and held[1] == held[3] > held[0]
 
 
 def test_experts_that_are_left_beside_others_are_counted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from compress.model.anatomy import Place
-from compress.model.block import WIDEST
+from compress.model.block import TOGETHER, WIDEST
 from compress.model.memory import peak_bytes, resident_bytes
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
@@ -24,7 +24,7 @@ from compress.planning.costs import F32, LEARNED, MEASURED, aheads, work_of
 from compress.planning.costs.ahead import Ahead
 from compress.planning.costs.learning import ERRORS, HIDDEN, INNER
 from compress.planning.scale import Load, Sized, child_of, kept_probes, kinds_of, load_of, remembers, selects, sized
-from compress.planning.sizes import SitePlan, read_together_names
+from compress.planning.sizes import SitePlan, measured_together, read_together_names
 from compress.recipe import Recipe
 from compress.stats import Gram
 
@@ -73,7 +73,7 @@ def in_block(walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str,
     size, load = sized(walk, source), load_of(walk, recipe)
     own = [plans[p.site] for p in walk.anatomy.of_block(size.index) if plans[p.site].steps]
     rewritten = sum(prod(p.shape) * (size.itemsize + F32 * moves(recipe, p)) + p.held for p in own)
-    statistics = max((statistics_bytes(recipe, p) for p in own), default=0)
+    statistics = held_together(walk, recipe, {p.site: statistics_bytes(recipe, p) for p in own})
     solving = max((solver_bytes(recipe, p) for p in own), default=0)
     stored = sum(p.bytes for p in own)
     written = stored + max((F32 * prod(p.shape) for p in own), default=0)
@@ -89,6 +89,16 @@ def in_block(walk: Walk, source: Checkpoint, recipe: Recipe, plans: Mapping[str,
         "logits of the dense model": load.probe * size.vocabulary * size.itemsize if recipe.reshapes else 0,
         "kernels cached by oneDNN": sizes_bytes(walk, recipe, plans, load),
     }  # fmt: skip
+
+
+def held_together(walk: Walk, recipe: Recipe, bytes_of: Mapping[str, int]) -> int:
+    """The most bytes of statistics held at once: of one input, of independent experts, or of a block's inputs."""
+    stages = [
+        [max(bytes_of[name] for name in group) for group in stage] for stage in measured_together(walk, list(bytes_of))
+    ]
+    if recipe.ordering != "site":
+        return sum(map(sum, stages))
+    return max((min(sum(stage), max(TOGETHER, *stage)) for stage in stages), default=0)
 
 
 def moves(recipe: Recipe, plan: SitePlan) -> bool:

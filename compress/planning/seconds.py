@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from math import ceil, prod
 from typing import Any
 
-from compress.model.block import WIDEST
+from compress.model.block import TOGETHER, WIDEST
 from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.passes.learned import LOOKS, Trainer
@@ -14,7 +14,7 @@ from compress.planning.costs import F32, LEARNED, Work, aheads, work_of
 from compress.planning.costs.learning import BACKWARD
 from compress.planning.machine import Machine
 from compress.planning.scale import Load, Sized, child_of, kept_probes, kinds_of, load_of, remembers, selects, sized
-from compress.planning.sizes import SitePlan, read_together_names
+from compress.planning.sizes import SitePlan, measured_together, read_together_names
 from compress.recipe import Recipe
 from compress.stats import SIDE, Gram
 
@@ -132,14 +132,18 @@ def forwards_of(walk: Walk, recipe: Recipe, plans: Mapping[str, SitePlan], hidde
     names = [p.site for p in walk.anatomy.of_block(0)]
     whole = sum(prod(plans[n].shape) for n in names) or 1
     total, child, inside, left = 0, "", 0, 0  # `left`: what the output of this child still needs
-    for group in read_together_names(names):
-        size = sum(prod(plans[n].shape) for n in group)
-        measured = any(kinds_of(recipe, plans[n]) for n in group)
+    for stage in measured_together(walk, names):
+        group = stage[0]
+        size = sum(prod(plans[n].shape) for group in stage for n in group)
+        measured = any(kinds_of(recipe, plans[n]) for group in stage for n in group)
+        inputs = [plans[group[0]] for group in stage]
+        held = sum(kind.nbytes(p.shape[1]) for p in inputs for kind in kinds_of(recipe, p))
         if remembers(recipe) and child_of(walk, group[0]) != child:
             total, inside, left = total + left, 0, 0  # the child before is done: its output is computed once and cached
             child = child_of(walk, group[0])
         if measured:
-            total = total + inside if recipe.ordering == "site" else inside  # one pass, up to the last input
+            times = ceil(held / TOGETHER) if len(stage) > 1 else 1
+            total = total + times * inside if recipe.ordering == "site" else inside  # one pass, up to the last input
         inside += size
         kept = remembers(recipe) and measured and plans[group[0]].shape[1] <= WIDEST * hidden
         left = size if kept else inside
@@ -154,6 +158,6 @@ def gathered(
     for index in range(len(walk.blocks)):
         for group in read_together_names([p.site for p in walk.anatomy.of_block(index)]):
             width = plans[group[0]].shape[1]
-            kinds = dict.fromkeys(kinds_of(group))
-            total += sum(tokens * width * (min(2 * width, width + SIDE) if k.square else 20) for k in kinds)
+            kinds, read = dict.fromkeys(kinds_of(group)), tokens * active(walk, group[0])
+            total += sum(read * width * (min(2 * width, width + SIDE) if k.square else 20) for k in kinds)
     return total

@@ -206,6 +206,15 @@ def read_together_names(sites: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
+def measured_together(walk: Walk, sites: Sequence[str]) -> list[list[list[str]]]:
+    """The groups of sites whose inputs a run measures in one pass: those of the independent experts of a layer."""
+    stages: dict[str, list[list[str]]] = {}
+    for group in read_together_names(sites):
+        place = walk.anatomy.places[group[0]]
+        stages.setdefault(place.peers if place.routed else group[0], []).append(group)
+    return list(stages.values())
+
+
 def kept_parts(before: Weight, after: Weight) -> list[str]:
     """The names of those parts of a weight, as in `parts`, that a pass left unchanged."""
     held = {id(tensor) for _, tensor in parts(after)}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress import Dense, Grid, Masked, Product, Weight, pattern
 from compress.runtime.lower import lower, rule_of
-from compress.runtime.maps import Matrix, Parallel
+from compress.runtime.maps import FewRows, Matrix, Parallel
 
 WIDTH = 256
 
@@ -68,3 +68,13 @@ def test_no_rows_give_no_rows(bits: int, inputs: str) -> None:
     y = lower(weight, torch.bfloat16, inputs)(torch.zeros(2, 0, WIDTH, dtype=torch.bfloat16))
 
     assert y.shape == (2, 0, WIDTH)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_views_of_x_are_read_as_copies_are(bits: int) -> None:
+    weight = Grid(bits=bits, group=0 if bits == 8 else 32, symmetric=bits == 8).quantize(normal(256, 256))
+    module = lower(weight, torch.bfloat16)
+    assert isinstance(module, FewRows)
+    x = normal(2, 5, 512, seed=1).bfloat16()
+    for view in (x[:, -1, :256], x[:, -1:, ::2], x[..., :256].transpose(0, 1), x[0, :1, :256].expand(3, 256)):
+        assert torch.equal(module(view), module(view.contiguous()))
