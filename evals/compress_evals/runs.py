@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.optimize import brentq
+from scipy.special import digamma, ndtr, ndtri, polygamma, stdtrit
 
 Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
 Z = float(ndtri(0.5 + CONFIDENCE / 2))
 FARTHEST = 16.0  # standard errors at which the search for p ends; p is 1e-57 there
+FEWEST = 20  # ratios from which `Common` is fitted
+HALVES, MOST = (1e-3, 1e6), 1e6  # between which half its degrees of freedom are searched; at most so many are used
 HALVINGS = 50  # bisection steps from there, down to the last digits
 
 
@@ -29,12 +32,14 @@ class Runs:
     """The spread of the scores of several runs of one recipe.
 
     `count` is the number of runs. `spread` is the standard deviation of their scores, in the unit of the score, and
-    `flips` the standard deviation that flips of single questions explain. Both are 0 for a single run.
+    `flips` the standard deviation that flips of single questions explain. Both are 0 for a single run. `borrowed` are
+    degrees of freedom from the runs of other recipes (`Common`).
     """
 
     count: int = 1
     spread: float = 0.0
     flips: float = 0.0
+    borrowed: float = 0.0
 
     @property
     def between(self) -> float:
@@ -44,15 +49,58 @@ class Runs:
     @property
     def half(self) -> float:
         """The half-width that runs add, in quadrature, to the 95 % interval over questions of their mean."""
-        return math.sqrt(_added(Z, self.count, self.spread, self.flips))
+        return math.sqrt(_added(Z, self.count, self.spread, self.flips, self.borrowed))
 
     @property
     def lasting(self) -> float:
         """The part of `half` that no number of questions would reduce."""
-        return math.sqrt(_added(Z, self.count, self.between, 0.0))
+        return math.sqrt(_added(Z, self.count, self.between, 0.0, self.borrowed))
 
 
 ONE = Runs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What many recipes say about the spread between runs of one: its variance, as a multiple of that from flips.
+
+    `ratio` is the typical multiple, `freedom` the degrees of freedom that this knowledge is worth; infinite if recipes
+    do not differ in it more than a few runs let expect.
+    """
+
+    ratio: float
+    freedom: float
+
+    @staticmethod
+    def of(found: Sequence[Runs]) -> Common | None:
+        """Fitted to the logarithms of all ratios; None for fewer than FEWEST of them.
+
+        Source: Smyth, Statistical Applications in Genetics and Molecular Biology 2004, section 6.2; of the ratio to
+        known variances as in Lund et al., ibid. 2012.
+        """
+        known = [one for one in found if one.count > 1 and one.spread and one.flips]
+        if len(known) < FEWEST:
+            return None
+        degrees = np.array([one.count - 1.0 for one in known]) / 2
+        ratios = np.array([(one.spread / one.flips) ** 2 for one in known])
+        logs = np.log(ratios) - digamma(degrees) + np.log(degrees)
+        excess = float(logs.var(ddof=1) - polygamma(1, degrees).mean())
+        if excess <= 0:
+            return Common(ratio=math.exp(float(logs.mean())), freedom=math.inf)
+        half = float(brentq(lambda x: float(polygamma(1, x)) - excess, *HALVES))
+        return Common(ratio=math.exp(float(logs.mean() + digamma(half) - math.log(half))), freedom=2 * half)
+
+    def moderated(self, one: Runs) -> Runs:
+        """The spread of one recipe in the light of all, at least its own; unchanged for a single run.
+
+        Two or three runs tell so little about their spread that no difference between recipes would survive the
+        correction for many comparisons.
+        """
+        if one.count < 2 or not one.flips:
+            return one
+        own, freedom = one.count - 1, min(self.freedom, MOST)
+        variance = (freedom * self.ratio * one.flips**2 + own * one.spread**2) / (freedom + own)
+        return replace(one, spread=max(one.spread, math.sqrt(variance)), borrowed=freedom)
 
 
 def between_runs(values: ArrayLike, errors: ArrayLike) -> Runs:
@@ -98,7 +146,7 @@ def two_sided(distances: ArrayLike, variances: ArrayLike, runs: Sequence[Sequenc
     `variances` are those over questions; each entry of `runs` [terms][distances] widens the interval as in `with_runs`.
     """
     far, variance = np.abs(np.asarray(distances, dtype=np.float64)), np.asarray(variances, dtype=np.float64)
-    terms = [np.array([(one.count, one.spread, one.flips) for one in term]).T for term in runs]
+    terms = [np.array([(one.count, one.spread, one.flips, one.borrowed) for one in term]).T for term in runs]
     low, high = np.zeros_like(far), np.full_like(far, FARTHEST)
     for _ in range(HALVINGS if far.size else 0):
         z = (low + high) / 2
@@ -108,7 +156,7 @@ def two_sided(distances: ArrayLike, variances: ArrayLike, runs: Sequence[Sequenc
     return p
 
 
-def _added(z: Any, count: Any, spread: Any, flips: Any) -> Any:
+def _added(z: Any, count: Any, spread: Any, flips: Any, borrowed: Any) -> Any:
     """The square of the half-width that runs add to an interval of `z` standard errors over questions on each side."""
-    student = -stdtrit(np.maximum(count - 1, 1), ndtr(-z))
+    student = -stdtrit(np.maximum(count - 1, 1) + borrowed, ndtr(-z))
     return np.maximum(0.0, (student * spread) ** 2 - (z * flips) ** 2) / count

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import norm, ttest_1samp
 
 from compress_evals import stats
-from compress_evals.runs import ONE, Runs, between_runs, plain_spread, two_sided, with_runs
+from compress_evals.runs import ONE, Common, Runs, between_runs, plain_spread, two_sided, with_runs
 
 Drawn = tuple[stats.Floats, stats.Floats, float]
 
@@ -163,3 +164,50 @@ def test_equal_recipes_share_a_rank_however_far_their_runs_lie_apart() -> None:
         apart["counted"] += stats.significance_groups(columns, runs=spreads) != [1, 1]
     assert apart["ignored"] / times > 0.15
     assert apart["counted"] / times <= 0.09
+
+
+def sampled(rng: Any, apart: float, loss: float = 0.0) -> tuple[Any, Runs]:
+    """One column of a recipe of three runs, 400 questions, and the spread between its runs."""
+    hard = np.random.default_rng(1).normal(size=400)
+    answers = (hard + apart * rng.normal(size=(3, 1)) + 0.3 * rng.normal(size=(3, 400)) > loss).astype(float)
+    errors = (answers - answers.mean(axis=1, keepdims=True)) / 400
+    return answers.mean(axis=0) / 400, between_runs(answers.mean(axis=1), errors)
+
+
+def test_what_recipes_have_in_common_tells_them_apart_and_not_equal_ones() -> None:
+    """With Student's 2 degrees of freedom alone, no difference survives the correction for hundreds of pairs."""
+    rng, wrong, told, before, times = np.random.default_rng(5), 0, 0, 0, 60
+    for _ in range(times):
+        found = [sampled(rng, apart) for apart in (0.0, 0.0, 0.05, 0.1) * 6]
+        worse = sampled(rng, 0.05, loss=1.0)
+        columns, runs = zip(*found, worse, strict=True)
+        common = Common.of(runs)
+        assert common is not None
+        moderated = [common.moderated(one) for one in runs]
+        assert all(
+            new.spread >= old.spread and new.count == old.count for new, old in zip(moderated, runs, strict=True)
+        )
+        wrong += set(stats.significance_groups(columns[:-1], runs=moderated[:-1])) != {1}
+        told += stats.significance_groups(columns, runs=moderated)[-1] > 1
+        before += stats.significance_groups(columns, runs=runs)[-1] > 1
+    assert wrong / times <= 0.05
+    assert told / times > 0.7 and before < told / 2
+
+
+def test_the_fit_finds_how_spreads_were_drawn() -> None:
+    """Variances drawn from a scaled inverse chi-square, the model of the source, of 3 runs each."""
+    rng = np.random.default_rng(2)
+    true = 2.5 * 8 / rng.chisquare(8, size=4000)
+    common = Common.of([Runs(count=3, spread=math.sqrt(v * rng.chisquare(2) / 2), flips=1.0) for v in true])
+    assert common is not None
+    assert common.freedom == pytest.approx(8, rel=0.3) and common.ratio == pytest.approx(2.5, rel=0.1)
+    alike = Common.of([Runs(count=3, spread=math.sqrt(rng.chisquare(2) / 2), flips=1.0) for _ in range(4000)])
+    assert alike is not None and alike.freedom > 30 and alike.ratio == pytest.approx(1, rel=0.1)
+
+
+def test_few_recipes_and_single_runs_have_nothing_in_common() -> None:
+    assert Common.of([Runs(count=3, spread=1.0, flips=1.0)] * 19) is None
+    common = Common.of([Runs(count=3, spread=1.0, flips=1.0)] * 20)
+    assert common is not None and common.moderated(ONE) is ONE
+    same = Runs(count=3)
+    assert common.moderated(same) is same

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress_evals.leaderboard.collect import Board, Entry
-from compress_evals.runs import CONFIDENCE, ONE, Runs, between_runs, with_runs
+from compress_evals.runs import CONFIDENCE, ONE, Common, Runs, between_runs, with_runs
 from compress_evals.stats import Floats, quantile, significance_groups
 
 Numbers = NDArray[np.intp]
@@ -67,7 +67,10 @@ def standings(board: Board) -> list[Standing]:
     found = [_standing(board, entry, index) for entry in board.compressed]
     ranked = [(i, kept) for i, standing in enumerate(found) if (kept := standing.kept) is not None]
     shares = [kept for _, kept in ranked]
-    ranks = significance_groups(_columns(shares, 2 * len(board.clusters)), runs=[kept.runs for kept in shares])
+    spreads = [kept.runs for kept in shares]
+    common = Common.of([kept.runs for standing in found for kept in standing.families.values()])
+    spreads = spreads if common is None else [common.moderated(one) for one in spreads]
+    ranks = significance_groups(_columns(shares, 2 * len(board.clusters)), runs=spreads)
     numbers = {i: rank for (i, _), rank in zip(ranked, ranks, strict=True)}
     return [replace(standing, rank=numbers.get(i)) for i, standing in enumerate(found)]
 
