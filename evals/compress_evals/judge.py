@@ -210,7 +210,7 @@ def summarise(items: Sequence[Item], calls: int) -> Judged:
         delta=_mean(delta),
         low=pair.low if pair else None,
         high=pair.high if pair else None,
-        noise_sd=noise_sd([scores for item in items for scores in (item.dense_scores, item.compressed_scores)]),
+        noise_sd=noise_sd([scores for item in items for scores in scored(item)]),
         wins=verdicts["compressed"],
         ties=verdicts["tie"],
         losses=verdicts["dense"],
@@ -223,6 +223,11 @@ def summarise(items: Sequence[Item], calls: int) -> Judged:
         failures=dict(sorted(Counter(reason for item in items for reason in item.failures).items())),
         items=tuple(items),
     )
+
+
+def scored(item: Item) -> tuple[Sequence[float | None], ...]:
+    """The scores of each different answer of a pair."""
+    return (item.dense_scores,) if item.identical else (item.dense_scores, item.compressed_scores)
 
 
 def noise_sd(repeated: Sequence[Sequence[float | None]]) -> float | None:

@@ -59,7 +59,7 @@ class Cells:
         self.levels: dict[str, list[Level]] = {}
         for entry in board.compressed:
             recipe = _recipe(entry)
-            if recipe is None or len(recipe.passes) != 1 or recipe.calibration.seed:
+            if recipe is None or len(recipe.passes) != 1 or (recipe.calibration.seed and not entry.runs):
                 continue
             [step] = recipe.passes
             setting = getattr(step, "sparsity", None)
@@ -231,7 +231,8 @@ def n_of_m(cells: Cells) -> Finding:
 def eight_bits(cells: Cells) -> Finding:
     """The finding that 8-bit weights lose 8 to 10 % of factoid answers."""
     found = [(method, cells.at(method, 8)) for method in ("rtn", "gptq", "hqq")]
-    pairs = [(method, cells.pooled(entry, CLOSED)) for method, entry in found if entry is not None]
+    asked = [(method, entry) for method, entry in found if entry is not None and cells.tasks(CLOSED)]
+    pairs = [(method, cells.pooled(entry, CLOSED)) for method, entry in asked]
     return Finding(
         title="Even 8 bits cost knowledge",
         published="8-bit weights lose 8 to 10 % of factoid answers (relative)",
@@ -291,7 +292,7 @@ def criteria(cells: Cells) -> Finding:
     lines, better = [], []
     for method in ("wanda", "sparsegpt"):
         entry = cells.at(method, 0.5)
-        if entry is not None and magnitude is not None:
+        if entry is not None and magnitude is not None and cells.tasks(CLOSED):
             pair = cells.pooled(entry, CLOSED, magnitude)
             better.append(pair.low > 0)
             lines.append(f"{method} against magnitude, 50 %, closed book: {points(pair)}, p = {pair.p:.2g}")
@@ -309,7 +310,7 @@ def samples(cells: Cells) -> Finding:
     found = {}
     for method in ("wanda", "sparsegpt"):
         few, many = (cells.at(method, 0.7, count) for count in (8, 128))
-        if few is not None and many is not None:
+        if few is not None and many is not None and cells.tasks(CLOSED):
             found[method] = cells.pooled(many, CLOSED, few)
     helped = {method: pair.low > 0 for method, pair in found.items()}
     known = len(helped) == 2

@@ -15,7 +15,7 @@ import pytest
 from compress.errors import ArtifactError, RecipeError
 from compress_evals import judge as judging
 from compress_evals.endpoint import Endpoint, Unanswered, check_url
-from compress_evals.judge import Pair, judge, noise_sd, pairs_of
+from compress_evals.judge import Item, Pair, judge, noise_sd, pairs_of, scored
 from compress_evals.replies import read_preference, read_score
 from compress_evals.results import Data, Results, save
 
@@ -140,6 +140,9 @@ def test_noise_is_pooled_and_leaves_failures_out() -> None:
     # squared deviations 2 and 2, degrees of freedom 1 and 2
     assert noise_sd([[5, 7], [4, None, 5, 6], [9], [None]]) == pytest.approx((4 / 3) ** 0.5)
     assert noise_sd([[5], [6]]) is None
+    pair = Item(id="a", identical=True, dense_scores=(5, 7), compressed_scores=(5, 7), preferred=("tie", "tie"),
+                first=0, second=0, dense_length=1, compressed_length=1, failures=())  # fmt: skip
+    assert scored(pair) == ((5, 7),) and scored(pair.model_copy(update={"identical": False})) == ((5, 7), (5, 7))
 
 
 def test_a_preference_must_survive_every_repeat() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from compress_evals.comparison import compare
 from compress_evals.leaderboard.collect import Board, Entry, collect
-from compress_evals.llm_kick import Cells, decided, findings, markdown
+from compress_evals.llm_kick import Cells, criteria, decided, eight_bits, findings, markdown, samples
 from compress_evals.results import Results, save
 
 N = 200
@@ -61,6 +61,22 @@ def test_another_seed_is_no_other_level(board: Board) -> None:
 
     twice = Cells(replace(board, compressed=(*map(reseeded, board.compressed), *board.compressed)))
     assert twice.levels == Cells(board).levels
+
+
+def test_merged_lines_count_whatever_their_first_seed(board: Board) -> None:
+    def merged(entry: Entry) -> Entry:
+        recipe = f"{entry.results.model.recipe}calibration: {{seed: 1}}\n"
+        model = entry.results.model.model_copy(update={"recipe": recipe})
+        return replace(entry, results=entry.results.model_copy(update={"model": model}), runs=(entry, entry))
+
+    together = replace(board, compressed=tuple(map(merged, board.compressed)))
+    assert Cells(together).levels.keys() == Cells(board).levels.keys()
+
+
+def test_a_board_without_closed_book_leaves_its_findings_open(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cells, "tasks", lambda self, families: [])
+    cells = Cells(board)
+    assert not eight_bits(cells).measured and not criteria(cells).measured and not samples(cells).measured
 
 
 def test_a_family_that_fails_is_not_said_to_hold_where_bits_are_not_known(board: Board) -> None:
