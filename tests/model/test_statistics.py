@@ -40,9 +40,9 @@ def measured(
     found: dict[str, Statistics] = {}
 
     class Recording(PassManager):
-        def rewrite(self, step: WeightPass, sites: Sequence[Site]) -> None:
+        def rewrite(self, index: int, step: WeightPass, sites: Sequence[Site]) -> None:
             found.update((site.name, Statistics(dict(site.stats.values), site.stats.tokens)) for site in sites)
-            super().rewrite(step, sites)
+            super().rewrite(index, step, sites)
 
     with torch.inference_mode():
         travellers = [walk.enter(ids) for ids in batches]

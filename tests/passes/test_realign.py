@@ -167,9 +167,9 @@ def test_pairs_are_of_the_dense_and_the_compressed_model(
     found: dict[str, Statistics] = {}
 
     class Recording(PassManager):
-        def rewrite(self, step: WeightPass, sites: Sequence[Site]) -> None:
+        def rewrite(self, index: int, step: WeightPass, sites: Sequence[Site]) -> None:
             found.update((site.name, Statistics(dict(site.stats.values), site.stats.tokens)) for site in sites)
-            super().rewrite(step, sites)
+            super().rewrite(index, step, sites)
 
     model = hugging_face(tiny_llama)
     dense = inputs_of(model, ids)

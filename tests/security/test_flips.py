@@ -63,6 +63,12 @@ def test_every_flipped_bit_is_found(sealed: Path, tally: Any) -> None:
 
 
 @pytest.mark.slow
+def test_many_more_flipped_bits_are_found(sealed: Path, tally: Any) -> None:
+    chance = random.Random(1)
+    flip(sealed, tally, lambda bits: [chance.randrange(bits) for _ in range(5 * FLIPS)])
+
+
+@pytest.mark.slow
 def test_every_flip_of_a_length_and_of_the_first_bytes_is_found(sealed: Path, tally: Any) -> None:
     flip(sealed, tally, lambda bits: list(range(0, min(bits, 8 * 12), 3)))
 
