@@ -230,8 +230,12 @@ class Job:
         names = [name for name in streams if (self.team.chief if name in everywhere else not last)]
         return {name: streams[name] for name in names}
 
-    def copied_bytes(self, site: Site) -> int:
-        """The bytes of a site that is copied from the source as it is, whose dtype may be another than the config's."""
+    def site_bytes(self, site: Site, packed: Packed | None) -> int:
+        """The bytes of a site as packed, or else as the source holds it, whose dtype may not be the config's."""
+        if site.idle:
+            return 0
+        if packed is not None:
+            return packed.nbytes(site.name, site.weight)
         held = stored_share(self.source.headers, site.place.tensor, site.shape[0] * site.shape[1])
         return site.weight.nbytes() if held is None else held
 
@@ -239,10 +243,7 @@ class Job:
         """Pack a block, check the limits, and return the function that writes it."""
         expressed, plain = self.divide(block)
         packed = writer.pack(expressed, plain)
-        sizes = {s.name: 0 if s.idle else packed.nbytes(s.name, s.weight) for s in block.sites.values()}
-        for site in block.sites.values():
-            if site.name not in expressed and not site.idle:
-                sizes[site.name] = self.copied_bytes(site)
+        sizes = {s.name: self.site_bytes(s, packed if s.name in expressed else None) for s in block.sites.values()}
         facts = {
             "rows": {name: record(block.sites[name], sizes[name]) for name in expressed},
             "stored": sum(sizes.values()),
