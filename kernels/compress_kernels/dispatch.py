@@ -38,7 +38,6 @@ LIKE = {"e5m2": "e4m3", "e2m1": "book", "fp8 x fp8": "int8 x int8"}  # forms wit
 DENSE_ABOVE, HALF_DENSE_ABOVE, BITMAP_DENSE_ABOVE, LIBRARY_ABOVE = 256, 128, 0, 64
 # Words whose kernel is used up to DENSE_ABOVE rows, unless their groups are SMALL.
 FAST = ("int4", "int8", "e4m3", "e5m2")
-SPARSE_FROM = 1024  # rows of x from which requested sparse tensor cores are used; from specifications, not measured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import formats, given, low_rank, sparse_cores
+from compress_kernels import formats, given, low_rank
 
 SIZES = (2, 4, 8, 16)  # the supported M, which divide a word
 PLACES = (32, 16)  # words per row of a block; a group of scales must be whole runs of M times this: 128 or 64 in 2:4
@@ -41,8 +41,7 @@ class Packed:
 
     `values` are floats [B, C, R, P], or words [B, W, R, P] of codes or e4m3. Kept weights are
     `scale * (code - 2**(bits - 1) - zero)`, `scale * e4m3`, or the values themselves. `u` [out, rank] and `v`
-    [rank, in] add a low-rank term U V. `cores` is a second copy, with which products of many rows run on sparse tensor
-    cores.
+    [rank, in] add a low-rank term U V.
     """
 
     mask: Tensor
@@ -56,7 +55,6 @@ class Packed:
     shape: tuple[int, int]
     u: Tensor | None = None
     v: Tensor | None = None
-    cores: Tensor | None = None
 
     @property
     def kind(self) -> str:
@@ -162,14 +160,6 @@ def with_low_rank(packed: Packed, u_OR: Tensor, v_RI: Tensor) -> Packed:
     """The weight plus `U V`; the same kernel adds the low-rank term at its end."""
     u, v = low_rank.pack(u_OR, v_RI)
     return replace(packed, u=u, v=v)
-
-
-def with_sparse_cores(packed: Packed, dtype: torch.dtype) -> Packed:
-    """The weight with a second copy for sparse tensor cores. Raises ValueError if they cannot be used."""
-    where = packed.mask.device
-    if problem := sparse_cores.unavailable(packed.shape, packed.keep, packed.of, dtype, where):
-        raise ValueError(f"nm: no sparse tensor cores for {problem}")
-    return replace(packed, cores=sparse_cores.compress(dense(packed, dtype)))
 
 
 def tuple_of(matrix_OI: Tensor) -> tuple[int, int]:
@@ -319,8 +309,6 @@ def check_product(w: Packed, x: Tensor, planes: Tensor | None, bias: Tensor | No
     given.floats("nm_linear: x", x)
     check("nm_linear", w, x)
     low_rank.check("nm_linear", x, w.u, w.v, w.shape[0])
-    if w.cores is not None and (w.cores.dtype != x.dtype or w.cores.device != x.device):
-        raise ValueError(f"nm_linear: cores is {w.cores.dtype} on {w.cores.device}, x {x.dtype} on {x.device}")
     if planes is not None:
         wide = formats.padded(x.shape[-1], 16 * w.mask.shape[2])
         given.expect("nm_linear: planes", planes, x, (*x.shape[:-1], wide), x.dtype)
@@ -336,7 +324,7 @@ def fits(values: Tensor, format: str, dtype: torch.dtype) -> None:
 
 def linear(w: Packed, x: Tensor, bias: Tensor | None = None, planes: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias` for x [..., in]; `planes` is what `nm_planes` returns for x, which several weights can share."""
-    tensors = (w.mask, w.values, w.scale, w.zero, w.u, w.v, w.cores)
+    tensors = (w.mask, w.values, w.scale, w.zero, w.u, w.v)
     return torch.as_tensor(nm_linear(x, planes, *tensors, bias, w.format, w.keep, w.of, w.group, w.shape[0]))
 
 
@@ -402,11 +390,11 @@ def _(
 @torch.library.custom_op("compress::nm_linear", mutates_args=(), device_types="cpu")
 def nm_linear(
     x: Tensor, planes: Tensor | None, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    u: Tensor | None, v: Tensor | None, cores: Tensor | None, bias: Tensor | None,
+    u: Tensor | None, v: Tensor | None, bias: Tensor | None,
     format: str, keep: int, of: int, group: int, out: int,
 ) -> Tensor:  # fmt: skip
     """`x @ W.T + bias` for x [..., in] and the tensors of a `Packed`; `planes` is as in `linear`, and made if None."""
-    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v, cores)
+    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v)
     check_product(w, x, planes, bias)
     y = F.linear(x, reference(w).to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if u is None or v is None else y + low_rank.term(x, u, v)
@@ -415,12 +403,12 @@ def nm_linear(
 @nm_linear.register_kernel("cuda")
 def _(
     x: Tensor, planes: Tensor | None, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    u: Tensor | None, v: Tensor | None, cores: Tensor | None, bias: Tensor | None,
+    u: Tensor | None, v: Tensor | None, bias: Tensor | None,
     format: str, keep: int, of: int, group: int, out: int,
 ) -> Tensor:  # fmt: skip
     from compress_kernels.gpu import nm
 
-    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v, cores)
+    w = Packed(mask, values, scale, zero, format, keep, of, group, (out, x.shape[-1]), u, v)
     check_product(w, x, planes, bias)
     fits(values, format, x.dtype)
     return nm.product(x, planes, w, bias)
@@ -429,7 +417,7 @@ def _(
 @nm_linear.register_fake
 def _(
     x: Tensor, planes: Tensor | None, mask: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None,
-    u: Tensor | None, v: Tensor | None, cores: Tensor | None, bias: Tensor | None,
+    u: Tensor | None, v: Tensor | None, bias: Tensor | None,
     format: str, keep: int, of: int, group: int, out: int,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], out)
@@ -439,7 +427,7 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save what the gradients need."""
     x, _, *tensors = inputs[:8]
     ctx.save_for_backward(x, *tensors)
-    ctx.rest = inputs[10:-1]
+    ctx.rest = inputs[9:-1]
 
 
 def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -450,9 +438,9 @@ def gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if wanted[0]:
         dx = dy @ nm_dense(mask, values, scale, zero, *ctx.rest, dy.shape[-1], x.shape[-1], dy.dtype)
     more, du, dv = low_rank.gradients(x, u, v, dy, wanted[6:8])
-    dbias = low_rank.rows(dy).sum(0) if wanted[9] else None
+    dbias = low_rank.rows(dy).sum(0) if wanted[8] else None
     dx = dx if dx is None or more is None else dx + more
-    return dx, None, None, None, None, None, du, dv, None, dbias, *([None] * 5)
+    return dx, None, None, None, None, None, du, dv, dbias, *([None] * 5)
 
 
 nm_linear.register_autograd(gradients, setup_context=remember)

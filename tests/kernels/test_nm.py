@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.weights import Grid, Masked
-from compress_kernels import dispatch, low_rank, nm, sparse_cores
+from compress_kernels import dispatch, low_rank, nm
 
 pytest.importorskip("triton", reason="the kernels need triton")
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.slow]  # interpreted
@@ -324,43 +323,6 @@ def test_the_low_rank_term_is_added_once(
     assert_close("op", nm.linear(packed, x), whole, 2 * RATIO[torch.float16])
 
 
-def test_many_rows_can_go_to_sparse_tensor_cores(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_close: Close
-) -> None:
-    from compress_kernels.gpu import nm as gpu
-
-    def library(a: Tensor, b: Tensor, *, bias: Tensor | None, transpose_result: bool) -> Tensor:
-        assert b.shape[1] % 8 == 0 and transpose_result and bias is not None
-        return (a.float() @ b.float()).T.to(a.dtype) + bias
-
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", library)
-    monkeypatch.setattr(dispatch, "SPARSE_FROM", 3)
-    monkeypatch.setattr(dispatch, "HALF_DENSE_ABOVE", 2)
-    packed, want = weight("half", 2, 4)
-    x, bias = inputs_of(13, IN, torch.float16), inputs_of(1, OUT, torch.float16)[0]
-    packed = replace(moved(packed, device), cores=want.half().to(device))
-
-    got = gpu.product(x.to(device), None, packed, bias.to(device)).cpu()
-
-    assert_close("nm", got, x.double() @ want.T + bias.double(), 2 * RATIO[torch.float16])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keep": 4, "of": 8}, "4:8; sparse tensor cores take 2:4"),
-        ({"dtype": torch.float32}, "float32; here they take"),
-        ({"shape": (24, 32)}, "must be multiples of 16"),
-        ({}, "it must be a GPU"),
-    ],
-)
-def test_sparse_tensor_cores_that_cannot_be_used_are_not(change: dict[str, Any], message: str) -> None:
-    right: dict[str, Any] = {"shape": (32, 32), "keep": 2, "of": 4, "dtype": torch.float16}
-    assert message in sparse_cores.unavailable(**(right | change), device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="nm: no sparse tensor cores for"):
-        nm.with_sparse_cores(weight("half", 2, 4)[0], torch.float16)
-
-
 # -- ops -------------------------------------------------------------------------------------------
 
 
@@ -384,7 +346,7 @@ def test_ops_are_registered_correctly(format: str) -> None:
     kind = (p.format, p.keep, p.of, p.group, OUT)
 
     torch.library.opcheck(
-        nm.nm_linear, (x, None, p.mask, p.values, p.scale, p.zero, None, None, None, torch.zeros(OUT), *kind)
+        nm.nm_linear, (x, None, p.mask, p.values, p.scale, p.zero, None, None, torch.zeros(OUT), *kind)
     )
     torch.library.opcheck(nm.nm_dense, (p.mask, p.values, p.scale, p.zero, *kind, p.shape[1], torch.float32))
     torch.library.opcheck(nm.nm_planes, (x.detach(), 4, 32))
@@ -429,7 +391,6 @@ def test_op_compiles_whole(assert_close: Close) -> None:
         ({"zero": torch.zeros(128)}, "zero is torch.float32 of shape"),
         ({"bias": torch.zeros(1)}, "bias is torch.float32 of shape"),
         ({"u": torch.zeros(OUT, 16)}, "u and v must be given together"),
-        ({"cores": torch.zeros(1).half()}, "cores is torch.float16"),
         ({"format": "int5"}, "values as 'int5'"),
         ({"format": "half"}, "half in groups of 128"),
         ({"group": 48}, "in groups of 48"),
@@ -442,7 +403,6 @@ def test_what_a_kernel_would_read_wrongly_is_refused(change: dict[str, Any], mes
         "planes": None,
         "u": None,
         "v": None,
-        "cores": None,
         "bias": None,
         "out": OUT,
     } | {name: getattr(p, name) for name in ("mask", "values", "scale", "zero", "format", "keep", "of", "group")}

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress_kernels import dispatch, low_rank, nm, sparse_cores
+from compress_kernels import dispatch, low_rank, nm
 from compress_kernels.gpu import launch
 from compress_kernels.gpu.aot import SUMS, Case
 from compress_kernels.gpu.gemm import add_low_rank, finish, group
@@ -175,16 +175,12 @@ def in_order(planes, OF: tl.constexpr):
 def product(x: Tensor, ready: Tensor | None, w: nm.Packed, bias: Tensor | None) -> Tensor:
     """`x @ W.T + bias` of checked tensors, by the kernel or, for many rows, with a dense copy of the matrix.
 
-    `ready` is the result of `planes` for x, or None. A weight with a copy for sparse tensor cores uses that for many
-    rows.
+    `ready` is the result of `planes` for x, or None.
     """
     x_MI = x.reshape(-1, x.shape[-1]).contiguous()
     rows = x_MI.shape[0]
     if dispatch.decodes(w.kind, rows, *w.shape, x.device, dispatch.HALF_DENSE_ABOVE):
-        if w.cores is not None and rows >= dispatch.SPARSE_FROM:
-            y = sparse_cores.product(x_MI, w.cores, bias).view(*x.shape[:-1], w.shape[0])
-        else:
-            y = F.linear(x, dense(w, x.dtype), None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, dense(w, x.dtype), None if bias is None else bias.to(x.dtype))
         return y if w.u is None or w.v is None else y + low_rank.term(x, w.u, w.v)
     x_MK = planes(x_MI, w.of, w.mask.shape[2]) if ready is None else ready.reshape(rows, -1)
     t_MR = None if w.v is None else low_rank.inner(x_MI, w.v)
