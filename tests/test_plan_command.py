@@ -48,6 +48,7 @@ from compress.calibration import draw
 from compress.model.source import BUILTIN, Checkpoint
 from compress.model.travellers import CPU_TOKENS
 from compress.passes import PASSES, Pass
+from compress.passes.pruning.sensitivity import Sensitivity
 from compress.planning import Machine, Plan, plan_run
 from compress.planning.costs import modelled, not_modelled
 from compress.planning.machine import measure, place, read, write
@@ -140,6 +141,16 @@ def test_what_a_budget_shares_out_is_bounded(tiny_llama: Path, tmp_path: Path) -
     assert real <= plan.most
     assert plan.bytes == pytest.approx(real, rel=0.05)
     assert {site.note for site in plan.sites} == {"distributed by a budget"}
+
+
+@pytest.mark.slow
+def test_a_mean_number_of_bits_is_counted_between_whole_bits(tiny_llama: Path, tmp_path: Path) -> None:
+    passes = [Sensitivity(bits=3.5), RTN(bits=8, group=24)]
+    plan, artifact = planned(tiny_llama, *passes), made(tiny_llama, tmp_path / "o", *passes)
+    real = artifact.provenance["sizes"]["bytes"]
+    low, high = (planned(tiny_llama, RTN(bits=bits, group=24)).bytes for bits in (3, 4))
+    assert plan.bytes == pytest.approx((low + high) / 2, abs=len(plan.sites))
+    assert real <= plan.most and plan.bytes == pytest.approx(real, rel=0.02)
 
 
 def test_a_pass_that_says_nothing_is_counted_as_it_was(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

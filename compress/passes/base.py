@@ -319,6 +319,10 @@ class Budget(Pass):
     def check(self, step: WeightPass) -> None:
         """Raise RecipeError if it cannot set an option of this pass."""
 
+    def likely(self, step: WeightPass) -> tuple[tuple[float, WeightPass], ...]:
+        """The pass as it will be on average: shares of the weights, which sum to 1, and the pass with its options."""
+        return ((1.0, step),)
+
     def allocate(self, model: Whole, step: Any) -> dict[str, Sparsity]:
         """The value of the option `step.shared_out` for each site that `step` selects.
 

@@ -70,13 +70,14 @@ def plan_sites(walk: Walk, recipe: Recipe) -> dict[str, SitePlan]:
     """The plans of all sites by name, in order; a site that no pass touches counts in the model's dtype."""
     found: dict[str, SitePlan] = {}
     known: dict[Any, list[SitePlan]] = {}
-    tight = list(recipe.weight_passes)
-    loose = loosened(recipe)
+    tight, loose = likely(recipe), loosened(recipe)
+    steps = tight[-1][1]
     for index in range(len(walk.blocks)):
         places = walk.anatomy.of_block(index)
-        alike = tuple((NUMBER.sub("*", p.site), p.shape, selected(p, tight)) for p in places)
+        alike = tuple((NUMBER.sub("*", p.site), p.shape, selected(p, steps)) for p in places)
         if alike not in known:
-            known[alike] = block_plans(walk, places, tight, loose, exact=recipe.delta is None)
+            exact = recipe.delta is None
+            known[alike] = averaged([(share, block_plans(walk, places, t, loose, exact)) for share, t in tight])
         found |= {p.site: replace(done, site=p.site) for p, done in zip(places, known[alike], strict=True)}
     return found
 
@@ -84,6 +85,24 @@ def plan_sites(walk: Walk, recipe: Recipe) -> dict[str, SitePlan]:
 def selected(place: Place, steps: Sequence[SitePass]) -> tuple[int, ...]:
     """The indices of the passes that select a site."""
     return tuple(i for i, step in enumerate(steps) if fnmatchcase(place.site, step.sites))
+
+
+def likely(recipe: Recipe) -> list[tuple[float, list[SitePass]]]:
+    """The passes with the options that their budgets set on average, as shares of the weights that sum to 1."""
+    found: list[tuple[float, list[SitePass]]] = [(1.0, list(recipe.weight_passes))]
+    for budget, i in governed(recipe.passes):
+        taker = recipe.weight_passes[i]
+        parts = budget.likely(taker) if isinstance(taker, WeightPass) else ((1.0, taker),)
+        found = [(share * part, [*steps[:i], step, *steps[i + 1 :]]) for share, steps in found for part, step in parts]
+    return found
+
+
+def averaged(parts: Sequence[tuple[float, list[SitePlan]]]) -> list[SitePlan]:
+    """The plans of the last part, with the mean bytes of all."""
+    return [
+        replace(plan, bytes=round(sum(share * plans[i].bytes for share, plans in parts)))
+        for i, plan in enumerate(parts[-1][1])
+    ]
 
 
 def loosened(recipe: Recipe) -> list[SitePass]:

@@ -76,6 +76,14 @@ class Sensitivity(Budget, name="sensitivity"):
         if self.bits is not None and not isinstance(step, GridQuantizer):
             raise RecipeError(f"{self.name}.bits: {step.name} follows and has no bits to distribute; leave bits out")
 
+    def likely(self, step: WeightPass) -> tuple[tuple[float, WeightPass], ...]:
+        """The pass with the whole bits above and below the mean, in the shares that give it."""
+        if self.bits is None or not isinstance(step, GridQuantizer):
+            return super().likely(step)
+        low, more = int(self.bits), self.bits % 1
+        parts = ((1 - more, replace(step, bits=low)), (more, replace(step, bits=low + 1)))
+        return tuple((share, part) for share, part in parts if share)
+
     def allocate(self, model: Whole, step: Governed) -> dict[str, Sparsity]:
         """One sparsity, number of bits or share removed for the sites of each part that `step` selects.
 
