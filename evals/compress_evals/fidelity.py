@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from compress.builtin.documents import Question, closed_book
 from compress.builtin.facts import facts
 from compress.errors import ArtifactError
-from compress_evals.stats import Floats, bootstrap
+from compress_evals.stats import Floats, bootstrap_interval
 
 _LOGITS = 1 << 24  # logits of one model held at a time: 64 MB as float32
 
@@ -63,6 +64,11 @@ class Fidelity:
     answer_top1: float
     top: int | None = None
 
+    @property
+    def way(self) -> tuple[str, int, int | None]:
+        """The text, its number of tokens and `top`: figures that were measured in different ways are not comparable."""
+        return self.text_sha256, self.tokens, self.top
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
@@ -81,6 +87,12 @@ class Window:
     ids: tuple[int, ...]
     scored_from: int
     size: int
+
+
+def usual_way(found: Iterable[Fidelity]) -> tuple[str, int, int | None] | None:
+    """The way in which most of these were measured, the first of several; None if there are none."""
+    counts = Counter(one.way for one in found)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def evaluation_text() -> str:
@@ -270,7 +282,8 @@ def tokens_of(kl_T: Tensor, same_T: Tensor, dense_T: Tensor, compressed_T: Tenso
 def mean_kl(found: Sequence[Tokens], iters: int, seed: int) -> Estimate:
     """The mean KL per token over all windows, with its 95 % interval."""
     sums = np.array([tokens.kl.sum() for tokens in found])
-    return ratio(sums, np.array([len(tokens.kl) for tokens in found], dtype=np.float64), iters, seed)
+    mean = ratio(sums, np.array([len(tokens.kl) for tokens in found], dtype=np.float64), iters, seed)
+    return replace(mean, low=max(0.0, mean.low))
 
 
 def ratio(sums: Floats, sizes: Floats, iters: int, seed: int) -> Estimate:
@@ -281,8 +294,8 @@ def ratio(sums: Floats, sizes: Floats, iters: int, seed: int) -> Estimate:
     if not np.isfinite(sums).all():
         return Estimate(value=math.inf, low=math.inf, high=math.inf)
     table = tuple((total, size, 1) for total, size in zip(sums.tolist(), sizes.tolist(), strict=True))
-    low, high = np.quantile(bootstrap(table, iters, seed), [0.025, 0.975])
-    return Estimate(value=float(sums.sum() / sizes.sum()), low=float(low), high=float(high))
+    low, high = bootstrap_interval(table, iters, seed)
+    return Estimate(value=float(sums.sum() / sizes.sum()), low=low, high=high)
 
 
 def _array(x_T: Tensor) -> Floats:

@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri, stdtrit
 
 from compress_evals.runs import CONFIDENCE, ONE, Interval, Runs, between_runs, two_sided, with_runs
 
@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 Table = tuple[tuple[float, float, int], ...]
 
 POWER = 0.80
+_UPPER = 0.5 + CONFIDENCE / 2  # the one-sided level of each bound of an interval
 _CHUNK = 1 << 22  # random numbers drawn at once: 32 MB
 
 
@@ -81,14 +82,18 @@ def mean_interval(values: ArrayLike, cluster: Sequence[str] | None = None, seed:
     """A 95 % interval of the mean: Wilson on the effective sample size if binary, else a cluster bootstrap.
 
     The effective sample size is n divided by the design effect of the clusters (at least 1). If all scores are equal,
-    the design effect cannot be estimated, and the effective sample size is the number of clusters.
+    the design effect cannot be estimated, and the effective sample size is the number of clusters. Equal means of all
+    clusters are treated as if binary, which no share can spread more than.
     """
     scores = _floats(values)
     sums, sizes = _by_cluster(scores, cluster)
+    n, mean, table = len(scores), float(scores.mean()), _table(sums, sizes)
     if not _is_binary(scores):
-        low, high = np.quantile(bootstrap(_table(sums, sizes), seed=seed), [0.025, 0.975])
-        return float(low), float(high)
-    n, mean = len(scores), float(scores.mean())
+        share = bool(scores.min() >= 0 and scores.max() <= 1)
+        if share and _is_constant(table):
+            return wilson(mean * len(sums), len(sums))
+        low, high = bootstrap_interval(table, seed=seed)
+        return (max(0.0, low), min(1.0, high)) if share else (low, high)
     naive = mean * (1 - mean) / n
     clustered = float(((sums - mean * sizes) ** 2).sum()) / n**2
     effective = n / max(1.0, clustered / naive) if naive > 0 else float(len(sums))
@@ -178,9 +183,28 @@ def bootstrap(table: Table, iters: int = 10000, seed: int = 0) -> Floats:
     return np.concatenate(means)
 
 
+def bootstrap_interval(table: Table, iters: int = 10000, seed: int = 0) -> Interval:
+    """The 95 % bootstrap interval of the mean of `table`, wide enough for few clusters; everything for one cluster."""
+    return _between(table, bootstrap(table, iters, seed), stretch(sum(count for _, _, count in table)))
+
+
+def stretch(clusters: int, level: float = _UPPER) -> float:
+    """The factor by which Student's one-sided bound exceeds that of the percentile bootstrap; infinite for one cluster.
+
+    Resampled means of k clusters have (k - 1) / k of the variance of the mean, and their quantiles are those of a known
+    variance. Source: Hesterberg, The American Statistician 2015 (expanded percentile intervals).
+    """
+    if clusters < 2:
+        return math.inf
+    normal = float(ndtri(level))
+    student = float(stdtrit(clusters - 1, level)) / normal if normal else 1.0
+    return student * math.sqrt(clusters / (clusters - 1))
+
+
 def lower_bound(pair: Paired, confidence: float, iters: int = 10000, seed: int = 0) -> float:
     """The one-sided lower confidence bound of the difference, at level `confidence`, by the cluster bootstrap."""
-    return float(np.quantile(bootstrap(_widened(pair), iters, seed), 1 - confidence))
+    draws, factor = _resampled(pair.table, pair.binary, iters, seed, confidence)
+    return _between(pair.table, draws, factor, confidence)[0]
 
 
 def paired(
@@ -199,6 +223,7 @@ def paired(
     - without flips its interval has zero width, so that five questions would prove "matching"; here the bootstrap of
       binary scores includes two pseudo-clusters of mean size, one lost and one gained (Bonett and Price, 2012), which
       leaves about ±1.5 points at 200 questions and hardly changes intervals with many flips;
+    - scores that are not binary get an interval that is wide enough for few clusters (`stretch`);
     - a dense score of 0 leaves no margin and nothing to lose: the verdict is "inconclusive" unless the gain is
       significant;
     - identical clusters are drawn together, so memory does not grow with `iters` x clusters;
@@ -238,11 +263,11 @@ def paired_runs(
     spread = between_runs(deltas, (sums - np.outer(deltas, sizes)) / questions)
     table, scores = _table(sums.mean(axis=0), sizes), np.concatenate([before.ravel(), after.ravel()])
     binary = _is_binary(np.abs(scores))
-    draws = bootstrap(_with_pseudo_clusters(table) if binary else table, iters, seed)
-    low, high = with_runs(delta, (float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))), spread)
+    draws, factor = _resampled(table, binary, iters, seed)
+    low, high = with_runs(delta, _between(table, draws, factor), spread)
     lost, gained = float((differences < 0).sum()) / len(after), float((differences > 0).sum()) / len(after)
     single = _is_binary(scores) and len(sizes) == questions and len(after) == 1
-    allowed, error = margin * float(before.mean()), float(draws.std())
+    allowed, error = margin * float(before.mean()), float(draws.std()) * factor
     verdict = judge(low, high, allowed)
     p = mcnemar(round(lost), round(gained)) if single else sign_flip(sums.sum(axis=0), iters, seed)
     if spread.half:
@@ -341,8 +366,30 @@ def _exact_sign_flip(steps: NDArray[np.int64], observed: int) -> float:
     return min(1.0, float(chance[reached].sum()))
 
 
-def _widened(pair: Paired) -> Table:
-    return _with_pseudo_clusters(pair.table) if pair.binary else pair.table
+def _resampled(table: Table, binary: bool, iters: int, seed: int, level: float = _UPPER) -> tuple[Floats, float]:
+    """Resampled means of differences, and the factor by which to stretch them.
+
+    Binary scores get two pseudo-clusters, and so do differences that are equal in all clusters, which tell nothing
+    about how much others would differ.
+    """
+    if binary or _is_constant(table):
+        return bootstrap(_with_pseudo_clusters(table), iters, seed), 1.0
+    return bootstrap(table, iters, seed), stretch(sum(count for _, _, count in table), level)
+
+
+def _between(table: Table, draws: Floats, factor: float, level: float = _UPPER) -> Interval:
+    """The mean of `table` plus and minus the distances of its resampled means' quantiles, times `factor`."""
+    if math.isinf(factor):
+        return -math.inf, math.inf
+    low, high = (float(bound) for bound in np.quantile(draws, [1 - level, level]))
+    if factor == 1:
+        return low, high
+    value = sum(total * count for total, _, count in table) / sum(size * count for _, size, count in table)
+    return value - factor * (value - low), value + factor * (high - value)
+
+
+def _is_constant(table: Table) -> bool:
+    return len({round(total / size, 12) for total, size, _ in table}) == 1
 
 
 def _with_pseudo_clusters(table: Table) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +16,19 @@ from compress.builtin.documents import Question, closed_book
 from compress.builtin.facts import facts
 from compress.errors import ArtifactError
 from compress_evals.fidelity import (
+    Estimate,
+    Tokens,
     Window,
     answer_window,
     compare_windows,
     evaluation_text,
+    mean_kl,
     measure_fidelity,
     ratio,
     text_windows,
     token_distances,
 )
+from compress_evals.stats import stretch
 
 TEXT = "The capital of Chad is N'Djamena. Größe 12 – naïve. " * 30
 
@@ -154,7 +159,15 @@ def test_an_empty_text_is_refused(model: Any, tokenizer: Any) -> None:
 def test_ratio_weighs_windows_by_their_size() -> None:
     found = ratio(np.array([1.0, 3.0]), np.array([1.0, 9.0]), iters=500, seed=0)
     assert found.value == pytest.approx(0.4)
-    assert (found.low, found.high) == pytest.approx((1 / 3, 1.0))
+    wider = stretch(2)  # resampled means are 1/3, .4 or 1
+    assert (found.low, found.high) == pytest.approx((0.4 - wider * (0.4 - 1 / 3), 0.4 + wider * 0.6))
+
+
+def test_one_window_tells_nothing_about_others() -> None:
+    tokens = Tokens(kl=np.array([0.2, 0.4]), same=np.ones(2), dense_loss=np.ones(2), compressed_loss=np.ones(2))
+    assert mean_kl([tokens], iters=100, seed=0) == Estimate(value=pytest.approx(0.3), low=0.0, high=math.inf)
+    few = mean_kl([tokens, tokens, replace(tokens, kl=np.zeros(2))], iters=500, seed=0)
+    assert few.low == 0 < few.value < few.high
 
 
 def test_the_evaluation_text_is_packaged() -> None:

@@ -169,6 +169,38 @@ def test_intervals_of_scores_count_clusters() -> None:
     assert stats.mean_interval(np.ones(400), names) == stats.wilson(20, 20)
 
 
+@pytest.mark.parametrize("clusters", [3, 5])
+def test_intervals_of_few_fractions_cover_the_truth(clusters: int) -> None:
+    rng, inside, score = np.random.default_rng(clusters), 0, 0
+    for _ in range(400):
+        dense, compressed = rng.beta(2, 2, clusters), rng.beta(2, 3, clusters)
+        pair = stats.paired(dense, compressed, iters=1000)
+        inside += pair.low <= 0.4 - 0.5 <= pair.high
+        low, high = stats.mean_interval(dense)
+        score += low <= 0.5 <= high
+    assert inside / 400 > 0.91  # of the percentile bootstrap .75 and .84
+    assert score / 400 > 0.91
+
+
+def test_one_fraction_and_equal_fractions_prove_nothing() -> None:
+    assert stats.paired([0.8], [0.5]).verdict == "inconclusive"
+    assert stats.paired([0.8], [0.8]).verdict == "inconclusive"
+    assert stats.paired([0.8, 0.3, 0.4, 0.6, 0.1], [0.8, 0.3, 0.4, 0.6, 0.1]).verdict == "inconclusive"
+    assert stats.mean_interval([0.8]) == stats.wilson(0.8, 1)
+    assert stats.mean_interval([0.25] * 4) == stats.wilson(1, 4)
+    assert stats.bootstrap_interval(((0.3, 1.0, 1),)) == (-math.inf, math.inf)
+
+
+def test_student_stretches_an_interval_of_few_clusters() -> None:
+    assert stats.stretch(5) == pytest.approx(2.776445 / 1.959964 * math.sqrt(5 / 4), rel=1e-6)
+    assert stats.stretch(5, 0.5) == pytest.approx(math.sqrt(5 / 4))
+    assert stats.stretch(100_000) == pytest.approx(1, abs=1e-4)
+    assert stats.stretch(1) == math.inf
+    pair = stats.paired([0.8, 0.3, 0.4], [0.7, 0.1, 0.45], seed=7)
+    assert stats.lower_bound(pair, 0.975, seed=7) == pytest.approx(pair.low, abs=1e-12)
+    assert stats.lower_bound(pair, 0.5, seed=7) == pytest.approx(pair.delta, abs=0.03)
+
+
 def test_lower_bound_at_97_and_a_half_is_the_lower_end_of_the_interval() -> None:
     rng = np.random.default_rng(5)
     pair = stats.paired(rng.integers(0, 2, 90), rng.integers(0, 2, 90), seed=7)
