@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from compress_evals.fidelity import Fidelity, usual_way
 from compress_evals.leaderboard.rank import Kept
 from compress_evals.leaderboard.table import SEVERITY, FamilyCell, Line
 from compress_evals.wording import byte_size, signed
@@ -56,7 +57,7 @@ class Column:
 
 def columns(lines: Sequence[Line], families: Sequence[str]) -> list[Column]:
     """The columns, in order, in which at least one of these lines has a value."""
-    every = [*_kept(), _verdicts(), *_runs(), *_size(), _speed(), *_by_family(families), *_fidelity()]
+    every = [*_kept(), _verdicts(), *_runs(), *_size(), _speed(), *_by_family(families), *_fidelity(lines)]
     return [column for column in every if not lines or any(column.cell(line).sort is not None for line in lines)]
 
 
@@ -170,12 +171,23 @@ def _by_family(families: Sequence[str]) -> Iterator[Column]:
             )
 
 
-def _fidelity() -> Iterator[Column]:
+def _fidelity(lines: Sequence[Line]) -> Iterator[Column]:
+    usual = usual_way(line.fidelity for line in lines if line.fidelity)
+
+    def cell(found: Fidelity | None, value: float, text: str) -> Cell:
+        if found is None:
+            return Cell()
+        return Cell(sort=value, text=text) if found.way == usual else Cell(text=text, small="measured otherwise")
+
+    def bits(line: Line) -> float:
+        return line.fidelity.compressed_bits_per_byte if line.fidelity else 0.0
+
     yield Column(
         group="fidelity",
         label="KL, nats",
-        about="KL(dense || compressed) per token on text that no calibration set contains",
-        cell=lambda line: _number(line.fidelity.kl.value if line.fidelity else None, "{:.4f}"),
+        about="KL(dense || compressed) per token on text that no calibration set contains; ≥ marks a lower bound, over "
+        "the likeliest tokens and the rest",
+        cell=lambda line: cell(line.fidelity, line.fidelity.kl.value if line.fidelity else 0.0, line.kl),
         first="ascending",
     )
     yield Column(
@@ -183,7 +195,7 @@ def _fidelity() -> Iterator[Column]:
         label="Bits per byte: not a quality metric",
         about="how well the same text is compressed: it moves little while knowledge is lost, and does not affect the "
         "ranking",
-        cell=lambda line: _number(line.fidelity.compressed_bits_per_byte if line.fidelity else None, "{:.3f}"),
+        cell=lambda line: cell(line.fidelity, bits(line), f"{bits(line):.3f}"),
         first="ascending",
         grey=True,
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress_evals.fidelity import usual_way
 from compress_evals.leaderboard.collect import Board
 from compress_evals.leaderboard.figures import Figure
 from compress_evals.leaderboard.methods import UNKNOWN
@@ -86,8 +87,11 @@ def _panel(
     def score(line: Line) -> float:
         return 100 * line.families[index].paired.compressed
 
+    usual = usual_way(line.fidelity for those in methods.values() for line in those if line.fidelity)
+
     def bits_per_byte(line: Line) -> float | None:
-        return line.fidelity.compressed_bits_per_byte if line.fidelity else None
+        found = line.fidelity
+        return found.compressed_bits_per_byte if found and found.way == usual else None
 
     def finite_bits(line: Line) -> float | None:
         """None also if bits per byte are infinite: the table shows that, but it cannot be drawn."""
@@ -151,7 +155,7 @@ def _overlay(
     any change would look large.
     """
     every = [line for those in methods.values() for line in those]
-    dense = next(line.fidelity.dense_bits_per_byte for line in every if line.fidelity)
+    dense = next(line.fidelity.dense_bits_per_byte for line in every if line.fidelity and height(line) is not None)
     other = axes.twinx()
     other.set_ylabel("Bits per byte (dashed)", color=STAND_IN["soft"], fontsize=8)
     other.tick_params(colors=STAND_IN["soft"], labelsize=7.5, length=3)

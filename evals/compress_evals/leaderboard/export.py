@@ -50,7 +50,9 @@ COLUMNS = {
     "worst_family": "the family that kept least", "worst_kept": FORMULAS["kept"],
     "worst_kept_low": "95 % interval", "worst_kept_high": "95 % interval", "mean_kept": "mean over families",
     "worst_verdict": "worst verdict of any family except controls", "kl": "KL(dense || compressed), nats per token",
+    "kl_top": "if given, KL is over so many of the likeliest tokens and the rest: a lower bound",
     "bits_per_byte": "of plain text; not a quality metric",
+    "text": "SHA-256 of the text of KL and bits per byte; different texts must not be compared",
     "runs": "number of calibration seeds that the line averages",
 }  # fmt: skip
 FAMILY_COLUMNS = {
@@ -142,7 +144,9 @@ class ModelOut(Stored):
     mean_kept: Share | None
     worst_verdict: str
     kl: float | None
+    kl_top: int | None = Field(description=COLUMNS["kl_top"])
     bits_per_byte: float | None = Field(description=COLUMNS["bits_per_byte"])
+    text: str | None = Field(description=COLUMNS["text"])
     families: tuple[FamilyOut, ...]
     tasks: dict[str, TaskOut]
     runs: tuple[RunOut, ...] = Field(description="empty for a single run")
@@ -253,7 +257,7 @@ def _model(line: Line, rows: Sequence[Any]) -> ModelOut:
     results = line.entry.results
     values = dict(zip(list(COLUMNS)[1:], _line_values(line), strict=True))
     same = ("method", "kind", "removed", "bits_per_weight", "bytes", "times_smaller", "speed", "worst_family",
-            "worst_verdict", "kl", "bits_per_byte", "rank")  # fmt: skip
+            "worst_verdict", "kl", "kl_top", "bits_per_byte", "text", "rank")  # fmt: skip
     return ModelOut(
         name=line.name,
         page=f"models/{line.slug}.html",
@@ -317,7 +321,8 @@ def _line_values(line: Line) -> list[Any]:
         line.bytes, line.ratio, line.speed.ratio if line.speed else None, line.standing.worst,
         kept.value if kept else None, kept.low if kept else None, kept.high if kept else None,
         mean.value if mean else None, line.worst_verdict, fidelity.kl.value if fidelity else None,
-        fidelity.compressed_bits_per_byte if fidelity else None, max(1, len(line.runs)),
+        fidelity.top if fidelity else None, fidelity.compressed_bits_per_byte if fidelity else None,
+        fidelity.text_sha256 if fidelity else None, max(1, len(line.runs)),
     ]  # fmt: skip
 
 
@@ -357,7 +362,8 @@ def _md_cells(line: Line) -> list[str]:
 
 def _md_runs(line: Line) -> list[str]:
     divergences = [run.fidelity.kl.value for run in line.runs if run.fidelity]
-    cells = [readable(line.name), str(len(line.runs)), _range(divergences, "{:.4f}")]
+    least = "≥ " if line.fidelity and line.fidelity.top else ""
+    cells = [readable(line.name), str(len(line.runs)), least + _range(divergences, "{:.4f}")]
     for i, cell in enumerate(line.families):
         scores = [100 * run.families[i].paired.compressed for run in line.runs]
         cells.append(f"{_range(scores, '{:.1f}')}; {100 * cell.runs.flips:.1f}; {100 * cell.runs.between:.1f}")

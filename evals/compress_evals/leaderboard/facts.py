@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from compress_evals.comparison import MUST_AGREE
+from compress_evals.fidelity import usual_way
 from compress_evals.leaderboard.collect import Board, Collection, Entry
 from compress_evals.report import cut_to_fit, header_line
 from compress_evals.results import Results
@@ -21,12 +22,41 @@ def facts(board: Board) -> list[tuple[str, str]]:
         ("Matching", f"a loss of at most {100 * board.margin:g} % of the dense score, with 95 % confidence"),
         ("Data", sources(dense)),
         ("Noise floor", noise(dense)),
-        ("Hardware", f"{engine.device}, {engine.dtype}, batch {engine.batch_size}, torch {engine.torch}"),
+        ("Hardware", f"{_place(dense)}, batch {engine.batch_size}, torch {engine.torch}{_elsewhere(board)}"),
+        ("Fidelity", _texts(board)),
         ("Harness", f"suite {engine.suite}, lm-eval {engine.lm_eval}, context {engine.max_length}, seed {dense.seed}"),
         ("Cut to fit", "; ".join(cut_to_fit(dense))),
         ("Skipped", "; ".join(f"{skipped.title}: {skipped.reason}" for skipped in dense.skipped.values())),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _place(results: Results) -> str:
+    return f"{results.engine.device}, {results.engine.dtype}"
+
+
+def _elsewhere(board: Board) -> str:
+    """The devices and dtypes of the models that were not measured like dense, with their names, as text to append."""
+    names: dict[str, list[str]] = {}
+    for entry in board.compressed:
+        names.setdefault(_place(entry.results), []).append(entry.name)
+    names.pop(_place(board.dense.results), None)
+    return "".join(f"; {place}: {', '.join(those)}" for place, those in names.items())
+
+
+def _texts(board: Board) -> str:
+    """On what most models' KL was measured, and which models' KL must not be compared with it."""
+    measured = {e.name: e.results.vs.fidelity for e in board.compressed if e.results.vs and e.results.vs.fidelity}
+    usual = usual_way(measured.values())
+    if usual is None:
+        return ""
+    others = [name for name, found in measured.items() if found.way != usual]
+    text, tokens, top = usual
+    return (
+        f"{tokens:,} tokens of the text with SHA-256 {text[:12]}"
+        + (f"; KL over the {top} likeliest tokens and the rest, a lower bound" if top else "")
+        + (f"; measured in another way, not to be compared: {', '.join(others)}" if others else "")
+    )
 
 
 def size_of(dense: Results) -> str:

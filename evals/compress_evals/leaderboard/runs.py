@@ -270,7 +270,7 @@ def _estimate(estimates: Sequence[Estimate], least: float = -math.inf) -> Estima
 def _fidelity(found: Sequence[Fidelity | None]) -> Fidelity | None:
     """The means over runs; None unless all were measured on the same text in the same way."""
     known = [one for one in found if one is not None]
-    if len(known) != len(found) or len({(one.text_sha256, one.tokens, one.top) for one in known}) > 1:
+    if len(known) != len(found) or len({one.way for one in known}) > 1:
         return None
     return replace(
         known[0],

@@ -88,6 +88,12 @@ class Line:
         return self.versus.fidelity
 
     @property
+    def kl(self) -> str:
+        """KL to dense as printed; a lower bound of it is marked."""
+        found = self.fidelity
+        return "–" if found is None else f"{'≥ ' if found.top else ''}{found.kl.value:.4f}"
+
+    @property
     def verdicts(self) -> dict[str, list[str]]:
         """The families by verdict, worst verdict first."""
         by = {verdict: [c.family for c in self.families if c.paired.verdict == verdict] for verdict in SEVERITY}

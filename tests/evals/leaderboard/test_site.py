@@ -310,6 +310,34 @@ def test_a_dense_model_without_others_has_an_empty_board(
     assert "0 compressed models" in Page(tmp_path / "site" / "index.html").text
 
 
+def test_a_board_says_which_figures_were_measured_otherwise(
+    dense: Results, versus: Versus, stored: Store, tmp_path: Path
+) -> None:
+    def measured(name: str, lost: int, dtype: str = "float32", **changes: object) -> Results:
+        made = versus(name, {"facts_mc": lost})
+        assert made.vs is not None and made.vs.fidelity is not None
+        found = replace(made.vs.fidelity, **changes)
+        engine = made.engine.model_copy(update={"dtype": dtype})
+        return made.model_copy(update={"vs": made.vs.model_copy(update={"fidelity": found}), "engine": engine})
+
+    results = [
+        dense,
+        measured("alpha", 1, top=64),
+        measured("beta", 2, top=64),
+        measured("gamma", 3, top=64, text_sha256="f" * 64),
+        measured("delta", 4, dtype="bfloat16", top=64),
+    ]
+    publish([stored(tmp_path / "in", results)], tmp_path / "site")
+    board = json.loads((tmp_path / "site" / "leaderboard.json").read_text(encoding="utf-8"))["boards"][0]
+    assert board["facts"]["Hardware"].endswith("; cpu, bfloat16: delta")
+    usual = "1,000 tokens of the text with SHA-256 000000000000"
+    usual += "; KL over the 64 likeliest tokens and the rest, a lower bound"
+    assert board["facts"]["Fidelity"] == f"{usual}; measured in another way, not to be compared: gamma"
+    assert {(model["kl_top"], model["text"][0]) for model in board["models"]} == {(64, "0"), (64, "f")}
+    page = Page(tmp_path / "site" / "index.html")
+    assert "≥ 0.0100" in page.text and page.text.count("measured otherwise") == 2
+
+
 @pytest.mark.slow
 def test_a_model_without_distributions_is_on_the_board_and_on_no_axis(
     dense: Results, versus: Versus, stored: Store, tmp_path: Path
