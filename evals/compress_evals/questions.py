@@ -216,6 +216,8 @@ def questions(
     """One task with its chosen documents and their requests."""
     documents = list(loaded.eval_docs)
     chosen = subset(documents, limit, seed)
+    if chat:
+        begin_replies(loaded)
     requests = build(loaded, chosen, tokenizer if chat else None)
     return Questions(
         task=task,
@@ -240,6 +242,21 @@ def sample(asked: Questions, exam: Exam, n: int) -> Questions:
         data=asked.data,
         sha256=hashed([code(exam.suite), [documents[i] for i in places], requests]),
     )
+
+
+def begin_replies(loaded: Any) -> None:
+    """Take the space before a scored target away: it separates words, and a reply to a chat begins without one.
+
+    lm-eval itself leaves out its delimiter before choices, but scores the target of a likelihood as it is.
+    """
+    plain = loaded.doc_to_target
+
+    def target(document: Any, *others: Any) -> Any:
+        found = plain(document, *others)
+        return found.removeprefix(" ") if isinstance(found, str) else found
+
+    if loaded.OUTPUT_TYPE == "loglikelihood":
+        loaded.doc_to_target = target
 
 
 def build(loaded: Any, chosen: Sequence[int], tokenizer: Any | None) -> tuple[tuple[Arguments, ...], ...]:

@@ -130,7 +130,7 @@ class ModelFacts(Stored):
 class Engine(Stored):
     """The software and settings of a measurement.
 
-    `bos` says whether every prompt began with the BOS token, except those that were cut to the context (`truncated`).
+    `bos` says whether every prompt began with the BOS token, those that were cut to the context included.
     `chat_template` is the sha256 of the chat template that was applied to the prompts, None if none was.
     """
 

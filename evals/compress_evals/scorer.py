@@ -2,7 +2,8 @@
 
 lm-eval asks for the likelihood of a few tokens after a long prompt, but computes logits, and their float32 log-softmax,
 for the whole prompt: 49,152 to 128,256 unused numbers per token. Here the output layer is applied only to the end of
-each batch, and no key-value cache is kept. Not here: batching, prompts and the use of the likelihoods, which remain
+each batch, and no key-value cache is kept. Prompts that do not fit the context lose their beginning, but not the BOS
+token, without which many models fall apart. Not here: batching, prompts and the use of the likelihoods, which remain
 lm-eval's.
 """
 
@@ -39,10 +40,27 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _loglikelihood_tokens(self, requests: Any, *positional: Any, **named: Any) -> Any:
         self._longest = max((len(continuation) for *_, continuation in requests), default=None)
+        bos, most = self.tokenizer.bos_token_id, self.max_length + 1  # the last token is scored, not read
+        fitting = [(text, fitted(ctx, most - len(then), bos), then) for text, ctx, then in requests]
         try:
-            return super()._loglikelihood_tokens(requests, *positional, **named)
+            return super()._loglikelihood_tokens(fitting, *positional, **named)
         finally:
             self._longest = None
+
+    def tok_batch_encode(
+        self, strings: list[str], *positional: Any, left_truncate_len: int | None = None, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and their mask, [rows, tokens], padded and cut to `left_truncate_len`; BOS tokens stay."""
+        ids, mask = super().tok_batch_encode(strings, *positional, **named)
+        cut, bos = ids.shape[1] - (left_truncate_len or ids.shape[1]), self.tokenizer.bos_token_id
+        if cut <= 0:
+            return ids, mask
+        starts = mask.argmax(dim=1)  # padding is on the left
+        first = ids.gather(1, starts[:, None])[:, 0]
+        ids, mask = ids[:, cut:].clone(), mask[:, cut:]
+        if bos is not None:
+            ids[(starts < cut) & (first == bos), 0] = bos
+        return ids, mask
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if self._longest is None or self._options is None or attn_mask is not None or labels is not None:
@@ -51,6 +69,13 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
         with torch.no_grad():
             logits: Tensor = self.model(inps, logits_to_keep=read(inps, self._longest), **self._options).logits
             return logits
+
+
+def fitted(context: list[int], room: int, bos: int | None) -> list[int]:
+    """The end of a context that does not fit into `room` tokens, after its BOS token if it has one."""
+    if len(context) <= room or room < 1 or bos is None or context[0] != bos:
+        return context
+    return [bos, *context[len(context) - room + 1 :]]
 
 
 def read(inps: Tensor, longest: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from compress.errors import RecipeError
 from compress_evals import questions
-from compress_evals.questions import Exam, lengths, prepare, wanted
+from compress_evals.questions import Exam, lengths, prepare, prompt_and_then, wanted
 from compress_evals.results import Data
 from compress_evals.suite import FACTS, KICK, Suite
 
@@ -95,6 +95,14 @@ def test_a_chat_template_wraps_every_prompt_once(tokenizer: Any) -> None:
     scored = [f"{prompt}{then}" for [(prompt, then)] in wrapped.tasks[0].requests]
     bare = [len(ids) for ids in chatting(scored, add_special_tokens=False).input_ids]
     assert lengths(wrapped.tasks[0], wrapped.tokenizer) == [length - 1 for length in bare]  # no second BOS
+
+
+def test_a_target_after_a_chat_template_begins_without_a_space(tokenizer: Any) -> None:
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = TEMPLATE
+    for chosen, begins in ((exam(tokenizer), " "), (exam(chatting, chat_template=True), "")):
+        target = prompt_and_then(chosen.tasks[0].requests[0][0])[1]
+        assert isinstance(target, str) and target == begins + target.strip() != ""
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: Any) -> None:

@@ -13,7 +13,8 @@ from lm_eval.models.huggingface import HFLM
 
 from compress.runtime.kv import attach
 from compress_evals import scorer
-from compress_evals.scorer import Scorer, read
+from compress_evals.questions import beginning_with_bos
+from compress_evals.scorer import Scorer, fitted, read
 
 
 def requests(rng: random.Random, count: int) -> list[tuple[None, list[int], list[int]]]:
@@ -101,6 +102,29 @@ def test_a_padding_that_is_not_known_is_not_relied_on(
         assert Scorer(model, tokenizer, 8)._options is None
     finally:
         scorer.pads_with_zeros.cache_clear()
+
+
+def test_a_context_that_is_cut_keeps_its_bos(pair: tuple[Scorer, Any]) -> None:
+    ours, theirs = pair
+    ours._max_length = 12
+    bos, then = ours.tokenizer.bos_token_id, [7, 8]
+    long, short = [bos, *range(20, 50)], [bos, *range(41, 50)]
+    found = likelihoods(ours, [(None, long, then), (None, long[1:], then)], 2)
+    kept, bare = likelihoods(theirs, [(None, [bos, *range(40, 50)], then), (None, list(range(39, 50)), then)], 2)
+    assert found[0][0] == pytest.approx(kept[0], abs=1e-4) != pytest.approx(found[1][0], abs=1e-4)
+    assert found[1][0] == pytest.approx(bare[0], abs=1e-4)  # it had none
+    assert fitted(short, 11, bos) is short and fitted(long, 0, bos) is long and fitted(long, 3, bos) == [bos, 48, 49]
+
+
+def test_a_prompt_to_continue_that_is_cut_keeps_its_bos(model: Any, tokenizer: Any) -> None:
+    ours = Scorer(model, beginning_with_bos(tokenizer), 8)
+    bos, texts = ours.tokenizer.bos_token_id, ["The capital of France is Paris, and of Spain", "The capital"]
+    whole, mask = ours.tok_batch_encode(texts)
+    width = whole.shape[1] - 3
+    ids, its = ours.tok_batch_encode(texts, left_truncate_len=width)
+    assert ids.shape == its.shape == (2, width)
+    assert ids[0].tolist() == [bos, *whole[0, 4:].tolist()] and torch.equal(ids[1], whole[1, 3:])
+    assert torch.equal(its, mask[:, 3:]) and torch.equal(ours.tok_batch_encode(texts, left_truncate_len=99)[0], whole)
 
 
 def test_rolling_likelihoods_read_everything(pair: tuple[Scorer, Any], tokenizer: Any) -> None:
