@@ -2,7 +2,7 @@
 
 Bits per byte of plain text is drawn dashed on an axis of its own: like perplexity in LLM-KICK's figures, it hardly
 moves while knowledge is lost. A method is named by the passes of its recipe; it is drawn if it was run with at least
-two budgets.
+two budgets and everything else equal. A model of another calibration or with other options is a dot beside the line.
 Source: Jaiswal et al., "Compressing LLMs: The Truth is Rarely Pure and Never Simple", ICLR 2024, figures 1 and 2.
 """
 
@@ -60,7 +60,7 @@ def damage(board: Board, lines: Sequence[Line]) -> list[Curves]:
 
 
 def by_method(lines: Sequence[Line], budget: Callable[[Line], float | None]) -> dict[str, list[Line]]:
-    """The lines of each method that was run with at least two budgets (after rounding to 0.01), sorted by budget.
+    """The lines of each method that was run with at least two budgets and all else equal, sorted by budget.
 
     Lines whose recipe cannot be read are left out, because they need not be of one method.
     """
@@ -71,8 +71,21 @@ def by_method(lines: Sequence[Line], budget: Callable[[Line], float | None]) -> 
     return {
         method: sorted(those, key=lambda line: (budget(line), line.name))
         for method, those in groups.items()
-        if len({round(budget(line) or 0, 2) for line in those}) > 1
+        if len(budgets(usual(those, budget), budget)) > 1
     }
+
+
+def budgets(lines: Sequence[Line], budget: Callable[[Line], float | None]) -> set[float]:
+    """The different budgets of some lines, after rounding to 0.01."""
+    return {round(across, 2) for line in lines if (across := budget(line)) is not None}
+
+
+def usual(lines: Sequence[Line], budget: Callable[[Line], float | None]) -> list[Line]:
+    """Those lines of one method that differ in nothing but the budget: the settings run with the most budgets."""
+    groups: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        groups[line.method.settings].append(line)
+    return max(groups.values(), key=lambda those: (len(budgets(those, budget)), len(those)))
 
 
 def _panel(
@@ -87,11 +100,11 @@ def _panel(
     def score(line: Line) -> float:
         return 100 * line.families[index].paired.compressed
 
-    usual = usual_way(line.fidelity for those in methods.values() for line in those if line.fidelity)
+    way = usual_way(line.fidelity for those in methods.values() for line in those if line.fidelity)
 
     def bits_per_byte(line: Line) -> float | None:
         found = line.fidelity
-        return found.compressed_bits_per_byte if found and found.way == usual else None
+        return found.compressed_bits_per_byte if found and found.way == way else None
 
     def finite_bits(line: Line) -> float | None:
         """None also if bits per byte are infinite: the table shows that, but it cannot be drawn."""
@@ -132,10 +145,10 @@ def _lines(
     budget: Callable[[Line], float | None],
     height: Callable[[Line], float | None],
 ) -> None:
-    """Draw a line per method through the means at each budget, and a dot per model."""
+    """Draw a line per method through the models of its usual settings, and a dot per model."""
     for i, method in enumerate(sorted(methods)):
         colour = STAND_IN[f"c{1 + i % SERIES}"]
-        axes.plot(*_means(methods[method], budget, height), color=colour)
+        axes.plot(*_means(usual(methods[method], budget), budget, height), color=colour)
         dots = axes.scatter(
             [budget(line) for line in methods[method]], [height(line) for line in methods[method]],
             marker=MARKERS[i % len(MARKERS)], s=26, color=colour, zorder=3, linewidths=0,
@@ -162,7 +175,7 @@ def _overlay(
     for side, spine in other.spines.items():
         spine.set(visible=side == "right", color=STAND_IN["line"])
     for i, method in enumerate(sorted(methods)):
-        xs, ys = _means([line for line in methods[method] if height(line) is not None], budget, height)
+        xs, ys = _means(usual(methods[method], budget), budget, height)
         other.plot(xs, ys, color=STAND_IN[f"c{1 + i % SERIES}"], linewidth=1, linestyle=(0, (4, 3)), alpha=0.75)
     worst = max(height(line) or 0.0 for line in every)
     other.set_ylim(max(2 * dense, 1.02 * worst), 0.97 * dense)

@@ -6,8 +6,9 @@ version or name a third-party pass. A recipe that cannot be read counts as the m
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from compress.recipe import parse
 FAMILIES = ("pruning", "quantization", "lowrank", "hybrid", "delta")
 WORDS = {"lowrank": "low rank"}
 SHARES = ("sparsity", "removed", "neurons", "fraction", "blocks")  # pass options that give the share removed
+BUDGETS = (*SHARES, "bits")
 UNKNOWN = "other"
 
 
@@ -26,17 +28,20 @@ class Method:
     """The method of a recipe: `label` names its passes, `family` its kinds of compression.
 
     `removed` is the share of weights, ranks, neurons or blocks that the recipe removes, the largest if several passes
-    have one; None if none has.
+    have one; None if none has. `settings` is everything else that shapes the model, its calibration included: models
+    of one label and equal settings differ in nothing but their budget.
     """
 
     label: str
     family: str
     removed: float | None = None
+    settings: str = ""
 
 
 def method_of(recipe: str | None) -> Method:
     """The method of a recipe, from its text."""
-    steps = _steps(recipe)
+    data = _read(recipe)
+    steps = _steps(data)
     if not steps:
         return Method(label=UNKNOWN, family=UNKNOWN)
     found = [_share(options[key]) for _, options in steps for key in SHARES if key in options]
@@ -47,15 +52,31 @@ def method_of(recipe: str | None) -> Method:
         label=" + ".join(name for name, _ in steps) + pattern,
         family=" + ".join(WORDS.get(kind, kind) for kind in FAMILIES if kind in kinds) or UNKNOWN,
         removed=max(removed) if removed else None,
+        settings=_settings(data, steps),
     )
 
 
-def _steps(recipe: str | None) -> list[tuple[str, Mapping[str, Any]]]:
+def _read(recipe: str | None) -> Mapping[str, Any]:
     try:
         data = parse(recipe or "", "recipe")
     except RecipeError:
-        return []
-    listed = data.get("passes") if isinstance(data, Mapping) else None
+        return {}
+    return data if isinstance(data, Mapping) else {}
+
+
+def _settings(data: Mapping[str, Any], steps: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    drawn = data.get("calibration")
+    drawn = {key: value for key, value in drawn.items() if key != "seed"} if isinstance(drawn, Mapping) else drawn
+    rest = {key: value for key, value in data.items() if key not in ("passes", "limits", "calibration")}
+    options = [(name, {key: value for key, value in own.items() if key not in BUDGETS}) for name, own in steps]
+    try:
+        return json.dumps([rest, drawn, options], sort_keys=True, default=str)
+    except (TypeError, ValueError):  # keys of several types, integers too long for text
+        return ""
+
+
+def _steps(data: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    listed = data.get("passes")
     steps: list[tuple[str, Mapping[str, Any]]] = []
     for step in listed if isinstance(listed, list) else ():
         named = {step: {}} if isinstance(step, str) else step

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from compress_evals.leaderboard.curves import by_method
+from compress_evals.leaderboard.curves import by_method, usual
 from compress_evals.leaderboard.examples import marked
 from compress_evals.leaderboard.figures import Point, front
 from compress_evals.leaderboard.heat import shade
@@ -38,7 +39,23 @@ def recipe(method: str, **options: object) -> str:
     ],
 )  # fmt: skip
 def test_the_method_is_read_from_the_recipe(text: str | None, expected: Method) -> None:
-    assert method_of(text) == expected
+    assert replace(method_of(text), settings="") == expected
+
+
+def test_only_models_that_differ_in_their_budget_alone_are_joined() -> None:
+    def line(sparsity: float, samples: int = 128, seed: int = 0, **options: Any) -> Any:
+        calibration = f"calibration: {{samples: {samples}, seed: {seed}}}\n"
+        method = method_of(calibration + recipe("wanda", sparsity=sparsity, **options))
+        return SimpleNamespace(method=method, name=f"{sparsity}-{samples}")
+
+    def removed(line: Any) -> float | None:
+        return line.method.removed if line.method.removed is None else 100 * line.method.removed
+
+    joined = [line(0.5), line(0.6, seed=1), line(0.7)]
+    others = [line(0.7, samples=8), line(0.5, alpha="true"), line(0.7, alpha="true")]
+    found = by_method([*others, *joined], removed)["wanda"]
+    assert len(found) == 6 and usual(found, removed) == joined
+    assert by_method([line(0.5), line(0.7, samples=8)], removed) == {}
 
 
 def test_recipes_that_cannot_be_read_are_on_no_curve() -> None:
