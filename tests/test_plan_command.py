@@ -443,6 +443,11 @@ def test_the_limit_of_a_control_group_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
     assert within_group(tmp_path) == 2000
+    stat = "anon 300\ninactive_file 500\nactive_file 200\n"  # files that the kernel drops when memory is asked for
+    (tmp_path / "memory.stat").write_text(stat)
+    assert within_group(tmp_path) == 2700
+    (tmp_path / "memory.stat").write_text(f"{stat}total_inactive_file 600\ntotal_active_file 900\n")  # version 1
+    assert within_group(tmp_path) == 3000
     (tmp_path / "memory.max").write_text("max\n")
     assert within_group(tmp_path) is None
 

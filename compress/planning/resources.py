@@ -277,12 +277,23 @@ def within_group(root: Path = GROUPS, told: Path = Path("/proc/self/cgroup")) ->
 
 
 def unused(group: Path, limit: str, used: str) -> int | None:
-    """Bytes left in a control group; None if it has no limit."""
+    """Bytes left in a control group, those of cached files included, which the kernel gives back; None: no limit."""
     try:
         most, now = (group / limit).read_text().strip(), (group / used).read_text().strip()
     except OSError:
         return None
-    return int(most) - int(now) if most.isdigit() and int(most) < 1 << 60 else None
+    return int(most) - max(0, int(now) - cached(group)) if most.isdigit() and int(most) < 1 << 60 else None
+
+
+def cached(group: Path) -> int:
+    """Bytes of files in the page cache that a control group is charged for; 0 if it does not report them."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    counts = {name: int(value) for name, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
+    total = "total_" if "total_inactive_file" in counts else ""  # version 1 counts the groups below apart
+    return sum(counts.get(f"{total}{kind}_file", 0) for kind in ("inactive", "active"))
 
 
 def video_memory(device: str) -> tuple[int, str] | None:
