@@ -230,7 +230,7 @@ def timed(dense: Subject, other: Subject) -> Speed:
     """Time greedy generation with both models in turn."""
     from compress.runtime.bench import measure_generation
 
-    first, second = measure_generation({"dense": dense.model, other.name: other.model}, **GENERATED)
+    first, second = measure_generation({"dense": dense.model, "compressed": other.model}, **GENERATED)
     return Speed(
         **GENERATED,
         dense=first.tokens_per_second.median,

@@ -175,10 +175,14 @@ def test_a_model_against_itself_matches_everywhere_and_a_ruined_one_fails(tmp_pa
 
 
 @pytest.mark.slow
-def test_generation_is_timed_beside_dense_if_asked(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_is_timed_beside_dense_if_asked(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert folders.GENERATED == {"prompt": 64, "new": 128, "runs": 5}
     monkeypatch.setattr(folders, "GENERATED", {"prompt": 16, "new": 32, "runs": 3})
-    _, small = evaluated(artifact, only=TASKS[:1], limit=4, speed=True)
+    called = shutil.copytree(artifact, tmp_path / "dense")  # as an export may be
+    _, small = evaluated(called, only=TASKS[:1], limit=4, speed=True)
+    assert small.model.name == "dense"
     speed = small.vs.speed
     assert speed.dense > 0 and speed.compressed > 0
     assert speed.low <= speed.ratio <= speed.high
