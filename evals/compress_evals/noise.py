@@ -28,7 +28,8 @@ def measure_noise(
 ) -> dict[str, Noise]:
     """The flips of a model against itself at half the batch size, by task; `again` is a subset of what it was asked.
 
-    Empty at batch size 1, which cannot be halved; asking again at the same size would show no noise.
+    Empty at batch size 1, which cannot be halved; asking again at the same size would show no noise. Tasks whose scores
+    are not right or wrong are left out: nearly all of theirs change a little.
     """
     half, found = results.engine.batch_size // 2, dict[str, Noise]()
     if not half:
@@ -39,8 +40,9 @@ def measure_noise(
         meter.finish(asked)
         name = asked.task.name
         before, headline = {row.id: row for row in results.rows[name]}, results.tasks[name].headline
-        flips = sum(before[row.id].scores[headline] != row.scores[headline] for row in rows)
-        found[name] = Noise(batch_size=half, n=len(rows), flips=flips)
+        pairs = [(before[row.id].scores[headline], row.scores[headline]) for row in rows]
+        if all(score in (0, 1) for pair in pairs for score in pair):
+            found[name] = Noise(batch_size=half, n=len(rows), flips=sum(a != b for a, b in pairs))
     return found
 
 
@@ -65,5 +67,5 @@ def sentence(noise: Mapping[str, Noise], pairs: Mapping[str, tuple[str, Paired]]
         return ""
     known = f"the dense model's own noise ({flips} of {asked:,} answers change with the batch size)"
     if not titles:
-        return f"Every task differs by more than {known}."
+        return f"Every task that can flip differs by more than {known}."
     return f"Indistinguishable from {known}: {'; '.join(titles)}."

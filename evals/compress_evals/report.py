@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ class TableRow:
     paired: Paired
     p: float
     verdict: str
+
+    @property
+    def flips(self) -> str:
+        """How many answers were lost and gained; a dash for scores that are not right or wrong."""
+        return f"{self.paired.lost} / {self.paired.gained}" if self.paired.binary else "–"
 
 
 def split(results: Sequence[Results]) -> tuple[Results, list[Results]]:
@@ -173,18 +178,21 @@ def headline(dense: Results, compressed: Sequence[Results]) -> str:
             return f"What {len(compressed)} compressed versions lost compared with {dense.model.name}"
 
 
-def header_line(dense: Results) -> str:
-    """The number of questions, and the minimal detectable effect of the largest and the smallest task.
+def header_line(dense: Results, clusters: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The number of questions, and the minimal detectable effect of the tasks with the most and the fewest subjects.
 
-    The effect assumes that a tenth of the answers flip (ASSUMED_FLIPS).
+    The effect assumes that a tenth of the answers flip (ASSUMED_FLIPS), and those on one subject together: an upper
+    bound, because questions about one subject are one cluster of every interval. `clusters` holds the cluster of every
+    question by task where `dense` has no rows.
     """
-    sizes = sorted({task.n for task in dense.tasks.values()}, reverse=True)
-    shown = {n: detectable_effect(n, ASSUMED_FLIPS) for n in (sizes[0], sizes[-1])}
-    effects = [f"{100 * effect:.1f} points ({n} questions)" for n, effect in shown.items() if math.isfinite(effect)]
+    asked = clusters or {name: [row.cluster for row in rows] for name, rows in dense.rows.items()}
+    counts = sorted(len(set(asked[name])) if name in asked else task.n for name, task in dense.tasks.items())
+    shown = {n: detectable_effect(n, ASSUMED_FLIPS) for n in (counts[-1], counts[0])}
+    effects = [f"{100 * effect:.1f} points ({n} subjects)" for n, effect in shown.items() if math.isfinite(effect)]
     return (
         f"{sum(task.n for task in dense.tasks.values()):,} questions in {len(dense.tasks)} tasks. "
-        f"Minimal detectable effect at 80 % power, if {100 * ASSUMED_FLIPS:.0f} % of the answers flip: "
-        f"{' to '.join(effects) or 'none, too few questions'}."
+        f"Minimal detectable effect at 80 % power, if {100 * ASSUMED_FLIPS:.0f} % of the answers flip, those on one "
+        f"subject together: {' to '.join(effects) or 'none, too few subjects'}."
     )
 
 
@@ -363,8 +371,8 @@ def _matrix(
 
 def _cells(row: TableRow) -> tuple[str, ...]:
     pair = row.paired
-    flips, verdict = f"{pair.lost} / {pair.gained}", f"{GLYPHS[pair.verdict]} {row.verdict}"
-    return row.title, percent(row.dense_metric), percent(row.metric), points(pair), flips, p_value(row.p), verdict
+    verdict = f"{GLYPHS[pair.verdict]} {row.verdict}"
+    return row.title, percent(row.dense_metric), percent(row.metric), points(pair), row.flips, p_value(row.p), verdict
 
 
 def _score_cells(result: Results, task: str) -> tuple[str, str, str]:

@@ -32,7 +32,8 @@ class Paired:
     """The paired comparison of a compressed model with its dense original on the same questions.
 
     `delta` is the mean paired difference, compressed minus dense, and `low` and `high` are its 95 % confidence
-    interval. `lost` and `gained` count the questions whose score fell or rose, `flips` is their share. `margin` is the
+    interval. `lost` and `gained` count the questions whose score fell or rose, `flips` is their share; only of binary
+    scores are these answers that turned wrong or right. `margin` is the
     largest absolute loss that still counts as matching; `p` is two-sided. `needed` is the number of questions at which
     an inconclusive result would be decided (80 % power at the observed effect); None if it is decided or no number
     would be enough. `detectable` is the minimal detectable effect: the smallest true difference that this comparison
@@ -118,8 +119,9 @@ def sign_flip(sums: ArrayLike, iters: int = 10000, seed: int = 0) -> float:
 
     Under the null hypothesis, the sum of each cluster may have either sign. The test is exact for integer sums (binary
     scores), by convolution of the clusters' distributions; for clusters of one question it equals McNemar's exact test.
-    Otherwise it draws `iters` random sign vectors, and p is at least 1 / (iters + 1).
-    Source: Fisher's randomisation test, with whole clusters exchanged.
+    Otherwise it draws `iters` random sign vectors, and p is at least 1 / (iters + 1), unless Hoeffding's bound on such
+    sums is below that: a floor would be multiplied by the number of comparisons.
+    Source: Fisher's randomisation test, with whole clusters exchanged; Hoeffding, JASA 1963, theorem 2.
     """
     steps = np.abs(_floats(sums))
     observed, steps = abs(float(_floats(sums).sum())), steps[steps > 0]
@@ -131,7 +133,8 @@ def sign_flip(sums: ArrayLike, iters: int = 10000, seed: int = 0) -> float:
     for rows in _chunks(iters, len(steps)):
         signs = rng.integers(0, 2, size=(rows, len(steps))) * 2.0 - 1.0
         hits += int((np.abs(signs @ steps) >= observed - 1e-9).sum())
-    return (hits + 1) / (iters + 1)
+    bound = 2 * math.exp(-(observed**2) / (2 * float((steps**2).sum())))
+    return min((hits + 1) / (iters + 1), bound) if bound < 1 / (iters + 1) else (hits + 1) / (iters + 1)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -50,6 +50,22 @@ def test_answers_that_change_are_counted(model: Any, exam: Exam, monkeypatch: py
     assert measure_noise(tiny, alone, exam, samples(exam, 5), None, Meter()) == {}  # there is no half of one
 
 
+def test_scores_that_are_not_right_or_wrong_have_no_flips(
+    model: Any, exam: Exam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Subject("tiny", lambda: model, device="cpu")
+    results = measure(tiny, exam, 2)
+    rouge = [row.model_copy(update={"scores": {"acc": 0.25}}) for row in results.rows["facts_mc"]]
+    results = results.model_copy(update={"rows": {**results.rows, "facts_mc": rouge}})
+
+    def same(subject: Any, asked: Any, *rest: Any) -> Answers:
+        return Answers(rows=tuple(results.rows[asked.task.name][:5]), truncated=0, seconds=0.0)
+
+    monkeypatch.setattr(noises, "answers", same)
+    found = measure_noise(tiny, results, exam, samples(exam, 5), None, Meter())
+    assert found == {"facts_trained": Noise(batch_size=1, n=5, flips=0)}
+
+
 def test_no_more_flips_than_noise_is_no_difference() -> None:
     pair = paired([1] * 100, [0, 0] + [1] * 98)
     assert within(pair, Noise(batch_size=32, n=200, flips=4))

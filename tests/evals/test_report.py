@@ -13,8 +13,19 @@ from compress_evals.comparison import compare
 from compress_evals.leaderboard.collect import Board, Entry
 from compress_evals.leaderboard.facts import facts
 from compress_evals.plots import forest, place_names, scatter
-from compress_evals.report import calibration, caveats, cut_to_fit, html, ignorance, markdown, silence, table_rows
+from compress_evals.report import (
+    calibration,
+    caveats,
+    cut_to_fit,
+    header_line,
+    html,
+    ignorance,
+    markdown,
+    silence,
+    table_rows,
+)
 from compress_evals.results import Metric, Results
+from compress_evals.stats import detectable_effect
 from compress_evals.wording import size_change
 
 HOSTILE = "<script>alert(1)</script>\"'>&|`x`"
@@ -263,6 +274,24 @@ def test_what_was_skipped_cut_or_is_within_noise_is_said(make_results: Callable[
     assert "X &lt;b&gt;" in page and "X <b>" not in page
     assert all(part in page for part in ("so cut: Title", "own noise (1 of 200", "20.0 tokens/s"))
     assert all(part in text for part in ("so cut: Title", "own noise (1 of 200", "20.0 tokens/s"))
+
+
+def test_the_detectable_effect_counts_subjects(make_results: Callable[..., Results]) -> None:
+    asked = make_results(
+        "dense", {"facts_trained": [1] * 400, "facts_copy": [1] * 300}, clusters=[str(i // 2) for i in range(400)]
+    )
+    most = f"{100 * detectable_effect(200, 0.1):.1f} points (200 subjects)"
+    fewest = f"{100 * detectable_effect(150, 0.1):.1f} points (150 subjects)"
+    assert header_line(asked).endswith(f"those on one subject together: {most} to {fewest}.")
+    clusters = {name: [row.cluster for row in rows] for name, rows in asked.rows.items()}
+    assert header_line(asked.model_copy(update={"rows": {}}), clusters) == header_line(asked)
+
+
+def test_scores_that_are_not_right_or_wrong_flip_no_answers(make_results: Callable[..., Results]) -> None:
+    rouge = make_results("dense", {"facts_trained": [0.5] * 40, "facts_copy": [1] * 40})
+    other = make_results("small", {"facts_trained": [0.4, 0.6] * 20, "facts_copy": [0] + [1] * 39}, recipe="passes: []")
+    rows = table_rows([rouge, other.model_copy(update={"vs": compare(rouge, other)})])
+    assert [row.flips for row in rows] == ["–", "1 / 0"]
 
 
 def test_prompts_that_were_cut_are_said(dense: Results, versus: Callable[..., Results]) -> None:

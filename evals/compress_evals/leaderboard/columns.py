@@ -220,6 +220,8 @@ def _difference(cell: FamilyCell) -> Cell:
 
 def _flips(cell: FamilyCell) -> Cell:
     pair = cell.paired
+    if not pair.binary:
+        return Cell()
     return Cell(sort=pair.flips, text=f"{100 * pair.flips:.1f}", small=f"{pair.lost} lost, {pair.gained} gained")
 
 

@@ -59,7 +59,8 @@ FAMILY_COLUMNS = {
     "score": "mean over questions", "low": "95 % interval of the score", "high": "95 % interval of the score",
     "normalised": FORMULAS["normalised"], "delta": "compressed minus dense",
     "delta_low": "95 % interval of the difference", "delta_high": "95 % interval of the difference",
-    "verdict": "non-inferiority by the interval of the difference", "flips": "share of questions that flipped",
+    "verdict": "non-inferiority by the interval of the difference",
+    "flips": "share of questions that flipped; of scores between 0 and 1, that changed",
     "disagreement": "share of questions answered differently", "kept": FORMULAS["kept"],
     "between": "between-run standard deviation of the score not explained by single questions; empty for a single run",
 }  # fmt: skip

@@ -18,7 +18,7 @@ def facts(board: Board) -> list[tuple[str, str]]:
     engine = dense.engine
     rows = [
         ("Dense model", f"{board.dense.name}{size_of(dense)}"),
-        ("Asked", header_line(dense)),
+        ("Asked", header_line(dense, board.clusters)),
         ("Matching", f"a loss of at most {100 * board.margin:g} % of the dense score, with 95 % confidence"),
         ("Data", sources(dense)),
         ("Noise floor", noise(dense)),

@@ -112,15 +112,19 @@ class Line:
         return min(counted, key=SEVERITY.index)
 
     @property
+    def _flipping(self) -> list[Paired]:
+        return [c.paired for c in self.families if c.paired.binary and not c.control]
+
+    @property
     def flips(self) -> float:
-        """The share of questions that flipped, over all tasks except controls."""
-        counted = [c.paired for c in self.families if not c.control]
+        """The share of questions that flipped, over the families that are right or wrong, except controls."""
+        counted = self._flipping
         return sum(p.flips * p.n for p in counted) / max(1, sum(p.n for p in counted))
 
     @property
     def delta(self) -> float:
-        """The mean difference from dense over the questions of all tasks except controls."""
-        counted = [c.paired for c in self.families if not c.control]
+        """The mean difference from dense over the questions of `flips`."""
+        counted = self._flipping
         return sum(p.delta * p.n for p in counted) / max(1, sum(p.n for p in counted))
 
 
