@@ -106,13 +106,12 @@ class Server:
         if isinstance(asked, Chat):
             return self.chat_tokens(asked)
         prompt = asked.prompt if isinstance(asked, Completion) else ""
-        if isinstance(prompt, list) and not any(isinstance(one, str) for one in prompt):
-            rows = self.tenants.model.get_input_embeddings().num_embeddings
-            if not all(isinstance(token, int) and 0 <= token < rows for token in prompt):
-                raise Refusal(400, f"prompt: tokens must be whole numbers from 0 to {rows - 1}", param="prompt")
-            return [int(token) for token in prompt]
-        text = prompt if isinstance(prompt, str) else "".join(map(str, prompt))
-        return self.language_of(asked.model).opened(unbroken(text, "prompt"))
+        if isinstance(prompt, str):
+            return self.language_of(asked.model).opened(unbroken(prompt, "prompt"))
+        rows = self.tenants.model.get_input_embeddings().num_embeddings
+        if not all(0 <= token < rows for token in prompt):
+            raise Refusal(400, f"prompt: tokens must be whole numbers from 0 to {rows - 1}", param="prompt")
+        return prompt
 
     def chat_tokens(self, asked: Chat) -> list[int]:
         """The tokens of a conversation, by the tokenizer's chat template, which transformers runs in a sandbox.
@@ -124,7 +123,7 @@ class Server:
             raise Refusal(
                 400, f"the tokenizer of {asked.model} has no chat template; use /v1/completions", param="model"
             )
-        said = [message.model_dump() for message in asked.messages]
+        said = [message.said() for message in asked.messages]
         try:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise any kind of error to reject messages
@@ -154,7 +153,7 @@ class Server:
             tenant=tenant,
             limit=min(room, wanted or self.limits.max_tokens),
             sampling=asked.sampling(),
-            text=Text(language.tokenizer, asked.stops(), prompt[-BEFORE:] if isinstance(asked, Completion) else ()),
+            text=Text(language.tokenizer, asked.stop, prompt[-BEFORE:] if isinstance(asked, Completion) else ()),
             ends=language.ends,
             emit=emit,
         )
@@ -304,10 +303,16 @@ def make_app(server: Server) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    told = {"object": "model", "created": server.started, "owned_by": "compress"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        told = {"object": "model", "created": server.started, "owned_by": "compress"}
         return {"object": "list", "data": [{"id": name, **told} for name in server.models()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        server.tenant(name)
+        return {"id": name, **told}
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:

@@ -25,7 +25,8 @@ from compress.runtime.tenants import Difference, Tenants
 from compress.serving import engine
 from compress.serving.app import BEFORE, Language, Limits, Server, context_of
 from compress.serving.engine import Engine
-from compress.serving.requests import Completion
+from compress.serving.errors import Refusal
+from compress.serving.requests import Chat, Completion, parsed
 from compress.serving.running import Piece, Sequence
 from compress.serving.sampling import Sampling
 from compress.serving.text import Text
@@ -194,9 +195,162 @@ def test_models_health_and_metrics(make_server: Make, talk: Talk) -> None:
     assert "compress_delta_bytes" in metrics.text
 
 
-# -- what is refused --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "status"), [("tiny", 200), ("b", 200), ("nobody", 404), ("some%2Fbody", 404), ("some/body", 404)]
+)
+def test_one_model_is_told_of_as_in_the_list(name: str, status: int, make_server: Make, talk: Talk) -> None:
+    async def act(client: httpx.AsyncClient) -> tuple[httpx.Response, httpx.Response]:
+        return await client.get(f"/v1/models/{name}"), await client.get("/v1/models")
+
+    one, listed = talk(make_server(), act)
+    assert one.status_code == status
+    told = one.json()
+    assert told in listed.json()["data"] or told["error"]["code"] == "model_not_found"
+
+
+# -- what means the same ----------------------------------------------------------------------------------
 
 HELLO = [{"role": "user", "content": "x"}]
+BARE: dict[type[Any], dict[str, Any]] = {
+    Completion: {"model": "a", "prompt": [5, 6]},
+    Chat: {"model": "a", "messages": HELLO},
+}
+# an assistant's turn as `message.model_dump()` of OpenAI's client library, version 3.57, gives it
+DUMPED = {"role": "assistant", "content": "yes", "refusal": None, "annotations": None, "audio": None,
+          "function_call": None, "tool_calls": None}  # fmt: skip
+
+
+def read(kind: type[Any], **more: Any) -> Any:
+    """What the server makes of a request with these fields."""
+    return parsed(json.dumps({**BARE[kind], **more}).encode(), kind)
+
+
+@pytest.mark.parametrize("kind", BARE)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(field, None) for field in ("max_tokens", "stop", "n", "stream_options", "suffix", "logprobs", "anything")],
+        *[("presence_penalty", 0), ("presence_penalty", 0.0), ("frequency_penalty", 0), ("logit_bias", {})],
+        *[("logprobs", False), ("top_logprobs", 0), ("echo", False), ("best_of", 1), ("store", False)],
+        *[("service_tier", "auto"), ("service_tier", "default"), ("response_format", {"type": "text"})],
+        *[("tools", []), ("functions", []), ("tool_choice", "none"), ("tool_choice", "auto")],
+        *[("parallel_tool_calls", True), ("modalities", ["text"])],
+    ],
+)
+def test_what_asks_for_nothing_counts_as_not_given(kind: type[Any], field: str, value: Any) -> None:
+    assert read(kind, **{field: value}) == read(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "same"),
+    [
+        (Completion, "prompt", [[5, 6]], [5, 6]),
+        (Completion, "prompt", ["x y"], "x y"),
+        (Completion, "stop", "x", ["x"]),
+        (Completion, "stream_options", {"include_usage": None, "include_obfuscation": False}, {}),
+        (Chat, "messages", [{"role": "user", "content": [{"type": "text", "text": "x"}]}], HELLO),
+        (Chat, "messages", [*HELLO, DUMPED], [*HELLO, {"role": "assistant", "content": "yes"}]),
+        (Chat, "messages", [{**DUMPED, "annotations": [], "tool_calls": []}], [DUMPED]),
+    ],
+)
+def test_two_forms_of_a_field_mean_the_same(kind: type[Any], field: str, value: Any, same: Any) -> None:
+    assert read(kind, **{field: value}) == read(kind, **{field: same})
+
+
+def test_labels_are_accepted() -> None:
+    labels = {"user": "me", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"run": "7"}}
+    assert labels.items() <= read(Chat, **labels).model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("message", "want"),
+    [
+        ({"role": "developer", "content": "x"}, {"role": "system", "content": "x"}),
+        ({"role": "user", "content": [{"type": "text", "text": text} for text in ("x", " y")]},
+         {"role": "user", "content": "x y"}),
+        ({"role": "user", "content": "x", "name": "Ann"}, {"role": "user", "content": "x", "name": "Ann"}),
+        ({**DUMPED, "content": None}, {"role": "assistant", "content": ""}),
+    ],
+)  # fmt: skip
+def test_the_template_gets_a_message_in_its_plainest_form(message: dict[str, Any], want: dict[str, str]) -> None:
+    assert read(Chat, messages=[message]).messages[0].said() == want
+
+
+def test_what_clients_send_is_answered_like_the_plain_request(make_server: Make, talk: Talk) -> None:
+    plain = {"model": "a", "max_tokens": 4, "temperature": 0}
+    fields = {**plain, "presence_penalty": 0, "logit_bias": {}, "tools": [], "store": False, "n": 1, "stop": None}
+    same = [
+        ("completions", {**plain, "prompt": [5, 6]}, {**fields, "prompt": [[5, 6]], "echo": False, "suffix": None}),
+        (
+            "chat/completions",
+            {**plain, "messages": [*HELLO, {"role": "assistant", "content": "yes"}]},
+            {**fields, "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}, DUMPED]},
+        ),
+    ]
+
+    async def act(client: httpx.AsyncClient) -> list[list[httpx.Response]]:
+        return [[await client.post(f"/v1/{path}", json=body) for body in pair] for path, *pair in same]
+
+    for want, got in talk(make_server(chat=True), act):
+        assert want.status_code == got.status_code == 200
+        assert got.json()["choices"] == want.json()["choices"] and got.json()["usage"] == want.json()["usage"]
+
+
+# -- what is refused --------------------------------------------------------------------------------------
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+CALLED = {**DUMPED, "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "place", "said"),
+    [
+        (Completion, "presence_penalty", 0.5, "presence_penalty", "is not supported here"),
+        (Completion, "presence_penalty", False, "presence_penalty", "is not supported here"),
+        (Completion, "logprobs", 0, "logprobs", "is not supported here"),
+        (Completion, "echo", True, "echo", "is not supported here"),
+        (Completion, "best_of", 2, "best_of", "is not supported here"),
+        (Completion, "suffix", "x", "suffix", "is not supported here"),
+        (Completion, "n", 2, "n", "Input should be 1, not 2"),
+        (Completion, "n", [2], "n", "Input should be 1"),
+        (Completion, "prompt", None, "prompt", "Field required"),
+        (Completion, "prompt", ["x", "y"], "prompt", "Input should be one text or one list of tokens"),
+        (Completion, "prompt", [[5], [6]], "prompt", "Input should be one text or one list of tokens"),
+        (Completion, "prompt", [[[5]]], "prompt", "Input should be one text or one list of tokens"),
+        (Completion, "prompt", [5, True], "prompt", "Input should be one text or one list of tokens"),
+        (Completion, "stop", 5, "stop", "Input should be a text or a list"),
+        (Completion, "stop", ["x"] * 17, "stop", "List should have at most 16 items after validation, not 17"),
+        (Completion, "stop", ["x", 5], "stop[1]", "Input should be a valid string"),
+        (Completion, "stream_options", {"x": 1}, "stream_options.x", "is not supported here"),
+        (Chat, "stream_options", {"include_obfuscation": True}, "stream_options.include_obfuscation",
+         "Input should be False, not True"),
+        (Chat, "logprobs", True, "logprobs", "is not supported here"),
+        (Chat, "response_format", {"type": "json_object"}, "response_format", "is not supported here"),
+        (Chat, "tools", [{"type": "function"}], "tools", "is not supported here"),
+        (Chat, "store", True, "store", "is not supported here"),
+        (Chat, "service_tier", "priority", "service_tier", "is not supported here"),
+        (Chat, "top_k", 5, "top_k", "is not supported here"),
+        (Chat, "messages", ["x"], "messages[0]", "Input should be a valid dictionary or instance of Message"),
+        (Chat, "messages", [*HELLO, CALLED], "messages[1].tool_calls", "is not supported here"),
+        (Chat, "messages", [{**DUMPED, "refusal": "no"}], "messages[0].refusal", "is not supported here"),
+        (Chat, "messages", [{"role": "user", "content": None}], "messages[0].content", "Field required"),
+        (Chat, "messages", [{"role": "user", "content": 5}], "messages[0].content",
+         "Input should be a text or a list"),
+        (Chat, "messages", [{"role": "user", "content": [IMAGE]}], "messages[0].content[0].type",
+         "Input should be 'text', not 'image_url'"),
+        (Chat, "messages", [{"role": "user", "content": ["x"]}], "messages[0].content[0]",
+         "Input should be a valid dictionary or instance of Part"),
+        (Chat, "messages", [{"role": "tool", "content": "x"}], "messages[0].role",
+         "Input should be 'system', 'developer', 'user' or 'assistant', not 'tool'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_named(kind: type[Any], field: str, value: Any, place: str, said: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        read(kind, **{field: value})
+    assert caught.value.message == f"{place}: {said}"
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, place, "invalid_value")
+
+
 WRONG: dict[str, tuple[str, Any, int, str]] = {  # path, body, status, what is said
     "unknown model": ("completions", ask("nobody"), 404, "does not exist"),
     "no model": ("completions", {"prompt": "x"}, 400, "model"),
