@@ -25,6 +25,7 @@ from compress.model.source import Checkpoint
 from compress.model.walk import Walk
 from compress.model.whole import Whole
 from compress.options import check_options
+from compress.passes.whitened import answer
 from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import (
     Dense,
@@ -389,7 +390,8 @@ class Quantizer(WeightPass):
     def visit(self, weight: Weight, site: Site, quantize: Quantize) -> Weight:
         """Quantize the dense parts of an expression; a mask stays outside the grid.
 
-        Low-rank factors are quantized only with `factors`.
+        Low-rank factors are quantized only with `factors`, the right one first. A pass that reads the Gram of the input
+        fits a left factor without a mask to the rounded right one before it rounds it.
 
         Raises UnsupportedWeight for any other expression.
         """
@@ -401,8 +403,12 @@ class Quantizer(WeightPass):
             case Product(left, Permutation() | Hadamard() | Diagonal() as right):
                 return Product(self.visit(left, site.behind(right, left), quantize), right)
             case Product(left, right) if self.factors and plain(left) and plain(right):
-                outer, inner = site.factors(left.dense(), right.dense())
-                return Product(self.visit_factor(left, outer), self.visit_factor(right, inner))
+                rounded = self.visit_factor(right, site.factors(left.dense(), right.dense())[1])
+                if isinstance(left, Dense) and Gram in self.requires and Gram in site.stats and not site.starved:
+                    whole_OI, dtype = left.data.float() @ right.dense().float(), left.data.dtype
+                    left = Dense(answer(whole_OI, rounded.dense().float(), site.stats[Gram])[0].to(dtype))
+                outer = site.factors(left.dense(), rounded.dense())[0]  # it reads what the rounded right factor writes
+                return Product(self.visit_factor(left, outer), rounded)
             case Sum(terms) if any(map(self.wants, terms)):
                 return Sum(tuple(self.visit(t, site, quantize) if self.wants(t) else t for t in terms))
             case _:

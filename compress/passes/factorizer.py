@@ -44,12 +44,19 @@ class Factorizer(WeightPass):
     )
 
     def check(self, site: str, shape: tuple[int, int]) -> None:
-        """Raise RecipeError if not even a rank of one is left."""
-        if rank_within(1 - self.removed, shape) < 1:
+        """Raise RecipeError if not even a rank of one is left; of a shared factor the ranks count together."""
+        if not self.shared:
+            self.room(site, shape)
+
+    def room(self, site: str, shape: tuple[int, int]) -> int:
+        """The rank of a matrix, or of several in one; raises RecipeError if not even a rank of one is left."""
+        rank = rank_within(1 - self.removed, shape)
+        if rank < 1:
             raise RecipeError(
                 f"{self.name}: {site}: {1 - self.removed:g} of {shape[0]}x{shape[1]} leaves no room for rank 1; lower "
                 "removed"
             )
+        return rank
 
     @property
     def joint(self) -> bool:
@@ -81,7 +88,7 @@ class Factorizer(WeightPass):
         if not self.removed:
             return {name: replace(dense) for name, dense in whole.items()}
         shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
-        return factors_outline(list(whole), list(whole.values()), rank_within(1 - self.removed, shape))
+        return factors_outline(list(whole), list(whole.values()), self.room(sites[0].name, shape))
 
     def rewrite_unfed(self, site: Site) -> Weight:
         """Factors without a metric, because nothing is known of the input."""
@@ -95,7 +102,7 @@ class Factorizer(WeightPass):
                 site.ledger["rank"] = "dense"
             return {name: replace(dense) for name, dense in whole.items()}  # a new object: the site counts as rewritten
         shape = sum(site.shape[0] for site in sites), sites[0].shape[1]
-        return joined(sites, list(whole.values()), metric, rank_within(1 - self.removed, shape))
+        return joined(sites, list(whole.values()), metric, self.room(sites[0].name, shape))
 
     def spectrum(self, sites: Sequence[Site]) -> Tensor:
         """The falling energies of these matrices taken together; `factored` cuts the last of them."""

@@ -1,4 +1,4 @@
-"""The best low-rank matrix for a given input, and when its factors are worth their bits.
+"""The best low-rank matrix for an input, the best factor beside a given one, and when factors are worth their bits.
 
 An input is given by its Gram [in, in], by the mean squares of independent features [in], or not at all, which means
 white.
@@ -12,8 +12,13 @@ from math import floor, log
 import torch
 from torch import Tensor
 
+from compress.errors import CalibrationError
+from compress.passes.hessian import inverse_factor
+
 FAINT = 1e-5  # of the largest energy: float32 directions of smaller ones lose 0.2 % more than the best, then everything
 AT_ONCE = 1024  # columns of a Gram converted together
+SLIGHT = 1e-5  # damping of least squares
+QUIET = 1e-8  # of the output of the loudest direction: below it nothing is left of another one, even in float64
 
 
 def principal(w_OI: Tensor, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -51,6 +56,35 @@ def weighed(w_OI: Tensor, metric: Tensor | None) -> Tensor:
     if metric.ndim == 1 or metric.dtype == w_OI.dtype:
         return w_OI @ metric if metric.ndim == 2 else w_OI * metric
     return torch.cat([w_OI @ part_IB.to(w_OI.dtype) for part_IB in metric.split(AT_ONCE, 1)], 1)
+
+
+def answer(rest_OI: Tensor, right_RI: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The left factor [out, R] that with `right` loses least of `rest`, and the Gram of the output of `right`.
+
+    Behind tokens of huge activations float32 leaves nothing of the quieter directions; they are computed in float64.
+    Raises CalibrationError if that does not help.
+    """
+    for dtype in (torch.float32, torch.float64):
+        seen_RI = weighed(right_RI.to(dtype), gram)
+        z_RR = seen_RI @ right_RI.to(dtype).T
+        left_OR = solved(rest_OI.to(dtype) @ seen_RI.T, z_RR) if bool((z_RR.diagonal() >= 0).all()) else None
+        if left_OR is not None:
+            return left_OR.float(), z_RR.float()
+    raise CalibrationError("the Gram of a right factor's output is not positive definite at any damping")
+
+
+def solved(target_OR: Tensor, z_RR: Tensor) -> Tensor | None:
+    """T Z^-1, slightly damped after Z was scaled to a unit diagonal; None if that is not positive definite.
+
+    A direction without energy gets a column of zeros.
+    """
+    size_R = z_RR.diagonal().clamp(min=0).sqrt()
+    heard_R = size_R > QUIET * size_R.max()
+    unit_R = torch.where(heard_R, 1 / size_R.clamp(min=1e-30), 0)
+    z_RR = z_RR * unit_R * unit_R[:, None]
+    z_RR.diagonal()[~heard_R] = 1
+    found = inverse_factor(z_RR, SLIGHT)
+    return None if found is None else (target_OR * unit_R) @ found[0].T @ found[0] * unit_R
 
 
 def output_basis(w_OI: Tensor, metric: Tensor | None, rank: int) -> Tensor:

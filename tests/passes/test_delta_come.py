@@ -31,8 +31,9 @@ from compress.passes.delta.delta_come import (
     published,
 )
 from compress.passes.hessian import inverse_factor
-from compress.passes.whitened import principal
+from compress.passes.whitened import answer, principal
 from compress.runtime.lower import lower
+from compress.stats import Gram
 
 SiteMaker = Callable[..., Site]
 POWERS = (0.25, 0.5, 0.75, 1.0)
@@ -343,3 +344,21 @@ def test_an_expert_without_tokens_is_rounded_by_its_weights(site_of: SiteMaker) 
     assert plain.requires == ()
     w = falling(0.5, 48, 64)
     assert torch.equal(DeltaCoMe().rewrite_unfed(site_of(w)).dense(), plain.rewrite(site_of(w)).dense())
+
+
+def test_tokens_of_huge_activations_are_survived(site_of: SiteMaker) -> None:
+    x = torch.randn(1024, 96, generator=torch.Generator().manual_seed(0))
+    x[::100] *= 1e4
+    site = site_of(normal(64, 96).bfloat16() * 1e-3, x)
+    made = DeltaCoMe(bits=4).rewrite(site)
+    change = made.dense().float() - site.original.data.float()
+    loss = [float(((d @ site.stats[Gram]) * d).sum()) for d in (change, site.original.data.float())]
+    assert loss[0] < 0.02 * loss[1]
+
+
+def test_a_right_factor_whose_output_is_nothing_gets_no_left_one() -> None:
+    right = torch.eye(3, 5)
+    gram = torch.diag(torch.tensor([4.0, 0, 1, 1, 1]))
+    left, z = answer(normal(6, 5), right, gram)
+    assert left[:, 1].eq(0).all() and torch.equal(z, torch.diag(torch.tensor([4.0, 0, 1])))
+    assert torch.allclose(left[:, [0, 2]], normal(6, 5)[:, [0, 2]], rtol=1e-4)

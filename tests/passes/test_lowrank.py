@@ -186,6 +186,30 @@ def test_error_feedback_in_both_factors_beats_rounding_them(site_of: SiteMaker, 
     assert losses[1] < 0.8 * losses[0]
 
 
+def test_the_left_factor_answers_the_rounded_right_one(site_of: SiteMaker, naive: ModuleType) -> None:
+    x = tokens(600, 64)
+    site = site_of(normal(48, 64), x)
+    made = SVDLLM(removed=0.3).rewrite(site)
+    site.weight = made
+    rounded = GPTQ(bits=2, group=0, factors=True).rewrite(site)
+    assert isinstance(made, Product) and isinstance(rounded, Product)
+    right = rounded.right.dense()
+    gram = gram_of(x)
+    unfitted = Product(GPTQ(bits=2, group=0).rewrite(site.factors(made.left.dense(), right)[0]), rounded.right)
+    lost = [naive.proxy_loss(made.dense(), each.dense(), gram) for each in (rounded, unfitted)]
+    assert lost[0] < 0.9 * lost[1]
+
+
+def test_matrices_in_one_product_need_one_rank_together() -> None:
+    shared, alone = SVD(removed=0.96, shared=True), SVD(removed=0.96)
+    shared.check("k_proj", (16, 64))
+    with pytest.raises(RecipeError, match=r"k_proj: 0\.04 of 16x64 leaves no room for rank 1"):
+        alone.check("k_proj", (16, 64))
+    assert shared.room("q_proj", (96, 64)) == 1
+    with pytest.raises(RecipeError, match="leaves no room"):
+        SVD(removed=0.99, shared=True).room("q_proj", (96, 64))
+
+
 def test_the_input_of_the_left_factor_is_what_the_right_one_puts_out(site_of: SiteMaker) -> None:
     x = tokens(300, 64)
     site = site_of(normal(48, 64), x)

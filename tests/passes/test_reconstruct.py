@@ -282,3 +282,15 @@ def test_a_dense_weight_is_refused(site_of: SiteMaker) -> None:
 def test_an_expert_without_tokens_is_left_as_it_was(site_of: SiteMaker) -> None:
     site = pruned_site(site_of)
     assert Reconstruct().rewrite_unfed(site) is site.weight
+
+
+def test_tokens_of_huge_activations_do_not_end_it_at_once(site_of: SiteMaker, naive: ModuleType) -> None:
+    x = tokens(600)
+    x[::60, :2] += 1e4
+    site = site_of(normal(ROWS, WIDTH), x)
+    site.weight = Wanda(sparsity=0.5).rewrite(site)
+    swept, gram = rebuilt(Reconstruct(method="obs"), site), site.stats[Gram]
+    solved = rebuilt(Reconstruct(), site)
+    best = rebuilt(Reconstruct(tolerance=1e-9, steps=1000), site)
+    lost = [sum(losses(naive, site, made.dense(), gram)) for made in (swept, solved, best)]
+    assert lost[1] < 1.01 * lost[2] < lost[0]

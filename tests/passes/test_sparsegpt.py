@@ -182,6 +182,13 @@ def test_blocks_do_change_which_mask_is_chosen(site_of: SiteMaker) -> None:
     assert not torch.equal(*masks)
 
 
+def test_one_grid_a_row_leaves_the_block_as_asked(site_of: SiteMaker) -> None:
+    steps = [SparseGPT(sparsity=0.5, bits=4, group=0, block=block) for block in (8, WIDTH)]
+    masks = [pruned(step, site_of(normal(33, WIDTH), tokens())).mask_OI for step in steps]
+    assert not torch.equal(*masks)
+    assert masks[0].unflatten(1, (-1, 8)).sum((0, 2)).unique().numel() == 1  # half of each block
+
+
 def test_the_factor_tells_the_inverse_of_what_is_left() -> None:
     h = gram(tokens())
     found = inverse_factor(h, 0.01)

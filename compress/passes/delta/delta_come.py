@@ -20,13 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.errors import CalibrationError, RecipeError
+from compress.errors import RecipeError
 from compress.model.site import Site
 from compress.passes.codec import Codec
 from compress.passes.feedback import feed_back
 from compress.passes.hessian import inverse_factor, shared_factor
 from compress.passes.unbiased import unbiased
-from compress.passes.whitened import principal, weighed
+from compress.passes.whitened import answer, principal, solved, weighed
 from compress.stats import Gram, Statistic
 from compress.weights import Dense, Product, Quantized, Sum, Weight
 from compress.weights.bits import packed_size
@@ -37,7 +37,6 @@ from compress.weights.bits import packed_size
 ROUNDING = {16: 2.0**-18, 8: 7.4e-5, 6: 1.041e-3, 5: 3.495e-3, 4: 1.154e-2, 3: 3.744e-2, 2: 0.1188}
 SHARES = [2 ** (-i / 8) for i in range(25)]  # ends of the range to try, as shares of the largest |w|: down to an eighth
 DAMPING = 0.01  # of error feedback, as in the paper
-SLIGHT = 1e-5  # damping of least squares
 SIDE = 4096  # side of the matrices for which the paper gives the split
 LARGEST, SMALLEST = 2.0**10, 2.0**-14  # limits of the scales of a band, so that they are normal float16 numbers
 LEAST = 1e-30
@@ -197,21 +196,6 @@ def energy_of(w_OI: Tensor, gram: Tensor | None) -> Tensor:
     return (weighed(w_OI, gram) * w_OI).sum(1)
 
 
-def solved(target_OR: Tensor, z_RR: Tensor) -> Tensor:
-    """T Z^-1, slightly damped after Z was scaled to a unit diagonal."""
-    size_R = z_RR.diagonal().clamp(min=LEAST).sqrt()
-    upper_RR = factored(z_RR / size_R / size_R[:, None], SLIGHT)
-    return (target_OR / size_R) @ upper_RR.T @ upper_RR / size_R
-
-
-def factored(z_RR: Tensor, damping: float) -> Tensor:
-    """The factor of the inverse of a Gram between factors; raises CalibrationError if there is none."""
-    found = inverse_factor(z_RR, damping)
-    if found is None:
-        raise CalibrationError("the Gram of a right factor's output is not positive definite at any damping")
-    return found[0]
-
-
 def band_of(rest_OI: Tensor, right_RI: Tensor, bits: int, heard: Heard) -> Product:
     """`right` rounded, then the left factor with the nearest output to that of `rest`, rounded too.
 
@@ -228,18 +212,11 @@ def band_of(rest_OI: Tensor, right_RI: Tensor, bits: int, heard: Heard) -> Produ
     unit = torch.exp2(((step_R * left_R).max().clamp(min=LEAST) / LARGEST).log2().floor())
     scale_R = (step_R * left_R / unit).clamp(min=SMALLEST).half()
     left_R = scale_R.float() * unit / step_R  # the step that follows from the rounded scale
-    upper_RR = None if heard.upper_II is None else factored(z_RR * left_R * left_R[:, None], DAMPING)
-    codes_OR = encode(left_OR / left_R, left_OR.new_ones(len(left_OR)), bits, upper_RR)
+    known = None if heard.upper_II is None else inverse_factor(z_RR * left_R * left_R[:, None], DAMPING)
+    codes_OR = encode(left_OR / left_R, left_OR.new_ones(len(left_OR)), bits, known and known[0])
     middle_R1 = torch.full_like(scale_R[:, None], middle)
     left = Quantized(codes_OR, unit.view(1, 1), middle_R1[:1].clone(), bits)
     return Product(left, Quantized(codes_RI, scale_R[:, None], middle_R1, bits))
-
-
-def answer(rest_OI: Tensor, right_RI: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The left factor [out, R] that with `right` loses least of `rest`, and the Gram of the output of `right`."""
-    seen_RI = weighed(right_RI, gram)
-    z_RR = seen_RI @ right_RI.T
-    return solved(rest_OI @ seen_RI.T, z_RR), z_RR
 
 
 def taken(w_OI: Tensor, band: Product, gram: Tensor | None) -> float:
@@ -264,8 +241,10 @@ def bands_of(w_OI: Tensor, basis_OR: Tensor, bits_R: Tensor, heard: Heard, round
         for i, bits in enumerate(counted(bits_R)):
             own_OI = rest_OI + made[i].dense()
             left_OR = made[i].left.dense().float()
-            right_RI = solved(own_OI.T @ left_OR, left_OR.T @ left_OR).T
-            again = band_of(own_OI, right_RI, bits, heard)
+            right_IR = solved(own_OI.T @ left_OR, left_OR.T @ left_OR)
+            if right_IR is None:
+                continue
+            again = band_of(own_OI, right_IR.T, bits, heard)
             if taken(own_OI, again, heard.gram) > taken(own_OI, made[i], heard.gram):
                 rest_OI, made[i] = own_OI - again.dense(), again
     return tuple(made)

@@ -22,7 +22,7 @@ from compress.passes.base import Sparsity, masked_outline
 from compress.passes.corrector import Corrector, stored_outline
 from compress.passes.feedback import Chosen, feed_back
 from compress.passes.hessian import shared_factor
-from compress.passes.quantization.gptq import FittedGrids, FixedGrids, Ranges, gptq
+from compress.passes.quantization.gptq import Ranges, gptq, grids_of
 from compress.stats import ColumnNorm, Gram, Statistic
 from compress.weights import Dense, Grid, Masked, Pattern, Quantized, Sum, Weight, pattern
 from compress.weights.grid import narrowed, stored_scale
@@ -247,8 +247,7 @@ class SLiM(Corrector, name="slim"):
                 keep_OI = None if given is None else given.mask_OI
                 quantized, _ = gptq(w_OI, upper_II, self.grid, keep_OI, ranges=ranges)
                 return quantized if given is None else Masked(quantized, given.mask_OI, given.pattern)
-            fixed = self.group < 0
-            grids = FixedGrids(self.grid, w_OI, None, ranges) if fixed else FittedGrids(self.grid, w_OI, ranges)
+            grids = grids_of(self.grid, w_OI, ranges)
             _, keep_OI, _ = feed_back(w_OI, upper_II, grids, Chosen(chosen, dead_I))
             scale, zero = grids.result()
             return Masked(Quantized(grids.codes_OI, scale, zero, self.bits), torch.as_tensor(keep_OI), chosen.name)

@@ -6,6 +6,7 @@ Shape suffixes: O out, I in.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +19,8 @@ from compress.passes.feedback import Given, Unrounded, feed_back
 from compress.passes.hessian import damp, shared_factor
 from compress.stats import Gram
 from compress.weights import Weight
+
+LEFT = 0.05  # share of the loss that a solution may be assumed to leave, where damping hides how much it does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class Reconstruct(Refiner, name="reconstruct"):
         after_OI = better(w_OI, before_OI, after_OI, gram_II)
         if self.method == "exact":
             damped_II = damp(gram_II, float(site.ledger["damping"]))
-            solved_OI, used = least_squares(w_OI, weight.mask_OI, damped_II, after_OI, self.steps, self.tolerance)
+            loss = float(row_loss(w_OI, after_OI, gram_II).sum())
+            solved_OI, used = least_squares(w_OI, weight.mask_OI, damped_II, after_OI, self.steps, self.tolerance, loss)
             after_OI = better(w_OI, after_OI, solved_OI, gram_II)
             site.ledger["steps"] = used
         stored_OI = after_OI.to(site.original.data.dtype).float()
@@ -76,19 +80,28 @@ def better(w_OI: Tensor, one_OI: Tensor, other_OI: Tensor, gram_II: Tensor) -> T
 
 
 def least_squares(
-    w_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, start_OI: Tensor, steps: int = 50, tolerance: float = 1e-3
+    w_OI: Tensor,
+    keep_OI: Tensor,
+    gram_II: Tensor,
+    start_OI: Tensor,
+    steps: int = 50,
+    tolerance: float = 1e-3,
+    loss: float = inf,
 ) -> tuple[Tensor, int]:
     """(values 0 where `keep_OI` is False that minimise the loss of each row, steps taken), float32.
 
     Solves G_KK w'_K = (G w)_K for all rows at once by conjugate gradients with the diagonal as preconditioner. Ends
     when both of two criteria are met: the residual of all rows together has fallen to `tolerance` of the residual of a
     start from 0, which one loud input may dominate, and its worth in terms of the loss, r r / diag G, has fallen to
-    `tolerance` of the loss. Each step costs one product [out, in] @ [in, in]; G must be positive definite.
+    `tolerance` of the loss. That is at most `loss`, for a damped G the loss of the start without damping: behind tokens
+    of huge activations most of the damped loss is damping. Each step costs one product [out, in] @ [in, in]; G must be
+    positive definite.
     """
     inverse_I = 1 / gram_II.diagonal()
     now_OI = start_OI * keep_OI
     residual_OI = (w_OI - now_OI) @ gram_II
-    loss = float((residual_OI * (w_OI - now_OI)).sum())
+    loss = min(loss, float((residual_OI * (w_OI - now_OI)).sum()))
+    least = LEFT * loss
     residual_OI *= keep_OI
     enough = tolerance * float(((w_OI @ gram_II) * keep_OI).norm())
     scaled_OI = residual_OI * inverse_I
@@ -98,7 +111,7 @@ def least_squares(
     while taken < steps and (float(residual_OI.norm()) > enough or float(rho_O.sum()) > tolerance * loss):
         image_OI = (direction_OI @ gram_II).mul_(keep_OI)
         step_O = rho_O / (direction_OI * image_OI).sum(1).clamp(min=1e-30)
-        loss -= float((step_O * rho_O).sum())
+        loss = max(loss - float((step_O * rho_O).sum()), least)
         now_OI.addcmul_(step_O[:, None], direction_OI)
         residual_OI.addcmul_(step_O[:, None], image_OI, value=-1)
         scaled_OI = residual_OI * inverse_I

@@ -15,7 +15,7 @@ from compress.passes.base import masked_outline
 from compress.passes.factor_pruner import FactorPruner
 from compress.passes.feedback import Chosen, Rounding, Unrounded, feed_back
 from compress.passes.hessian import shared_factor
-from compress.passes.quantization.gptq import PLAIN, FittedGrids
+from compress.passes.quantization.gptq import PLAIN, grids_of
 from compress.stats import Gram
 from compress.weights import NM, Dense, Grid, Masked, Quantized, Weight
 
@@ -43,7 +43,12 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
     ] = "matrix"
     damping: Annotated[float, Field(gt=0, le=1, description="share of mean(diag G) added to the diagonal")] = 0.01
     block: Annotated[
-        int, Field(ge=1, le=65536, description="columns whose mask is chosen at once; n:m chooses by group")
+        int,
+        Field(
+            ge=1,
+            le=65536,
+            description="columns whose mask is chosen at once, with bits at least a group; n:m chooses by group",
+        ),
     ] = 128
     update: Annotated[
         bool, Field(description="compensate for each cut weight in later columns; false: only choose the mask")
@@ -83,7 +88,7 @@ class SparseGPT(FactorPruner, name="sparsegpt"):
         w_OI, dead_I = dense.data.float(), site.stats[Gram].diagonal() == 0
         if not self.update:
             return Masked(dense, mask_only(w_OI, upper_II, Chosen(chosen, dead_I), self.block), chosen.name)
-        grids = None if self.bits is None else FittedGrids(self.grid(w_OI.shape[1], self.bits), w_OI, PLAIN)
+        grids = None if self.bits is None else grids_of(self.grid(w_OI.shape[1], self.bits), w_OI, PLAIN)
         rounding: Rounding = Unrounded() if grids is None else grids
         after_OI, keep_OI, site.ledger["loss"] = feed_back(w_OI, upper_II, rounding, Chosen(chosen, dead_I), self.block)
         if keep_OI is None:

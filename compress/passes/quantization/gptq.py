@@ -157,6 +157,15 @@ class FittedGrids(Grids):
         return scale, torch.cat(self.zeros, 1)[:, back_G] if self.zeros else None
 
 
+def grids_of(
+    grid: Grid, w_OI: Tensor, ranges: Ranges, order_I: Tensor | None = None, *, static: bool = False
+) -> FixedGrids | FittedGrids:
+    """Grids fitted along the way, or beforehand where a grid would have to wait for the whole row."""
+    width = grid.width(w_OI.shape[1])
+    fixed = static or width == w_OI.shape[1] or grid.group < 0 or not keeps_groups(order_I, width)
+    return FixedGrids(grid, w_OI, order_I, ranges) if fixed else FittedGrids(grid, w_OI, ranges, order_I)
+
+
 def gptq(
     w_OI: Tensor, upper_II: Tensor, grid: Grid, keep_OI: Tensor | None = None, order_I: Tensor | None = None, *,
     static: bool = False, ranges: Ranges = PLAIN, block: int = 128,
@@ -164,12 +173,11 @@ def gptq(
     """The weight quantized with error feedback in the order `order_I`, and the loss of `feed_back`.
 
     Where `keep_OI` is False the code is that of zero, and the resulting error is fed back too. Grids are fitted
-    beforehand if `static` is set, if one grid serves a whole row or the matrix, or if the order mixes groups.
+    beforehand if `static` is set, if one grid serves a whole row or the matrix, or if the order mixes groups
+    (`grids_of`).
     """
-    width = grid.width(w_OI.shape[1])
-    fixed = static or width == w_OI.shape[1] or grid.group < 0 or not keeps_groups(order_I, width)
     kept_OI = w_OI if keep_OI is None else w_OI * keep_OI
-    grids = FixedGrids(grid, kept_OI, order_I, ranges) if fixed else FittedGrids(grid, kept_OI, ranges, order_I)
+    grids = grids_of(grid, kept_OI, ranges, order_I, static=static)
     if order_I is not None:
         w_OI, keep_OI = w_OI[:, order_I], None if keep_OI is None else keep_OI[:, order_I]
     _, _, loss = feed_back(w_OI, upper_II, grids, None if keep_OI is None else Given(keep_OI), block)
