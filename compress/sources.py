@@ -47,7 +47,8 @@ def open_source(path: Path, dequantize: bool = False) -> Checkpoint:
         raise ArtifactError(f"{path}: already quantized by {method}; start from the dense model")
     if quantization and method in DECODED and not dequantize:
         raise ArtifactError(
-            f"{path}: already quantized by {method}; start from the dense model, or decode it with --dequantize"
+            f"{path}: already quantized by {method}; start from the dense model, or decode it: `compress run` with "
+            "--dequantize, `compress export --to dense`"
         )
     if method == METHOD:
         return Artifact(path)

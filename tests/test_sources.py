@@ -178,7 +178,7 @@ def test_a_method_nobody_decodes_is_refused_by_name(
 
 
 def test_our_own_artifact_is_decoded_only_when_asked(llama_artifact: Path, tmp_path: Path, ids: Tensor) -> None:
-    with pytest.raises(ArtifactError, match=r"already quantized by compress; .* or decode it with --dequantize"):
+    with pytest.raises(ArtifactError, match=r"already quantized by compress; .* `compress run` with --dequantize"):
         compress.run(llama_artifact, [RTN(bits=8, group=8)], tmp_path / "o")
     compress.run(llama_artifact, [RTN(bits=8, group=8)], tmp_path / "o", dequantize=True)
     before, after = compress.load(llama_artifact), compress.load(tmp_path / "o")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from compress.artifact import Artifact, is_artifact
-from compress.errors import ArtifactError, RecipeError
+from compress.errors import ArtifactError, RecipeError, pass_on_memory
+from compress.model.architecture import parsed
 from compress.model.source import Checkpoint, Held, digest, display_name, locate
 from compress.plan import FLOATS
 from compress.sources import open_source
@@ -28,7 +30,10 @@ COMPUTED = {  # the config keys that change what a model computes from the same 
     "intermediate_size", "hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps",
     "layer_norm_epsilon", "rope_theta", "partial_rotary_factor", "tie_word_embeddings", "layer_types",
     "num_experts_per_tok", "num_local_experts", "scale_attn_weights", "logit_scale", "final_logit_softcapping",
-    "attn_logit_softcapping", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "query_pre_attn_scalar", "n_head", "n_layer", "n_embd", "n_inner",
+    "sliding_window", "use_sliding_window",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "norm_topk_prob",
+    "routed_scaling_factor", "n_group", "topk_group",
 }  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
@@ -152,7 +157,8 @@ def members_of(sources: Mapping[str, Checkpoint]) -> Iterator[Member]:
 def compare(base: Checkpoint, where: str, model: Checkpoint) -> None:
     """Raise ArtifactError for the first difference in architecture between the base and the model named `where`."""
     mine, theirs = model.headers, base.headers
-    for key, want, got in differences(base.config, model.config):
+    told = differences(base.config, model.config)
+    for key, want, got in chain(told, differences(filled(base.config), filled(model.config))):
         raise ArtifactError(f"{where}: config.json says {key} {got!r}, the base's {want!r}; they cannot be merged")
     for name in sorted(mine.keys() ^ theirs.keys()):
         has, lacks = (where, "the base") if name in mine else ("the base", where)
@@ -167,6 +173,16 @@ def compare(base: Checkpoint, where: str, model: Checkpoint) -> None:
             raise ArtifactError(f"{where}: {name} holds {found.dtype}, the base's {held.dtype}")
         if held.dtype not in FLOATS and not torch.equal(base.tensor(name), model.tensor(name)):
             raise ArtifactError(f"{where}: {name} holds {held.dtype} and differs from the base's; it cannot be merged")
+
+
+def filled(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config under the names of this transformers, with defaults for what it leaves out; as it is if unknown."""
+    try:
+        found: dict[str, Any] = parsed(config).to_dict()
+    except Exception as error:  # transformers raises many types for what it does not know
+        pass_on_memory(error)
+        return config
+    return found
 
 
 def differences(base: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -100,7 +100,7 @@ class Stream:
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """A tensor as a matrix whose rows run along its last dimension."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
+    return tensor.reshape(-1, max(1, tensor.shape[-1])) if tensor.ndim else tensor.reshape(1, 1)
 
 
 def finite_in(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -23,7 +23,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "norm.weight": ((33,), torch.float32),
     "scalar": ((), torch.float32),
 }
-CONFIG = {"model_type": "llama", "vocab_size": 63, "hidden_size": 8, "dtype": "bfloat16"}
+CONFIG = {"model_type": "llama", "vocab_size": 63, "hidden_size": 8, "num_attention_heads": 2, "dtype": "bfloat16"}
 Tensors = dict[str, Tensor]
 
 

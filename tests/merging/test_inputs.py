@@ -118,6 +118,9 @@ DIFFERENT: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
     ({"norm.weight": torch.zeros(33, dtype=torch.int32)}, {}, "norm.weight holds I32, the base's F32"),
     ({"count": torch.tensor([4])}, {}, "count holds I64 and differs from the base's"),
     ({}, {"model_type": "mistral"}, "config.json says model_type 'mistral', the base's 'llama'"),
+    ({}, {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+     "config.json says rope_parameters.rope_type 'linear', the base's 'default'"),
+    ({}, {"rms_norm_eps": 0.5}, "config.json says rms_norm_eps 0.5, the base's 1e-06"),  # the base leaves it out
     ({}, {"quantization_config": {"quant_method": "gptq"}}, "already quantized by gptq"),
 ]  # fmt: skip
 
