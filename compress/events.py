@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compress.errors import RecipeError
+from compress.errors import ArtifactError, RecipeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,10 @@ def fan_out(sinks: list[Sink]) -> Sink:
 
 
 def jsonl(path: Path) -> Sink:
-    """A sink that appends one JSON object per line to `path`; raises RecipeError if it cannot be written."""
+    """A sink that appends one JSON object per line to `path`; raises RecipeError if it cannot be opened.
+
+    A line that cannot be written raises ArtifactError, after which a run can be resumed.
+    """
     try:
         path.open("a", encoding="utf-8").close()
     except OSError as error:
@@ -212,7 +215,7 @@ def jsonl(path: Path) -> Sink:
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
-        except OSError as error:
-            raise RecipeError(f"--log: {path} cannot be written: {error.strerror}") from error
+        except OSError as error:  # not a RecipeError: a run could not be resumed after it
+            raise ArtifactError(f"--log: {path} cannot be written: {error.strerror}") from error
 
     return write

@@ -25,7 +25,7 @@ LARGEST_FRONT = 64 * 1024  # characters of front matter; parsing these takes thr
 DEEPEST = 32  # levels of nesting; evaluation results have a dozen
 LONGEST = 500  # characters of a string that is carried over
 MOST = 256  # strings in a list; multilingual models name fewer languages
-FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
+FRONT = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
 Said = Mapping[str, str | list[str]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import compress
-from compress import RTN, RecipeError
+from compress import RTN, ArtifactError, RecipeError
 from compress.console import peaks
 from compress.events import (
     BlockFinished,
@@ -77,7 +77,7 @@ def test_a_log_holds_one_object_a_line(events: list[Event], tmp_path: Path) -> N
 
 def test_a_log_on_a_full_disk_is_named() -> None:
     sink = jsonl(Path("/dev/full"))
-    with pytest.raises(RecipeError, match="--log: /dev/full cannot be written: No space left"):
+    with pytest.raises(ArtifactError, match="--log: /dev/full cannot be written: No space left"):  # as for what resumes
         sink(Fallback(site="a", step="b", reason="c"))
 
 

@@ -105,6 +105,16 @@ def test_what_cannot_be_said_in_one_line_is_left_out(tmp_path: Path) -> None:
         assert carried(tmp_path) == said
 
 
+@pytest.mark.parametrize(
+    "card", ["---\nlicense: mit\n---", "\ufeff---\nlicense: mit\n---\n", "---\r\nlicense: mit\r\n---\r\n"]
+)
+def test_a_card_that_ends_or_begins_oddly_is_read(card: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert carried(tmp_path) == {"license": "mit"}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n--- and more")
+    assert carried(tmp_path) == {}
+
+
 def test_cards_that_say_nothing_do_not_count() -> None:
     assert agreed([]) == agreed([{}]) == {}
     assert agreed([{}, {"license": "mit", "language": "en"}, {"license": "mit"}]) == {"license": "mit"}

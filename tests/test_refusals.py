@@ -116,6 +116,21 @@ def test_a_shard_of_another_save(sharded: Path, refused: Any) -> None:
     assert "does not name this shard; remove it or fix the index" in refused(sharded)
 
 
+def test_a_whole_checkpoint_beside_an_index(sharded: Path, refused: Any) -> None:
+    shutil.copyfile(next(sharded.glob("model-00002-*")), sharded / "model.safetensors")
+    assert "are two saves, and transformers reads the first; remove one of them" in refused(sharded)
+
+
+def test_a_single_shard_that_the_index_names(sharded: Path, tmp_path: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    old = next(sharded.glob("model-00002-*"))
+    old.rename(sharded / "model.safetensors")
+    content["weight_map"] = {k: "model.safetensors" if v == old.name else v for k, v in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    assert compress.run(sharded, [RTN(group=8)], tmp_path / "o").coverage.missed == 0
+
+
 def test_other_files_of_weights_are_no_shards(sharded: Path, tmp_path: Path) -> None:
     shutil.copyfile(next(sharded.glob("model-00002-*")), sharded / "consolidated.safetensors")
     assert compress.run(sharded, [RTN(group=8)], tmp_path / "o").coverage.missed == 0

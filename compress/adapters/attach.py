@@ -24,6 +24,8 @@ from compress.model.source import digest, display_name, locate
 from compress.model.walk import Walk
 from compress.picture import picture
 from compress.plan import free_place
+from compress.runtime.kv import check as check_cache
+from compress.runtime.latent import is_factored
 from compress.shards import SHARD_SIZE, Entry
 from compress.verification import check_runtime
 from compress.weights import Dense, Product, Sum, Weight
@@ -66,6 +68,8 @@ def attach(artifact: str | Path, adapter: str | Path, out: str | Path, *, force:
         text = card(said, PICTURE if drawn else "", carried(path))
         config = {key: value for key, value in held.config.items() if key != "quantization_config"}
         kv = held.config.get("quantization_config", {}).get("kv")
+        if kv == "latent":
+            check_latent(walk, writer.specs)
         writer.describe(path, config, said, text, kv, picture=drawn)
         check_runtime(Artifact(writer.partial), walk)
         verify(writer.partial)
@@ -73,6 +77,15 @@ def attach(artifact: str | Path, adapter: str | Path, out: str | Path, *, force:
     return Written(
         out=target, bytes=writer.size, matrices=len(places), parameters=found.parameters, whole=len(replaced)
     )
+
+
+def check_latent(walk: Walk, specs: Mapping[str, Any]) -> None:
+    """Raise RecipeError if no attention is left whose keys and values can be kept as latents."""
+    factored = {walk.anatomy.places[site].module for site, spec in specs.items() if is_factored(spec)}
+    try:
+        check_cache(walk.model, "latent", factored)
+    except RecipeError as error:
+        raise RecipeError(f"{error}; keys and values are kept as latents: train an adapter of other modules") from error
 
 
 def parts(

@@ -83,8 +83,8 @@ def locate(model: str | Path) -> Path:
 
 
 def display_name(folder: Path) -> str:
-    """The name of a model folder for messages and provenance, without its path."""
-    return "builtin" if folder == BUILTIN else folder.resolve().name
+    """The name of a model folder for messages and provenance, without its path; unprintable characters are escaped."""
+    return "builtin" if folder == BUILTIN else visible(folder.resolve().name)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -217,7 +217,11 @@ class Checkpoint:
         raise ArtifactError(f"{self.path}: no {SINGLE} and no {INDEX}")
 
     def _refuse_strays(self, known: set[str]) -> None:
-        """Raise ArtifactError for a numbered shard that the index does not name: it belongs to another save."""
+        """Raise ArtifactError for a file of weights that the index does not name: it belongs to another save."""
+        if SINGLE not in known and (self.path / SINGLE).is_file():
+            raise ArtifactError(
+                f"{self.path}: {SINGLE} and {INDEX} are two saves, and transformers reads the first; remove one of them"
+            )
         strays = sorted(f.name for f in self.path.glob("*.safetensors") if NUMBERED.fullmatch(f.name))
         extra = [name for name in strays if name not in known]
         if extra:

@@ -153,6 +153,19 @@ def test_what_cannot_be_attached_is_refused(compressed: Callable[..., Path], ids
     assert not (tmp_path / "out").exists()
 
 
+def test_latents_that_an_adapter_would_end_are_kept(tiny_llama: Path, ids: Tensor, tmp_path: Path) -> None:
+    factored = compress.passes.SVD(sites="*.[kv]_proj", removed=0.3, shared=True)
+    recipe = compress.Recipe(passes=(factored,), kv="latent")
+    small = compress.run(tiny_llama, recipe, tmp_path / "small").out
+    trained(small, tmp_path / "v", ids, target_modules=["v_proj"])
+    with pytest.raises(RecipeError, match="keys and values are kept as latents: train an adapter of other modules"):
+        attach(small, tmp_path / "v", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    trained(small, tmp_path / "o", ids, target_modules=["o_proj"])
+    attach(small, tmp_path / "o", tmp_path / "out")
+    assert compress.load(tmp_path / "out")(input_ids=ids).logits.isfinite().all()
+
+
 def test_a_dense_model_or_a_delta_is_refused(
     tiny_llama: Path, compressed: Callable[..., Path], ids: Tensor, tmp_path: Path
 ) -> None:
