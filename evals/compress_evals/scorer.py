@@ -3,12 +3,14 @@
 lm-eval asks for the likelihood of a few tokens after a long prompt, but computes logits, and their float32 log-softmax,
 for the whole prompt: 49,152 to 128,256 unused numbers per token. Here the output layer is applied only to the end of
 each batch, and no key-value cache is kept. Prompts that do not fit the context lose their beginning, but not the BOS
-token, without which many models fall apart. Not here: batching, prompts and the use of the likelihoods, which remain
-lm-eval's.
+token, without which many models fall apart. A newline ends an answer only behind something said: lm-eval would take the
+answer of a model that begins with an empty line for silence. Not here: batching, prompts and the use of the
+likelihoods, which remain lm-eval's.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cache
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import pad_and_concat
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from compress.runtime.kv import own_cache
 
@@ -37,6 +40,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
         )
         self._options = options(model) if pads_with_zeros() else None
         self._longest: int | None = None  # tokens of the longest continuation that is being scored
+        self._by_line = False  # whether answers that are being generated end with their first line
 
     def _loglikelihood_tokens(self, requests: Any, *positional: Any, **named: Any) -> Any:
         self._longest = max((len(continuation) for *_, continuation in requests), default=None)
@@ -46,6 +50,31 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
             return super()._loglikelihood_tokens(fitting, *positional, **named)
         finally:
             self._longest = None
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """The generated texts; where only a newline is to end them, their first line that is not blank."""
+        if not all(request.args[1].get("until") == ["\n"] for request in requests):
+            return list(super().generate_until(requests, disable_tqdm))
+        endless = [copy.copy(request) for request in requests]
+        for request in endless:
+            prompt, settings = request.arguments
+            request.arguments = (prompt, {**settings, "until": []})
+        self._by_line = True
+        try:
+            return [first_line(said) for said in super().generate_until(endless, disable_tqdm)]
+        finally:
+            self._by_line = False
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        if not self._by_line:
+            whole: Tensor = super()._model_generate(context, max_length, stop, **options)
+            return whole
+        ends = StoppingCriteriaList([LineSaid(self.tokenizer, context.shape[1], self.eot_token_id)])
+        ids: Tensor = self.model.generate(
+            input_ids=context, max_length=max_length, stopping_criteria=ends, use_cache=True,
+            pad_token_id=self.tokenizer.pad_token_id, **options,
+        )  # fmt: skip
+        return ids
 
     def tok_batch_encode(
         self, strings: list[str], *positional: Any, left_truncate_len: int | None = None, **named: Any
@@ -69,6 +98,26 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
         with torch.no_grad():
             logits: Tensor = self.model(inps, logits_to_keep=read(inps, self._longest), **self._options).logits
             return logits
+
+
+class LineSaid(StoppingCriteria):  # type: ignore[misc]  # transformers has no types for it
+    """Ends each row behind its first line that is not blank, or behind the end token."""
+
+    def __init__(self, tokenizer: Any, prompt: int, end: int) -> None:
+        """`prompt` is the length of the prompts in tokens, padding included."""
+        self.tokenizer, self.prompt, self.end = tokenizer, prompt, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Which rows have ended."""
+        new = input_ids[:, self.prompt :]
+        said = ["\n" in text.lstrip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return torch.tensor(said, device=new.device) | (new == self.end).any(dim=1)
+
+
+def first_line(said: str) -> str:
+    """The first line that is not blank; what is blank if there is none."""
+    begins = len(said) - len(said.lstrip())
+    return said[:begins].rpartition("\n")[2] + said[begins:].partition("\n")[0]
 
 
 def fitted(context: list[int], room: int, bos: int | None) -> list[int]:

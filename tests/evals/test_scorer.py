@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 
 from compress.runtime.kv import attach
 from compress_evals import scorer
 from compress_evals.questions import beginning_with_bos
-from compress_evals.scorer import Scorer, fitted, read
+from compress_evals.scorer import Scorer, first_line, fitted, read
 
 
 def requests(rng: random.Random, count: int) -> list[tuple[None, list[int], list[int]]]:
@@ -125,6 +127,63 @@ def test_a_prompt_to_continue_that_is_cut_keeps_its_bos(model: Any, tokenizer: A
     assert ids.shape == its.shape == (2, width)
     assert ids[0].tolist() == [bos, *whole[0, 4:].tolist()] and torch.equal(ids[1], whole[1, 3:])
     assert torch.equal(its, mask[:, 3:]) and torch.equal(ours.tok_batch_encode(texts, left_truncate_len=99)[0], whole)
+
+
+class Parrot:
+    """A model that says the given tokens, whatever the prompt, and counts its steps."""
+
+    def __init__(self, model: Any, said: list[list[int]]) -> None:
+        self.model, self.said, self.steps = model, said, 0
+
+    def __call__(self, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> Scorer:
+        ours = Scorer(self.model, beginning_with_bos(tokenizer), 8)
+        monkeypatch.setattr(self.model, "generate", self.generate)
+        return ours
+
+    def generate(self, input_ids: Tensor, max_length: int, stopping_criteria: Any, **options: Any) -> Tensor:
+        ids, done = input_ids, torch.zeros(len(input_ids), dtype=torch.bool)
+        while ids.shape[1] < max_length and not done.all():
+            at, self.steps = ids.shape[1] - input_ids.shape[1], self.steps + 1
+            new = torch.tensor([2 if ended else row[at] for row, ended in zip(self.said, done.tolist(), strict=True)])
+            ids = torch.cat([ids, new[:, None]], 1)
+            done |= stopping_criteria(ids, None)
+        return ids
+
+
+def asked_for(prompts: list[str], **settings: Any) -> list[Instance]:
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, settings), idx=i)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def test_a_newline_ends_an_answer_behind_something_said(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids) + [tokenizer.eos_token_id] * 40
+
+    said = [" Paris\nQ: more", "\n\n Rome\nQ", "\n", "no end" * 20]
+    parrot = Parrot(model, [tokens(text) for text in said])
+    ours = parrot(monkeypatch, tokenizer)
+    requests = asked_for(
+        [f"Q: one{more}" for more in (" two" * 3, " two" * 2, " two", "")],
+        until=["\n"],
+        max_gen_toks=24,
+        do_sample=False,
+    )
+    found = ours.generate_until(requests, True)
+    assert found[:3] == [" Paris", " Rome", ""] and found[3].startswith("no endno end") and parrot.steps == 24
+    assert [request.arguments[1]["until"] for request in requests] == [["\n"]] * 4  # as they were
+    parrot.said, parrot.steps = parrot.said[:3], 0
+    assert ours.generate_until(requests[:3], True) == [" Paris", " Rome", ""]
+    assert parrot.steps < 12
+
+
+def test_the_first_line_is_not_blank() -> None:
+    assert [first_line(text) for text in ("", "\n", " a\nb", "\n \n b\nc", "a", " \n\ta ")] == [
+        "", "", " a", " b", "a", "\ta ",
+    ]  # fmt: skip
 
 
 def test_rolling_likelihoods_read_everything(pair: tuple[Scorer, Any], tokenizer: Any) -> None:

@@ -79,7 +79,7 @@ def build(kind: str, folder: Path | None, *, online: bool = False, keys: int | N
 
 
 def first_line(said: str) -> str:
-    """The first line that is not blank, which counts as the answer."""
+    """The first line that is not blank, which counts as the answer (the scorer has cut the rest already)."""
     return said.strip().split("\n")[0]
 
 
