@@ -70,10 +70,8 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
             whole: Tensor = super()._model_generate(context, max_length, stop, **options)
             return whole
         ends = StoppingCriteriaList([LineSaid(self.tokenizer, context.shape[1], self.eot_token_id)])
-        ids: Tensor = self.model.generate(
-            input_ids=context, max_length=max_length, stopping_criteria=ends, use_cache=True,
-            pad_token_id=self.tokenizer.pad_token_id, **options,
-        )  # fmt: skip
+        options |= {"use_cache": True, "pad_token_id": self.tokenizer.pad_token_id}  # as lm-eval sets them
+        ids: Tensor = self.model.generate(input_ids=context, max_length=max_length, stopping_criteria=ends, **options)
         return ids
 
     def tok_batch_encode(
