@@ -22,6 +22,8 @@ from compress.errors import RecipeError, UnsupportedWeight
 from compress.export.folder import EXPERTS, Exported, Form, write_folder
 from compress.export.leaf import Leaf
 from compress.export.words import to_nibbles, to_words
+from compress.model.architecture import skeleton
+from compress.model.layout import Layout
 from compress.weights import Codebook, Dense, Quantized, Scaled
 
 NAME = "compressed-tensors"
@@ -185,16 +187,17 @@ class CompressedTensors(Form):
         return 2.0**-8 if scheme.format.startswith(("nvfp4", "mxfp4")) else 0.0
 
     def config(self) -> dict[str, Any]:
-        """The library's config: one group per scheme, which targets its sites by name."""
+        """The library's config: one group per scheme, which targets its sites by the names of the model's modules."""
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig
 
+        modules = self.modules()
         groups: dict[str, list[str]] = {}
         schemes = {site: scheme.model_dump_json() for site, scheme in self.schemes.items()}
         for site, told in schemes.items():
             groups.setdefault(told, []).append(site)
         described = {
-            f"group_{i}": {**json.loads(told), "targets": self.targets(sites)}
+            f"group_{i}": {**json.loads(told), "targets": self.targets(sites, modules)}
             for i, (told, sites) in enumerate(groups.items())
         }
         formats = {group["format"] for group in described.values()}
@@ -202,16 +205,33 @@ class CompressedTensors(Form):
             {
                 "config_groups": described,
                 "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-                "ignore": self.plain(),
+                "ignore": sorted({modules.get(name, name) for name in self.plain()}),
                 "quantization_status": "compressed",
             }
         )
         told = json.loads(config.model_dump_json())
         return {**told, "version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}}
 
-    def targets(self, sites: list[str]) -> list[str]:
-        """The target names of sites; experts share one pattern, because loaders hold them in one tensor."""
-        named = [site for site in sites if EXPERTS not in site]
+    def modules(self) -> dict[str, str]:
+        """The model's module for each matrix, by its name in the file, where prefixes may be missing or others.
+
+        Loaders leave a module without a target at random values. Raises UnsupportedWeight for a site of no module.
+        """
+        model = skeleton(self.artifact.config, self.artifact.dtype)
+        slots = Layout(model, self.artifact.shapes()).slots
+        held = dict(model.named_modules()).keys()
+        whole = {name: slot.parameter for name, slot in slots.items() if slot.expert is None}
+        found = {name.removesuffix(".weight"): module.removesuffix(".weight") for name, module in whole.items()}
+        lost = [site for site in self.schemes if EXPERTS not in site and found.get(self.key_of(site)) not in held]
+        if lost:
+            raise UnsupportedWeight(
+                f"{lost[0]}: {NAME} names modules, and no module of the model holds it; use --to dense"
+            )
+        return found
+
+    def targets(self, sites: list[str], modules: Mapping[str, str]) -> list[str]:
+        """The modules of sites; experts share one pattern, because loaders hold them in one tensor."""
+        named = [modules[self.key_of(site)] for site in sites if EXPERTS not in site]
         return named + ([f"re:.*{re.escape(EXPERTS)}.*"] if len(named) < len(sites) else [])
 
     def note(self, rounding: float) -> str:

@@ -66,7 +66,7 @@ def export_gguf(path: Path, out: Path) -> Exported:
     del gguf
     with put_in_place(path, out) as (artifact, partial):
         config = llama_config(artifact)
-        pieces = [piece(artifact, config, name) for name in artifact.names()] + rope_factors(config)
+        pieces = [piece(artifact, config, name) for name in tensors_of(artifact)] + rope_factors(config)
         if all(p.type in PLAIN.values() for p in pieces):
             raise RecipeError(f"{path}: no site is quantized, so there is nothing to export as gguf; use --to dense")
         vocabulary = write(artifact, config, pieces, partial / "model.gguf")
@@ -81,6 +81,11 @@ def export_gguf(path: Path, out: Path) -> Exported:
 
 
 # -- tensors ---------------------------------------------------------------------------------------
+
+
+def tensors_of(artifact: Artifact) -> list[str]:
+    """The tensors to write: all but the frequencies of old files, which every reader computes from the config."""
+    return [name for name in artifact.names() if not name.endswith(".rotary_emb.inv_freq")]
 
 
 def renamed(name: str) -> str:
@@ -233,7 +238,7 @@ def compare(artifact: Artifact, config: Mapping[str, Any], path: Path) -> float:
 
     found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     worst = 0.0
-    for name in artifact.names():
+    for name in tensors_of(artifact):
         tensor = found[renamed(name)]
         got = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         order = row_order(config, name)

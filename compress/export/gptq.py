@@ -102,9 +102,15 @@ class GPTQLayout(Form):
     def modules(self) -> list[str] | None:
         """The names, within a block, of the quantized modules; None if all matrices of the blocks are quantized.
 
-        Raises UnsupportedWeight if a module is quantized in some blocks only, because the layout names modules for
-        every block alike.
+        Raises UnsupportedWeight if a module is quantized in some blocks only, or if the model has other blocks besides
+        (a vision tower's), because the layout names modules for every block alike.
         """
+        stacks = sorted({stack_of(name) for name in self.artifact.headers if block_of(name) is not None})
+        if len(stacks) > 1:
+            raise UnsupportedWeight(
+                f"{NAME} names the modules of all blocks alike and cannot tell apart those of {' and '.join(stacks)}; "
+                "use --to compressed-tensors or dense"
+            )
         ends = Counter(end_of(site) for site in self.schemes)
         blocks = {block_of(name) for name in self.artifact.headers} - {None}
         some = [end for end, found in sorted(ends.items()) if found != len(blocks)]
@@ -164,6 +170,12 @@ def described(layout: Layout) -> str:
 def block_of(name: str) -> int | None:
     """The first number in a dotted name, which is the index of the block; None outside of blocks."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def stack_of(name: str) -> str:
+    """The part of a name before the block index, such as `model.layers`."""
+    parts = name.split(".")
+    return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))])
 
 
 def end_of(name: str) -> str:

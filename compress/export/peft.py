@@ -40,6 +40,8 @@ def export_peft(path: Path, out: Path) -> Exported:
     with put_in_place(path, out, alone=True) as (artifact, partial):
         check_delta(artifact)
         places = Anatomy(skeleton(artifact.config, artifact.dtype), shapes_of(artifact)).places
+        if tables := [name for name in artifact.specs if name not in places]:
+            raise RecipeError(f"{artifact.path}: stores {tables[0]} in 8 bits, which an adapter cannot hold; {OWN}")
         named = {site: adapted(artifact, site, places[site]) for site in artifact.specs}
         factors = {site: low_rank(site, artifact.difference(site), artifact.dtype) for site in named}
         entries = [

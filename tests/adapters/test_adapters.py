@@ -179,6 +179,15 @@ def test_what_no_adapter_can_say_is_refused(finetuned: tuple[Path, Path], tmp_pa
     compress.run(tuned, few, tmp_path / "few")
     with pytest.raises(RecipeError, match=r"stores model.layers.0.mlp.down_proj.weight whole"):
         export(tmp_path / "few", "peft", tmp_path / "out")
+    held = load_file(tuned / "model.safetensors")
+    held["model.embed_tokens.weight"] += 0.01
+    save_file(held, shutil.copytree(tuned, tmp_path / "moved") / "model.safetensors", metadata={"format": "pt"})
+    kept = Delta(base=str(base), embeddings="int8", head="base", others="base")
+    compress.run(
+        tmp_path / "moved", Recipe(passes=(SVD(removed=0.6),), delta=kept, calibration=calibration), tmp_path / "tables"
+    )
+    with pytest.raises(RecipeError, match=r"stores model.embed_tokens in 8 bits, which an adapter cannot hold"):
+        export(tmp_path / "tables", "peft", tmp_path / "out")
     compress.run(base, [SVD(removed=0.6)], tmp_path / "whole", calibration=calibration)
     with pytest.raises(RecipeError, match="is a whole model, not a delta"):
         export(tmp_path / "whole", "peft", tmp_path / "out")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compress
@@ -112,6 +113,31 @@ def artifact_of(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision-language model, whose file names its matrices otherwise than the model does."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sides = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    text = LlamaConfig(**sides, num_hidden_layers=2, num_key_value_heads=2, vocab_size=224, max_position_embeddings=64)
+    eye = CLIPVisionConfig(**sides, num_hidden_layers=3, image_size=16, patch_size=8, projection_dim=64)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=eye, image_token_id=223))
+    folder = tmp_path_factory.mktemp("llava")
+    model.float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bare_bloom(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as Bloom's on the hub: its names lack the model's prefix."""
+    folder = shutil.copytree(small("bloom", n_layer=2, n_head=4), tmp_path_factory.mktemp("bare") / "bloom")
+    held = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture

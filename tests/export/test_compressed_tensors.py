@@ -128,6 +128,29 @@ def test_biases_and_tied_embeddings_load(
     assert_close("logits", logits(stock(out)), logits(compress.load(artifact)), 1e-6)
 
 
+def test_a_file_without_the_models_prefix_is_targeted(
+    bare_bloom: Path, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    artifact = artifact_of(FORMATS["int4-group"][0], bare_bloom)
+    out = export(artifact, CT, tmp_path / "out").out
+    assert all(name.startswith("transformer.h.") for name in config_of(out)["config_groups"]["group_0"]["targets"])
+    assert_close("logits", logits(stock(out)), logits(compress.load(artifact)), 1e-6)
+
+
+def test_a_vision_language_model_is_targeted_by_its_modules(
+    llava: Path, artifact_of: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    artifact = artifact_of(FORMATS["int4-group"][0], llava)
+    out = export(artifact, CT, tmp_path / "out").out
+    model, told = AutoModelForImageTextToText.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert_close("logits", logits(model.eval()), logits(compress.load(artifact)), 1e-6)
+    with pytest.raises(UnsupportedWeight, match=r"cannot tell apart those of .*layers and .*layers"):
+        export(artifact, "gptq", tmp_path / "gptq")
+
+
 @pytest.mark.slow
 def test_experts_of_a_mixture_load_by_their_names(
     small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any

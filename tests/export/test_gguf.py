@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import compress
 from compress import RTN, Magnitude, RecipeError, UnsupportedWeight
@@ -80,6 +81,15 @@ def test_pruned_weights_are_zeros_and_it_is_said(artifact_of: Any, tmp_path: Pat
     mask = Artifact(artifact).expression("model.layers.0.mlp.up_proj").mask_OI  # type: ignore[attr-defined]
     assert bool((torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())[~mask] == 0).all())
     assert "the mask is lost" in done.note
+
+
+def test_frequencies_of_old_files_are_left_out(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    old = shutil.copytree(small(), tmp_path / "old")
+    held = load_file(old / "model.safetensors")
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(held, old / "model.safetensors", metadata={"format": "pt"})
+    reader = gguf.GGUFReader(export(artifact_of(CASES["Q8_0"], old), "gguf", tmp_path / "out").out / "model.gguf")
+    assert len(reader.tensors) == len(held) - 1
 
 
 def test_plain_tensors_keep_their_dtype_and_vectors_are_float32(small: Any, artifact_of: Any, tmp_path: Path) -> None:

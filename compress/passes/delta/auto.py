@@ -40,8 +40,8 @@ class Auto(Codec, name="auto"):
     bits at any place or two of four (sparsegpt with bits), and all weights rounded with error feedback (gptq). Which is
     best depends on the spectrum of the matrix: signs for a flat one, bands for a steep one, single weights where they
     stand out. All codecs that fit are run and measured by tr(D G Dᵀ), because an estimate would need the decomposition
-    that is most of the cost. With `sensitivity` before it, matrices that matter more get more bits. At a whole number of
-    `bits` codes of that many bits do not fit, because their scales count too: 1.05 admits signs where 1 does not.
+    that is most of the cost. With `sensitivity` before it, matrices that matter more get more bits. At a whole number
+    of `bits` codes of that many bits do not fit, because their scales count too: 1.05 admits signs where 1 does not.
     Source: lowrank_quant_delta.md section 3.2, on choosing by the spectrum; the portfolio is ours.
     """
 
