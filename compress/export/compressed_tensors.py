@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.artifact import Artifact
-from compress.errors import RecipeError, UnsupportedWeight
+from compress.errors import RecipeError, UnsupportedWeight, VerificationError
 from compress.export.folder import EXPERTS, Exported, Form, write_folder
 from compress.export.leaf import Leaf
 from compress.export.words import to_nibbles, to_words
-from compress.model.architecture import skeleton
-from compress.model.layout import Layout
 from compress.weights import Codebook, Dense, Quantized, Scaled
 
 NAME = "compressed-tensors"
@@ -191,13 +189,12 @@ class CompressedTensors(Form):
         import compressed_tensors
         from compressed_tensors.quantization import QuantizationConfig
 
-        modules = self.modules()
         groups: dict[str, list[str]] = {}
         schemes = {site: scheme.model_dump_json() for site, scheme in self.schemes.items()}
         for site, told in schemes.items():
             groups.setdefault(told, []).append(site)
         described = {
-            f"group_{i}": {**json.loads(told), "targets": self.targets(sites, modules)}
+            f"group_{i}": {**json.loads(told), "targets": self.targets(sites)}
             for i, (told, sites) in enumerate(groups.items())
         }
         formats = {group["format"] for group in described.values()}
@@ -205,34 +202,41 @@ class CompressedTensors(Form):
             {
                 "config_groups": described,
                 "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-                "ignore": sorted({modules.get(name, name) for name in self.plain()}),
+                "ignore": self.plain(),
                 "quantization_status": "compressed",
             }
         )
         told = json.loads(config.model_dump_json())
         return {**told, "version": compressed_tensors.__version__, "sparsity_config": {}, "transform_config": {}}
 
-    def modules(self) -> dict[str, str]:
-        """The model's module for each matrix, by its name in the file, where prefixes may be missing or others.
-
-        Loaders leave a module without a target at random values. Raises UnsupportedWeight for a site of no module.
-        """
-        model = skeleton(self.artifact.config, self.artifact.dtype)
-        slots = Layout(model, self.artifact.shapes()).slots
-        held = dict(model.named_modules()).keys()
-        whole = {name: slot.parameter for name, slot in slots.items() if slot.expert is None}
-        found = {name.removesuffix(".weight"): module.removesuffix(".weight") for name, module in whole.items()}
-        lost = [site for site in self.schemes if EXPERTS not in site and found.get(self.key_of(site)) not in held]
-        if lost:
-            raise UnsupportedWeight(
-                f"{lost[0]}: {NAME} names modules, and no module of the model holds it; use --to dense"
-            )
-        return found
-
-    def targets(self, sites: list[str], modules: Mapping[str, str]) -> list[str]:
+    def targets(self, sites: list[str]) -> list[str]:
         """The modules of sites; experts share one pattern, because loaders hold them in one tensor."""
-        named = [modules[self.key_of(site)] for site in sites if EXPERTS not in site]
+        named = [self.module_of(self.key_of(site)) for site in sites if EXPERTS not in site]
         return named + ([f"re:.*{re.escape(EXPERTS)}.*"] if len(named) < len(sites) else [])
+
+    def check_config(self, told: Mapping[str, Any]) -> None:
+        """Raise VerificationError unless the library finds the module of every site, with its scheme, and no others.
+
+        A loader leaves the weight of a module that it does not find at random values. Experts of a stack are no
+        modules: their names in the file must match.
+        """
+        from compressed_tensors.quantization import QuantizationConfig
+        from compressed_tensors.utils import match_named_modules, match_targets
+
+        config = QuantizationConfig.model_validate({k: told[k] for k in QuantizationConfig.model_fields if k in told})
+        groups = {target: group for group in config.config_groups.values() for target in group.targets}
+        modules = dict(self.anatomy.model.named_modules())
+        found = dict(match_named_modules(self.anatomy.model, groups, config.ignore))
+        taken = {name for name, module in found.items() if isinstance(module, nn.Linear | nn.Embedding)}
+        names = {site: self.module_of(self.key_of(site)) for site in self.schemes}
+        for site, name in names.items():
+            stacked = EXPERTS in site and name not in modules
+            by = match_targets(name, modules.get(name, nn.Module()), groups) if stacked or name in taken else []
+            read = groups[by[0]].model_copy(update={"targets": []}).model_dump_json() if by else ""
+            if read != self.schemes[site].model_dump_json():
+                raise VerificationError(f"{site}: no target in config.json gives the module {name} its scheme")
+        if dense := sorted(taken - set(names.values())):
+            raise VerificationError(f"{dense[0]}: is stored dense, but a target in config.json names it")
 
     def note(self, rounding: float) -> str:
         """One line on the cost of the cast to the model's dtype, and on FP4."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,8 @@ from compress.card import export_card
 from compress.errors import ArtifactError, RecipeError, VerificationError, pass_on_memory
 from compress.export.leaf import Leaf, leaf, leaves
 from compress.frontmatter import CARD, carried
+from compress.model.anatomy import Anatomy
+from compress.model.architecture import skeleton
 from compress.model.source import INDEX, Checkpoint
 from compress.partial import beside
 from compress.plan import free_place
@@ -86,6 +89,9 @@ class Form:
         """The `quantization_config` of config.json."""
         raise NotImplementedError
 
+    def check_config(self, told: Mapping[str, Any]) -> None:
+        """Raise VerificationError if a loader would not find every site by the written config; unchecked by default."""
+
     def note(self, rounding: float) -> str:
         """One line that tells the user what to know about the export."""
         raise NotImplementedError
@@ -96,8 +102,21 @@ class Form:
         An output head that is tied to the embedding has no tensor of its own but is still such a module.
         """
         matrices = [n for n, held in self.artifact.headers.items() if len(held.shape) > 1 and n.endswith(".weight")]
-        stored = {self.key_of(site) for site in self.schemes}
-        return sorted({name.removesuffix(".weight") for name in matrices} - stored | {"lm_head"})
+        stored = {self.module_of(self.key_of(site)) for site in self.schemes}
+        return sorted({self.module_of(name.removesuffix(".weight")) for name in matrices} - stored | {"lm_head"})
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """The parts of the model, which is built without weights, as a loader builds it."""
+        return Anatomy(skeleton(self.artifact.config, self.artifact.dtype), self.artifact.shapes())
+
+    def module_of(self, key: str) -> str:
+        """The model's module whose weight is `<key>.weight` in the file, where a prefix may be missing or another one.
+
+        Returns `key` itself for an expert of a stack, which is no module, and for a tensor unknown to the architecture.
+        """
+        slot = self.anatomy.layout.slots.get(f"{key}.weight")
+        return key if slot is None or slot.expert is not None else slot.parameter.removesuffix(".weight")
 
     def key_of(self, site: str) -> str:
         """The prefix of the names of a site's tensors."""
@@ -126,7 +145,9 @@ def write_folder(path: Path, out: Path, kind: type[Form]) -> Exported:
         copy_companions(path, partial)
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         write_json(partial / "config.json", {**config, "quantization_config": form.config()})
-        rounding = compare(form, Checkpoint(partial))
+        written = Checkpoint(partial)
+        form.check_config(written.config["quantization_config"])
+        rounding = compare(form, written)
         note = form.note(rounding) + mask_note(artifact)
         write_card(artifact, partial, form.name, note)
     return Exported(out=out, format=form.name, bytes=size, rounding=rounding, note=note)

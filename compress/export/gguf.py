@@ -31,6 +31,7 @@ NAME = "gguf"
 BLOCK = 32  # inputs per block
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 SLACK = 2.0**-8  # for Q4_1: rounding moves an offset by 2**-11 of itself, at most 2**-7 of a step
+FREQUENCIES = "rotary_emb.inv_freq"  # a buffer that old versions of transformers stored, and that it now ignores
 OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -75,7 +76,7 @@ def export_gguf(path: Path, out: Path) -> Exported:
         size = sum(prod(p.shape) for p in pieces)
         types = ", ".join(sorted({p.type for p in pieces}))
         lost = f"rounding changes a matrix by up to {rounding:.1e}" if rounding else "exact"
-        note = f"{types}; {lost}; {vocabulary}{mask_note(artifact)}"
+        note = f"{types}; {lost}; {vocabulary}{frequency_note(artifact)}{mask_note(artifact)}"
         write_card(artifact, partial, NAME, note)
     return Exported(out=out, format=NAME, bytes=size, rounding=rounding, note=note)
 
@@ -85,7 +86,13 @@ def export_gguf(path: Path, out: Path) -> Exported:
 
 def tensors_of(artifact: Artifact) -> list[str]:
     """The tensors to write: all but the frequencies of old files, which every reader computes from the config."""
-    return [name for name in artifact.names() if not name.endswith(".rotary_emb.inv_freq")]
+    return [name for name in artifact.names() if not name.endswith(FREQUENCIES)]
+
+
+def frequency_note(artifact: Artifact) -> str:
+    """The note on left-out frequencies if the artifact has any, else an empty string."""
+    left = len(tensors_of(artifact)) < len(artifact.names())
+    return f"; the stored {FREQUENCIES} is left out, because readers compute it from the config" if left else ""
 
 
 def renamed(name: str) -> str:

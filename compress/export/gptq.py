@@ -102,26 +102,28 @@ class GPTQLayout(Form):
     def modules(self) -> list[str] | None:
         """The names, within a block, of the quantized modules; None if all matrices of the blocks are quantized.
 
-        Raises UnsupportedWeight if a module is quantized in some blocks only, or if the model has other blocks besides
-        (a vision tower's), because the layout names modules for every block alike.
+        Only the blocks of the language model count. Raises UnsupportedWeight if a module is quantized in some blocks
+        only, because the layout names modules for every block alike.
         """
-        stacks = sorted({stack_of(name) for name in self.artifact.headers if block_of(name) is not None})
-        if len(stacks) > 1:
-            raise UnsupportedWeight(
-                f"{NAME} names the modules of all blocks alike and cannot tell apart those of {' and '.join(stacks)}; "
-                "use --to compressed-tensors or dense"
-            )
-        ends = Counter(end_of(site) for site in self.schemes)
-        blocks = {block_of(name) for name in self.artifact.headers} - {None}
-        some = [end for end, found in sorted(ends.items()) if found != len(blocks)]
+        ends = Counter(self.end_of(self.module_of(self.key_of(site))) for site in self.schemes)
+        sources, headers = self.anatomy.layout.sources, self.artifact.headers
+        matrices = [
+            parameter.removesuffix(".weight")
+            for parameter, names in sources.items()
+            if self.anatomy.in_block(parameter) and any(len(headers[name].shape) > 1 for name in names)
+        ]
+        held = Counter(self.end_of(module) for module in matrices)
+        some = [end for end, found in sorted(ends.items()) if found != held[end]]
         if some:
             raise UnsupportedWeight(
                 f"{NAME} cannot represent that {some[0]} is quantized in some blocks only; "
                 "use --to compressed-tensors or dense"
             )
-        matrices = [name for name, held in self.artifact.headers.items() if len(held.shape) > 1]
-        plain = {end_of(name.removesuffix(".weight")) for name in matrices if block_of(name) is not None} - ends.keys()
-        return sorted(ends) if plain else None
+        return sorted(ends) if held.keys() - ends.keys() else None
+
+    def end_of(self, module: str) -> str:
+        """The name of a module within its block, such as `mlp.up_proj`."""
+        return module.removeprefix(f"{self.anatomy.path}.").partition(".")[2]
 
     def pack(self, site: Leaf, scheme: Layout) -> dict[str, Tensor]:
         """The tensors of a site, stored as [in, out]: `qweight` is packed along inputs, `qzeros` along outputs."""
@@ -148,12 +150,13 @@ class GPTQLayout(Form):
         return ((codes_OI - zero_OI).float() * scale_OI.float()).to(dtype)
 
     def config(self) -> dict[str, Any]:
-        """The config, which describes all layers at once."""
+        """The config, which describes all layers of the language model's blocks at once."""
         layout: Layout = next(iter(self.schemes.values()))
         only = {} if self.only is None else {"modules_in_block_to_quantize": [self.only]}
         return {
             "quant_method": "gptq", "bits": layout.bits, "group_size": layout.group or -1, "sym": self.symmetric,
-            "desc_act": False, "checkpoint_format": self.version, "lm_head": False, **only,
+            "desc_act": False, "checkpoint_format": self.version, "lm_head": False,
+            "block_name_to_quantize": self.anatomy.path, **only,
         }  # fmt: skip
 
     def note(self, rounding: float) -> str:
@@ -165,20 +168,3 @@ class GPTQLayout(Form):
 def described(layout: Layout) -> str:
     """A layout as text, such as `4 bits by 64`."""
     return f"{layout.bits} bits by {layout.group or 'row'}"
-
-
-def block_of(name: str) -> int | None:
-    """The first number in a dotted name, which is the index of the block; None outside of blocks."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def stack_of(name: str) -> str:
-    """The part of a name before the block index, such as `model.layers`."""
-    parts = name.split(".")
-    return ".".join(parts[: next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))])
-
-
-def end_of(name: str) -> str:
-    """The part of a name after the block index, such as `mlp.up_proj`; the whole name outside of blocks."""
-    parts = name.split(".")
-    return ".".join(parts[next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0) :])

@@ -144,10 +144,10 @@ def bare_bloom(small: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 def stock() -> Callable[..., Any]:
     """`stock(folder, dtype)`: the model loaded by stock transformers; no key is missing, unexpected or mismatched."""
 
-    def load(folder: Path, dtype: Any = "auto", **options: Any) -> Any:
-        from transformers import AutoModelForCausalLM
+    def load(folder: Path, dtype: Any = "auto", auto: str = "AutoModelForCausalLM", **options: Any) -> Any:
+        import transformers
 
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, told = getattr(transformers, auto).from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
         )
         assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told

@@ -70,6 +70,17 @@ def test_modules_left_plain_are_named(artifact_of: Any, stock: Any, tmp_path: Pa
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
+def test_modules_of_a_vision_language_model_are_named_as_loaders_name_them(
+    llava: Path, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    artifact = artifact_of([Int8(sites="*mlp*", inputs="int8"), Magnitude(sites="*attn*")], llava)
+    model = stock(export(artifact, BNB, tmp_path / "out").out, auto="AutoModelForImageTextToText")
+    first = model.model.language_model.layers[0]
+    assert type(first.self_attn.q_proj) is type(model.model.multi_modal_projector.linear_1) is torch.nn.Linear
+    assert type(first.mlp.up_proj).__name__ == "Linear8bitLt"
+    assert_close("logits", logits(model), logits(compress.load(artifact)), 0.1)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "int4": ([RTN(bits=4, group=32)], "8-bit integers by row; use --to gptq, gguf or dense"),
     "symmetric int4": ([RTN(bits=4, group=32, symmetric=True)], "use --to compressed-tensors, gptq, gguf or dense"),

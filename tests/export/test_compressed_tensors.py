@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import compress
-from compress import GPTQ, RTN, Magnitude, UnsupportedWeight
+from compress import GPTQ, RTN, Magnitude, UnsupportedWeight, VerificationError
 from compress.artifact import Artifact
 from compress.export import export
 from compress.foreign import CompressedTensors
@@ -138,17 +138,35 @@ def test_a_file_without_the_models_prefix_is_targeted(
 
 
 def test_a_vision_language_model_is_targeted_by_its_modules(
-    llava: Path, artifact_of: Any, logits: Any, tmp_path: Path, assert_close: Any
+    llava: Path, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
 ) -> None:
-    from transformers import AutoModelForImageTextToText
-
-    artifact = artifact_of(FORMATS["int4-group"][0], llava)
+    artifact = artifact_of(FORMATS["some-plain"][0], llava)
     out = export(artifact, CT, tmp_path / "out").out
-    model, told = AutoModelForImageTextToText.from_pretrained(out, dtype="auto", output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    assert_close("logits", logits(model.eval()), logits(compress.load(artifact)), 1e-6)
-    with pytest.raises(UnsupportedWeight, match=r"cannot tell apart those of .*layers and .*layers"):
-        export(artifact, "gptq", tmp_path / "gptq")
+    config = config_of(out)
+    assert all(t.startswith("model.language_model.layers.") for t in config["config_groups"]["group_0"]["targets"])
+    assert "model.language_model.layers.0.self_attn.q_proj" in config["ignore"]
+    model = stock(out, auto="AutoModelForImageTextToText")
+    assert_close("logits", logits(model), logits(compress.load(artifact)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "match"),
+    [
+        ("model.", r"gives the module transformer.h.0.self_attention.query_key_value its scheme"),
+        ("transformer.", r"transformer.word_embeddings: is stored dense, but a target"),
+    ],
+)
+def test_a_config_that_loaders_would_misread_is_not_put_in_place(
+    prefix: str, match: str, bare_bloom: Path, artifact_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaders leave a module that they find no target for, or no packed weight, at random values without a word."""
+    artifact = artifact_of(FORMATS["int4-group"][0], bare_bloom)
+    named = [f"{prefix}{name}" for name in (*Artifact(artifact).specs, "word_embeddings")]
+    monkeypatch.setattr("compress.export.compressed_tensors.CompressedTensors.targets", lambda *_: named)
+    monkeypatch.setattr("compress.export.compressed_tensors.CompressedTensors.plain", lambda _: ["lm_head"])
+    with pytest.raises(VerificationError, match=match):
+        export(artifact, CT, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

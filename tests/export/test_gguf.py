@@ -83,13 +83,19 @@ def test_pruned_weights_are_zeros_and_it_is_said(artifact_of: Any, tmp_path: Pat
     assert "the mask is lost" in done.note
 
 
-def test_frequencies_of_old_files_are_left_out(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+def test_frequencies_of_old_files_are_left_out_and_it_is_said(
+    small: Any, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
     old = shutil.copytree(small(), tmp_path / "old")
     held = load_file(old / "model.safetensors")
     held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(held, old / "model.safetensors", metadata={"format": "pt"})
-    reader = gguf.GGUFReader(export(artifact_of(CASES["Q8_0"], old), "gguf", tmp_path / "out").out / "model.gguf")
-    assert len(reader.tensors) == len(held) - 1
+    artifact = artifact_of(CASES["Q8_0"], old)
+    done = export(artifact, "gguf", tmp_path / "out")
+    assert len(gguf.GGUFReader(done.out / "model.gguf").tensors) == len(held) - 1
+    assert "the stored rotary_emb.inv_freq is left out" in done.note
+    found = logits(stock(done.out, torch.float32, gguf_file="model.gguf"))
+    assert_close("logits", found, logits(compress.load(artifact)), 1e-6)
 
 
 def test_plain_tensors_keep_their_dtype_and_vectors_are_float32(small: Any, artifact_of: Any, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compress
@@ -74,6 +76,29 @@ def test_only_the_modules_that_are_quantized_are_named(small: Any, artifact_of: 
     assert "modules_in_block_to_quantize" not in every
 
 
+def test_only_blocks_of_the_language_model_count(llava: Path, artifact_of: Any, tmp_path: Path) -> None:
+    """The vision tower has another number of blocks, whose matrices are not quantized and have the same names."""
+    every = export(artifact_of(CASES["int4"], llava), "gptq", tmp_path / "all").out
+    some = [RTN(bits=4, group=32, symmetric=True, sites="*q_proj"), Magnitude(sites="*[kvo]_proj")]
+    told, named = config_of(every), config_of(export(artifact_of(some, llava), "gptq", tmp_path / "some").out)
+    assert told["block_name_to_quantize"] == "model.language_model.layers"
+    assert "modules_in_block_to_quantize" not in told
+    assert named["modules_in_block_to_quantize"] == [["self_attn.q_proj"]]
+    site = "language_model.model.layers.1.mlp.down_proj"
+    meant = Artifact(artifact_of(CASES["int4"], llava)).expression(site).dense()
+    assert torch.equal(decoded(Checkpoint(every), site, told), meant)
+
+
+def test_blocks_that_the_model_ignores_do_not_count(small: Any, artifact_of: Any, tmp_path: Path) -> None:
+    """Such as those that predict further tokens."""
+    folder = shutil.copytree(small(), tmp_path / "model")
+    held = load_file(folder / "model.safetensors")
+    held["mtp.layers.0.mlp.up_proj.weight"] = torch.ones(128, 64)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    told = config_of(export(artifact_of(CASES["int4"], folder), "gptq", tmp_path / "out").out)
+    assert "modules_in_block_to_quantize" not in told
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "3 bits": ([RTN(bits=3, group=32)], "use bits: 2, 4 or 8"),
     "a group unknown to loaders": ([RTN(bits=4, group=8)], "loaders do not support groups of 8"),
@@ -115,3 +140,14 @@ def test_stock_transformers_loads_it(
     out = export(artifact, "gptq", tmp_path / "out").out
     found = logits(stock(out, torch.float16, device_map="cpu"))
     assert_close("logits", found, logits(compress.load(artifact)), 0.01)  # it computes in float16
+
+
+def test_stock_transformers_loads_a_vision_language_model(
+    llava: Path, artifact_of: Any, stock: Any, logits: Any, tmp_path: Path, assert_close: Any
+) -> None:
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    artifact = artifact_of(CASES["int4"], llava)
+    out = export(artifact, "gptq", tmp_path / "out").out
+    found = logits(stock(out, torch.float16, auto="AutoModelForImageTextToText", device_map="cpu"))
+    assert_close("logits", found, logits(compress.load(artifact)), 0.01)
