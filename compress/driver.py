@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from compress.events import (
 from compress.identity import machine, others, versions
 from compress.job import Job, Report
 from compress.journal import Journal
+from compress.model.globs import matches
 from compress.model.memory import gpu_peak_bytes, peak_bytes
 from compress.model.source import Checkpoint, dtype_of, locate
 from compress.model.walk import Walk
@@ -145,4 +145,4 @@ def planned(
 def to_factor(walk: Walk, recipe: Recipe) -> set[str]:
     """The modules whose weights some pass of the recipe will factor."""
     globs = [step.sites for step in recipe.weight_passes if step.gives == "factored"]
-    return {p.module for p in walk.anatomy.places.values() if any(fnmatchcase(p.site, glob) for glob in globs)}
+    return {p.module for p in walk.anatomy.places.values() if any(matches(p.site, glob) for glob in globs)}

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from compress.errors import (
 )
 from compress.model.anatomy import MISSED, Coverage, coverage
 from compress.model.architecture import ignored
+from compress.model.globs import matches
 from compress.model.reshaped import walk_over
 from compress.model.source import VOCABULARIES, Checkpoint
 from compress.model.walk import Walk
@@ -178,7 +178,7 @@ def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
     for site in sites:
         form = "dense"
         for i, step in enumerate(passes):
-            if not isinstance(step, SitePass) or not fnmatchcase(site, step.sites):
+            if not isinstance(step, SitePass) or not matches(site, step.sites):
                 continue
             if form and step.takes and form not in step.takes:
                 hint = "; set factors: true" if form == "factored" and hasattr(step, "factors") else ""
@@ -194,7 +194,7 @@ def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:
     for i, step in enumerate(passes):
         if not isinstance(step, SitePass):
             continue
-        chosen = [place for name, place in reachable.items() if fnmatchcase(name, step.sites)]
+        chosen = [place for name, place in reachable.items() if matches(name, step.sites)]
         if not chosen:
             example = next(iter(reachable), "nothing: this model has no site")
             raise RecipeError(

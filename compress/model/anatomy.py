@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -27,6 +26,7 @@ from compress.model.family import (
     stacks,
     stacks_transposed,
 )
+from compress.model.globs import matches
 from compress.model.layout import Layout, Shape
 
 MISSED = "a matrix that no pass can reach"
@@ -231,7 +231,7 @@ def coverage(anatomy: Anatomy, selections: Iterable[str]) -> Coverage:
             missed += prod(shape) if reason == MISSED else 0
         for place in held.get(tensor, ()):
             name = tensor if len(held[tensor]) == 1 else place.site
-            if any(fnmatchcase(place.site, glob) for glob in globs):
+            if any(matches(place.site, glob) for glob in globs):
                 touched[name] = prod(place.shape)
             else:
                 untouched[name] = (prod(place.shape), deselected)

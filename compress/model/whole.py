@@ -6,7 +6,6 @@ Its blocks are still loaded and dropped one at a time; only statistics and hidde
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from compress.model.anatomy import Anatomy
 from compress.model.block import Block
+from compress.model.globs import matches
 from compress.model.travellers import batched, tokens_at_once
 from compress.model.walk import Walk
 from compress.stats import Statistic
@@ -49,7 +49,7 @@ class Whole:
         probe = self.walk.enter(self.probe_NT)
         try:
             for block in self.walk.visit(batches, probe):
-                groups = [group for group in block.groups if any(fnmatchcase(site.name, sites) for site in group)]
+                groups = [group for group in block.groups if any(matches(site.name, sites) for site in group)]
                 if kinds and groups:
                     block.collect(groups, kinds)
                 yield block

@@ -88,7 +88,7 @@ class SitePass(Pass):
     gives: ClassVar[str] = ""  # the form of the result; "" if not stated
     on_differences: ClassVar[bool] = True  # whether it can be applied to the difference from a base model
 
-    sites: Annotated[str, Field(description="glob over full site names; only these are rewritten")] = "*"
+    sites: Annotated[str, Field(description="globs over full site names, separated by spaces; ! excludes")] = "*"
 
     def leaves(self, form: str) -> str:
         """The form of the result for a weight that has this form, one of `takes`; "" if not stated."""

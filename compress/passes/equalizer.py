@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from torch import Tensor
 
 from compress.errors import RecipeError, UnsupportedWeight
 from compress.model.block import Block
+from compress.model.globs import matches
 from compress.model.reshaped import Reshaped, check_logits
 from compress.model.scaling import Pair, Scale, pairs_of, scaled_model
 from compress.model.site import Site
@@ -72,7 +72,7 @@ class Equalizer(Reshape):
 
 def quantizer_of(site: Site, steps: Sequence[Quantizer]) -> Quantizer | None:
     """The first quantizer that will quantize a site, or None."""
-    return next((step for step in steps if fnmatchcase(site.name, step.sites)), None)
+    return next((step for step in steps if matches(site.name, step.sites)), None)
 
 
 def rounded(w_OI: Tensor, site: Site, steps: Sequence[Quantizer]) -> Tensor:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -17,6 +16,7 @@ from compress.errors import CalibrationError, CompressError, RecipeError
 from compress.events import BatchHalved, Event, Fallback, Starved, StatisticsCollected, WeightRewritten
 from compress.model.block import Block
 from compress.model.experts import one_by_one
+from compress.model.globs import matches
 from compress.model.memory import peak_bytes
 from compress.model.site import Site
 from compress.model.travellers import batched, tokens_at_once, unpadded
@@ -126,7 +126,7 @@ class PassManager:
             walk.fit.tell = lambda windows: self.emit(BatchHalved(windows=windows))
             for step in self.passes:
                 for place in walk.anatomy.places.values():
-                    if fnmatchcase(place.site, step.sites):
+                    if matches(place.site, step.sites):
                         step.check(place.site, place.shape)
             if self.given is None:
                 self.budgets = allocations(self.all_passes, Whole(walk, windows, windows[0][:1]))
@@ -267,7 +267,7 @@ class PassManager:
     def chosen_for(self, site: Site) -> dict[int, SitePass]:
         """The passes that select this site, by index, each with the option value that a budget set for the site."""
         if site.name not in self.chosen:
-            chosen = [i for i, step in enumerate(self.passes) if fnmatchcase(site.name, step.sites)]
+            chosen = [i for i, step in enumerate(self.passes) if matches(site.name, step.sites)]
             self.chosen[site.name] = {i: self.tuned(i, site.name) for i in chosen}
         return self.chosen[site.name]
 

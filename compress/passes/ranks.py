@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from compress.model.block import Block
+from compress.model.globs import matches
 from compress.model.site import Site
 from compress.passes.factorizer import Factorizer
 from compress.passes.whitened import most_rank, rank_within
@@ -51,7 +51,7 @@ class Part:
 def factored_together(block: Block, step: Factorizer) -> Iterator[list[Site]]:
     """The sites of a block that `step` selects, one by one, or with `shared` grouped by the input they read."""
     for group in block.groups:
-        chosen = [site for site in group if fnmatchcase(site.name, step.sites)]
+        chosen = [site for site in group if matches(site.name, step.sites)]
         yield from ([chosen] if chosen else []) if step.shared else ([site] for site in chosen)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 
 from compress.calibration import LONGEST, PROBE, PROBE_LENGTH
+from compress.model.globs import matches
 from compress.model.source import Checkpoint
 from compress.model.travellers import tokens_at_once
 from compress.model.walk import Walk
@@ -105,7 +105,7 @@ def kinds_of(recipe: Recipe, plan: SitePlan) -> list[type[Statistic]]:
 
 def selects(step: SitePass | None, site: str) -> bool:
     """Whether a pass selects a site; without a pass, every site is selected."""
-    return step is None or fnmatchcase(site, step.sites)
+    return step is None or matches(site, step.sites)
 
 
 def kept_probes(plans: Mapping[str, SitePlan], ahead: Ahead, governed: SitePass | None) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from compress.errors import UnsupportedWeight
 from compress.model.anatomy import Place
+from compress.model.globs import matches
 from compress.model.site import Site
 from compress.model.source import Checkpoint, stored_share
 from compress.model.walk import Walk
@@ -84,7 +84,7 @@ def plan_sites(walk: Walk, recipe: Recipe) -> dict[str, SitePlan]:
 
 def selected(place: Place, steps: Sequence[SitePass]) -> tuple[int, ...]:
     """The indices of the passes that select a site."""
-    return tuple(i for i, step in enumerate(steps) if fnmatchcase(place.site, step.sites))
+    return tuple(i for i, step in enumerate(steps) if matches(place.site, step.sites))
 
 
 def likely(recipe: Recipe) -> list[tuple[float, list[SitePass]]]:
@@ -171,7 +171,7 @@ class Outlines:
         self.unknown: set[str] = set()  # sites whose form depends on values
         self.codecs: dict[str, int] = {}
         for i, step in enumerate(steps):
-            chosen = [site for site in self.sites.values() if fnmatchcase(site.name, step.sites)]
+            chosen = [site for site in self.sites.values() if matches(site.name, step.sites)]
             for group in read_together(chosen) if step.joint else [[site] for site in chosen]:
                 self.take(i, step, group)
 

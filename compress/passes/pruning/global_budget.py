@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from compress.errors import RecipeError
+from compress.model.globs import matches
 from compress.model.whole import Whole
 from compress.passes.base import Budget, Pruner, Sparsity, WeightPass
 from compress.passes.budget import as_asked, density
@@ -40,7 +40,7 @@ class Global(Budget, name="global"):
             for site in block.sites.values():
                 if (
                     not site.idle
-                    and fnmatchcase(site.name, step.sites)
+                    and matches(site.name, step.sites)
                     and all(kind in site.stats for kind in step.requires)
                 ):
                     counts[site.name] = bins(step.score(site))

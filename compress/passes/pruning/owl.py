@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated
 
 from pydantic import Field
 
+from compress.model.globs import matches
 from compress.model.site import Site
 from compress.model.whole import Whole
 from compress.passes.base import Budget, Pruner, Sparsity
@@ -40,7 +40,7 @@ class OWL(Budget, name="owl"):
         members: dict[str, list[str]] = {}
         sizes: dict[str, int] = {}
         for block in model.blocks(self.requires, step.sites):
-            sites = [s for s in block.sites.values() if not s.idle and fnmatchcase(s.name, step.sites)]
+            sites = [s for s in block.sites.values() if not s.idle and matches(s.name, step.sites)]
             if sites:
                 members[block.name] = [site.name for site in sites]
                 sizes[block.name] = sum(site.shape[0] * site.shape[1] for site in sites)

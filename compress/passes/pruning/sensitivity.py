@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from compress.errors import CalibrationError, RecipeError
 from compress.model.block import Block, peers_of
+from compress.model.globs import matches
 from compress.model.site import Site
 from compress.model.whole import Whole
 from compress.passes.base import Budget, GridQuantizer, Pruner, Sparsity, WeightPass
@@ -168,7 +168,7 @@ def parts_of(block: Block, glob: str) -> list[list[Site]]:
     """The selected sites of a block grouped by the input they read; the experts of a layer together."""
     parts: dict[str, list[Site]] = {}
     for group in block.groups:
-        parts.setdefault(peers_of(group), []).extend(site for site in group if fnmatchcase(site.name, glob))
+        parts.setdefault(peers_of(group), []).extend(site for site in group if matches(site.name, glob))
     return [sites for sites in parts.values() if sites]
 
 
