@@ -15,7 +15,8 @@ from typing import Any
 from compress.errors import CalibrationError, in_short
 
 HUB = "hub:"
-ALLOWED = "allowed: text, mixed, a .txt or .jsonl file, a datasets folder, hub:NAME"
+PLAIN, LINES = (".txt", ".text", ".md"), (".jsonl", ".ndjson", ".json")
+ALLOWED = "allowed: text, mixed, a .txt, .jsonl or .json file, a datasets folder, hub:NAME"
 MOST = 200_000  # documents read from a stream; far more than any calibration draws
 
 Conversation = list[dict[str, str]]
@@ -42,19 +43,40 @@ def read_documents(data: str | Path, field: str = "text", split: str = "train") 
         ) from error
     if "\0" in raw:
         raise CalibrationError(f"calibration.data: {path} contains NUL bytes; it is not text")
-    if path.suffix != ".jsonl":
+    kind = path.suffix.lower()
+    if kind in PLAIN:
         return [part for part in raw.split("\n\n") if part.strip()]
+    if kind == ".json" and raw.lstrip().startswith("["):
+        return [of_entry(entry, f"{path}[{i}]", field) for i, entry in enumerate(entries(raw, path))]
+    if kind not in LINES:
+        raise CalibrationError(f"calibration.data: {path}: {kind or 'a file without suffix'} is not read; {ALLOWED}")
     lines = enumerate(raw.split("\n"), start=1)
     return [document_of(line, f"{path}:{number}", field) for number, line in lines if line.strip()]
+
+
+def entries(raw: str, path: Path) -> list[Any]:
+    """The entries of a JSON list; raises CalibrationError if it is none."""
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"calibration.data: {path} is not readable as JSON: {str(error)[:120]}") from error
+    return list(found)
 
 
 def document_of(line: str, where: str, field: str = "text") -> Document:
     """The document in `field` of a JSON line; raises CalibrationError, naming `where`, if there is none."""
     try:
-        value = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{where}: expected a JSON object with a `{field}` field") from error
-    return checked(value, where, field)
+    return of_entry(entry, where, field)
+
+
+def of_entry(entry: Any, where: str, field: str) -> Document:
+    """The document in `field` of an object; raises CalibrationError, naming `where`, if there is none."""
+    if not isinstance(entry, dict) or field not in entry:
+        raise CalibrationError(f"{where}: expected a JSON object with a `{field}` field")
+    return checked(entry[field], where, field)
 
 
 def checked(value: Any, where: str, field: str) -> Document:

@@ -321,6 +321,35 @@ def test_a_file_that_is_no_text_is_refused(tokenizer: Any, tmp_path: Path) -> No
         draw(calibration(str(path)), tokenizer, 128)
 
 
+def test_json_is_read_however_it_is_called(tmp_path: Path) -> None:
+    entries = [{"text": "one"}, {"text": "two\n\nthree"}]
+    lines = "\n".join(map(json.dumps, entries))
+    for name, content in {
+        "a.JSONL": lines,
+        "b.json": lines,
+        "c.json": json.dumps(entries, indent=1),
+        "d.ndjson": lines,
+    }.items():
+        (tmp_path / name).write_text(content)
+        assert read_documents(tmp_path / name) == ["one", "two\n\nthree"]
+    (tmp_path / "e.MD").write_text("one\n\ntwo")
+    assert read_documents(tmp_path / "e.MD") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a"])
+def test_files_of_other_kinds_are_not_taken_for_prose(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('"text"\n"one"\n')
+    with pytest.raises(CalibrationError, match=r"is not read; allowed: text, mixed, a \.txt, \.jsonl or \.json file"):
+        read_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["[1]", '[{"content": "x"}]', "[{]", '["text"]'])
+def test_a_malformed_json_list_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(CalibrationError, match=r"a\.json(\[0\]: expected a JSON object| is not readable as JSON)"):
+        read_documents(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("line", ["{", "3", "[]", "null", '{"content": "x"}', '"text"'])
 def test_a_malformed_json_line_is_refused_by_number(line: str, tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
