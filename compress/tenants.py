@@ -68,6 +68,7 @@ def difference(folder: str | Path, base: Base) -> Difference:
         weight=lambda site: artifact.difference(sites[site]),
         form=lambda site: artifact.difference_form(sites[site]),
         names=tuple(own),
+        shape=lambda name: artifact.stored_headers[own[name]].shape,
         tensor=lambda name: artifact.stored_tensor(own[name]),
         nbytes=sum(held.nbytes for held in artifact.stored_headers.values()),
     )

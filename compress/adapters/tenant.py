@@ -63,6 +63,7 @@ class Base:
             weight=lambda module: product(adapter, module),
             form=lambda module: (specify(forms[module]), forms[module].nbytes()),
             names=tuple(own),
+            shape=lambda name: own[name].shape,
             tensor=lambda name: own[name].make(),
             nbytes=sum(each.nbytes() for each in forms.values()) + sum(entry.nbytes for entry in own.values()),
         )

@@ -277,7 +277,7 @@ def test_learned_positions_of_one_tenant_are_not_those_of_other_rows(masked: boo
 def test_a_grown_vocabulary_is_refused(fresh: Any) -> None:
     grown = Difference.of({}, {"model.embed_tokens.weight": torch.zeros(220, 48)})
     with pytest.raises(ArtifactError, match="grown vocabulary"):
-        Tenants(fresh, {"a": grown})(torch.zeros(1, 2, dtype=torch.long), ["a"])
+        Tenants(fresh, {"a": grown})  # before anybody asks
 
 
 def test_what_the_base_lacks_is_refused(fresh: Any) -> None:

@@ -15,14 +15,16 @@ from compress.weights import Weight, specify
 class Difference:
     """`weight(site)` is what is added to the matrix [out, in] of a site; `tensor(name)` replaces a tensor of the base.
 
-    `form(site)` returns the specification of that weight and the bytes of its stored form without reading a tensor.
-    `nbytes` is the size in bytes of the stored form of all weights and tensors.
+    `shape(name)` is the shape of that tensor. `form(site)` returns the specification of that weight and the bytes of
+    its stored form without reading a tensor. `nbytes` is the size in bytes of the stored form of all weights and
+    tensors.
     """
 
     sites: Sequence[str]
     weight: Callable[[str], Weight]
     form: Callable[[str], tuple[Mapping[str, Any], int]]
     names: Sequence[str]
+    shape: Callable[[str], tuple[int, ...]]
     tensor: Callable[[str], Tensor]
     nbytes: int
 
@@ -35,6 +37,7 @@ class Difference:
             weight=weights.__getitem__,
             form=lambda site: (specify(weights[site]), weights[site].nbytes()),
             names=tuple(own),
+            shape=lambda name: tuple(own[name].shape),
             tensor=own.__getitem__,
             nbytes=sum(w.nbytes() for w in weights.values()) + sum(int(t.nbytes) for t in own.values()),
         )

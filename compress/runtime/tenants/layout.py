@@ -41,13 +41,16 @@ class Layout:
     given: Mapping[str, Given]
     groups: Mapping[str, tuple[str, ...]]
 
-    def of_tensor(self, name: str, tensor: Tensor, model: nn.Module) -> tuple[tuple[str, str], ...]:
-        """The holders of a tensor; raises ArtifactError if the base has no such tensor, or one of another shape."""
+    def of_tensor(self, name: str, given: tuple[int, ...], model: nn.Module) -> tuple[tuple[str, str], ...]:
+        """The holders of a tensor of a tenant, of the shape `given`.
+
+        Raises ArtifactError if the base has no such tensor, or one of another shape.
+        """
         held = self.check_tensor(name)
         shape = tuple(getattr(model.get_submodule(held[0][0]), held[0][1]).shape)
-        if tuple(tensor.shape) != shape:
+        if tuple(given) != shape:
             raise ArtifactError(
-                f"{name}: the tenant's is {tuple(tensor.shape)}, the base's {shape}; a grown vocabulary cannot share a "
+                f"{name}: the tenant's is {tuple(given)}, the base's {shape}; a grown vocabulary cannot share a "
                 "batch with its base: apply the delta and serve the result on its own"
             )
         return held

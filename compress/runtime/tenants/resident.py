@@ -116,7 +116,7 @@ def check_fits(difference: Difference, layout: Layout, model: nn.Module) -> None
         rows, columns = difference.form(site)[0]["shape"]
         modules_of(site, (int(rows), int(columns)), layout, model)
     for name in difference.names:
-        layout.check_tensor(name)
+        layout.of_tensor(name, difference.shape(name), model)
 
 
 def need_of(difference: Difference, layout: Layout, model: nn.Module, stacks: Stacks) -> Need:
@@ -181,7 +181,7 @@ def owned(
     own: dict[str, dict[str, Tensor]] = {}
     for name in difference.names:
         tensor = difference.tensor(name).detach()
-        holders = layout.of_tensor(name, tensor, model)
+        holders = layout.of_tensor(name, tuple(tensor.shape), model)
         dtype = model.get_submodule(holders[0][0]).get_parameter(holders[0][1]).dtype  # an adapter may keep float32
         tensor = tensor.to(device, dtype, copy=True)
         for module, parameter in holders:
