@@ -208,7 +208,12 @@ def verify(
     from compress.artifact import verify as check
     from compress.model.source import locate
 
-    checks = check(locate(folder), None if base is None else locate(base))
+    try:
+        checks = check(locate(folder), None if base is None else locate(base))
+    except CompressError as error:
+        if as_json:
+            result({"folder": str(folder), "ok": False, "checks": [], "error": str(error)}, as_json)
+        raise
     result({"folder": str(folder), "ok": True, "checks": checks}, as_json, *checks, "[green]verified[/]")
 
 

@@ -20,7 +20,7 @@ from compress.artifact import content_hash
 from compress.calibration import Tokens
 from compress.card import card
 from compress.deltas import Against
-from compress.errors import AcceptanceError, CompressError, RecipeError, UnsupportedWeight, in_short, out_of_memory
+from compress.errors import CompressError, PlanError, RecipeError, UnsupportedWeight, in_short, out_of_memory
 from compress.events import (
     BlockFinished,
     BlockStarted,
@@ -317,17 +317,17 @@ class Job:
         return self.ready(writer, packed, facts)
 
     def check_limits(self, ledger: dict[str, Any]) -> None:
-        """Raise AcceptanceError as soon as the run can no longer stay within the recipe's limits."""
+        """Raise PlanError as soon as the run can no longer stay within the recipe's limits."""
         limits = self.recipe.limits
         fallbacks = sum(len(row["fallbacks"]) for row in ledger.values())
         if fallbacks > limits.max_fallbacks:
-            raise AcceptanceError(
+            raise PlanError(
                 f"{fallbacks} fallbacks, limits.max_fallbacks allows {limits.max_fallbacks}; nothing was kept"
             )
         routed = sum(place.routed for place in self.walk.anatomy.places.values())
         starved = sum(bool(row["starved"]) for row in ledger.values())
         if routed and starved > limits.max_starved * routed:
-            raise AcceptanceError(
+            raise PlanError(
                 f"too few calibration tokens reach {starved} of the experts' {routed} matrices, limits.max_starved "
                 f"allows {limits.max_starved:.0%}; give more samples; nothing was kept"
             )

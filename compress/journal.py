@@ -98,6 +98,10 @@ class Journal:
             self.handle = locked(self.folder, self.target)
             put_back(self.artifact, self.target)
         except OSError as error:
+            with suppress(OSError):  # a full disk takes the folder, but not what belongs into it
+                if {path.name for path in self.folder.iterdir()} <= {LOCK}:
+                    (self.folder / LOCK).unlink(missing_ok=True)
+                    remove_empty([self.folder, *self.made])
             raise ArtifactError(f"{self.target.parent}: cannot write there: {error.strerror}") from error
         self.fresh = not (self.folder / IDENTITY).exists()
 

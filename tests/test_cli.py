@@ -168,6 +168,9 @@ def test_verify_exits_4_on_a_flipped_byte(cli: Run, recipe: Path, tiny_llama: Pa
     code, _, err = cli("verify", tmp_path / "o")
     assert code == 4
     assert shard.name in err
+    code, out, _ = cli("verify", tmp_path / "o", "--json")
+    told = json.loads(out)
+    assert (code, told["ok"], told["checks"]) == (4, False, []) and shard.name in told["error"]
 
 
 @pytest.mark.slow

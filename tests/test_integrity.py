@@ -19,6 +19,7 @@ from compress import (
     ArtifactError,
     CalibrationError,
     Magnitude,
+    PlanError,
     RecipeError,
     Site,
     UnsupportedWeight,
@@ -272,6 +273,6 @@ class Weaker(WeightPass):
 
 
 def test_more_fallbacks_than_allowed_leave_nothing(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(AcceptanceError, match=r"7 fallbacks, limits\.max_fallbacks allows 0; nothing was kept"):
+    with pytest.raises(PlanError, match=r"7 fallbacks, limits\.max_fallbacks allows 0; nothing was kept"):
         compress.run(tiny_llama, [Weaker()], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -24,6 +24,7 @@ from compress import (
     OWL,
     RTN,
     SVD,
+    ArtifactError,
     Calibration,
     Delta,
     FineTune,
@@ -501,6 +502,18 @@ def test_the_command_gives_json(command: Command, tiny_llama: Path) -> None:
     assert told["exact"] is True and len(told["sites"]) == 14
     assert told["needs"]["memory"]["fits"] is True
     assert told["total_seconds"] == pytest.approx(sum(told["seconds"].values()))
+
+
+def test_the_base_of_a_delta_is_looked_at(tiny_llama: Path, model_folder: Any, tmp_path: Path) -> None:
+    recipe = Recipe(passes=(RTN(bits=4, group=24),), delta=Delta(base=str(model_folder("qwen2"))))
+    with pytest.raises(ArtifactError, match=r"is a llama, its base .* a qwen2"):
+        plan_run(tiny_llama, recipe, out=tmp_path / "o", machine=MACHINE)
+
+
+def test_what_other_passes_have_is_excluded_from_sites(tiny_llama: Path) -> None:
+    plan = planned(tiny_llama, RTN(bits=8, group=24, sites="*down_proj"), RTN(bits=4, group=24, sites="!*down_proj"))
+    assert {site.forms[-1] for site in plan.sites if site.site.endswith("down_proj")} == {"int8g24"}
+    assert {site.forms[-1] for site in plan.sites if not site.site.endswith("down_proj")} == {"int4g24"}
 
 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {

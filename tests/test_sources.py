@@ -17,7 +17,7 @@ from torch import Tensor
 import compress
 from compress import RTN, ArtifactError
 from compress.artifact import Artifact
-from compress.model.source import Checkpoint
+from compress.model.source import Checkpoint, display_name
 from compress.sources import Float8, open_source, spread
 
 BLOCK = (24, 24)  # divides every side of the tiny model, which transformers demands
@@ -175,6 +175,15 @@ def test_a_method_nobody_decodes_is_refused_by_name(
     with pytest.raises(ArtifactError, match=rf"already quantized by {method}; start from the dense model$"):
         compress.run(folder, [RTN(group=8)], tmp_path / "o", dequantize=dequantize)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_snapshot_in_the_hubs_cache_is_called_by_its_repository(tmp_path: Path) -> None:
+    folder = tmp_path / "models--some--Llama-3--x" / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    assert display_name(folder) == "Llama-3--x"
+    plain = tmp_path / "snapshots" / "mine\u00a0too"
+    plain.mkdir(parents=True)
+    assert display_name(plain) == r"mine\xa0too"
 
 
 def test_our_own_artifact_is_decoded_only_when_asked(llama_artifact: Path, tmp_path: Path, ids: Tensor) -> None:

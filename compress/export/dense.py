@@ -25,6 +25,6 @@ def export_dense(path: Path, out: Path, base: Path | None = None) -> Exported:
         copy_companions(path, partial)
         config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
         write_json(partial / "config.json", config)
-        note = "loads without Compress, and is as large as the dense model"
+        note = "loads without Compress, and is as large as a dense model of its shape"
         write_card(artifact, partial, "dense", note)
     return Exported(out=out, format="dense", bytes=size, rounding=0.0, note=note)

@@ -84,7 +84,10 @@ def locate(model: str | Path) -> Path:
 
 def display_name(folder: Path) -> str:
     """The name of a model folder for messages and provenance, without its path; unprintable characters are escaped."""
-    return "builtin" if folder == BUILTIN else visible(folder.resolve().name)
+    whole = folder.resolve()
+    if whole.parent.name == "snapshots" and whole.parent.parent.name.startswith("models--"):  # of a hub's cache
+        return visible(whole.parent.parent.name.split("--", 2)[-1])
+    return "builtin" if folder == BUILTIN else visible(whole.name)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from compress.deltas import against
 from compress.errors import PlanError, RecipeError
 from compress.model.anatomy import Coverage
 from compress.model.family import TESTED
+from compress.model.globs import matches
 from compress.model.source import Checkpoint, display_name, dtype_of, locate
 from compress.model.walk import Walk
 from compress.passes.base import Budget, Pass, Reshape, SitePass
@@ -155,6 +156,8 @@ def plan_run(
         raise RecipeError(f"--out: {target} exists; choose another folder")
     walk = Walk(source.config, source, dtype_of(source.config), usable(device))
     check_tensors(walk, source)
+    if recipe.delta is not None:
+        against(recipe.delta, source, walk)
     process = resources.process_bytes()
     planned, shaped = outline(walk, source, recipe)
     covered = plan(planned, recipe)
@@ -237,7 +240,7 @@ def given_by(steps: Sequence[SitePass], number: int, site: str) -> str:
     """The form in which the pass with this index leaves a site, as far as the passes state it."""
     form = "dense"
     for step in steps[: number + 1]:
-        form = step.leaves(form) if fnmatchcase(site, step.sites) else form
+        form = step.leaves(form) if matches(site, step.sites) else form
     return form or "same form as before"
 
 

@@ -107,13 +107,14 @@ def test_a_judge_that_sees_only_the_place_yields_only_ties(double: Double, alway
 def test_equal_scores_are_no_one_sided_interval(double: Double) -> None:
     double.answer = grading(lambda _: 5, lambda a, b: "tie")
     found = judge(pairs(), double.endpoint())
-    assert (found.delta, found.low, found.high) == (0, 0, 0)  # not those of a share that is zero
+    assert found.delta == 0 and found.low == -found.high < 0  # not those of a share that is zero; six prove little
 
 
 def test_a_fair_judge_is_believed(double: Double) -> None:
     double.answer = fair
     found = judge(pairs(), double.endpoint())
-    assert (found.dense, found.compressed, found.delta, found.low, found.high) == (8, 6, -2, -2, -2)
+    assert (found.dense, found.compressed, found.delta, found.low) == (8, 6, -2, -2)
+    assert -2 < found.high < 0  # equal differences tell nothing of how others would differ
     assert (found.wins, found.ties, found.losses) == (0, 0, 6)
     assert (found.first_preferred, found.longer_preferred) == (0.5, 1.0)
     assert (found.calls, len(double.bodies), found.failures) == (24, 24, {})
