@@ -113,6 +113,11 @@ class Artifact(Checkpoint):
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """The content of compress.json; raises ArtifactError if it is missing or malformed."""
+        if not (self.path / PROVENANCE).exists():
+            raise ArtifactError(
+                f"{self.path / PROVENANCE}: missing the provenance file, which save_pretrained of a loaded model does "
+                "not write; use the folder that `compress run` wrote"
+            )
         found = read_json(self.path / PROVENANCE, "the provenance file")
         return checked(PROVENANCES, found, f"{self.path / PROVENANCE}")
 
