@@ -407,9 +407,10 @@ def test_more_windows_need_more_memory_unless_they_are_offloaded(tiny_llama: Pat
 
 
 def test_where_a_gpu_computes_the_host_holds_files_and_copies(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compress.planning.resources.video_memory", lambda device: (10**12, "a GPU"))
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
 
     def held(offload: bool, **options: Any) -> dict[str, int]:
         recipe = Recipe(passes=(GPTQ(group=24),), calibration=Calibration(samples=128, length=64), **options)
@@ -417,7 +418,7 @@ def test_where_a_gpu_computes_the_host_holds_files_and_copies(
         assert found["vram"].there == 10**12 and "hidden states" in found["vram"].parts
         return dict(found["memory"].parts)
 
-    assert held(False, delta=Delta(base=str(tiny_llama)))["page-locked copies of hidden states"] == 0
+    assert held(False, delta=Delta(base=str(base)))["page-locked copies of hidden states"] == 0
 
     source = Checkpoint(tiny_llama)
     frame = sum(size.nbytes for name, size in source.headers.items() if ".layers." not in name)

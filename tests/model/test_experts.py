@@ -13,11 +13,11 @@ from torch import Tensor
 import compress
 from compress import (
     GPTQ,
-    AcceptanceError,
     Calibration,
     Limits,
     Masked,
     PassManager,
+    PlanError,
     Quantized,
     Recipe,
     UnsupportedWeight,
@@ -240,9 +240,7 @@ def test_what_was_done_to_starved_experts_is_told_and_kept(hungry: Any) -> None:
 def test_more_starved_experts_than_allowed_stop_the_run_early(folder: Any, tmp_path: Path) -> None:
     told: list[Event] = []
     recipe = Recipe(passes=(Wanda(),), calibration=Calibration(samples=2, length=32), limits=Limits(max_starved=0.2))
-    with pytest.raises(
-        AcceptanceError, match=r"too few calibration tokens reach 12 of the experts' 24 matrices, limits"
-    ):
+    with pytest.raises(PlanError, match=r"too few calibration tokens reach 12 of the experts' 24 matrices, limits"):
         compress.run(folder("mixtral"), recipe, tmp_path / "o", emit=told.append)
     assert list(tmp_path.iterdir()) == []
     assert {event.site.split(".")[2] for event in told if isinstance(event, Starved)} == {"0"}  # the first block only
