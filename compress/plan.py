@@ -176,16 +176,18 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
 def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
     """Raise RecipeError for the first pass that would get a site in a form (such as factored) it cannot rewrite."""
     for site in sites:
-        form = "dense"
+        form, by = "dense", "*"
         for i, step in enumerate(passes):
             if not isinstance(step, SitePass) or not matches(site, step.sites):
                 continue
             if form and step.takes and form not in step.takes:
                 hint = "; set factors: true" if form == "factored" and hasattr(step, "factors") else ""
+                if form == "quantized" and by != "*" and len(by.split()) == 1:
+                    hint = f'; leave it out, with sites: "!{by}"'
                 raise RecipeError(
                     f"passes[{i}].{step.name}: takes a {' or '.join(step.takes)} weight; {site} is {form} by then{hint}"
                 )
-            form = step.leaves(form)
+            form, by = step.leaves(form), step.sites
 
 
 def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:

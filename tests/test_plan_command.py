@@ -512,6 +512,8 @@ def test_the_base_of_a_delta_is_looked_at(tiny_llama: Path, model_folder: Any, t
 
 
 def test_what_other_passes_have_is_excluded_from_sites(tiny_llama: Path) -> None:
+    with pytest.raises(RecipeError, match=r'down_proj is quantized by then; leave it out, with sites: "!\*down_proj"'):
+        planned(tiny_llama, RTN(bits=8, group=24, sites="*down_proj"), RTN(bits=4, group=24))
     plan = planned(tiny_llama, RTN(bits=8, group=24, sites="*down_proj"), RTN(bits=4, group=24, sites="!*down_proj"))
     assert {site.forms[-1] for site in plan.sites if site.site.endswith("down_proj")} == {"int8g24"}
     assert {site.forms[-1] for site in plan.sites if not site.site.endswith("down_proj")} == {"int4g24"}
