@@ -61,7 +61,12 @@ def trade_offs(lines: Sequence[Line]) -> list[Figure]:
     found = []
     for x, axis, less, tick in (
         (lambda line: line.bytes, "Bytes on disk", True, byte_size),
-        (lambda line: line.speed.ratio if line.speed else None, "Decoding speed against dense", False, "{:g}×".format),
+        (
+            lambda line: line.speed.ratio if line.speed else None,
+            "Decoding speed against dense",
+            False,
+            "{:.3g}×".format,
+        ),
     ):
         for kept, what in ((worst_of, "Worst family kept"), (mean_of, "Kept on average")):
             spots = points(lines, x, kept)

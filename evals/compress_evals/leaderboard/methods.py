@@ -68,11 +68,18 @@ def _settings(data: Mapping[str, Any], steps: Sequence[tuple[str, Mapping[str, A
     drawn = data.get("calibration")
     drawn = {key: value for key, value in drawn.items() if key != "seed"} if isinstance(drawn, Mapping) else drawn
     rest = {key: value for key, value in data.items() if key not in ("passes", "limits", "calibration")}
-    options = [(name, {key: value for key, value in own.items() if key not in BUDGETS}) for name, own in steps]
+    options = [
+        (name, {key: of(value) if key in BUDGETS else value for key, value in own.items()}) for name, own in steps
+    ]
     try:
         return json.dumps([rest, drawn, options], sort_keys=True, default=str)
     except (TypeError, ValueError):  # keys of several types, integers too long for text
         return ""
+
+
+def of(value: Any) -> str | None:
+    """What of a budget is no budget: the M of an N:M pattern, between whose groups of 4 and 8 there is no curve."""
+    return f"of {value.partition(':')[2]}" if isinstance(value, str) and ":" in value else None
 
 
 def _steps(data: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -43,7 +43,7 @@ def test_the_method_is_read_from_the_recipe(text: str | None, expected: Method) 
 
 
 def test_only_models_that_differ_in_their_budget_alone_are_joined() -> None:
-    def line(sparsity: float, samples: int = 128, seed: int = 0, **options: Any) -> Any:
+    def line(sparsity: float | str, samples: int = 128, seed: int = 0, **options: Any) -> Any:
         calibration = f"calibration: {{samples: {samples}, seed: {seed}}}\n"
         method = method_of(calibration + recipe("wanda", sparsity=sparsity, **options))
         return SimpleNamespace(method=method, name=f"{sparsity}-{samples}")
@@ -56,6 +56,8 @@ def test_only_models_that_differ_in_their_budget_alone_are_joined() -> None:
     found = by_method([*others, *joined], removed)["wanda"]
     assert len(found) == 6 and usual(found, removed) == joined
     assert by_method([line(0.5), line(0.7, samples=8)], removed) == {}
+    patterns = [line(pattern) for pattern in ("'2:4'", "'4:8'", "'1:4'")]
+    assert usual(by_method(patterns, removed)["wanda n:m"], removed) == [patterns[0], patterns[2]]
 
 
 def test_recipes_that_cannot_be_read_are_on_no_curve() -> None:
