@@ -168,7 +168,7 @@ def plan(walk: Walk, recipe: Recipe) -> Coverage:
             f"no pass can reach {covered.missed_share:.0%} of the block parameters, such as {examples}; "
             f"limits.max_untouched allows {recipe.limits.max_untouched:.0%}"
         )
-    check_shapes(walk, recipe.passes, covered)
+    check_shapes(walk, recipe.passes)
     check_order(list(walk.anatomy.places), recipe.passes)
     return covered
 
@@ -190,7 +190,7 @@ def check_order(sites: Sequence[str], passes: Sequence[Pass]) -> None:
             form, by = step.leaves(form), step.sites
 
 
-def check_shapes(walk: Walk, passes: Sequence[Pass], covered: Coverage) -> None:
+def check_shapes(walk: Walk, passes: Sequence[Pass]) -> None:
     """Raise RecipeError for the first pass that selects no site, or refuses the shape of one."""
     reachable = walk.anatomy.places
     for i, step in enumerate(passes):

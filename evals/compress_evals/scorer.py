@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from compress.runtime.kv import own_cache
+from compress_evals.metrics.answers import first_line
 
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval has no types
@@ -110,12 +111,6 @@ class LineSaid(StoppingCriteria):  # type: ignore[misc]  # transformers has no t
         new = input_ids[:, self.prompt :]
         said = ["\n" in text.lstrip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return torch.tensor(said, device=new.device) | (new == self.end).any(dim=1)
-
-
-def first_line(said: str) -> str:
-    """The first line that is not blank; what is blank if there is none."""
-    begins = len(said) - len(said.lstrip())
-    return said[:begins].rpartition("\n")[2] + said[begins:].partition("\n")[0]
 
 
 def fitted(context: list[int], room: int, bos: int | None) -> list[int]:

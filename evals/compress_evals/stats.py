@@ -134,7 +134,7 @@ def sign_flip(sums: ArrayLike, iters: int = 10000, seed: int = 0) -> float:
         signs = rng.integers(0, 2, size=(rows, len(steps))) * 2.0 - 1.0
         hits += int((np.abs(signs @ steps) >= observed - 1e-9).sum())
     bound = 2 * math.exp(-(observed**2) / (2 * float((steps**2).sum())))
-    return min((hits + 1) / (iters + 1), bound) if bound < 1 / (iters + 1) else (hits + 1) / (iters + 1)
+    return bound if bound < 1 / (iters + 1) else (hits + 1) / (iters + 1)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -173,16 +173,16 @@ def test_a_newline_ends_an_answer_behind_something_said(
         do_sample=False,
     )
     found = ours.generate_until(requests, True)
-    assert found[:3] == [" Paris", " Rome", ""] and found[3].startswith("no endno end") and parrot.steps == 24
+    assert found[:3] == ["Paris", "Rome", ""] and found[3].startswith("no endno end") and parrot.steps == 24
     assert [request.arguments[1]["until"] for request in requests] == [["\n"]] * 4  # as they were
     parrot.said, parrot.steps = parrot.said[:3], 0
-    assert ours.generate_until(requests[:3], True) == [" Paris", " Rome", ""]
+    assert ours.generate_until(requests[:3], True) == ["Paris", "Rome", ""]
     assert parrot.steps < 12
 
 
 def test_the_first_line_is_not_blank() -> None:
     assert [first_line(text) for text in ("", "\n", " a\nb", "\n \n b\nc", "a", " \n\ta ")] == [
-        "", "", " a", " b", "a", "\ta ",
+        "", "", "a", "b", "a", "a",
     ]  # fmt: skip
 
 

@@ -16,6 +16,11 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NOT_WORD = re.compile(r"[^\w\s]|_")
 
 
+def first_line(said: str) -> str:
+    """The first line that is not blank, which counts as a free answer; "" if there is none."""
+    return said.strip().partition("\n")[0]
+
+
 def normalise(text: str) -> str:
     """The text after NFKC, in lower case, without punctuation, articles and extra spaces (TriviaQA's rules)."""
     lowered = unicodedata.normalize("NFKC", text).lower()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_evals.data import read, subset
-from compress_evals.metrics.answers import contains, exact_match, f1, folded_match, normalise
+from compress_evals.metrics.answers import contains, exact_match, f1, first_line, folded_match, normalise
 from compress_evals.metrics.text import degenerate
 from compress_evals.tasks.facts.functions import strict_choice
 from compress_evals.tasks.kick import questions
@@ -76,11 +76,6 @@ def build(kind: str, folder: Path | None, *, online: bool = False, keys: int | N
     needs, make = KINDS[kind]
     found = [read(name, folder, online) for name in needs]
     return make(*found) if keys is None else make(*found, keys=keys)
-
-
-def first_line(said: str) -> str:
-    """The first line that is not blank, which counts as the answer (the scorer has cut the rest already)."""
-    return said.strip().split("\n")[0]
 
 
 def answered(doc: Document, results: Sequence[str]) -> dict[str, float]:
