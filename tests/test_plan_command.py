@@ -149,7 +149,8 @@ def test_a_mean_number_of_bits_is_counted_between_whole_bits(tiny_llama: Path, t
     passes = [Sensitivity(bits=3.5), RTN(bits=8, group=24)]
     plan, artifact = planned(tiny_llama, *passes), made(tiny_llama, tmp_path / "o", *passes)
     real = artifact.provenance["sizes"]["bytes"]
-    low, high = (planned(tiny_llama, RTN(bits=bits, group=24)).bytes for bits in (3, 4))
+    low, high, most = (planned(tiny_llama, RTN(bits=bits, group=24)).bytes for bits in (3, 4, 8))
+    assert planned(tiny_llama, Sensitivity(bits=8), RTN(bits=4, group=24)).bytes == most
     assert plan.bytes == pytest.approx((low + high) / 2, abs=len(plan.sites))
     assert real <= plan.most and plan.bytes == pytest.approx(real, rel=0.02)
 

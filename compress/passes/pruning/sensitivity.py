@@ -81,8 +81,8 @@ class Sensitivity(Budget, name="sensitivity"):
         if self.bits is None or not isinstance(step, GridQuantizer):
             return super().likely(step)
         low, more = int(self.bits), self.bits % 1
-        parts = ((1 - more, replace(step, bits=low)), (more, replace(step, bits=low + 1)))
-        return tuple((share, part) for share, part in parts if share)
+        shares = {low: 1 - more, **({low + 1: more} if more else {})}
+        return tuple((share, replace(step, bits=bits)) for bits, share in shares.items())
 
     def allocate(self, model: Whole, step: Governed) -> dict[str, Sparsity]:
         """One sparsity, number of bits or share removed for the sites of each part that `step` selects.
